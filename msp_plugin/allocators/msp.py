@@ -1,0 +1,213 @@
+"""MSP: an evolutionary search seeded from the trace of the Fisher information.
+
+Shape legend: U units, K levels, S the target share of zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator, Choice
+from msp_plugin.errors import RecipeError
+from msp_plugin.plan.budget import AllocationProblem
+
+
+@dataclass(frozen=True)
+class MSP(Allocator):
+    """Fisher-seeded evolutionary search (arXiv 2503.11164; a reconstruction).
+
+    The paper publishes the principle: the Fisher trace ranks the layers and seeds the population,
+    crossover and mutation keep the sparsity, the fittest survive. Population, rates and fitness are
+    not published; these are ours. The fitness is the measured loss of the model with the candidate's
+    weights from the level database. Uniform is always in the population, so the result is never
+    worse than uniform on the search text.
+
+    Args:
+        population: survivors of each generation, and size of the seed population.
+        generations: rounds of offspring.
+        offspring: candidates measured per generation.
+        amplitude: largest deviation of a unit's sparsity from the target in the Fisher seeds.
+        crossover: share of the offspring that has two parents.
+        max_moves: most units that a mutation moves on its own account.
+        loss: ``kl`` (to the dense model, nats per token) or ``perplexity`` (its logarithm).
+        tokens: held-out calibration tokens that measure a candidate.
+    """
+
+    name = "msp"
+    sensitivities = ("fisher",)
+    needs_database = True
+
+    population: int = 16
+    generations: int = 40
+    offspring: int = 16
+    amplitude: float = 0.25
+    crossover: float = 0.5
+    max_moves: int = 3
+    loss: str = "kl"
+    tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        for option, least in (
+            ("population", 2), ("generations", 0), ("offspring", 1), ("max_moves", 1), ("tokens", 1),
+        ):  # fmt: skip
+            if getattr(self, option) < least:
+                raise RecipeError(f"msp: {option} = {getattr(self, option)} must be at least {least}")
+        for option in ("amplitude", "crossover"):
+            if not 0 <= getattr(self, option) <= 1:
+                raise RecipeError(f"msp: {option} = {getattr(self, option)} is outside [0, 1]")
+        if self.loss not in ("kl", "perplexity"):
+            raise RecipeError(f"msp: loss {self.loss!r} is unknown", hint="use kl or perplexity")
+
+    def allocate(self, inputs: AllocationInputs) -> AllocationResult:
+        rng = np.random.default_rng(inputs.seed)
+        problem = inputs.problem
+        scores: dict[Choice, float] = {}
+        curve: list[tuple[int, float]] = []
+        total = self.population + self.generations * self.offspring
+
+        def measure(choice: Choice) -> None:
+            if choice in scores:
+                return
+            best = min(scores.values(), default=np.inf)
+            scores[choice] = inputs.loss(choice)
+            if scores[choice] < best:
+                curve.append((inputs.loss.forward_tokens, scores[choice]))
+
+        uniform = problem.uniform()
+        seeds = fisher_seeds(inputs, self.population, self.amplitude, rng)
+        for done, choice in enumerate(seeds, 1):
+            measure(choice)
+            inputs.progress(done, total)
+        weight = _relative(inputs.sensitivities["fisher"])
+        alive = _fittest(scores, self.population)
+        for generation in range(self.generations):
+            for child in range(self.offspring):
+                measure(self._child(problem, alive, scores, weight, rng))
+                inputs.progress(self.population + generation * self.offspring + child + 1, total)
+            alive = _fittest(scores, self.population)
+        best = alive[0]
+        return AllocationResult(best, scores[best], scores[uniform], len(scores), tuple(curve))
+
+    def _child(
+        self,
+        problem: AllocationProblem,
+        alive: list[Choice],
+        seen: dict[Choice, float],
+        weight: np.ndarray,
+        rng: np.random.Generator,
+    ) -> Choice:
+        """Return an offspring that was not measured before, if a few attempts find one."""
+        child = alive[0]
+        for _ in range(8):
+            first = alive[_rank(len(alive), rng)]
+            if len(alive) > 1 and rng.random() < self.crossover:
+                second = alive[_rank(len(alive), rng)]
+                child = crossover(problem, first, second, weight, rng)
+                if child in seen:
+                    child = mutate(problem, child, self.max_moves, rng)
+            else:
+                child = mutate(problem, first, self.max_moves, rng)
+            if child not in seen:
+                break
+        return child
+
+
+def fisher_seeds(
+    inputs: AllocationInputs, count: int, amplitude: float, rng: np.random.Generator
+) -> list[Choice]:
+    """Return ``count`` distinct choices on the budget: uniform, then seeds from the Fisher trace.
+
+    Two of them minimise an additive surrogate exactly: the Fisher trace per weight times the squared
+    change of the weight under the method, 1/2 tr(F_u)/n_u ||W - W(level)||^2, and the same with the
+    rank instead of the trace. The others rank the units by trace or by trace per weight, map the rank
+    linearly onto [S - a, S + a] for several a, add noise, and repair to the exact budget.
+    """
+    problem = inputs.problem
+    sizes = np.array([unit.weights for unit in problem.table], dtype=np.float64)
+    trace = np.asarray(inputs.sensitivities["fisher"], dtype=np.float64)
+    seeds = dict.fromkeys([problem.uniform()])
+    if inputs.weight_error is not None:
+        for weight in (trace / sizes, _centred_rank(trace / sizes) + 1.0):
+            seeds.setdefault(problem.solve(0.5 * weight[:, None] * inputs.weight_error))
+    give_way = _relative(trace)
+    for attempt in range(20 * count):
+        if len(seeds) >= count:
+            break
+        score = trace if attempt % 2 else trace / sizes
+        a = amplitude * (1 + attempt // 2 % 4) / 4
+        noise = rng.normal(0.0, 0.0 if attempt < 8 else a / 4, len(sizes))
+        wish = 1 - float(problem.target) + a * _centred_rank(score) + noise
+        seeds.setdefault(problem.repair(wish, give_way))
+    return list(seeds)
+
+
+def mutate(problem: AllocationProblem, parent: Choice, max_moves: int, rng: np.random.Generator) -> Choice:
+    """Return the parent with a few units moved one level and others moved back onto the budget.
+
+    min(U{1..m}, U{1..m}) units move, as EvoPress draws it (arXiv 2410.14649, section 3.2); the units
+    that compensate are drawn by random prices in an exact repair, so units of unequal size pair up
+    too.
+    """
+    levels, moves = len(problem.menu), 1 + min(rng.integers(0, max_moves, 2))
+    wish = np.array(parent)
+    pinned = rng.choice(len(parent), size=min(int(moves), max(1, len(parent) - 1)), replace=False)
+    for u in pinned:
+        step = rng.choice([-1, 1])
+        wish[u] = np.clip(wish[u] + step, 0, levels - 1)
+    price = rng.exponential(1.0, len(parent))
+    cost = price[:, None] * _steps(problem, parent)
+    for u in pinned:
+        cost[u] = np.inf
+        cost[u, wish[u]] = 0.0
+    return _solve_or(problem, cost, parent)
+
+
+def crossover(
+    problem: AllocationProblem, a: Choice, b: Choice, weight: np.ndarray, rng: np.random.Generator
+) -> Choice:
+    """Return a uniform crossover, repaired to the budget; the least sensitive units give way first."""
+    mixed = tuple(x if rng.random() < 0.5 else y for x, y in zip(a, b, strict=True))
+    if problem.total_kept(mixed) == problem.budget.kept:
+        return mixed
+    return _solve_or(problem, weight[:, None] * _steps(problem, mixed), a)
+
+
+def _steps(problem: AllocationProblem, choice: Choice) -> np.ndarray:
+    """Return float64[U, K]: squared count of weights between each level and the chosen one, scaled."""
+    current = problem.kept[np.arange(len(choice)), list(choice)]
+    return ((problem.kept - current[:, None]) / problem.kept.max()) ** 2
+
+
+def _solve_or(problem: AllocationProblem, cost: np.ndarray, otherwise: Choice) -> Choice:
+    from msp_plugin.errors import BudgetError
+
+    try:
+        return problem.solve(cost)
+    except BudgetError:  # the pinned units leave no way back to the budget
+        return otherwise
+
+
+def _fittest(scores: dict[Choice, float], count: int) -> list[Choice]:
+    return sorted(scores, key=lambda choice: (scores[choice], choice))[:count]
+
+
+def _rank(count: int, rng: np.random.Generator) -> int:
+    """Return the winner of a tournament of two among ranked survivors."""
+    return int(min(rng.integers(0, count, 2)))
+
+
+def _relative(values: np.ndarray) -> np.ndarray:
+    """Return positive prices with mean one; a floor keeps a zero sensitivity from being free."""
+    values = np.maximum(np.asarray(values, dtype=np.float64), 0.0)
+    mean = values.mean()
+    return np.ones_like(values) if mean == 0 else np.maximum(values / mean, 1e-3)
+
+
+def _centred_rank(values: np.ndarray) -> np.ndarray:
+    """Return ranks mapped linearly onto [-1, 1]; equal values keep their order."""
+    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    return 2 * ranks / max(len(values) - 1, 1) - 1.0
+
+

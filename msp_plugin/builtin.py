@@ -1,0 +1,28 @@
+"""The built-in components, registered as any plugin registers its own."""
+
+from __future__ import annotations
+
+from msp_plugin.hookspecs import hookimpl
+
+
+@hookimpl
+def msp_register_estimators():
+    from msp_plugin.sensitivity.fisher import FisherTrace
+
+    return [FisherTrace]
+
+
+@hookimpl
+def msp_register_allocators():
+    from msp_plugin.allocators.msp import MSP
+    from msp_plugin.allocators.uniform import Uniform
+
+    return [MSP, Uniform]
+
+
+@hookimpl
+def msp_register_pruners():
+    from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
+    from msp_plugin.pruning.magnitude import Magnitude
+
+    return [Magnitude, SparseGPT, Wanda]

@@ -1,0 +1,238 @@
+"""Calibration text: from a file, a directory or a dataset to samples of token ids with provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from msp_plugin.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEXT = (".txt", ".md", ".py", ".text")
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Samples of token ids, each int64[T], and where they came from."""
+
+    samples: tuple[torch.Tensor, ...]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def tokens(self) -> int:
+        """Count of tokens over all samples."""
+        return sum(len(sample) for sample in self.samples)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the token ids."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(len(sample).to_bytes(8, "little"))
+            digest.update(sample.contiguous().numpy())
+        return digest.hexdigest()
+
+    def batches(self, batch_tokens: int) -> Iterator[torch.Tensor]:
+        """Yield int64[B, T] of neighbouring samples of equal length, about ``batch_tokens`` each."""
+        rows: list[torch.Tensor] = []
+        for sample in self.samples:
+            full = rows and (len(rows) + 1) * len(sample) > batch_tokens
+            if rows and (full or len(rows[0]) != len(sample)):
+                yield torch.stack(rows)
+                rows = []
+            rows.append(sample)
+        if rows:
+            yield torch.stack(rows)
+
+    def split(self, tail_tokens: int) -> tuple[CalibrationSet, CalibrationSet]:
+        """Return (head, tail): the tail holds at least ``tail_tokens`` tokens from the end.
+
+        Raises:
+            DataError: less than half of the samples would be left for the head.
+        """
+        count, cut = 0, len(self.samples)
+        while cut > 0 and count < tail_tokens:
+            cut -= 1
+            count += len(self.samples[cut])
+        if count < tail_tokens or cut < (len(self.samples) + 1) // 2:
+            raise DataError(
+                f"the search asks for {tail_tokens:,} held-out tokens, but {len(self)} calibration samples "
+                f"with {self.tokens:,} tokens leave at most {self.tokens // 2:,} for it",
+                hint="give more or longer samples, or set a smaller number of search tokens",
+            )
+        return (
+            CalibrationSet(self.samples[:cut], f"{self.source} [:{cut}]"),
+            CalibrationSet(self.samples[cut:], f"{self.source} [{cut}:]"),
+        )
+
+
+def load_texts(source: str, text_column: str = "text") -> Iterable[str]:
+    """Return the documents of a source.
+
+    A source is ``demo:SPLIT`` (the embedded corpus), a text file, a ``.jsonl`` file, a directory of
+    such files or of a saved dataset, or a hub dataset ``id[:config][:split]``.
+
+    Raises:
+        DataError: it is missing, empty or unreadable; a jsonl line or column that does not fit is named.
+    """
+    if source.startswith("demo:"):
+        from msp_plugin.demo.corpus import library_texts
+
+        return library_texts(source[5:])
+    path = Path(source).expanduser()
+    if path.is_file():
+        texts = _file_texts(path, text_column)
+    elif path.is_dir():
+        texts = _directory_texts(path, text_column)
+    elif path.suffix in (*_TEXT, ".jsonl", ".json") or source.startswith((".", "/", "~")):
+        raise DataError(f"there is no data file at {path}", hint="give a text or jsonl file, or a dataset")
+    else:
+        texts = _hub_texts(source, text_column)
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{source} holds no text", hint="give a file with text in it")
+    return texts
+
+
+def _file_texts(path: Path, column: str) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    if path.suffix not in (".jsonl", ".json"):
+        return [content]
+    texts = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(
+                f"{path}, line {number} is not JSON: {error}", hint="jsonl holds one JSON object a line"
+            ) from None
+        texts.append(_column(row, column, f"{path}, line {number}"))
+    return texts
+
+
+def _column(row: Any, column: str, where: str) -> str:
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        known = [k for k, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
+        raise DataError(f"{where} has no text in {column!r}", hint=nearest(column, known))
+    return row[column]
+
+
+def _directory_texts(path: Path, column: str) -> list[str]:
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        from datasets import load_from_disk
+
+        return _dataset_texts(load_from_disk(str(path)), column, str(path))
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in (*_TEXT, ".jsonl"))
+    if not files:
+        raise DataError(f"{path} holds no {', '.join(_TEXT)} or .jsonl file and no saved dataset")
+    return [text for file in files for text in _file_texts(file, column)]
+
+
+def _hub_texts(source: str, column: str) -> list[str]:
+    from datasets import load_dataset
+
+    name, *rest = source.split(":")
+    config, split = (rest + [None, None])[:2] if len(rest) > 1 else (None, rest[0] if rest else None)
+    try:
+        data = load_dataset(name, config, split=split or "train")
+    except Exception as error:  # datasets raises many types, and a connection many more
+        raise DataError(
+            f"{source!r} is neither a file nor a dataset that can be loaded: {type(error).__name__}: {error}",
+            hint="give a path, or id[:config][:split] of a hub dataset",
+        ) from error
+    return _dataset_texts(data, column, source)
+
+
+def _dataset_texts(data: Any, column: str, source: str) -> list[str]:
+    if hasattr(data, "keys") and not hasattr(data, "column_names_list") and "train" in data:
+        data = data["train"]
+    columns = getattr(data, "column_names", [])
+    if isinstance(columns, dict) or column not in columns:
+        raise DataError(f"{source} has no column {column!r}", hint=nearest(column, columns))
+    return [str(text) for text in data[column]]
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    samples: int,
+    length: int,
+    source: str,
+    at_least: int | None = None,
+) -> CalibrationSet:
+    """Return up to ``samples`` samples of exactly ``length`` tokens, cut from the joined documents.
+
+    Documents are closed by the end-of-text token and joined in their order. When there is more text
+    than asked for, the samples are spread evenly over it, so that a large corpus is not judged by
+    its first document.
+
+    Raises:
+        DataError: there are fewer than ``at_least`` samples (default: ``samples``) in the text.
+    """
+    if samples < 1 or length < 2:
+        raise DataError(f"asked for {samples} samples of {length} tokens", hint="ask for at least 1 x 2")
+    end = tokenizer.eos_token_id
+    stream: list[int] = []
+    for text in texts:
+        if text:
+            stream += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            stream += [end] if end is not None else []
+    found = len(stream) // length
+    if found < (samples if at_least is None else at_least):
+        raise DataError(
+            f"{source} has {len(stream):,} tokens: {found} samples of {length}, {samples} were asked for",
+            hint="give more text, or ask for fewer or shorter samples",
+        )
+    take = min(samples, found)
+    starts = [i * found // take for i in range(take)]
+    ids = torch.tensor(stream[: found * length], dtype=torch.int64).view(found, length)
+    return CalibrationSet(tuple(ids[i].clone() for i in starts), source)
+
+
+def from_dataloader(batches: Iterable[Any], source: str = "dataloader") -> CalibrationSet:
+    """Return the samples of a host's DataLoader, padding removed, in its order.
+
+    Raises:
+        DataError: a batch has no ``input_ids``, or there is no token at all.
+    """
+    samples = []
+    for batch in batches:
+        if not hasattr(batch, "keys") or "input_ids" not in batch:
+            keys = sorted(batch.keys()) if hasattr(batch, "keys") else type(batch).__name__
+            raise DataError(f"a calibration batch has no input_ids: {keys}", hint="tokenize the dataset")
+        ids = torch.as_tensor(batch["input_ids"]).cpu()
+        mask = batch["attention_mask"] if "attention_mask" in batch else None
+        for i, row in enumerate(ids):
+            kept = row if mask is None else row[torch.as_tensor(mask)[i].cpu().bool()]
+            if len(kept) > 1:
+                samples.append(kept.to(torch.int64))
+    if not samples:
+        raise DataError("the calibration data holds no sample of two tokens or more")
+    return CalibrationSet(tuple(samples), source)
+
+
+def join(parts: Sequence[CalibrationSet]) -> CalibrationSet:
+    """Return the samples of all parts, one part after the other."""
+    return CalibrationSet(
+        tuple(sample for part in parts for sample in part.samples), " + ".join(p.source for p in parts)
+    )

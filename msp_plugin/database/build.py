@@ -1,0 +1,173 @@
+"""Build the level database: calibration statistics once, then every layer at every level."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from msp_plugin.calibration import CalibrationSet
+from msp_plugin.database.store import LayerErrors, LevelDatabase
+from msp_plugin.errors import NumericsError
+from msp_plugin.models import decoder_blocks
+from msp_plugin.plan.units import Layer, Unit, UnitTable
+from msp_plugin.pruning.base import Pruner
+from msp_plugin.sensitivity.base import Progress, silent
+
+log = logging.getLogger(__name__)
+
+#: Statistics held at once. With more to collect, the samples are passed through the model again.
+STATISTICS_BYTES = 4 * 1024**3
+
+
+def build_database(
+    database: LevelDatabase,
+    model: torch.nn.Module,
+    table: UnitTable,
+    pruner: Pruner,
+    data: CalibrationSet,
+    *,
+    batch_tokens: int = 4096,
+    statistics_bytes: int = STATISTICS_BYTES,
+    progress: Progress = silent,
+) -> int:
+    """Write the missing layers of the database and return how many were written.
+
+    The layers are pruned from the dense model's inputs, each on its own. Layers of a fused unit have
+    the same input, so they share one statistic. Units are taken in groups whose statistics fit into
+    ``statistics_bytes``; each group costs one forward pass over the samples up to its last block.
+
+    Raises:
+        NumericsError: an activation is not finite, or the method fails on a layer.
+    """
+    start = time.monotonic()
+    missing = [u for u in table if not all(database.has(layer) for layer in u.layers)]
+    total = sum(len(unit.layers) for unit in missing)
+    written = 0
+    for group in _groups(missing, model, pruner, statistics_bytes):
+        statistics = collect(model, group, pruner, data, batch_tokens)
+        for unit in group:
+            statistic = statistics.pop(unit.name)
+            for layer in unit.layers:
+                _write_layer(database, model, layer, pruner, statistic)
+                written += 1
+                progress(written, total)
+    if written:
+        seconds = time.monotonic() - start
+        log.info("level database: %d layers x %d levels, %.1f s", written, len(database.menu), seconds)
+    else:
+        log.info("level database: %d layers reused from %s", len(table.layers), database.path)
+    return written
+
+
+def _groups(
+    units: Sequence[Unit], model: torch.nn.Module, pruner: Pruner, limit: int
+) -> Iterator[list[Unit]]:
+    group: list[Unit] = []
+    held = 0
+    for unit in units:
+        need = pruner.statistic_bytes(model.get_submodule(unit.layers[0].name))
+        if group and held + need > limit:
+            yield group
+            group, held = [], 0
+        group.append(unit)
+        held += need
+    if group:
+        yield group
+
+
+class _Enough(Exception):
+    """Ends a forward pass after the last layer that is observed."""
+
+
+@torch.no_grad()
+def collect(
+    model: torch.nn.Module,
+    units: Sequence[Unit],
+    pruner: Pruner,
+    data: CalibrationSet,
+    batch_tokens: int,
+) -> dict[str, Any]:
+    """Return each unit's statistic over all samples, by unit name; the model is left as it was.
+
+    Raises:
+        NumericsError: a layer's input is not finite.
+    """
+    statistics = {u.name: pruner.new_statistic(model.get_submodule(u.layers[0].name)) for u in units}
+    if not pruner.needs_statistics:
+        return statistics
+    device = next(model.parameters()).device
+    with _observed(model, units, pruner, statistics):
+        for ids in data.batches(batch_tokens):
+            try:
+                model(ids.to(device), use_cache=False)
+            except _Enough:
+                pass
+    return statistics
+
+
+@contextmanager
+def _observed(
+    model: torch.nn.Module, units: Sequence[Unit], pruner: Pruner, statistics: dict[str, Any]
+) -> Iterator[None]:
+    last = max(units, key=lambda unit: unit.block).block
+    waiting: set[str] = set()
+    handles = []
+
+    def hook_for(unit: Unit):
+        def hook(module: torch.nn.Linear, args: tuple) -> None:
+            if not torch.isfinite(args[0]).all():
+                raise NumericsError(
+                    f"the input of {unit.layers[0].name} is not finite",
+                    hint="the activations overflow: try dtype float32 or bfloat16",
+                )
+            statistics[unit.name] = pruner.observe(module, args[0], statistics[unit.name])
+            waiting.discard(unit.name)
+
+        return hook
+
+    def start(module: torch.nn.Module, args: Any) -> None:
+        waiting.update(unit.name for unit in units)
+
+    def stop(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if not waiting:
+            raise _Enough
+
+    try:
+        handles.append(model.get_input_embeddings().register_forward_pre_hook(start))
+        for unit in units:
+            module = model.get_submodule(unit.layers[0].name)
+            handles.append(module.register_forward_pre_hook(hook_for(unit)))
+        handles.append(decoder_blocks(model)[1][last].register_forward_hook(stop))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _write_layer(
+    database: LevelDatabase, model: torch.nn.Module, layer: Layer, pruner: Pruner, statistic: Any
+) -> None:
+    module = model.get_submodule(layer.name)
+    dense = module.weight.detach()
+    levels = [level for level in database.menu if not level.is_dense]
+    weights, errors = {"dense": dense}, {"dense": LayerErrors(0.0, 0.0)}
+    for level, pruned in zip(
+        levels, pruner.prune_levels(module, statistic, levels, layer.name), strict=True
+    ):
+        if not torch.isfinite(pruned).all():
+            raise NumericsError(
+                f"method {pruner.name!r} returned weights that are not finite for {layer.name} at {level}",
+                hint="give more calibration samples, or a larger dampening",
+            )
+        delta = (pruned.float() - dense.float()).contiguous()
+        error = LayerErrors(
+            float(delta.double().square().sum()), pruner.output_error(delta, statistic)
+        )
+        weights[level.name], errors[level.name] = pruned, error
+    database.write(layer, weights, errors)

@@ -1,0 +1,119 @@
+"""The level database on disk: one safetensors file per layer, in a directory named by its content.
+
+The directory's name is a digest of everything that the weights depend on: model, calibration
+samples, method with host, version and options, and the levels. A second run with the same of these
+finds its files; a run with any other never does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from msp_plugin.errors import VerificationError
+from msp_plugin.files import replacing
+from msp_plugin.plan.levels import Level
+from msp_plugin.plan.units import Layer, UnitTable
+
+SCHEMA = "msp_plugin/level-database"
+VERSION = "1"
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """Errors of one layer at one level: squared weight change, and output change per token."""
+
+    weight: float
+    output: float
+
+
+class LevelDatabase:
+    """Pruned weights by layer and level.
+
+    Args:
+        root: where databases live.
+        identity: JSON values that name everything the weights depend on.
+        menu: the levels; ``dense`` is always held too, as the copy of the original weight.
+    """
+
+    def __init__(self, root: Path, identity: Mapping[str, Any], menu: Sequence[Level]):
+        self.menu = tuple(menu)
+        self.identity = dict(identity, levels=[level.name for level in menu], version=VERSION)
+        self.key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        self.path = root / "database" / self.key[:24]
+        self._open: dict[str, Any] = {}
+
+    def file(self, layer: str) -> Path:
+        """Return the path of a layer's file."""
+        return self.path / f"{layer}.safetensors"
+
+    def write(self, layer: Layer, weights: Mapping[str, torch.Tensor], errors: Mapping[str, LayerErrors]):
+        """Write a layer's weights [out, in] by level name, and their errors."""
+        meta = {
+            "schema": SCHEMA,
+            "key": self.key,
+            "layer": layer.name,
+            "errors": json.dumps({name: [e.weight, e.output] for name, e in errors.items()}),
+        }
+        with replacing(self.file(layer.name)) as temporary:
+            tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+            save_file(tensors, temporary, metadata=meta)
+
+    def has(self, layer: Layer) -> bool:
+        """Return True if the layer's file is there, whole, and of this database."""
+        try:
+            handle = self._handle(layer.name)
+        except (FileNotFoundError, SafetensorError, OSError):
+            return False
+        meta, names = handle.metadata() or {}, set(handle.keys())
+        wanted = {level.name for level in self.menu} | {"dense"}
+        shape = [layer.out_features, layer.in_features]
+        return (
+            meta.get("key") == self.key
+            and meta.get("layer") == layer.name
+            and wanted <= names
+            and all(handle.get_slice(name).get_shape() == shape for name in wanted)
+        )
+
+    def weight(self, layer: str, level: str) -> torch.Tensor:
+        """Return the weight [out, in] of a layer at a level, by its name.
+
+        Raises:
+            VerificationError: the database does not hold it.
+        """
+        try:
+            return self._handle(layer).get_tensor(level)
+        except (FileNotFoundError, SafetensorError, OSError) as error:
+            raise VerificationError(
+                f"the level database at {self.path} cannot give {layer} at {level}: {error}",
+                hint="remove that directory; it is built anew",
+            ) from error
+
+    def errors(self, table: UnitTable) -> tuple[np.ndarray, np.ndarray]:
+        """Return (weight_error, output_error), each float64[U, K] summed over the unit's layers."""
+        result = np.zeros((2, len(table), len(self.menu)))
+        for u, unit in enumerate(table):
+            for layer in unit.layers:
+                held = json.loads(self._handle(layer.name).metadata()["errors"])
+                result[:, u, :] += np.array([held[level.name] for level in self.menu]).T
+        return result[0], result[1]
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What the weights depend on, with the key."""
+        return dict(self.identity, key=self.key)
+
+    def _handle(self, layer: str) -> Any:
+        if layer not in self._open:
+            self._open[layer] = safe_open(self.file(layer), framework="pt")
+        return self._open[layer]

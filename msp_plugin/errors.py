@@ -1,0 +1,79 @@
+"""Errors that the caller can cause. Each says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MSPError(Exception):
+    """Base of every error that msp_plugin raises on purpose.
+
+    Args:
+        message: what was found, and what was expected.
+        hint: what to do about it; printed on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None):
+        super().__init__(message if hint is None else f"{message}\n  -> {hint}")
+        self.message = message
+        self.hint = hint
+
+
+class RecipeError(MSPError):
+    """The recipe or the options are wrong; nothing was loaded yet."""
+
+    exit_code = 2
+
+
+class PluginError(MSPError):
+    """A plugin is missing, broken or in conflict with another one."""
+
+    exit_code = 2
+
+
+class DataError(MSPError):
+    """The calibration or evaluation text cannot be used."""
+
+    exit_code = 2
+
+
+class ModelError(MSPError):
+    """The model cannot be pruned as asked."""
+
+    exit_code = 2
+
+
+class BudgetError(MSPError):
+    """The levels cannot express the asked sparsity."""
+
+    exit_code = 2
+
+
+class OutputError(MSPError):
+    """The output directory cannot be used."""
+
+    exit_code = 2
+
+
+class HostError(MSPError):
+    """A host framework is missing, or did something other than what was asked of it."""
+
+
+class NumericsError(MSPError):
+    """Weights, activations or statistics are not finite, or a Hessian is singular."""
+
+
+class VerificationError(MSPError):
+    """What was written is not what was planned."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint that names the known word nearest to ``name``, or all known words."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}? Known: {', '.join(known)}"
+    return f"known: {', '.join(known) or '(none)'}"

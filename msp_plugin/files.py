@@ -1,0 +1,84 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from msp_plugin.errors import OutputError
+
+
+def default_cache() -> Path:
+    """Return ``$MSP_CACHE``, or ``msp_plugin`` under the user's cache directory."""
+    base = os.environ.get("MSP_CACHE")
+    if base:
+        return Path(base).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "msp_plugin"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; rename it to ``path`` if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write sorted, indented JSON whole or not at all."""
+    write_text(path, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def check_output(path: str | Path) -> Path:
+    """Return an output directory's path if a run may write there.
+
+    Raises:
+        OutputError: it is a file, holds anything, or cannot be made.
+    """
+    path = Path(path).expanduser()
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file", hint="give a directory that does not exist yet")
+    if path.is_dir() and any(path.iterdir()):
+        raise OutputError(f"{path} is not empty", hint="give another directory, or empty this one")
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{parent} is not writable", hint="give a directory that you may write to")
+    return path
+
+
+@contextmanager
+def output_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside ``path`` that becomes ``path`` if the block succeeds.
+
+    Raises:
+        OutputError: ``path`` came to hold something in the meantime.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        try:
+            os.replace(temporary, path)  # an empty directory is replaced, a filled one is an error
+        except OSError as error:
+            raise OutputError(f"cannot rename the finished run to {path}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

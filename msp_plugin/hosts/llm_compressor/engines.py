@@ -1,0 +1,129 @@
+"""The final pruning inside llm-compressor's calibration, error-propagating as its pipeline does it.
+
+Each engine has the modifier's own life cycle: ``initialize``, ``event``, ``finalize``, and ``abort``
+which leaves no hook and no statistic behind after a failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from msp_plugin.hosts.llm_compressor.methods import HostPruner
+from msp_plugin.plan.allocation import Allocation
+from msp_plugin.pruning.base import Pruner
+
+if TYPE_CHECKING:
+    from llmcompressor.core import Event, State
+    from llmcompressor.modifiers import Modifier
+
+
+def make_engine(pruner: Pruner, allocation: Allocation, owner: Modifier) -> HostEngine | LayerwiseEngine:
+    """Return the engine for a method: the host's own modifiers, or our hooks for layer-wise scores."""
+    if isinstance(pruner, HostPruner):
+        return HostEngine(pruner, allocation)
+    return LayerwiseEngine(pruner, allocation, owner)
+
+
+class HostEngine:
+    """One instance of the host's modifier per level, each with the exact names of its layers."""
+
+    def __init__(self, pruner: HostPruner, allocation: Allocation):
+        self.pruner, self.allocation = pruner, allocation
+        self.instances: list[Modifier] = []
+        self.names: dict[torch.nn.Module, str] = {}
+
+    def initialize(self, state: State, **kwargs: Any) -> None:
+        from llmcompressor.modifiers.factory import ModifierFactory
+
+        if not ModifierFactory._loaded:
+            ModifierFactory.refresh()
+        layers = self.allocation.by_layer
+        self.names = {state.model.get_submodule(name): name for name in layers}
+        for level in sorted(set(layers.values()), key=lambda level: level.sparsity):
+            if level.is_dense:
+                continue
+            instance = ModifierFactory.create(
+                self.pruner.modifier,
+                allow_registered=True,
+                allow_experimental=True,
+                targets=[name for name, its in layers.items() if its == level],
+                **self.pruner.modifier_arguments(level),
+            )
+            self.instances.append(instance)
+            instance.initialize(state, **kwargs)
+
+    def event(self, state: State, event: Event, **kwargs: Any) -> None:
+        from llmcompressor.core.events import EventType
+
+        for instance in self.instances:
+            if event.type_ == EventType.SEQUENTIAL_EPOCH_END:
+                self.pruner.check_statistics(instance, self.names)
+            instance.update_event(state, event, **kwargs)
+
+    def finalize(self, state: State) -> None:
+        for instance in self.instances:
+            instance.finalize(state)
+        self.names = {}
+
+    def abort(self) -> None:
+        for instance in self.instances:
+            instance.remove_hooks()
+        self.instances, self.names = [], {}
+
+
+class LayerwiseEngine:
+    """Statistics by forward hooks; each layer is pruned when the pipeline has calibrated its block."""
+
+    def __init__(self, pruner: Pruner, allocation: Allocation, owner: Modifier):
+        self.pruner, self.allocation, self.owner = pruner, allocation, owner
+        self.statistics: dict[torch.nn.Module, Any] = {}
+        self.names: dict[torch.nn.Module, str] = {}
+
+    def initialize(self, state: State, **kwargs: Any) -> None:
+        self.names = {
+            state.model.get_submodule(name): name
+            for name, level in self.allocation.by_layer.items()
+            if not level.is_dense
+        }
+
+    def event(self, state: State, event: Event, **kwargs: Any) -> None:
+        from llmcompressor.core.events import EventType
+
+        if event.type_ == EventType.CALIBRATION_START and self.pruner.needs_statistics:
+            for module in self.names:
+                self.owner.register_hook(module, self._observe, "forward")
+        elif event.type_ == EventType.SEQUENTIAL_EPOCH_END:
+            self._prune(kwargs.get("modules") or ())
+        elif event.type_ == EventType.CALIBRATION_END:
+            self.owner.remove_hooks()
+
+    def _observe(self, module: torch.nn.Linear, args: tuple, output: torch.Tensor) -> None:
+        if module not in self.statistics:
+            self.statistics[module] = self.pruner.new_statistic(module)
+        self.statistics[module] = self.pruner.observe(module, args[0], self.statistics[module])
+
+    @torch.no_grad()
+    def _prune(self, modules: Iterable[torch.nn.Module]) -> None:
+        from compressed_tensors.utils import align_module_device, update_offload_parameter
+
+        if self.pruner.needs_statistics:
+            ready = list(self.statistics)
+        else:
+            ready = [module for module in modules if module in self.names]
+        levels = self.allocation.by_layer
+        for module in ready:
+            name = self.names[module]
+            with align_module_device(module):
+                statistic = self.statistics.pop(module, None)
+                (pruned,) = self.pruner.prune_levels(module, statistic, [levels[name]], name)
+            update_offload_parameter(module, "weight", pruned)
+
+    def finalize(self, state: State) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        self.owner.remove_hooks()
+        self.statistics, self.names = {}, {}

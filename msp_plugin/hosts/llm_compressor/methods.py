@@ -1,0 +1,190 @@
+"""llm-compressor's pruning methods, driven by their own code.
+
+``mask_structure`` in llm-compressor counts the *pruned* weights of M; our levels count the kept
+ones. The level database calls the host's pure functions layer by layer; the final pruning runs the
+host's own modifiers (engines.py).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from msp_plugin.errors import NumericsError, RecipeError
+from msp_plugin.hosts.llm_compressor import require_host
+from msp_plugin.plan.levels import Level
+from msp_plugin.pruning.base import Pruner
+
+
+class HostPruner(Pruner):
+    """A method whose final pruning is a modifier of llm-compressor, one instance per level.
+
+    A third party's modifier joins by subclassing: name its class in ``modifier`` and give the level
+    database the layer-wise functions.
+    """
+
+    host: ClassVar[str] = "llmcompressor"
+    modifier: ClassVar[str]
+
+    def version(self) -> str:
+        require_host()
+        return importlib.metadata.version("llmcompressor")
+
+    @abstractmethod
+    def modifier_arguments(self, level: Level) -> dict[str, Any]:
+        """Return the modifier's arguments for one level, without targets and ignore."""
+
+    def check_statistics(self, instance: Any, names: dict[torch.nn.Module, str]) -> None:  # noqa: B027
+        """Raise if the modifier instance is about to prune from unusable statistics."""
+
+
+def _structure(level: Level) -> str:
+    return f"{level.m - level.n}:{level.m}"
+
+
+@dataclass(frozen=True)
+class SparseGPT(HostPruner):
+    """SparseGPT (arXiv 2301.00774) by llm-compressor's SparseGPTModifier.
+
+    Args:
+        block_size: columns compressed in one pass; a multiple of every M.
+        dampening_frac: share of the Hessian's mean diagonal that is added to it.
+    """
+
+    name = "sparsegpt"
+    modifier = "SparseGPTModifier"
+
+    block_size: int = 128
+    dampening_frac: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or not 0 <= self.dampening_frac:
+            raise RecipeError("sparsegpt: block_size must be at least 1 and dampening_frac at least 0")
+
+    def check_level(self, level: Level) -> None:
+        if self.block_size % level.m:
+            raise RecipeError(
+                f"sparsegpt: block_size {self.block_size} is no multiple of the M of level {level}",
+                hint="llm-compressor would break the pattern at the block's edge; change block_size",
+            )
+
+    def modifier_arguments(self, level: Level) -> dict[str, Any]:
+        return {
+            "sparsity": float(level.sparsity),
+            "mask_structure": _structure(level),
+            "block_size": self.block_size,
+            "dampening_frac": self.dampening_frac,
+        }
+
+    def check_statistics(self, instance: Any, names: dict[torch.nn.Module, str]) -> None:
+        for module, hessian in instance._hessians.items():
+            _require_invertible(hessian, self.dampening_frac, names.get(module, "a layer"))
+
+    def statistic_bytes(self, module: torch.nn.Linear) -> int:
+        return 4 * module.in_features**2
+
+    def new_statistic(self, module: torch.nn.Linear) -> list[Any]:
+        require_host()
+        from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import make_empty_hessian
+
+        return [make_empty_hessian(module), 0, 0]
+
+    def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: list[Any]) -> list[Any]:
+        from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import accumulate_hessian
+
+        hessian, samples = accumulate_hessian(inputs, module, statistic[0], statistic[1])
+        return [hessian, samples, statistic[2] + inputs[..., 0].numel()]
+
+    def prune_levels(
+        self, module: torch.nn.Linear, statistic: list[Any], levels: Sequence[Level], layer: str
+    ) -> Iterator[torch.Tensor]:
+        from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import sparsify_weight
+
+        _require_invertible(statistic[0], self.dampening_frac, layer)
+        for level in levels:
+            _, weight = sparsify_weight(
+                module=module,
+                hessians_dict={module: statistic[0].clone()},
+                sparsity=float(level.sparsity),
+                prune_n=level.m - level.n,
+                prune_m=level.m,
+                block_size=self.block_size,
+                dampening_frac=self.dampening_frac,
+                preserve_sparsity_mask=False,
+            )
+            yield weight
+
+    def output_error(self, delta: torch.Tensor, statistic: list[Any]) -> float:
+        """Exact over the calibration tokens: the host's H is 2 / samples * sum x x^T."""
+        hessian, samples, tokens = statistic
+        moment = hessian * (samples / (2 * tokens))
+        return float((delta @ moment).mul_(delta).sum(dtype=torch.float64))
+
+
+def _require_invertible(hessian: torch.Tensor, dampening: float, layer: str) -> None:
+    """Raise where the host would silently replace the Hessian by the identity.
+
+    Raises:
+        NumericsError: the damped Hessian is not finite or not positive definite.
+    """
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += dampening * diagonal.mean()
+    finite = bool(torch.isfinite(damped).all())
+    if not finite or int(torch.linalg.cholesky_ex(damped)[1]):
+        raise NumericsError(
+            f"the Hessian of {layer} is {'singular' if finite else 'not finite'} with dampening {dampening:g}",
+            hint="give more calibration samples, or raise the method's dampening_frac",
+        )
+
+
+@dataclass(frozen=True)
+class Wanda(HostPruner):
+    """Wanda (arXiv 2306.11695) by llm-compressor's WandaPruningModifier."""
+
+    name = "wanda"
+    modifier = "WandaPruningModifier"
+
+    def modifier_arguments(self, level: Level) -> dict[str, Any]:
+        return {"sparsity": float(level.sparsity), "mask_structure": _structure(level)}
+
+    def statistic_bytes(self, module: torch.nn.Linear) -> int:
+        return 4 * module.in_features
+
+    def new_statistic(self, module: torch.nn.Linear) -> list[Any]:
+        require_host()
+        from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import make_empty_row_scalars
+
+        return [make_empty_row_scalars(module), 0, 0]
+
+    def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: list[Any]) -> list[Any]:
+        from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import accumulate_row_scalars
+
+        scalars, samples = accumulate_row_scalars(inputs, module, statistic[0], statistic[1])
+        return [scalars, samples, statistic[2] + inputs[..., 0].numel()]
+
+    def prune_levels(
+        self, module: torch.nn.Linear, statistic: list[Any], levels: Sequence[Level], layer: str
+    ) -> Iterator[torch.Tensor]:
+        from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import sparsify_weight
+
+        for level in levels:
+            yield sparsify_weight(
+                module=module,
+                row_scalars_dict={module: statistic[0].clone()},
+                sparsity=float(level.sparsity),
+                prune_n=level.m - level.n,
+                prune_m=level.m,
+            )
+
+    def output_error(self, delta: torch.Tensor, statistic: list[Any]) -> float:
+        """The diagonal of the input's second moment only: features are taken as uncorrelated."""
+        scalars, samples, tokens = statistic
+        moment = scalars.double() * (samples / tokens)
+        return float((delta.double().square() * moment).sum())

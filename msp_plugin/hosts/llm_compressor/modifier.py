@@ -1,0 +1,159 @@
+"""``MixedSparsityModifier``: one recipe line of llm-compressor for a searched mixed sparsity."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from llmcompressor.core import Event, State
+from llmcompressor.core.events import EventType
+from llmcompressor.modifiers import Modifier
+from pydantic import ConfigDict, PrivateAttr, model_validator
+
+from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress
+from msp_plugin.calibration import CalibrationSet, from_dataloader
+from msp_plugin.checkpoint.recount import PruneStats, recount_model
+from msp_plugin.checkpoint.sidecar import attach_files
+from msp_plugin.errors import HostError, RecipeError, nearest
+from msp_plugin.hosts.llm_compressor.device import on_best_device
+from msp_plugin.hosts.llm_compressor.engines import make_engine
+from msp_plugin.options import Options, Plan, resolve
+from msp_plugin.plugins import Plugins
+
+log = logging.getLogger(__name__)
+
+# What llm-compressor itself gives to every modifier, beside our options.
+_HOST_KEYS = {
+    "index", "group", "start", "end", "update", "initialized_", "finalized_", "started_", "ended_",
+    "requires_calibration_data",
+}  # fmt: skip
+
+
+class MixedSparsityModifier(Options, Modifier):
+    """Prune each layer at the N:M level that a search chose for it, with the host's own method.
+
+    The search runs when the modifier is initialised, on the dense model and the calibration data of
+    ``oneshot``; the pruning then goes through the host's pipeline, block by block. After each run the
+    zeros are recounted. ``save_pretrained`` of the model also writes allocation.json and run.json.
+
+    Sample recipe::
+
+        sparsity_stage:
+          sparsity_modifiers:
+            MixedSparsityModifier:
+              sparsity: 0.75
+              method: sparsegpt
+
+    Args: see ``msp_plugin.options.Options``.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    requires_calibration_data: bool = True
+
+    _plan: Plan = PrivateAttr()
+    _plugins: Plugins = PrivateAttr()
+    _outcome: Outcome | None = PrivateAttr(default=None)
+    _stats: PruneStats | None = PrivateAttr(default=None)
+    _engine: Any = PrivateAttr(default=None)
+    _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in Options.model_fields and key not in _HOST_KEYS:
+                    raise RecipeError(
+                        f"MixedSparsityModifier has no key {key!r}", hint=nearest(key, Options.model_fields)
+                    )
+            ours = {key: value for key, value in data.items() if key in Options.model_fields}
+            data = {**data, **Options._known_keys(ours)}
+        return data
+
+    @model_validator(mode="after")
+    def _resolve(self) -> MixedSparsityModifier:
+        self._plugins = Plugins()
+        self._plan = resolve(self, self._plugins)
+        self.requires_calibration_data = self._plan.needs_data
+        return self
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """The allocation and the cost of the search, once the modifier is initialised."""
+        return self._outcome
+
+    @property
+    def stats(self) -> PruneStats | None:
+        """The recounted zeros, once the model is pruned."""
+        return self._stats
+
+    def report_to(self, progress: StepProgress) -> None:
+        """Report the search's steps to ``progress``."""
+        self._progress = progress
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise HostError(
+                f"torch.distributed runs {torch.distributed.get_world_size()} ranks",
+                hint="llm-compressor's pruning does not reduce its statistics over ranks: use one",
+            )
+        model = state.model
+        table = check_model(model, self._plan)
+        data = self._calibration(state)
+        with on_best_device(model):
+            self._outcome = allocate(model, data, self._plan, progress=self._progress)
+        allocation = self._outcome.allocation
+        allocation.check_matches(table)
+        self._plugins.hook.msp_run_started(allocation=allocation)
+        self._engine = make_engine(self._plan.pruner, allocation, self)
+        self._guarded(self._engine.initialize, state, **kwargs)
+        return True
+
+    def _calibration(self, state: State) -> CalibrationSet | None:
+        if not self._plan.needs_data:
+            return None
+        if state.data.calib is None:
+            raise RecipeError(
+                "MixedSparsityModifier needs calibration data", hint="pass dataset=... to oneshot"
+            )
+        return from_dataloader(state.data.calib)
+
+    def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
+        self._guarded(self._engine.event, state, event, **kwargs)
+        if event.type_ == EventType.CALIBRATION_END:
+            self._stats = recount_model(state.model, self._outcome.allocation)
+            for layer, level in self._outcome.allocation.by_layer.items():
+                self._plugins.hook.msp_layer_pruned(
+                    layer=layer, level=level, zeros=self._stats.zeros[layer],
+                    weights=self._stats.weights[layer],
+                )  # fmt: skip
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        self._guarded(self._engine.finalize, state)
+        if self._stats is None:
+            raise HostError(
+                "the calibration ended before MixedSparsityModifier had pruned",
+                hint="the pipeline sent no calibration_end event; use pipeline sequential or independent",
+            )
+        self._stats = recount_model(state.model, self._outcome.allocation, after="a later modifier")
+        attach_files(state.model, self._outcome, self._stats, self._plan.seed)
+        log.info(
+            "mixed sparsity: %d of %d weights are zero (%.4f %%)",
+            self._stats.total_zeros, self._stats.total_weights, 100 * self._stats.sparsity,
+        )  # fmt: skip
+        return True
+
+    def abort(self) -> None:
+        """Remove every hook and statistic of a run that failed."""
+        if self._engine is not None:
+            self._engine.abort()
+        self.remove_hooks()
+
+    def _guarded(self, step: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            step(*args, **kwargs)
+        except BaseException:
+            self.abort()
+            raise

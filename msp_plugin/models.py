@@ -1,0 +1,189 @@
+"""Models: load them, find what may be pruned, and identify them by content."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from msp_plugin.errors import ModelError, NumericsError, RecipeError, nearest
+from msp_plugin.plan.levels import Level
+from msp_plugin.plan.units import Layer, UnitTable, group_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(source: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the causal language model of a directory or hub id, in eval mode on the CPU.
+
+    Raises:
+        RecipeError: an unknown dtype.
+        ModelError: there is no such model, or transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise RecipeError(f"dtype {dtype!r} is unknown", hint=nearest(dtype, DTYPES))
+    _check_source(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"cannot load a causal language model from {source}: {error}",
+            hint="give a directory with config.json and safetensors, or a hub id",
+        ) from error
+    return model.eval()
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a directory or hub id.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    _check_source(source)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load a tokenizer from {source}: {error}") from error
+
+
+def _check_source(source: str | Path) -> None:
+    """Fail early on a path that is not there, before a hub is asked for it."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} has no config.json", hint="give a model's directory or a hub id")
+    elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise ModelError(
+            f"there is no model directory at {source}", hint="give a model's directory or a hub id"
+        )
+
+
+def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """Return the name and the list of the decoder blocks.
+
+    Raises:
+        ModelError: no list of modules is as long as the config's ``num_hidden_layers``.
+    """
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    depth = getattr(config, "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return name, module
+    raise ModelError(
+        f"{type(model).__name__} has no list of {depth} decoder blocks",
+        hint="only decoder-only language models with one list of blocks can be allocated",
+    )
+
+
+def prunable_layers(
+    model: torch.nn.Module, targets: Sequence[str] = ("Linear",), ignore: Sequence[str] = ()
+) -> UnitTable:
+    """Return the units of the linears inside the decoder blocks that targets name and ignore does not.
+
+    A pattern is a module's name, a name ending (``q_proj``), a class name, a shell pattern with
+    ``*``, or ``re:`` and a regular expression that is matched from the start of the name. The
+    output head and the embeddings are outside the blocks, so they are never pruned.
+
+    Raises:
+        RecipeError: a pattern matches nothing in the model.
+        ModelError: nothing is left to prune.
+    """
+    prefix, blocks = decoder_blocks(model)
+    named = {name: module for name, module in model.named_modules() if name}
+    for kind, patterns in (("target", targets), ("ignore", ignore)):
+        for pattern in patterns:
+            if not any(_matches(pattern, name, module) for name, module in named.items()):
+                leaves = {n.rpartition(".")[2] for n, m in named.items() if isinstance(m, torch.nn.Linear)}
+                raise RecipeError(
+                    f"{kind} {pattern!r} matches no module of {type(model).__name__}",
+                    hint=nearest(pattern, leaves | {"Linear"}),
+                )
+    layers = []
+    for name, module in named.items():
+        if not isinstance(module, torch.nn.Linear) or not name.startswith(prefix + "."):
+            continue
+        if not any(_matches(p, name, module) for p in targets):
+            continue
+        if any(_matches(p, name, module) for p in ignore):
+            continue
+        block = int(name[len(prefix) + 1 :].split(".", 1)[0])
+        layers.append((block, Layer(name, module.out_features, module.in_features)))
+    if not layers:
+        raise ModelError(
+            f"{type(model).__name__} has no prunable linear under {prefix!r} for targets {list(targets)} "
+            f"and ignore {list(ignore)}",
+            hint="widen targets or narrow ignore",
+        )
+    return group_layers(layers)
+
+
+def _matches(pattern: str, name: str, module: torch.nn.Module) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error as error:
+            raise RecipeError(f"pattern {pattern!r} is no regular expression: {error}") from None
+    if "*" in pattern:
+        return fnmatch.fnmatchcase(name, pattern)
+    classes = {cls.__name__ for cls in type(module).__mro__ if cls.__module__ != "builtins"}
+    return pattern == name or name.endswith("." + pattern) or pattern in classes - {"Module", "object"}
+
+
+def check_widths(table: UnitTable, menu: Iterable[Level]) -> None:
+    """Raise unless every level divides every layer's in_features.
+
+    Raises:
+        RecipeError: the first layers that do not fit are named.
+    """
+    for level in menu:
+        odd = [layer for layer in table.layers if layer.in_features % level.m]
+        if odd:
+            named = ", ".join(f"{a.name} (in_features {a.in_features})" for a in odd[:3])
+            raise RecipeError(
+                f"level {level.name} does not divide the width of {len(odd)} layers: {named}",
+                hint=f"leave {level.name} out of levels, or add the layers to ignore",
+            )
+
+
+def check_finite_weights(model: torch.nn.Module, table: UnitTable) -> None:
+    """Raise if a prunable weight is not finite.
+
+    Raises:
+        NumericsError: the layers are named.
+    """
+    bad = [a.name for a in table.layers if not torch.isfinite(model.get_submodule(a.name).weight).all()]
+    if bad:
+        raise NumericsError(
+            f"{len(bad)} layers hold weights that are not finite, e.g. {', '.join(bad[:3])}",
+            hint="repair or download the checkpoint anew",
+        )
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Return a hex digest of the model's config and of every parameter's name, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    config: dict[str, Any] = model.config.to_diff_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        config.pop(volatile, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        flat = parameter.detach().contiguous().reshape(-1).cpu()
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()

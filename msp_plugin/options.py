@@ -1,0 +1,120 @@
+"""The options of a run, as a recipe writes them, and the components they name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from msp_plugin.allocators.base import Allocator
+from msp_plugin.errors import RecipeError, nearest
+from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.levels import DEFAULT_LEVELS, Level, parse_menu, parse_sparsity
+from msp_plugin.plugins import Plugins
+from msp_plugin.pruning.base import Pruner
+
+
+class Options(BaseModel):
+    """What a recipe may say about mixed sparsity. Components are names, or {name: ..., option: ...}.
+
+    Args:
+        sparsity: share of zeros among the prunable weights, in [0, 1). Not needed with ``allocation``.
+        method: the pruner: sparsegpt, wanda, magnitude, or one that a plugin registers.
+        levels: the menu: "dense" and "N:M" with N kept of M.
+        targets, ignore: which linears of the decoder blocks are pruned (see models.prunable_layers).
+        allocator: chooses a level per unit: msp, uniform, or one that a plugin registers.
+        estimators: overrides of the sensitivity estimators' options, by their name.
+        allocation: path of a finished allocation.json; nothing is searched then.
+        seed: of every random choice.
+        cache: directory of the level database; default $MSP_CACHE or ~/.cache/msp_plugin.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    sparsity: float | str | None = None
+    method: str | dict[str, Any] = "sparsegpt"
+    levels: list[Any] = list(DEFAULT_LEVELS)
+    targets: list[str] = ["Linear"]
+    ignore: list[str] = []
+    allocator: str | dict[str, Any] = "msp"
+    estimators: dict[str, dict[str, Any]] = {}
+    allocation: str | None = None
+    seed: int = 0
+    cache: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise RecipeError(f"unknown key {key!r}", hint=nearest(str(key), Options.model_fields))
+            data = dict(data)
+            for key in ("targets", "ignore", "levels"):
+                if isinstance(data.get(key), str):
+                    data[key] = [part.strip() for part in data[key].split(",") if part.strip()]
+        return data
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options that were checked as far as they can be without a model, with their components built."""
+
+    sparsity: Fraction
+    pruner: Pruner
+    menu: tuple[Level, ...]
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
+    allocator: Allocator
+    estimators: Mapping[str, Any]
+    given: Allocation | None
+    seed: int
+    cache: str | None
+
+    @property
+    def needs_data(self) -> bool:
+        """True if calibration text is needed."""
+        search = self.given is None and (self.allocator.needs_database or self.estimators)
+        return bool(search) or self.pruner.needs_statistics
+
+
+def resolve(options: Options, plugins: Plugins) -> Plan:
+    """Return the plan of the options.
+
+    Raises:
+        RecipeError: an unknown name or option, a level that is none, a sparsity out of range, a method
+            that cannot make a level, a missing or damaged allocation file.
+    """
+    pruner = plugins.build("pruners", options.method)
+    allocator = plugins.build("allocators", options.allocator)
+    given = Allocation.read(options.allocation) if options.allocation else None
+    if given is not None:
+        sparsity = given.target
+        menu = tuple(dict.fromkeys(given.levels))
+        if options.sparsity is not None and parse_sparsity(options.sparsity) != given.target:
+            raise RecipeError(
+                f"sparsity {options.sparsity} contradicts {options.allocation}, made for {given.target}",
+                hint="leave sparsity out, or allocate anew",
+            )
+    elif options.sparsity is None:
+        raise RecipeError("sparsity is missing", hint="say e.g. sparsity: 0.75, or give an allocation")
+    else:
+        sparsity, menu = parse_sparsity(options.sparsity), parse_menu(options.levels)
+    for level in menu:
+        if not level.is_dense:
+            pruner.check_level(level)
+    known = plugins.components["estimators"]
+    for name in options.estimators:
+        if name not in known:
+            raise RecipeError(f"there is no estimator called {name!r}", hint=nearest(name, known))
+    estimators = {
+        name: plugins.build("estimators", {"name": name, **options.estimators.get(name, {})})
+        for name in allocator.sensitivities
+    }
+    return Plan(
+        sparsity, pruner, menu, tuple(options.targets), tuple(options.ignore), allocator,
+        estimators, given, options.seed, options.cache,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Pure planning: levels, units, budgets and allocations. No torch, no files but JSON."""

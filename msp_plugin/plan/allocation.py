@@ -1,0 +1,200 @@
+"""Allocation: one level per unit, and the file that carries it (schema in docs of ``to_dict``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from msp_plugin.errors import RecipeError, VerificationError
+from msp_plugin.plan.budget import AllocationProblem, Budget
+from msp_plugin.plan.levels import Level
+from msp_plugin.plan.units import Layer, Unit, UnitTable
+
+SCHEMA = "msp_plugin/allocation"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One level per unit of a model.
+
+    Args:
+        table: the units, in the model's order.
+        levels: one per unit, in the same order.
+        target: the asked share of zeros.
+        sensitivities: by estimator name, one float per unit (may be empty).
+        provenance: where it came from: model, calibration, method, allocator, versions. JSON values
+            without times or paths of this machine, so that equal runs give equal bytes.
+    """
+
+    table: UnitTable
+    levels: tuple[Level, ...]
+    target: Fraction
+    sensitivities: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def budget(self) -> Budget:
+        """The weights kept by this allocation."""
+        kept = sum(
+            level.kept(layer.out_features, layer.in_features)
+            for unit, level in zip(self.table, self.levels, strict=True)
+            for layer in unit.layers
+        )
+        return Budget(self.target, self.table.weights, kept)
+
+    @property
+    def by_layer(self) -> dict[str, Level]:
+        """The level of every layer by its module name."""
+        return {
+            layer.name: level
+            for unit, level in zip(self.table, self.levels, strict=True)
+            for layer in unit.layers
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form.
+
+        ``schema``, ``version``; ``budget`` {target, weights, kept, zeros, sparsity}; ``units``, a
+        list in the model's order of {name, block, level, weights, zeros, sensitivity: {estimator:
+        value}, layers: [{name, shape: [out, in]}]}; ``provenance``. Exact shares are written as
+        fractions ("3/4") beside their decimal value.
+        """
+        budget = self.budget
+        units = []
+        for i, (unit, level) in enumerate(zip(self.table, self.levels, strict=True)):
+            kept = sum(level.kept(a.out_features, a.in_features) for a in unit.layers)
+            units.append(
+                {
+                    "name": unit.name,
+                    "block": unit.block,
+                    "level": level.name,
+                    "weights": unit.weights,
+                    "zeros": unit.weights - kept,
+                    "sensitivity": {name: values[i] for name, values in self.sensitivities.items()},
+                    "layers": [
+                        {"name": a.name, "shape": [a.out_features, a.in_features]} for a in unit.layers
+                    ],
+                }
+            )
+        return {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "budget": {
+                "target": str(self.target),
+                "weights": budget.weights,
+                "kept": budget.kept,
+                "zeros": budget.zeros,
+                "sparsity": float(budget.sparsity),
+            },
+            "units": units,
+            "provenance": dict(self.provenance),
+        }
+
+    def to_json(self) -> str:
+        """Return the file's text; equal allocations give equal bytes."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str = "allocation") -> Allocation:
+        """Return the allocation that ``to_dict`` wrote.
+
+        Raises:
+            RecipeError: not an allocation, a newer version, or contents that contradict each other.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise RecipeError(f"{source} is not an allocation file", hint=f'expected schema "{SCHEMA}"')
+        if data.get("version") != VERSION:
+            raise RecipeError(
+                f"{source} has version {data.get('version')!r}, this package reads {VERSION}",
+                hint="update msp_plugin",
+            )
+        try:
+            units, levels, names = [], [], set()
+            sensitivities: dict[str, list[float]] = {}
+            for entry in data["units"]:
+                layers = tuple(
+                    Layer(str(a["name"]), int(a["shape"][0]), int(a["shape"][1])) for a in entry["layers"]
+                )
+                unit = Unit(str(entry["name"]), int(entry["block"]), layers)
+                if unit.name in names or unit.weights != entry["weights"] or not layers:
+                    raise RecipeError(f"{source}: unit {unit.name!r} is there twice or miscounted")
+                names.add(unit.name)
+                units.append(unit)
+                levels.append(Level.parse(entry["level"]))
+                for name, value in entry.get("sensitivity", {}).items():
+                    sensitivities.setdefault(name, []).append(float(value))
+            target = Fraction(data["budget"]["target"])
+            kept = int(data["budget"]["kept"])
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
+            raise RecipeError(f"{source} is damaged: {type(error).__name__}: {error}") from None
+        allocation = cls(
+            UnitTable(tuple(units)),
+            tuple(levels),
+            target,
+            {name: tuple(values) for name, values in sensitivities.items()},
+            data.get("provenance", {}),
+        )
+        if allocation.budget.kept != kept:
+            raise RecipeError(
+                f"{source}: its levels keep {allocation.budget.kept:,} weights, its budget says {kept:,}",
+                hint="the file was edited; set budget.kept to match, or make the allocation anew",
+            )
+        return allocation
+
+    @classmethod
+    def read(cls, path: str | Path) -> Allocation:
+        """Return the allocation in a file.
+
+        Raises:
+            RecipeError: the file is missing, no JSON, or no allocation.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"no allocation file at {path}") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise RecipeError(f"cannot read {path} as JSON: {error}") from None
+        return cls.from_dict(data, str(path))
+
+    def check_matches(self, table: UnitTable) -> None:
+        """Raise unless this allocation is for exactly the layers of ``table``.
+
+        Raises:
+            VerificationError: layers differ in name, shape or fusing; the first differences are named.
+        """
+        ours = {(u.name, a) for u in self.table for a in u.layers}
+        theirs = {(u.name, a) for u in table for a in u.layers}
+        if ours != theirs:
+            odd = sorted({f"{a.name} [{a.out_features}, {a.in_features}]" for _, a in ours ^ theirs})
+            raise VerificationError(
+                f"the allocation is for another model or other targets: {len(odd)} layers differ, "
+                f"e.g. {'; '.join(odd[:3])}",
+                hint="use the model, targets and ignore that it was made with, or allocate anew",
+            )
+
+
+def make_allocation(
+    problem: AllocationProblem,
+    choice: tuple[int, ...],
+    sensitivities: Mapping[str, tuple[float, ...]] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Allocation:
+    """Return the allocation of a choice.
+
+    Raises:
+        VerificationError: the choice misses the budget; an allocator must never return such a one.
+    """
+    if problem.total_kept(choice) != problem.budget.kept:
+        raise VerificationError(
+            f"the allocator returned {problem.total_kept(choice):,} kept weights, "
+            f"the budget is {problem.budget.kept:,}",
+            hint="this is a bug of the allocator",
+        )
+    levels = tuple(problem.menu[k] for k in choice)
+    return Allocation(problem.table, levels, problem.target, sensitivities or {}, provenance or {})

@@ -1,0 +1,1 @@
+"""Masks and pruning methods as pure tensor functions."""

@@ -1,0 +1,122 @@
+"""What a pruning method is: calibration statistics in, pruned weights out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from msp_plugin.plan.levels import Level
+from msp_plugin.pruning.masks import nm_mask
+
+
+class Pruner(ABC):
+    """A pruning method. Subclasses are frozen dataclasses whose fields are recipe options.
+
+    ``host`` names the framework whose code does the work. ``needs_statistics`` is False for methods
+    that look at the weight alone. A statistic is an object of the method's own choosing: it is made
+    by ``new_statistic``, fed by ``observe`` and read by ``prune_levels``.
+    """
+
+    name: ClassVar[str]
+    host: ClassVar[str] = "msp_plugin"
+    needs_statistics: ClassVar[bool] = True
+
+    def version(self) -> str:
+        """The version of the code that does the work; part of every file's key."""
+        from msp_plugin import __version__
+
+        return __version__
+
+    def check_level(self, level: Level) -> None:  # noqa: B027 - optional to override
+        """Raise RecipeError if the method cannot produce ``level``."""
+
+    def statistic_bytes(self, module: torch.nn.Linear) -> int:
+        """Memory of one layer's statistic in bytes."""
+        return 0
+
+    @abstractmethod
+    def new_statistic(self, module: torch.nn.Linear) -> Any:
+        """Return an empty statistic for a layer."""
+
+    @abstractmethod
+    def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: Any) -> Any:
+        """Return the statistic with inputs [B, T, in] added."""
+
+    @abstractmethod
+    def prune_levels(
+        self, module: torch.nn.Linear, statistic: Any, levels: Sequence[Level], layer: str
+    ) -> Iterator[torch.Tensor]:
+        """Yield the pruned weight [out, in] for each level, in the weight's dtype.
+
+        ``module`` is left as it is; ``statistic`` may be used up by the last level. ``layer`` is
+        the layer's name, for errors.
+        """
+
+    @abstractmethod
+    def output_error(self, delta: torch.Tensor, statistic: Any) -> float:
+        """Return the mean squared change of the layer's output per token for delta float32[out, in]."""
+
+
+class InputNorm:
+    """Running sum of squares of every input feature, float64[in], and the count of tokens."""
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.sum = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add inputs [..., in]."""
+        flat = inputs.detach().reshape(-1, inputs.shape[-1])
+        self.sum += flat.float().square().sum(dim=0, dtype=torch.float64)
+        self.tokens += flat.shape[0]
+
+    @property
+    def rms(self) -> torch.Tensor:
+        """Root mean square of every feature over the tokens, float32[in]."""
+        return (self.sum / max(self.tokens, 1)).sqrt().float()
+
+
+class LayerwisePruner(Pruner):
+    """A method that scores each weight and keeps the best N of every M, weights unchanged.
+
+    A subclass writes ``score`` and nothing else. Set ``needs_statistics = False`` if the score does
+    not use ``input_norm``.
+    """
+
+    @abstractmethod
+    def score(self, weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
+        """Return float32[out, in], higher for weights to keep.
+
+        Args:
+            weight: float32[out, in].
+            input_norm: float32[in], root mean square of each input feature over the calibration
+                tokens; ones if ``needs_statistics`` is False.
+        """
+
+    def statistic_bytes(self, module: torch.nn.Linear) -> int:
+        return 8 * module.in_features
+
+    def new_statistic(self, module: torch.nn.Linear) -> InputNorm:
+        return InputNorm(module.in_features, module.weight.device)
+
+    def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: InputNorm) -> InputNorm:
+        statistic.add(inputs)
+        return statistic
+
+    def prune_levels(
+        self, module: torch.nn.Linear, statistic: InputNorm, levels: Sequence[Level], layer: str
+    ) -> Iterator[torch.Tensor]:
+        weight = module.weight.detach()
+        norm = statistic.rms if self.needs_statistics else torch.ones_like(weight[0], dtype=torch.float32)
+        score = self.score(weight.float(), norm)
+        for level in levels:
+            yield weight.masked_fill(~nm_mask(score, level), 0)
+
+    def output_error(self, delta: torch.Tensor, statistic: InputNorm) -> float:
+        """The diagonal of the input's second moment only: features are taken as uncorrelated."""
+        if not self.needs_statistics:
+            return float(delta.double().square().sum())
+        return float((delta.double().square() * statistic.rms.double().square()).sum())

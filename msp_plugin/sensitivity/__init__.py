@@ -1,0 +1,1 @@
+"""Estimators of what pruning a layer costs the model."""

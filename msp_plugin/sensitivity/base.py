@@ -1,0 +1,62 @@
+"""What a sensitivity estimator is, and the sum over the layers of a unit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+
+from msp_plugin.calibration import CalibrationSet
+from msp_plugin.errors import NumericsError
+from msp_plugin.plan.units import UnitTable
+
+#: Called with (done, total) as long work goes on.
+Progress = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """Report nothing."""
+
+
+class Estimator(ABC):
+    """A sensitivity estimator. Subclasses are frozen dataclasses whose fields are recipe options."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def layer_sensitivities(
+        self,
+        model: torch.nn.Module,
+        data: CalibrationSet,
+        layers: tuple[str, ...],
+        progress: Progress = silent,
+    ) -> Mapping[str, float]:
+        """Return one number per layer name; higher means that pruning it costs more.
+
+        The model is left as it was found: weights, hooks and ``requires_grad``.
+        """
+
+
+def unit_sensitivities(
+    estimator: Estimator,
+    model: torch.nn.Module,
+    data: CalibrationSet,
+    table: UnitTable,
+    progress: Progress = silent,
+) -> tuple[float, ...]:
+    """Return one number per unit: the sum over its layers.
+
+    Raises:
+        NumericsError: the estimator returned a number that is not finite.
+    """
+    names = tuple(layer.name for layer in table.layers)
+    values = estimator.layer_sensitivities(model, data, names, progress)
+    bad = [name for name in names if not torch.isfinite(torch.tensor(values[name]))]
+    if bad:
+        raise NumericsError(
+            f"sensitivity {estimator.name!r} is not finite for {len(bad)} layers, e.g. {bad[0]}",
+            hint="the model's loss or activations overflow: try dtype float32",
+        )
+    return tuple(sum(values[layer.name] for layer in unit.layers) for unit in table)
