@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +26,7 @@ def default_cache() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; rename it to ``path`` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:
         yield temporary
         os.replace(temporary, path)
@@ -72,10 +70,12 @@ def output_directory(path: Path) -> Iterator[Path]:
         OutputError: ``path`` came to hold something in the meantime.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)
+        for file in temporary.rglob("*"):  # safetensors creates its files readable by the owner alone
+            file.chmod(file.stat().st_mode | (temporary.stat().st_mode & 0o444))
         try:
             os.replace(temporary, path)  # an empty directory is replaced, a filled one is an error
         except OSError as error:

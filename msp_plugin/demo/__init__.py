@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msp_plugin.errors import ModelError, nearest
+
+if TYPE_CHECKING:
+    from msp_plugin.pipeline import Text
 
 DEMO_MODELS = ("llama", "qwen2")
 
-
 def demo_model_path(name: str = "llama") -> Path:
-    """Return the directory of an embedded model, ``"llama"`` or ``"qwen2"``."""
+    """Return the directory of an embedded model, ``"llama"`` or ``"qwen2"``.
+
+    Raises:
+        ModelError: there is no embedded model of that name.
+    """
+    if name not in DEMO_MODELS:
+        raise ModelError(f"there is no demo model {name!r}", hint=nearest(name, DEMO_MODELS))
     return Path(__file__).parent / name
+
+
+def demo_text() -> Text:
+    """Return the text of the demo: files of the standard library that share nothing with each other."""
+    from msp_plugin.pipeline import Text
+
+    return Text(
+        data="demo:calibration", search="demo:search", test="demo:test",
+        samples=64, length=256, test_samples=128, batch=16,
+    )  # fmt: skip

@@ -1,0 +1,25 @@
+"""The command ``msp``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Read by these packages when they are imported, so they are set before anything is.
+_QUIET = {
+    "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def main() -> None:
+    """Run the command line; exit 0, the error's code, or 130 after Ctrl-C."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not {"-v", "--verbose"} & set(sys.argv):
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+    from msp_plugin.cli.app import run
+
+    run()

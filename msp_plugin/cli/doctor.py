@@ -1,0 +1,104 @@
+"""``msp doctor``: what this environment can do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from dataclasses import dataclass
+
+from msp_plugin.enable import hook_file, is_enabled
+from msp_plugin.errors import MSPError
+from msp_plugin.files import default_cache
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: ``state`` is ok, warn or fail."""
+
+    name: str
+    state: str
+    found: str
+    advice: str = ""
+
+
+def examine() -> list[Check]:
+    """Return all findings, in the order in which a user should mend them."""
+    return [_python(), *_packages(), _host(), _device(), _plugins(), _hook(), _cache()]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _python() -> Check:
+    good = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    return Check(
+        "python", "ok" if good else "warn", platform.python_version(), "" if good else "tested on 3.11 to 3.13"
+    )
+
+
+def _packages() -> list[Check]:
+    checks = []
+    for name, extra in (
+        ("torch", None), ("transformers", None), ("llmcompressor", "llmcompressor"),
+        ("compressed-tensors", "llmcompressor"), ("datasets", "llmcompressor"),
+    ):  # fmt: skip
+        found = _version(name)
+        if found is not None:
+            checks.append(Check(name, "ok", found))
+        elif extra is None:
+            checks.append(Check(name, "fail", "not installed", f"pip install {name}"))
+        else:
+            checks.append(Check(name, "warn", "not installed", f"pip install 'msp_plugin[{extra}]'"))
+    return checks
+
+
+def _host() -> Check:
+    if _version("llmcompressor") is None:
+        return Check("modifier", "warn", "MixedSparsityModifier needs llm-compressor")
+    try:
+        from msp_plugin.hosts.llm_compressor import register_modifier
+
+        return Check("modifier", "ok", f"{register_modifier().__name__} is registered with llm-compressor")
+    except Exception as error:
+        return Check("modifier", "fail", f"{type(error).__name__}: {error}", "reinstall the llmcompressor extra")
+
+
+def _device() -> Check:
+    try:
+        import torch
+    except ImportError as error:
+        return Check("device", "fail", str(error))
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return Check(
+            "device", "ok", f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        )
+    return Check("device", "ok", f"CPU, {torch.get_num_threads()} threads")
+
+
+def _plugins() -> Check:
+    from msp_plugin.plugins import Plugins
+
+    try:
+        found = Plugins()
+    except MSPError as error:
+        return Check("plugins", "fail", error.message, error.hint or "")
+    counts = ", ".join(f"{len(components)} {kind}" for kind, components in found.components.items())
+    return Check("plugins", "ok", counts)
+
+
+def _hook() -> Check:
+    if is_enabled():
+        return Check("autoload", "ok", f"enabled by {hook_file()}")
+    return Check("autoload", "ok", "off; `msp enable` makes the modifier known to unchanged scripts")
+
+
+def _cache() -> Check:
+    path = default_cache()
+    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else 0
+    return Check("cache", "ok", f"{path}, {size / 2**20:.0f} MiB; it may be removed at any time")

@@ -1,0 +1,124 @@
+"""Read a recipe for llm-compressor, and refuse what the host would silently ignore."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from msp_plugin.errors import MSPError, RecipeError, nearest
+from msp_plugin.hosts.llm_compressor import register_modifier
+
+OURS = "MixedSparsityModifier"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a repeated key is an error; the host would keep the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise RecipeError(
+                    f"the recipe names {key!r} twice in one group (line {key_node.start_mark.line + 1})",
+                    hint="llm-compressor would run the last one only: put the second into a group of its own",
+                )
+            seen.add(key if isinstance(key, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(source: str | Path) -> dict[str, Any]:
+    """Return the recipe of a YAML or JSON file, or of a text that holds one.
+
+    Raises:
+        RecipeError: missing, unreadable, or not in the three levels stage, group, modifier.
+    """
+    path = Path(source) if "\n" not in str(source) else None
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise RecipeError(f"there is no recipe at {path}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+    else:
+        text = str(source)
+    try:
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"the recipe is not YAML: {error}") from None
+    _check_levels(data)
+    return data
+
+
+_EXAMPLE = "sparsity_stage: {sparsity_modifiers: {MixedSparsityModifier: {sparsity: 0.75}}}"
+
+
+def _check_levels(data: Any) -> None:
+    if not isinstance(data, dict) or not data:
+        raise RecipeError("the recipe is empty or no mapping", hint=f"write e.g. {_EXAMPLE}")
+    stages = 0
+    for stage, groups in data.items():
+        if stage == "args":
+            continue
+        if not str(stage).endswith("_stage") or not isinstance(groups, dict):
+            raise RecipeError(
+                f"recipe key {stage!r} is no stage: llm-compressor would ignore it in silence",
+                hint=f"a recipe has three levels, x_stage, y_modifiers, ClassName: {_EXAMPLE}",
+            )
+        for group, modifiers in groups.items():
+            if not str(group).endswith("_modifiers") or not isinstance(modifiers, dict):
+                raise RecipeError(
+                    f"{group!r} in {stage!r} is no group of modifiers: llm-compressor would ignore it",
+                    hint=f"its name must end in _modifiers and it must hold modifiers: {_EXAMPLE}",
+                )
+            for name, arguments in modifiers.items():
+                if not isinstance(arguments, dict):
+                    raise RecipeError(
+                        f"modifier {name!r} has {arguments!r} for arguments", hint="write a mapping, or {}"
+                    )
+        stages += 1
+    if not stages:
+        raise RecipeError("the recipe has no stage", hint=f"write e.g. {_EXAMPLE}")
+
+
+def our_lines(recipe: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of every MixedSparsityModifier of a recipe, for reading and changing."""
+    for stage, groups in recipe.items():
+        if str(stage).endswith("_stage"):
+            for modifiers in groups.values():
+                if OURS in modifiers:
+                    yield modifiers[OURS]
+
+
+def build_recipe(recipe: dict[str, Any]) -> Any:
+    """Return llm-compressor's own Recipe with every modifier built, ours included.
+
+    Raises:
+        RecipeError: an unknown modifier, or arguments that it refuses.
+    """
+    register_modifier()
+    from llmcompressor.modifiers.factory import ModifierFactory
+    from llmcompressor.recipe import Recipe
+
+    if not ModifierFactory._loaded:
+        ModifierFactory.refresh()
+    known = {
+        *ModifierFactory._main_registry,
+        *ModifierFactory._experimental_registry,
+        *ModifierFactory._registered_registry,
+    }
+    for stage, groups in recipe.items():
+        for modifiers in groups.values() if str(stage).endswith("_stage") else ():
+            for name in modifiers:
+                if name not in known:
+                    raise RecipeError(f"there is no modifier {name!r}", hint=nearest(name, known))
+    try:
+        return Recipe.from_dict(recipe)
+    except MSPError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"llm-compressor refuses the recipe: {error}") from error

@@ -1,0 +1,191 @@
+"""Shared fixtures: tiny seeded models, a tiny tokenizer, samples, problems and sample plugins."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from msp_plugin.calibration import CalibrationSet
+from msp_plugin.database.build import build_database
+from msp_plugin.database.store import LevelDatabase
+from msp_plugin.models import prunable_layers
+from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.plan.levels import parse_menu, parse_sparsity
+from msp_plugin.plan.units import Layer, Unit, UnitTable
+from msp_plugin.plugins import Plugins
+from msp_plugin.pruning.magnitude import Magnitude
+
+settings.register_profile("msp", deadline=None, max_examples=60, derandomize=True, database=None)
+settings.load_profile("msp")
+
+SAMPLE_PLUGINS = Path(__file__).parent / "plugins"
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+}
+TEXT = (
+    "The cat sat on the mat, and the dog sat on the log. A sparse matrix keeps two of every four weights; "
+    "the search says which layer may keep fewer.\n"
+)
+
+
+def _llama():
+    torch.manual_seed(1)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).float().eval()
+
+
+def _qwen2():
+    torch.manual_seed(2)
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.1)
+    return model
+
+
+@pytest.fixture
+def llama():
+    return _llama()
+
+
+@pytest.fixture
+def qwen2():
+    return _qwen2()
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def model(request):
+    return {"llama": _llama, "qwen2": _qwen2}[request.param]()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=96, special_tokens=["<unk>", "</s>"], show_progress=False)
+    raw.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("models") / "llama"
+    _llama().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def qwen2_dir(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("models") / "qwen2"
+    _qwen2().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_samples():
+    def make(count=6, length=24, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, SIZES["vocab_size"], (count, length), generator=generator)
+        return CalibrationSet(tuple(row.clone() for row in ids), f"random {seed}")
+
+    return make
+
+
+@pytest.fixture
+def data(make_samples):
+    return make_samples()
+
+
+@pytest.fixture(scope="session")
+def make_problem():
+    """A problem from (out, in) shapes, one layer a unit, with levels and a target as recipes write them."""
+
+    def make(shapes, levels, target):
+        units = tuple(
+            Unit(f"layers.{i}.proj", i, (Layer(f"layers.{i}.proj", out, width),))
+            for i, (out, width) in enumerate(shapes)
+        )
+        return AllocationProblem(UnitTable(units), parse_menu(levels), parse_sparsity(target))
+
+    return make
+
+
+@pytest.fixture
+def magnitude_database(tmp_path, llama, data):
+    """A database of ``llama`` at dense, 2:4 and 1:4 by magnitude, and the table it is for."""
+    table = prunable_layers(llama)
+    database = LevelDatabase(tmp_path / "cache", {"test": "magnitude"}, parse_menu(["dense", "2:4", "1:4"]))
+    build_database(database, llama, table, Magnitude(), data)
+    return database, table
+
+
+@pytest.fixture(scope="session")
+def bits():
+    """The bytes and the ``requires_grad`` of every parameter and buffer, so that NaN equals NaN."""
+
+    def bits(model):
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return {
+            name: (t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), t.requires_grad)
+            for name, t in tensors
+        }
+
+    return bits
+
+
+@pytest.fixture(scope="session")
+def count_hooks():
+    def count(model):
+        return sum(
+            len(value)
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if name.endswith("_hooks") and isinstance(value, dict)
+        )
+
+    return count
+
+
+@pytest.fixture(scope="session")
+def sample_plugin():
+    """Load a plugin module of tests/plugins by its file's stem."""
+
+    def load(stem):
+        name = f"msp_sample_{stem}"
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, SAMPLE_PLUGINS / f"{stem}.py")
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        return sys.modules[name]
+
+    return load
+
+
+@pytest.fixture
+def plugins_with(sample_plugin):
+    """The built-in plugins with some of tests/plugins, and nothing that is installed."""
+
+    def make(*stems):
+        return Plugins(extra={stem: sample_plugin(stem) for stem in stems}, entry_points=False)
+
+    return make

@@ -1,0 +1,275 @@
+"""The modifier through llm-compressor's own ``oneshot``, on the embedded Qwen2-type model."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from msp_plugin import MixedSparsityModifier
+from msp_plugin.calibration import load_texts, tokenize
+from msp_plugin.demo import demo_model_path
+from msp_plugin.errors import NumericsError, RecipeError, VerificationError
+from msp_plugin.models import load_model, load_tokenizer
+from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.levels import Level
+
+SEARCH = {"name": "msp", "population": 3, "generations": 1, "offspring": 2, "tokens": 128}
+FISHER = {"fisher": {"samples": 2}}
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    tokenizer = load_tokenizer(demo_model_path("qwen2"))
+    texts = load_texts("demo:calibration")
+    return tokenize(tokenizer, texts, samples=8, length=64, source="demo:calibration")
+
+
+@pytest.fixture
+def model():
+    return load_model(demo_model_path("qwen2"), "float32")
+
+
+def loader(calibration):
+    return DataLoader([{"input_ids": sample} for sample in calibration.samples], batch_size=4)
+
+
+def run(model, recipe, calibration, **kwargs):
+    from llmcompressor import oneshot
+
+    return oneshot(model=model, recipe=recipe, dataset=loader(calibration), **kwargs)
+
+
+def hooks(model):
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()
+    )
+
+
+def groups(weight, m):
+    return (weight.reshape(weight.shape[0], -1, m) != 0).sum(-1)
+
+
+def linears(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n}
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_every_method_prunes_every_group_to_the_level_and_touches_nothing_else(
+    method, model, calibration, tmp_path
+):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    modifier = MixedSparsityModifier(
+        sparsity=0.5, levels=["2:4"], method=method, allocator="uniform", cache=str(tmp_path),
+        ignore=["re:.*layers.0.mlp.down_proj"],
+    )  # fmt: skip
+    run(model, [modifier], calibration)
+    for name, module in linears(model).items():
+        if name == "model.layers.0.mlp.down_proj":
+            assert torch.equal(module.weight, before[f"{name}.weight"])
+        else:
+            assert (groups(module.weight, 4) == 2).all(), name
+    pruned = {f"{name}.weight" for name in modifier.stats.zeros}
+    for name, parameter in model.named_parameters():
+        if name not in pruned:
+            assert torch.equal(parameter, before[name]), name
+    assert modifier.stats.sparsity == 0.5
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "host"), [("sparsegpt", "SparseGPTModifier"), ("wanda", "WandaPruningModifier")]
+)
+@pytest.mark.parametrize("pipeline", ["sequential", "independent"])
+def test_a_uniform_2_4_run_is_bit_identical_to_the_hosts_own(method, host, pipeline, model, calibration):
+    from llmcompressor.modifiers.factory import ModifierFactory
+
+    ours = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method=method, allocator="uniform")
+    run(model, [ours], calibration, pipeline=pipeline)
+    theirs = ModifierFactory.create(
+        host, allow_registered=True, allow_experimental=True, sparsity=0.5, mask_structure="2:4",
+        targets=["Linear"], ignore=["re:.*lm_head"],
+    )  # fmt: skip
+    reference = load_model(demo_model_path("qwen2"), "float32")
+    run(reference, [theirs], calibration, pipeline=pipeline)
+    for name, module in linears(reference).items():
+        assert torch.equal(module.weight, model.get_submodule(name).weight), name
+
+
+def test_a_given_allocation_is_pruned_layer_by_layer(model, calibration, tmp_path):
+    searched = MixedSparsityModifier(
+        sparsity=0.75, method="wanda", allocator=SEARCH, estimators=FISHER, cache=str(tmp_path)
+    )
+    run(model, [searched], calibration, output_dir=str(tmp_path / "first"))
+    path = tmp_path / "first" / "allocation.json"
+    allocation = Allocation.read(path)
+    assert len(set(allocation.levels)) > 1
+
+    again = load_model(demo_model_path("qwen2"), "float32")
+    given = MixedSparsityModifier(allocation=str(path), method="wanda")
+    run(again, [given], calibration)
+    for name, level in allocation.by_layer.items():
+        weight = again.get_submodule(name).weight
+        assert groups(weight, level.m).max() == groups(weight, level.m).min() == level.n, name
+        assert torch.equal(weight, model.get_submodule(name).weight)
+
+
+def test_the_same_recipe_twice_gives_the_same_bytes(calibration, tmp_path):
+    files = []
+    for turn in ("a", "b"):
+        model = load_model(demo_model_path("qwen2"), "float32")
+        modifier = MixedSparsityModifier(
+            sparsity="5/8", method="sparsegpt", allocator=SEARCH, estimators=FISHER, cache=str(tmp_path / turn)
+        )
+        run(model, [modifier], calibration, output_dir=str(tmp_path / f"out-{turn}"))
+        files.append(tmp_path / f"out-{turn}")
+    for name in ("allocation.json", "model.safetensors"):
+        assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes(), name
+
+
+def test_a_run_leaves_a_checkpoint_that_plain_transformers_loads(model, calibration, tmp_path):
+    modifier = MixedSparsityModifier(sparsity=0.75, method="magnitude", allocator="uniform", levels=["2:8"])
+    run(model, [modifier], calibration, output_dir=str(tmp_path / "out"))
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "recipe.yaml", "allocation.json", "run.json"} <= names
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config and "sparsity_config" not in config
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, module in linears(plain).items():
+        assert torch.equal(module.weight, model.get_submodule(name).weight)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["sparsity"]["achieved"] == record["sparsity"]["target"] == 0.75
+    assert record["sparsity"]["zeros"] == sum(int((m.weight == 0).sum()) for m in linears(plain).values())
+
+
+def test_a_yaml_recipe_gives_what_python_gives(model, calibration, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "a_stage:\n  b_modifiers:\n    MixedSparsityModifier:\n"
+        '      {sparsity: 0.5, method: wanda, allocator: uniform, levels: ["4:8"]}\n'
+    )
+    run(model, str(recipe), calibration, output_dir=str(tmp_path / "out"))
+    other = load_model(demo_model_path("qwen2"), "float32")
+    run(
+        other,
+        [MixedSparsityModifier(sparsity=0.5, method="wanda", allocator="uniform", levels=["4:8"])],
+        calibration,
+    )
+    for name, module in linears(other).items():
+        assert torch.equal(module.weight, model.get_submodule(name).weight)
+    assert "MixedSparsityModifier" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W4A16"])
+@pytest.mark.parametrize("pipeline", ["sequential", "independent"])
+def test_round_to_nearest_quantization_afterwards_keeps_the_pattern_after_reload(
+    scheme, pipeline, model, calibration, tmp_path
+):
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    modifier = MixedSparsityModifier(
+        sparsity=0.75, method="wanda", allocator=SEARCH, estimators=FISHER, cache=str(tmp_path)
+    )
+    quantize = QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
+    run(model, [modifier, quantize], calibration, output_dir=str(tmp_path / "out"), pipeline=pipeline)
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    allocation = Allocation.read(tmp_path / "out" / "allocation.json")
+    for name, level in allocation.by_layer.items():
+        weight = reloaded.get_submodule(name).weight.float()
+        assert (groups(weight, level.m) <= level.n).all(), name
+        assert (weight != 0).any(), name
+
+
+def test_a_later_modifier_that_destroys_the_pattern_is_an_error(model, calibration):
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    ours = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="wanda", allocator="uniform")
+    gptq = GPTQModifier(targets="Linear", scheme="W8A16", ignore=["lm_head"])
+    with pytest.raises(VerificationError, match="after a later modifier.*planned was 2:4"):
+        run(model, [ours, gptq], calibration)
+
+
+def test_a_method_that_fails_leaves_no_hooks_in_the_model(model, calibration):
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight.mul_(1e30)  # overflows in the activations, finite itself
+    modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="sparsegpt", allocator="uniform")
+    with pytest.raises(NumericsError, match="layers.3.mlp.down_proj"):
+        run(model, [modifier], calibration)
+    assert hooks(model) == 0
+
+
+def test_a_search_that_is_interrupted_restores_the_dense_weights(model, calibration, tmp_path):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    modifier = MixedSparsityModifier(
+        sparsity=0.75, method="wanda", allocator=SEARCH, estimators=FISHER, cache=str(tmp_path)
+    )
+
+    def interrupt(step, done, total):
+        if step == "search" and done == 2:
+            raise KeyboardInterrupt
+
+    modifier.report_to(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, [modifier], calibration)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert hooks(model) == 0
+
+
+@contextmanager
+def refused(error, *words):
+    with pytest.raises(error) as caught:
+        yield
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_options_are_refused_before_a_model_is_there():
+    with refused(RecipeError, "sparsty", "did you mean 'sparsity'"):
+        MixedSparsityModifier(sparsty=0.5)
+    with refused(RecipeError, "wnda", "did you mean 'wanda'"):
+        MixedSparsityModifier(sparsity=0.5, method="wnda")
+    with refused(RecipeError, "2:4", "quotes"):
+        MixedSparsityModifier(sparsity=0.5, levels=[124])
+    with refused(RecipeError, "outside [0, 1)", "0.75"):
+        MixedSparsityModifier(sparsity=75)
+    with refused(RecipeError, "sparsity is missing"):
+        MixedSparsityModifier()
+    with refused(RecipeError, "block_size", "3:48"):
+        MixedSparsityModifier(sparsity=0.5, levels=["3:48", "dense"], method="sparsegpt")
+
+
+def test_a_missing_dataset_is_named(model):
+    from llmcompressor import oneshot
+
+    modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="wanda", allocator="uniform")
+    with refused(RecipeError, "needs calibration data", "dataset="):
+        oneshot(model=model, recipe=[modifier])
+
+
+def test_magnitude_with_uniform_levels_needs_no_dataset(model):
+    from llmcompressor import oneshot
+
+    modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="magnitude", allocator="uniform")
+    oneshot(model=model, recipe=[modifier])
+    assert all((groups(m.weight, 4) == 2).all() for m in linears(model).values())
+
+
+def test_dense_levels_leave_their_layers_bit_identical(model, calibration, tmp_path):
+    from msp_plugin.models import prunable_layers
+
+    table = prunable_layers(model)
+    levels = tuple(Level.parse("2:8" if unit.block % 2 else "dense") for unit in table)
+    path = tmp_path / "allocation.json"
+    draft = Allocation(table, levels, target="1/2")
+    path.write_text(Allocation(table, levels, draft.budget.sparsity).to_json())
+    before = {name: m.weight.detach().clone() for name, m in linears(model).items()}
+    run(model, [MixedSparsityModifier(allocation=str(path), method="sparsegpt")], calibration)
+    for name, level in Allocation.read(path).by_layer.items():
+        same = torch.equal(model.get_submodule(name).weight, before[name])
+        assert same == level.is_dense, name

@@ -1,0 +1,59 @@
+import pytest
+
+from msp_plugin.errors import RecipeError
+from msp_plugin.hosts.llm_compressor.recipe import build_recipe, our_lines, read_recipe
+
+GOOD = "a_stage:\n  b_modifiers:\n    MixedSparsityModifier: {sparsity: 0.75}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("MixedSparsityModifier: {sparsity: 0.75}\n", ["is no stage", "ignore it in silence"]),
+        ("a_stage:\n  MixedSparsityModifier: {sparsity: 0.75}\n", ["no group of modifiers"]),
+        ("a:\n  b_modifiers:\n    MixedSparsityModifier: {}\n", ["'a' is no stage"]),
+        ("a_stage:\n  b_modifiers: {MixedSparsityModifier: 3}\n", ["has 3 for arguments"]),
+        ("\n", ["empty or no mapping"]),
+        ("a_stage: [\n", ["not YAML"]),
+        (
+            "a_stage:\n  b_modifiers:\n    WandaPruningModifier: {sparsity: 0.5}\n"
+            "    WandaPruningModifier: {sparsity: 0.6}\n",
+            ["'WandaPruningModifier' twice", "line 4", "last one only"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_llm_compressor_would_ignore_or_misread_is_refused(text, words):
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(text)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_missing_recipe_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="no recipe at .*nothing.yaml"):
+        read_recipe(tmp_path / "nothing.yaml")
+
+
+def test_an_unknown_modifier_names_the_nearest_one():
+    with pytest.raises(RecipeError, match="did you mean 'MixedSparsityModifier'"):
+        build_recipe(read_recipe(GOOD.replace("Mixed", "Mxed")))
+
+
+def test_a_refusal_by_the_host_is_passed_on():
+    with pytest.raises(RecipeError, match="llm-compressor refuses"):
+        build_recipe(read_recipe("a_stage:\n  b_modifiers:\n    WandaPruningModifier: {colour: red}\n"))
+
+
+def test_unquoted_levels_in_yaml_are_explained():
+    text = GOOD.replace("{sparsity: 0.75}", "{sparsity: 0.5, levels: [2:4, dense]}")
+    with pytest.raises(RecipeError, match='reads an unquoted 2:4 in base 60'):
+        build_recipe(read_recipe(text))
+
+
+def test_our_lines_are_found_in_every_stage():
+    recipe = read_recipe(GOOD + GOOD.replace("a_stage", "c_stage").replace("0.75", "0.5"))
+    assert [line["sparsity"] for line in our_lines(recipe)] == [0.75, 0.5]
+
+
+def test_a_good_recipe_becomes_the_hosts_own_object():
+    recipe = build_recipe(read_recipe(GOOD))
+    assert [type(m).__name__ for m in recipe.modifiers] == ["MixedSparsityModifier"]

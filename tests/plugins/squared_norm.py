@@ -1,0 +1,40 @@
+"""An estimator and an allocator that reads it."""
+
+from dataclasses import dataclass
+
+from msp_plugin import hookimpl
+from msp_plugin.allocators.base import AllocationResult, Allocator
+from msp_plugin.sensitivity.base import Estimator, silent
+
+
+@dataclass(frozen=True)
+class SquaredNorm(Estimator):
+    """The squared Frobenius norm of the weight."""
+
+    name = "squared_norm"
+    scale: float = 1.0
+
+    def layer_sensitivities(self, model, data, layers, progress=silent):
+        return {name: self.scale * float(model.get_submodule(name).weight.square().sum()) for name in layers}
+
+
+@dataclass(frozen=True)
+class DenseWhereLarge(Allocator):
+    """Large units stay as dense as the budget allows."""
+
+    name = "dense_where_large"
+    sensitivities = ("squared_norm",)
+
+    def allocate(self, inputs):
+        wish = inputs.sensitivities["squared_norm"] / inputs.sensitivities["squared_norm"].max()
+        return AllocationResult(inputs.problem.repair(wish, wish + 1e-3))
+
+
+@hookimpl
+def msp_register_estimators():
+    return [SquaredNorm]
+
+
+@hookimpl
+def msp_register_allocators():
+    return [DenseWhereLarge]

@@ -1,0 +1,100 @@
+"""`msp enable`, `msp disable` and a third-party distribution, in fresh interpreters."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPE = "a_stage: {b_modifiers: {MixedSparsityModifier: {sparsity: 0.5}}}"
+SCRIPT = f"from llmcompressor.recipe import Recipe; print(Recipe.create_instance({RECIPE!r}).modifiers)"
+
+
+def python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}
+    )
+
+
+def test_enable_makes_an_unchanged_script_know_the_modifier_and_disable_undoes_it(tmp_path):
+    # A site directory of its own stands for site-packages: this environment is left as it is.
+    code = (
+        "import sysconfig, sys; from pathlib import Path\n"
+        f"sysconfig.get_paths = lambda *a, **k: {{'purelib': {str(tmp_path)!r}}}\n"
+        "from msp_plugin import enable\n"
+    )
+    script = f"import site; site.addsitedir({str(tmp_path)!r})\n{SCRIPT}"
+    before = python(script)
+    assert before.returncode != 0 and "No modifier of type 'MixedSparsityModifier'" in before.stderr
+    assert python(code + "enable.enable(); assert enable.is_enabled()").returncode == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["msp_plugin_autoload.pth"]
+    during = python(script)
+    assert "MixedSparsityModifier" in during.stdout, during.stderr
+    assert python(code + "enable.disable(); assert not enable.is_enabled()").returncode == 0
+    assert list(tmp_path.iterdir()) == []
+    assert python(script).returncode != 0
+
+
+def test_the_start_up_hook_imports_neither_torch_nor_the_host():
+    code = "import msp_plugin._autoload, sys; print([m for m in ('torch', 'llmcompressor') if m in sys.modules])"
+    assert python(code).stdout.strip() == "[]"
+
+
+def test_one_import_makes_the_modifier_known():
+    done = python(f"from msp_plugin import MixedSparsityModifier; {SCRIPT}")
+    assert "MixedSparsityModifier" in done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def ria(tmp_path_factory):
+    target = tmp_path_factory.mktemp("site")
+    source = Path(__file__).parent / "plugins" / "msp-ria"
+    copy = tmp_path_factory.mktemp("src")
+    for name in ("pyproject.toml", "msp_ria.py"):
+        (copy / name).write_text((source / name).read_text())
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation",
+         "--target", str(target), str(copy)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return {"PYTHONPATH": os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_a_third_party_method_of_25_lines_prunes_like_a_built_in_one(ria, tmp_path):
+    assert len((Path(__file__).parent / "plugins/msp-ria/msp_ria.py").read_text().splitlines()) <= 25
+    text = tmp_path / "text.txt"
+    text.write_text("for i in range(10):\n    print(i * i)\n" * 200)
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "msp_plugin", "prune", "demo:qwen2", "-s", "0.75", "-m", "ria", "--data",
+         str(text), "--samples", "6", "--length", "64", "--test-samples", "2", "--dtype", "float32",
+         "--set", "allocator.population=3", "--set", "allocator.generations=1", "--set",
+         "allocator.tokens=128", "--set", "method.power=0.7", "--cache", str(tmp_path / "cache"),
+         "--out", str(out)],
+        capture_output=True, text=True, env={**os.environ, **ria},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    from msp_plugin.checkpoint.recount import recount_model
+    from msp_plugin.models import load_model
+    from msp_plugin.plan.allocation import Allocation
+
+    allocation = Allocation.read(out / "allocation.json")
+    assert allocation.provenance["method"]["power"] == 0.7
+    assert recount_model(load_model(out), allocation).sparsity == 0.75
+
+
+def test_the_plugin_list_names_the_distribution_of_each_component(ria):
+    done = subprocess.run(
+        [sys.executable, "-m", "msp_plugin", "plugins", "--json"],
+        capture_output=True, text=True, env={**os.environ, **ria},
+    )  # fmt: skip
+    assert '"ria (msp-ria 1.0)"' in done.stdout
+
+
+def test_a_blocked_plugin_is_not_loaded(ria):
+    done = subprocess.run(
+        [sys.executable, "-m", "msp_plugin", "plugins", "--json"],
+        capture_output=True, text=True, env={**os.environ, **ria, "MSP_BLOCK_PLUGINS": "ria"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "msp-ria" not in done.stdout

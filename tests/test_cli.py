@@ -1,0 +1,174 @@
+"""The command line in one process, on the embedded Qwen2-type model with a small search."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from msp_plugin.cli import main
+from msp_plugin.demo import demo_model_path
+from msp_plugin.plan.allocation import Allocation
+
+SMALL = ["--samples", "6", "--length", "64", "--text-column", "text"]
+SEARCH = [
+    "--set", "allocator.population=3", "--set", "allocator.generations=1", "--set", "allocator.offspring=2",
+    "--set", "allocator.tokens=128", "--set", "fisher.samples=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def msp(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("MSP_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["msp", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        captured = capsys.readouterr()
+        assert (done.value.code or 0) == code, captured.err
+        return captured
+
+    return run
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"def function_{i}(a, b):\n    return a * {i} + b\n" for i in range(800)))
+    return path
+
+
+def test_every_command_shows_an_example_in_its_help(msp):
+    commands = ("demo", "run", "prune", "allocate", "sensitivity", "plugins", "doctor", "enable", "disable")
+    listed = msp("--help").out
+    for command in commands:
+        assert command in listed
+        assert f"Example: msp {command}" in msp(command, "--help").out, command
+
+
+def test_prune_leaves_a_whole_run_and_json_equals_the_file(msp, text_file, tmp_path):
+    out = tmp_path / "out"
+    printed = msp(
+        "prune", "demo:qwen2", "-s", "0.75", "--method", "wanda", "--data", text_file, "--out", out,
+        *SMALL, *SEARCH, "--test-samples", "4", "--dtype", "float32", "--json",
+    )  # fmt: skip
+    record = json.loads(printed.out)
+    assert record == json.loads((out / "run.json").read_text())
+    assert record["sparsity"]["achieved"] == record["sparsity"]["target"] == 0.75
+    assert set(record["perplexity"]) == {"dense", "uniform", "mixed"}
+    assert all(value > 1 for value in record["perplexity"].values())
+    assert record["search"]["forward_tokens"] == 128 * record["search"]["evaluations"]
+    assert record["search"]["loss"] <= record["search"]["uniform_loss"]
+    assert Allocation.read(out / "allocation.json").budget.exact
+    assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert [p.name for p in tmp_path.iterdir() if ".partial" in p.name] == []
+
+
+def test_run_takes_any_recipe_of_the_host(msp, text_file, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        'a_stage:\n  b_modifiers:\n    WandaPruningModifier: {sparsity: 0.5, mask_structure: "2:4", '
+        'targets: [Linear], ignore: ["re:.*lm_head"]}\n'
+    )
+    out = tmp_path / "out"
+    msp(
+        "run", recipe, "--model", "demo:qwen2", "--data", text_file, "--out", out, *SMALL,
+        "--test-samples", "4", "--dtype", "float32",
+    )  # fmt: skip
+    assert set(json.loads((out / "run.json").read_text())["perplexity"]) == {"dense", "uniform", "result"}
+    assert not (out / "allocation.json").exists()
+
+
+def test_an_allocation_made_once_prunes_later(msp, text_file, tmp_path):
+    path, out = tmp_path / "allocation.json", tmp_path / "out"
+    shown = msp(
+        "allocate", "demo:qwen2", "-s", "5/8", "--method", "magnitude", "--data", text_file, "--out", path,
+        *SMALL, *SEARCH, "--dtype", "float32",
+    )  # fmt: skip
+    assert "model.layers.0.self_attn.qkv_proj" in shown.out
+    msp(
+        "prune", "demo:qwen2", "--allocation", path, "--method", "magnitude", "--data", text_file,
+        "--out", out, *SMALL, "--test-samples", "4", "--dtype", "float32", "--no-baseline",
+    )  # fmt: skip
+    assert Allocation.read(out / "allocation.json") == Allocation.read(path)
+
+
+def test_sensitivity_prints_one_row_per_unit(msp, text_file):
+    printed = msp("sensitivity", "demo:qwen2", "--data", text_file, "--samples", "2", "--length", "64", "--json")
+    rows = json.loads(printed.out)["units"]
+    assert len(rows) == 8 * 4
+    assert all(row["sensitivity"] > 0 for row in rows)
+
+
+def test_plugins_and_doctor_speak_json(msp):
+    rows = json.loads(msp("plugins", "--json").out)
+    assert {("pruner", "sparsegpt"), ("allocator", "msp"), ("estimator", "fisher")} <= {
+        (row["kind"], row["name"]) for row in rows
+    }
+    checks = json.loads(msp("doctor", "--json").out)
+    assert {c["name"] for c in checks} >= {"python", "torch", "llmcompressor", "modifier", "plugins"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"-s": "75"}, ["outside [0, 1)", "write 0.75"]),
+        ({"-s": "0.99"}, ["out of reach", "0 to 0.875"]),
+        ({"--method": "wandda"}, ["no pruner called 'wandda'", "did you mean 'wanda'"]),
+        ({"--allocator": "mps"}, ["no allocator called 'mps'"]),
+        ({"--set": "allocator.popsize=3"}, ["has no option 'popsize'"]),
+        ({"--set": "methd.block_size=3"}, ["no such role 'methd'", "did you mean 'method'"]),
+        ({"--levels": "2:4,3:7,dense"}, ["3:7 does not divide the width"]),
+        ({"--data": "/nowhere/text.txt"}, ["no data file at /nowhere/text.txt"]),
+        ({"--length": "4000"}, ["samples of 4000"]),
+        ({"--ignore": "layers.99"}, ["ignore 'layers.99' matches no module"]),
+        ({"--target": "q_prj"}, ["target 'q_prj' matches no module", "did you mean 'q_proj'"]),
+        ({"--dtype": "int8"}, ["dtype 'int8' is unknown"]),
+        ({"model": "/nowhere/model"}, ["no model directory at /nowhere/model"]),
+        ({"model": "demo:lama"}, ["no demo model 'lama'", "did you mean 'llama'"]),
+        ({"--set": "allocator.tokens=100000"}, ["asks for 100,000 held-out tokens"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_explained_and_nothing_is_written(msp, text_file, tmp_path, change, words):
+    given = {"-s": "0.75", "--data": str(text_file), "--method": "wanda", **change}
+    model = given.pop("model", "demo:qwen2")
+    extra = [] if "--length" in change else ["--length", "64"]
+    flat = [part for pair in given.items() for part in pair]
+    out = tmp_path / "out"
+    printed = msp(
+        "prune", model, *flat, "--samples", "6", *extra, "--test-samples", "4", "--out", out, code=2
+    )
+    assert printed.err.startswith("error: ")
+    for word in words:
+        assert word in printed.err
+    assert not out.exists()
+    assert [p.name for p in tmp_path.iterdir() if ".partial" in p.name] == []
+
+
+def test_an_output_directory_with_something_in_it_is_refused_first(msp, text_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    printed = msp(
+        "prune", "demo:qwen2", "-s", "0.5", "--data", text_file, "--out", tmp_path / "out", code=2
+    )
+    assert "is not empty" in printed.err
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+
+
+def test_a_checkpoint_with_nan_weights_is_refused_and_nothing_is_written(msp, text_file, tmp_path):
+    from msp_plugin.models import load_model, load_tokenizer
+
+    model = load_model(demo_model_path("qwen2"), "float32")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    load_tokenizer(demo_model_path("qwen2")).save_pretrained(tmp_path / "broken")
+    printed = msp(
+        "prune", tmp_path / "broken", "-s", "0.5", "--method", "wanda", "--allocator", "uniform", "--data",
+        text_file, "--out", tmp_path / "out", *SMALL, "--test-samples", "0", code=1,
+    )  # fmt: skip
+    assert "weights that are not finite, e.g. model.layers.2.mlp.up_proj" in printed.err
+    assert not (tmp_path / "out").exists()
