@@ -76,7 +76,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.nda
     """Return uint16[T]: the texts one after the other, each closed by ``<|endoftext|>``."""
     pieces = []
     for text in texts:
-        pieces.append(np.array(tokenizer(text).input_ids + [0], dtype=np.uint16))
+        pieces.append(np.array([*tokenizer(text).input_ids, 0], dtype=np.uint16))
     return np.concatenate(pieces)
 
 
@@ -129,9 +129,7 @@ def train(args: argparse.Namespace) -> None:
     step_model = torch.compile(model) if args.compile else model
     generator = np.random.default_rng(args.seed)
     budget, start, seen, step = int(args.tokens), time.time(), 0, 0
-    autocast = (
-        torch.autocast(device.type, dtype=torch.bfloat16) if args.bf16 else contextlib.nullcontext()
-    )
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if args.bf16 else contextlib.nullcontext()
     ema = None
     while True:
         progress = max(seen / budget, (time.time() - start) / (60 * args.minutes))

@@ -104,9 +104,7 @@ def allocate(
         result = allocator.allocate(_inputs(plan, problem, {}, None, None, lambda done, total: None))
         return Outcome(_finish(model, model_id, None, plan, problem, result, {}))
     if data is None:
-        raise RecipeError(
-            f"allocator {allocator.name!r} needs calibration text", hint="pass a dataset"
-        )
+        raise RecipeError(f"allocator {allocator.name!r} needs calibration text", hint="pass a dataset")
     start = time.monotonic()
     head, held_out = data.split(allocator.tokens) if allocator.needs_database else (data, data)
     sensitivities = {}
@@ -131,9 +129,13 @@ def allocate(
     with measured as loss:
         result = allocator.allocate(
             _inputs(
-                plan, problem, sensitivities, database, loss,
+                plan,
+                problem,
+                sensitivities,
+                database,
+                loss,
                 lambda done, total: progress("search", done, total),
-            )  # fmt: skip
+            )
         )
     now = time.monotonic()
     log.info("search %s: %d candidates, %.1f s", allocator.name, result.evaluations, now - began)
@@ -196,9 +198,7 @@ def _finish(
         "targets": list(plan.targets),
         "ignore": list(plan.ignore),
         "seed": plan.seed,
-        "calibration": (
-            None if data is None else {"fingerprint": data.fingerprint, "samples": len(data)}
-        ),
+        "calibration": (None if data is None else {"fingerprint": data.fingerprint, "samples": len(data)}),
         "loss": result.loss,
         "uniform_loss": result.uniform_loss,
         "versions": versions(),

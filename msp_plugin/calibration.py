@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from msp_plugin.errors import DataError, nearest
@@ -16,6 +18,8 @@ from msp_plugin.errors import DataError, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: Text read beyond what is asked for, so that a large corpus does not cost hours of tokenizing.
+_READ = 32
 _TEXT = (".txt", ".md", ".py", ".text")
 
 
@@ -98,8 +102,8 @@ def load_texts(source: str, text_column: str = "text") -> Iterable[str]:
     elif path.suffix in (*_TEXT, ".jsonl", ".json") or source.startswith((".", "/", "~")):
         raise DataError(f"there is no data file at {path}", hint="give a text or jsonl file, or a dataset")
     else:
-        texts = _hub_texts(source, text_column)
-    if not any(text.strip() for text in texts):
+        return _hub_texts(source, text_column)
+    if isinstance(texts, list) and not any(text.strip() for text in texts):
         raise DataError(f"{source} holds no text", hint="give a file with text in it")
     return texts
 
@@ -136,7 +140,7 @@ def _column(row: Any, column: str, where: str) -> str:
     return row[column]
 
 
-def _directory_texts(path: Path, column: str) -> list[str]:
+def _directory_texts(path: Path, column: str) -> Iterable[str]:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         from datasets import load_from_disk
 
@@ -147,13 +151,19 @@ def _directory_texts(path: Path, column: str) -> list[str]:
     return [text for file in files for text in _file_texts(file, column)]
 
 
-def _hub_texts(source: str, column: str) -> list[str]:
-    from datasets import load_dataset
-
+def _hub_texts(source: str, column: str) -> Iterator[str]:
+    """Stream a hub dataset: only the shards that are read are downloaded."""
     name, *rest = source.split(":")
-    config, split = (rest + [None, None])[:2] if len(rest) > 1 else (None, rest[0] if rest else None)
+    config, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
     try:
-        data = load_dataset(name, config, split=split or "train")
+        from datasets import load_dataset
+
+        data = load_dataset(name, config, split=split, streaming=True)
+    except ImportError:
+        raise DataError(
+            f"there is no file {source}, and hub datasets need the datasets package",
+            hint="pip install datasets, or give a file",
+        ) from None
     except Exception as error:  # datasets raises many types, and a connection many more
         raise DataError(
             f"{source!r} is neither a file nor a dataset that can be loaded: {type(error).__name__}: {error}",
@@ -162,13 +172,18 @@ def _hub_texts(source: str, column: str) -> list[str]:
     return _dataset_texts(data, column, source)
 
 
-def _dataset_texts(data: Any, column: str, source: str) -> list[str]:
-    if hasattr(data, "keys") and not hasattr(data, "column_names_list") and "train" in data:
+def _dataset_texts(data: Any, column: str, source: str) -> Iterator[str]:
+    """Return the texts of a dataset's column, of its train split if it has several."""
+    if isinstance(data, dict):
+        if "train" not in data:
+            raise DataError(
+                f"{source} has the splits {', '.join(data)} and no train", hint="give one split's directory"
+            )
         data = data["train"]
-    columns = getattr(data, "column_names", [])
-    if isinstance(columns, dict) or column not in columns:
+    columns = data.column_names or []
+    if column not in columns:
         raise DataError(f"{source} has no column {column!r}", hint=nearest(column, columns))
-    return [str(text) for text in data[column]]
+    return (str(row[column]) for row in data)
 
 
 def tokenize(
@@ -179,12 +194,14 @@ def tokenize(
     length: int,
     source: str,
     at_least: int | None = None,
+    seed: int = 0,
 ) -> CalibrationSet:
     """Return up to ``samples`` samples of exactly ``length`` tokens, cut from the joined documents.
 
     Documents are closed by the end-of-text token and joined in their order. When there is more text
-    than asked for, the samples are spread evenly over it, so that a large corpus is not judged by
-    its first document.
+    than asked for, the samples are spread evenly over it, so that a corpus is not judged by its first
+    document; a ``seed`` other than 0 moves each at random within its share. At most ``_READ`` times the
+    asked tokens are read.
 
     Raises:
         DataError: there are fewer than ``at_least`` samples (default: ``samples``) in the text.
@@ -194,6 +211,8 @@ def tokenize(
     end = tokenizer.eos_token_id
     stream: list[int] = []
     for text in texts:
+        if len(stream) > _READ * samples * length:
+            break
         if text:
             stream += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
             stream += [end] if end is not None else []
@@ -204,7 +223,11 @@ def tokenize(
             hint="give more text, or ask for fewer or shorter samples",
         )
     take = min(samples, found)
-    starts = [i * found // take for i in range(take)]
+    edges = [i * found // take for i in range(take + 1)]
+    starts = edges[:-1]
+    if seed:
+        rng = np.random.default_rng(seed)
+        starts = [int(rng.integers(low, high)) for low, high in pairwise(edges)]
     ids = torch.tensor(stream[: found * length], dtype=torch.int64).view(found, length)
     return CalibrationSet(tuple(ids[i].clone() for i in starts), source)
 
@@ -221,7 +244,7 @@ def from_dataloader(batches: Iterable[Any], source: str = "dataloader") -> Calib
             keys = sorted(batch.keys()) if hasattr(batch, "keys") else type(batch).__name__
             raise DataError(f"a calibration batch has no input_ids: {keys}", hint="tokenize the dataset")
         ids = torch.as_tensor(batch["input_ids"]).cpu()
-        mask = batch["attention_mask"] if "attention_mask" in batch else None
+        mask = batch.get("attention_mask")
         for i, row in enumerate(ids):
             kept = row if mask is None else row[torch.as_tensor(mask)[i].cpu().bool()]
             if len(kept) > 1:

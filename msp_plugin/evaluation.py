@@ -52,9 +52,7 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> float:
     total = 0.0
     step = max(1, _LOGITS // logits.shape[-1])
     for part, target in zip(logits.split(step), targets.split(step), strict=True):
-        total += float(
-            torch.nn.functional.cross_entropy(part.float(), target, reduction="sum").double()
-        )
+        total += float(torch.nn.functional.cross_entropy(part.float(), target, reduction="sum").double())
     return total
 
 

@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -77,7 +77,7 @@ def output_directory(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):  # safetensors creates its files readable by the owner alone
             file.chmod(file.stat().st_mode | (temporary.stat().st_mode & 0o444))
         try:
-            os.replace(temporary, path)  # an empty directory is replaced, a filled one is an error
+            temporary.rename(path)  # an empty directory is replaced, a filled one is an error
         except OSError as error:
             raise OutputError(f"cannot rename the finished run to {path}: {error}") from error
     finally:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(source: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    source: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU.
 
     Raises:
@@ -104,7 +106,7 @@ def prunable_layers(
         RecipeError: a pattern matches nothing in the model.
         ModelError: nothing is left to prune.
     """
-    prefix, blocks = decoder_blocks(model)
+    prefix, _ = decoder_blocks(model)
     named = {name: module for name, module in model.named_modules() if name}
     for kind, patterns in (("target", targets), ("ignore", ignore)):
         for pattern in patterns:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msp_plugin.allocate import Outcome, StepProgress, allocate, no_progress, versions
+from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress, versions
 from msp_plugin.calibration import CalibrationSet, join, load_texts, tokenize
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import DataError, MSPError
@@ -40,6 +40,7 @@ class Text:
         test_samples: samples of the perplexity; 0 measures none.
         column: of the text in jsonl files and datasets.
         batch: samples per forward pass of the host's calibration.
+        seed: of the choice of calibration and search samples; 0 spaces them evenly.
     """
 
     data: str
@@ -50,6 +51,7 @@ class Text:
     test_samples: int = 32
     column: str = "text"
     batch: int = 1
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: 
     reserved = 0 if text.test else text.test_samples
     documents = load_texts(text.data, text.column)
     found = tokenize(
-        tokenizer, documents, samples=text.samples + reserved, length=text.length, source=text.data
-    )
+        tokenizer, documents, samples=text.samples + reserved, length=text.length, source=text.data,
+        seed=text.seed,
+    )  # fmt: skip
     cut = len(found) - reserved
     parts = [CalibrationSet(found.samples[:cut], text.data)]
     test = CalibrationSet(found.samples[cut:], f"{text.data} [{cut}:]") if reserved else None
@@ -81,7 +84,7 @@ def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: 
         parts.append(
             tokenize(
                 tokenizer, load_texts(text.search, text.column), samples=held_out, length=text.length,
-                source=text.search,
+                source=text.search, seed=text.seed,
             )
         )  # fmt: skip
     if text.test and text.test_samples:
@@ -149,21 +152,27 @@ def run_recipe(
             loaded, samples.test, progress=lambda done, total: progress(f"perplexity, {name}", done, total)
         )
 
-    quality: dict[str, float | None] = {"dense": measure("dense", fresh()), "uniform": None}
+    loaded = fresh()
+    for plan in plans:
+        check_model(loaded, plan)
+        if plan.given is None and plan.allocator.needs_database:
+            samples.calibration.split(plan.allocator.tokens)
+    quality: dict[str, float | None] = {"dense": measure("dense", loaded), "uniform": None}
     if plans and baseline and samples.test is not None:
         plain = copy.deepcopy(steps)
         for line in our_lines(plain):
             if line.pop("allocation", None) is not None:
                 line["sparsity"] = str(plans[0].sparsity)
             line["allocator"] = "uniform"
+        del loaded
         loaded = fresh()
         _oneshot(loaded, plain, samples.calibration, text.batch, progress, "uniform, ")
         quality["uniform"] = measure("uniform", loaded)
-        del loaded
-        gc.collect()
+    del loaded
+    gc.collect()
     start = time.monotonic()
     loaded = fresh()
-    record, outcome = _oneshot(loaded, steps, samples.calibration, text.batch, progress)
+    record = _oneshot(loaded, steps, samples.calibration, text.batch, progress)
     record["seconds"] = round(time.monotonic() - start, 3)
     quality["mixed" if plans else "result"] = measure("mixed" if plans else "result", loaded)
     record["perplexity"] = quality
@@ -196,8 +205,8 @@ def _oneshot(
     batch: int,
     progress: StepProgress,
     prefix: str = "",
-) -> tuple[dict[str, Any], Outcome | None]:
-    """Run llm-compressor's oneshot on a loaded model; return the record and the outcome of our line."""
+) -> dict[str, Any]:
+    """Run llm-compressor's oneshot on a loaded model and return the record of our line, if there is one."""
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
 
@@ -213,9 +222,9 @@ def _oneshot(
     with _cleaned_up(recipe.modifiers):
         oneshot(model=model, recipe=recipe, dataset=loader)
     if not ours:
-        return {"schema": "msp_plugin/run", "version": 1, "versions": versions()}, None
+        return {"schema": "msp_plugin/run", "version": 1, "versions": versions()}
     modifier = ours[-1]
-    return run_record(modifier.outcome, modifier.stats, modifier.seed), modifier.outcome
+    return run_record(modifier.outcome, modifier.stats, modifier.seed)
 
 
 @contextmanager

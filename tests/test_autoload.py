@@ -37,7 +37,9 @@ def test_enable_makes_an_unchanged_script_know_the_modifier_and_disable_undoes_i
 
 
 def test_the_start_up_hook_imports_neither_torch_nor_the_host():
-    code = "import msp_plugin._autoload, sys; print([m for m in ('torch', 'llmcompressor') if m in sys.modules])"
+    code = (
+        "import msp_plugin._autoload, sys; print([m for m in ('torch', 'llmcompressor') if m in sys.modules])"
+    )
     assert python(code).stdout.strip() == "[]"
 
 

@@ -97,7 +97,9 @@ def test_an_allocation_made_once_prunes_later(msp, text_file, tmp_path):
 
 
 def test_sensitivity_prints_one_row_per_unit(msp, text_file):
-    printed = msp("sensitivity", "demo:qwen2", "--data", text_file, "--samples", "2", "--length", "64", "--json")
+    printed = msp(
+        "sensitivity", "demo:qwen2", "--data", text_file, "--samples", "2", "--length", "64", "--json"
+    )
     rows = json.loads(printed.out)["units"]
     assert len(rows) == 8 * 4
     assert all(row["sensitivity"] > 0 for row in rows)
@@ -141,7 +143,8 @@ def test_bad_input_is_explained_and_nothing_is_written(msp, text_file, tmp_path,
     printed = msp(
         "prune", model, *flat, "--samples", "6", *extra, "--test-samples", "4", "--out", out, code=2
     )
-    assert printed.err.startswith("error: ")
+    assert "error: " in printed.err and "Traceback" not in printed.err
+    assert "perplexity" not in printed.err  # nothing that takes time was done
     for word in words:
         assert word in printed.err
     assert not out.exists()
@@ -151,9 +154,7 @@ def test_bad_input_is_explained_and_nothing_is_written(msp, text_file, tmp_path,
 def test_an_output_directory_with_something_in_it_is_refused_first(msp, text_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    printed = msp(
-        "prune", "demo:qwen2", "-s", "0.5", "--data", text_file, "--out", tmp_path / "out", code=2
-    )
+    printed = msp("prune", "demo:qwen2", "-s", "0.5", "--data", text_file, "--out", tmp_path / "out", code=2)
     assert "is not empty" in printed.err
     assert (tmp_path / "out" / "precious").read_text() == "x"
 

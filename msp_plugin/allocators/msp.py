@@ -209,5 +209,3 @@ def _centred_rank(values: np.ndarray) -> np.ndarray:
     """Return ranks mapped linearly onto [-1, 1]; equal values keep their order."""
     ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
     return 2 * ranks / max(len(values) - 1, 1) - 1.0
-
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -68,22 +69,13 @@ def recount_model(model: torch.nn.Module, allocation: Allocation, after: str = "
     return PruneStats(zeros, weights)
 
 
-class _readable:
-    """The weight of a module on any device, onloaded if it is offloaded."""
-
-    def __init__(self, module: torch.nn.Module):
-        self.module = module
-
-    def __enter__(self) -> torch.Tensor:
-        try:
-            from compressed_tensors.utils import align_module_device
-        except ImportError:
-            self.context = None
-        else:
-            self.context = align_module_device(self.module)
-            self.context.__enter__()
-        return self.module.weight.detach()
-
-    def __exit__(self, *error: object) -> None:
-        if self.context is not None:
-            self.context.__exit__(*error)
+@contextmanager
+def _readable(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the weight of a module on any device, onloaded if a host has offloaded it."""
+    try:
+        from compressed_tensors.utils import align_module_device
+    except ImportError:  # without a host nothing is offloaded in its way
+        yield module.weight.detach()
+    else:
+        with align_module_device(module):
+            yield module.weight.detach()

@@ -41,15 +41,18 @@ def set_up_logs(verbose: bool) -> None:
 
 @contextmanager
 def progress_bars(show: bool = True) -> Iterator[StepProgress]:
-    """Yield a StepProgress that draws one bar per step on stderr."""
+    """Yield a StepProgress: a bar per step on a terminal, else a line when a step is done."""
     if not show:
         yield lambda step, done, total: None
+        return
+    if not err.is_terminal:
+        yield lambda step, done, total: err.print(f"{step}: {total}") if done == total else None
         return
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=err, transient=not err.is_terminal) as bars:
+    with Progress(*columns, console=err) as bars:
         tasks: dict[str, Any] = {}
 
         def report(step: str, done: int, total: int) -> None:

@@ -37,7 +37,10 @@ def _version(name: str) -> str | None:
 def _python() -> Check:
     good = (3, 11) <= sys.version_info[:2] <= (3, 13)
     return Check(
-        "python", "ok" if good else "warn", platform.python_version(), "" if good else "tested on 3.11 to 3.13"
+        "python",
+        "ok" if good else "warn",
+        platform.python_version(),
+        "" if good else "tested on 3.11 to 3.13",
     )
 
 
@@ -65,7 +68,9 @@ def _host() -> Check:
 
         return Check("modifier", "ok", f"{register_modifier().__name__} is registered with llm-compressor")
     except Exception as error:
-        return Check("modifier", "fail", f"{type(error).__name__}: {error}", "reinstall the llmcompressor extra")
+        return Check(
+            "modifier", "fail", f"{type(error).__name__}: {error}", "reinstall the llmcompressor extra"
+        )
 
 
 def _device() -> Check:
@@ -76,7 +81,9 @@ def _device() -> Check:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return Check(
-            "device", "ok", f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+            "device",
+            "ok",
+            f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free",
         )
     return Check("device", "ok", f"CPU, {torch.get_num_threads()} threads")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def _groups(
         yield group
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Ends a forward pass after the last layer that is observed."""
 
 
@@ -103,10 +103,8 @@ def collect(
     device = next(model.parameters()).device
     with _observed(model, units, pruner, statistics):
         for ids in data.batches(batch_tokens):
-            try:
+            with suppress(_EnoughError):
                 model(ids.to(device), use_cache=False)
-            except _Enough:
-                pass
     return statistics
 
 
@@ -135,7 +133,7 @@ def _observed(
 
     def stop(module: torch.nn.Module, args: Any, output: Any) -> None:
         if not waiting:
-            raise _Enough
+            raise _EnoughError
 
     try:
         handles.append(model.get_input_embeddings().register_forward_pre_hook(start))
@@ -157,17 +155,13 @@ def _write_layer(
     dense = module.weight.detach()
     levels = [level for level in database.menu if not level.is_dense]
     weights, errors = {"dense": dense}, {"dense": LayerErrors(0.0, 0.0)}
-    for level, pruned in zip(
-        levels, pruner.prune_levels(module, statistic, levels, layer.name), strict=True
-    ):
+    for level, pruned in zip(levels, pruner.prune_levels(module, statistic, levels, layer.name), strict=True):
         if not torch.isfinite(pruned).all():
             raise NumericsError(
                 f"method {pruner.name!r} returned weights that are not finite for {layer.name} at {level}",
                 hint="give more calibration samples, or a larger dampening",
             )
         delta = (pruned.float() - dense.float()).contiguous()
-        error = LayerErrors(
-            float(delta.double().square().sum()), pruner.output_error(delta, statistic)
-        )
+        error = LayerErrors(float(delta.double().square().sum()), pruner.output_error(delta, statistic))
         weights[level.name], errors[level.name] = pruned, error
     database.write(layer, weights, errors)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 DEMO_MODELS = ("llama", "qwen2")
 
+
 def demo_model_path(name: str = "llama") -> Path:
     """Return the directory of an embedded model, ``"llama"`` or ``"qwen2"``.
 

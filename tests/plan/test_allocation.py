@@ -208,8 +208,9 @@ def test_contents_that_contradict_each_other_are_refused(make):
         Allocation.from_dict(make())
 
 
+ODD = ["2:4", "dense", "1/3", float("inf"), -1, 0, 10**40]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["2:4", "dense"]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(ODD),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )

@@ -18,9 +18,7 @@ def require_host() -> None:
         HostError: it is not; the extra that brings it is named.
     """
     if importlib.util.find_spec("llmcompressor") is None:
-        raise HostError(
-            "llm-compressor is not installed", hint="pip install 'msp_plugin[llmcompressor]'"
-        )
+        raise HostError("llm-compressor is not installed", hint="pip install 'msp_plugin[llmcompressor]'")
 
 
 def register_modifier() -> type[MixedSparsityModifier]:

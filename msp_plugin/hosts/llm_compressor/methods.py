@@ -39,7 +39,7 @@ class HostPruner(Pruner):
     def modifier_arguments(self, level: Level) -> dict[str, Any]:
         """Return the modifier's arguments for one level, without targets and ignore."""
 
-    def check_statistics(self, instance: Any, names: dict[torch.nn.Module, str]) -> None:  # noqa: B027
+    def check_statistics(self, instance: Any, names: dict[torch.nn.Module, str]) -> None:
         """Raise if the modifier instance is about to prune from unusable statistics."""
 
 
@@ -63,7 +63,7 @@ class SparseGPT(HostPruner):
     dampening_frac: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.block_size < 1 or not 0 <= self.dampening_frac:
+        if self.block_size < 1 or self.dampening_frac < 0:
             raise RecipeError("sparsegpt: block_size must be at least 1 and dampening_frac at least 0")
 
     def check_level(self, level: Level) -> None:

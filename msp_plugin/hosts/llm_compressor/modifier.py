@@ -15,8 +15,8 @@ from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no
 from msp_plugin.calibration import CalibrationSet, from_dataloader
 from msp_plugin.checkpoint.recount import PruneStats, recount_model
 from msp_plugin.checkpoint.sidecar import attach_files
-from msp_plugin.errors import HostError, RecipeError, nearest
 from msp_plugin.device import on_best_device
+from msp_plugin.errors import HostError, RecipeError, nearest
 from msp_plugin.hosts.llm_compressor.engines import make_engine
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins

@@ -121,7 +121,11 @@ def test_the_same_recipe_twice_gives_the_same_bytes(calibration, tmp_path):
     for turn in ("a", "b"):
         model = load_model(demo_model_path("qwen2"), "float32")
         modifier = MixedSparsityModifier(
-            sparsity="5/8", method="sparsegpt", allocator=SEARCH, estimators=FISHER, cache=str(tmp_path / turn)
+            sparsity="5/8",
+            method="sparsegpt",
+            allocator=SEARCH,
+            estimators=FISHER,
+            cache=str(tmp_path / turn),
         )
         run(model, [modifier], calibration, output_dir=str(tmp_path / f"out-{turn}"))
         files.append(tmp_path / f"out-{turn}")

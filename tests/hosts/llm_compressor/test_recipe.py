@@ -45,7 +45,7 @@ def test_a_refusal_by_the_host_is_passed_on():
 
 def test_unquoted_levels_in_yaml_are_explained():
     text = GOOD.replace("{sparsity: 0.75}", "{sparsity: 0.5, levels: [2:4, dense]}")
-    with pytest.raises(RecipeError, match='reads an unquoted 2:4 in base 60'):
+    with pytest.raises(RecipeError, match="reads an unquoted 2:4 in base 60"):
         build_recipe(read_recipe(text))
 
 

@@ -1,0 +1,79 @@
+"""Arguments that several commands share, and what they mean in a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="model directory, hub id, or demo:llama / demo:qwen2")]
+Data = Annotated[
+    str, typer.Option("--data", "-d", help="calibration text: file, jsonl, directory or dataset")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="directory for the results; must be empty or new")]
+Sparsity = Annotated[str, typer.Option("--sparsity", "-s", help="share of zeros among prunable weights")]
+Method = Annotated[str, typer.Option("--method", "-m", help="pruning method; see `msp plugins`")]
+Levels = Annotated[str | None, typer.Option("--levels", help='comma list, e.g. "dense,4:8,2:8,1:8"')]
+AllocatorName = Annotated[str, typer.Option("--allocator", help="allocator; see `msp plugins`")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="component option, e.g. allocator.generations=20 or method.block_size=64"),
+]
+Targets = Annotated[list[str] | None, typer.Option("--target", help="layers to prune (repeatable)")]
+Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="layers to leave alone (repeatable)")]
+Seed = Annotated[int, typer.Option("--seed")]
+Cache = Annotated[str | None, typer.Option("--cache", help="where the level database lives")]
+SearchData = Annotated[str | None, typer.Option("--search-data", help="text that measures candidates")]
+TestData = Annotated[str | None, typer.Option("--test-data", help="text of the perplexity")]
+Count = Annotated[int, typer.Option("--samples", help="calibration samples")]
+Length = Annotated[int, typer.Option("--length", help="tokens per sample")]
+TestCount = Annotated[int, typer.Option("--test-samples", help="samples of the perplexity; 0: none")]
+Column = Annotated[str, typer.Option("--text-column", help="of jsonl files and datasets")]
+Batch = Annotated[int, typer.Option("--batch", help="samples per forward pass of the host")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="run the model repository's code")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, no bars")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the hosts' logs")]
+
+
+def resolve_model(model: str) -> str:
+    """Return the directory of ``demo:NAME``, anything else as it is."""
+    from msp_plugin.demo import demo_model_path
+
+    return str(demo_model_path(model[5:])) if model.startswith("demo:") else model
+
+
+def component_options(pairs: list[str] | None, **names: str) -> dict[str, Any]:
+    """Return components by role, with the options of ``--set role.option=value`` merged in.
+
+    Raises:
+        RecipeError: a pair that is not of this form, or another role.
+    """
+    import yaml
+
+    from msp_plugin.errors import RecipeError, nearest
+
+    specs: dict[str, dict[str, Any]] = {role: {"name": name} for role, name in names.items()}
+    for pair in pairs or ():
+        left, equals, value = pair.partition("=")
+        role, dot, option = left.partition(".")
+        if not (equals and dot and option):
+            raise RecipeError(f"--set {pair!r} is not ROLE.OPTION=VALUE")
+        if role not in (*specs, "fisher"):
+            raise RecipeError(f"--set {pair!r}: no such role {role!r}", hint=nearest(role, specs))
+        specs.setdefault(role, {})[option] = yaml.safe_load(value)
+    return specs
+
+
+def recipe_options(
+    sparsity: str | None, levels: str | None, targets: list[str] | None, ignore: list[str] | None,
+    seed: int, cache: str | None, specs: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    estimators = {role: spec for role, spec in specs.items() if role not in ("method", "allocator")}
+    given = {
+        "sparsity": sparsity, "method": specs.get("method"), "allocator": specs.get("allocator"),
+        "levels": levels.split(",") if levels else None, "targets": targets or None,
+        "ignore": ignore or None, "seed": seed, "cache": cache, "estimators": estimators or None,
+    }  # fmt: skip
+    return {key: value for key, value in given.items() if value is not None}

@@ -1,0 +1,161 @@
+"""``msp allocate`` and ``msp sensitivity``: the steps before pruning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msp_plugin.cli.arguments import (
+    AllocatorName,
+    AsJson,
+    Cache,
+    Column,
+    Count,
+    Data,
+    Dtype,
+    Ignore,
+    Length,
+    Levels,
+    Method,
+    Model,
+    Remote,
+    SearchData,
+    Seed,
+    Set,
+    Sparsity,
+    Targets,
+    Verbose,
+    component_options,
+    recipe_options,
+    resolve_model,
+)
+
+
+def allocate_command(
+    model: Model,
+    sparsity: Sparsity,
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the allocation file to write")] = Path(
+        "allocation.json"
+    ),
+    method: Method = "sparsegpt",
+    levels: Levels = None,
+    allocator: AllocatorName = "msp",
+    options: Set = None,
+    target: Targets = None,
+    ignore: Ignore = None,
+    seed: Seed = 0,
+    cache: Cache = None,
+    search_data: SearchData = None,
+    samples: Count = 128,
+    length: Length = 2048,
+    text_column: Column = "text",
+    dtype: Dtype = "auto",
+    trust_remote_code: Remote = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search an allocation and write it; `msp prune --allocation` or a recipe uses it later.
+
+    Example: msp allocate Qwen/Qwen2.5-7B -s 0.75 --data c4.jsonl --out allocation.json
+    """
+    from rich.table import Table
+
+    from msp_plugin.cli import console
+    from msp_plugin.errors import OutputError
+
+    console.set_up_logs(verbose)
+    from msp_plugin.files import write_text
+    from msp_plugin.options import Options
+    from msp_plugin.pipeline import Text, search_allocation
+
+    if out.exists():
+        raise OutputError(f"{out} exists", hint="give another --out, or remove it")
+    specs = component_options(options, method=method, allocator=allocator)
+    chosen = Options(**recipe_options(sparsity, levels, target, ignore, seed, cache, specs))
+    text = Text(data, search_data, None, samples, length, 0, text_column)
+    with console.progress_bars(not as_json) as progress:
+        outcome = search_allocation(
+            chosen, resolve_model(model), text, dtype=dtype, trust_remote_code=trust_remote_code,
+            progress=progress,
+        )  # fmt: skip
+    write_text(out, outcome.allocation.to_json())
+    if as_json:
+        typer.echo(
+            json.dumps({"allocation": outcome.allocation.to_dict(), "search": outcome.search}, indent=2)
+        )
+        return
+    table = Table(title=f"{model} at {sparsity}", title_justify="left")
+    for heading in ("unit", "level", "weights"):
+        table.add_column(heading, justify="left" if heading == "unit" else "right")
+    for unit, level in zip(outcome.allocation.table, outcome.allocation.levels, strict=True):
+        table.add_row(unit.name, level.name, f"{unit.weights:,}")
+    console.out.print(table)
+    loss, uniform = outcome.search.get("loss"), outcome.search.get("uniform_loss")
+    if loss is not None:
+        console.out.print(f"search loss {loss:.4f} (uniform {uniform:.4f}) nats per token")
+    console.out.print(f"Written: {out}")
+
+
+def sensitivity(
+    model: Model,
+    data: Data,
+    estimator: Annotated[str, typer.Option("--estimator", help="see `msp plugins`")] = "fisher",
+    options: Set = None,
+    target: Targets = None,
+    ignore: Ignore = None,
+    samples: Count = 128,
+    length: Length = 512,
+    text_column: Column = "text",
+    dtype: Dtype = "auto",
+    trust_remote_code: Remote = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure the sensitivity of every unit.
+
+    Example: msp sensitivity Qwen/Qwen2.5-7B --data c4.jsonl --json > fisher.json
+    """
+    from rich.table import Table
+
+    from msp_plugin.cli import console
+
+    console.set_up_logs(verbose)
+    from msp_plugin.device import on_best_device
+    from msp_plugin.models import load_model, load_tokenizer, prunable_layers
+    from msp_plugin.pipeline import Text, load_samples
+    from msp_plugin.plugins import Plugins
+    from msp_plugin.sensitivity.base import unit_sensitivities
+
+    spec = component_options(options, estimator=estimator)["estimator"]
+    built = Plugins().build("estimators", spec)
+    source = resolve_model(model)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    text = load_samples(
+        tokenizer, Text(data, samples=samples, length=length, test_samples=0, column=text_column)
+    )
+    loaded = load_model(source, dtype, trust_remote_code=trust_remote_code)
+    units = prunable_layers(loaded, target or ("Linear",), ignore or ())
+    with console.progress_bars(not as_json) as progress, on_best_device(loaded):
+        values = unit_sensitivities(
+            built, loaded, text.calibration, units, lambda d, t: progress("sensitivity", d, t)
+        )
+    rows = [
+        {"unit": u.name, "weights": u.weights, "sensitivity": v, "per_weight": v / u.weights}
+        for u, v in zip(units, values, strict=True)
+    ]
+    if as_json:
+        typer.echo(json.dumps({"estimator": spec, "units": rows}, indent=2))
+        return
+    table = Table(title=f"{estimator}, {model}", title_justify="left")
+    table.add_column("unit")
+    for heading in ("weights", "sensitivity", "per weight"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["unit"], f"{row['weights']:,}", f"{row['sensitivity']:.4g}", f"{row['per_weight']:.4g}"
+        )
+    console.out.print(table)

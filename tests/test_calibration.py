@@ -1,0 +1,238 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msp_plugin.calibration import CalibrationSet, from_dataloader, join, load_texts, tokenize
+from msp_plugin.errors import DataError
+
+
+def of_lengths(lengths):
+    return CalibrationSet(tuple(torch.arange(n) + 100 * i for i, n in enumerate(lengths)), "made")
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=12), st.integers(1, 40))
+def test_batches_hold_every_sample_once_in_order(lengths, batch_tokens):
+    data = of_lengths(lengths)
+    rows = []
+    for batch in data.batches(batch_tokens):
+        assert batch.shape[0] == 1 or batch.numel() <= batch_tokens
+        rows += list(batch)
+    assert len(rows) == len(data) and all(torch.equal(a, b) for a, b in zip(rows, data.samples, strict=True))
+
+
+def test_batches_are_as_full_as_they_may_be():
+    assert [tuple(b.shape) for b in of_lengths([4] * 5).batches(8)] == [(2, 4), (2, 4), (1, 4)]
+    assert [tuple(b.shape) for b in of_lengths([4, 4, 5, 4]).batches(100)] == [(2, 4), (1, 5), (1, 4)]
+
+
+def test_the_fingerprint_is_that_of_the_token_ids():
+    data = of_lengths([4, 5])
+    assert data.fingerprint == CalibrationSet(data.samples, "elsewhere").fingerprint
+    changed = (data.samples[0], data.samples[1] + 1)
+    assert len({s.fingerprint for s in (
+        data, CalibrationSet(changed, "made"), CalibrationSet(data.samples[::-1], "made"),
+        CalibrationSet(data.samples[:1], "made"), CalibrationSet((torch.cat(data.samples),), "made"),
+    )}) == 5  # fmt: skip
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=12), st.integers(1, 60))
+def test_the_tail_is_the_shortest_that_is_long_enough(lengths, tail_tokens):
+    data = of_lengths(lengths)
+    cuts = [c for c in range(len(lengths)) if sum(lengths[c:]) >= tail_tokens and c >= (len(lengths) + 1) // 2]
+    if not cuts:
+        with pytest.raises(DataError, match=f"asks for {tail_tokens:,} held-out tokens") as error:
+            data.split(tail_tokens)
+        assert "more or longer samples" in error.value.hint
+        return
+    head, tail = data.split(tail_tokens)
+    assert len(head) == max(cuts) and head.samples + tail.samples == data.samples
+    assert head.source == f"made [:{len(head)}]" and tail.source == f"made [{len(head)}:]"
+
+
+def test_parts_are_joined_in_order():
+    a, b = of_lengths([3]), CalibrationSet((torch.arange(4),), "other")
+    joined = join([a, b])
+    assert joined.samples == a.samples + b.samples and joined.source == "made + other" and joined.tokens == 7
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo ü\n", encoding="utf-8")
+    assert load_texts(str(path)) == ["one\ntwo ü\n"]
+
+
+def test_a_jsonl_file_holds_a_document_a_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "id": 1}\n\n"two"\n{"text": "thrée"}\n', encoding="utf-8")
+    assert load_texts(str(path)) == ["one", "two", "thrée"]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_a_jsonl_line_ends_at_a_newline_only(tmp_path, mark):
+    path = tmp_path / "a.jsonl"
+    row = json.dumps({"text": f"one{mark}two"}, ensure_ascii=False)
+    path.write_text(f"{row}\n{row}\n", encoding="utf-8")
+    assert load_texts(str(path)) == [f"one{mark}two"] * 2
+
+
+def test_another_column_is_read_when_asked_for(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "no", "content": "yes"}\n')
+    assert load_texts(str(path), "content") == ["yes"]
+
+
+def test_a_jsonl_line_that_is_no_json_is_named_by_its_number(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": two}\n')
+    with pytest.raises(DataError, match="a.jsonl, line 3 is not JSON") as error:
+        load_texts(str(path))
+    assert "one JSON object a line" in error.value.hint
+
+
+@pytest.mark.parametrize("line", ["1" * 5000, "[" * 100_000], ids=["too long a number", "too deep"])
+def test_a_jsonl_line_beyond_pythons_limits_is_named_too(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "one"}}\n{line}\n')
+    with pytest.raises(DataError, match="a.jsonl, line 2 is not JSON"):
+        load_texts(str(path))
+
+
+@pytest.mark.parametrize("line, hint", [
+    ('{"texts": "two", "id": 1}', "did you mean 'texts'?"), ('{"text": 5, "body": "x"}', "known: body"),
+    ("[1, 2]", "known: (none)"), ("5", "known: (none)"),
+])  # fmt: skip
+def test_a_jsonl_line_without_the_column_names_the_nearest(tmp_path, line, hint):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "one"}}\n{line}\n')
+    with pytest.raises(DataError, match="a.jsonl, line 2 has no text in 'text'") as error:
+        load_texts(str(path))
+    assert hint in error.value.hint
+
+
+def test_a_directory_is_read_in_the_order_of_its_names(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.md").write_text("b")
+    (tmp_path / "a.jsonl").write_text('{"text": "a1"}\n{"text": "a2"}\n')
+    (tmp_path / "sub" / "c.py").write_text("c")
+    (tmp_path / "image.png").write_bytes(b"\xff\x00")
+    assert load_texts(str(tmp_path)) == ["a1", "a2", "b", "c"]
+
+
+def test_a_directory_without_text_says_what_it_looked_for(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\xff\x00")
+    with pytest.raises(DataError, match=r"holds no .txt, .md, .* or .jsonl file"):
+        load_texts(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["/nowhere/a.jsonl", "a.txt", "./nowhere", "~/nowhere-at-all", "x.json"])
+def test_a_missing_file_is_no_hub_dataset(source):
+    with pytest.raises(DataError, match="there is no data file at") as error:
+        load_texts(source)
+    assert source.removeprefix("./").removeprefix("~/") in error.value.message and "dataset" in error.value.hint
+
+
+@pytest.mark.parametrize("name, content", [("a.txt", ""), ("a.txt", " \n\t\n"), ("a.jsonl", ""), ("a.jsonl", '{"text": " "}\n')])
+def test_a_source_without_text_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"{name} holds no text"):
+        load_texts(str(tmp_path / name))
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="a.txt is not UTF-8"):
+        load_texts(str(path))
+
+
+@pytest.fixture(scope="module")
+def saved_datasets(tmp_path_factory):
+    from datasets import Dataset, DatasetDict
+
+    root = tmp_path_factory.mktemp("datasets")
+    rows = Dataset.from_dict({"text": ["one", "two"], "id": [1, 2]})
+    rows.save_to_disk(str(root / "rows"))
+    DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(str(root / "splits"))
+    DatasetDict({"first": rows}).save_to_disk(str(root / "odd"))
+    return root
+
+
+@pytest.mark.parametrize("name", ["rows", "splits"])
+def test_a_saved_dataset_is_read_from_its_train_split(saved_datasets, name):
+    assert list(load_texts(str(saved_datasets / name))) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["rows", "odd"])
+def test_a_dataset_without_the_column_names_the_nearest(saved_datasets, name):
+    with pytest.raises(DataError, match="has no column 'txt'") as error:
+        load_texts(str(saved_datasets / name), "txt")
+    assert ("did you mean 'text'?" if name == "rows" else "first") in error.value.hint
+
+
+@pytest.mark.parametrize("source", ["no-such-data", "nobody/nothing", "nobody/nothing:config:test"])
+def test_a_hub_dataset_that_cannot_be_loaded_is_explained(source):
+    with pytest.raises(DataError, match="is neither a file nor a dataset that can be loaded") as error:
+        load_texts(source)
+    assert repr(source) in error.value.message and "id[:config][:split]" in error.value.hint
+
+
+def test_the_embedded_corpus_is_a_source():
+    assert any("def " in text for text in load_texts("demo:search"))
+
+
+def test_samples_are_cut_from_the_joined_documents(tokenizer):
+    texts = ["the cat sat", "", "on the mat"]
+    stream = []
+    for text in (texts[0], texts[2]):
+        stream += [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    data = tokenize(tokenizer, texts, samples=len(stream) // 4, length=4, source="x")
+    assert [s.tolist() for s in data.samples] == [stream[i : i + 4] for i in range(0, len(stream) // 4 * 4, 4)]
+    assert data.source == "x" and all(s.dtype == torch.int64 for s in data.samples)
+
+
+def test_samples_are_spread_over_a_longer_text(tokenizer):
+    text = ["the cat sat on the mat " * 40]
+    all_of_it = tokenize(tokenizer, text, samples=1000, length=5, source="x", at_least=1)
+    some = tokenize(tokenizer, text, samples=4, length=5, source="x")
+    found = len(all_of_it)
+    expected = [all_of_it.samples[i * found // 4] for i in range(4)]
+    assert found > 8 and all(torch.equal(a, b) for a, b in zip(some.samples, expected, strict=True))
+
+
+def test_too_short_a_text_says_how_much_there_is(tokenizer):
+    text = "the cat sat"
+    count = len(tokenizer(text).input_ids) + 1
+    with pytest.raises(DataError) as error:
+        tokenize(tokenizer, [text], samples=9, length=2, source="a.txt")
+    assert f"a.txt has {count} tokens: {count // 2} samples of 2, 9 were asked for" in error.value.message
+    assert "fewer or shorter samples" in error.value.hint
+    assert len(tokenize(tokenizer, [text], samples=9, length=2, source="a.txt", at_least=1)) == count // 2
+
+
+@pytest.mark.parametrize("samples, length", [(0, 8), (4, 1)])
+def test_no_sample_or_one_token_is_refused(tokenizer, samples, length):
+    with pytest.raises(DataError, match=f"{samples} samples of {length} tokens"):
+        tokenize(tokenizer, ["text"], samples=samples, length=length, source="x")
+
+
+def test_a_loaders_padding_is_removed_on_either_side():
+    batch = {"input_ids": torch.tensor([[9, 9, 1, 2], [3, 4, 5, 9], [9, 9, 9, 7]]),
+             "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 1]])}  # fmt: skip
+    data = from_dataloader([batch, {"input_ids": [[6, 7]]}])
+    assert [s.tolist() for s in data.samples] == [[1, 2], [3, 4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("batch, found", [({"labels": 1}, "'labels'"), (torch.zeros(2, 2), "Tensor"), ([1], "list")])
+def test_a_batch_without_token_ids_is_named(batch, found):
+    with pytest.raises(DataError, match="no input_ids") as error:
+        from_dataloader([batch])
+    assert found in error.value.message and "tokenize" in error.value.hint
+
+
+@pytest.mark.parametrize("batches", [[], [{"input_ids": torch.tensor([[1]])}]])
+def test_a_loader_without_a_usable_sample_is_refused(batches):
+    with pytest.raises(DataError, match="no sample of two tokens"):
+        from_dataloader(batches)

@@ -1,0 +1,79 @@
+"""Every hook, exercised by a plugin of tests/plugins."""
+
+from fractions import Fraction
+
+import typer
+from typer.testing import CliRunner
+
+from msp_plugin import hookspecs
+from msp_plugin.options import Options, resolve
+from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.levels import Level
+
+SAMPLES = ("squared_norm", "least_error", "ria", "observer", "hello")
+EXERCISED = {
+    "msp_register_estimators": "test_an_estimator_of_a_plugin_is_built_with_its_options",
+    "msp_register_allocators": "test_an_allocator_of_a_plugin_gets_the_estimator_that_it_names",
+    "msp_register_pruners": "test_a_pruner_of_a_plugin_is_built_with_its_options",
+    "msp_register_commands": "test_a_plugin_adds_a_command",
+    "msp_run_started": "test_observers_are_told_of_a_run",
+    "msp_layer_pruned": "test_observers_are_told_of_a_run",
+    "msp_run_finished": "test_observers_are_told_of_a_run",
+}
+
+
+def test_every_hook_has_a_test_and_a_sample_plugin(plugins_with):
+    specs = {name for name in dir(hookspecs) if hasattr(getattr(hookspecs, name), "msp_plugin_spec")}
+    assert specs == {name for name in dir(hookspecs) if name.startswith("msp_")}
+    assert specs == set(EXERCISED)
+    assert set(EXERCISED.values()) <= set(globals())
+    manager = plugins_with(*SAMPLES).manager
+    implemented = {caller.name for sample in SAMPLES for caller in manager.get_hookcallers(manager.get_plugin(sample))}
+    assert implemented == specs
+
+
+def test_all_samples_live_together_with_the_builtins(plugins_with):
+    found = plugins_with(*SAMPLES).components
+    assert set(found["pruners"]) == {"magnitude", "sparsegpt", "wanda", "ria"}
+    assert set(found["estimators"]) == {"fisher", "squared_norm"}
+    assert set(found["allocators"]) == {"msp", "uniform", "dense_where_large", "least_error"}
+
+
+def test_an_estimator_of_a_plugin_is_built_with_its_options(plugins_with, llama, data):
+    estimator = plugins_with("squared_norm").build("estimators", {"name": "squared_norm", "scale": 2})
+    name = "model.layers.0.mlp.up_proj"
+    expected = 2 * float(llama.get_submodule(name).weight.square().sum())
+    assert estimator.layer_sensitivities(llama, data, (name,)) == {name: expected}
+
+
+def test_an_allocator_of_a_plugin_gets_the_estimator_that_it_names(plugins_with):
+    plan = resolve(
+        Options(sparsity=0.5, allocator="dense_where_large", estimators={"squared_norm": {"scale": 3.0}}),
+        plugins_with("squared_norm"),
+    )
+    assert plan.allocator.name == "dense_where_large"
+    assert {name: e.scale for name, e in plan.estimators.items()} == {"squared_norm": 3.0}
+
+
+def test_a_pruner_of_a_plugin_is_built_with_its_options(plugins_with):
+    plan = resolve(Options(sparsity=0.5, method={"name": "ria", "power": 1.0}), plugins_with("ria"))
+    assert (plan.pruner.name, plan.pruner.power, plan.needs_data) == ("ria", 1.0, True)
+
+
+def test_a_plugin_adds_a_command(plugins_with):
+    app = typer.Typer()
+    app.command("built-in")(lambda: None)
+    plugins_with("hello").hook.msp_register_commands(app=app)
+    result = CliRunner().invoke(app, ["hello", "--name", "you"])
+    assert (result.exit_code, result.output) == (0, "hello you\n")
+
+
+def test_observers_are_told_of_a_run(plugins_with, sample_plugin, make_problem):
+    plugins, events = plugins_with("observer"), sample_plugin("observer").events
+    problem = make_problem([(4, 8)], ["4:8"], 0.5)
+    allocation = Allocation(problem.table, problem.menu, Fraction(1, 2))
+    events.clear()
+    plugins.hook.msp_run_started(allocation=allocation)
+    plugins.hook.msp_layer_pruned(layer="layers.0.proj", level=Level(4, 8), zeros=16, weights=32)
+    plugins.hook.msp_run_finished(record={"seed": 0})
+    assert events == [("started", allocation), ("pruned", "layers.0.proj", "4:8", 16, 32), ("finished", {"seed": 0})]

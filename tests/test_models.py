@@ -1,0 +1,219 @@
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from msp_plugin.errors import ModelError, NumericsError, RecipeError
+from msp_plugin.models import (
+    check_finite_weights,
+    check_widths,
+    decoder_blocks,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    prunable_layers,
+)
+from msp_plugin.plan.levels import parse_menu
+
+LEAVES = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+
+
+def layer_names(table):
+    return [layer.name for layer in table.layers]
+
+
+def test_the_linears_of_the_blocks_are_prunable_and_no_others(model):
+    table = prunable_layers(model)
+    assert list(table.names) == [f"model.layers.{i}.{leaf}" for i in (0, 1) for leaf in LEAVES]
+    expected = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+    )
+    assert table.weights == expected and "lm_head" not in layer_names(table)
+
+
+def test_a_layer_knows_its_shape_without_the_bias(qwen2):
+    for layer in prunable_layers(qwen2).layers:
+        assert tuple(qwen2.get_submodule(layer.name).weight.shape) == (layer.out_features, layer.in_features)
+
+
+@pytest.mark.parametrize("targets, ignore, leaves", [
+    (["q_proj"], [], ["self_attn.q_proj"] * 2),
+    (["mlp.down_proj", "o_proj"], ["model.layers.1.mlp.down_proj"],
+     ["self_attn.o_proj", "mlp.down_proj", "self_attn.o_proj"]),
+    (["re:.*layers.0.mlp"], ["*up*"], ["mlp.gate_proj", "mlp.down_proj"]),
+    (["Linear"], ["re:.*self_attn", "lm_head", "gate_proj", "up_proj"], ["mlp.down_proj"] * 2),
+    (["model.layers.0.*_proj"], ["self_attn.q_proj", "k_proj", "v_proj", "re:model.layers.0.mlp"], ["self_attn.o_proj"]),
+])  # fmt: skip
+def test_patterns_are_names_endings_classes_shell_patterns_and_regular_expressions(llama, targets, ignore, leaves):
+    found = layer_names(prunable_layers(llama, targets, ignore))
+    assert [".".join(name.split(".")[3:]) for name in found] == leaves
+
+
+@pytest.mark.parametrize("kind", ["target", "ignore"])
+def test_a_pattern_that_matches_nothing_names_the_nearest(llama, kind):
+    patterns = {"target": (["Linear", "q_prj"], []), "ignore": (["Linear"], ["q_prj"])}[kind]
+    with pytest.raises(RecipeError, match=f"{kind} 'q_prj' matches no module of LlamaForCausalLM") as error:
+        prunable_layers(llama, *patterns)
+    assert "did you mean 'q_proj'?" in error.value.hint and "Linear" in error.value.hint
+
+
+def test_a_broken_regular_expression_is_explained(llama):
+    with pytest.raises(RecipeError, match=r"pattern 're:\(' is no regular expression"):
+        prunable_layers(llama, ["re:("])
+
+
+def test_nothing_left_to_prune_is_an_error(llama):
+    with pytest.raises(ModelError, match="no prunable linear under 'model.layers'") as error:
+        prunable_layers(llama, ["Linear"], ["Linear"])
+    assert "ignore ['Linear']" in error.value.message and "narrow ignore" in error.value.hint
+
+
+def test_a_model_whose_blocks_hold_no_linear_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=32, n_positions=16))
+    with pytest.raises(ModelError, match="GPT2LMHeadModel has no prunable linear under 'transformer.h'"):
+        prunable_layers(model)
+
+
+def test_the_blocks_are_the_list_as_long_as_the_config_says(llama):
+    name, blocks = decoder_blocks(llama)
+    assert name == "model.layers" and len(blocks) == 2
+    llama.config.num_hidden_layers = 7
+    with pytest.raises(ModelError, match="LlamaForCausalLM has no list of 7 decoder blocks") as error:
+        decoder_blocks(llama)
+    assert "decoder-only" in error.value.hint
+
+
+def test_levels_that_do_not_divide_a_width_name_the_first_layers(llama):
+    table = prunable_layers(llama)
+    check_widths(table, parse_menu(["dense", "3:64"]))
+    with pytest.raises(RecipeError) as error:
+        check_widths(table, parse_menu(["dense", "1:8", "1:128"]))
+    assert "level 1:128 does not divide the width of 12 layers" in error.value.message
+    assert "model.layers.0.self_attn.q_proj (in_features 64)" in error.value.message
+    assert error.value.message.count("in_features") == 3 and "leave 1:128 out" in error.value.hint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(llama, value):
+    table = prunable_layers(llama)
+    check_finite_weights(llama, table)
+    with torch.no_grad():
+        llama.get_submodule("model.layers.1.mlp.up_proj").weight[3, 5] = value
+    with pytest.raises(NumericsError, match="1 layers .* e.g. model.layers.1.mlp.up_proj") as error:
+        check_finite_weights(llama, table)
+    assert "download" in error.value.hint
+
+
+def test_the_fingerprint_follows_every_parameter_and_nothing_else(model):
+    before = fingerprint(model)
+    assert fingerprint(copy.deepcopy(model)) == before
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        kept = flat[-1].clone()
+        flat[-1] += 1
+        assert fingerprint(model) != before, name
+        flat[-1] = kept
+    assert fingerprint(model) == before
+
+
+def test_the_fingerprint_tells_dtypes_and_configs_apart(llama):
+    before = fingerprint(llama)
+    other = copy.deepcopy(llama)
+    other.config.rms_norm_eps = 1e-3
+    assert fingerprint(other) != before
+    assert fingerprint(llama.bfloat16()) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_keeps_its_fingerprint_when_it_is_saved_and_loaded(model, tmp_path, dtype):
+    before = fingerprint(model.to(dtype))
+    model.save_pretrained(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    loaded = load_model(tmp_path / "b")
+    assert next(loaded.parameters()).dtype == dtype
+    assert fingerprint(loaded) == fingerprint(model) == before
+
+
+@pytest.mark.parametrize("dtype, expected", [
+    ("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16),
+])  # fmt: skip
+def test_a_directory_loads_in_the_asked_dtype_and_in_eval_mode(llama_dir, dtype, expected):
+    model = load_model(llama_dir, dtype)
+    assert {p.dtype for p in model.parameters()} == {expected} and not model.training
+
+
+def test_a_tied_model_loads_with_its_biases(qwen2_dir, qwen2):
+    loaded = load_model(str(qwen2_dir))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    bias = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(loaded.get_submodule(bias).bias, qwen2.get_submodule(bias).bias)
+
+
+def test_a_tokenizer_loads_from_the_same_directory(llama_dir, tokenizer):
+    text = "the dog sat"
+    assert load_tokenizer(llama_dir)(text).input_ids == tokenizer(text).input_ids
+
+
+def test_an_unknown_dtype_names_the_nearest(llama_dir):
+    with pytest.raises(RecipeError, match="dtype 'bfloat61' is unknown") as error:
+        load_model(llama_dir, "bfloat61")
+    assert "did you mean 'bfloat16'?" in error.value.hint
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize("source", ["/nowhere/model", "./nowhere", "~/nowhere-at-all", "a/b/c"])
+def test_a_path_that_is_not_there_is_no_hub_id(load, source):
+    with pytest.raises(ModelError, match=f"no model directory at {source}") as error:
+        load(source)
+    assert "hub id" in error.value.hint
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_file_is_no_model(load, llama_dir):
+    with pytest.raises(ModelError, match="no model directory at .*config.json"):
+        load(llama_dir / "config.json")
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_directory_without_a_config_is_no_model(load, tmp_path):
+    with pytest.raises(ModelError, match="has no config.json"):
+        load(tmp_path)
+
+
+def test_a_directory_without_weights_is_no_model(llama_dir, tmp_path):
+    shutil.copy(llama_dir / "config.json", tmp_path)
+    with pytest.raises(ModelError, match="cannot load a causal language model from") as error:
+        load_model(tmp_path)
+    assert "safetensors" in error.value.hint
+
+
+def test_truncated_weights_are_no_model(llama_dir, tmp_path):
+    shutil.copytree(llama_dir, tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match="cannot load a causal language model from"):
+        load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("content", ["{ broken", json.dumps({"model_type": "no_such_type"}), json.dumps({})])
+def test_a_broken_config_is_no_model(llama_dir, tmp_path, content):
+    shutil.copytree(llama_dir, tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(content)
+    with pytest.raises(ModelError, match="cannot load a causal language model from"):
+        load_model(tmp_path / "m")
+
+
+def test_a_directory_without_a_tokenizer_says_so(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "m")
+    with pytest.raises(ModelError, match="cannot load a tokenizer from"):
+        load_tokenizer(tmp_path / "m")
+
+
+def test_a_hub_id_that_cannot_be_reached_is_explained():
+    with pytest.raises(ModelError, match="cannot load a causal language model from nobody/nothing"):
+        load_model("nobody/nothing")

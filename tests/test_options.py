@@ -1,0 +1,134 @@
+from fractions import Fraction
+
+import pytest
+import yaml
+
+from msp_plugin.errors import RecipeError
+from msp_plugin.options import Options, resolve
+from msp_plugin.plan.allocation import make_allocation
+from msp_plugin.plan.levels import DEFAULT_LEVELS
+from msp_plugin.plugins import Plugins
+
+
+@pytest.fixture(scope="module")
+def plugins():
+    return Plugins(entry_points=False)
+
+
+@pytest.fixture
+def allocation_file(tmp_path, make_problem):
+    problem = make_problem([(4, 8), (4, 16)], ["dense", "4:8", "2:8"], 0.5)
+    path = tmp_path / "allocation.json"
+    path.write_text(make_allocation(problem, problem.uniform()).to_json())
+    return str(path)
+
+
+def plan_of(plugins, text):
+    return resolve(Options(**yaml.safe_load(text)), plugins)
+
+
+def test_a_sparsity_is_all_that_a_recipe_must_say(plugins):
+    plan = plan_of(plugins, "sparsity: 0.7")
+    assert plan.sparsity == Fraction(7, 10)
+    assert (plan.pruner.name, plan.allocator.name, list(plan.estimators)) == ("sparsegpt", "msp", ["fisher"])
+    assert [level.name for level in plan.menu] == list(DEFAULT_LEVELS)
+    assert (plan.targets, plan.ignore, plan.seed, plan.given, plan.cache) == (("Linear",), (), 0, None, None)
+
+
+def test_everything_a_recipe_says_reaches_the_plan(plugins):
+    plan = plan_of(plugins, """
+        sparsity: 5/8
+        method: {name: sparsegpt, block_size: 64}
+        levels: ["1:8", dense, "4:8"]
+        targets: [q_proj, down_proj]
+        ignore: ["re:.*layers.0"]
+        allocator: {name: msp, generations: 3}
+        estimators: {fisher: {samples: 7}}
+        seed: 5
+        cache: /somewhere
+        """)
+    assert plan.sparsity == Fraction(5, 8) and plan.pruner.block_size == 64 and plan.allocator.generations == 3
+    assert [level.name for level in plan.menu] == ["dense", "4:8", "1:8"]
+    assert plan.targets == ("q_proj", "down_proj") and plan.ignore == ("re:.*layers.0",)
+    assert plan.estimators["fisher"].samples == 7 and plan.seed == 5 and plan.cache == "/somewhere"
+
+
+def test_lists_may_be_written_with_commas(plugins):
+    plan = plan_of(plugins, 'sparsity: 0.5\ntargets: q_proj, down_proj\nignore: o_proj\nlevels: "dense, 2:4"')
+    assert plan.targets == ("q_proj", "down_proj") and plan.ignore == ("o_proj",)
+    assert [level.name for level in plan.menu] == ["dense", "2:4"]
+
+
+def test_an_unknown_key_names_the_nearest():
+    with pytest.raises(RecipeError, match="unknown key 'sparcity'") as error:
+        Options(sparcity=0.5)
+    assert "did you mean 'sparsity'?" in error.value.hint
+
+
+@pytest.mark.parametrize("text, found, hint", [
+    ("{}", "sparsity is missing", "0.75"),
+    ("sparsity: 75", r"sparsity 75.0 is outside \[0, 1\)", "write 0.75"),
+    ("sparsity: 1", "sparsity 1.0 is outside", "share of zeros"),
+    ("sparsity: -0.5", "sparsity -0.5 is outside", "share of zeros"),
+    ("sparsity: much", "sparsity 'much' is not a number", "0.75"),
+    ("{sparsity: 0.5, method: sparsgpt}", "no pruner called 'sparsgpt'", "did you mean 'sparsegpt'"),
+    ("{sparsity: 0.5, method: {name: sparsegpt, dampening: 1}}", "no option 'dampening'", "'dampening_frac'"),
+    ("{sparsity: 0.5, allocator: unifrom}", "no allocator called 'unifrom'", "did you mean 'uniform'"),
+    ("{sparsity: 0.5, estimators: {fischer: {}}}", "no estimator called 'fischer'", "did you mean 'fisher'"),
+    ("{sparsity: 0.5, estimators: {fisher: {sample: 3}}}", "'fisher' has no option 'sample'", "'samples'"),
+    ("{sparsity: 0.5, levels: [2:4]}", "level 124 is a number", '"2:4"'),
+    ("{sparsity: 0.5, levels: ['2:4', '2:4']}", "levels named twice: 2:4", "once"),
+    ("{sparsity: 0.5, levels: []}", "list of levels is empty", "at least one"),
+    ("{sparsity: 0.5, levels: [half]}", "'half' is not a level", "N:M"),
+])  # fmt: skip
+def test_a_wrong_recipe_says_what_was_found_and_what_to_do(plugins, text, found, hint):
+    with pytest.raises(RecipeError, match=found) as error:
+        plan_of(plugins, text)
+    assert hint in error.value.hint
+
+
+def test_a_block_size_that_m_does_not_divide_is_refused_before_anything_is_loaded(plugins):
+    with pytest.raises(RecipeError, match="block_size 12 is no multiple of the M of level 7:8") as error:
+        plan_of(plugins, "{sparsity: 0.5, method: {name: sparsegpt, block_size: 12}}")
+    assert "change block_size" in error.value.hint
+    assert plan_of(plugins, "{sparsity: 0.5, levels: [dense, '3:6'], method: {name: sparsegpt, block_size: 12}}")
+
+
+def test_a_finished_allocation_gives_sparsity_and_levels(plugins, allocation_file):
+    plan = resolve(Options(allocation=allocation_file), plugins)
+    assert plan.sparsity == Fraction(1, 2) and [level.name for level in plan.menu] == ["4:8"]
+    assert plan.given.table.names == ("layers.0.proj", "layers.1.proj")
+    assert resolve(Options(allocation=allocation_file, sparsity="1/2"), plugins).given == plan.given
+
+
+def test_a_sparsity_that_contradicts_the_allocation_is_refused(plugins, allocation_file):
+    with pytest.raises(RecipeError, match="sparsity 0.6 contradicts .*allocation.json, made for 1/2") as error:
+        resolve(Options(allocation=allocation_file, sparsity=0.6), plugins)
+    assert "leave sparsity out" in error.value.hint
+
+
+def test_a_missing_allocation_file_is_named(plugins, tmp_path):
+    with pytest.raises(RecipeError, match="no allocation file at .*none.json"):
+        resolve(Options(allocation=str(tmp_path / "none.json")), plugins)
+
+
+def test_a_method_that_cannot_make_the_allocations_levels_is_refused(plugins, allocation_file):
+    with pytest.raises(RecipeError, match="level 4:8"):
+        resolve(Options(allocation=allocation_file, method={"name": "sparsegpt", "block_size": 4}), plugins)
+
+
+@pytest.mark.parametrize("method, allocator, needed", [
+    ("magnitude", "uniform", False), ("magnitude", "msp", True), ("wanda", "uniform", True), ("sparsegpt", "uniform", True),
+])  # fmt: skip
+def test_text_is_needed_for_statistics_or_for_a_search(plugins, method, allocator, needed):
+    assert resolve(Options(sparsity=0.5, method=method, allocator=allocator), plugins).needs_data is needed
+
+
+def test_a_finished_allocation_needs_no_text_beyond_the_methods(plugins, allocation_file):
+    assert not resolve(Options(allocation=allocation_file, method="magnitude"), plugins).needs_data
+    assert resolve(Options(allocation=allocation_file, method="wanda"), plugins).needs_data
+
+
+def test_the_options_of_an_estimator_that_the_allocator_does_not_use_are_checked_too(plugins):
+    with pytest.raises(RecipeError, match="'fisher' has no option 'sample'"):
+        plan_of(plugins, "{sparsity: 0.5, allocator: uniform, estimators: {fisher: {sample: 3}}}")
