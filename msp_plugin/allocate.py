@@ -20,7 +20,7 @@ from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import RecipeError
 from msp_plugin.evaluation import CandidateLoss
-from msp_plugin.files import default_cache
+from msp_plugin.files import default_cache, finite
 from msp_plugin.models import check_finite_weights, check_widths, fingerprint, prunable_layers
 from msp_plugin.options import Plan
 from msp_plugin.plan.allocation import Allocation, make_allocation
@@ -64,10 +64,11 @@ def check_model(model: torch.nn.Module, plan: Plan) -> UnitTable:
     Raises:
         RecipeError, ModelError, BudgetError, VerificationError, NumericsError: see the functions called.
     """
-    table = prunable_layers(model, plan.targets, plan.ignore)
-    if plan.given is not None:
-        plan.given.check_matches(table)
+    if plan.given is not None:  # its layers are the targets
+        plan.given.check_matches(prunable_layers(model))
+        table = plan.given.table
     else:
+        table = prunable_layers(model, plan.targets, plan.ignore)
         check_widths(table, plan.menu)
         budget = AllocationProblem(table, plan.menu, plan.sparsity).budget
         if not budget.exact:
@@ -145,8 +146,8 @@ def allocate(
         "evaluations": result.evaluations,
         "seconds": round(now - began, 3),
         "total_seconds": round(now - start, 3),
-        "loss": result.loss,
-        "uniform_loss": result.uniform_loss,
+        "loss": finite(result.loss),
+        "uniform_loss": finite(result.uniform_loss),
         "curve": [list(point) for point in result.curve],
     }
     return Outcome(_finish(model, model_id, data, plan, problem, result, sensitivities), search)
@@ -199,8 +200,8 @@ def _finish(
         "ignore": list(plan.ignore),
         "seed": plan.seed,
         "calibration": (None if data is None else {"fingerprint": data.fingerprint, "samples": len(data)}),
-        "loss": result.loss,
-        "uniform_loss": result.uniform_loss,
+        "loss": finite(result.loss),
+        "uniform_loss": finite(result.uniform_loss),
         "versions": versions(),
     }
     return make_allocation(problem, result.choice, sensitivities, provenance)

@@ -180,7 +180,7 @@ def _dataset_texts(data: Any, column: str, source: str) -> Iterator[str]:
                 f"{source} has the splits {', '.join(data)} and no train", hint="give one split's directory"
             )
         data = data["train"]
-    columns = data.column_names or []
+    columns = data.column_names or list(next(iter(data), {}))
     if column not in columns:
         raise DataError(f"{source} has no column {column!r}", hint=nearest(column, columns))
     return (str(row[column]) for row in data)

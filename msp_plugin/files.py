@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import uuid
@@ -32,6 +33,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value, or None if it is infinite or not a number, which JSON cannot say."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def write_text(path: Path, text: str) -> None:

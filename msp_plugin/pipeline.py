@@ -17,7 +17,7 @@ from msp_plugin.calibration import CalibrationSet, join, load_texts, tokenize
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import DataError, MSPError
 from msp_plugin.evaluation import perplexity
-from msp_plugin.files import check_output, output_directory, write_json
+from msp_plugin.files import check_output, finite, output_directory, write_json
 from msp_plugin.models import load_model, load_tokenizer
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
@@ -175,7 +175,7 @@ def run_recipe(
     record = _oneshot(loaded, steps, samples.calibration, text.batch, progress)
     record["seconds"] = round(time.monotonic() - start, 3)
     quality["mixed" if plans else "result"] = measure("mixed" if plans else "result", loaded)
-    record["perplexity"] = quality
+    record["perplexity"] = {name: finite(value) for name, value in quality.items()}
     record["test"] = None if samples.test is None else _describe(samples.test)
     with output_directory(path) as temporary:
         loaded.save_pretrained(temporary, save_compressed=True)

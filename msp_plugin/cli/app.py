@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -119,6 +120,7 @@ def _root(
 def run() -> None:
     """Run the command line with the commands that plugins add."""
     debug = bool(os.environ.get("MSP_DEBUG"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
     try:
         if not {"plugins", "doctor", "disable", "--version", "--help"} & set(sys.argv[1:2]):
             from msp_plugin.plugins import Plugins

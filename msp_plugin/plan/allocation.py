@@ -163,19 +163,18 @@ class Allocation:
         return cls.from_dict(data, str(path))
 
     def check_matches(self, table: UnitTable) -> None:
-        """Raise unless this allocation is for exactly the layers of ``table``.
+        """Raise unless every layer of this allocation is in ``table`` with the same shape.
 
         Raises:
-            VerificationError: layers differ in name, shape or fusing; the first differences are named.
+            VerificationError: layers are missing or shaped otherwise; the first are named.
         """
-        ours = {(u.name, a) for u in self.table for a in u.layers}
-        theirs = {(u.name, a) for u in table for a in u.layers}
-        if ours != theirs:
-            odd = sorted({f"{a.name} [{a.out_features}, {a.in_features}]" for _, a in ours ^ theirs})
+        known = set(table.layers)
+        odd = [f"{a.name} [{a.out_features}, {a.in_features}]" for a in self.table.layers if a not in known]
+        if odd:
             raise VerificationError(
-                f"the allocation is for another model or other targets: {len(odd)} layers differ, "
-                f"e.g. {'; '.join(odd[:3])}",
-                hint="use the model, targets and ignore that it was made with, or allocate anew",
+                f"the allocation is for another model: {len(odd)} of its {len(self.table.layers)} layers "
+                f"are not in this one, e.g. {'; '.join(odd[:3])}",
+                hint="use the model that it was made for, or allocate anew",
             )
 
 

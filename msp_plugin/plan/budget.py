@@ -9,6 +9,7 @@ Layer sizes share large factors, so that the sums are few: an 8B model has about
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -96,9 +97,9 @@ class AllocationProblem:
                 hint="add sparser or denser levels, or change the sparsity",
             )
         reachable = np.flatnonzero(np.isfinite(self._forward(np.zeros(self.kept.shape))[0]))
-        distance = [abs(Fraction(low + int(r) * self._quantum) - wanted) for r in reachable]
-        best = min(range(len(reachable)), key=lambda i: (distance[i], reachable[i]))
-        return Budget(self.target, weights, low + int(reachable[best]) * self._quantum)
+        at = int(np.searchsorted(reachable, math.floor((wanted - low) / self._quantum)))
+        near = [low + int(r) * self._quantum for r in reachable[max(0, at - 1) : at + 2]]
+        return Budget(self.target, weights, min(near, key=lambda kept: (abs(kept - wanted), kept)))
 
     def total_kept(self, choice: tuple[int, ...]) -> int:
         """Return how many weights a choice keeps."""

@@ -10,6 +10,7 @@ from llmcompressor.core import Event, State
 from llmcompressor.core.events import EventType
 from llmcompressor.modifiers import Modifier
 from pydantic import ConfigDict, PrivateAttr, model_validator
+from torch.utils.data import RandomSampler
 
 from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress
 from msp_plugin.calibration import CalibrationSet, from_dataloader
@@ -18,6 +19,7 @@ from msp_plugin.checkpoint.sidecar import attach_files
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import HostError, RecipeError, nearest
 from msp_plugin.hosts.llm_compressor.engines import make_engine
+from msp_plugin.models import decoder_blocks
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
 
@@ -57,6 +59,7 @@ class MixedSparsityModifier(Options, Modifier):
     _outcome: Outcome | None = PrivateAttr(default=None)
     _stats: PruneStats | None = PrivateAttr(default=None)
     _engine: Any = PrivateAttr(default=None)
+    _steps: int = PrivateAttr(default=0)
     _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
 
     @model_validator(mode="before")
@@ -100,12 +103,11 @@ class MixedSparsityModifier(Options, Modifier):
                 hint="llm-compressor's pruning does not reduce its statistics over ranks: use one",
             )
         model = state.model
-        table = check_model(model, self._plan)
+        check_model(model, self._plan)
         data = self._calibration(state)
         with on_best_device(model):
             self._outcome = allocate(model, data, self._plan, progress=self._progress)
         allocation = self._outcome.allocation
-        allocation.check_matches(table)
         self._plugins.hook.msp_run_started(allocation=allocation)
         self._engine = make_engine(self._plan.pruner, allocation, self)
         self._guarded(self._engine.initialize, state, **kwargs)
@@ -118,10 +120,19 @@ class MixedSparsityModifier(Options, Modifier):
             raise RecipeError(
                 "MixedSparsityModifier needs calibration data", hint="pass dataset=... to oneshot"
             )
+        if isinstance(getattr(state.data.calib, "sampler", None), RandomSampler):
+            log.warning(
+                "the calibration samples are shuffled by torch's global seed; for equal results run after "
+                "run, pass shuffle_calibration_samples=False to oneshot, or call torch.manual_seed first"
+            )
         return from_dataloader(state.data.calib)
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         self._guarded(self._engine.event, state, event, **kwargs)
+        if event.type_ == EventType.SEQUENTIAL_EPOCH_END:
+            self._steps += 1
+            total = len(decoder_blocks(state.model)[1]) + 1  # the head is the pipeline's last step
+            self._progress("pruning", min(self._steps, total), total)
         if event.type_ == EventType.CALIBRATION_END:
             self._stats = recount_model(state.model, self._outcome.allocation)
             for layer, level in self._outcome.allocation.by_layer.items():

@@ -1,6 +1,8 @@
 """The modifier through llm-compressor's own ``oneshot``, on the embedded Qwen2-type model."""
 
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -277,3 +279,62 @@ def test_dense_levels_leave_their_layers_bit_identical(model, calibration, tmp_p
     for name, level in Allocation.read(path).by_layer.items():
         same = torch.equal(model.get_submodule(name).weight, before[name])
         assert same == level.is_dense, name
+
+
+def test_sparsity_zero_changes_nothing(model, calibration):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run(model, [MixedSparsityModifier(sparsity=0, method="sparsegpt", allocator="uniform")], calibration)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_the_recipe_that_a_run_leaves_runs_again(model, calibration, tmp_path):
+    modifier = MixedSparsityModifier(
+        sparsity="5/8", method={"name": "sparsegpt", "block_size": 64}, allocator="uniform", ignore=["k_proj"]
+    )
+    run(model, [modifier], calibration, output_dir=str(tmp_path / "out"))
+    again = load_model(demo_model_path("qwen2"), "float32")
+    run(again, str(tmp_path / "out" / "recipe.yaml"), calibration)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+
+
+def test_an_allocation_brings_its_own_targets(model, calibration, tmp_path):
+    first = MixedSparsityModifier(
+        sparsity=0.5, method="magnitude", levels=["2:4"], allocator="uniform", targets=["down_proj"]
+    )
+    run(model, [first], calibration, output_dir=str(tmp_path / "out"))
+    again = load_model(demo_model_path("qwen2"), "float32")
+    path = str(tmp_path / "out" / "allocation.json")
+    run(again, [MixedSparsityModifier(allocation=path, method="magnitude")], calibration)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+
+
+def test_a_target_that_the_levels_cannot_meet_exactly_is_met_to_the_nearest_count(model, calibration):
+    modifier = MixedSparsityModifier(sparsity=0.7, method="magnitude", allocator="uniform")
+    run(model, [modifier], calibration)
+    budget = modifier.outcome.allocation.budget
+    assert not budget.exact
+    assert modifier.stats.total_zeros == budget.zeros
+    assert abs(float(budget.sparsity) - 0.7) < 1e-3
+
+
+def test_two_ranks_are_refused_with_a_reason(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import torch.distributed as dist; dist.init_process_group('gloo')\n"
+        "from torch.utils.data import DataLoader; import torch\n"
+        "from llmcompressor import oneshot\n"
+        "from msp_plugin import MixedSparsityModifier\n"
+        "from msp_plugin.demo import demo_model_path\n"
+        "from msp_plugin.models import load_model\n"
+        "data = DataLoader([{'input_ids': torch.arange(32)}])\n"
+        "oneshot(model=load_model(demo_model_path('qwen2')), dataset=data,\n"
+        "        recipe=[MixedSparsityModifier(sparsity=0.5, method='wanda', allocator='uniform')])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "torch.distributed runs 2 ranks" in done.stderr

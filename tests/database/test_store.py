@@ -1,0 +1,126 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from msp_plugin.database.store import LayerErrors, LevelDatabase
+from msp_plugin.errors import VerificationError
+from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.units import Layer, Unit, UnitTable
+
+MENU = parse_menu(["dense", "2:4", "1:4"])
+LAYER = Layer("l.0.up_proj", 4, 8)
+
+
+def database(root, identity=None, menu=MENU):
+    return LevelDatabase(root, identity or {"model": "a", "options": {"x": 1}}, menu)
+
+
+def weights(seed=0, names=("dense", "2:4", "1:4"), shape=(4, 8)):
+    torch.manual_seed(seed)
+    return {name: torch.randn(shape) for name in names}
+
+
+ERRORS = {"dense": LayerErrors(0.0, 0.0), "2:4": LayerErrors(0.1, 1 / 3), "1:4": LayerErrors(2.0, 1e-300)}
+
+
+def test_a_weight_comes_back_bit_for_bit(tmp_path):
+    held = {**weights(), "1:4": torch.tensor([[float("nan"), -0.0] * 4] * 4)}
+    database(tmp_path).write(LAYER, held, ERRORS)
+    fresh = database(tmp_path)
+    assert fresh.has(LAYER)
+    for name, weight in held.items():
+        found = fresh.weight(LAYER.name, name)
+        assert torch.equal(found.view(torch.int32), weight.view(torch.int32)) and found.dtype == weight.dtype
+
+
+def test_bfloat16_and_strided_weights_come_back_too(tmp_path):
+    held = {name: w.T.contiguous().T.bfloat16() for name, w in weights().items()}
+    database(tmp_path).write(LAYER, held, ERRORS)
+    for name, weight in held.items():
+        assert torch.equal(database(tmp_path).weight(LAYER.name, name), weight)
+
+
+def test_errors_are_exact_and_summed_over_the_layers_of_a_unit(tmp_path):
+    store, other = database(tmp_path), Layer("l.0.gate_proj", 4, 8)
+    store.write(LAYER, weights(), ERRORS)
+    store.write(other, weights(1), {name: LayerErrors(1.0, 2.0) for name in ERRORS})
+    table = UnitTable((Unit("both", 0, (LAYER, other)), Unit("one", 0, (LAYER,))))
+    weight_error, output_error = store.errors(table)
+    assert weight_error.tolist() == [[1.0, 1.1, 3.0], [0.0, 0.1, 2.0]]
+    assert output_error.tolist() == [[2.0, 2 + 1 / 3, 2.0], [0.0, 1 / 3, 1e-300]]
+
+
+def test_the_key_names_everything_the_weights_depend_on(tmp_path):
+    keys = [
+        database(tmp_path, {"model": "a", "options": {"x": 1}}).key,
+        database(tmp_path, {"model": "b", "options": {"x": 1}}).key,
+        database(tmp_path, {"model": "a", "options": {"x": 2}}).key,
+        database(tmp_path, {"model": "a", "options": {"x": 1}, "more": None}).key,
+        database(tmp_path, menu=MENU[:2]).key,
+        database(tmp_path, menu=parse_menu(["dense", "4:8", "1:4"])).key,
+    ]
+    assert len(set(keys)) == len(keys)
+    assert database(tmp_path, {"options": {"x": 1}, "model": "a"}).key == keys[0]
+    assert database(tmp_path).description["key"] == keys[0] and database(tmp_path).path.name == keys[0][:24]
+
+
+def test_what_is_not_there_is_not_had(tmp_path):
+    assert not database(tmp_path).has(LAYER)
+    database(tmp_path).write(LAYER, weights(), ERRORS)
+    assert not database(tmp_path).has(Layer("l.0.gate_proj", 4, 8))
+    assert not database(tmp_path).has(Layer(LAYER.name, 8, 8))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_not_had(tmp_path, share):
+    database(tmp_path).write(LAYER, weights(), ERRORS)
+    path = database(tmp_path).file(LAYER.name)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    assert not database(tmp_path).has(LAYER)
+
+
+@pytest.mark.parametrize("change", [{"key": "other"}, {"layer": "l.1.up_proj"}])
+def test_another_databases_file_is_not_had(tmp_path, change):
+    store = database(tmp_path)
+    store.path.mkdir(parents=True)
+    meta = {"key": store.key, "layer": LAYER.name, "errors": "{}", **change}
+    save_file(weights(), store.file(LAYER.name), metadata=meta)
+    assert not store.has(LAYER)
+
+
+def test_a_file_without_a_level_or_metadata_is_not_had(tmp_path):
+    store = database(tmp_path)
+    store.path.mkdir(parents=True)
+    save_file(weights(names=("dense", "2:4")), store.file(LAYER.name), metadata={"key": store.key, "layer": LAYER.name})
+    assert not database(tmp_path).has(LAYER)
+    save_file(weights(), store.file(LAYER.name))
+    assert not database(tmp_path).has(LAYER)
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path):
+    store = database(tmp_path)
+    store.path.mkdir(parents=True)
+    save_file(weights(seed=1), store.file(LAYER.name), metadata={"key": "another database's"})
+    assert not store.has(LAYER)
+    store.write(LAYER, weights(seed=2), ERRORS)
+    assert store.has(LAYER)
+    assert torch.equal(store.weight(LAYER.name, "2:4"), weights(seed=2)["2:4"])
+
+
+@pytest.mark.parametrize("layer, level", [("l.9.up_proj", "2:4"), (LAYER.name, "3:4")])
+def test_a_weight_that_is_not_held_is_named_with_the_way_out(tmp_path, layer, level):
+    store = database(tmp_path)
+    store.write(LAYER, weights(), ERRORS)
+    with pytest.raises(VerificationError, match=f"cannot give {layer} at {level}") as error:
+        store.weight(layer, level)
+    assert str(store.path) in error.value.message and "remove that directory" in error.value.hint
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    store = database(tmp_path)
+    with pytest.raises(TypeError):
+        store.write(LAYER, {"dense": torch.zeros(4, 8)}, {"dense": LayerErrors(0.0, object())})
+    with pytest.raises((ValueError, AttributeError)):
+        store.write(LAYER, {"dense": "no tensor"}, ERRORS)
+    assert not store.path.exists() or not list(store.path.iterdir())

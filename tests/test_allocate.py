@@ -1,0 +1,201 @@
+import dataclasses
+import json
+import logging
+from fractions import Fraction
+
+import pytest
+import torch
+
+from msp_plugin.allocate import allocate, check_model, open_database, versions
+from msp_plugin.errors import BudgetError, DataError, NumericsError, RecipeError, VerificationError
+from msp_plugin.models import fingerprint, prunable_layers
+from msp_plugin.options import Options, resolve
+from msp_plugin.plugins import Plugins
+
+MSP = {"name": "msp", "population": 4, "generations": 2, "offspring": 3, "tokens": 48}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    def make(plugins=None, **options):
+        options = {"sparsity": 0.5, "method": "magnitude", "allocator": MSP, "cache": str(tmp_path / "cache"), **options}
+        return resolve(Options(**options), plugins or Plugins(entry_points=False))
+
+    return make
+
+
+def cache_files(tmp_path):
+    return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_the_allocation_is_on_the_budget_and_the_model_is_left_as_it_was(
+    model, data, plan, tmp_path, bits, count_hooks, method
+):
+    before, hooks = bits(model), count_hooks(model)
+    outcome = allocate(model, data, plan(method=method, sparsity=0.6))
+    found = outcome.allocation
+    assert bits(model) == before and count_hooks(model) == hooks
+    assert found.table == prunable_layers(model) and found.target == Fraction(3, 5)
+    assert abs(found.budget.sparsity - found.target) < Fraction(1, 500)
+    assert set(found.sensitivities) == {"fisher"} and min(found.sensitivities["fisher"]) > 0
+    search = outcome.search
+    assert search["loss"] <= search["uniform_loss"] and search["allocator"] == "msp"
+    assert search["forward_tokens"] == search["evaluations"] * 48
+    assert search["curve"][0] == [48, search["uniform_loss"]] and search["curve"][-1][1] == search["loss"]
+    assert json.loads(json.dumps(search)) == search
+
+
+def test_equal_runs_give_equal_bytes_and_the_second_builds_nothing(llama, data, plan, tmp_path):
+    first = allocate(llama, data, plan(method="wanda")).allocation.to_json()
+    files = cache_files(tmp_path)
+    assert len(files) == 14
+    assert allocate(llama, data, plan(method="wanda")).allocation.to_json() == first
+    assert cache_files(tmp_path) == files
+    elsewhere = plan(method="wanda", cache=str(tmp_path / "other"))
+    assert allocate(llama, data, elsewhere).allocation.to_json() == first
+
+
+def test_the_file_says_where_it_came_from_without_times_or_paths(llama, data, plan, tmp_path):
+    found = allocate(llama, data, plan(seed=3, ignore=["o_proj"])).allocation
+    told = found.provenance
+    assert told["model"] == {"architecture": "LlamaForCausalLM", "fingerprint": fingerprint(llama)}
+    assert told["allocator"]["population"] == 4 and told["method"]["name"] == "magnitude"
+    assert told["estimators"] == {"fisher": {"name": "fisher", "samples": 128, "batch_tokens": 2048}}
+    assert (told["seed"], told["ignore"], told["levels"][0]) == (3, ["o_proj"], "dense")
+    assert told["calibration"]["samples"] == 6 and told["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in found.to_json()
+
+
+def test_uniform_needs_no_text_and_touches_no_cache(llama, plan, tmp_path):
+    outcome = allocate(llama, None, plan(allocator="uniform"))
+    assert {level.name for level in outcome.allocation.levels} == {"4:8"}
+    assert outcome.search == {} and not (tmp_path / "cache").exists()
+    assert outcome.allocation.provenance["calibration"] is None
+
+
+def test_a_search_without_text_is_refused(llama, plan):
+    with pytest.raises(RecipeError, match="allocator 'msp' needs calibration text") as error:
+        allocate(llama, None, plan())
+    assert "dataset" in error.value.hint
+
+
+def test_too_little_text_for_the_search_is_refused(llama, data, plan):
+    with pytest.raises(DataError, match="asks for 100 held-out tokens, but 6 .* 144 tokens leave at most 72"):
+        allocate(llama, data, plan(allocator={**MSP, "tokens": 100}))
+
+
+def test_the_held_out_samples_do_not_calibrate(llama, data, plan, tmp_path):
+    made = plan(method="wanda")
+    head, tail = data.split(48)
+    allocate(llama, data, made)
+    database = open_database(fingerprint(llama), head, made)
+    assert database.path.is_dir() and len(tail) == 2
+    assert not open_database(fingerprint(llama), data, made).path.exists()
+
+
+def test_steps_report_their_progress(llama, data, plan):
+    seen = {}
+    allocate(llama, data, plan(), progress=lambda step, done, total: seen.setdefault(step, []).append((done, total)))
+    assert list(seen) == ["sensitivity", "level database", "search"]
+    assert [at[-1] for at in seen.values()] == [(4, 4), (14, 14), (10, 10)]
+
+
+def test_every_input_of_the_weights_changes_the_databases_key(llama, qwen2, data, make_samples, plan):
+    def key(model=llama, samples=data, **options):
+        return open_database(fingerprint(model), samples, plan(**options)).key
+
+    sparsegpt = {"method": "sparsegpt"}
+    keys = [
+        key(**sparsegpt), key(qwen2, **sparsegpt), key(samples=make_samples(seed=1), **sparsegpt),
+        key(method={"name": "sparsegpt", "dampening_frac": 0.02}), key(method="wanda"),
+        key(levels=["dense", "4:8"], **sparsegpt),
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert key(seed=5, sparsity=0.25, allocator="uniform", **sparsegpt) == keys[0]
+
+
+def test_a_method_without_statistics_has_one_database_for_all_samples(llama, data, make_samples, plan):
+    made = plan(method="magnitude")
+    assert open_database("m", data, made).key == open_database("m", make_samples(seed=1), made).key
+
+
+def test_a_finished_allocation_is_taken_as_it_is(llama, data, plan, tmp_path):
+    path = tmp_path / "allocation.json"
+    path.write_text(allocate(llama, data, plan()).allocation.to_json())
+    outcome = allocate(llama, None, plan(sparsity=None, allocation=str(path), allocator="uniform"))
+    assert outcome.allocation.to_json() == path.read_text() and outcome.search == {}
+
+
+def test_an_allocation_of_other_layers_is_refused(llama, data, plan, tmp_path):
+    path = tmp_path / "allocation.json"
+    path.write_text(allocate(llama, None, plan(allocator="uniform")).allocation.to_json())
+    with pytest.raises(VerificationError, match="another model or other targets: 2 layers differ, e.g. .*o_proj"):
+        allocate(llama, data, plan(sparsity=None, allocation=str(path), ignore=["o_proj"]))
+
+
+def test_a_sparsity_out_of_reach_is_found_before_any_work(llama, data, plan, tmp_path):
+    with pytest.raises(BudgetError, match="dense, 4:8 reach 0 to 0.5"):
+        allocate(llama, data, plan(sparsity=0.6, levels=["dense", "4:8"]))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_levels_that_do_not_divide_a_width_are_found_before_any_work(llama, data, plan):
+    with pytest.raises(RecipeError, match="level 3:7 does not divide the width of 14 layers"):
+        allocate(llama, data, plan(levels=["dense", "3:7"]))
+
+
+def test_weights_that_are_not_finite_are_found_before_any_work(llama, data, plan, tmp_path):
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="model.layers.1.mlp.up_proj"):
+        allocate(llama, data, plan())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_budget_that_cannot_be_met_to_the_weight_is_logged(llama, plan, caplog):
+    with caplog.at_level(logging.INFO, logger="msp_plugin"):
+        check_model(llama, plan(sparsity="1/3"))
+        assert "sparsity 1/3 cannot be met to the weight" in caplog.text
+        caplog.clear()
+        check_model(llama, plan(sparsity=0.5))
+        assert not caplog.text
+
+
+def test_the_versions_are_those_of_the_installed_packages():
+    found = versions()
+    assert found["torch"] == torch.__version__ and {"transformers", "numpy", "llmcompressor"} <= set(found)
+
+
+def test_a_plugins_estimator_and_allocator_work_together(llama, data, plan, plugins_with):
+    made = plan(plugins_with("squared_norm"), allocator="dense_where_large", method="wanda")
+    outcome = allocate(llama, data, made)
+    norms = outcome.allocation.sensitivities["squared_norm"]
+    table = prunable_layers(llama)
+    expected = [sum(float(llama.get_submodule(a.name).weight.detach().square().sum()) for a in u.layers) for u in table]
+    assert norms == pytest.approx(expected)
+    assert outcome.allocation.budget.exact and outcome.search["forward_tokens"] == 0
+
+
+def test_a_plugins_allocator_reads_the_level_database(llama, data, plan, plugins_with):
+    outcome = allocate(llama, data, plan(plugins_with("least_error"), allocator="least_error", method="wanda"))
+    assert outcome.allocation.budget.exact and outcome.search["allocator"] == "least_error"
+
+
+def test_a_plugins_pruner_fills_the_level_database(llama, data, plan, plugins_with):
+    plugins = plugins_with("ria")
+    first = allocate(llama, data, plan(plugins, method="ria")).allocation
+    other = allocate(llama, data, plan(plugins, method={"name": "ria", "power": 0.0})).allocation
+    assert first.provenance["method"]["power"] == 0.5 and first.provenance["method"]["host"] == "msp_plugin"
+    assert first.provenance["loss"] != other.provenance["loss"]
+
+
+def test_an_allocator_that_misses_the_budget_is_caught(llama, plan):
+    made = plan(allocator="uniform")
+
+    class Greedy(type(made.allocator)):
+        def allocate(self, inputs):
+            return dataclasses.replace(super().allocate(inputs), choice=(0,) * len(inputs.problem.table))
+
+    with pytest.raises(VerificationError, match="the allocator returned"):
+        allocate(llama, None, dataclasses.replace(made, allocator=Greedy()))
