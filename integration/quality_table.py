@@ -30,12 +30,11 @@ SPARSITIES = (0.625, 0.75)
 def run_one(model: str, method: str, sparsity: float, seed: int, cache: Path) -> dict:
     """Return the row of one run: perplexities, share taken back, cost of the search."""
     from msp_plugin.demo import demo_model_path, demo_text
-    from msp_plugin.hosts.llm_compressor.recipe import our_lines, read_recipe
+    from msp_plugin.hosts.llm_compressor.recipe import our_line, read_recipe
     from msp_plugin.pipeline import run_recipe
 
     recipe = read_recipe(files("msp_plugin.demo") / "recipe.yaml")
-    for line in our_lines(recipe):
-        line.update(method=method, sparsity=sparsity, seed=seed, cache=str(cache))
+    our_line(recipe).update(method=method, sparsity=sparsity, seed=seed, cache=str(cache))
     text = dataclasses.replace(demo_text(), seed=seed)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as out:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,18 @@ import torch
 
 from msp_plugin.allocators.base import AllocationInputs, AllocationResult
 from msp_plugin.calibration import CalibrationSet
-from msp_plugin.database.build import build_database
+from msp_plugin.database.build import build_database, check_space
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import RecipeError
 from msp_plugin.evaluation import CandidateLoss
 from msp_plugin.files import default_cache, finite
-from msp_plugin.models import check_finite_weights, check_widths, fingerprint, prunable_layers
+from msp_plugin.models import (
+    check_finite_weights,
+    check_in_memory,
+    check_widths,
+    fingerprint,
+    prunable_layers,
+)
 from msp_plugin.options import Plan
 from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
@@ -107,37 +114,26 @@ def allocate(
     if data is None:
         raise RecipeError(f"allocator {allocator.name!r} needs calibration text", hint="pass a dataset")
     start = time.monotonic()
-    head, held_out = data.split(allocator.tokens) if allocator.needs_database else (data, data)
-    sensitivities = {}
-    for name, estimator in plan.estimators.items():
-        began = time.monotonic()
-        sensitivities[name] = unit_sensitivities(
-            estimator, model, head, table, lambda done, total: progress("sensitivity", done, total)
-        )
-        log.info("sensitivity %s: %d units, %.1f s", name, len(table), time.monotonic() - began)
-    database = open_database(model_id, head, plan) if allocator.needs_database else None
-    if database is not None:
+    check_in_memory(model)
+    head, held_out = data.split(allocator.held_out_tokens)
+    sensitivities = _sensitivities(model, head, table, plan, progress)
+    database = None
+    if allocator.needs_database:
+        database = open_database(model_id, head, plan)
+        check_space(database, model, table)
         build_database(
             database, model, table, plan.pruner, head, batch_tokens=batch_tokens,
-            progress=lambda done, total: progress("level database", done, total),
+            progress=partial(progress, "level database"),
         )  # fmt: skip
     began = time.monotonic()
     measured = (
-        CandidateLoss(model, database, problem, held_out, allocator.loss, batch_tokens)
-        if database is not None
+        CandidateLoss(model, database, problem, held_out, allocator.objective, batch_tokens)
+        if database is not None and allocator.measures
         else nullcontext()
     )
     with measured as loss:
-        result = allocator.allocate(
-            _inputs(
-                plan,
-                problem,
-                sensitivities,
-                database,
-                loss,
-                lambda done, total: progress("search", done, total),
-            )
-        )
+        report = partial(progress, "search")
+        result = allocator.allocate(_inputs(plan, problem, sensitivities, database, loss, report))
     now = time.monotonic()
     log.info("search %s: %d candidates, %.1f s", allocator.name, result.evaluations, now - began)
     search = {
@@ -153,12 +149,24 @@ def allocate(
     return Outcome(_finish(model, model_id, data, plan, problem, result, sensitivities), search)
 
 
+def _sensitivities(
+    model: torch.nn.Module, data: CalibrationSet, table: UnitTable, plan: Plan, progress: StepProgress
+) -> dict[str, tuple[float, ...]]:
+    found = {}
+    for name, estimator in plan.estimators.items():
+        began = time.monotonic()
+        found[name] = unit_sensitivities(estimator, model, data, table, partial(progress, "sensitivity"))
+        log.info("sensitivity %s: %d units, %.1f s", name, len(table), time.monotonic() - began)
+    return found
+
+
 def open_database(model_id: str, data: CalibrationSet, plan: Plan) -> LevelDatabase:
     """Return the level database of a model (its fingerprint), samples, method and levels, built or not."""
     identity = {
         "model": model_id,
         "calibration": data.fingerprint if plan.pruner.needs_statistics else None,
         "method": {**spec_of(plan.pruner), "host": plan.pruner.host, "version": plan.pruner.version()},
+        "code": plan.pruner.code(),
         "torch": torch.__version__,
     }
     return LevelDatabase(Path(plan.cache or default_cache()), identity, plan.menu)

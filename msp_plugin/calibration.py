@@ -118,12 +118,12 @@ def _file_texts(path: Path, column: str) -> list[str]:
     if path.suffix not in (".jsonl", ".json"):
         return [content]
     texts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path}, line {number} is not JSON: {error}", hint="jsonl holds one JSON object a line"
             ) from None
@@ -142,8 +142,10 @@ def _column(row: Any, column: str, where: str) -> str:
 
 def _directory_texts(path: Path, column: str) -> Iterable[str]:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        from datasets import load_from_disk
-
+        try:
+            from datasets import load_from_disk
+        except ImportError:
+            raise DataError(f"{path} is a saved dataset", hint="pip install datasets to read it") from None
         return _dataset_texts(load_from_disk(str(path)), column, str(path))
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in (*_TEXT, ".jsonl"))
     if not files:
@@ -186,6 +188,15 @@ def _dataset_texts(data: Any, column: str, source: str) -> Iterator[str]:
     return (str(row[column]) for row in data)
 
 
+def _pieces(text: str, size: int = 2**20) -> Iterator[str]:
+    """Yield a text in pieces of about ``size`` characters that end with a line."""
+    start = 0
+    while start < len(text):
+        cut = text.find("\n", start + size) + 1 or len(text)
+        yield text[start:cut]
+        start = cut
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
@@ -211,11 +222,12 @@ def tokenize(
     end = tokenizer.eos_token_id
     stream: list[int] = []
     for text in texts:
-        if len(stream) > _READ * samples * length:
-            break
-        if text:
-            stream += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-            stream += [end] if end is not None else []
+        for piece in _pieces(text):
+            if len(stream) > _READ * samples * length:
+                break
+            stream += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+        if text and end is not None:
+            stream.append(end)
     found = len(stream) // length
     if found < (samples if at_least is None else at_least):
         raise DataError(
@@ -232,8 +244,13 @@ def tokenize(
     return CalibrationSet(tuple(ids[i].clone() for i in starts), source)
 
 
-def from_dataloader(batches: Iterable[Any], source: str = "dataloader") -> CalibrationSet:
-    """Return the samples of a host's DataLoader, padding removed, in its order.
+def from_dataloader(
+    batches: Iterable[Any], source: str = "dataloader", *, keep_order: bool = True
+) -> CalibrationSet:
+    """Return the samples of a host's DataLoader, padding removed.
+
+    Without ``keep_order`` they are sorted by a digest of their content: hosts sort samples by length, or
+    shuffle them, and the last ones, which are held out, must be typical and the same in every run.
 
     Raises:
         DataError: a batch has no ``input_ids``, or there is no token at all.
@@ -249,6 +266,8 @@ def from_dataloader(batches: Iterable[Any], source: str = "dataloader") -> Calib
             kept = row if mask is None else row[torch.as_tensor(mask)[i].cpu().bool()]
             if len(kept) > 1:
                 samples.append(kept.to(torch.int64))
+    if not keep_order:
+        samples.sort(key=lambda sample: hashlib.sha256(sample.contiguous().numpy()).digest())
     if not samples:
         raise DataError("the calibration data holds no sample of two tokens or more")
     return CalibrationSet(tuple(samples), source)

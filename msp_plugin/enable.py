@@ -8,7 +8,8 @@ from pathlib import Path
 from msp_plugin.errors import OutputError
 from msp_plugin.files import write_text
 
-_LINE = "import msp_plugin._autoload\n"
+# Python runs a line of a .pth file that begins with import. It must stay silent after an uninstall.
+_LINE = r"""import sys; exec("try:\n import msp_plugin._autoload\nexcept ImportError: pass")""" + "\n"
 
 
 def hook_file() -> Path:

@@ -106,6 +106,11 @@ class CandidateLoss:
                 if not self._reference and seen and torch.equal(head(seen[0]), logits):
                     self._head = head
                 self._reference.append(seen[0] if self._head is not None else logits)
+                if not torch.isfinite(logits).all():
+                    raise NumericsError(
+                        "the dense model's logits on the search text are not finite",
+                        hint="the activations overflow: try dtype float32",
+                    )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -137,8 +142,9 @@ class CandidateLoss:
     def _set(self, names: list[str]) -> None:
         for u, (unit, name) in enumerate(zip(self.problem.table, names, strict=True)):
             if self._now[u] != name:
-                for layer in unit.layers:
-                    weight = self.database.weight(layer.name, name)
+                weights = [self.database.weight(layer.name, name) for layer in unit.layers]
+                self._now[u] = ""  # neither, until all layers of the unit are set
+                for layer, weight in zip(unit.layers, weights, strict=True):
                     self.model.get_submodule(layer.name).weight.copy_(weight)
                 self._now[u] = name
 

@@ -57,12 +57,14 @@ def check_output(path: str | Path) -> Path:
     Raises:
         OutputError: it is a file, holds anything, or cannot be made.
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file", hint="give a directory that does not exist yet")
     if path.is_dir() and any(path.iterdir()):
         raise OutputError(f"{path} is not empty", hint="give another directory, or empty this one")
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is a file", hint="give a directory that does not exist yet")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"{parent} is not writable", hint="give a directory that you may write to")
     return path
@@ -70,21 +72,24 @@ def check_output(path: str | Path) -> Path:
 
 @contextmanager
 def output_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside ``path`` that becomes ``path`` if the block succeeds.
+    """Yield a temporary directory whose files become those of ``path`` if the block succeeds.
 
-    Raises:
-        OutputError: ``path`` came to hold something in the meantime.
+    A path that does not exist yet appears whole, by one rename. Into an empty directory, which may be
+    a mount point, the finished files are moved one by one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    inside = path.is_dir()
+    parent = path if inside else path.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     temporary.mkdir()
     try:
         yield temporary
         for file in temporary.rglob("*"):  # safetensors creates its files readable by the owner alone
             file.chmod(file.stat().st_mode | (temporary.stat().st_mode & 0o444))
-        try:
-            temporary.rename(path)  # an empty directory is replaced, a filled one is an error
-        except OSError as error:
-            raise OutputError(f"cannot rename the finished run to {path}: {error}") from error
+        if inside:
+            for file in sorted(temporary.iterdir()):
+                file.rename(path / file.name)
+        else:
+            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from msp_plugin.errors import ModelError, NumericsError, RecipeError, nearest
 from msp_plugin.plan.levels import Level
@@ -41,7 +42,7 @@ def load_model(
             source, dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"cannot load a causal language model from {source}: {error}",
             hint="give a directory with config.json and safetensors, or a hub id",
@@ -106,16 +107,30 @@ def prunable_layers(
         RecipeError: a pattern matches nothing in the model.
         ModelError: nothing is left to prune.
     """
-    prefix, _ = decoder_blocks(model)
+    prefix, blocks = decoder_blocks(model)
+    fused = [name for name, p in blocks.named_parameters() if p.dim() == 3]
+    if fused:
+        raise ModelError(
+            f"{type(model).__name__} holds fused experts, e.g. {prefix}.{fused[0]}",
+            hint="only linears can be pruned; llm-compressor's oneshot splits experts into linears first: "
+            "run MixedSparsityModifier there",
+        )
     named = {name: module for name, module in model.named_modules() if name}
     for kind, patterns in (("target", targets), ("ignore", ignore)):
         for pattern in patterns:
-            if not any(_matches(pattern, name, module) for name, module in named.items()):
-                leaves = {n.rpartition(".")[2] for n, m in named.items() if isinstance(m, torch.nn.Linear)}
+            hit = [module for name, module in named.items() if _matches(pattern, name, module)]
+            if any(isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) for module in hit):
+                continue
+            if hit:
                 raise RecipeError(
-                    f"{kind} {pattern!r} matches no module of {type(model).__name__}",
-                    hint=nearest(pattern, leaves | {"Linear"}),
+                    f"{kind} {pattern!r} matches {type(hit[0]).__name__} modules, but no linear",
+                    hint=f'for the linears inside write "*{pattern}.*", or "re:.*{pattern}[.].*"',
                 )
+            leaves = {n.rpartition(".")[2] for n, m in named.items() if isinstance(m, torch.nn.Linear)}
+            raise RecipeError(
+                f"{kind} {pattern!r} matches no module of {type(model).__name__}",
+                hint=nearest(pattern, leaves | {"Linear"}),
+            )
     layers = []
     for name, module in named.items():
         if not isinstance(module, torch.nn.Linear) or not name.startswith(prefix + "."):
@@ -145,6 +160,35 @@ def _matches(pattern: str, name: str, module: torch.nn.Module) -> bool:
         return fnmatch.fnmatchcase(name, pattern)
     classes = {cls.__name__ for cls in type(module).__mro__ if cls.__module__ != "builtins"}
     return pattern == name or name.endswith("." + pattern) or pattern in classes - {"Module", "object"}
+
+
+def check_in_memory(model: torch.nn.Module) -> None:
+    """Raise if a host or accelerate has offloaded weights, which could not be exchanged in place.
+
+    Raises:
+        ModelError: it has.
+    """
+    for name, module in model.named_modules():
+        offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
+        meta = any(p is not None and p.device.type == "meta" for p in dict(module._parameters).values())
+        if offloaded or meta or not isinstance(module._parameters, dict):
+            raise ModelError(
+                f"the weights of {name or 'the model'} are offloaded; the search exchanges weights in place",
+                hint="load the model anew, without device_map (a GPU is used where it fits), or give a "
+                "finished allocation",
+            )
+
+
+def max_length(source: str | Path, *, trust_remote_code: bool = False) -> int | None:
+    """Return the longest sequence that a model's config allows, None if it does not say."""
+    from transformers import AutoConfig
+
+    _check_source(source)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot read the config of {source}: {error}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_widths(table: UnitTable, menu: Iterable[Level]) -> None:
@@ -181,7 +225,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     """Return a hex digest of the model's config and of every parameter's name, dtype, shape and bytes."""
     digest = hashlib.sha256()
     config: dict[str, Any] = model.config.to_diff_dict()
-    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+    for volatile in ("architectures", "_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from msp_plugin.allocators.base import Allocator
 from msp_plugin.errors import RecipeError, nearest
@@ -42,7 +42,7 @@ class Options(BaseModel):
     allocator: str | dict[str, Any] = "msp"
     estimators: dict[str, dict[str, Any]] = {}
     allocation: str | None = None
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     cache: str | None = None
 
     @model_validator(mode="before")
@@ -53,10 +53,26 @@ class Options(BaseModel):
                 if key not in cls.model_fields:
                     raise RecipeError(f"unknown key {key!r}", hint=nearest(str(key), Options.model_fields))
             data = dict(data)
+            if isinstance(data.get("levels"), int):
+                parse_menu([data["levels"]])  # an unquoted 2:4 is explained
             for key in ("targets", "ignore", "levels"):
                 if isinstance(data.get(key), str):
                     data[key] = [part.strip() for part in data[key].split(",") if part.strip()]
         return data
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Options:
+        """Return the options of a mapping.
+
+        Raises:
+            RecipeError: an unknown key, or a value of the wrong type.
+        """
+        try:
+            return cls(**data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise RecipeError(f"{where} = {first['input']!r}: {first['msg']}") from None
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,16 @@ class Plan:
     given: Allocation | None
     seed: int
     cache: str | None
+
+    @property
+    def search_tokens(self) -> int:
+        """Calibration tokens that are held out to measure candidates."""
+        return 0 if self.given is not None else self.allocator.held_out_tokens
+
+    @property
+    def is_uniform(self) -> bool:
+        """True if the outcome is the uniform allocation without a search."""
+        return self.given is None and self.allocator.name == "uniform"
 
     @property
     def needs_data(self) -> bool:
@@ -103,6 +129,7 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
         raise RecipeError("sparsity is missing", hint="say e.g. sparsity: 0.75, or give an allocation")
     else:
         sparsity, menu = parse_sparsity(options.sparsity), parse_menu(options.levels)
+    pruner.version()  # raises if its host is missing
     for level in menu:
         if not level.is_dense:
             pruner.check_level(level)
@@ -110,10 +137,11 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
     for name in options.estimators:
         if name not in known:
             raise RecipeError(f"there is no estimator called {name!r}", hint=nearest(name, known))
-    estimators = {
-        name: plugins.build("estimators", {"name": name, **options.estimators.get(name, {})})
-        for name in allocator.sensitivities
+    built = {
+        name: plugins.build("estimators", {**options.estimators.get(name, {}), "name": name})
+        for name in {*allocator.sensitivities, *options.estimators}
     }
+    estimators = {name: built[name] for name in allocator.sensitivities}
     return Plan(
         sparsity, pruner, menu, tuple(options.targets), tuple(options.ignore), allocator,
         estimators, given, options.seed, options.cache,

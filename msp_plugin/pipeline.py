@@ -6,101 +6,27 @@ import copy
 import gc
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress, versions
-from msp_plugin.calibration import CalibrationSet, join, load_texts, tokenize
+from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress
+from msp_plugin.calibration import CalibrationSet
 from msp_plugin.device import on_best_device
-from msp_plugin.errors import DataError, MSPError
+from msp_plugin.errors import NumericsError
 from msp_plugin.evaluation import perplexity
 from msp_plugin.files import check_output, finite, output_directory, write_json
 from msp_plugin.models import load_model, load_tokenizer
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
+from msp_plugin.samples import Samples, Text, load_samples
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Text:
-    """Which text a run uses.
-
-    Args:
-        data: source of the calibration samples (see calibration.load_texts).
-        search: source of the samples that measure candidates; None takes them from the end of ``data``.
-        test: source of the perplexity's samples; None sets samples of ``data`` aside for it.
-        samples, length: calibration samples and their tokens.
-        test_samples: samples of the perplexity; 0 measures none.
-        column: of the text in jsonl files and datasets.
-        batch: samples per forward pass of the host's calibration.
-        seed: of the choice of calibration and search samples; 0 spaces them evenly.
-    """
-
-    data: str
-    search: str | None = None
-    test: str | None = None
-    samples: int = 128
-    length: int = 2048
-    test_samples: int = 32
-    column: str = "text"
-    batch: int = 1
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Tokenized text: what calibrates and searches, and what tests. They share no sample."""
-
-    calibration: CalibrationSet
-    test: CalibrationSet | None
-
-
-def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: int = 0) -> Samples:
-    """Return the tokenized samples of a run.
-
-    The search's samples are the last ones of ``calibration``, where the modifier looks for them.
-
-    Raises:
-        DataError: a source is missing, empty or too short.
-    """
-    held_out = -(-search_tokens // text.length) if text.search else 0
-    reserved = 0 if text.test else text.test_samples
-    documents = load_texts(text.data, text.column)
-    found = tokenize(
-        tokenizer, documents, samples=text.samples + reserved, length=text.length, source=text.data,
-        seed=text.seed,
-    )  # fmt: skip
-    cut = len(found) - reserved
-    parts = [CalibrationSet(found.samples[:cut], text.data)]
-    test = CalibrationSet(found.samples[cut:], f"{text.data} [{cut}:]") if reserved else None
-    if text.search:
-        parts.append(
-            tokenize(
-                tokenizer, load_texts(text.search, text.column), samples=held_out, length=text.length,
-                source=text.search, seed=text.seed,
-            )
-        )  # fmt: skip
-    if text.test and text.test_samples:
-        test = tokenize(
-            tokenizer, load_texts(text.test, text.column), samples=text.test_samples,
-            length=text.length, source=text.test, at_least=1,
-        )  # fmt: skip
-    if test is not None:
-        known = {tuple(s.tolist()) for part in parts for s in part.samples}
-        shared = sum(tuple(s.tolist()) in known for s in test.samples)
-        if shared:
-            raise DataError(
-                f"{shared} of {len(test)} test samples are calibration samples too",
-                hint="give another text with --test-data",
-            )
-    return Samples(join(parts), test)
 
 
 @dataclass(frozen=True)
@@ -109,6 +35,18 @@ class Run:
 
     path: Path
     record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a run's model comes from; every step of a run starts from a fresh copy."""
+
+    name: str | Path
+    dtype: str
+    trust_remote_code: bool
+
+    def load(self) -> PreTrainedModel:
+        return load_model(self.name, self.dtype, trust_remote_code=self.trust_remote_code)
 
 
 def run_recipe(
@@ -125,64 +63,104 @@ def run_recipe(
     """Run a recipe of llm-compressor and leave checkpoint, recipe.yaml, allocation.json and run.json.
 
     With a MixedSparsityModifier in the recipe and ``baseline``, the same recipe is run first with the
-    uniform allocation, in memory only, so that run.json can compare the two. The directory appears
-    whole at the end; a run that fails or is interrupted leaves none.
+    uniform allocation, in memory only, so that run.json can compare the two. The files appear at the
+    end, all of them; a run that fails or is interrupted leaves none.
 
     Raises:
         MSPError: see the steps; whatever the options alone show fails before the model is loaded.
     """
-    from msp_plugin.hosts.llm_compressor.recipe import build_recipe, our_lines, read_recipe
+    from msp_plugin.hosts.llm_compressor.recipe import build_recipe, our_line, read_recipe
+    from msp_plugin.hosts.llm_compressor.run import run_oneshot
 
     path = check_output(out)
     steps = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else read_recipe(recipe)
     build_recipe(steps)
-    plugins = Plugins()
-    plans = [resolve(Options(**_ours(line)), plugins) for line in our_lines(steps)]
+    plugins, line = Plugins(), our_line(steps)
+    plan = None if line is None else resolve(Options.parse(_ours(line)), plugins)
+    text = text.for_model(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    tokens = max((getattr(plan.allocator, "tokens", 0) for plan in plans), default=0)
-    samples = load_samples(tokenizer, text, tokens)
+    samples = load_samples(tokenizer, text, plan.search_tokens if plan else 0)
+    source = _Source(model, dtype, trust_remote_code)
+    prune = partial(
+        run_oneshot, data=samples.calibration, batch=text.batch, tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
-    def fresh() -> PreTrainedModel:
-        return load_model(model, dtype, trust_remote_code=trust_remote_code)
-
-    def measure(name: str, loaded: PreTrainedModel) -> float | None:
-        if samples.test is None:
-            return None
-        return perplexity(
-            loaded, samples.test, progress=lambda done, total: progress(f"perplexity, {name}", done, total)
-        )
-
-    loaded = fresh()
-    for plan in plans:
+    loaded = source.load()
+    if plan is not None:
         check_model(loaded, plan)
-        if plan.given is None and plan.allocator.needs_database:
-            samples.calibration.split(plan.allocator.tokens)
-    quality: dict[str, float | None] = {"dense": measure("dense", loaded), "uniform": None}
-    if plans and baseline and samples.test is not None:
-        plain = copy.deepcopy(steps)
-        for line in our_lines(plain):
-            if line.pop("allocation", None) is not None:
-                line["sparsity"] = str(plans[0].sparsity)
-            line["allocator"] = "uniform"
-        del loaded
-        loaded = fresh()
-        _oneshot(loaded, plain, samples.calibration, text.batch, progress, "uniform, ")
-        quality["uniform"] = measure("uniform", loaded)
+        samples.calibration.split(plan.search_tokens)
+    quality = {"dense": _measure("dense", loaded, samples, progress)}
+    if plan is not None:
+        quality["uniform"] = None
+        if baseline and samples.test is not None and not plan.is_uniform:
+            loaded = source.load()
+            prune(loaded, _uniform(steps, plan), progress=_prefixed("uniform, ", progress), announce=False)
+            quality["uniform"] = _measure("uniform", loaded, samples, progress)
     del loaded
     gc.collect()
     start = time.monotonic()
-    loaded = fresh()
-    record = _oneshot(loaded, steps, samples.calibration, text.batch, progress)
+    loaded = source.load()
+    record = prune(loaded, steps, progress=progress)
     record["seconds"] = round(time.monotonic() - start, 3)
-    quality["mixed" if plans else "result"] = measure("mixed" if plans else "result", loaded)
-    record["perplexity"] = {name: finite(value) for name, value in quality.items()}
-    record["test"] = None if samples.test is None else _describe(samples.test)
+    name = "mixed" if plan is not None else "result"
+    quality[name] = _measure(name, loaded, samples, progress)
+    if plan is not None and plan.is_uniform:
+        quality["uniform"] = quality[name]
+    record |= _provenance(source, text, samples, quality)
     with output_directory(path) as temporary:
         loaded.save_pretrained(temporary, save_compressed=True)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "run.json", record)
     plugins.hook.msp_run_finished(record=record)
     return Run(path, record)
+
+
+def _measure(name: str, model: PreTrainedModel, samples: Samples, progress: StepProgress) -> float | None:
+    """Return the test perplexity; None without test text, or, after pruning, if it is not a number."""
+    if samples.test is None:
+        return None
+    try:
+        with on_best_device(model):
+            return perplexity(model, samples.test, progress=partial(progress, f"perplexity, {name}"))
+    except NumericsError:
+        if name == "dense":
+            raise
+        log.warning("the %s model's test loss is not a number", name)
+        return None
+
+
+def _uniform(steps: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return the recipe with our line at uniform sparsity, over the same layers and levels."""
+    from msp_plugin.hosts.llm_compressor.recipe import our_line
+
+    plain = copy.deepcopy(steps)
+    line = our_line(plain)
+    if plan.given is not None:
+        del line["allocation"]
+        menu = plan.given.provenance.get("levels") or [level.name for level in plan.menu]
+        line |= {
+            "sparsity": str(plan.given.budget.sparsity), "levels": list(menu), "ignore": [],
+            "targets": [layer.name for layer in plan.given.table.layers],
+        }  # fmt: skip
+    line["allocator"] = "uniform"
+    return plain
+
+
+def _prefixed(prefix: str, progress: StepProgress) -> StepProgress:
+    return lambda step, done, total: progress(prefix + step, done, total)
+
+
+def _provenance(
+    source: _Source, text: Text, samples: Samples, quality: dict[str, float | None]
+) -> dict[str, Any]:
+    """Return the parts of run.json that say what was measured, on what."""
+    return {
+        "perplexity": {name: finite(value) for name, value in quality.items()},
+        "model": {"source": str(source.name), "dtype": source.dtype},
+        "calibration": {**_describe(samples.calibration), "length": text.length, "seed": text.seed},
+        "test": None if samples.test is None else {**_describe(samples.test), "length": text.length},
+    }
 
 
 def _ours(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,54 +174,6 @@ def _describe(data: CalibrationSet) -> dict[str, Any]:
         "tokens": data.tokens,
         "fingerprint": data.fingerprint,
     }
-
-
-def _oneshot(
-    model: PreTrainedModel,
-    steps: dict[str, Any],
-    data: CalibrationSet,
-    batch: int,
-    progress: StepProgress,
-    prefix: str = "",
-) -> dict[str, Any]:
-    """Run llm-compressor's oneshot on a loaded model and return the record of our line, if there is one."""
-    from llmcompressor import oneshot
-    from torch.utils.data import DataLoader
-
-    from msp_plugin.checkpoint.sidecar import run_record
-    from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
-    from msp_plugin.hosts.llm_compressor.recipe import build_recipe
-
-    recipe = build_recipe(copy.deepcopy(steps))
-    ours = [m for m in recipe.modifiers if isinstance(m, MixedSparsityModifier)]
-    for modifier in ours:
-        modifier.report_to(lambda step, done, total: progress(prefix + step, done, total))
-    loader = DataLoader([{"input_ids": sample} for sample in data.samples], batch_size=batch)
-    with _cleaned_up(recipe.modifiers):
-        oneshot(model=model, recipe=recipe, dataset=loader)
-    if not ours:
-        return {"schema": "msp_plugin/run", "version": 1, "versions": versions()}
-    modifier = ours[-1]
-    return run_record(modifier.outcome, modifier.stats, modifier.seed)
-
-
-@contextmanager
-def _cleaned_up(modifiers: list[Any]) -> Iterator[None]:
-    """Leave no hook in the model and no half-run session behind if the block fails."""
-    try:
-        yield
-    except BaseException as error:
-        for modifier in modifiers:
-            if hasattr(modifier, "abort"):
-                modifier.abort()
-            modifier.remove_hooks()
-            modifier.finalized_ = True  # the session's reset would otherwise finalize it again
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, MSPError):
-            cause = cause.__cause__
-        if cause is not None and cause is not error:
-            raise cause from error
-        raise
 
 
 def prune_recipe(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,8 +197,9 @@ def search_allocation(
         MSPError: see ``allocate``.
     """
     plan: Plan = resolve(options, Plugins())
+    text = text.for_model(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    samples = load_samples(tokenizer, text, getattr(plan.allocator, "tokens", 0))
+    samples = load_samples(tokenizer, text, plan.search_tokens)
     loaded = load_model(model, dtype, trust_remote_code=trust_remote_code)
     with on_best_device(loaded):
         return allocate(loaded, samples.calibration, plan, progress=progress)

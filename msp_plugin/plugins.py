@@ -134,6 +134,17 @@ class Plugins:
                 found[component.name] = component
         return found
 
+    def options(self, kind: str, name: str) -> dict[str, str]:
+        """Return the options of a component and their defaults.
+
+        Raises:
+            RecipeError: there is no such component.
+        """
+        known = self.components[kind]
+        if name not in known:
+            raise RecipeError(f"there is no {kind[:-1]} called {name!r}", hint=nearest(name, known))
+        return known[name].options
+
     def build(self, kind: str, spec: object) -> Any:
         """Return the component that a recipe names, with its options checked.
 
@@ -154,13 +165,13 @@ class Plugins:
             )  # fmt: skip
         options = {key: value for key, value in spec.items() if key != "name"}
         name = spec["name"]
-        if name not in known:
-            raise RecipeError(f"there is no {one} called {name!r}", hint=nearest(name, known))
+        fields = self.options(kind, name)
         cls = known[name].cls
-        fields = {f.name for f in dataclasses.fields(cls)}
         for option in options:
             if option not in fields:
-                raise RecipeError(f"{one} {name!r} has no option {option!r}", hint=nearest(option, fields))
+                raise RecipeError(
+                    f"{one} {name!r} has no option {option!r}", hint=nearest(str(option), fields)
+                )
         try:
             return TypeAdapter(cls).validate_python(options)
         except ValidationError as error:

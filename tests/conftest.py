@@ -77,12 +77,12 @@ def model(request):
 def tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))  # noqa: S106
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=96, special_tokens=["<unk>", "</s>"], show_progress=False)
     raw.train_from_iterator([TEXT], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>")  # noqa: S106
 
 
 @pytest.fixture(scope="session")

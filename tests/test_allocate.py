@@ -10,6 +10,7 @@ from msp_plugin.allocate import allocate, check_model, open_database, versions
 from msp_plugin.errors import BudgetError, DataError, NumericsError, RecipeError, VerificationError
 from msp_plugin.models import fingerprint, prunable_layers
 from msp_plugin.options import Options, resolve
+from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plugins import Plugins
 
 MSP = {"name": "msp", "population": 4, "generations": 2, "offspring": 3, "tokens": 48}
@@ -18,7 +19,13 @@ MSP = {"name": "msp", "population": 4, "generations": 2, "offspring": 3, "tokens
 @pytest.fixture
 def plan(tmp_path):
     def make(plugins=None, **options):
-        options = {"sparsity": 0.5, "method": "magnitude", "allocator": MSP, "cache": str(tmp_path / "cache"), **options}
+        options = {
+            "sparsity": 0.5,
+            "method": "magnitude",
+            "allocator": MSP,
+            "cache": str(tmp_path / "cache"),
+            **options,
+        }
         return resolve(Options(**options), plugins or Plugins(entry_points=False))
 
     return make
@@ -33,11 +40,13 @@ def test_the_allocation_is_on_the_budget_and_the_model_is_left_as_it_was(
     model, data, plan, tmp_path, bits, count_hooks, method
 ):
     before, hooks = bits(model), count_hooks(model)
-    outcome = allocate(model, data, plan(method=method, sparsity=0.6))
+    made = plan(method=method, sparsity=0.6)
+    outcome = allocate(model, data, made)
     found = outcome.allocation
     assert bits(model) == before and count_hooks(model) == hooks
     assert found.table == prunable_layers(model) and found.target == Fraction(3, 5)
-    assert abs(found.budget.sparsity - found.target) < Fraction(1, 500)
+    assert found.budget == AllocationProblem(found.table, made.menu, found.target).budget
+    assert float(found.budget.sparsity) == pytest.approx(0.6, abs=0.005)
     assert set(found.sensitivities) == {"fisher"} and min(found.sensitivities["fisher"]) > 0
     search = outcome.search
     assert search["loss"] <= search["uniform_loss"] and search["allocator"] == "msp"
@@ -96,7 +105,12 @@ def test_the_held_out_samples_do_not_calibrate(llama, data, plan, tmp_path):
 
 def test_steps_report_their_progress(llama, data, plan):
     seen = {}
-    allocate(llama, data, plan(), progress=lambda step, done, total: seen.setdefault(step, []).append((done, total)))
+    allocate(
+        llama,
+        data,
+        plan(),
+        progress=lambda step, done, total: seen.setdefault(step, []).append((done, total)),
+    )
     assert list(seen) == ["sensitivity", "level database", "search"]
     assert [at[-1] for at in seen.values()] == [(4, 4), (14, 14), (10, 10)]
 
@@ -127,11 +141,19 @@ def test_a_finished_allocation_is_taken_as_it_is(llama, data, plan, tmp_path):
     assert outcome.allocation.to_json() == path.read_text() and outcome.search == {}
 
 
-def test_an_allocation_of_other_layers_is_refused(llama, data, plan, tmp_path):
+def test_a_finished_allocation_brings_its_own_targets(llama, plan, tmp_path):
+    path = tmp_path / "allocation.json"
+    made = allocate(llama, None, plan(allocator="uniform", ignore=["o_proj"])).allocation
+    path.write_text(made.to_json())
+    assert check_model(llama, plan(sparsity=None, allocation=str(path))) == made.table
+
+
+def test_an_allocation_of_another_model_is_refused(llama, plan, tmp_path):
     path = tmp_path / "allocation.json"
     path.write_text(allocate(llama, None, plan(allocator="uniform")).allocation.to_json())
-    with pytest.raises(VerificationError, match="another model or other targets: 2 layers differ, e.g. .*o_proj"):
-        allocate(llama, data, plan(sparsity=None, allocation=str(path), ignore=["o_proj"]))
+    llama.model.layers[1].mlp.down_proj = torch.nn.Linear(256, 64)
+    with pytest.raises(VerificationError, match=r"1 of its 14 layers .*1.mlp.down_proj \[64, 128\]"):
+        allocate(llama, None, plan(sparsity=None, allocation=str(path)))
 
 
 def test_a_sparsity_out_of_reach_is_found_before_any_work(llama, data, plan, tmp_path):
@@ -155,8 +177,8 @@ def test_weights_that_are_not_finite_are_found_before_any_work(llama, data, plan
 
 def test_a_budget_that_cannot_be_met_to_the_weight_is_logged(llama, plan, caplog):
     with caplog.at_level(logging.INFO, logger="msp_plugin"):
-        check_model(llama, plan(sparsity="1/3"))
-        assert "sparsity 1/3 cannot be met to the weight" in caplog.text
+        check_model(llama, plan(sparsity=0.6))
+        assert "sparsity 3/5 cannot be met to the weight: nearest is 44032 zeros of 73728" in caplog.text
         caplog.clear()
         check_model(llama, plan(sparsity=0.5))
         assert not caplog.text
@@ -172,13 +194,18 @@ def test_a_plugins_estimator_and_allocator_work_together(llama, data, plan, plug
     outcome = allocate(llama, data, made)
     norms = outcome.allocation.sensitivities["squared_norm"]
     table = prunable_layers(llama)
-    expected = [sum(float(llama.get_submodule(a.name).weight.detach().square().sum()) for a in u.layers) for u in table]
+    expected = [
+        sum(float(llama.get_submodule(a.name).weight.detach().square().sum()) for a in u.layers)
+        for u in table
+    ]
     assert norms == pytest.approx(expected)
     assert outcome.allocation.budget.exact and outcome.search["forward_tokens"] == 0
 
 
 def test_a_plugins_allocator_reads_the_level_database(llama, data, plan, plugins_with):
-    outcome = allocate(llama, data, plan(plugins_with("least_error"), allocator="least_error", method="wanda"))
+    outcome = allocate(
+        llama, data, plan(plugins_with("least_error"), allocator="least_error", method="wanda")
+    )
     assert outcome.allocation.budget.exact and outcome.search["allocator"] == "least_error"
 
 

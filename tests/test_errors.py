@@ -31,7 +31,9 @@ def test_every_error_class_has_its_exit_code_above():
     assert len(classes - {"MSPError"}) == 9
 
 
-@pytest.mark.parametrize("typo, meant", [("sparsgpt", "sparsegpt"), ("wand", "wanda"), ("magnitud", "magnitude")])
+@pytest.mark.parametrize(
+    "typo, meant", [("sparsgpt", "sparsegpt"), ("wand", "wanda"), ("magnitud", "magnitude")]
+)
 def test_the_nearest_word_is_offered_beside_all_known_ones(typo, meant):
     hint = nearest(typo, ["wanda", "sparsegpt", "magnitude"])
     assert hint == f"did you mean {meant!r}? Known: magnitude, sparsegpt, wanda"

@@ -159,8 +159,10 @@ def test_the_dense_weights_are_back_when_the_block_fails(llama, data, measured, 
     assert bits(llama) == before and count_hooks(llama) == hooks
 
 
-def test_the_dense_weights_are_back_when_a_weight_cannot_be_read_half_way(tmp_path, llama, data, measured, bits):
-    database, problem = measured(llama, data)
+def test_the_dense_weights_are_back_when_a_weight_cannot_be_read_half_way(
+    tmp_path, llama, data, measured, bits
+):
+    _, problem = measured(llama, data)
     fresh = LevelDatabase(tmp_path / "cache", {"test": "evaluation"}, MENU)
     before = bits(llama)
     with pytest.raises(VerificationError, match="v_proj"), CandidateLoss(llama, fresh, problem, data) as loss:

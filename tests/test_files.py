@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import stat
 
@@ -6,7 +7,15 @@ import pytest
 
 from msp_plugin import files
 from msp_plugin.errors import OutputError
-from msp_plugin.files import check_output, default_cache, output_directory, replacing, write_json, write_text
+from msp_plugin.files import (
+    check_output,
+    default_cache,
+    finite,
+    output_directory,
+    replacing,
+    write_json,
+    write_text,
+)
 
 
 class Interrupted(BaseException):
@@ -78,7 +87,25 @@ def test_an_output_directory_appears_whole(tmp_path, make_empty_first):
         (temporary / "a.txt").write_text("a")
         assert not path.exists() or not any(path.iterdir())
     assert names(path) == ["a.txt"] and names(path.parent) == ["out"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize(
+    "umask, directory, file", [(0o022, 0o755, 0o644), (0o027, 0o750, 0o640), (0o077, 0o700, 0o600)]
+)
+def test_an_output_directory_may_be_read_by_whom_the_umask_lets(tmp_path, umask, directory, file):
+    before = os.umask(umask)
+    try:
+        with output_directory(tmp_path / "out") as temporary:
+            (temporary / "a.txt").write_text("a")
+            (temporary / "a.txt").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == directory
+    assert stat.S_IMODE((tmp_path / "out" / "a.txt").stat().st_mode) == file
+
+
+def test_what_json_cannot_say_becomes_none():
+    assert [finite(v) for v in (None, 1.5, math.inf, -math.inf, math.nan)] == [None, 1.5, None, None, None]
 
 
 @pytest.mark.parametrize("cause", [ValueError, KeyboardInterrupt, Interrupted])
@@ -92,7 +119,10 @@ def test_a_failed_run_leaves_no_directory(tmp_path, cause):
 
 def test_a_directory_that_was_filled_in_the_meantime_is_kept(tmp_path):
     path = tmp_path / "out"
-    with pytest.raises(OutputError, match="cannot rename the finished run to"), output_directory(path) as temporary:
+    with (
+        pytest.raises(OutputError, match="cannot rename the finished run to"),
+        output_directory(path) as temporary,
+    ):
         (temporary / "a.txt").write_text("ours")
         path.mkdir()
         (path / "b.txt").write_text("theirs")

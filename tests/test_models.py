@@ -47,9 +47,12 @@ def test_a_layer_knows_its_shape_without_the_bias(qwen2):
      ["self_attn.o_proj", "mlp.down_proj", "self_attn.o_proj"]),
     (["re:.*layers.0.mlp"], ["*up*"], ["mlp.gate_proj", "mlp.down_proj"]),
     (["Linear"], ["re:.*self_attn", "lm_head", "gate_proj", "up_proj"], ["mlp.down_proj"] * 2),
-    (["model.layers.0.*_proj"], ["self_attn.q_proj", "k_proj", "v_proj", "re:model.layers.0.mlp"], ["self_attn.o_proj"]),
+    (["model.layers.0.*_proj"], ["self_attn.q_proj", "k_proj", "v_proj", "re:model.layers.0.mlp"],
+     ["self_attn.o_proj"]),
 ])  # fmt: skip
-def test_patterns_are_names_endings_classes_shell_patterns_and_regular_expressions(llama, targets, ignore, leaves):
+def test_patterns_are_names_endings_classes_shell_patterns_and_regular_expressions(
+    llama, targets, ignore, leaves
+):
     found = layer_names(prunable_layers(llama, targets, ignore))
     assert [".".join(name.split(".")[3:]) for name in found] == leaves
 
@@ -140,7 +143,8 @@ def test_a_model_keeps_its_fingerprint_when_it_is_saved_and_loaded(model, tmp_pa
 
 
 @pytest.mark.parametrize("dtype, expected", [
-    ("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16),
+    ("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16),
+    ("float16", torch.float16),
 ])  # fmt: skip
 def test_a_directory_loads_in_the_asked_dtype_and_in_eval_mode(llama_dir, dtype, expected):
     model = load_model(llama_dir, dtype)

@@ -36,7 +36,9 @@ def test_a_sparsity_is_all_that_a_recipe_must_say(plugins):
 
 
 def test_everything_a_recipe_says_reaches_the_plan(plugins):
-    plan = plan_of(plugins, """
+    plan = plan_of(
+        plugins,
+        """
         sparsity: 5/8
         method: {name: sparsegpt, block_size: 64}
         levels: ["1:8", dense, "4:8"]
@@ -46,8 +48,11 @@ def test_everything_a_recipe_says_reaches_the_plan(plugins):
         estimators: {fisher: {samples: 7}}
         seed: 5
         cache: /somewhere
-        """)
-    assert plan.sparsity == Fraction(5, 8) and plan.pruner.block_size == 64 and plan.allocator.generations == 3
+        """,
+    )
+    assert (
+        plan.sparsity == Fraction(5, 8) and plan.pruner.block_size == 64 and plan.allocator.generations == 3
+    )
     assert [level.name for level in plan.menu] == ["dense", "4:8", "1:8"]
     assert plan.targets == ("q_proj", "down_proj") and plan.ignore == ("re:.*layers.0",)
     assert plan.estimators["fisher"].samples == 7 and plan.seed == 5 and plan.cache == "/somewhere"
@@ -91,7 +96,9 @@ def test_a_block_size_that_m_does_not_divide_is_refused_before_anything_is_loade
     with pytest.raises(RecipeError, match="block_size 12 is no multiple of the M of level 7:8") as error:
         plan_of(plugins, "{sparsity: 0.5, method: {name: sparsegpt, block_size: 12}}")
     assert "change block_size" in error.value.hint
-    assert plan_of(plugins, "{sparsity: 0.5, levels: [dense, '3:6'], method: {name: sparsegpt, block_size: 12}}")
+    assert plan_of(
+        plugins, "{sparsity: 0.5, levels: [dense, '3:6'], method: {name: sparsegpt, block_size: 12}}"
+    )
 
 
 def test_a_finished_allocation_gives_sparsity_and_levels(plugins, allocation_file):
@@ -102,7 +109,9 @@ def test_a_finished_allocation_gives_sparsity_and_levels(plugins, allocation_fil
 
 
 def test_a_sparsity_that_contradicts_the_allocation_is_refused(plugins, allocation_file):
-    with pytest.raises(RecipeError, match="sparsity 0.6 contradicts .*allocation.json, made for 1/2") as error:
+    with pytest.raises(
+        RecipeError, match="sparsity 0.6 contradicts .*allocation.json, made for 1/2"
+    ) as error:
         resolve(Options(allocation=allocation_file, sparsity=0.6), plugins)
     assert "leave sparsity out" in error.value.hint
 
@@ -118,7 +127,8 @@ def test_a_method_that_cannot_make_the_allocations_levels_is_refused(plugins, al
 
 
 @pytest.mark.parametrize("method, allocator, needed", [
-    ("magnitude", "uniform", False), ("magnitude", "msp", True), ("wanda", "uniform", True), ("sparsegpt", "uniform", True),
+    ("magnitude", "uniform", False), ("magnitude", "msp", True), ("wanda", "uniform", True),
+    ("sparsegpt", "uniform", True),
 ])  # fmt: skip
 def test_text_is_needed_for_statistics_or_for_a_search(plugins, method, allocator, needed):
     assert resolve(Options(sparsity=0.5, method=method, allocator=allocator), plugins).needs_data is needed

@@ -50,7 +50,8 @@ def msp_register_pruners():
 def test_the_builtin_components_are_there():
     found = Plugins(entry_points=False).components
     assert {kind: sorted(found[kind]) for kind in KINDS} == {
-        "estimators": ["fisher"], "allocators": ["msp", "uniform"], "pruners": ["magnitude", "sparsegpt", "wanda"],
+        "estimators": ["fisher"], "allocators": ["msp", "uniform"],
+        "pruners": ["magnitude", "sparsegpt", "wanda"],
     }  # fmt: skip
     assert {c.owner for kind in KINDS for c in found[kind].values()} == {"msp_plugin.builtin"}
 
@@ -128,7 +129,8 @@ def test_a_component_without_a_name_is_refused(spec):
 
 @pytest.mark.parametrize("kind, spec, found", [
     ("allocators", {"population": 1}, "population = 1 must be at least 2"),
-    ("allocators", {"generations": -1}, "generations = -1"), ("allocators", {"offspring": 0}, "offspring = 0"),
+    ("allocators", {"generations": -1}, "generations = -1"),
+    ("allocators", {"offspring": 0}, "offspring = 0"),
     ("allocators", {"max_moves": 0}, "max_moves = 0"), ("allocators", {"tokens": 0}, "tokens = 0"),
     ("allocators", {"amplitude": 1.5}, "amplitude = 1.5 is outside"),
     ("allocators", {"crossover": float("nan")}, "crossover = nan is outside"),
@@ -187,7 +189,9 @@ def test_a_default_of_a_hooks_parameter_is_refused_because_it_would_never_be_fil
     def msp_run_started(allocation=None):
         return None
 
-    with pytest.raises(PluginError, match=r"plugin mine: msp_run_started\(\) gives its parameter 'allocation'") as error:
+    with pytest.raises(
+        PluginError, match=r"plugin mine: msp_run_started\(\) gives its parameter 'allocation'"
+    ) as error:
         load(mine=plugin(msp_run_started=msp_run_started))
     assert "remove the default" in error.value.hint
 
@@ -203,7 +207,9 @@ def test_a_hook_that_raises_names_the_plugin_and_the_cause():
     def msp_register_estimators():
         raise ZeroDivisionError("oh")
 
-    with pytest.raises(PluginError, match=r"plugin mine: msp_register_estimators\(\) raised ZeroDivisionError: oh"):
+    with pytest.raises(
+        PluginError, match=r"plugin mine: msp_register_estimators\(\) raised ZeroDivisionError: oh"
+    ):
         load(mine=plugin(msp_register_estimators=msp_register_estimators))
 
 
@@ -242,7 +248,9 @@ def test_a_blocked_plugin_is_not_even_imported(tmp_path, monkeypatch):
 
 def test_an_installed_plugin_that_cannot_be_imported_is_named_with_the_way_out(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, "mspt_broken", "broken", "import no_such_module_anywhere")
-    with pytest.raises(PluginError, match=r"broken \(mspt_broken 1.0\) cannot be imported: ModuleNotFound") as error:
+    with pytest.raises(
+        PluginError, match=r"broken \(mspt_broken 1.0\) cannot be imported: ModuleNotFound"
+    ) as error:
         Plugins()
     assert "MSP_BLOCK_PLUGINS=broken" in error.value.hint
 

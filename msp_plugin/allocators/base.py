@@ -66,8 +66,21 @@ class Allocator(ABC):
     name: ClassVar[str]
     #: Names of the estimators whose numbers it reads.
     sensitivities: ClassVar[tuple[str, ...]] = ()
-    #: True if it needs the level database: errors, and candidates measured on the model.
+    #: True if it needs the level database, for its errors or to measure candidates.
     needs_database: ClassVar[bool] = False
+    #: True if it measures candidates. It then has the options ``tokens`` (held-out calibration tokens
+    #: that measure one) and, unless it is always KL, ``loss`` (``kl`` or ``perplexity``).
+    measures: ClassVar[bool] = False
+
+    @property
+    def held_out_tokens(self) -> int:
+        """How many calibration tokens are held out to measure candidates; 0 if none are measured."""
+        return self.tokens if self.measures else 0
+
+    @property
+    def objective(self) -> str:
+        """What is measured: ``kl`` or ``perplexity``."""
+        return getattr(self, "loss", "kl")
 
     @abstractmethod
     def allocate(self, inputs: AllocationInputs) -> AllocationResult:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator, Choice
-from msp_plugin.errors import RecipeError
+from msp_plugin.errors import BudgetError, NumericsError, RecipeError
 from msp_plugin.plan.budget import AllocationProblem
 
 
@@ -38,6 +38,7 @@ class MSP(Allocator):
     name = "msp"
     sensitivities = ("fisher",)
     needs_database = True
+    measures = True
 
     population: int = 16
     generations: int = 40
@@ -88,6 +89,10 @@ class MSP(Allocator):
                 inputs.progress(self.population + generation * self.offspring + child + 1, total)
             alive = _fittest(scores, self.population)
         best = alive[0]
+        if not np.isfinite(scores[best]):
+            raise NumericsError(
+                f"none of {len(scores)} candidates has a finite loss", hint="try dtype float32"
+            )
         return AllocationResult(best, scores[best], scores[uniform], len(scores), tuple(curve))
 
     def _child(
@@ -129,7 +134,7 @@ def fisher_seeds(
     trace = np.asarray(inputs.sensitivities["fisher"], dtype=np.float64)
     seeds = dict.fromkeys([problem.uniform()])
     if inputs.weight_error is not None:
-        for weight in (trace / sizes, _centred_rank(trace / sizes) + 1.0):
+        for weight in (_relative(trace / sizes), _relative(_centred_rank(trace / sizes) + 1.0)):
             seeds.setdefault(problem.solve(0.5 * weight[:, None] * inputs.weight_error))
     give_way = _relative(trace)
     for attempt in range(20 * count):
@@ -175,14 +180,18 @@ def crossover(
 
 
 def _steps(problem: AllocationProblem, choice: Choice) -> np.ndarray:
-    """Return float64[U, K]: squared count of weights between each level and the chosen one, scaled."""
-    current = problem.kept[np.arange(len(choice)), list(choice)]
-    return ((problem.kept - current[:, None]) / problem.kept.max()) ** 2
+    """Return float64[U, K]: squared count of weights between each level and the chosen one, scaled.
+
+    A level of equal count but another pattern costs a trifle, so that no unit changes to it for free.
+    """
+    rows = np.arange(len(choice))
+    current = problem.kept[rows, list(choice)]
+    steps = ((problem.kept - current[:, None]) / problem.kept.max()) ** 2 + 1e-12
+    steps[rows, list(choice)] = 0.0
+    return steps
 
 
 def _solve_or(problem: AllocationProblem, cost: np.ndarray, otherwise: Choice) -> Choice:
-    from msp_plugin.errors import BudgetError
-
     try:
         return problem.solve(cost)
     except BudgetError:  # the pinned units leave no way back to the budget

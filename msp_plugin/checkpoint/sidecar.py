@@ -24,7 +24,8 @@ def run_record(outcome: Outcome, stats: PruneStats, seed: int) -> dict[str, Any]
     """Return the contents of run.json that the pruning itself knows.
 
     ``schema``, ``version``; ``sparsity`` {target, planned, achieved: shares of zeros; weights, zeros,
-    planned_zeros: counts over the prunable layers; exact: planned equals target}; ``perplexity``
+    planned_zeros, extra_zeros: counts over the prunable layers, extra ones were zero before or have a dead
+    input; exact: planned equals target}; ``perplexity``
     {dense, uniform, mixed}: filled by the commands that measure them, null otherwise; ``search``
     {allocator, forward_tokens, evaluations, seconds, total_seconds, loss, uniform_loss, curve}, empty
     if a finished allocation was given; ``seed``; ``versions``; ``python``.
@@ -41,6 +42,7 @@ def run_record(outcome: Outcome, stats: PruneStats, seed: int) -> dict[str, Any]
             "weights": stats.total_weights,
             "zeros": stats.total_zeros,
             "planned_zeros": budget.zeros,
+            "extra_zeros": stats.total_zeros - budget.zeros,
         },
         "perplexity": {"dense": None, "uniform": None, "mixed": None},
         "search": outcome.search,

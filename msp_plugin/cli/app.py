@@ -122,7 +122,7 @@ def run() -> None:
     debug = bool(os.environ.get("MSP_DEBUG"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
     try:
-        if not {"plugins", "doctor", "disable", "--version", "--help"} & set(sys.argv[1:2]):
+        if not {"plugins", "doctor", "disable", "--version"} & set(sys.argv[1:2]):
             from msp_plugin.plugins import Plugins
 
             Plugins().hook.msp_register_commands(app=app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,9 @@ Cache = Annotated[str | None, typer.Option("--cache", help="where the level data
 SearchData = Annotated[str | None, typer.Option("--search-data", help="text that measures candidates")]
 TestData = Annotated[str | None, typer.Option("--test-data", help="text of the perplexity")]
 Count = Annotated[int, typer.Option("--samples", help="calibration samples")]
-Length = Annotated[int, typer.Option("--length", help="tokens per sample")]
+Length = Annotated[
+    int | None, typer.Option("--length", help="tokens per sample; default 2048, or the model's maximum")
+]
 TestCount = Annotated[int, typer.Option("--test-samples", help="samples of the perplexity; 0: none")]
 Column = Annotated[str, typer.Option("--text-column", help="of jsonl files and datasets")]
 Batch = Annotated[int, typer.Option("--batch", help="samples per forward pass of the host")]
@@ -44,8 +47,14 @@ def resolve_model(model: str) -> str:
     return str(demo_model_path(model[5:])) if model.startswith("demo:") else model
 
 
-def component_options(pairs: list[str] | None, **names: str) -> dict[str, Any]:
+def component_options(
+    pairs: list[str] | None, estimators: Collection[str] = (), **names: str
+) -> dict[str, Any]:
     """Return components by role, with the options of ``--set role.option=value`` merged in.
+
+    Args:
+        estimators: names that may be roles too, for the options of the estimators that an allocator uses.
+        names: the component's name by role.
 
     Raises:
         RecipeError: a pair that is not of this form, or another role.
@@ -56,13 +65,19 @@ def component_options(pairs: list[str] | None, **names: str) -> dict[str, Any]:
 
     specs: dict[str, dict[str, Any]] = {role: {"name": name} for role, name in names.items()}
     for pair in pairs or ():
-        left, equals, value = pair.partition("=")
+        left, equals, text = pair.partition("=")
         role, dot, option = left.partition(".")
         if not (equals and dot and option):
             raise RecipeError(f"--set {pair!r} is not ROLE.OPTION=VALUE")
-        if role not in (*specs, "fisher"):
-            raise RecipeError(f"--set {pair!r}: no such role {role!r}", hint=nearest(role, specs))
-        specs.setdefault(role, {})[option] = yaml.safe_load(value)
+        if role not in {*specs, *estimators}:
+            raise RecipeError(
+                f"--set {pair!r}: no such role {role!r}", hint=nearest(role, {*specs, *estimators})
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {pair!r}: {text!r} is no value: {error}") from None
+        specs.setdefault(role, {})[option] = value
     return specs
 
 

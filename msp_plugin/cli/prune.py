@@ -67,12 +67,11 @@ def demo(
 
     set_up_logs(verbose)
     from msp_plugin.demo import demo_text
-    from msp_plugin.hosts.llm_compressor.recipe import our_lines, read_recipe
+    from msp_plugin.hosts.llm_compressor.recipe import our_line, read_recipe
     from msp_plugin.pipeline import run_recipe
 
     recipe = read_recipe(files("msp_plugin.demo") / "recipe.yaml")
-    for line in our_lines(recipe):
-        line.update(method=method, seed=seed)
+    our_line(recipe).update(method=method, seed=seed)
     with progress_bars(not as_json) as progress:
         run = run_recipe(
             recipe, resolve_model(f"demo:{model}"), demo_text(), out, dtype="float32", progress=progress
@@ -88,7 +87,7 @@ def run_command(
     search_data: SearchData = None,
     test_data: TestData = None,
     samples: Count = 128,
-    length: Length = 2048,
+    length: Length = None,
     test_samples: TestCount = 32,
     text_column: Column = "text",
     batch: Batch = 1,
@@ -105,7 +104,8 @@ def run_command(
     from msp_plugin.cli.console import progress_bars, set_up_logs
 
     set_up_logs(verbose)
-    from msp_plugin.pipeline import Text, run_recipe
+    from msp_plugin.pipeline import run_recipe
+    from msp_plugin.samples import Text
 
     text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch)
     with progress_bars(not as_json) as progress:
@@ -135,7 +135,7 @@ def prune(
     search_data: SearchData = None,
     test_data: TestData = None,
     samples: Count = 128,
-    length: Length = 2048,
+    length: Length = None,
     test_samples: TestCount = 32,
     text_column: Column = "text",
     batch: Batch = 1,
@@ -152,9 +152,12 @@ def prune(
     from msp_plugin.cli.console import progress_bars, set_up_logs
 
     set_up_logs(verbose)
-    from msp_plugin.pipeline import Text, prune_recipe, run_recipe
+    from msp_plugin.pipeline import prune_recipe, run_recipe
+    from msp_plugin.plugins import Plugins
+    from msp_plugin.samples import Text
 
-    specs = component_options(options, method=method, allocator=allocator)
+    estimators = Plugins().components["estimators"]
+    specs = component_options(options, estimators, method=method, allocator=allocator)
     given = recipe_options(sparsity, levels, target, ignore, seed, cache, specs)
     recipe = prune_recipe({**given, "allocation": allocation})
     text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch)

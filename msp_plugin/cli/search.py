@@ -51,7 +51,7 @@ def allocate_command(
     cache: Cache = None,
     search_data: SearchData = None,
     samples: Count = 128,
-    length: Length = 2048,
+    length: Length = None,
     text_column: Column = "text",
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
@@ -70,12 +70,15 @@ def allocate_command(
     console.set_up_logs(verbose)
     from msp_plugin.files import write_text
     from msp_plugin.options import Options
-    from msp_plugin.pipeline import Text, search_allocation
+    from msp_plugin.pipeline import search_allocation
+    from msp_plugin.plugins import Plugins
+    from msp_plugin.samples import Text
 
     if out.exists():
         raise OutputError(f"{out} exists", hint="give another --out, or remove it")
-    specs = component_options(options, method=method, allocator=allocator)
-    chosen = Options(**recipe_options(sparsity, levels, target, ignore, seed, cache, specs))
+    estimators = Plugins().components["estimators"]
+    specs = component_options(options, estimators, method=method, allocator=allocator)
+    chosen = Options.parse(recipe_options(sparsity, levels, target, ignore, seed, cache, specs))
     text = Text(data, search_data, None, samples, length, 0, text_column)
     with console.progress_bars(not as_json) as progress:
         outcome = search_allocation(
@@ -108,7 +111,7 @@ def sensitivity(
     target: Targets = None,
     ignore: Ignore = None,
     samples: Count = 128,
-    length: Length = 512,
+    length: Length = None,
     text_column: Column = "text",
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
@@ -126,17 +129,19 @@ def sensitivity(
     console.set_up_logs(verbose)
     from msp_plugin.device import on_best_device
     from msp_plugin.models import load_model, load_tokenizer, prunable_layers
-    from msp_plugin.pipeline import Text, load_samples
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins import Plugins, spec_of
+    from msp_plugin.samples import Text, load_samples
     from msp_plugin.sensitivity.base import unit_sensitivities
 
+    plugins = Plugins()
     spec = component_options(options, estimator=estimator)["estimator"]
-    built = Plugins().build("estimators", spec)
+    if "samples" in plugins.options("estimators", estimator):
+        spec = {"samples": samples, **spec}
+    built = plugins.build("estimators", spec)
     source = resolve_model(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    text = load_samples(
-        tokenizer, Text(data, samples=samples, length=length, test_samples=0, column=text_column)
-    )
+    wanted = Text(data, samples=samples, length=length, test_samples=0, column=text_column)
+    text = load_samples(tokenizer, wanted.for_model(source, trust_remote_code=trust_remote_code))
     loaded = load_model(source, dtype, trust_remote_code=trust_remote_code)
     units = prunable_layers(loaded, target or ("Linear",), ignore or ())
     with console.progress_bars(not as_json) as progress, on_best_device(loaded):
@@ -148,7 +153,7 @@ def sensitivity(
         for u, v in zip(units, values, strict=True)
     ]
     if as_json:
-        typer.echo(json.dumps({"estimator": spec, "units": rows}, indent=2))
+        typer.echo(json.dumps({"estimator": spec_of(built), "units": rows}, indent=2))
         return
     table = Table(title=f"{estimator}, {model}", title_justify="left")
     table.add_column("unit")

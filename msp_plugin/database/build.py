@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ import torch
 
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.database.store import LayerErrors, LevelDatabase
-from msp_plugin.errors import NumericsError
+from msp_plugin.errors import NumericsError, OutputError
 from msp_plugin.models import decoder_blocks
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 from msp_plugin.pruning.base import Pruner
@@ -64,6 +65,27 @@ def build_database(
     return written
 
 
+def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTable) -> None:
+    """Raise if the disk cannot hold the layers that are still missing.
+
+    Raises:
+        OutputError: it cannot; the need, what is free and where are named.
+    """
+    copies = len({"dense", *(level.name for level in database.menu)})
+    need = sum(
+        copies * layer.weights * model.get_submodule(layer.name).weight.element_size()
+        for layer in table.layers
+        if not database.has(layer)
+    )
+    where = next(p for p in (database.path, *database.path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(where).free
+    if need > free:
+        raise OutputError(
+            f"the level database needs {need / 2**30:.1f} GiB, {where} has {free / 2**30:.1f} GiB free",
+            hint="set cache (or MSP_CACHE) to a larger disk, or use fewer levels",
+        )
+
+
 def _groups(
     units: Sequence[Unit], model: torch.nn.Module, pruner: Pruner, limit: int
 ) -> Iterator[list[Unit]]:
@@ -95,29 +117,39 @@ def collect(
     """Return each unit's statistic over all samples, by unit name; the model is left as it was.
 
     Raises:
-        NumericsError: a layer's input is not finite.
+        NumericsError: a layer's input is not finite, or a layer saw no token at all.
     """
     statistics = {u.name: pruner.new_statistic(model.get_submodule(u.layers[0].name)) for u in units}
     if not pruner.needs_statistics:
         return statistics
     device = next(model.parameters()).device
-    with _observed(model, units, pruner, statistics):
+    with _observed(model, units, pruner, statistics) as reached:
         for ids in data.batches(batch_tokens):
             with suppress(_EnoughError):
                 model(ids.to(device), use_cache=False)
+    missed = [unit.layers[0].name for unit in units if unit.name not in reached]
+    if missed:
+        raise NumericsError(
+            f"{len(missed)} layers saw no calibration token, e.g. {missed[0]}",
+            hint="give more calibration text, or add the layers to ignore",
+        )
     return statistics
 
 
 @contextmanager
 def _observed(
     model: torch.nn.Module, units: Sequence[Unit], pruner: Pruner, statistics: dict[str, Any]
-) -> Iterator[None]:
+) -> Iterator[set[str]]:
+    """Feed the units' inputs to ``statistics``; yield the set of the names that were reached."""
+    reached: set[str] = set()
     last = max(units, key=lambda unit: unit.block).block
     waiting: set[str] = set()
     handles = []
 
     def hook_for(unit: Unit):
         def hook(module: torch.nn.Linear, args: tuple) -> None:
+            if args[0].numel() == 0:
+                return
             if not torch.isfinite(args[0]).all():
                 raise NumericsError(
                     f"the input of {unit.layers[0].name} is not finite",
@@ -125,6 +157,7 @@ def _observed(
                 )
             statistics[unit.name] = pruner.observe(module, args[0], statistics[unit.name])
             waiting.discard(unit.name)
+            reached.add(unit.name)
 
         return hook
 
@@ -141,7 +174,7 @@ def _observed(
             module = model.get_submodule(unit.layers[0].name)
             handles.append(module.register_forward_pre_hook(hook_for(unit)))
         handles.append(decoder_blocks(model)[1][last].register_forward_hook(stop))
-        yield
+        yield reached
     finally:
         for handle in handles:
             handle.remove()

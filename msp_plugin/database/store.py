@@ -59,23 +59,27 @@ class LevelDatabase:
 
     def write(self, layer: Layer, weights: Mapping[str, torch.Tensor], errors: Mapping[str, LayerErrors]):
         """Write a layer's weights [out, in] by level name, and their errors."""
-        meta = {
+        about = {
             "schema": SCHEMA,
             "key": self.key,
             "layer": layer.name,
-            "errors": json.dumps({name: [e.weight, e.output] for name, e in errors.items()}),
+            "errors": {name: [e.weight, e.output] for name, e in errors.items()},
         }
+        # One entry, because safetensors writes several in no fixed order.
+        meta = {"about": json.dumps(about, sort_keys=True)}
         with replacing(self.file(layer.name)) as temporary:
             tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
             save_file(tensors, temporary, metadata=meta)
+        self._open.pop(layer.name, None)
 
     def has(self, layer: Layer) -> bool:
         """Return True if the layer's file is there, whole, and of this database."""
         try:
             handle = self._handle(layer.name)
-        except (FileNotFoundError, SafetensorError, OSError):
+            meta = self._about(layer.name)
+        except (FileNotFoundError, SafetensorError, OSError, KeyError, ValueError):
             return False
-        meta, names = handle.metadata() or {}, set(handle.keys())
+        names = set(handle.keys())
         wanted = {level.name for level in self.menu} | {"dense"}
         shape = [layer.out_features, layer.in_features]
         return (
@@ -104,7 +108,7 @@ class LevelDatabase:
         result = np.zeros((2, len(table), len(self.menu)))
         for u, unit in enumerate(table):
             for layer in unit.layers:
-                held = json.loads(self._handle(layer.name).metadata()["errors"])
+                held = self._about(layer.name)["errors"]
                 result[:, u, :] += np.array([held[level.name] for level in self.menu]).T
         return result[0], result[1]
 
@@ -112,6 +116,9 @@ class LevelDatabase:
     def description(self) -> dict[str, Any]:
         """What the weights depend on, with the key."""
         return dict(self.identity, key=self.key)
+
+    def _about(self, layer: str) -> dict[str, Any]:
+        return json.loads((self._handle(layer).metadata() or {})["about"])
 
     def _handle(self, layer: str) -> Any:
         if layer not in self._open:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from msp_plugin.errors import ModelError, nearest
 
 if TYPE_CHECKING:
-    from msp_plugin.pipeline import Text
+    from msp_plugin.samples import Text
 
 DEMO_MODELS = ("llama", "qwen2")
 
@@ -26,7 +26,7 @@ def demo_model_path(name: str = "llama") -> Path:
 
 def demo_text() -> Text:
     """Return the text of the demo: files of the standard library that share nothing with each other."""
-    from msp_plugin.pipeline import Text
+    from msp_plugin.samples import Text
 
     return Text(
         data="demo:calibration", search="demo:search", test="demo:test",

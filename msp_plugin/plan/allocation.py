@@ -11,7 +11,7 @@ from typing import Any
 
 from msp_plugin.errors import RecipeError, VerificationError
 from msp_plugin.plan.budget import AllocationProblem, Budget
-from msp_plugin.plan.levels import Level
+from msp_plugin.plan.levels import Level, parse_sparsity
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 
 SCHEMA = "msp_plugin/allocation"
@@ -121,17 +121,33 @@ class Allocation:
                     Layer(str(a["name"]), int(a["shape"][0]), int(a["shape"][1])) for a in entry["layers"]
                 )
                 unit = Unit(str(entry["name"]), int(entry["block"]), layers)
-                if unit.name in names or unit.weights != entry["weights"] or not layers:
+                taken = [name for name in (unit.name, *{a.name for a in layers}) if name in names]
+                twice = len({a.name for a in layers}) < len(layers) or bool(set(taken) - {unit.name})
+                if unit.name in taken or twice or unit.weights != entry["weights"] or not layers:
                     raise RecipeError(f"{source}: unit {unit.name!r} is there twice or miscounted")
-                names.add(unit.name)
+                if min(min(a.out_features, a.in_features) for a in layers) < 1:
+                    raise RecipeError(f"{source}: unit {unit.name!r} has a layer without weights")
+                names.update({unit.name, *(a.name for a in layers)})
                 units.append(unit)
                 levels.append(Level.parse(entry["level"]))
                 for name, value in entry.get("sensitivity", {}).items():
                     sensitivities.setdefault(name, []).append(float(value))
-            target = Fraction(data["budget"]["target"])
+            target = parse_sparsity(data["budget"]["target"])
             kept = int(data["budget"]["kept"])
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
+            AttributeError,
+            ZeroDivisionError,
+            OverflowError,
+        ) as error:
             raise RecipeError(f"{source} is damaged: {type(error).__name__}: {error}") from None
+        if not units or any(len(values) != len(units) for values in sensitivities.values()):
+            raise RecipeError(f"{source} is damaged: no units, or a sensitivity for some of them only")
+        if not isinstance(data.get("provenance", {}), dict):
+            raise RecipeError(f"{source} is damaged: its provenance is no mapping")
         allocation = cls(
             UnitTable(tuple(units)),
             tuple(levels),
@@ -158,7 +174,7 @@ class Allocation:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError(f"no allocation file at {path}") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RecipeError(f"cannot read {path} as JSON: {error}") from None
         return cls.from_dict(data, str(path))
 

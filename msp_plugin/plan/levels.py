@@ -114,7 +114,7 @@ DEFAULT_LEVELS = ("dense", "7:8", "6:8", "5:8", "4:8", "3:8", "2:8", "1:8")
 
 
 def parse_menu(levels: Iterable[object]) -> tuple[Level, ...]:
-    """Return the distinct levels of a menu, densest first.
+    """Return the distinct levels of a menu, densest first; of equal ones the freer pattern first.
 
     Raises:
         RecipeError: the menu is empty, names a level twice, or holds something that is no level.
@@ -127,7 +127,7 @@ def parse_menu(levels: Iterable[object]) -> tuple[Level, ...]:
     twice = sorted({level.name for level in menu if menu.count(level) > 1})
     if twice:
         raise RecipeError(f"levels named twice: {', '.join(twice)}", hint="name each level once")
-    return tuple(sorted(menu, key=lambda level: (level.sparsity, level.m)))
+    return tuple(sorted(menu, key=lambda level: (level.sparsity, -level.m)))
 
 
 def menu_names(menu: Sequence[Level]) -> list[str]:

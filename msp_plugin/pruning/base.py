@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 
+from msp_plugin.errors import NumericsError
 from msp_plugin.plan.levels import Level
 from msp_plugin.pruning.masks import nm_mask
 
@@ -25,10 +30,19 @@ class Pruner(ABC):
     needs_statistics: ClassVar[bool] = True
 
     def version(self) -> str:
-        """The version of the code that does the work; part of every file's key."""
-        from msp_plugin import __version__
+        """The version of the distribution that brings the method; part of every file's key."""
+        top = type(self).__module__.partition(".")[0]
+        owners = [top] if top == "msp_plugin" else importlib.metadata.packages_distributions().get(top, [])
+        return importlib.metadata.version(owners[0]) if owners else "unversioned"
 
-        return __version__
+    def code(self) -> str:
+        """Hex digest of the source of the method's classes, so that an edited method is another one."""
+        digest = hashlib.sha256()
+        for cls in type(self).__mro__:
+            if cls not in (object, ABC, Pruner):
+                with contextlib.suppress(OSError, TypeError):  # typed at a prompt: no source to read
+                    digest.update(inspect.getsource(cls).encode())
+        return digest.hexdigest()
 
     def check_level(self, level: Level) -> None:  # noqa: B027 - optional to override
         """Raise RecipeError if the method cannot produce ``level``."""
@@ -112,6 +126,8 @@ class LayerwisePruner(Pruner):
         weight = module.weight.detach()
         norm = statistic.rms if self.needs_statistics else torch.ones_like(weight[0], dtype=torch.float32)
         score = self.score(weight.float(), norm)
+        if not torch.isfinite(score).all():
+            raise NumericsError(f"method {self.name!r} gives scores that are not finite for {layer}")
         for level in levels:
             yield weight.masked_fill(~nm_mask(score, level), 0)
 

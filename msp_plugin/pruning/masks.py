@@ -35,10 +35,18 @@ def nm_mask(score: torch.Tensor, level: Level) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Recount:
-    """What a pruned weight holds: its zeros, and the most nonzeros found in one group of M."""
+    """What a pruned weight holds.
+
+    Args:
+        zeros: count of zeros.
+        most_in_group: the most nonzeros found in one group of M.
+        in_zero_columns: zeros in columns that hold nothing else, as a dead input feature leaves them.
+        finite: True if no weight is infinite or not a number.
+    """
 
     zeros: int
     most_in_group: int
+    in_zero_columns: int
     finite: bool
 
 
@@ -49,5 +57,6 @@ def recount(weight: torch.Tensor, level: Level) -> Recount:
     return Recount(
         zeros=weight.numel() - int(nonzero.sum()),
         most_in_group=int(per_group.max()),
+        in_zero_columns=weight.shape[0] * int((~nonzero.any(dim=0)).sum()),
         finite=bool(torch.isfinite(weight).all()),
     )

@@ -24,16 +24,16 @@ class FisherTrace(Estimator):
     weight. The paper gives neither loss nor sample count; both are ours. The weight's gradient never
     stays: for one sample it is dY^T X, and its squared norm is either that product's, formed and
     dropped layer by layer, or sum((dY dY^T) * (X X^T)) over token pairs (the ghost norm of Li et al.,
-    arXiv 2110.05679, eq. 3), whichever is cheaper. Memory: the activations of one batch.
+    arXiv 2110.05679, eq. 3), whichever is cheaper. One sample at a time, because some models hand a
+    linear the tokens of a batch in one list. Memory: the activations of one sample.
     """
 
     name = "fisher"
     samples: int = 128
-    batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.batch_tokens < 1:
-            raise RecipeError("fisher: samples and batch_tokens must be at least 1")
+        if self.samples < 1:
+            raise RecipeError(f"fisher: samples = {self.samples} must be at least 1")
 
     def layer_sensitivities(
         self,
@@ -47,7 +47,7 @@ class FisherTrace(Estimator):
         device = next(model.parameters()).device
         done = 0
         with _gradients_without_weights(model), _capture(model, totals), torch.enable_grad():
-            for ids in chosen.batches(self.batch_tokens):
+            for ids in chosen.batches(1):
                 ids = ids.to(device)
                 logits = model(ids, use_cache=False).logits[:, :-1]
                 loss = torch.nn.functional.cross_entropy(
@@ -82,12 +82,10 @@ def _capture(model: torch.nn.Module, totals: dict[str, torch.Tensor]) -> Iterato
 
     def forward_hook(name: str):
         def hook(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-            x = args[0].detach()
-            x = x if x.dim() == 3 else x.unsqueeze(0)
+            x = args[0].detach().reshape(1, -1, args[0].shape[-1])
 
             def backward_hook(dy: torch.Tensor) -> None:
-                dy = dy.detach()
-                dy = dy if dy.dim() == 3 else dy.unsqueeze(0)
+                dy = dy.detach().reshape(1, -1, dy.shape[-1])
                 totals[name] += squared_gradient_norms(x, dy).sum().cpu()
 
             output.register_hook(backward_hook)

@@ -38,14 +38,17 @@ def inputs(problem, seed=0, loss=None, progress=lambda done, total: None, errors
     error = np.sort(rng.random(shape) * np.array([u.weights for u in problem.table])[:, None], axis=1)
     return AllocationInputs(
         problem, {"fisher": rng.exponential(1.0, shape[0]) if fisher is None else np.asarray(fisher)},
-        error if errors else None, error if errors else None, loss or SeparableLoss(rng.random(shape)), seed, progress,
+        error if errors else None, error if errors else None,
+        loss or SeparableLoss(rng.random(shape)), seed, progress,
     )  # fmt: skip
 
 
 @st.composite
 def problems(draw):
     shapes = draw(st.lists(st.tuples(st.integers(1, 6), st.sampled_from([24, 48])), min_size=1, max_size=6))
-    levels = draw(st.lists(st.sampled_from([*DEFAULT_LEVELS, "2:4", "1:3"]), min_size=1, max_size=5, unique=True))
+    levels = draw(
+        st.lists(st.sampled_from([*DEFAULT_LEVELS, "2:4", "1:3"]), min_size=1, max_size=5, unique=True)
+    )
     menu = parse_menu(levels)
     target = draw(st.fractions(menu[0].sparsity, menu[-1].sparsity, max_denominator=32))
     problem = problem_of(shapes, levels)
@@ -87,7 +90,9 @@ def test_another_seed_searches_elsewhere():
     seen = []
     for seed in (0, 1):
         loss = SeparableLoss(values)
-        SMALL.allocate(AllocationInputs(problem, {"fisher": np.ones(5)}, None, None, loss, seed, lambda *at: None))
+        SMALL.allocate(
+            AllocationInputs(problem, {"fisher": np.ones(5)}, None, None, loss, seed, lambda *at: None)
+        )
         seen.append(loss.seen)
     assert seen[0] != seen[1]
 
@@ -138,7 +143,9 @@ def test_a_crossover_stays_on_the_budget(problem, seed):
 def test_a_crossover_takes_units_from_both_parents_and_the_least_sensitive_give_way():
     problem = problem_of([(4, 8)] * 4, ["6:8", "4:8", "2:8"])
     a, b = (0, 2, 0, 2), (2, 0, 2, 0)
-    children = {crossover(problem, a, b, np.array([9.0, 9.0, 9.0, 1e-3]), np.random.default_rng(s)) for s in range(60)}
+    children = {
+        crossover(problem, a, b, np.array([9.0, 9.0, 9.0, 1e-3]), np.random.default_rng(s)) for s in range(60)
+    }
     assert {(0, 2, 2, 0), (2, 0, 0, 2)} <= children
     off_budget = [child for child in children if 1 in child]
     assert all(child[3] == 1 or sum(k == 1 for k in child) > 1 for child in off_budget)
@@ -182,7 +189,9 @@ def test_odd_sensitivities_still_give_a_result(fisher):
     assert kept(problem, found.choice) == problem.budget.kept
 
 
-@pytest.mark.parametrize("shapes, levels", [([(4, 8)], DEFAULT_LEVELS), ([(4, 8)] * 3, ["4:8"]), ([(4, 8)], ["4:8"])])
+@pytest.mark.parametrize(
+    "shapes, levels", [([(4, 8)], DEFAULT_LEVELS), ([(4, 8)] * 3, ["4:8"]), ([(4, 8)], ["4:8"])]
+)
 def test_a_problem_with_one_choice_gives_that_choice(shapes, levels):
     problem = problem_of(shapes, levels)
     found = SMALL.allocate(inputs(problem))

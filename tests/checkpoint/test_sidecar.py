@@ -30,13 +30,13 @@ def run(llama):
 
 
 def test_the_record_says_what_was_asked_planned_and_achieved(run):
-    model, outcome, stats = run
+    _, outcome, stats = run
     record = run_record(outcome, stats, 3)
     assert (record["schema"], record["version"]) == ("msp_plugin/run", 1)
     weights = outcome.allocation.budget.weights
     assert record["sparsity"] == {
-        "target": 0.5, "planned": 0.5, "achieved": 0.5, "exact": True, "weights": weights, "zeros": weights // 2,
-        "planned_zeros": weights // 2,
+        "target": 0.5, "planned": 0.5, "achieved": 0.5, "exact": True, "weights": weights,
+        "zeros": weights // 2, "planned_zeros": weights // 2,
     }  # fmt: skip
     assert record["perplexity"] == {"dense": None, "uniform": None, "mixed": None}
     assert record["search"] == outcome.search and record["seed"] == 3

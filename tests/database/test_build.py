@@ -63,7 +63,9 @@ def test_the_database_holds_what_the_method_gives_for_each_layers_own_inputs(tmp
         assert torch.equal(database.weight(layer.name, "dense"), module.weight)
         for level, pruned in zip(levels, pruner.prune_levels(module, statistic, levels, "x"), strict=True):
             assert torch.equal(database.weight(layer.name, level.name), pruned)
-            assert int((pruned == 0).sum()) == layer.weights - level.kept(layer.out_features, layer.in_features)
+            assert int((pruned == 0).sum()) == layer.weights - level.kept(
+                layer.out_features, layer.in_features
+            )
 
 
 def test_errors_are_the_weights_and_the_outputs_change(tmp_path, llama, data):
@@ -76,7 +78,10 @@ def test_errors_are_the_weights_and_the_outputs_change(tmp_path, llama, data):
         for k, level in enumerate(MENU):
             weight = output = 0.0
             for layer in unit.layers:
-                delta = database.weight(layer.name, level.name).double() - database.weight(layer.name, "dense").double()
+                delta = (
+                    database.weight(layer.name, level.name).double()
+                    - database.weight(layer.name, "dense").double()
+                )
                 x = inputs_of(llama, layer.name, data)[0].double()
                 weight += float(delta.square().sum())
                 output += float((x @ delta.T).square().sum(dim=1).mean())
@@ -89,7 +94,12 @@ def test_a_second_build_writes_nothing(tmp_path, llama, data, pruner):
     build_database(make(tmp_path, pruner), llama, table, pruner, data)
     before = files(make(tmp_path, pruner))
     seen = []
-    assert build_database(make(tmp_path, pruner), llama, table, pruner, data, progress=lambda *at: seen.append(at)) == 0
+    assert (
+        build_database(
+            make(tmp_path, pruner), llama, table, pruner, data, progress=lambda *at: seen.append(at)
+        )
+        == 0
+    )
     assert files(make(tmp_path, pruner)) == before and not seen
 
 
@@ -105,7 +115,10 @@ def test_only_missing_and_truncated_layers_are_built_again(tmp_path, llama, data
     database = make(tmp_path, pruner)
     build_database(database, llama, table, pruner, data)
     before, untouched = contents(database), files(database)
-    gone, cut = database.file("model.layers.0.self_attn.o_proj"), database.file("model.layers.1.mlp.down_proj")
+    gone, cut = (
+        database.file("model.layers.0.self_attn.o_proj"),
+        database.file("model.layers.1.mlp.down_proj"),
+    )
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:5000])
     seen = []
@@ -119,7 +132,9 @@ def test_many_groups_give_the_weights_of_one(tmp_path, model, data, pruner):
     table = prunable_layers(model)
     build_database(make(tmp_path / "one", pruner), model, table, pruner, data)
     for limit in (1, 3 * 4 * 64 * 64):
-        build_database(make(tmp_path / str(limit), pruner), model, table, pruner, data, statistics_bytes=limit)
+        build_database(
+            make(tmp_path / str(limit), pruner), model, table, pruner, data, statistics_bytes=limit
+        )
         assert contents(make(tmp_path / str(limit), pruner)) == contents(make(tmp_path / "one", pruner))
 
 
@@ -132,7 +147,9 @@ def test_layers_that_share_an_input_share_a_statistic(llama, data):
             x = inputs_of(llama, layer.name, data)[0].double()
             scalars, samples, tokens = found[unit.name]
             assert (samples, tokens) == (6, 144)
-            torch.testing.assert_close(scalars.double() * samples / tokens, x.square().mean(0), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                scalars.double() * samples / tokens, x.square().mean(0), rtol=1e-4, atol=1e-6
+            )
 
 
 def test_a_forward_pass_ends_after_the_last_layer_that_is_observed(llama, data):
@@ -156,7 +173,9 @@ def test_an_activation_that_is_not_finite_names_the_layer_and_leaves_the_model(
     with torch.no_grad():
         llama.model.layers[0].mlp.down_proj.weight[0, 0] = value
     before, hooks = bits(llama), count_hooks(llama)
-    with pytest.raises(NumericsError, match="input of model.layers.1.self_attn.q_proj is not finite") as error:
+    with pytest.raises(
+        NumericsError, match="input of model.layers.1.self_attn.q_proj is not finite"
+    ) as error:
         build_database(make(tmp_path, Wanda()), llama, prunable_layers(llama), Wanda(), data)
     assert "bfloat16" in error.value.hint
     assert bits(llama) == before and count_hooks(llama) == hooks
@@ -174,7 +193,9 @@ def test_a_method_that_returns_what_is_not_finite_is_named(tmp_path, llama, data
             for level in levels:
                 yield module.weight.detach() / (0.0 if level.n == 4 else 1.0)
 
-    with pytest.raises(NumericsError, match="'odd' returned .* for model.layers.0.self_attn.q_proj at 4:8") as error:
+    with pytest.raises(
+        NumericsError, match="'odd' returned .* for model.layers.0.self_attn.q_proj at 4:8"
+    ) as error:
         build_database(make(tmp_path, Odd()), llama, prunable_layers(llama), Odd(), data)
     assert "dampening" in error.value.hint
     assert not make(tmp_path, Odd()).path.exists()

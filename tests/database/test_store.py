@@ -92,7 +92,11 @@ def test_another_databases_file_is_not_had(tmp_path, change):
 def test_a_file_without_a_level_or_metadata_is_not_had(tmp_path):
     store = database(tmp_path)
     store.path.mkdir(parents=True)
-    save_file(weights(names=("dense", "2:4")), store.file(LAYER.name), metadata={"key": store.key, "layer": LAYER.name})
+    save_file(
+        weights(names=("dense", "2:4")),
+        store.file(LAYER.name),
+        metadata={"key": store.key, "layer": LAYER.name},
+    )
     assert not database(tmp_path).has(LAYER)
     save_file(weights(), store.file(LAYER.name))
     assert not database(tmp_path).has(LAYER)

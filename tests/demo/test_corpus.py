@@ -22,7 +22,7 @@ def test_a_file_belongs_to_its_split_for_good(name, split):
 
 
 def test_a_split_depends_on_the_path_alone():
-    counts = {split: 0 for split in SPLITS}
+    counts = dict.fromkeys(SPLITS, 0)
     for i in range(2000):
         counts[split_of(f"package/module_{i}.py")] += 1
     assert 0.75 < counts["train"] / 2000 < 0.85
@@ -31,7 +31,9 @@ def test_a_split_depends_on_the_path_alone():
 
 
 def test_test_suites_are_always_training_text():
-    assert {split_of(f"{folder}/module_{i}.py") for folder in ("test", "x/tests", "idle_test") for i in range(50)} == {"train"}
+    assert {
+        split_of(f"{folder}/module_{i}.py") for folder in ("test", "x/tests", "idle_test") for i in range(50)
+    } == {"train"}
 
 
 def test_files_are_sorted_and_hold_no_tables_and_no_packages():

@@ -52,7 +52,9 @@ def test_a_level_that_keeps_more_than_there_is_or_nothing_is_refused(text):
     assert repr(text) in error.value.message and "1 <= N <= M" in error.value.hint
 
 
-@pytest.mark.parametrize("value", ["half", "2:4:8", "-2:4", "2/4", "", 0.5, 24, None, True, ["2:4"], {"2": 4}])
+@pytest.mark.parametrize(
+    "value", ["half", "2:4:8", "-2:4", "2/4", "", 0.5, 24, None, True, ["2:4"], {"2": 4}]
+)
 def test_what_is_no_level_is_named_and_the_form_is_shown(value):
     with pytest.raises(RecipeError) as error:
         Level.parse(value)
@@ -119,15 +121,19 @@ def test_a_level_named_twice_is_refused_by_name(levels, name):
 @pytest.mark.parametrize(
     "value, exact",
     [
-        (0, Fraction(0)), (0.0, Fraction(0)), (0.1, Fraction(1, 10)), (0.75, Fraction(3, 4)), ("0.7", Fraction(7, 10)),
-        ("5/8", Fraction(5, 8)), (" 0.5 ", Fraction(1, 2)), (Fraction(1, 3), Fraction(1, 3)), ("5e-1", Fraction(1, 2)),
+        (0, Fraction(0)), (0.0, Fraction(0)), (0.1, Fraction(1, 10)), (0.75, Fraction(3, 4)),
+        ("0.7", Fraction(7, 10)),
+        ("5/8", Fraction(5, 8)), (" 0.5 ", Fraction(1, 2)), (Fraction(1, 3), Fraction(1, 3)),
+        ("5e-1", Fraction(1, 2)),
     ],
 )  # fmt: skip
 def test_sparsity_is_read_exactly_as_written(value, exact):
     assert parse_sparsity(value) == exact
 
 
-@pytest.mark.parametrize("value, share", [(75, "0.75"), (75.0, "0.75"), ("62.5", "0.625"), (100, "1"), (2, "0.02")])
+@pytest.mark.parametrize(
+    "value, share", [(75, "0.75"), (75.0, "0.75"), ("62.5", "0.625"), (100, "1"), (2, "0.02")]
+)
 def test_a_percentage_is_recognised_and_rewritten(value, share):
     with pytest.raises(RecipeError, match=r"outside \[0, 1\)") as error:
         parse_sparsity(value)

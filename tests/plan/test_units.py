@@ -12,7 +12,9 @@ def block(index, leaves=BLOCK):
 def test_what_inference_fuses_is_one_unit():
     table = group_layers(block(0) + block(1))
     assert table.names == tuple(
-        f"model.layers.{i}.{leaf}" for i in (0, 1) for leaf in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+        f"model.layers.{i}.{leaf}"
+        for i in (0, 1)
+        for leaf in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     )
     assert [len(unit.layers) for unit in table] == [3, 1, 2, 1] * 2
     assert [unit.block for unit in table] == [0] * 4 + [1] * 4
@@ -36,7 +38,9 @@ def test_a_single_member_keeps_its_own_name(leaf):
 
 
 def test_siblings_of_different_parents_are_not_fused():
-    layers = [(0, Layer(f"layers.0.experts.{e}.{leaf}", 4, 8)) for e in (0, 1) for leaf in ("gate_proj", "up_proj")]
+    layers = [
+        (0, Layer(f"layers.0.experts.{e}.{leaf}", 4, 8)) for e in (0, 1) for leaf in ("gate_proj", "up_proj")
+    ]
     table = group_layers(layers)
     assert table.names == ("layers.0.experts.0.gate_up_proj", "layers.0.experts.1.gate_up_proj")
 

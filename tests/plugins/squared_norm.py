@@ -15,7 +15,8 @@ class SquaredNorm(Estimator):
     scale: float = 1.0
 
     def layer_sensitivities(self, model, data, layers, progress=silent):
-        return {name: self.scale * float(model.get_submodule(name).weight.square().sum()) for name in layers}
+        norms = {name: float(model.get_submodule(name).weight.detach().square().sum()) for name in layers}
+        return {name: self.scale * norm for name, norm in norms.items()}
 
 
 @dataclass(frozen=True)

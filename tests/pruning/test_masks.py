@@ -40,8 +40,12 @@ def test_dense_keeps_everything():
 
 
 def test_negative_scores_and_negative_zero_are_ordered_as_numbers():
-    assert nm_mask(torch.tensor([[-1.0, -3.0, -2.0, -4.0]]), Level(2, 4)).tolist() == [[True, False, True, False]]
-    assert nm_mask(torch.tensor([[-0.0, 0.0, -1.0, -1.0]]), Level(1, 4)).tolist() == [[True, False, False, False]]
+    assert nm_mask(torch.tensor([[-1.0, -3.0, -2.0, -4.0]]), Level(2, 4)).tolist() == [
+        [True, False, True, False]
+    ]
+    assert nm_mask(torch.tensor([[-0.0, 0.0, -1.0, -1.0]]), Level(1, 4)).tolist() == [
+        [True, False, False, False]
+    ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -39,7 +39,9 @@ def test_samples_of_unequal_length_count_alike(llama, make_samples):
     data = CalibrationSet(make_samples(2, 7).samples + make_samples(3, 30, seed=1).samples, "mixed")
     names = names_of(llama)
     found = FisherTrace().layer_sensitivities(llama, data, names)
-    assert found == {name: pytest.approx(value, rel=1e-4) for name, value in by_hand(llama, data, names).items()}
+    assert found == {
+        name: pytest.approx(value, rel=1e-4) for name, value in by_hand(llama, data, names).items()
+    }
 
 
 def test_only_the_asked_samples_are_used(llama, make_samples):
@@ -70,7 +72,9 @@ def test_the_model_is_left_as_it_was(model, data, bits, count_hooks):
 def test_a_loss_that_is_not_finite_names_the_sample_and_leaves_the_model(llama, data, bits, count_hooks):
     sample = data.samples[4]
     with torch.no_grad():
-        only_in_fifth = next(int(t) for t in sample if all(t not in s for i, s in enumerate(data.samples) if i != 4))
+        only_in_fifth = next(
+            int(t) for t in sample if all(t not in s for i, s in enumerate(data.samples) if i != 4)
+        )
         llama.model.embed_tokens.weight[only_in_fifth] = float("nan")
     before, hooks = bits(llama), count_hooks(llama)
     with pytest.raises(NumericsError, match="calibration sample 4 is not finite") as error:
@@ -81,7 +85,9 @@ def test_a_loss_that_is_not_finite_names_the_sample_and_leaves_the_model(llama, 
 
 def test_progress_counts_samples(llama, data):
     seen = []
-    FisherTrace(batch_tokens=48).layer_sensitivities(llama, data, names_of(llama)[:1], lambda *at: seen.append(at))
+    FisherTrace(batch_tokens=48).layer_sensitivities(
+        llama, data, names_of(llama)[:1], lambda *at: seen.append(at)
+    )
     assert seen == [(2, 6), (4, 6), (6, 6)]
 
 
@@ -107,5 +113,7 @@ def test_a_sensitivity_that_is_not_finite_is_refused(llama, data, value):
         def layer_sensitivities(self, model, data, layers, progress=None):
             return {name: value if name.endswith("1.mlp.up_proj") else 1 for name in layers}
 
-    with pytest.raises(NumericsError, match="'odd' is not finite for 1 layers, e.g. model.layers.1.mlp.up_proj"):
+    with pytest.raises(
+        NumericsError, match="'odd' is not finite for 1 layers, e.g. model.layers.1.mlp.up_proj"
+    ):
         unit_sensitivities(Odd(), llama, data, prunable_layers(llama))

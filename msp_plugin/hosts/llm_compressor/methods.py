@@ -63,7 +63,7 @@ class SparseGPT(HostPruner):
     dampening_frac: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.block_size < 1 or self.dampening_frac < 0:
+        if self.block_size < 1 or not self.dampening_frac >= 0:
             raise RecipeError("sparsegpt: block_size must be at least 1 and dampening_frac at least 0")
 
     def check_level(self, level: Level) -> None:
@@ -107,6 +107,9 @@ class SparseGPT(HostPruner):
 
         _require_invertible(statistic[0], self.dampening_frac, layer)
         for level in levels:
+            if level.is_dense:  # the host would take it for unstructured
+                yield module.weight.detach().clone()
+                continue
             _, weight = sparsify_weight(
                 module=module,
                 hessians_dict={module: statistic[0].clone()},
@@ -137,11 +140,19 @@ def _require_invertible(hessian: torch.Tensor, dampening: float, layer: str) -> 
     diagonal[diagonal == 0] = 1
     diagonal += dampening * diagonal.mean()
     finite = bool(torch.isfinite(damped).all())
-    if not finite or int(torch.linalg.cholesky_ex(damped)[1]):
+    if not finite or not _inverts(damped):
         raise NumericsError(
             f"the Hessian of {layer} is {'singular' if finite else 'not finite'} with dampening {dampening:g}",
             hint="give more calibration samples, or raise the method's dampening_frac",
         )
+
+
+def _inverts(hessian: torch.Tensor) -> bool:
+    """Return True if the host's sequence, factor, invert, factor the inverse, goes through."""
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    if int(info):
+        return False
+    return not int(torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)[1])
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ import logging
 from typing import Any
 
 import torch
-from llmcompressor.core import Event, State
+from llmcompressor.core import Event, State, active_session
 from llmcompressor.core.events import EventType
 from llmcompressor.modifiers import Modifier
 from pydantic import ConfigDict, PrivateAttr, model_validator
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, SequentialSampler
 
 from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress
 from msp_plugin.calibration import CalibrationSet, from_dataloader
-from msp_plugin.checkpoint.recount import PruneStats, recount_model
+from msp_plugin.checkpoint.recount import PruneStats, count_zeros, recount_model
 from msp_plugin.checkpoint.sidecar import attach_files
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import HostError, RecipeError, nearest
@@ -59,6 +59,8 @@ class MixedSparsityModifier(Options, Modifier):
     _outcome: Outcome | None = PrivateAttr(default=None)
     _stats: PruneStats | None = PrivateAttr(default=None)
     _engine: Any = PrivateAttr(default=None)
+    _zeros_before: dict[str, int] = PrivateAttr(default_factory=dict)
+    _announce: bool = PrivateAttr(default=True)
     _steps: int = PrivateAttr(default=0)
     _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
 
@@ -92,12 +94,22 @@ class MixedSparsityModifier(Options, Modifier):
         """The recounted zeros, once the model is pruned."""
         return self._stats
 
-    def report_to(self, progress: StepProgress) -> None:
-        """Report the search's steps to ``progress``."""
-        self._progress = progress
+    def report_to(self, progress: StepProgress, *, announce: bool = True) -> None:
+        """Report the steps to ``progress``; ``announce=False`` keeps a baseline from the plugins' observers."""
+        self._progress, self._announce = progress, announce
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        recipe = active_session().lifecycle.recipe
+        if sum(isinstance(modifier, type(self)) for modifier in recipe.modifiers) > 1:
+            raise RecipeError(
+                "the recipe holds more than one MixedSparsityModifier",
+                hint="one line covers all layers: give it several levels, or an allocation",
+            )
+        if (
+            torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1
+        ):
             raise HostError(
                 f"torch.distributed runs {torch.distributed.get_world_size()} ranks",
                 hint="llm-compressor's pruning does not reduce its statistics over ranks: use one",
@@ -108,7 +120,9 @@ class MixedSparsityModifier(Options, Modifier):
         with on_best_device(model):
             self._outcome = allocate(model, data, self._plan, progress=self._progress)
         allocation = self._outcome.allocation
-        self._plugins.hook.msp_run_started(allocation=allocation)
+        self._zeros_before = count_zeros(model, allocation)
+        if self._announce:
+            self._plugins.hook.msp_run_started(allocation=allocation)
         self._engine = make_engine(self._plan.pruner, allocation, self)
         self._guarded(self._engine.initialize, state, **kwargs)
         return True
@@ -120,12 +134,14 @@ class MixedSparsityModifier(Options, Modifier):
             raise RecipeError(
                 "MixedSparsityModifier needs calibration data", hint="pass dataset=... to oneshot"
             )
-        if isinstance(getattr(state.data.calib, "sampler", None), RandomSampler):
+        sampler = getattr(state.data.calib, "sampler", None)
+        if isinstance(sampler, RandomSampler):
             log.warning(
-                "the calibration samples are shuffled by torch's global seed; for equal results run after "
-                "run, pass shuffle_calibration_samples=False to oneshot, or call torch.manual_seed first"
+                "llm-compressor draws calibration samples at random, anew for every pass: the search and the "
+                "pruning see different ones, and no two runs are equal. Pass "
+                "shuffle_calibration_samples=False to oneshot to avoid that"
             )
-        return from_dataloader(state.data.calib)
+        return from_dataloader(state.data.calib, keep_order=isinstance(sampler, SequentialSampler))
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         self._guarded(self._engine.event, state, event, **kwargs)
@@ -134,8 +150,8 @@ class MixedSparsityModifier(Options, Modifier):
             total = len(decoder_blocks(state.model)[1]) + 1  # the head is the pipeline's last step
             self._progress("pruning", min(self._steps, total), total)
         if event.type_ == EventType.CALIBRATION_END:
-            self._stats = recount_model(state.model, self._outcome.allocation)
-            for layer, level in self._outcome.allocation.by_layer.items():
+            self._stats = recount_model(state.model, self._outcome.allocation, before=self._zeros_before)
+            for layer, level in self._outcome.allocation.by_layer.items() if self._announce else ():
                 self._plugins.hook.msp_layer_pruned(
                     layer=layer, level=level, zeros=self._stats.zeros[layer],
                     weights=self._stats.weights[layer],
@@ -148,7 +164,9 @@ class MixedSparsityModifier(Options, Modifier):
                 "the calibration ended before MixedSparsityModifier had pruned",
                 hint="the pipeline sent no calibration_end event; use pipeline sequential or independent",
             )
-        self._stats = recount_model(state.model, self._outcome.allocation, after="a later modifier")
+        self._stats = recount_model(
+            state.model, self._outcome.allocation, exact=False, after="a later modifier"
+        )
         attach_files(state.model, self._outcome, self._stats, self._plan.seed)
         log.info(
             "mixed sparsity: %d of %d weights are zero (%.4f %%)",

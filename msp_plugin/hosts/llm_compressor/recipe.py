@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +84,25 @@ def _check_levels(data: Any) -> None:
         raise RecipeError("the recipe has no stage", hint=f"write e.g. {_EXAMPLE}")
 
 
-def our_lines(recipe: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the arguments of every MixedSparsityModifier of a recipe, for reading and changing."""
-    for stage, groups in recipe.items():
-        if str(stage).endswith("_stage"):
-            for modifiers in groups.values():
-                if OURS in modifiers:
-                    yield modifiers[OURS]
+def our_line(recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of the MixedSparsityModifier of a recipe, for reading and changing, or None.
+
+    Raises:
+        RecipeError: there is more than one.
+    """
+    lines = [
+        modifiers[OURS]
+        for stage, groups in recipe.items()
+        if str(stage).endswith("_stage")
+        for modifiers in groups.values()
+        if OURS in modifiers
+    ]
+    if len(lines) > 1:
+        raise RecipeError(
+            f"the recipe holds {len(lines)} lines of {OURS}",
+            hint="one line covers all layers: give it several levels, or an allocation",
+        )
+    return lines[0] if lines else None
 
 
 def build_recipe(recipe: dict[str, Any]) -> Any:

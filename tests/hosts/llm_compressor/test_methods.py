@@ -251,7 +251,7 @@ def test_a_hessian_that_is_not_finite_is_named(value):
 def test_the_hosts_own_statistics_are_checked_by_name():
     module = linear()
     host = SparseGPTModifier(**SparseGPT().modifier_arguments(Level(2, 4)))
-    host.calibrate_module(module, (torch.ones(1, 3, 32),), None)
+    host.calibrate_module(module, (torch.ones(2, 2, 32),), None)
     SparseGPT().check_statistics(host, {module: "model.up_proj"})
     with pytest.raises(NumericsError, match="Hessian of model.up_proj is singular"):
         SparseGPT(dampening_frac=0.0).check_statistics(host, {module: "model.up_proj"})
@@ -268,7 +268,8 @@ def test_a_feature_that_is_always_zero_loses_its_weights():
 
 
 @pytest.mark.parametrize("method, level, expected", [
-    ("sparsegpt", Level(1, 8), {"sparsity": 0.875, "mask_structure": "7:8", "block_size": 16, "dampening_frac": 0.01}),
+    ("sparsegpt", Level(1, 8),
+     {"sparsity": 0.875, "mask_structure": "7:8", "block_size": 16, "dampening_frac": 0.01}),
     ("wanda", Level(3, 8), {"sparsity": 0.625, "mask_structure": "5:8"}),
     ("wanda", Level(2, 4), {"sparsity": 0.5, "mask_structure": "2:4"}),
 ])  # fmt: skip

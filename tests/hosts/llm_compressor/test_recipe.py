@@ -1,7 +1,7 @@
 import pytest
 
 from msp_plugin.errors import RecipeError
-from msp_plugin.hosts.llm_compressor.recipe import build_recipe, our_lines, read_recipe
+from msp_plugin.hosts.llm_compressor.recipe import build_recipe, our_line, read_recipe
 
 GOOD = "a_stage:\n  b_modifiers:\n    MixedSparsityModifier: {sparsity: 0.75}\n"
 
@@ -49,9 +49,12 @@ def test_unquoted_levels_in_yaml_are_explained():
         build_recipe(read_recipe(text))
 
 
-def test_our_lines_are_found_in_every_stage():
-    recipe = read_recipe(GOOD + GOOD.replace("a_stage", "c_stage").replace("0.75", "0.5"))
-    assert [line["sparsity"] for line in our_lines(recipe)] == [0.75, 0.5]
+def test_our_line_is_found_in_any_stage_and_two_are_refused():
+    other = "z_stage:\n  y_modifiers:\n    WandaPruningModifier: {sparsity: 0.5}\n"
+    assert our_line(read_recipe(other)) is None
+    assert our_line(read_recipe(other + GOOD)) == {"sparsity": 0.75}
+    with pytest.raises(RecipeError, match="2 lines of MixedSparsityModifier"):
+        our_line(read_recipe(GOOD + GOOD.replace("a_stage", "c_stage")))
 
 
 def test_a_good_recipe_becomes_the_hosts_own_object():

@@ -1,0 +1,72 @@
+"""Run a recipe through llm-compressor's ``oneshot``, and clean up if it fails."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from msp_plugin.allocate import StepProgress, no_progress, versions
+from msp_plugin.calibration import CalibrationSet
+from msp_plugin.checkpoint.sidecar import RUN_SCHEMA, RUN_VERSION, run_record
+from msp_plugin.errors import MSPError
+from msp_plugin.hosts.llm_compressor.recipe import build_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def run_oneshot(
+    model: PreTrainedModel,
+    steps: dict[str, Any],
+    *,
+    data: CalibrationSet,
+    batch: int,
+    tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
+    progress: StepProgress = no_progress,
+    announce: bool = True,
+) -> dict[str, Any]:
+    """Run a recipe on a loaded model and return the record of our line, if there is one.
+
+    Raises:
+        MSPError: ours, whatever the host wrapped it in. The model has no hooks left then.
+    """
+    from llmcompressor import oneshot
+    from torch.utils.data import DataLoader
+
+    from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
+
+    recipe = build_recipe(copy.deepcopy(steps))
+    ours = [m for m in recipe.modifiers if isinstance(m, MixedSparsityModifier)]
+    for modifier in ours:
+        modifier.report_to(progress, announce=announce)
+    loader = DataLoader([{"input_ids": sample} for sample in data.samples], batch_size=batch)
+    with _cleaned_up(recipe.modifiers):
+        oneshot(
+            model=model, recipe=recipe, dataset=loader, processor=tokenizer,
+            trust_remote_code_model=trust_remote_code,
+        )  # fmt: skip
+    if not ours:
+        return {"schema": RUN_SCHEMA, "version": RUN_VERSION, "versions": versions()}
+    return run_record(ours[0].outcome, ours[0].stats, ours[0].seed)
+
+
+@contextmanager
+def _cleaned_up(modifiers: list[Any]) -> Iterator[None]:
+    """Leave no hook in the model and no half-run session behind if the block fails."""
+    try:
+        yield
+    except BaseException as error:
+        for modifier in modifiers:
+            if hasattr(modifier, "abort"):
+                modifier.abort()
+            modifier.remove_hooks()
+            modifier.finalized_ = True  # the session's reset would otherwise finalize it again
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, MSPError):
+            cause = cause.__cause__
+        if cause is not None and cause is not error:
+            raise cause from error
+        raise
