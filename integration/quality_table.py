@@ -5,8 +5,8 @@
 For every demo model, method, sparsity and seed: the same recipe with the uniform and with the searched
 allocation, both pruned by the method through llm-compressor with errors propagated, both scored on
 the same test text. A seed changes the calibration samples, the search samples and the search. Writes
-quality.json (every run) and quality.md (mean and range over the seeds). Full run: about half an hour
-on two cores; --quick (one model, one seed) is what CI runs. Exit code 1 if mixed is behind uniform
+quality.json (every run) and quality.md (mean and range over the seeds); models can be run side by
+side, each with an --out of its own, and joined with --join. Full run: about an hour on two cores; --quick (one model, one seed) is what CI runs. Exit code 1 if mixed is behind uniform
 anywhere.
 """
 
@@ -70,6 +70,19 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def run_all(args: argparse.Namespace) -> list[dict]:
+    """Return the rows of all runs; the runs of one model share a level database per method and seed."""
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        for model in args.models:
+            for seed in args.seeds:
+                for method in args.methods:
+                    for sparsity in args.sparsities:
+                        rows.append(run_one(model, method, sparsity, seed, Path(cache)))
+                        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("integration/results"))
@@ -77,20 +90,19 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--join", nargs="+", type=Path, help="run nothing: join the results of these directories"
+    )
     parser.add_argument("--quick", action="store_true", help="qwen2, every method, 75 %%, one seed")
     args = parser.parse_args()
     if args.quick:
         args.models, args.sparsities, args.seeds = ["qwen2"], [0.75], [0]
     import torch
 
-    rows = []
-    with tempfile.TemporaryDirectory() as cache:
-        for model in args.models:
-            for method in args.methods:
-                for seed in args.seeds:
-                    for sparsity in args.sparsities:
-                        rows.append(run_one(model, method, sparsity, seed, Path(cache)))
-                        print(json.dumps(rows[-1]), flush=True)
+    if args.join:
+        rows = [r for path in args.join for r in json.loads((path / "quality.json").read_text())["rows"]]
+    else:
+        rows = run_all(args)
     rows.sort(key=lambda r: (r["model"], METHODS.index(r["method"]), r["sparsity"], r["seed"]))
     args.out.mkdir(parents=True, exist_ok=True)
     machine = {
@@ -101,7 +113,7 @@ def main() -> int:
     text = (
         "# Test perplexity of dense, uniform and mixed sparsity\n\n"
         f"Made by `python integration/quality_table.py`; {machine['machine']}, Python {machine['python']}, "
-        f"torch {machine['torch']}; {len(args.seeds)} seed(s), means. "
+        f"torch {machine['torch']}; {len({r['seed'] for r in rows})} seed(s), means. "
         "*Taken back*: the share of uniform's loss increase over dense that mixed does not have.\n\n"
         f"{table(rows)}\n"
     )

@@ -221,13 +221,16 @@ def tokenize(
         raise DataError(f"asked for {samples} samples of {length} tokens", hint="ask for at least 1 x 2")
     end = tokenizer.eos_token_id
     stream: list[int] = []
+    enough = _READ * samples * length
     for text in texts:
         for piece in _pieces(text):
-            if len(stream) > _READ * samples * length:
+            if len(stream) > enough:
                 break
             stream += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
         if text and end is not None:
             stream.append(end)
+        if len(stream) > enough:
+            break
     found = len(stream) // length
     if found < (samples if at_least is None else at_least):
         raise DataError(
