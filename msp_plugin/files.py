@@ -84,12 +84,19 @@ def output_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    try:
         for file in temporary.rglob("*"):  # safetensors creates its files readable by the owner alone
             file.chmod(file.stat().st_mode | (temporary.stat().st_mode & 0o444))
         if inside:
             for file in sorted(temporary.iterdir()):
                 file.rename(path / file.name)
+            temporary.rmdir()
         else:
             temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot move the finished run to {path}: {error}", hint=f"it is whole in {temporary}"
+        ) from error

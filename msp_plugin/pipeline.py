@@ -74,9 +74,9 @@ def run_recipe(
 
     path = check_output(out)
     steps = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else read_recipe(recipe)
-    build_recipe(steps)
     plugins, line = Plugins(), our_line(steps)
     plan = None if line is None else resolve(Options.parse(_ours(line)), plugins)
+    build_recipe(steps)
     text = text.for_model(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     samples = load_samples(tokenizer, text, plan.search_tokens if plan else 0)
@@ -164,7 +164,10 @@ def _provenance(
 
 
 def _ours(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key in Options.model_fields}
+    """Return our options of a recipe line, and what nobody knows, so that it is refused."""
+    from msp_plugin.hosts.llm_compressor.modifier import HOST_KEYS
+
+    return {key: value for key, value in line.items() if key not in HOST_KEYS}
 
 
 def _describe(data: CalibrationSet) -> dict[str, Any]:

@@ -102,10 +102,10 @@ def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: 
             tokenizer, load_texts(text.test, text.column), samples=text.test_samples,
             length=text.length, source=text.test, at_least=1,
         )  # fmt: skip
-    if test is not None:
+    if text.test and test is not None:
         known = {tuple(s.tolist()) for part in parts for s in part.samples}
         shared = sum(tuple(s.tolist()) in known for s in test.samples)
-        if shared:
+        if 2 * shared > len(test):
             raise DataError(
                 f"{shared} of {len(test)} test samples are calibration samples too",
                 hint="give another text with --test-data",

@@ -70,7 +70,7 @@ def test_the_file_says_where_it_came_from_without_times_or_paths(llama, data, pl
     told = found.provenance
     assert told["model"] == {"architecture": "LlamaForCausalLM", "fingerprint": fingerprint(llama)}
     assert told["allocator"]["population"] == 4 and told["method"]["name"] == "magnitude"
-    assert told["estimators"] == {"fisher": {"name": "fisher", "samples": 128, "batch_tokens": 2048}}
+    assert told["estimators"] == {"fisher": {"name": "fisher", "samples": 128}}
     assert (told["seed"], told["ignore"], told["levels"][0]) == (3, ["o_proj"], "dense")
     assert told["calibration"]["samples"] == 6 and told["versions"]["torch"] == torch.__version__
     assert str(tmp_path) not in found.to_json()

@@ -85,7 +85,7 @@ def test_an_output_directory_appears_whole(tmp_path, make_empty_first):
         path.mkdir(parents=True)
     with output_directory(check_output(path)) as temporary:
         (temporary / "a.txt").write_text("a")
-        assert not path.exists() or not any(path.iterdir())
+        assert not path.exists() or names(path) == [temporary.name]
     assert names(path) == ["a.txt"] and names(path.parent) == ["out"]
 
 
@@ -120,13 +120,22 @@ def test_a_failed_run_leaves_no_directory(tmp_path, cause):
 def test_a_directory_that_was_filled_in_the_meantime_is_kept(tmp_path):
     path = tmp_path / "out"
     with (
-        pytest.raises(OutputError, match="cannot rename the finished run to"),
+        pytest.raises(OutputError, match="cannot move the finished run to") as error,
         output_directory(path) as temporary,
     ):
         (temporary / "a.txt").write_text("ours")
         path.mkdir()
         (path / "b.txt").write_text("theirs")
-    assert names(tmp_path) == ["out"] and names(path) == ["b.txt"]
+    assert names(path) == ["b.txt"]
+    (kept,) = [p for p in tmp_path.iterdir() if p != path]
+    assert names(kept) == ["a.txt"] and str(kept) in error.value.hint
+
+
+def test_an_empty_directory_whose_parent_may_not_be_written_can_be_filled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with output_directory(check_output(".")) as temporary:
+        (temporary / "a.txt").write_text("a")
+    assert names(tmp_path) == ["a.txt"]
 
 
 def test_an_output_that_is_not_empty_is_refused(tmp_path):

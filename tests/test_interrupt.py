@@ -28,4 +28,4 @@ def test_a_stopped_run_leaves_nothing_behind_but_its_cache(stop, code, step, tmp
     run.communicate(timeout=60)
     assert run.returncode == code
     assert {p.name for p in tmp_path.iterdir()} <= {"text.txt", "cache"}
-    assert not [p for p in tmp_path.rglob("*.partial")]
+    assert not list(tmp_path.rglob("*.partial"))

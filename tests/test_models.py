@@ -4,16 +4,18 @@ import shutil
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models import (
     check_finite_weights,
+    check_in_memory,
     check_widths,
     decoder_blocks,
     fingerprint,
     load_model,
     load_tokenizer,
+    max_length,
     prunable_layers,
 )
 from msp_plugin.plan.levels import parse_menu
@@ -221,3 +223,32 @@ def test_a_directory_without_a_tokenizer_says_so(llama, tmp_path):
 def test_a_hub_id_that_cannot_be_reached_is_explained():
     with pytest.raises(ModelError, match="cannot load a causal language model from nobody/nothing"):
         load_model("nobody/nothing")
+
+
+@pytest.mark.parametrize("pattern", ["mlp", "model.layers.0", "LlamaAttention", "re:.*mlp$"])
+def test_a_pattern_that_names_a_container_only_is_refused(llama, pattern):
+    with pytest.raises(RecipeError, match="but no linear"):
+        prunable_layers(llama, ignore=[pattern])
+
+
+def test_fused_experts_are_refused_with_a_way_out():
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="fused experts") as error:
+        prunable_layers(MixtralForCausalLM(config))
+    assert "oneshot" in error.value.hint
+
+
+def test_offloaded_weights_are_refused(llama):
+    check_in_memory(llama)
+    with torch.device("meta"):
+        llama.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.empty(128, 64))
+    with pytest.raises(ModelError, match="model.layers.0.mlp.up_proj are offloaded") as error:
+        check_in_memory(llama)
+    assert "device_map" in error.value.hint
+
+
+def test_the_longest_sequence_comes_from_the_config(llama_dir):
+    assert max_length(llama_dir) == load_model(llama_dir).config.max_position_embeddings

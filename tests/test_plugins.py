@@ -135,7 +135,7 @@ def test_a_component_without_a_name_is_refused(spec):
     ("allocators", {"amplitude": 1.5}, "amplitude = 1.5 is outside"),
     ("allocators", {"crossover": float("nan")}, "crossover = nan is outside"),
     ("allocators", {"loss": "mse"}, "loss 'mse' is unknown"),
-    ("estimators", {"samples": 0}, "at least 1"), ("estimators", {"batch_tokens": 0}, "at least 1"),
+    ("estimators", {"samples": 0}, "at least 1"),
     ("pruners", {"block_size": 0}, "block_size"), ("pruners", {"dampening_frac": -1.0}, "dampening_frac"),
     ("pruners", {"dampening_frac": float("nan")}, "dampening_frac"),
 ])  # fmt: skip

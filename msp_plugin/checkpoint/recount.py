@@ -63,7 +63,7 @@ def recount_model(
     """Return the recounted zeros of every layer of the allocation.
 
     No group may keep more than N of M. With ``exact``, zeros beyond the plan's must be explained: by zeros
-    that were there before, by columns that are zero throughout (a dead input feature), or by rounding.
+    that were there before, by columns that are zero throughout (dead input features), or by rounding.
 
     Args:
         before: zeros of each layer before pruning.
@@ -90,7 +90,7 @@ def recount_model(
                 if after != "pruning"
                 else "the layer saw no calibration text, or the host's pattern is another one",
             )
-        explained = (before or {}).get(name, 0) + found.in_zero_columns + math.ceil(_ROUNDED * kept)
+        explained = (before or {}).get(name, 0) + found.from_dead_inputs + math.ceil(_ROUNDED * kept)
         if exact and found.zeros - (weights[name] - kept) > explained:
             raise VerificationError(
                 f"after {after}, {name} has {found.zeros:,} zeros; {plan}",

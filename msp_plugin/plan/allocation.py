@@ -11,7 +11,7 @@ from typing import Any
 
 from msp_plugin.errors import RecipeError, VerificationError
 from msp_plugin.plan.budget import AllocationProblem, Budget
-from msp_plugin.plan.levels import Level, parse_sparsity
+from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 
 SCHEMA = "msp_plugin/allocation"
@@ -132,7 +132,9 @@ class Allocation:
                 levels.append(Level.parse(entry["level"]))
                 for name, value in entry.get("sensitivity", {}).items():
                     sensitivities.setdefault(name, []).append(float(value))
-            target = parse_sparsity(data["budget"]["target"])
+            target = Fraction(data["budget"]["target"])
+            if not 0 <= target < 1:
+                raise ValueError(f"target {target} is outside [0, 1)")
             kept = int(data["budget"]["kept"])
         except (
             KeyError,

@@ -40,23 +40,25 @@ class Recount:
     Args:
         zeros: count of zeros.
         most_in_group: the most nonzeros found in one group of M.
-        in_zero_columns: zeros in columns that hold nothing else, as a dead input feature leaves them.
+        from_dead_inputs: zeros that columns which are zero throughout force beyond the pattern's own: a group
+            with j such columns cannot keep more than M - j weights.
         finite: True if no weight is infinite or not a number.
     """
 
     zeros: int
     most_in_group: int
-    in_zero_columns: int
+    from_dead_inputs: int
     finite: bool
 
 
 def recount(weight: torch.Tensor, level: Level) -> Recount:
     """Return the counts of an [O, I] weight under the groups of ``level``."""
     nonzero = weight != 0
+    dead = (~nonzero.any(dim=0)).reshape(-1, level.m).sum(dim=-1)
     per_group = nonzero.reshape(weight.shape[0], -1, level.m).sum(dim=-1)
     return Recount(
         zeros=weight.numel() - int(nonzero.sum()),
         most_in_group=int(per_group.max()),
-        in_zero_columns=weight.shape[0] * int((~nonzero.any(dim=0)).sum()),
+        from_dead_inputs=weight.shape[0] * int((dead - (level.m - level.n)).clamp(min=0).sum()),
         finite=bool(torch.isfinite(weight).all()),
     )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from msp_plugin.allocators.base import AllocationInputs
 from msp_plugin.allocators.msp import MSP, crossover, fisher_seeds, mutate
-from msp_plugin.errors import BudgetError
+from msp_plugin.errors import BudgetError, NumericsError
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu, parse_sparsity
 from msp_plugin.plan.units import Layer, Unit, UnitTable
@@ -238,3 +238,22 @@ def test_progress_rises_to_its_total():
 def test_levels_out_of_reach_come_out_as_such():
     with pytest.raises(BudgetError, match="out of reach"):
         SMALL.allocate(inputs(problem_of([(4, 8)] * 2, ["dense", "6:8"])))
+
+
+@given(st.integers(0, 10**6))
+def test_a_mutation_never_trades_a_pattern_for_a_stricter_one_of_equal_count(seed):
+    problem = problem_of([(4, 48)] * 5, ["dense", "4:8", "2:4", "2:8", "1:4"], "1/2")
+    four_of_eight = [level.name for level in problem.menu].index("4:8")
+    parent = (four_of_eight,) * 5
+    child = mutate(problem, parent, 1, np.random.default_rng(seed))
+    assert sum(problem.menu[k].name == "2:4" for k in child) <= 1  # the one that was to move
+
+
+def test_a_search_without_a_finite_loss_is_an_error():
+    class Broken(SeparableLoss):
+        def __call__(self, choice):
+            return float("inf")
+
+    problem = problem_of([(4, 48)] * 3)
+    with pytest.raises(NumericsError, match="candidates has a finite loss"):
+        SMALL.allocate(inputs(problem, loss=Broken(np.zeros((3, 8)))))

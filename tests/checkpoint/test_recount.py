@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from msp_plugin.checkpoint.recount import recount_model
+from msp_plugin.checkpoint.recount import count_zeros, recount_model
 from msp_plugin.errors import VerificationError
 from msp_plugin.models import prunable_layers
 from msp_plugin.plan.allocation import Allocation
@@ -39,17 +39,50 @@ def test_the_recount_finds_the_planned_zeros(pruned):
     assert stats.sparsity == float(allocation.budget.sparsity)
 
 
-def test_zeros_beyond_the_plan_are_counted(pruned):
+def test_zeros_that_were_there_before_or_have_a_dead_input_are_counted_and_allowed(pruned):
     model, allocation = pruned
     planned = recount_model(model, allocation)
     name = "model.layers.0.self_attn.o_proj"
     with torch.no_grad():
-        model.get_submodule(name).weight[:3] = 0
+        module = model.get_submodule(name)
+        module.weight.normal_()[:, 4:7] = 0  # three dead inputs in one group of four
+        module.weight.copy_(next(Magnitude().prune_levels(module, None, parse_menu(["2:4"]), name)))
         model.get_submodule("model.layers.0.self_attn.q_proj").weight[0, :5] = 0
-    found = recount_model(model, allocation)
+    before = {"model.layers.0.self_attn.q_proj": 5}
+    found = recount_model(model, allocation, before=before)
     assert allocation.by_layer[name].name == "2:4"
-    assert found.zeros[name] == planned.zeros[name] + 3 * 32
-    assert found.total_zeros == planned.total_zeros + 3 * 32 + 5
+    assert found.zeros[name] == planned.zeros[name] + 64
+    assert found.total_zeros == planned.total_zeros + 5 + 64
+
+
+def test_a_dense_layer_that_lost_weights_is_found(pruned):
+    model, allocation = pruned
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.self_attn.q_proj").weight[0, :5] = 0
+    with pytest.raises(
+        VerificationError, match="q_proj has 5 zeros; planned was dense with 0 zeros of 4,096"
+    ):
+        recount_model(model, allocation)
+    assert recount_model(model, allocation, exact=False).zeros["model.layers.0.self_attn.q_proj"] == 5
+
+
+def test_one_full_row_does_not_hide_a_layer_that_was_pruned_too_far(pruned):
+    model, allocation = pruned
+    weight = model.get_submodule("model.layers.0.self_attn.o_proj").weight
+    with torch.no_grad():
+        weight[1:] = 0
+    with pytest.raises(VerificationError, match="o_proj has .* planned was 2:4"):
+        recount_model(model, allocation)
+
+
+def test_a_model_that_was_sparser_before_may_stay_so(pruned):
+    model, allocation = pruned
+    zeros = count_zeros(model, allocation)
+    levels = tuple(level if level.is_dense else parse_menu(["7:8"])[0] for level in allocation.levels)
+    looser = Allocation(allocation.table, levels, Fraction(1, 8))
+    assert recount_model(model, looser, before=zeros).zeros == zeros
+    with pytest.raises(VerificationError, match="planned was 7:8"):
+        recount_model(model, looser)
 
 
 def test_one_weight_too_many_is_found(pruned):
@@ -60,7 +93,7 @@ def test_one_weight_too_many_is_found(pruned):
     with pytest.raises(VerificationError) as error:
         recount_model(model, allocation)
     assert "after pruning, model.layers.0.self_attn.o_proj keeps 3 of 4 in some group" in error.value.message
-    assert "2,049 of 4,096 weights; planned was 2:4" in error.value.message
+    assert "has 2,047 zeros; planned was 2:4 with 2,048 zeros of 4,096" in error.value.message
     assert "no calibration text" in error.value.hint
 
 
@@ -78,7 +111,7 @@ def test_a_layer_that_was_pruned_too_far_is_found(pruned):
     (weight,) = Magnitude().prune_levels(module, None, parse_menu(["1:4"]), "x")
     with torch.no_grad():
         module.weight.copy_(weight)
-    with pytest.raises(VerificationError, match="o_proj keeps 1 of 4 .* planned was 2:4"):
+    with pytest.raises(VerificationError, match="o_proj has 3,072 zeros; planned was 2:4"):
         recount_model(model, allocation)
 
 

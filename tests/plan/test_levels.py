@@ -89,9 +89,9 @@ def test_a_width_that_m_does_not_divide_is_refused_with_the_remainder():
     assert "remainder 4" in error.value.hint
 
 
-def test_a_menu_is_sorted_from_dense_to_sparse():
+def test_a_menu_is_sorted_from_dense_to_sparse_and_from_free_to_strict():
     menu = parse_menu(["1:8", "dense", "4:8", "2:4", "7:8"])
-    assert menu_names(menu) == ["dense", "7:8", "2:4", "4:8", "1:8"]
+    assert menu_names(menu) == ["dense", "7:8", "4:8", "2:4", "1:8"]
 
 
 def test_a_menu_may_be_written_with_commas():

@@ -135,7 +135,7 @@ def test_a_weight_that_is_not_finite_has_no_score():
     module = linear()
     with torch.no_grad():
         module.weight[0, 0] = float("nan")
-    with pytest.raises(NumericsError, match="1 scores are not finite"):
+    with pytest.raises(NumericsError, match="'magnitude' gives scores that are not finite for layer"):
         list(Magnitude().prune_levels(module, None, LEVELS, "layer"))
 
 

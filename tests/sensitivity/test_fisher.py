@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
@@ -25,14 +26,26 @@ def names_of(model):
 
 
 @pytest.mark.parametrize("length", [6, 48], ids=["over token pairs", "over the product"])
-@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
-def test_the_trace_is_that_of_per_sample_gradients(model, make_samples, length, batch_tokens):
+def test_the_trace_is_that_of_per_sample_gradients(model, make_samples, length):
     data, names = make_samples(count=5, length=length), names_of(model)
-    found = FisherTrace(batch_tokens=batch_tokens).layer_sensitivities(model, data, names)
+    found = FisherTrace().layer_sensitivities(model, data, names)
     expected = by_hand(model, data, names)
     assert tuple(found) == names
     assert found == {name: pytest.approx(value, rel=1e-4) for name, value in expected.items()}
     assert min(found.values()) > 0
+
+
+def test_a_model_that_flattens_its_tokens_is_measured_per_sample_too(make_samples):
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=128, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).eval()
+    data, names = make_samples(count=5, length=9), names_of(model)
+    found = FisherTrace().layer_sensitivities(model, data, names)
+    expected = by_hand(model, data, names)
+    assert found == {name: pytest.approx(value, rel=1e-4) for name, value in expected.items()}
 
 
 def test_samples_of_unequal_length_count_alike(llama, make_samples):
@@ -78,17 +91,15 @@ def test_a_loss_that_is_not_finite_names_the_sample_and_leaves_the_model(llama, 
         llama.model.embed_tokens.weight[only_in_fifth] = float("nan")
     before, hooks = bits(llama), count_hooks(llama)
     with pytest.raises(NumericsError, match="calibration sample 4 is not finite") as error:
-        FisherTrace(batch_tokens=1).layer_sensitivities(llama, data, names_of(llama))
+        FisherTrace().layer_sensitivities(llama, data, names_of(llama))
     assert "float32" in error.value.hint
     assert bits(llama) == before and count_hooks(llama) == hooks
 
 
 def test_progress_counts_samples(llama, data):
     seen = []
-    FisherTrace(batch_tokens=48).layer_sensitivities(
-        llama, data, names_of(llama)[:1], lambda *at: seen.append(at)
-    )
-    assert seen == [(2, 6), (4, 6), (6, 6)]
+    FisherTrace().layer_sensitivities(llama, data, names_of(llama)[:1], lambda *at: seen.append(at))
+    assert seen == [(done, 6) for done in range(1, 7)]
 
 
 def test_a_call_under_no_grad_gives_the_same(llama, data):

@@ -25,8 +25,8 @@ from msp_plugin.plugins import Plugins
 
 log = logging.getLogger(__name__)
 
-# What llm-compressor itself gives to every modifier, beside our options.
-_HOST_KEYS = {
+#: What llm-compressor itself gives to every modifier, beside our options.
+HOST_KEYS = {
     "index", "group", "start", "end", "update", "initialized_", "finalized_", "started_", "ended_",
     "requires_calibration_data",
 }  # fmt: skip
@@ -69,7 +69,7 @@ class MixedSparsityModifier(Options, Modifier):
     def _known_keys(cls, data: Any) -> Any:
         if isinstance(data, dict):
             for key in data:
-                if key not in Options.model_fields and key not in _HOST_KEYS:
+                if key not in Options.model_fields and key not in HOST_KEYS:
                     raise RecipeError(
                         f"MixedSparsityModifier has no key {key!r}", hint=nearest(key, Options.model_fields)
                     )

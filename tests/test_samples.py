@@ -1,0 +1,76 @@
+import pytest
+
+from msp_plugin.errors import DataError
+from msp_plugin.samples import Text, load_samples
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"line number {i} of the text" for i in range(2000)))
+    return str(path)
+
+
+def rows(samples):
+    return {tuple(sample.tolist()) for sample in samples.samples}
+
+
+def test_calibration_and_test_samples_of_one_text_share_nothing(tokenizer, text_file):
+    found = load_samples(tokenizer, Text(text_file, samples=8, length=16, test_samples=4))
+    assert (len(found.calibration), len(found.test)) == (8, 4)
+    assert not rows(found.calibration) & rows(found.test)
+
+
+def test_search_samples_are_the_last_ones_and_as_many_as_the_tokens_need(tokenizer, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(f"something else {i}" for i in range(2000)))
+    text = Text(text_file, search=str(other), samples=8, length=16, test_samples=0)
+    found = load_samples(tokenizer, text, search_tokens=33)
+    assert len(found.calibration) == 8 + 3 and found.test is None
+    alone = load_samples(tokenizer, Text(str(other), samples=3, length=16, test_samples=0))
+    assert rows(alone.calibration) <= {tuple(s.tolist()) for s in found.calibration.samples[8:]}
+    head, tail = found.calibration.split(33)
+    assert len(head) == 8 and len(tail) == 3
+
+
+def test_a_search_text_is_left_alone_when_nothing_is_searched(tokenizer, text_file):
+    text = Text(text_file, search="/nowhere.txt", samples=2, length=16, test_samples=0)
+    assert len(load_samples(tokenizer, text).calibration) == 2
+
+
+def test_a_test_text_that_is_the_calibration_text_is_refused(tokenizer, text_file):
+    text = Text(text_file, test=text_file, samples=8, length=16, test_samples=8)
+    with pytest.raises(DataError, match="8 of 8 test samples are calibration samples too"):
+        load_samples(tokenizer, text)
+
+
+def test_a_seed_moves_the_calibration_samples_and_not_the_test(tokenizer, text_file, tmp_path):
+    other = tmp_path / "test.txt"
+    other.write_text("\n".join(f"for the test {i}" for i in range(2000)))
+    made = [
+        load_samples(
+            tokenizer, Text(text_file, test=str(other), samples=4, length=16, test_samples=4, seed=s)
+        )
+        for s in (0, 1)
+    ]
+    assert made[0].calibration.fingerprint != made[1].calibration.fingerprint
+    assert made[0].test.fingerprint == made[1].test.fingerprint
+
+
+@pytest.mark.parametrize(
+    "options", [{"samples": 0}, {"length": 1}, {"test_samples": -1}, {"batch": 0}, {"seed": -1}]
+)
+def test_counts_out_of_range_are_named(options):
+    (name, value), *_ = options.items()
+    with pytest.raises(DataError, match=f"{name} = {value}"):
+        Text("x.txt", **options)
+
+
+def test_the_length_follows_the_model(llama_dir):
+    from msp_plugin.models import max_length
+
+    most = max_length(llama_dir)
+    assert Text("x").for_model(llama_dir).length == min(2048, most)
+    assert Text("x", length=7).for_model(llama_dir).length == 7
+    with pytest.raises(DataError, match=f"the model takes {most} at most"):
+        Text("x", length=most + 1).for_model(llama_dir)
