@@ -1,14 +1,21 @@
+import random
+
 import pytest
 
 from msp_plugin.errors import DataError
 from msp_plugin.samples import Text, load_samples
 
 
+def write_text(path, seed):
+    """A text of random letters, in which no stretch comes twice."""
+    rng = random.Random(seed)
+    path.write_text("\n".join("".join(rng.choices("abcdefghilmnoprstu ", k=40)) for _ in range(1000)))
+    return str(path)
+
+
 @pytest.fixture
 def text_file(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("\n".join(f"line number {i} of the text" for i in range(2000)))
-    return str(path)
+    return write_text(tmp_path / "text.txt", 0)
 
 
 def rows(samples):
@@ -22,12 +29,11 @@ def test_calibration_and_test_samples_of_one_text_share_nothing(tokenizer, text_
 
 
 def test_search_samples_are_the_last_ones_and_as_many_as_the_tokens_need(tokenizer, text_file, tmp_path):
-    other = tmp_path / "other.txt"
-    other.write_text("\n".join(f"something else {i}" for i in range(2000)))
-    text = Text(text_file, search=str(other), samples=8, length=16, test_samples=0)
+    other = write_text(tmp_path / "other.txt", 1)
+    text = Text(text_file, search=other, samples=8, length=16, test_samples=0)
     found = load_samples(tokenizer, text, search_tokens=33)
     assert len(found.calibration) == 8 + 3 and found.test is None
-    alone = load_samples(tokenizer, Text(str(other), samples=3, length=16, test_samples=0))
+    alone = load_samples(tokenizer, Text(other, samples=3, length=16, test_samples=0))
     assert rows(alone.calibration) <= {tuple(s.tolist()) for s in found.calibration.samples[8:]}
     head, tail = found.calibration.split(33)
     assert len(head) == 8 and len(tail) == 3
@@ -45,11 +51,10 @@ def test_a_test_text_that_is_the_calibration_text_is_refused(tokenizer, text_fil
 
 
 def test_a_seed_moves_the_calibration_samples_and_not_the_test(tokenizer, text_file, tmp_path):
-    other = tmp_path / "test.txt"
-    other.write_text("\n".join(f"for the test {i}" for i in range(2000)))
+    other = write_text(tmp_path / "test.txt", 2)
     made = [
         load_samples(
-            tokenizer, Text(text_file, test=str(other), samples=4, length=16, test_samples=4, seed=s)
+            tokenizer, Text(text_file, test=other, samples=4, length=16, test_samples=4, seed=s)
         )
         for s in (0, 1)
     ]
