@@ -8,7 +8,17 @@ from contextlib import contextmanager
 
 import torch
 
+from msp_plugin.models import offloaded_module
+
 log = logging.getLogger(__name__)
+
+
+def _movable(model: torch.nn.Module) -> bool:
+    if not torch.cuda.is_available() or hasattr(model, "hf_device_map") or offloaded_module(model):
+        return False
+    parameters = list(model.parameters())
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    return all(p.device.type == "cpu" for p in parameters) and 1.5 * size < torch.cuda.mem_get_info()[0]
 
 
 @contextmanager
@@ -17,10 +27,7 @@ def on_best_device(model: torch.nn.Module) -> Iterator[None]:
 
     A model that is already placed, offloaded or spread over devices stays as it is.
     """
-    parameters = list(model.parameters())
-    size = sum(p.numel() * p.element_size() for p in parameters)
-    movable = not hasattr(model, "hf_device_map") and all(p.device.type == "cpu" for p in parameters)
-    if movable and torch.cuda.is_available() and 1.5 * size < torch.cuda.mem_get_info()[0]:
+    if _movable(model):
         log.info("search on %s", torch.cuda.get_device_name())
         model.to("cuda")
         try:

@@ -37,7 +37,7 @@ def perplexity(
     for ids in data.batches(batch_tokens):
         ids = ids.to(device)
         logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        total += _cross_entropy(logits, ids[:, 1:].flatten())
+        total += _cross_entropy(logits, ids[:, 1:].flatten().to(logits.device))
         count += ids[:, 1:].numel()
         done += len(ids)
         progress(done, len(data))

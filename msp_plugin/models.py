@@ -162,21 +162,30 @@ def _matches(pattern: str, name: str, module: torch.nn.Module) -> bool:
     return pattern == name or name.endswith("." + pattern) or pattern in classes - {"Module", "object"}
 
 
+def offloaded_module(model: torch.nn.Module) -> str | None:
+    """Return the name of a module whose weights accelerate or a host holds elsewhere, None if there is none."""
+    for name, module in model.named_modules():
+        if not isinstance(module._parameters, dict):  # compressed-tensors puts a cache in its place
+            return name or "the model"
+        hooked = getattr(getattr(module, "_hf_hook", None), "offload", False)
+        if hooked or any(p is not None and p.device.type == "meta" for p in module._parameters.values()):
+            return name or "the model"
+    return None
+
+
 def check_in_memory(model: torch.nn.Module) -> None:
-    """Raise if a host or accelerate has offloaded weights, which could not be exchanged in place.
+    """Raise if weights are offloaded, so that they could not be exchanged in place.
 
     Raises:
-        ModelError: it has.
+        ModelError: they are.
     """
-    for name, module in model.named_modules():
-        offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
-        meta = any(p is not None and p.device.type == "meta" for p in dict(module._parameters).values())
-        if offloaded or meta or not isinstance(module._parameters, dict):
-            raise ModelError(
-                f"the weights of {name or 'the model'} are offloaded; the search exchanges weights in place",
-                hint="load the model anew, without device_map (a GPU is used where it fits), or give a "
-                "finished allocation",
-            )
+    name = offloaded_module(model)
+    if name is not None:
+        raise ModelError(
+            f"the weights of {name} are offloaded; the search exchanges weights in place",
+            hint="load the model anew, without device_map (a GPU is used where it fits), or give a "
+            "finished allocation",
+        )
 
 
 def max_length(source: str | Path, *, trust_remote_code: bool = False) -> int | None:

@@ -53,9 +53,7 @@ def test_a_test_text_that_is_the_calibration_text_is_refused(tokenizer, text_fil
 def test_a_seed_moves_the_calibration_samples_and_not_the_test(tokenizer, text_file, tmp_path):
     other = write_text(tmp_path / "test.txt", 2)
     made = [
-        load_samples(
-            tokenizer, Text(text_file, test=other, samples=4, length=16, test_samples=4, seed=s)
-        )
+        load_samples(tokenizer, Text(text_file, test=other, samples=4, length=16, test_samples=4, seed=s))
         for s in (0, 1)
     ]
     assert made[0].calibration.fingerprint != made[1].calibration.fingerprint

@@ -338,3 +338,26 @@ def test_two_ranks_are_refused_with_a_reason(tmp_path):
     )  # fmt: skip
     assert done.returncode != 0
     assert "torch.distributed runs 2 ranks" in done.stderr
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_datasets_dataset_of_ragged_padded_samples_calibrates(
+    shuffle, model, calibration, tmp_path, caplog
+):
+    from datasets import Dataset
+    from llmcompressor import oneshot
+
+    lengths = [64, 40, 52, 64, 33, 64, 64, 48]
+    rows = [s[:n].tolist() for s, n in zip(calibration.samples, lengths, strict=True)]
+    dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+    modifier = MixedSparsityModifier(
+        sparsity=0.75, method="sparsegpt", allocator={**SEARCH, "tokens": 80}, estimators=FISHER,
+        cache=str(tmp_path),
+    )  # fmt: skip
+    with caplog.at_level("WARNING", logger="msp_plugin"):
+        oneshot(
+            model=model, recipe=[modifier], dataset=dataset, num_calibration_samples=8, max_seq_length=64,
+            processor=load_tokenizer(demo_model_path("qwen2")), shuffle_calibration_samples=shuffle,
+        )  # fmt: skip
+    assert modifier.stats.sparsity == 0.75 and modifier.outcome.search["loss"] > 0
+    assert ("at random" in caplog.text) == shuffle
