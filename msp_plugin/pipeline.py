@@ -69,9 +69,11 @@ def run_recipe(
     Raises:
         MSPError: see the steps; whatever the options alone show fails before the model is loaded.
     """
+    from msp_plugin.hosts.llm_compressor import require_host
     from msp_plugin.hosts.llm_compressor.recipe import build_recipe, our_line, read_recipe
     from msp_plugin.hosts.llm_compressor.run import run_oneshot
 
+    require_host()
     path = check_output(out)
     steps = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else read_recipe(recipe)
     plugins, line = Plugins(), our_line(steps)
