@@ -23,6 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -156,6 +157,12 @@ def train(args: argparse.Namespace) -> None:
     seconds = time.time() - start
     model = model.to("cpu").to(torch.bfloat16)
     model.save_pretrained(out)
+    # As users load it: AutoTokenizer picks the class by the model's type, and that class may split
+    # text before the merges in another way than the tokenizer that was trained.
+    as_loaded = token_stream(AutoTokenizer.from_pretrained(out), library_texts("test"))
+    if not np.array_equal(as_loaded, test):
+        print(f"AutoTokenizer splits otherwise: {len(as_loaded):,} test tokens, trained on {len(test):,}")
+    test = as_loaded
     ppl = perplexity(model.float(), test, 10**9)
     record = dict(
         arch=args.arch, parameters=parameters, tokens_seen=seen, unique_tokens=len(ids),
