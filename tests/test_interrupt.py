@@ -18,6 +18,7 @@ def test_a_stopped_run_leaves_nothing_behind_but_its_cache(stop, code, step, tmp
          str(text), "--samples", "8", "--length", "64", "--test-samples", "0", "--no-baseline",
          "--set", "allocator.tokens=128", "--cache", str(tmp_path / "cache"), "--out",
          str(tmp_path / "out")],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job may ignore it
         stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     before = {"sensitivity": "sensitivity", "search": "level database"}[step]
