@@ -1,7 +1,7 @@
 """Mixed sparsity for LLMs: search how sparse each layer may be, prune it so, prove it.
 
 ``from msp_plugin import MixedSparsityModifier`` makes the modifier known to llm-compressor, from
-Python and from YAML. ``hookimpl`` marks the functions of a plugin. Importing this package imports
+Python and from YAML. ``load`` gives a ready model from a checkpoint of either form. ``hookimpl`` marks the functions of a plugin. Importing this package imports
 neither torch nor a host.
 """
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["MixedSparsityModifier", "LayerwisePruner", "hookimpl"]
+__all__ = ["MixedSparsityModifier", "LayerwisePruner", "hookimpl", "load"]
 
 if TYPE_CHECKING:
+    from msp_plugin.checkpoint.load import load
     from msp_plugin.hookspecs import hookimpl
     from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
     from msp_plugin.pruning.base import LayerwisePruner
@@ -31,4 +32,8 @@ def __getattr__(name: str):
         from msp_plugin.hookspecs import hookimpl
 
         return hookimpl
+    if name == "load":
+        from msp_plugin.checkpoint.load import load
+
+        return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,3 +26,21 @@ def msp_register_pruners():
     from msp_plugin.pruning.magnitude import Magnitude
 
     return [Magnitude, SparseGPT, Wanda]
+
+
+@hookimpl
+def msp_register_exporters():
+    from msp_plugin.checkpoint.export import Dense, Sparse24
+    from msp_plugin.hosts.llm_compressor.export import PlainRecipe
+
+    return [Dense, PlainRecipe, Sparse24]
+
+
+@hookimpl
+def msp_register_checks():
+    from msp_plugin.verify.quality import Quality
+    from msp_plugin.verify.round_trip import RoundTrip
+    from msp_plugin.verify.served import Served
+    from msp_plugin.verify.structure import Structure
+
+    return [Quality, RoundTrip, Served, Structure]

@@ -66,6 +66,14 @@ class NumericsError(MSPError):
     """Weights, activations or statistics are not finite, or a Hessian is singular."""
 
 
+class FormatError(MSPError):
+    """A checkpoint or a tensor is not in the format that it claims, or cannot be brought into it."""
+
+
+class ServingError(MSPError):
+    """A server did not start, died or answered something else than was asked."""
+
+
 class VerificationError(MSPError):
     """What was written is not what was planned."""
 

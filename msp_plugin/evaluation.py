@@ -66,6 +66,32 @@ def _kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
     return total
 
 
+@torch.no_grad()
+def mean_kl(
+    reference: torch.nn.Module,
+    model: torch.nn.Module,
+    data: CalibrationSet,
+    *,
+    batch_tokens: int = 4096,
+    progress: Progress = silent,
+) -> float:
+    """Return the mean KL(reference || model) in nats per token over all positions of all samples.
+
+    Raises:
+        NumericsError: it is not a number.
+    """
+    total, count, done = 0.0, 0, 0
+    for ids in data.batches(batch_tokens):
+        pair = [m(ids.to(next(m.parameters()).device), use_cache=False).logits.flatten(0, 1) for m in (reference, model)]
+        total += _kl(pair[0], pair[1].to(pair[0].device))
+        count += ids.numel()
+        done += len(ids)
+        progress(done, len(data))
+    if math.isnan(total):
+        raise NumericsError("the KL divergence is not a number", hint="try dtype float32")
+    return total / count
+
+
 class CandidateLoss:
     """Measures choices on a model: sets the candidate's weights, runs the text, compares.
 

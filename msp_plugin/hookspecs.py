@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     import typer
 
     from msp_plugin.allocators.base import Allocator
+    from msp_plugin.checkpoint.export import Exporter
     from msp_plugin.plan.allocation import Allocation
     from msp_plugin.plan.levels import Level
     from msp_plugin.pruning.base import Pruner
     from msp_plugin.sensitivity.base import Estimator
+    from msp_plugin.verify.base import Check
 
 PROJECT = "msp_plugin"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -38,6 +40,16 @@ def msp_register_allocators() -> list[type[Allocator]]:
 @hookspec
 def msp_register_pruners() -> list[type[Pruner]]:
     """Return pruning methods: they turn a weight and a level into a pruned weight."""
+
+
+@hookspec
+def msp_register_exporters() -> list[type[Exporter]]:
+    """Return exporters: they bring a run's checkpoint into another form (``msp export --to``)."""
+
+
+@hookspec
+def msp_register_checks() -> list[type[Check]]:
+    """Return checks: each proves one thing of a checkpoint (``msp verify``)."""
 
 
 @hookspec

@@ -34,20 +34,29 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise RecipeError(f"dtype {dtype!r} is unknown", hint=nearest(dtype, DTYPES))
-    _check_source(source)
+    target = check_dtype(dtype)
+    check_source(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+            source, dtype=target or "auto", trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"cannot load a causal language model from {source}: {error}",
             hint="give a directory with config.json and safetensors, or a hub id",
         ) from error
     return model.eval()
+
+
+def check_dtype(dtype: str) -> torch.dtype | None:
+    """Return the dtype of a name; None for ``auto``.
+
+    Raises:
+        RecipeError: an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise RecipeError(f"dtype {dtype!r} is unknown", hint=nearest(dtype, DTYPES))
+    return None if dtype == "auto" else getattr(torch, dtype)
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -58,14 +67,14 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     """
     from transformers import AutoTokenizer
 
-    _check_source(source)
+    check_source(source)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a tokenizer from {source}: {error}") from error
 
 
-def _check_source(source: str | Path) -> None:
+def check_source(source: str | Path) -> None:
     """Fail early on a path that is not there, before a hub is asked for it."""
     path = Path(source)
     if path.is_dir():
@@ -192,7 +201,7 @@ def max_length(source: str | Path, *, trust_remote_code: bool = False) -> int | 
     """Return the longest sequence that a model's config allows, None if it does not say."""
     from transformers import AutoConfig
 
-    _check_source(source)
+    check_source(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from msp_plugin import hookspecs
 from msp_plugin.errors import PluginError, RecipeError, nearest
 
-KINDS = ("estimators", "allocators", "pruners")
+KINDS = ("estimators", "allocators", "pruners", "exporters", "checks")
 BUILTIN = "msp_plugin.builtin"
 
 
@@ -149,7 +149,7 @@ class Plugins:
         """Return the component that a recipe names, with its options checked.
 
         Args:
-            kind: ``"estimators"``, ``"allocators"`` or ``"pruners"``.
+            kind: ``"estimators"``, ``"allocators"``, ``"pruners"``, ``"exporters"`` or ``"checks"``.
             spec: a name, or a mapping with ``name`` and options.
 
         Raises:

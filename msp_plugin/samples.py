@@ -52,7 +52,14 @@ class Text:
         Raises:
             DataError: the asked length is beyond the model's maximum.
         """
-        most = max_length(source, trust_remote_code=trust_remote_code)
+        return self.within(max_length(source, trust_remote_code=trust_remote_code))
+
+    def within(self, most: int | None) -> Text:
+        """Return this text with a length of at most ``most`` tokens, where a model has a maximum.
+
+        Raises:
+            DataError: the asked length is beyond it.
+        """
         if self.length is None:
             return replace(self, length=min(2048, most or 2048))
         if most is not None and self.length > most:

@@ -12,6 +12,7 @@ import typer
 
 from msp_plugin import __version__
 from msp_plugin.cli.arguments import AsJson
+from msp_plugin.cli.checkpoint import export_command, verify
 from msp_plugin.cli.prune import demo, prune, run_command
 from msp_plugin.cli.search import allocate_command, sensitivity
 from msp_plugin.errors import MSPError
@@ -28,11 +29,13 @@ app.command(name="run")(run_command)
 app.command()(prune)
 app.command(name="allocate")(allocate_command)
 app.command()(sensitivity)
+app.command(name="export")(export_command)
+app.command()(verify)
 
 
 @app.command()
 def plugins(as_json: AsJson = False) -> None:
-    """List estimators, allocators and pruning methods with their options and owners.
+    """List estimators, allocators, methods, exporters and checks with their options and owners.
 
     Example: msp plugins --json
     """

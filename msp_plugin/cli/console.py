@@ -26,6 +26,8 @@ from msp_plugin.allocate import StepProgress
 
 #: Results go to stdout, everything about the way there to stderr.
 out = Console(highlight=False, soft_wrap=True)
+#: For tables with long cells: these are folded at the terminal's width.
+table = Console(highlight=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

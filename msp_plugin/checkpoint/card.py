@@ -1,0 +1,109 @@
+"""The model card of an export: what it is, how to load and serve it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from msp_plugin.checkpoint.checkpoint import Checkpoint
+    from msp_plugin.checkpoint.manifest import Manifest
+
+_FRONT = """---
+library_name: transformers
+tags: [pruned, sparsity, {tag}]
+---
+"""
+
+
+def model_card(source: Checkpoint, manifest: Manifest) -> str:
+    """Return the card's Markdown. The same checkpoint gives the same text."""
+    packed = manifest.format == "sparse24"
+    parts = [
+        _FRONT.format(tag='"2:4"' if packed else '"N:M"'),
+        f"# {(source.config.get('architectures') or ['A model'])[0]}, pruned with mixed N:M sparsity\n",
+        _what(source, manifest),
+        _PACKED_USE if packed else _DENSE_USE,
+        _levels(source),
+        "Files: `allocation.json` says which layer has which level, `export.json` what the files must hold "
+        "(`msp verify` checks both), `run.json` how the run that pruned it went, where they are there.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _what(source: Checkpoint, manifest: Manifest) -> str:
+    if manifest.format != "sparse24":
+        return "The weights are plain dense safetensors; the pruned ones are zeros.\n"
+    ratio = manifest.packed_bytes / manifest.dense_bytes
+    lines = [
+        f"{len(manifest.packed)} layers are stored in the compressed-tensors format `sparse-24-bitmask`: two of "
+        f"every four weights and a bitmask, {ratio:.4f} of their dense bytes "
+        f"({manifest.packed_bytes:,} of {manifest.dense_bytes:,}). All other tensors are dense.\n"
+    ]
+    if manifest.kept_dense:
+        lines.append("Layers of the allocation that stay dense:\n")
+        lines += [
+            f"- {count} because {reason}" for reason, count in sorted(Counter(map(_short, manifest.kept_dense.values())).items())
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _short(reason: str) -> str:
+    """Return a reason without the names of other layers, so that equal ones are counted together."""
+    return "inference fuses them with a dense one" if reason.startswith("inference fuses") else reason
+
+
+_PACKED_USE = """## Use it
+
+Serve it with an unmodified vLLM (0.32 or newer) that has `msp_plugin` installed beside it; no flag is needed:
+
+```bash
+pip install 'msp_plugin[vllm]'
+vllm serve THIS_DIRECTORY
+```
+
+Load it in Python as a ready transformers model:
+
+```python
+import msp_plugin
+model = msp_plugin.load("THIS_DIRECTORY")
+```
+
+Without `msp_plugin`, transformers fails on it (`'NoneType' object has no attribute 'config_groups'`) and vLLM from
+0.19 on refuses it. Whoever has no `msp_plugin` needs the dense form, bit for bit the same weights, made where it is installed:
+
+```bash
+msp export THIS_DIRECTORY --to dense --out dense
+```
+"""
+
+_DENSE_USE = """## Use it
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")
+```
+
+vLLM serves it as any dense model. With `msp_plugin` installed beside it, `vllm serve THIS_DIRECTORY --quantization
+sparse24` packs the layers that are 2:4 when it loads them, and `msp export THIS_DIRECTORY --to sparse24 --out packed`
+writes them packed.
+"""
+
+
+def _levels(source: Checkpoint) -> str:
+    if source.allocation is None:
+        return ""
+    count: Counter[str] = Counter()
+    for level in source.allocation.by_layer.values():
+        count[level.name] += 1
+    budget = source.allocation.budget
+    lines = [
+        "## Sparsity\n",
+        f"{budget.zeros:,} of {budget.weights:,} prunable weights are zero ({100 * float(budget.sparsity):.2f} %). "
+        "N:M keeps N of M.\n",
+        "| level | layers |", "|---|---|",
+        *(f"| {name} | {n} |" for name, n in sorted(count.items())),
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""Load a checkpoint of either form as a transformers model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from msp_plugin.checkpoint.checkpoint import Checkpoint, packed_layers
+from msp_plugin.checkpoint.manifest import MANIFEST_FILE
+from msp_plugin.checkpoint.tensors import read_json
+from msp_plugin.errors import FormatError, ModelError
+from msp_plugin.models import check_dtype, check_source, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load(
+    source: str | Path, dtype: str = "auto", *, checksums: bool = True, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Return the causal language model of a directory or hub id, in eval mode on the CPU, whatever its form.
+
+    A packed checkpoint (``sparse24``) becomes a dense model with the same weights, bit for bit.
+
+    Args:
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        checksums: hold the files against the SHA-256 in export.json first, where there is one.
+
+    Raises:
+        ModelError: there is no such model, or transformers cannot load it.
+        FormatError: files are damaged, or config and tensors contradict each other.
+    """
+    path = _local(source, trust_remote_code)
+    if path is None:
+        return load_model(source, dtype, trust_remote_code=trust_remote_code)
+    if not packed_layers(read_json(path / "config.json"), str(path / "config.json")):
+        _check_sums(Checkpoint.open(path) if checksums and (path / MANIFEST_FILE).is_file() else None)
+        return load_model(path, dtype, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint.open(path)
+    if checksums:
+        _check_sums(checkpoint)
+    return _unpacked(checkpoint, dtype, trust_remote_code)
+
+
+def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
+    """Return the directory of a model, downloaded if it is a packed one of the hub; None for all others."""
+    path = Path(source).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig
+
+    check_source(source)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if not packed_layers(config.to_dict(), str(source)):
+            return None
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load {source}: {error}", hint="give a model's directory or a hub id") from error
+
+
+def _check_sums(checkpoint: Checkpoint | None) -> None:
+    if checkpoint is None or checkpoint.manifest is None:
+        return
+    wrong = checkpoint.manifest.differences(checkpoint.path)
+    if wrong:
+        raise FormatError(
+            f"{checkpoint.path} is not what was exported: {'; '.join(wrong[:3])}",
+            hint="copy or export it anew",
+        )
+
+
+def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    target = check_dtype(dtype)
+    try:
+        config = copy.deepcopy(AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code))
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):  # for the class alone, which may be the repository's own
+            cls = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        model, report = cls.from_pretrained(
+            None, config=config, state_dict=dict(checkpoint.dense_tensors()), output_loading_info=True,
+            dtype=target if target is not None else _dtype_of(checkpoint),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        raise ModelError(f"cannot load a causal language model from {checkpoint.path}: {error}") from error
+    return _complete(model, report, checkpoint)
+
+
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype of the packed weights, which is the model's."""
+    return checkpoint.tensors[f"{checkpoint.packed[0]}.compressed"].dtype
+
+
+def _complete(model: PreTrainedModel, report: dict[str, Any], checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the model if every weight came from the checkpoint and every tensor of it was used."""
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or unexpected:
+        named = [f"no {name}" for name in missing[:3]] + [f"{name} has no place" for name in unexpected[:3]]
+        raise FormatError(
+            f"{checkpoint.path} does not hold the tensors of {type(model).__name__}: {'; '.join(named)}",
+            hint="config.json and tensors are from different models",
+        )
+    return model.eval()

@@ -1,0 +1,104 @@
+"""export.json: what an export wrote, so that a copy of it can be checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from msp_plugin.checkpoint.tensors import read_json
+from msp_plugin.errors import FormatError
+from msp_plugin.files import write_json
+
+MANIFEST_FILE = "export.json"
+SCHEMA = "msp_plugin/export"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of export.json (``schema: msp_plugin/export``, ``version: 1``).
+
+    Args:
+        format: the exporter's name.
+        files: by file name, its ``bytes`` and ``sha256``.
+        tensors: by name, the shape of every tensor in the files.
+        packed: by layer, its level's name, or ``"2:4"`` where no allocation was there.
+        kept_dense: by layer of the allocation that is not packed, why.
+        packed_bytes: bytes that the packed layers take, without their ``shape`` tensors.
+        dense_bytes: bytes that the same layers take dense, in the same dtype.
+        negative_zeros: zeros whose sign was dropped, by layer.
+        versions: of the packages that wrote it.
+    """
+
+    format: str
+    files: Mapping[str, Mapping[str, Any]]
+    tensors: Mapping[str, Sequence[int]]
+    packed: Mapping[str, str] = field(default_factory=dict)
+    kept_dense: Mapping[str, str] = field(default_factory=dict)
+    packed_bytes: int = 0
+    dense_bytes: int = 0
+    negative_zeros: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest | None:
+        """Return the manifest of a directory, None if it has none.
+
+        Raises:
+            FormatError: it is damaged, or of a newer version.
+        """
+        path = directory / MANIFEST_FILE
+        if not path.is_file():
+            return None
+        data = read_json(path)
+        if data.get("schema") != SCHEMA:
+            raise FormatError(f"{path} is no export manifest", hint=f'expected schema "{SCHEMA}"')
+        if data.get("version") != VERSION:
+            raise FormatError(
+                f"{path} has version {data.get('version')!r}, this package reads {VERSION}",
+                hint="update msp_plugin",
+            )
+        try:
+            found = cls(**{key: value for key, value in data.items() if key not in ("schema", "version")})
+            for name, entry in found.files.items():
+                if Path(name).name != name or not isinstance(entry["sha256"], str) or entry["bytes"] < 0:
+                    raise ValueError(f"file {name!r}")
+            if not all(isinstance(n, int) for shape in found.tensors.values() for n in shape):
+                raise ValueError("a shape")
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise FormatError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        return found
+
+    def write(self, directory: Path) -> None:
+        """Write export.json into a directory."""
+        write_json(directory / MANIFEST_FILE, {"schema": SCHEMA, "version": VERSION, **asdict(self)})
+
+    def differences(self, directory: Path) -> list[str]:
+        """Return what is wrong with the files in a directory: missing, of another size, or other bytes.
+
+        Reads every file whole.
+        """
+        wrong = []
+        for name, entry in self.files.items():
+            file = directory / name
+            if not file.is_file():
+                wrong.append(f"{name} is missing")
+            elif file.stat().st_size != entry["bytes"]:
+                wrong.append(f"{name} has {file.stat().st_size:,} bytes, {entry['bytes']:,} were written")
+            elif digest(file) != entry["sha256"]:
+                wrong.append(f"{name} has other bytes than were written (SHA-256)")
+        return wrong
+
+
+def describe_files(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Return ``bytes`` and ``sha256`` of files by name, read back from the disk."""
+    return {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in files}
+
+
+def digest(file: Path) -> str:
+    """Return the hex SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

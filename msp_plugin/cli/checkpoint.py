@@ -1,0 +1,191 @@
+"""``msp export`` and ``msp verify``: checkpoints after pruning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from msp_plugin.cli.arguments import AsJson, Out, Remote, Verbose, component_options, resolve_model
+
+if TYPE_CHECKING:
+    from msp_plugin.calibration import CalibrationSet
+    from msp_plugin.checkpoint.checkpoint import Checkpoint
+    from msp_plugin.checkpoint.manifest import Manifest
+    from msp_plugin.plugins import Plugins
+    from msp_plugin.verify.base import Check, CheckResult
+
+Directory = Annotated[Path, typer.Argument(help="directory that `msp prune` or `msp export` wrote")]
+
+
+def export_command(
+    source: Directory,
+    to: Annotated[str, typer.Option("--to", help="sparse24, dense, recipe, or a plugin's; see `msp plugins`")],
+    out: Out,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="option of the exporter, e.g. shard_bytes=2000000000")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Bring a checkpoint into another form: packed for 2:4 kernels, dense, or a plain llm-compressor recipe.
+
+    Example: msp export llama-75 --to sparse24 --out llama-75-packed
+    """
+    from msp_plugin.cli.console import progress_bars, set_up_logs
+
+    set_up_logs(verbose)
+    from msp_plugin.checkpoint.export import export_checkpoint
+    from msp_plugin.plugins import Plugins
+
+    pairs = [f"exporter.{pair}" for pair in options or ()]
+    exporter = Plugins().build("exporters", component_options(pairs, exporter=to)["exporter"])
+    with progress_bars(not as_json) as progress:
+        manifest = export_checkpoint(
+            source, exporter, out, progress=lambda done, total: progress(f"export {to}", done, total)
+        )
+    if as_json:
+        typer.echo(json.dumps(_export_record(manifest, out), indent=2, sort_keys=True))
+    else:
+        _show_export(manifest, out)
+
+
+def _export_record(manifest: Manifest, out: Path) -> dict[str, Any]:
+    return {
+        "path": str(out), "format": manifest.format, "files": manifest.files, "packed": manifest.packed,
+        "kept_dense": manifest.kept_dense, "packed_bytes": manifest.packed_bytes, "dense_bytes": manifest.dense_bytes,
+        "negative_zeros": manifest.negative_zeros,
+    }  # fmt: skip
+
+
+def _show_export(manifest: Manifest, out: Path) -> None:
+    from msp_plugin.cli import console
+
+    if manifest.packed:
+        ratio = manifest.packed_bytes / manifest.dense_bytes
+        console.out.print(
+            f"{len(manifest.packed)} layers packed: {manifest.packed_bytes:,} bytes, "
+            f"{ratio:.4f} of {manifest.dense_bytes:,} dense"
+        )
+    for layer, reason in manifest.kept_dense.items():
+        console.out.print(f"dense: {layer}: {reason}", markup=False)
+    if manifest.negative_zeros:
+        console.out.print(f"{sum(manifest.negative_zeros.values()):,} negative zeros became positive")
+    total = sum(entry["bytes"] for entry in manifest.files.values())
+    console.out.print(f"Results: {out} ({len(manifest.files)} files, {total:,} bytes)")
+
+
+def verify(
+    checkpoint: Directory,
+    reference: Annotated[
+        Path | None, typer.Option("--reference", help="what it was exported from; must equal it bit for bit")
+    ] = None,
+    original: Annotated[
+        str | None, typer.Option("--original", help="the model before pruning: directory, hub id, demo:llama")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="test text, for perplexity and KL")] = None,
+    samples: Annotated[int, typer.Option("--samples", help="test samples")] = 32,
+    length: Annotated[int | None, typer.Option("--length", help="tokens per sample")] = None,
+    text_column: Annotated[str, typer.Option("--text-column", help="of jsonl files and datasets")] = "text",
+    vllm: Annotated[
+        Path | None, typer.Option("--vllm", help="virtual environment with vLLM and msp_plugin, to serve it in")
+    ] = None,
+    check: Annotated[
+        list[str] | None, typer.Option("--check", help="run only these (repeatable); see `msp plugins`")
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="option of a check, e.g. served.tokens=128")
+    ] = None,
+    trust_remote_code: Remote = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Prove that a checkpoint is what was planned, stored and served. Exit code 1 if a check fails.
+
+    Example: msp verify packed --reference llama-75 --original demo:llama --data wiki.txt --vllm ~/venvs/vllm
+    """
+    from msp_plugin.cli.console import progress_bars, set_up_logs
+
+    set_up_logs(verbose)
+    from msp_plugin.checkpoint.checkpoint import Checkpoint
+    from msp_plugin.plugins import Plugins
+    from msp_plugin.verify.base import Subject, run_checks
+    from msp_plugin.verify.server import vllm_executable
+
+    chosen = _build_checks(Plugins(), check, options)
+    opened = Checkpoint.open(checkpoint)
+    text = _text(opened, data, samples, length, text_column, trust_remote_code) if data else None
+    if vllm is not None:
+        vllm_executable(vllm)
+    subject = Subject(
+        opened, Checkpoint.open(reference) if reference else None, resolve_model(original) if original else None,
+        text, vllm, trust_remote_code,
+    )  # fmt: skip
+    _require_needs(chosen, subject, check)
+    with progress_bars(not as_json) as progress:
+        results = run_checks(subject, chosen, progress)
+    if as_json:
+        typer.echo(json.dumps([result.to_dict() for result in results], indent=2))
+    else:
+        _show_checks(results, checkpoint)
+    raise typer.Exit(0 if all(result.passed for result in results) else 1)
+
+
+def _build_checks(plugins: Plugins, names: list[str] | None, options: list[str] | None) -> list[Check]:
+    """Return the checks, cheapest first: structure, round_trip, quality, served, then those of plugins by name."""
+    order = ("structure", "round_trip", "quality", "served")
+    known = plugins.components["checks"]
+    for name in names or ():
+        plugins.options("checks", name)  # raises for an unknown one
+    found = sorted(names or known, key=lambda n: (order.index(n) if n in order else len(order), n))
+    specs = component_options(options, **{name: name for name in found})
+    return [plugins.build("checks", specs[name]) for name in dict.fromkeys(found)]
+
+
+def _require_needs(checks: list[Check], subject: Any, asked: list[str] | None) -> None:
+    """Raise if a check that was asked for by name lacks what it needs."""
+    from msp_plugin.errors import RecipeError
+    from msp_plugin.verify.base import missing_needs
+
+    for check in checks if asked else ():
+        lacking = missing_needs(check, subject)
+        if lacking:
+            raise RecipeError(f"check {check.name!r} needs {', '.join(lacking)}", hint="give it, or leave the check out")
+
+
+def _text(
+    checkpoint: Checkpoint, data: str, samples: int, length: int | None, column: str, trust_remote_code: bool
+) -> CalibrationSet:
+    from msp_plugin.calibration import load_texts, tokenize
+    from msp_plugin.models import load_tokenizer
+    from msp_plugin.samples import Text
+
+    most = checkpoint.config.get("max_position_embeddings")
+    asked = Text(data, samples=samples, length=length, column=column).within(most)
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
+    return tokenize(
+        tokenizer, load_texts(data, column), samples=samples, length=asked.length, source=data, at_least=1
+    )
+
+
+def _show_checks(results: list[CheckResult], path: Path) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from msp_plugin.cli import console
+
+    marks = {"ok": "[green]ok[/]", "fail": "[red]FAIL[/]", "skip": "[yellow]skip[/]"}
+    table = Table(title=f"Verification of {path}", title_justify="left")
+    for heading in ("check", "what", "", "found", "expected"):
+        table.add_column(heading, overflow="fold")
+    for result in results:
+        for i, row in enumerate(result.findings):
+            name = result.check if i == 0 else ""
+            table.add_row(name, escape(row.item), marks[row.state], escape(row.found), escape(row.expected))
+    console.table.print(table)
+    failed = [result.check for result in results if not result.passed]
+    skipped = [result.check for result in results if all(row.state == "skip" for row in result.findings)]
+    verdict = f"[red]failed: {', '.join(failed)}[/]" if failed else "[green]passed[/]"
+    console.out.print(verdict + (f" (not checked: {', '.join(skipped)})" if skipped else ""))

@@ -1,0 +1,1 @@
+"""Sparse tensor formats: pack and unpack, with torch alone."""

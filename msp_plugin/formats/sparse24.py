@@ -1,0 +1,239 @@
+"""The ``sparse-24-bitmask`` layout of compressed-tensors (0.6 to 0.14): two of every four weights and a bitmask.
+
+A weight [out, in] becomes ``values`` [out, in / 2], the stored weights of each row in order, and ``bitmask``
+[out, ceil(in / 8)] uint8, one bit per weight, lowest bit first. Exactly two weights of each aligned group of four
+are stored; where a group holds fewer nonzeros, zeros fill the places. 9/16 of a 16-bit weight.
+
+Everything here works on bit patterns, so any dtype of one, two or four bytes comes back bit for bit, NaN and
+negative zeros included.
+
+Shape legend: O out_features, I in_features, G groups of four.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+
+from msp_plugin.errors import FormatError
+
+#: The format's name in a checkpoint's ``sparsity_config``.
+FORMAT = "sparse-24-bitmask"
+#: The tensors that stand for ``<layer>.weight`` in a checkpoint, as ``<layer>.<suffix>``.
+SUFFIXES = ("compressed", "bitmask", "shape")
+
+#: Weights handled at once; bounds the temporary memory to about 40 bytes for each.
+_CHUNK = 2**21
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+def _stored(nibble: int) -> tuple[int, int]:
+    """Return the two places of a group that are stored: the nonzeros, filled up with the first zeros."""
+    nonzeros = [i for i in range(4) if nibble >> i & 1]
+    zeros = [i for i in range(4) if not nibble >> i & 1]
+    first, second = sorted((nonzeros + zeros)[:2])
+    return first, second
+
+
+#: By the nibble of nonzero bits: the places stored [16, 2], and the nibble of the bitmask [16].
+_PLACES = torch.tensor([_stored(n) for n in range(16)])
+_NIBBLE = torch.tensor([sum(1 << i for i in _stored(n)) for n in range(16)], dtype=torch.uint8)
+#: By a byte of the bitmask: where its four stored weights go among eight [256, 4]; -1 for a byte that does not
+#: store two in each half.
+_TARGETS = torch.full((256, 4), -1)
+for _low in combinations(range(4), 2):
+    for _high in combinations(range(4, 8), 2):
+        _TARGETS[sum(1 << i for i in _low + _high)] = torch.tensor(_low + _high)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed weight.
+
+    Args:
+        values: [O, I / 2] in the weight's dtype.
+        bitmask: uint8 [O, ceil(I / 8)].
+        shape: (O, I) of the weight.
+    """
+
+    values: torch.Tensor
+    bitmask: torch.Tensor
+    shape: tuple[int, int]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of values and bitmask."""
+        return sum(t.numel() * t.element_size() for t in (self.values, self.bitmask))
+
+    def tensors(self, layer: str) -> dict[str, torch.Tensor]:
+        """Return the checkpoint's tensors for a layer; ``shape`` is int64 [2, 1], as compressed-tensors wrote it."""
+        shape = torch.tensor(self.shape, dtype=torch.int64).reshape(2, 1)
+        return dict(
+            zip((f"{layer}.{s}" for s in SUFFIXES), (self.values, self.bitmask, shape), strict=True)
+        )
+
+
+def packed_bytes(shape: tuple[int, int], element_size: int) -> int:
+    """Return the bytes that a packed weight of this shape takes, without its ``shape`` tensor."""
+    rows, columns = shape
+    return rows * (columns // 2 * element_size + -(-columns // 8))
+
+
+def pack(weight: torch.Tensor, name: str = "weight") -> Packed:
+    """Return the packed form of a weight [O, I]; ``unpack`` gives the same bits back.
+
+    Args:
+        name: for the errors.
+
+    Raises:
+        FormatError: not a matrix, I is no multiple of four, a dtype of another size, or a group of four holds
+            more than two weights whose bits are not all zero. A negative zero is such a weight: see ``positive_zeros``.
+    """
+    bits = _as_bits(weight, name)
+    rows, columns = weight.shape
+    values = torch.empty(rows, columns // 2, dtype=bits.dtype, device=bits.device)
+    bitmask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=bits.device)
+    places, nibbles = _PLACES.to(bits.device), _NIBBLE.to(bits.device)
+    for part in _row_chunks(rows, columns):
+        found = _nonzero_nibbles(bits[part])
+        if not _at_most_two(found):
+            raise _refusal(weight, name)
+        flat = found.reshape(-1)
+        index = places.index_select(0, flat)
+        values[part] = bits[part].reshape(-1, 4).gather(1, index).reshape(-1, columns // 2)
+        stored = nibbles.index_select(0, flat).reshape(found.shape)
+        if found.shape[1] % 2:  # the last byte of a row has one group only
+            stored = torch.nn.functional.pad(stored, (0, 1))
+        bitmask[part] = stored[:, 0::2] | (stored[:, 1::2] << 4)
+    return Packed(values.view(weight.dtype), bitmask, (rows, columns))
+
+
+def unpack(packed: Packed, name: str = "weight") -> torch.Tensor:
+    """Return the weight [O, I] of a packed form.
+
+    Raises:
+        FormatError: shapes or dtypes contradict each other, or the bitmask does not store exactly two weights
+            in every group of four.
+    """
+    values, bitmask = _checked(packed, name)
+    rows, columns = packed.shape
+    out = torch.empty(rows, columns, dtype=values.dtype, device=values.device)
+    targets, odd = _TARGETS.to(values.device), columns % 8 != 0
+    for part in _row_chunks(rows, columns):
+        block, mask = values[part], bitmask[part]
+        filled = True
+        if odd:  # a half-empty last byte: two zeros are stored in its upper half, and cut off again
+            filled = bool((mask[:, -1] < 16).all())
+            mask = torch.cat([mask[:, :-1], mask[:, -1:] | 0x30], dim=1)
+            block = torch.nn.functional.pad(block, (0, 2))
+        index = targets.index_select(0, mask.reshape(-1).int())
+        if not filled or bool((index < 0).any()):
+            raise FormatError(
+                f"{name}: the bitmask does not store two of four weights in every group",
+                hint="the file is damaged; export or download it anew",
+            )
+        body = torch.zeros(mask.numel(), 8, dtype=values.dtype, device=values.device)
+        body.scatter_(1, index, block.reshape(-1, 4))
+        out[part] = body.view(len(mask), -1)[:, :columns]
+    return out.view(packed.values.dtype)
+
+
+def is_packable(weight: torch.Tensor) -> bool:
+    """Return True if no aligned group of four of a weight [O, I] holds more than two nonzeros (by value)."""
+    if weight.dim() != 2 or weight.shape[1] % 4 or weight.element_size() not in _INTEGERS or not weight.numel():
+        return False
+    magnitude = _magnitude_bits(weight)
+    return all(_at_most_two(_nonzero_nibbles(magnitude[p])) for p in _row_chunks(*weight.shape))
+
+
+def positive_zeros(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the weight with every negative zero made positive, and how many there were.
+
+    No value changes: -0.0 equals 0.0, and a product with either adds the same to a sum. The weight itself comes
+    back if it has none.
+    """
+    if not weight.is_floating_point():
+        return weight, 0
+    negative = _as_integers(weight) == torch.iinfo(_INTEGERS[weight.element_size()]).min
+    count = int(negative.sum())
+    if not count:
+        return weight, 0
+    return _as_integers(weight).masked_fill(negative, 0).view(weight.dtype), count
+
+
+def _as_integers(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().contiguous().view(_INTEGERS[weight.element_size()])
+
+
+def _magnitude_bits(weight: torch.Tensor) -> torch.Tensor:
+    """Return the bits of a weight without the sign of zeros."""
+    bits = _as_integers(weight)
+    return bits & torch.iinfo(bits.dtype).max if weight.is_floating_point() else bits
+
+
+def _as_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
+    if weight.dim() != 2 or not weight.numel():
+        raise FormatError(f"{name}: shape {tuple(weight.shape)} is not a matrix", hint="only linears are packed")
+    if weight.shape[1] % 4:
+        raise FormatError(f"{name}: in_features = {weight.shape[1]} is no multiple of 4", hint="keep it dense")
+    if weight.element_size() not in _INTEGERS or weight.is_complex():
+        raise FormatError(f"{name}: dtype {weight.dtype} cannot be packed", hint="use 1, 2 or 4 bytes a weight")
+    return _as_integers(weight)
+
+
+def _row_chunks(rows: int, columns: int) -> list[slice]:
+    step = max(1, _CHUNK // columns)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _nonzero_nibbles(bits: torch.Tensor) -> torch.Tensor:
+    """Return int32 [rows, G]: bit i says that weight i of the group is not zero.
+
+    The four booleans of a group are one 32-bit word b0 + b1 2^8 + b2 2^16 + b3 2^24; times 2^24 + 2^17 + 2^10 + 2^3
+    the bits 24 to 27 of the product are b0, b1, b2, b3, and no two terms meet in one bit.
+    """
+    words = (bits != 0).view(torch.int32)
+    return (words * 0x01020408 >> 24) & 15
+
+
+def _at_most_two(nibbles: torch.Tensor) -> bool:
+    """Return True if no nibble has three bits: clearing the lowest bit twice leaves none."""
+    once = nibbles & (nibbles - 1)
+    return not bool((once & (once - 1)).any())
+
+
+def _refusal(weight: torch.Tensor, name: str) -> FormatError:
+    """Return the error for a weight that is not 2:4, with how far it is from it."""
+    groups = (weight.detach().reshape(weight.shape[0], -1, 4).float() != 0).sum(-1)
+    over = groups > 2
+    if not bool(over.any()):
+        return FormatError(
+            f"{name}: negative zeros stand where 2:4 has no place for them",
+            hint="make them positive first (positive_zeros): no value changes",
+        )
+    row, group = divmod(int(over.reshape(-1).int().argmax()), groups.shape[1])
+    return FormatError(
+        f"{name} is not 2:4: {int(over.sum()):,} of {over.numel():,} groups of four hold more than two nonzeros, "
+        f"the first in row {row}, columns {4 * group} to {4 * group + 3}",
+        hint="keep the layer dense, or prune it to a level that 2:4 holds (2:4, 1:4, 2:8, 1:8, ...)",
+    )
+
+
+def _checked(packed: Packed, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return values, as integers, and bitmask of a packed form whose shapes and dtypes agree."""
+    rows, columns = packed.shape
+    if min(rows, columns) < 1 or columns % 4:
+        raise FormatError(f"{name}: shape ({rows}, {columns}) is not that of a 2:4 matrix")
+    expected = ((rows, columns // 2), (rows, -(-columns // 8)))
+    found = (tuple(packed.values.shape), tuple(packed.bitmask.shape))
+    if found != expected or packed.bitmask.dtype != torch.uint8:
+        raise FormatError(
+            f"{name}: values {list(found[0])} and {packed.bitmask.dtype} bitmask {list(found[1])} do not "
+            f"belong to a weight [{rows}, {columns}]",
+            hint=f"expected values {list(expected[0])} and torch.uint8 bitmask {list(expected[1])}",
+        )
+    if packed.values.element_size() not in _INTEGERS or packed.values.is_complex():
+        raise FormatError(f"{name}: dtype {packed.values.dtype} cannot be unpacked")
+    return _as_integers(packed.values), packed.bitmask

@@ -1,0 +1,109 @@
+"""An allocation as a plain recipe of llm-compressor, for where this package is not installed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from msp_plugin.allocate import versions
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.export import CARD_FILE, Exporter
+from msp_plugin.checkpoint.manifest import Manifest, describe_files
+from msp_plugin.checkpoint.sidecar import ALLOCATION_FILE
+from msp_plugin.errors import RecipeError
+from msp_plugin.files import write_text
+from msp_plugin.hosts.llm_compressor.methods import HostPruner
+from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.levels import Level
+from msp_plugin.plugins import Plugins
+from msp_plugin.sensitivity.base import Progress
+
+RECIPE_FILE = "recipe.yaml"
+
+_CARD = """# A mixed-sparsity allocation as a plain llm-compressor recipe
+
+`recipe.yaml` prunes the model that `allocation.json` was made for, with {modifier}, one modifier for each level, the
+layers named one by one. It needs llm-compressor alone:
+
+```python
+from llmcompressor import oneshot
+oneshot(model=..., dataset=..., recipe="recipe.yaml", output_dir=..., pipeline="sequential")
+```
+
+llm-compressor runs one calibration pass for each modifier, densest level first, so a layer's statistics see the
+layers of the levels before it pruned, wherever they stand in the model. `msp prune --allocation` prunes all
+levels in one pass, block by block; the masks differ a little, the pattern of every layer is the same.
+
+`mask_structure` counts the pruned weights: "6:8" there is 2:8 in `allocation.json`.
+"""
+
+
+@dataclass(frozen=True)
+class PlainRecipe(Exporter):
+    """recipe.yaml for llm-compressor alone: one modifier per level with exact layer names."""
+
+    name = "recipe"
+
+    def check(self, source: Checkpoint) -> None:
+        plain_recipe(_allocation(source))
+
+    def size(self, source: Checkpoint) -> int:
+        return 2**20
+
+    def write(self, source: Checkpoint, directory: Path, progress: Progress) -> Manifest:
+        allocation = _allocation(source)
+        recipe = plain_recipe(allocation)
+        write_text(directory / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False, width=100))
+        write_text(directory / ALLOCATION_FILE, allocation.to_json())
+        write_text(directory / CARD_FILE, _CARD.format(modifier=_pruner(allocation).modifier))
+        progress(1, 1)
+        files = describe_files([directory / RECIPE_FILE, directory / ALLOCATION_FILE])
+        return Manifest(self.name, files, {}, versions=versions())
+
+
+def plain_recipe(allocation: Allocation) -> dict[str, Any]:
+    """Return the recipe of an allocation, a stage for each level, densest first.
+
+    llm-compressor keeps the last of two modifiers of one class in a group, hence the stages.
+
+    Raises:
+        RecipeError: the allocation names no method, or one that is no modifier of llm-compressor.
+    """
+    pruner = _pruner(allocation)
+    layers: dict[Level, list[str]] = {}
+    for layer, level in allocation.by_layer.items():
+        if not level.is_dense:
+            layers.setdefault(level, []).append(layer)
+    if not layers:
+        raise RecipeError("every layer of the allocation is dense", hint="there is nothing to prune")
+    recipe = {}
+    for level in sorted(layers, key=lambda level: (level.sparsity, level.m)):
+        key = f"keep_{level.n}_of_{level.m}"
+        arguments = {**pruner.modifier_arguments(level), "targets": layers[level]}
+        recipe[f"{key}_stage"] = {f"{key}_modifiers": {pruner.modifier: arguments}}
+    return recipe
+
+
+def _allocation(source: Checkpoint) -> Allocation:
+    if source.allocation is None:
+        raise RecipeError(
+            f"{source.path} has no {ALLOCATION_FILE}", hint="give the directory of a run of `msp prune`"
+        )
+    return source.allocation
+
+
+def _pruner(allocation: Allocation) -> HostPruner:
+    method = allocation.provenance.get("method")
+    if not isinstance(method, dict) or "name" not in method:
+        raise RecipeError("the allocation does not say which method pruned", hint="make it with `msp prune`")
+    spec = {key: value for key, value in method.items() if key not in ("host", "version")}
+    pruner = Plugins().build("pruners", spec)
+    if not isinstance(pruner, HostPruner):
+        raise RecipeError(
+            f"method {pruner.name!r} is no modifier of llm-compressor",
+            hint="use `msp prune --allocation` where this package is installed, or prune with sparsegpt or wanda",
+        )
+    return pruner

@@ -1,0 +1,132 @@
+"""What a check is, and how checks are run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from msp_plugin.calibration import CalibrationSet
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.errors import MSPError
+
+log = logging.getLogger(__name__)
+
+#: Called with (step, done, total).
+StepProgress = Callable[[str, int, int], None]
+
+OK, FAIL, SKIP = "ok", "fail", "skip"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table.
+
+    Args:
+        item: what was looked at.
+        state: ``ok``, ``fail`` or ``skip`` (not looked at).
+        found: what was found; for ``skip``, what would be needed.
+        expected: what would be right; empty where there is nothing to compare with.
+        details: more, for programs.
+    """
+
+    item: str
+    state: str
+    found: str
+    expected: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked, and what it is held against.
+
+    Args:
+        checkpoint: the directory in question.
+        reference: the checkpoint that it must equal bit for bit, e.g. the run that it was exported from.
+        original: source of the model before pruning, to say what pruning costs.
+        text: test samples for perplexity and KL.
+        environment: the virtual environment (or the ``vllm`` executable) that serves.
+        trust_remote_code: run the model repository's code.
+    """
+
+    checkpoint: Checkpoint
+    reference: Checkpoint | None = None
+    original: str | None = None
+    text: CalibrationSet | None = None
+    environment: Path | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Check(ABC):
+    """One kind of proof. Fields are the options of ``msp verify --set``.
+
+    ``needs`` names the fields of the subject without which it is skipped.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def run(self, subject: Subject, progress: StepProgress) -> list[Finding]:
+        """Return what was found. An MSPError becomes a failed finding."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The findings of one check and the seconds that it took."""
+
+    check: str
+    findings: tuple[Finding, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """True if nothing failed; a skipped check has not failed."""
+        return all(finding.state != FAIL for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "check": self.check,
+            "passed": self.passed,
+            "seconds": round(self.seconds, 3),
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+#: How a user gives what a check needs.
+OPTIONS = {
+    "reference": "--reference RUN", "original": "--original MODEL", "text": "--data TEXT", "environment": "--vllm ENV",
+}  # fmt: skip
+
+
+def missing_needs(check: Check, subject: Subject) -> list[str]:
+    """Return the options that would give the check what it needs and has not."""
+    return [OPTIONS[need] for need in check.needs if getattr(subject, need) is None]
+
+
+def run_checks(
+    subject: Subject, checks: Sequence[Check], progress: StepProgress = lambda step, done, total: None
+) -> list[CheckResult]:
+    """Return the result of every check, in order; one that fails does not stop the others."""
+    results = []
+    for check in checks:
+        began = time.monotonic()
+        lacking = missing_needs(check, subject)
+        if lacking:
+            findings = [Finding(check.name, SKIP, f"not checked: give {', '.join(lacking)}")]
+        else:
+            try:
+                findings = check.run(subject, progress)
+            except MSPError as error:
+                findings = [Finding(check.name, FAIL, str(error))]
+        result = CheckResult(check.name, tuple(findings), time.monotonic() - began)
+        log.info("check %s: %s, %.1f s", check.name, "passed" if result.passed else "failed", result.seconds)
+        results.append(result)
+    return results

@@ -1,0 +1,99 @@
+"""Perplexity, and KL to what the checkpoint is held against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from msp_plugin.calibration import CalibrationSet
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.load import load
+from msp_plugin.checkpoint.sidecar import RUN_FILE
+from msp_plugin.checkpoint.tensors import read_json
+from msp_plugin.device import on_best_device
+from msp_plugin.errors import FormatError, RecipeError
+from msp_plugin.evaluation import mean_kl, perplexity
+from msp_plugin.verify.base import FAIL, OK, Check, Finding, StepProgress, Subject
+
+#: Relative difference of a perplexity measured twice, on other machines or thread counts.
+_SAME_PERPLEXITY = 1e-3
+
+
+@dataclass(frozen=True)
+class Quality(Check):
+    """Perplexity on the text; KL 0 to the reference; what pruning costs against the original.
+
+    Args:
+        dtype: of all models, ``auto`` for each one's own.
+        max_kl: the most that pruning may cost, KL(original || checkpoint) in nats per token; none by default.
+    """
+
+    name = "quality"
+    needs = ("text",)
+
+    dtype: str = "float32"
+    max_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_kl is not None and not self.max_kl >= 0:
+            raise RecipeError(f"quality: max_kl = {self.max_kl}", hint="give nats per token, at least 0")
+
+    def run(self, subject: Subject, progress: StepProgress) -> list[Finding]:
+        text = subject.text
+        model = load(subject.checkpoint.path, self.dtype, checksums=False, trust_remote_code=subject.trust_remote_code)
+        with on_best_device(model):
+            value = perplexity(model, text, progress=partial(progress, "perplexity"))
+            rows = [_recorded(subject.checkpoint, text, value)]
+            if subject.reference is not None:
+                rows.append(self._against_reference(model, subject, progress))
+            if subject.original is not None:
+                rows.append(self._against_original(model, subject, value, progress))
+        return rows
+
+    def _kl(
+        self, source: object, model: torch.nn.Module, subject: Subject, step: str, progress: StepProgress
+    ) -> tuple[float, float]:
+        """Return KL(source || model) in nats per token and the source's perplexity."""
+        other = load(source, self.dtype, checksums=False, trust_remote_code=subject.trust_remote_code)
+        with on_best_device(other):
+            kl = mean_kl(other, model, subject.text, progress=partial(progress, step))
+            return kl, perplexity(other, subject.text)
+
+    def _against_reference(self, model: torch.nn.Module, subject: Subject, progress: StepProgress) -> Finding:
+        kl, value = self._kl(subject.reference.path, model, subject, "KL to the reference", progress)
+        return Finding(
+            "reference", OK if kl == 0 else FAIL, f"KL {kl:.3g} nats per token, its perplexity {value:.4f}",
+            "KL 0: the same weights give the same logits", {"kl": kl, "perplexity": value},
+        )  # fmt: skip
+
+    def _against_original(
+        self, model: torch.nn.Module, subject: Subject, value: float, progress: StepProgress
+    ) -> Finding:
+        kl, before = self._kl(subject.original, model, subject, "KL to the original", progress)
+        good = math.isfinite(kl) and math.isfinite(value) and (self.max_kl is None or kl <= self.max_kl)
+        return Finding(
+            "original", OK if good else FAIL,
+            f"KL {kl:.4f} nats per token, perplexity {before:.4f} -> {value:.4f}",
+            "finite" if self.max_kl is None else f"KL at most {self.max_kl:g}",
+            {"kl": kl, "perplexity": before},
+        )  # fmt: skip
+
+
+def _recorded(checkpoint: Checkpoint, text: CalibrationSet, value: float) -> Finding:
+    """Return the perplexity, held against the run's own if that was measured on the same text."""
+    details = {"perplexity": value, "tokens": text.tokens, "fingerprint": text.fingerprint}
+    finite = math.isfinite(value)
+    try:
+        record = read_json(checkpoint.path / RUN_FILE)
+        same = record["test"]["fingerprint"] == text.fingerprint
+        quality = record["perplexity"]
+        said = quality.get("mixed") or quality.get("result")
+    except (FormatError, KeyError, TypeError):
+        same, said = False, None
+    if not same or not isinstance(said, (int, float)):
+        return Finding("perplexity", OK if finite else FAIL, f"{value:.4f}", "finite", details)
+    near = abs(value - said) <= _SAME_PERPLEXITY * said
+    return Finding("perplexity", OK if near else FAIL, f"{value:.4f}", f"{said:.4f} (run.json, same text)", details)

@@ -1,0 +1,193 @@
+"""A real vLLM server on a checkpoint: started, asked over HTTP, stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msp_plugin.errors import RecipeError, ServingError
+
+#: Name of the environment variable under which the vLLM plugin finds the file for its report.
+REPORT = "MSP_SERVING_REPORT"
+_LAST_LINES = 25
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the server answered: the tokens and the natural log-probability of each."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Args:
+        url: its root.
+        log: the file that its output goes to.
+        report: the file that the vLLM plugin writes one JSON line per layer and process to.
+        process: the server's process, leader of a group of its own.
+    """
+
+    url: str
+    log: Path
+    report: Path
+    process: subprocess.Popen
+
+    def complete(self, tokens: Sequence[int], count: int) -> Completion:
+        """Return ``count`` greedy tokens after a prompt of token ids.
+
+        Raises:
+            ServingError: the server died, refused, or answered something else.
+        """
+        body = {
+            "model": "model", "prompt": list(tokens), "max_tokens": count, "temperature": 0, "logprobs": 1,
+            "ignore_eos": True, "return_token_ids": True, "seed": 0,
+        }  # fmt: skip
+        answer = self._post("/v1/completions", body)
+        try:
+            choice = answer["choices"][0]
+            ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            found = Completion(tuple(int(t) for t in ids), tuple(float(p) for p in logprobs))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ServingError(
+                f"the server's answer lacks {error}: {json.dumps(answer)[:300]}", hint="vLLM 0.32 or newer is expected"
+            ) from None
+        if len(found.tokens) != count or len(found.logprobs) != count:
+            raise ServingError(f"the server answered {len(found.tokens)} tokens, {count} were asked for")
+        return found
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(  # noqa: S310 - http on this machine
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            raise ServingError(f"the server refused with {error.code}: {error.read().decode()[:500]}") from None
+        except (OSError, ValueError) as error:
+            if self.process.poll() is not None:
+                raise _died(self.process, self.log) from None
+            raise ServingError(f"no answer from the server: {error}") from None
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Return what the vLLM plugin reported of each layer; empty if it is not installed or not asked."""
+        if not self.report.is_file():
+            return []
+        try:
+            return [json.loads(line) for line in self.report.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise ServingError(f"the plugin's report is not readable: {error}") from None
+
+
+def vllm_executable(environment: Path) -> Path:
+    """Return the ``vllm`` executable of a virtual environment, or the path itself if it is one.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    for path in (environment / "bin" / "vllm", environment):
+        if path.is_file() and os.access(path, os.X_OK):
+            return path.absolute()
+    raise RecipeError(
+        f"there is no vllm executable in {environment}",
+        hint="give the directory of a virtual environment with vLLM and msp_plugin, or the path of its vllm",
+    )
+
+
+@contextmanager
+def serving(
+    environment: Path, model: Path, arguments: Sequence[str] = (), *, port: int | None = None, patience: float = 600
+) -> Iterator[Server]:
+    """Yield a server that is ready to answer, and stop it when the block ends, however it ends.
+
+    Args:
+        arguments: further ones of ``vllm serve``.
+        port: None for any free one.
+        patience: seconds that it may take to get ready.
+
+    Raises:
+        RecipeError: no vLLM there.
+        ServingError: the port is taken, the server dies (its last lines are shown) or does not get ready.
+    """
+    executable, port = vllm_executable(environment), _free_port(port)
+    with tempfile.TemporaryDirectory(prefix="msp-serve-") as directory:
+        log, report = Path(directory) / "log", Path(directory) / "report.jsonl"
+        command = [
+            str(executable), "serve", str(model.absolute()), "--host", "127.0.0.1", "--port", str(port),
+            "--served-model-name", "model", *arguments,
+        ]  # fmt: skip
+        variables = {**os.environ, REPORT: str(report), "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
+            )
+        try:
+            _wait_until_ready(process, f"http://127.0.0.1:{port}/health", log, patience)
+            yield Server(f"http://127.0.0.1:{port}", log, report, process)
+        finally:
+            _stop(process)
+
+
+def _free_port(port: int | None) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port or 0))
+        except OSError as error:
+            raise ServingError(
+                f"port {port} cannot be used: {error.strerror}", hint="give another one, or none for any free port"
+            ) from None
+        return probe.getsockname()[1]
+
+
+def _wait_until_ready(process: subprocess.Popen, url: str, log: Path, patience: float) -> None:
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise _died(process, log)
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.5)
+    raise ServingError(f"the server was not ready after {patience:.0f} s; its last lines:\n{_tail(log)}")
+
+
+def _died(process: subprocess.Popen, log: Path) -> ServingError:
+    return ServingError(f"the server ended with exit status {process.returncode}; its last lines:\n{_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(f"  | {line[:300]}" for line in lines[-_LAST_LINES:])
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Stop the server and the processes that it started: gently, then for certain."""
+    for sign, seconds in ((signal.SIGINT, 20), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
