@@ -82,7 +82,10 @@ def mean_kl(
     """
     total, count, done = 0.0, 0, 0
     for ids in data.batches(batch_tokens):
-        pair = [m(ids.to(next(m.parameters()).device), use_cache=False).logits.flatten(0, 1) for m in (reference, model)]
+        pair = [
+            m(ids.to(next(m.parameters()).device), use_cache=False).logits.flatten(0, 1)
+            for m in (reference, model)
+        ]
         total += _kl(pair[0], pair[1].to(pair[0].device))
         count += ids.numel()
         done += len(ids)

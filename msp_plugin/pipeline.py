@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress
 from msp_plugin.calibration import CalibrationSet
+from msp_plugin.checkpoint.load import is_packed, load
 from msp_plugin.device import on_best_device
-from msp_plugin.errors import NumericsError
+from msp_plugin.errors import ModelError, NumericsError
 from msp_plugin.evaluation import perplexity
 from msp_plugin.files import check_output, finite, output_directory, write_json
-from msp_plugin.models import load_model, load_tokenizer
+from msp_plugin.models import load_tokenizer
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
 from msp_plugin.samples import Samples, Text, load_samples
@@ -46,7 +47,7 @@ class _Source:
     trust_remote_code: bool
 
     def load(self) -> PreTrainedModel:
-        return load_model(self.name, self.dtype, trust_remote_code=self.trust_remote_code)
+        return load(self.name, self.dtype, trust_remote_code=self.trust_remote_code)
 
 
 def run_recipe(
@@ -75,6 +76,10 @@ def run_recipe(
 
     require_host()
     path = check_output(out)
+    if is_packed(model):  # the host reads the source's config.json again and would copy it to the result
+        raise ModelError(
+            f"{model} is packed; llm-compressor takes dense models", hint="msp export it --to dense first"
+        )
     steps = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else read_recipe(recipe)
     plugins, line = Plugins(), our_line(steps)
     plan = None if line is None else resolve(Options.parse(_ours(line)), plugins)
@@ -205,6 +210,6 @@ def search_allocation(
     text = text.for_model(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     samples = load_samples(tokenizer, text, plan.search_tokens)
-    loaded = load_model(model, dtype, trust_remote_code=trust_remote_code)
+    loaded = load(model, dtype, trust_remote_code=trust_remote_code)
     with on_best_device(loaded):
         return allocate(loaded, samples.calibration, plan, progress=progress)

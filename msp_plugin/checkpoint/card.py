@@ -43,7 +43,8 @@ def _what(source: Checkpoint, manifest: Manifest) -> str:
     if manifest.kept_dense:
         lines.append("Layers of the allocation that stay dense:\n")
         lines += [
-            f"- {count} because {reason}" for reason, count in sorted(Counter(map(_short, manifest.kept_dense.values())).items())
+            f"- {count} because {reason}"
+            for reason, count in sorted(Counter(map(_short, manifest.kept_dense.values())).items())
         ]
         lines.append("")
     return "\n".join(lines)

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from msp_plugin.checkpoint.manifest import Manifest
-from msp_plugin.checkpoint.sidecar import ALLOCATION_FILE
 from msp_plugin.checkpoint.tensors import TensorFiles, read_json
 from msp_plugin.errors import FormatError, ModelError, VerificationError
 from msp_plugin.formats.sparse24 import FORMAT, SUFFIXES, Packed, unpack
-from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Checkpoint:
         """
         values, bitmask, shape = (self.tensors.read(f"{layer}.{suffix}") for suffix in SUFFIXES)
         said = tuple(shape.reshape(-1).tolist())
-        if len(said) != 2 or said != self.shape_of(layer):
+        if shape.is_floating_point() or said != self.shape_of(layer):
             raise FormatError(
                 f"{layer}.shape says {list(said)}, its values are those of a weight {list(self.shape_of(layer))}",
                 hint="the file is damaged: export or download it anew",
@@ -171,14 +170,18 @@ def packed_layers(config: dict[str, Any], source: str) -> tuple[str, ...]:
         return ()
     if quantization.get("config_groups"):
         raise FormatError(
-            f"{source}: the checkpoint is quantized and packed at once", hint="only unquantized weights are packed"
+            f"{source}: the checkpoint is quantized and packed at once",
+            hint="only unquantized weights are packed",
         )
     if sparsity.get("format") != FORMAT:
         raise FormatError(
-            f"{source}: sparsity format {sparsity.get('format')!r} is not read here", hint=f"expected {FORMAT!r}"
+            f"{source}: sparsity format {sparsity.get('format')!r} is not read here",
+            hint=f"expected {FORMAT!r}",
         )
     targets = sparsity.get("targets")
-    named = isinstance(targets, list) and all(isinstance(t, str) and "." in t and ":" not in t for t in targets)
+    named = isinstance(targets, list) and all(
+        isinstance(t, str) and "." in t and ":" not in t for t in targets
+    )
     if not targets or not named:
         raise FormatError(
             f"{source}: sparsity_config.targets does not name layers one by one: {targets!r}",

@@ -97,7 +97,9 @@ class Dense(Exporter):
         config = dict(source.config)
         if source.packed:
             config.pop("quantization_config")
-        return _write(self.name, source, directory, config, sizes, source.dense_tensors(), self.shard_bytes, progress)
+        return _write(
+            self.name, source, directory, config, sizes, source.dense_tensors(), self.shard_bytes, progress
+        )
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,10 @@ class Sparse24(Exporter):
         if source.packed:
             raise FormatError(f"{source.path} is packed already", hint="it can be served as it is")
         if source.quantization is not None:
+            said = source.quantization
+            method = said.get("quant_method") if isinstance(said, dict) else said
             raise FormatError(
-                f"{source.path} is quantized ({source.quantization.get('quant_method')})",
+                f"{source.path} is quantized ({method})",
                 hint="sparse24 packs unquantized weights; export before quantizing, or serve it as it is",
             )
         if not sort_layers(source).packed:
@@ -144,13 +148,14 @@ class Sparse24(Exporter):
         tensors = self._tensors(source, choice.packed, signs)
         dense_bytes = sum(source.tensors[f"{layer}.weight"].bytes for layer in choice.packed)
         stored = sum(_packed_size(source, layer) for layer in choice.packed)
-        if signs:
-            log.info("%d negative zeros became positive", sum(signs.values()))
-        return _write(
+        manifest = _write(
             self.name, source, directory, config, sizes, tensors, self.shard_bytes, progress,
             packed=choice.packed, kept_dense=choice.dense, packed_bytes=stored, dense_bytes=dense_bytes,
             negative_zeros=signs,
         )  # fmt: skip
+        if signs:
+            log.info("%d negative zeros became positive", sum(signs.values()))
+        return manifest
 
     def _sizes(self, source: Checkpoint, packed: Mapping[str, str]) -> dict[str, int]:
         sizes = {}
@@ -238,7 +243,8 @@ def copy_other_files(source: Path, directory: Path) -> None:
         target = directory / ("README.source.md" if file.name == CARD_FILE else file.name)
         try:
             if file.is_dir():
-                shutil.copytree(file, target, ignore=shutil.ignore_patterns(".*"))
+                left_out = shutil.ignore_patterns(".*", *(f"*{suffix}" for suffix in _NOT_COPIED))
+                shutil.copytree(file, target, ignore=left_out)
             else:
                 shutil.copyfile(file, target)
         except OSError as error:

@@ -36,13 +36,23 @@ def load(
     path = _local(source, trust_remote_code)
     if path is None:
         return load_model(source, dtype, trust_remote_code=trust_remote_code)
-    if not packed_layers(read_json(path / "config.json"), str(path / "config.json")):
+    if not is_packed(path):
         _check_sums(Checkpoint.open(path) if checksums and (path / MANIFEST_FILE).is_file() else None)
         return load_model(path, dtype, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint.open(path)
     if checksums:
         _check_sums(checkpoint)
     return _unpacked(checkpoint, dtype, trust_remote_code)
+
+
+def is_packed(source: str | Path) -> bool:
+    """Return True if a directory holds a packed checkpoint; False for a dense one and for a hub id.
+
+    Raises:
+        FormatError: its config is damaged.
+    """
+    file = Path(source).expanduser() / "config.json"
+    return file.is_file() and bool(packed_layers(read_json(file), str(file)))
 
 
 def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
@@ -58,9 +68,13 @@ def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         if not packed_layers(config.to_dict(), str(source)):
             return None
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+        return Path(
+            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load {source}: {error}", hint="give a model's directory or a hub id") from error
+        raise ModelError(
+            f"cannot load {source}: {error}", hint="give a model's directory or a hub id"
+        ) from error
 
 
 def _check_sums(checkpoint: Checkpoint | None) -> None:
@@ -79,7 +93,9 @@ def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Pr
 
     target = check_dtype(dtype)
     try:
-        config = copy.deepcopy(AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code))
+        config = copy.deepcopy(
+            AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        )
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):  # for the class alone, which may be the repository's own

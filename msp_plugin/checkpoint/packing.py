@@ -60,7 +60,9 @@ def _candidates(source: Checkpoint) -> dict[str, str | None]:
     return {
         name.removesuffix(".weight"): None
         for name, info in source.tensors.items()
-        if name.endswith(".weight") and len(info.shape) == 2 and any(part.isdigit() for part in name.split("."))
+        if name.endswith(".weight")
+        and len(info.shape) == 2
+        and any(part.isdigit() for part in name.split("."))
     }
 
 
@@ -94,7 +96,9 @@ def sparsity_config(source: Checkpoint, packing: Packing) -> dict[str, Any]:
     others = [
         name.removesuffix(".weight")
         for name, info in source.tensors.items()
-        if name.endswith(".weight") and len(info.shape) == 2 and name.removesuffix(".weight") not in packing.packed
+        if name.endswith(".weight")
+        and len(info.shape) == 2
+        and name.removesuffix(".weight") not in packing.packed
     ]
     return {
         "quant_method": "compressed-tensors",

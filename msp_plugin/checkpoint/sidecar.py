@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from msp_plugin.allocate import Outcome, versions
 from msp_plugin.checkpoint.recount import PruneStats
 from msp_plugin.files import write_json, write_text
+from msp_plugin.plan.allocation import ALLOCATION_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ALLOCATION_FILE = "allocation.json"
 RUN_FILE = "run.json"
 RUN_SCHEMA = "msp_plugin/run"
 RUN_VERSION = 1

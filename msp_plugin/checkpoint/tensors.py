@@ -96,7 +96,9 @@ class TensorFiles(Mapping[str, TensorInfo]):
             with safe_open(file, framework="pt") as opened:
                 return opened.get_tensor(name).clone()
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise FormatError(f"cannot read {name} from {file}: {error}", hint="copy the file anew") from error
+            raise FormatError(
+                f"cannot read {name} from {file}: {error}", hint="copy the file anew"
+            ) from error
 
     def _index(self) -> dict[str, str]:
         """Return the index's map from tensor to file name; empty without an index."""
@@ -116,7 +118,9 @@ class TensorFiles(Mapping[str, TensorInfo]):
             )
         for name in names:
             if Path(name).name != name:
-                raise FormatError(f"{self.directory / INDEX} names the file {name!r} outside of its directory")
+                raise FormatError(
+                    f"{self.directory / INDEX} names the file {name!r} outside of its directory"
+                )
             if not (self.directory / name).is_file():
                 raise FormatError(
                     f"{self.directory} lacks {name}, which its index names", hint="copy the directory anew"
@@ -141,7 +145,7 @@ def _header(file: Path) -> dict[str, TensorInfo]:
 
 
 class ShardWriter:
-    """Writes tensors into shards as they come, holding one shard at most.
+    """Writes tensors into shards as they come, holding one shard at most (before safetensors 0.8: and its copy).
 
     Args:
         sizes: the bytes of every tensor that will come, in the order in which it will.

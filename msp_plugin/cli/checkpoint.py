@@ -22,7 +22,9 @@ Directory = Annotated[Path, typer.Argument(help="directory that `msp prune` or `
 
 def export_command(
     source: Directory,
-    to: Annotated[str, typer.Option("--to", help="sparse24, dense, recipe, or a plugin's; see `msp plugins`")],
+    to: Annotated[
+        str, typer.Option("--to", help="sparse24, dense, recipe, or a plugin's; see `msp plugins`")
+    ],
     out: Out,
     options: Annotated[
         list[str] | None, typer.Option("--set", help="option of the exporter, e.g. shard_bytes=2000000000")
@@ -90,7 +92,8 @@ def verify(
     length: Annotated[int | None, typer.Option("--length", help="tokens per sample")] = None,
     text_column: Annotated[str, typer.Option("--text-column", help="of jsonl files and datasets")] = "text",
     vllm: Annotated[
-        Path | None, typer.Option("--vllm", help="virtual environment with vLLM and msp_plugin, to serve it in")
+        Path | None,
+        typer.Option("--vllm", help="virtual environment with vLLM and msp_plugin, to serve it in"),
     ] = None,
     check: Annotated[
         list[str] | None, typer.Option("--check", help="run only these (repeatable); see `msp plugins`")
@@ -152,7 +155,9 @@ def _require_needs(checks: list[Check], subject: Any, asked: list[str] | None) -
     for check in checks if asked else ():
         lacking = missing_needs(check, subject)
         if lacking:
-            raise RecipeError(f"check {check.name!r} needs {', '.join(lacking)}", hint="give it, or leave the check out")
+            raise RecipeError(
+                f"check {check.name!r} needs {', '.join(lacking)}", hint="give it, or leave the check out"
+            )
 
 
 def _text(

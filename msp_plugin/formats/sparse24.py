@@ -24,8 +24,8 @@ FORMAT = "sparse-24-bitmask"
 #: The tensors that stand for ``<layer>.weight`` in a checkpoint, as ``<layer>.<suffix>``.
 SUFFIXES = ("compressed", "bitmask", "shape")
 
-#: Weights handled at once; bounds the temporary memory to about 40 bytes for each.
-_CHUNK = 2**21
+#: Weights handled at once; bounds the temporary memory to about 16 bytes for each.
+_CHUNK = 2**20
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
@@ -70,9 +70,7 @@ class Packed:
     def tensors(self, layer: str) -> dict[str, torch.Tensor]:
         """Return the checkpoint's tensors for a layer; ``shape`` is int64 [2, 1], as compressed-tensors wrote it."""
         shape = torch.tensor(self.shape, dtype=torch.int64).reshape(2, 1)
-        return dict(
-            zip((f"{layer}.{s}" for s in SUFFIXES), (self.values, self.bitmask, shape), strict=True)
-        )
+        return dict(zip((f"{layer}.{s}" for s in SUFFIXES), (self.values, self.bitmask, shape), strict=True))
 
 
 def packed_bytes(shape: tuple[int, int], element_size: int) -> int:
@@ -142,7 +140,12 @@ def unpack(packed: Packed, name: str = "weight") -> torch.Tensor:
 
 def is_packable(weight: torch.Tensor) -> bool:
     """Return True if no aligned group of four of a weight [O, I] holds more than two nonzeros (by value)."""
-    if weight.dim() != 2 or weight.shape[1] % 4 or weight.element_size() not in _INTEGERS or not weight.numel():
+    if (
+        weight.dim() != 2
+        or weight.shape[1] % 4
+        or weight.element_size() not in _INTEGERS
+        or not weight.numel()
+    ):
         return False
     magnitude = _magnitude_bits(weight)
     return all(_at_most_two(_nonzero_nibbles(magnitude[p])) for p in _row_chunks(*weight.shape))
@@ -175,11 +178,17 @@ def _magnitude_bits(weight: torch.Tensor) -> torch.Tensor:
 
 def _as_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
     if weight.dim() != 2 or not weight.numel():
-        raise FormatError(f"{name}: shape {tuple(weight.shape)} is not a matrix", hint="only linears are packed")
+        raise FormatError(
+            f"{name}: shape {tuple(weight.shape)} is not a matrix", hint="only linears are packed"
+        )
     if weight.shape[1] % 4:
-        raise FormatError(f"{name}: in_features = {weight.shape[1]} is no multiple of 4", hint="keep it dense")
+        raise FormatError(
+            f"{name}: in_features = {weight.shape[1]} is no multiple of 4", hint="keep it dense"
+        )
     if weight.element_size() not in _INTEGERS or weight.is_complex():
-        raise FormatError(f"{name}: dtype {weight.dtype} cannot be packed", hint="use 1, 2 or 4 bytes a weight")
+        raise FormatError(
+            f"{name}: dtype {weight.dtype} cannot be packed", hint="use 1, 2 or 4 bytes a weight"
+        )
     return _as_integers(weight)
 
 

@@ -14,6 +14,8 @@ from msp_plugin.plan.budget import AllocationProblem, Budget
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 
+#: The file's name beside a checkpoint.
+ALLOCATION_FILE = "allocation.json"
 SCHEMA = "msp_plugin/allocation"
 VERSION = 1
 

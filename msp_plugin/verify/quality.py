@@ -43,7 +43,9 @@ class Quality(Check):
 
     def run(self, subject: Subject, progress: StepProgress) -> list[Finding]:
         text = subject.text
-        model = load(subject.checkpoint.path, self.dtype, checksums=False, trust_remote_code=subject.trust_remote_code)
+        model = load(
+            subject.checkpoint.path, self.dtype, checksums=False, trust_remote_code=subject.trust_remote_code
+        )
         with on_best_device(model):
             value = perplexity(model, text, progress=partial(progress, "perplexity"))
             rows = [_recorded(subject.checkpoint, text, value)]
@@ -96,4 +98,6 @@ def _recorded(checkpoint: Checkpoint, text: CalibrationSet, value: float) -> Fin
     if not same or not isinstance(said, (int, float)):
         return Finding("perplexity", OK if finite else FAIL, f"{value:.4f}", "finite", details)
     near = abs(value - said) <= _SAME_PERPLEXITY * said
-    return Finding("perplexity", OK if near else FAIL, f"{value:.4f}", f"{said:.4f} (run.json, same text)", details)
+    return Finding(
+        "perplexity", OK if near else FAIL, f"{value:.4f}", f"{said:.4f} (run.json, same text)", details
+    )

@@ -21,7 +21,9 @@ class RoundTrip(Check):
     def run(self, subject: Subject, progress: StepProgress) -> list[Finding]:
         rows = [_packing(subject.checkpoint, progress)]
         if subject.reference is None:
-            rows.append(Finding("reference", SKIP, "not compared: give --reference RUN, what it was exported from"))
+            rows.append(
+                Finding("reference", SKIP, "not compared: give --reference RUN, what it was exported from")
+            )
         else:
             rows.append(_equality(subject.checkpoint, subject.reference, progress))
         return rows
@@ -30,7 +32,9 @@ class RoundTrip(Check):
 def _packing(checkpoint: Checkpoint, progress: StepProgress) -> Finding:
     """Return whether every packed layer, or every layer that would be packed, survives the round trip."""
     if checkpoint.quantization is not None:
-        return Finding("pack and unpack", SKIP, "the checkpoint is quantized; sparse24 packs unquantized weights")
+        return Finding(
+            "pack and unpack", SKIP, "the checkpoint is quantized; sparse24 packs unquantized weights"
+        )
     layers = checkpoint.packed or tuple(sort_layers(checkpoint).packed)
     if not layers:
         return Finding("pack and unpack", SKIP, "no layer runs on 2:4 kernels")
@@ -77,4 +81,6 @@ def _equality(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgr
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+    return torch.equal(
+        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
+    )

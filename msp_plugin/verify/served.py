@@ -83,18 +83,18 @@ class Served(Check):
         return [*self._compare(answers, own), *_kernels(subject.checkpoint, layers, bool(self.quantization))]
 
     def _compare(self, answers: Sequence[Completion], own: Sequence[Completion]) -> list[Finding]:
-        same = sum(a == b for x, y in zip(answers, own, strict=True) for a, b in zip(x.tokens, y.tokens, strict=True))
+        same = sum(
+            a == b for x, y in zip(answers, own, strict=True) for a, b in zip(x.tokens, y.tokens, strict=True)
+        )
         total = len(own) * self.tokens
-        first = next((i for i, (x, y) in enumerate(zip(answers, own, strict=True)) if x.tokens != y.tokens), None)
+        first = next(
+            (i for i, (x, y) in enumerate(zip(answers, own, strict=True)) if x.tokens != y.tokens), None
+        )
         found = f"{same} of {total} ({len(own)} prompts x {self.tokens}, {self.dtype})"
         if first is not None:
             at = next(k for k in range(self.tokens) if answers[first].tokens[k] != own[first].tokens[k])
             found += f"; prompt {first} differs first at token {at}"
-        worst = max(
-            abs(a - b)
-            for x, y in zip(answers, own, strict=True)
-            for a, b in _while_equal(x, y)
-        )
+        worst = max(abs(a - b) for x, y in zip(answers, own, strict=True) for a, b in _while_equal(x, y))
         return [
             Finding("greedy tokens", OK if first is None else FAIL, found, "those of transformers"),
             Finding(
@@ -135,9 +135,15 @@ def _kernels(checkpoint: Checkpoint, layers: list[dict[str, Any]], asked: bool) 
     if not layers:
         if checkpoint.packed or asked:
             return [
-                Finding("kernels", FAIL, "the vLLM plugin reported no layer", "install msp_plugin beside vLLM")
+                Finding(
+                    "kernels", FAIL, "the vLLM plugin reported no layer", "install msp_plugin beside vLLM"
+                )
             ]
-        return [Finding("kernels", OK, "vLLM's own dense ones: the checkpoint is dense, and no packing was asked for")]
+        return [
+            Finding(
+                "kernels", OK, "vLLM's own dense ones: the checkpoint is dense, and no packing was asked for"
+            )
+        ]
     rows, groups = [], defaultdict(list)
     for layer in layers:
         groups[layer["kernel"], layer["reason"]].append(layer)

@@ -65,7 +65,8 @@ class Server:
             found = Completion(tuple(int(t) for t in ids), tuple(float(p) for p in logprobs))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServingError(
-                f"the server's answer lacks {error}: {json.dumps(answer)[:300]}", hint="vLLM 0.32 or newer is expected"
+                f"the server's answer lacks {error}: {json.dumps(answer)[:300]}",
+                hint="vLLM 0.32 or newer is expected",
             ) from None
         if len(found.tokens) != count or len(found.logprobs) != count:
             raise ServingError(f"the server answered {len(found.tokens)} tokens, {count} were asked for")
@@ -79,7 +80,9 @@ class Server:
             with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
-            raise ServingError(f"the server refused with {error.code}: {error.read().decode()[:500]}") from None
+            raise ServingError(
+                f"the server refused with {error.code}: {error.read().decode()[:500]}"
+            ) from None
         except (OSError, ValueError) as error:
             if self.process.poll() is not None:
                 raise _died(self.process, self.log) from None
@@ -112,7 +115,12 @@ def vllm_executable(environment: Path) -> Path:
 
 @contextmanager
 def serving(
-    environment: Path, model: Path, arguments: Sequence[str] = (), *, port: int | None = None, patience: float = 600
+    environment: Path,
+    model: Path,
+    arguments: Sequence[str] = (),
+    *,
+    port: int | None = None,
+    patience: float = 600,
 ) -> Iterator[Server]:
     """Yield a server that is ready to answer, and stop it when the block ends, however it ends.
 
@@ -151,7 +159,8 @@ def _free_port(port: int | None) -> int:
             probe.bind(("127.0.0.1", port or 0))
         except OSError as error:
             raise ServingError(
-                f"port {port} cannot be used: {error.strerror}", hint="give another one, or none for any free port"
+                f"port {port} cannot be used: {error.strerror}",
+                hint="give another one, or none for any free port",
             ) from None
         return probe.getsockname()[1]
 
@@ -171,7 +180,9 @@ def _wait_until_ready(process: subprocess.Popen, url: str, log: Path, patience: 
 
 
 def _died(process: subprocess.Popen, log: Path) -> ServingError:
-    return ServingError(f"the server ended with exit status {process.returncode}; its last lines:\n{_tail(log)}")
+    return ServingError(
+        f"the server ended with exit status {process.returncode}; its last lines:\n{_tail(log)}"
+    )
 
 
 def _tail(log: Path) -> str:

@@ -1,0 +1,80 @@
+"""What became of every linear: one log line, and a file for ``msp verify``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+log = logging.getLogger("vllm.msp_plugin")
+
+#: The environment variable that names the file, one JSON line per layer and process.
+REPORT = "MSP_SERVING_REPORT"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear as vLLM runs it.
+
+    Args:
+        layer: vLLM's name.
+        packed: the checkpoint's layers in it that are stored packed or were packed at load time.
+        kernel: ``cusparselt``, ``cutlass`` or ``dense``.
+        reason: why it is dense, or empty.
+        bytes: of the weight as it is kept for serving.
+        dense_bytes: of the same weight dense.
+        rank: of the process in its tensor parallel group.
+    """
+
+    layer: str
+    packed: tuple[str, ...]
+    kernel: str
+    reason: str
+    bytes: int
+    dense_bytes: int
+    rank: int
+
+
+class Report:
+    """Collects the layers of one model and logs once, when the last of them is ready."""
+
+    def __init__(self) -> None:
+        self._expected: set[str] = set()
+        self._layers: dict[str, LayerReport] = {}
+
+    def expect(self, layer: str) -> None:
+        """A linear was created that will be reported."""
+        self._expected.add(layer)
+
+    def add(self, layer: LayerReport) -> None:
+        """A linear is ready."""
+        self._layers[layer.layer] = layer
+        path = os.environ.get(REPORT)
+        if path:
+            with Path(path).open(
+                "a", encoding="utf-8"
+            ) as file:  # one short write: lines of processes do not mix
+                file.write(json.dumps(asdict(layer)) + "\n")
+        if self._layers.keys() >= self._expected:
+            log.info("%s", self.line())
+            self._layers = {}  # a reload reports every layer again
+
+    def line(self) -> str:
+        """Return the log line: layers and bytes by kernel, and which layers are dense and why."""
+        layers = self._layers.values()
+        kernels = Counter(layer.kernel for layer in layers)
+        held, dense = sum(a.bytes for a in layers), sum(a.dense_bytes for a in layers)
+        counts = ", ".join(f"{n} on {kernel}" for kernel, n in sorted(kernels.items()))
+        reasons: dict[str, list[str]] = {}
+        for layer in layers:
+            if layer.kernel == "dense":
+                reasons.setdefault(layer.reason, []).append(layer.layer)
+        why = "; ".join(
+            f"dense because {reason}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
+            for reason, names in sorted(reasons.items())
+        )
+        ratio = held / dense if dense else 1
+        return f"sparse24: {counts}; {held:,} bytes, {ratio:.3f} of dense" + (f"; {why}" if why else "")
