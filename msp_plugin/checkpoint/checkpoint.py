@@ -95,9 +95,8 @@ class Checkpoint:
     def shape_of(self, layer: str) -> tuple[int, ...] | None:
         """Return the shape of a layer's weight, None if it is not there."""
         if layer in self._packed_set:
-            return tuple(self.tensors[f"{layer}.compressed"].shape[:1]) + (
-                2 * self.tensors[f"{layer}.compressed"].shape[1],
-            )
+            rows, half = self.tensors[f"{layer}.compressed"].shape
+            return rows, 2 * half
         info = self.tensors.get(f"{layer}.weight")
         return info.shape if info else None
 

@@ -37,7 +37,7 @@ class Exporter(ABC):
 
     name: ClassVar[str]
 
-    def check(self, source: Checkpoint) -> None:
+    def check(self, source: Checkpoint) -> None:  # noqa: B027 - not every exporter has something to refuse
         """Raise if the checkpoint cannot be exported so; nothing was written yet."""
 
     @abstractmethod

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint, packed_layers
-from msp_plugin.checkpoint.manifest import MANIFEST_FILE
 from msp_plugin.checkpoint.tensors import read_json
 from msp_plugin.errors import FormatError, ModelError
 from msp_plugin.models import check_dtype, check_source, load_model
@@ -36,13 +35,14 @@ def load(
     path = _local(source, trust_remote_code)
     if path is None:
         return load_model(source, dtype, trust_remote_code=trust_remote_code)
-    if not is_packed(path):
-        _check_sums(Checkpoint.open(path) if checksums and (path / MANIFEST_FILE).is_file() else None)
-        return load_model(path, dtype, trust_remote_code=trust_remote_code)
-    checkpoint = Checkpoint.open(path)
-    if checksums:
-        _check_sums(checkpoint)
-    return _unpacked(checkpoint, dtype, trust_remote_code)
+    packed = is_packed(path)
+    if packed or any(path.glob("*.safetensors")):  # a dense config over packed tensors is refused here
+        checkpoint = Checkpoint.open(path)
+        if checksums:
+            _check_sums(checkpoint)
+        if packed:
+            return _unpacked(checkpoint, dtype, trust_remote_code)
+    return load_model(path, dtype, trust_remote_code=trust_remote_code)
 
 
 def is_packed(source: str | Path) -> bool:
@@ -77,8 +77,8 @@ def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
         ) from error
 
 
-def _check_sums(checkpoint: Checkpoint | None) -> None:
-    if checkpoint is None or checkpoint.manifest is None:
+def _check_sums(checkpoint: Checkpoint) -> None:
+    if checkpoint.manifest is None:
         return
     wrong = checkpoint.manifest.differences(checkpoint.path)
     if wrong:
@@ -89,7 +89,7 @@ def _check_sums(checkpoint: Checkpoint | None) -> None:
 
 
 def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     target = check_dtype(dtype)
     try:
@@ -104,6 +104,8 @@ def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Pr
             None, config=config, state_dict=dict(checkpoint.dense_tensors()), output_loading_info=True,
             dtype=target if target is not None else _dtype_of(checkpoint),
         )  # fmt: skip
+        if (checkpoint.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise ModelError(f"cannot load a causal language model from {checkpoint.path}: {error}") from error
     return _complete(model, report, checkpoint)

@@ -71,6 +71,8 @@ def _reason(source: Checkpoint, layer: str, level: str | None) -> str | None:
     info = source.tensors[f"{layer}.weight"]
     if level is not None and not source.allocation.by_layer[layer].servable:
         return f"level {level} does not run on 2:4 kernels"
+    if "experts" in layer.split("."):
+        return "experts are served dense"
     rows, columns = info.shape
     if rows % OUT_MULTIPLE or columns % IN_MULTIPLE:
         return f"shape [{rows}, {columns}] is no multiple of [{OUT_MULTIPLE}, {IN_MULTIPLE}]"

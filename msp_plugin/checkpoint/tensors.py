@@ -111,7 +111,10 @@ class TensorFiles(Mapping[str, TensorInfo]):
         return found
 
     def _files(self, index: Mapping[str, str]) -> list[Path]:
-        names = sorted(set(index.values())) or [p.name for p in sorted(self.directory.glob("*.safetensors"))]
+        names = sorted(set(index.values()))
+        if not names and (self.directory / SINGLE).is_file():
+            names = [SINGLE]  # all that transformers reads; beside it may be variants of the same tensors
+        names = names or [p.name for p in sorted(self.directory.glob("*.safetensors"))]
         if not names:
             raise ModelError(
                 f"{self.directory} has no safetensors files", hint="only safetensors checkpoints are read"

