@@ -37,14 +37,20 @@ def load_model(
     target = check_dtype(dtype)
     check_source(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=target or "auto", trust_remote_code=trust_remote_code
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=target or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"cannot load a causal language model from {source}: {error}",
             hint="give a directory with config.json and safetensors, or a hub id",
         ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random weights
+        raise ModelError(
+            f"{source} lacks {len(missing)} tensors of {type(model).__name__}, e.g. {', '.join(missing[:3])}",
+            hint="a file is missing or damaged, or config.json is from another model",
+        )
     return model.eval()
 
 

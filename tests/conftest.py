@@ -1,8 +1,11 @@
 """Shared fixtures: tiny seeded models, a tiny tokenizer, samples, problems and sample plugins."""
 
 import importlib.util
+import json
 import os
+import shutil
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,17 +14,20 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.models import prunable_layers
+from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_menu, parse_sparsity
+from msp_plugin.plan.levels import Level, parse_menu, parse_sparsity
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 from msp_plugin.plugins import Plugins
 from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.pruning.masks import nm_mask
 
 settings.register_profile("msp", deadline=None, max_examples=60, derandomize=True, database=None)
 settings.load_profile("msp")
@@ -37,6 +43,8 @@ SIZES = {
     "max_position_embeddings": 128,
     "initializer_range": 0.15,
 }
+#: Levels of the eight units of a tiny model in the runs that tests export: qkv, o, gate_up, down of both blocks.
+RUN_LEVELS = ("2:4", "3:8", "2:8", "1:8", "dense", "2:4", "2:8", "3:8")
 TEXT = (
     "The cat sat on the mat, and the dog sat on the log. A sparse matrix keeps two of every four weights; "
     "the search says which layer may keep fewer.\n"
@@ -189,3 +197,95 @@ def plugins_with(sample_plugin):
         return Plugins(extra={stem: sample_plugin(stem) for stem in stems}, entry_points=False)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_run(tokenizer):
+    """Write the directory of a run: a model pruned by magnitude, its allocation, run.json, the tokenizer."""
+
+    def make(path, model=None, levels=RUN_LEVELS, dtype=torch.bfloat16, ignore=()):
+        model = (model if model is not None else _llama()).to(dtype)
+        table = prunable_layers(model, ignore=ignore)
+        method = {"name": "sparsegpt", "host": "llmcompressor", "version": "0", "block_size": 64}
+        allocation = Allocation(
+            table, tuple(map(Level.parse, levels)), Fraction(5, 8), {}, {"method": method, "seed": 0}
+        )
+        with torch.no_grad():
+            for name, level in allocation.by_layer.items():
+                weight = model.get_submodule(name).weight
+                weight.masked_fill_(~nm_mask(weight.abs().float(), level), 0)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        (path / "allocation.json").write_text(allocation.to_json(), encoding="utf-8")
+        record = {"schema": "msp_plugin/run", "version": 1, "sparsity": {"zeros": allocation.budget.zeros}}
+        (path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory, make_run):
+    """A run in bfloat16. Of its fourteen layers nine are at levels that 2:4 kernels run."""
+    return make_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="session")
+def packed_dir(tmp_path_factory, run_dir):
+    """``run_dir``, packed."""
+    from msp_plugin.checkpoint.export import Sparse24, export_checkpoint
+
+    path = tmp_path_factory.mktemp("runs") / "packed"
+    export_checkpoint(run_dir, Sparse24(), path)
+    return path
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Copy a directory to one that a test may damage."""
+    return lambda source, name="copy": shutil.copytree(source, tmp_path / name)
+
+
+@pytest.fixture(scope="session")
+def rewrite():
+    """Change tensors of a single-file checkpoint: by name the new one, a function of the old one, or None."""
+
+    def rewrite(path, changes):
+        tensors = load_file(path / "model.safetensors")
+        for name, change in changes.items():
+            tensors[name] = change(tensors[name].clone()) if callable(change) else change
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+
+    return rewrite
+
+
+@pytest.fixture(scope="session")
+def edit_json():
+    """Change a JSON file: the function may change what is read, or return what stands instead of it."""
+
+    def edit(path, change):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        found = change(data)
+        path.write_text(json.dumps(data if found is None else found), encoding="utf-8")
+
+    return edit
+
+
+@pytest.fixture
+def msp(monkeypatch, capsys, tmp_path):
+    """The command line in this process; the exit code is checked."""
+    from msp_plugin.cli import main
+
+    monkeypatch.setenv("MSP_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["msp", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        captured = capsys.readouterr()
+        assert (done.value.code or 0) == code, captured.err
+        return captured
+
+    return run

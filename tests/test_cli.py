@@ -1,12 +1,10 @@
 """The command line in one process, on the embedded Qwen2-type model with a small search."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from msp_plugin.cli import main
 from msp_plugin.demo import demo_model_path
 from msp_plugin.plan.allocation import Allocation
 
@@ -18,21 +16,6 @@ SEARCH = [
 
 
 @pytest.fixture
-def msp(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("MSP_CACHE", str(tmp_path / "cache"))
-
-    def run(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["msp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as done:
-            main()
-        captured = capsys.readouterr()
-        assert (done.value.code or 0) == code, captured.err
-        return captured
-
-    return run
-
-
-@pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(f"def function_{i}(a, b):\n    return a * {i} + b\n" for i in range(800)))
@@ -40,7 +23,9 @@ def text_file(tmp_path):
 
 
 def test_every_command_shows_an_example_in_its_help(msp):
-    commands = ("demo", "run", "prune", "allocate", "sensitivity", "plugins", "doctor", "enable", "disable")
+    commands = (
+        "demo", "run", "prune", "allocate", "sensitivity", "export", "verify", "plugins", "doctor", "enable", "disable",
+    )  # fmt: skip
     listed = msp("--help").out
     for command in commands:
         assert command in listed
@@ -107,9 +92,13 @@ def test_sensitivity_prints_one_row_per_unit(msp, text_file):
 
 def test_plugins_and_doctor_speak_json(msp):
     rows = json.loads(msp("plugins", "--json").out)
-    assert {("pruner", "sparsegpt"), ("allocator", "msp"), ("estimator", "fisher")} <= {
-        (row["kind"], row["name"]) for row in rows
+    expected = {
+        ("pruner", "sparsegpt"),
+        ("allocator", "msp"),
+        ("estimator", "fisher"),
+        ("exporter", "sparse24"),
     }
+    assert {*expected, ("check", "structure")} <= {(row["kind"], row["name"]) for row in rows}
     checks = json.loads(msp("doctor", "--json").out)
     assert {c["name"] for c in checks} >= {"python", "torch", "llmcompressor", "modifier", "plugins"}
 

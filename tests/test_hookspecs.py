@@ -6,15 +6,21 @@ import typer
 from typer.testing import CliRunner
 
 from msp_plugin import hookspecs
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.export import export_checkpoint
+from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.options import Options, resolve
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
+from msp_plugin.verify.base import Subject, run_checks
 
-SAMPLES = ("squared_norm", "least_error", "ria", "observer", "hello")
+SAMPLES = ("squared_norm", "least_error", "ria", "listing", "no_nan", "observer", "hello")
 EXERCISED = {
     "msp_register_estimators": "test_an_estimator_of_a_plugin_is_built_with_its_options",
     "msp_register_allocators": "test_an_allocator_of_a_plugin_gets_the_estimator_that_it_names",
     "msp_register_pruners": "test_a_pruner_of_a_plugin_is_built_with_its_options",
+    "msp_register_exporters": "test_an_exporter_of_a_plugin_writes_a_whole_directory",
+    "msp_register_checks": "test_a_check_of_a_plugin_is_run_with_its_options",
     "msp_register_commands": "test_a_plugin_adds_a_command",
     "msp_run_started": "test_observers_are_told_of_a_run",
     "msp_layer_pruned": "test_observers_are_told_of_a_run",
@@ -39,6 +45,8 @@ def test_all_samples_live_together_with_the_builtins(plugins_with):
     assert set(found["pruners"]) == {"magnitude", "sparsegpt", "wanda", "ria"}
     assert set(found["estimators"]) == {"fisher", "squared_norm"}
     assert set(found["allocators"]) == {"msp", "uniform", "dense_where_large", "least_error"}
+    assert set(found["exporters"]) == {"dense", "recipe", "sparse24", "listing"}
+    assert set(found["checks"]) == {"structure", "round_trip", "quality", "served", "no_nan"}
 
 
 def test_an_estimator_of_a_plugin_is_built_with_its_options(plugins_with, llama, data):
@@ -60,6 +68,35 @@ def test_an_allocator_of_a_plugin_gets_the_estimator_that_it_names(plugins_with)
 def test_a_pruner_of_a_plugin_is_built_with_its_options(plugins_with):
     plan = resolve(Options(sparsity=0.5, method={"name": "ria", "power": 1.0}), plugins_with("ria"))
     assert (plan.pruner.name, plan.pruner.power, plan.needs_data) == ("ria", 1.0, True)
+
+
+def test_an_exporter_of_a_plugin_writes_a_whole_directory(plugins_with, run_dir, packed_dir, tmp_path):
+    exporter = plugins_with("listing").build("exporters", {"name": "listing", "file": "names.txt"})
+    for source in (run_dir, packed_dir):
+        out = tmp_path / source.name
+        export_checkpoint(source, exporter, out)
+        assert {p.name for p in out.iterdir()} == {"names.txt", "export.json"}
+        assert Manifest.read(out).differences(out) == [] and Manifest.read(out).format == "listing"
+        assert set((out / "names.txt").read_text().split()) == set(Checkpoint.open(run_dir).tensors)
+
+
+def test_a_check_of_a_plugin_is_run_with_its_options(plugins_with, packed_dir, copied, rewrite):
+    def spoil(tensor):
+        tensor[:2] = float("nan")
+        return tensor
+
+    path = rewrite(copied(packed_dir), {"model.norm.weight": spoil})
+    plugins = plugins_with("no_nan")
+    found = {
+        most: [
+            (row.item, row.state, row.found)
+            for result in run_checks(Subject(Checkpoint.open(path)), [plugins.build("checks", spec)])
+            for row in result.findings
+        ]
+        for most, spec in ((0, "no_nan"), (2, {"name": "no_nan", "most": 2}))
+    }
+    assert found[0] == [("model.norm.weight", "fail", "2 NaN")]
+    assert found[2] == [("tensors", "ok", "21 without NaN")]
 
 
 def test_a_plugin_adds_a_command(plugins_with):

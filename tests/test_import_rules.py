@@ -33,6 +33,8 @@ def is_of(name, packages):
 
 def test_the_files_are_found():
     assert "plan/levels.py" in FILES and "hosts/llm_compressor/methods.py" in FILES
+    packages = {file.partition("/")[0] for file in FILES if "/" in file}
+    assert packages >= {"formats", "checkpoint", "verify", "serving"} and "serving/vllm/linear.py" in FILES
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.startswith("plan/")])
@@ -64,6 +66,36 @@ def test_only_the_host_package_imports_the_host(file):
     assert not found
 
 
+@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("formats/")])
+def test_formats_know_torch_and_plans_and_nothing_else(file):
+    for name in imports(file):
+        known = is_of(name, ["torch", "msp_plugin.formats", "msp_plugin.errors", "msp_plugin.plan"])
+        assert known or name.partition(".")[0] in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("checkpoint/")])
+def test_checkpoints_know_no_check_no_command_and_no_run(file):
+    above = [f"msp_plugin.{name}" for name in ("verify", "serving", "cli", "pipeline", "hosts")]
+    assert not [name for name in imports(file) if is_of(name, above)]
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("serving/")])
+def test_serving_knows_no_host_no_run_and_no_command(file):
+    above = [f"msp_plugin.{name}" for name in ("hosts", "pipeline", "cli", "verify")]
+    assert not [name for name in imports(file) if is_of(name, above)]
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if not f.startswith("serving/vllm/")])
+def test_only_its_plugin_imports_vllm(file):
+    assert not [name for name in imports(file) if is_of(name, ["vllm", "msp_plugin.serving.vllm"])]
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("verify/")])
+def test_checks_know_no_command_and_no_host(file):
+    above = [f"msp_plugin.{name}" for name in ("hosts", "cli", "serving", "pipeline")]
+    assert not [name for name in imports(file) if is_of(name, above)]
+
+
 def loaded_by(statement):
     code = f"import sys\n{statement}\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -84,10 +116,30 @@ def test_planning_and_allocators_run_without_torch():
     assert "numpy" in found and not found & {"torch", "transformers", "llmcompressor"}
 
 
+def test_packing_and_unpacking_need_torch_alone():
+    found = loaded_by("import msp_plugin.formats.sparse24")
+    assert "torch" in found and not found & {
+        "transformers",
+        "safetensors",
+        "llmcompressor",
+        "pydantic",
+        "vllm",
+    }
+
+
+def test_checkpoints_and_checks_run_without_a_host_and_without_vllm():
+    found = loaded_by(
+        "import msp_plugin.checkpoint.export, msp_plugin.checkpoint.load, msp_plugin.verify.served"
+    )
+    assert "safetensors" in found and not found & {"llmcompressor", "compressed_tensors", "vllm"}
+
+
 def test_the_package_names_what_it_exports():
+    from msp_plugin.checkpoint.load import load
     from msp_plugin.hookspecs import hookimpl
     from msp_plugin.pruning.base import LayerwisePruner
 
     assert msp_plugin.hookimpl is hookimpl and msp_plugin.LayerwisePruner is LayerwisePruner
+    assert msp_plugin.load is load
     with pytest.raises(AttributeError, match="MixedSparsity'"):
         _ = msp_plugin.MixedSparsity

@@ -51,7 +51,8 @@ def test_the_builtin_components_are_there():
     found = Plugins(entry_points=False).components
     assert {kind: sorted(found[kind]) for kind in KINDS} == {
         "estimators": ["fisher"], "allocators": ["msp", "uniform"],
-        "pruners": ["magnitude", "sparsegpt", "wanda"],
+        "pruners": ["magnitude", "sparsegpt", "wanda"], "exporters": ["dense", "recipe", "sparse24"],
+        "checks": ["quality", "round_trip", "served", "structure"],
     }  # fmt: skip
     assert {c.owner for kind in KINDS for c in found[kind].values()} == {"msp_plugin.builtin"}
 

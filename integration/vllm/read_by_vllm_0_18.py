@@ -73,8 +73,11 @@ def check(packed: Path) -> int:
         json.loads((packed / "config.json").read_text())["quantization_config"]
     )
     config.packed_modules_mapping = FUSED
-    linears = {name.removesuffix(".weight") for name in checkpoint.dense_names if ".layers." in name}
-    linears = {name for name in linears if name.endswith("_proj")}
+    linears = {
+        name.removesuffix(".weight")
+        for name, layer in checkpoint.dense_names.items()
+        if layer is not None or (name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 2)
+    }
     fused = {part: whole for whole, parts in FUSED.items() for part in parts}
     chosen = {}
     for layer in sorted(linears):

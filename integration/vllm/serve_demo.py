@@ -53,6 +53,8 @@ def build_environment(path: Path, pip: list[str]) -> Path:
     wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
     python = path / "bin" / "python"
     if not mark.is_file() or mark.read_text() != wanted:
+        if path.exists() and any(path.iterdir()) and not (path / "pyvenv.cfg").is_file():
+            raise SystemExit(f"{path} is no virtual environment; give --env a new directory")
         print(f"building the serving environment in {path}", flush=True)
         shutil.rmtree(path, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", path], check=True)

@@ -23,7 +23,7 @@ def model_card(source: Checkpoint, manifest: Manifest) -> str:
         _FRONT.format(tag='"2:4"' if packed else '"N:M"'),
         f"# {(source.config.get('architectures') or ['A model'])[0]}, pruned with mixed N:M sparsity\n",
         _what(source, manifest),
-        _PACKED_USE if packed else _DENSE_USE,
+        _PACKED_USE if packed else _DENSE_USE if source.quantization is None else "",
         _levels(source),
         "Files: `allocation.json` says which layer has which level, `export.json` what the files must hold "
         "(`msp verify` checks both), `run.json` how the run that pruned it went, where they are there.\n",
@@ -32,6 +32,8 @@ def model_card(source: Checkpoint, manifest: Manifest) -> str:
 
 
 def _what(source: Checkpoint, manifest: Manifest) -> str:
+    if manifest.format != "sparse24" and source.quantization is not None:
+        return "The weights are quantized as config.json says; the pruned ones are zeros.\n"
     if manifest.format != "sparse24":
         return "The weights are plain dense safetensors; the pruned ones are zeros.\n"
     ratio = manifest.packed_bytes / manifest.dense_bytes
@@ -60,7 +62,7 @@ _PACKED_USE = """## Use it
 Serve it with an unmodified vLLM (0.32 or newer) that has `msp_plugin` installed beside it; no flag is needed:
 
 ```bash
-pip install 'msp_plugin[vllm]'
+pip install '.[vllm]'    # in a checkout of msp_plugin
 vllm serve THIS_DIRECTORY
 ```
 

@@ -11,10 +11,14 @@ from typing import Any
 import torch
 
 from msp_plugin.checkpoint.manifest import Manifest
-from msp_plugin.checkpoint.tensors import TensorFiles, read_json
+from msp_plugin.checkpoint.packing import Packing, sort_layers
+from msp_plugin.checkpoint.tensors import TensorFiles, TensorInfo, read_json
 from msp_plugin.errors import FormatError, ModelError, VerificationError
 from msp_plugin.formats.sparse24 import FORMAT, SUFFIXES, Packed, unpack
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
+
+#: What the values of a packed weight may be: without a scale, eight bits say nothing.
+VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Checkpoint:
                 f"{path} has no config.json", hint="give the directory that `msp prune` or `msp export` wrote"
             )
         config, tensors = read_json(path / "config.json"), TensorFiles(path)
+        _check_config(config, path / "config.json")
         packed = packed_layers(config, str(path / "config.json"))
         _check_packed(packed, tensors)
         return cls(path, config, tensors, packed)
@@ -74,6 +79,8 @@ class Checkpoint:
         if not file.is_file():
             return None
         found = Allocation.read(file)
+        if self.quantization is not None:  # its weights have other names and shapes
+            return found
         odd = []
         for layer in found.table.layers:
             shape = self.shape_of(layer.name)
@@ -86,6 +93,26 @@ class Checkpoint:
                 hint="put the allocation.json of the run that made these weights there",
             )
         return found
+
+    @cached_property
+    def packing(self) -> Packing:
+        """What an export to sparse24 would pack of a dense checkpoint; may read every weight."""
+        return sort_layers(self)
+
+    def check_files(self) -> None:
+        """Hold the files against the checksums of the export, where there is one. Reads every file.
+
+        Raises:
+            FormatError: a file is missing or has other bytes, or export.json is damaged or newer.
+        """
+        if self.manifest is None:
+            return
+        lost = [f"there is no tensor {name}" for name in self.manifest.tensors if name not in self.tensors]
+        wrong = lost or self.manifest.differences(self.path)
+        if wrong:
+            raise FormatError(
+                f"{self.path} is not what was exported: {'; '.join(wrong[:3])}", hint="copy or export it anew"
+            )
 
     @cached_property
     def manifest(self) -> Manifest | None:
@@ -153,6 +180,15 @@ class Checkpoint:
             yield name, self.dense(name)
 
 
+def _check_config(config: dict[str, Any], file: Path) -> None:
+    """Raise unless what is read of a config besides its quantization has the right type."""
+    names, most = config.get("architectures"), config.get("max_position_embeddings")
+    if not (names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names))):
+        raise FormatError(f"{file}: architectures is {names!r}, no list of names")
+    if not (most is None or (isinstance(most, int) and most > 0)):
+        raise FormatError(f"{file}: max_position_embeddings is {most!r}, no count")
+
+
 def packed_layers(config: dict[str, Any], source: str) -> tuple[str, ...]:
     """Return the layers that a model's config says are packed.
 
@@ -200,13 +236,35 @@ def _check_packed(packed: tuple[str, ...], tensors: TensorFiles) -> None:
                 f"config.json says that {layer} is packed, but {found}",
                 hint="the config is from another checkpoint, or a shard is missing",
             )
-        if len(tensors[f"{layer}.compressed"].shape) != 2:
-            raise FormatError(f"{layer}.compressed is no matrix", hint="the file is damaged")
+        _check_headers(layer, *(tensors[f"{layer}.{suffix}"] for suffix in SUFFIXES))
     known = set(packed)
     for name in tensors:
         layer, _, suffix = name.rpartition(".")
-        if suffix == SUFFIXES[0] and f"{layer}.{SUFFIXES[1]}" in tensors and layer not in known:
+        if suffix in SUFFIXES[:2] and layer not in known:
             raise FormatError(
                 f"{layer} is stored packed, but config.json does not name it",
                 hint="the config is from another checkpoint: export the model anew",
             )
+
+
+def _check_headers(layer: str, values: TensorInfo, bitmask: TensorInfo, shape: TensorInfo) -> None:
+    """Raise unless the three tensors of a packed layer can be a weight's, as far as their headers say."""
+    rows, half = values.shape if len(values.shape) == 2 else (0, 0)
+    right = (
+        rows > 0
+        and half > 0
+        and half % 2 == 0
+        and values.dtype in VALUE_DTYPES
+        and (bitmask.dtype, bitmask.shape) == (torch.uint8, (rows, -(-half // 4)))
+        and (shape.dtype, shape.bytes) == (torch.int64, 16)
+    )
+    if not right:
+        found = ", ".join(
+            f"{suffix} {info.dtype} {list(info.shape)}"
+            for suffix, info in zip(SUFFIXES, (values, bitmask, shape), strict=True)
+        )
+        raise FormatError(
+            f"{layer} is no packed weight: {found}",
+            hint="expected compressed [out, in / 2] in float16, bfloat16 or float32, bitmask uint8 [out, in / 8] "
+            "and shape int64 [2, 1]; the file is damaged, or quantized",
+        )

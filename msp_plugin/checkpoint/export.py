@@ -16,11 +16,13 @@ from msp_plugin.allocate import versions
 from msp_plugin.checkpoint.card import model_card
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.manifest import MANIFEST_FILE, Manifest, describe_files
-from msp_plugin.checkpoint.packing import sort_layers, sparsity_config
+from msp_plugin.checkpoint.packing import pack_layer, sparsity_config
+from msp_plugin.checkpoint.sidecar import RUN_FILE
 from msp_plugin.checkpoint.tensors import INDEX, ShardWriter
 from msp_plugin.errors import FormatError, ModelError, OutputError, RecipeError
 from msp_plugin.files import check_output, output_directory, write_json, write_text
-from msp_plugin.formats.sparse24 import pack, packed_bytes, positive_zeros
+from msp_plugin.formats.sparse24 import packed_bytes
+from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.sensitivity.base import Progress, silent
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,9 @@ def export_checkpoint(
     """
     path = check_output(out)
     opened = Checkpoint.open(source)
+    if path.is_relative_to(opened.path.resolve()):
+        raise OutputError(f"{path} is inside {opened.path}", hint="give a directory outside of it")
+    opened.check_files()
     exporter.check(opened)
     needed = exporter.size(opened)
     free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
@@ -67,9 +72,12 @@ def export_checkpoint(
             f"the export takes {needed / 2**30:.2f} GiB, {path} has {free / 2**30:.2f} GiB free",
             hint="give a directory on another disk",
         )
-    with output_directory(path) as temporary:
-        manifest = exporter.write(opened, temporary, progress)
-        manifest.write(temporary)
+    try:
+        with output_directory(path) as temporary:
+            manifest = exporter.write(opened, temporary, progress)
+            manifest.write(temporary)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}", hint="is the disk full?") from error
     log.info("export %s: %d files in %s", exporter.name, len(manifest.files), path)
     return manifest
 
@@ -130,18 +138,18 @@ class Sparse24(Exporter):
                 f"{source.path} is quantized ({method})",
                 hint="sparse24 packs unquantized weights; export before quantizing, or serve it as it is",
             )
-        if not sort_layers(source).packed:
-            reasons = sorted(set(sort_layers(source).dense.values()))
+        if not source.packing.packed:
+            reasons = sorted(set(source.packing.dense.values()))
             raise FormatError(
                 f"{source.path} has no layer that 2:4 kernels could run: {'; '.join(reasons[:3]) or 'no layers'}",
                 hint="prune with servable levels, e.g. --levels dense,2:4,2:8,1:8",
             )
 
     def size(self, source: Checkpoint) -> int:
-        return sum(self._sizes(source, sort_layers(source).packed).values())
+        return sum(self._sizes(source, source.packing.packed).values())
 
     def write(self, source: Checkpoint, directory: Path, progress: Progress) -> Manifest:
-        choice = sort_layers(source)
+        choice = source.packing
         sizes, signs = self._sizes(source, choice.packed), {}
         config = dict(source.config)
         config["quantization_config"] = sparsity_config(source, choice)
@@ -179,10 +187,11 @@ class Sparse24(Exporter):
             if layer == name or layer not in packed:
                 yield name, tensor
                 continue
-            tensor, count = positive_zeros(tensor)
+            stored, count = pack_layer(tensor, layer)
             if count:
                 signs[layer] = count
-            yield from pack(tensor, layer).tensors(layer).items()
+            del tensor
+            yield from stored.tensors(layer).items()
 
 
 def _packed_size(source: Checkpoint, layer: str) -> int:
@@ -221,7 +230,8 @@ def _write(
     files = writer.finish()
     copy_other_files(source.path, directory)
     write_json(directory / "config.json", config)
-    described = describe_files([*files, directory / "config.json"])
+    records = [directory / name for name in (INDEX, "config.json", ALLOCATION_FILE, RUN_FILE)]
+    described = describe_files([*files, *(file for file in records if file.is_file())])
     manifest = Manifest(kind, described, shapes, versions=versions(), **about)
     write_text(directory / CARD_FILE, model_card(source, manifest))
     return manifest

@@ -39,7 +39,7 @@ def load(
     if packed or any(path.glob("*.safetensors")):  # a dense config over packed tensors is refused here
         checkpoint = Checkpoint.open(path)
         if checksums:
-            _check_sums(checkpoint)
+            checkpoint.check_files()
         if packed:
             return _unpacked(checkpoint, dtype, trust_remote_code)
     return load_model(path, dtype, trust_remote_code=trust_remote_code)
@@ -68,24 +68,12 @@ def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         if not packed_layers(config.to_dict(), str(source)):
             return None
-        return Path(
-            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
-        )
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", *(["*.py"] if trust_remote_code else [])]
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"cannot load {source}: {error}", hint="give a model's directory or a hub id"
         ) from error
-
-
-def _check_sums(checkpoint: Checkpoint) -> None:
-    if checkpoint.manifest is None:
-        return
-    wrong = checkpoint.manifest.differences(checkpoint.path)
-    if wrong:
-        raise FormatError(
-            f"{checkpoint.path} is not what was exported: {'; '.join(wrong[:3])}",
-            hint="copy or export it anew",
-        )
 
 
 def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
@@ -101,7 +89,7 @@ def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Pr
         with torch.device("meta"):  # for the class alone, which may be the repository's own
             cls = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
         model, report = cls.from_pretrained(
-            None, config=config, state_dict=dict(checkpoint.dense_tensors()), output_loading_info=True,
+            None, config=config, state_dict=_in_memory(checkpoint), output_loading_info=True,
             dtype=target if target is not None else _dtype_of(checkpoint),
         )  # fmt: skip
         if (checkpoint.path / "generation_config.json").is_file():
@@ -109,6 +97,12 @@ def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Pr
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise ModelError(f"cannot load a causal language model from {checkpoint.path}: {error}") from error
     return _complete(model, report, checkpoint)
+
+
+def _in_memory(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return the tensors of the dense form, none of them mapped from a file any more."""
+    packed = {name for name, layer in checkpoint.dense_names.items() if layer is not None}
+    return {name: t if name in packed else t.clone() for name, t in checkpoint.dense_tensors()}
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:

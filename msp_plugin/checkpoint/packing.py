@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from msp_plugin.formats.sparse24 import FORMAT, is_packable
+import torch
+
+from msp_plugin.errors import FormatError
+from msp_plugin.formats.sparse24 import FORMAT, Packed, is_packable, pack, positive_zeros
 from msp_plugin.plan.units import FUSED
 
 if TYPE_CHECKING:
@@ -87,6 +90,21 @@ def _siblings(layer: str) -> list[str]:
     parent, _, leaf = layer.rpartition(".")
     group = next((parts for parts in FUSED if leaf in parts), ())
     return [f"{parent}.{part}" for part in group if part != leaf]
+
+
+def pack_layer(weight: torch.Tensor, layer: str) -> tuple[Packed, int]:
+    """Return a packed weight, and how many negative zeros had to become positive for it: 0 if it is exact.
+
+    Raises:
+        FormatError: the weight is not 2:4.
+    """
+    try:
+        return pack(weight, layer), 0
+    except FormatError:
+        positive, count = positive_zeros(weight)
+        if not count:
+            raise
+        return pack(positive, layer), count
 
 
 def sparsity_config(source: Checkpoint, packing: Packing) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msp_plugin.errors import FormatError, ModelError
+from msp_plugin.errors import FormatError, ModelError, OutputError
 from msp_plugin.files import write_json
 
 SINGLE = "model.safetensors"
@@ -22,7 +22,9 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
 
 
@@ -62,10 +64,11 @@ class TensorFiles(Mapping[str, TensorInfo]):
                 if name in self._info:
                     raise FormatError(f"tensor {name} is in {self._info[name].file.name} and in {file.name}")
                 self._info[name] = info
-        lost = sorted(name for name in index if name not in self._info)
+        found = {name: info.file.name for name, info in self._info.items()}
+        lost = sorted(name for name, file in index.items() if found.get(name) != file)
         if lost:
             raise FormatError(
-                f"{directory / INDEX} names {len(lost)} tensors that no file holds, e.g. {', '.join(lost[:3])}",
+                f"{directory / INDEX} names {len(lost)} tensors that are not in their file, e.g. {', '.join(lost[:3])}",
                 hint="a shard is missing or from another checkpoint: copy the directory anew",
             )
 
@@ -84,7 +87,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         return sorted({info.file for info in self._info.values()})
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor on the CPU, in memory of its own.
+        """Return one tensor on the CPU, mapped from its file: do not write into it, clone what is kept.
 
         Raises:
             FormatError: there is no such tensor, or its file is damaged.
@@ -94,7 +97,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         file = self._info[name].file
         try:
             with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(name).clone()
+                return opened.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise FormatError(
                 f"cannot read {name} from {file}: {error}", hint="copy the file anew"
@@ -148,7 +151,7 @@ def _header(file: Path) -> dict[str, TensorInfo]:
 
 
 class ShardWriter:
-    """Writes tensors into shards as they come, holding one shard at most (before safetensors 0.8: and its copy).
+    """Writes tensors into shards as they come, holding one shard at most.
 
     Args:
         sizes: the bytes of every tensor that will come, in the order in which it will.
@@ -170,14 +173,22 @@ class ShardWriter:
         self._next = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take the next tensor; writes its shard if it is the last one of it."""
+        """Take the next tensor; writes its shard if it is the last one of it.
+
+        Raises:
+            OutputError: the shard cannot be written.
+        """
         if self._order[self._next] != name:
             raise AssertionError(f"{name} came where {self._order[self._next]} was planned")
         self._next += 1
         self._held[name] = tensor.contiguous()
         following = self._order[self._next] if self._next < len(self._order) else None
         if following is None or self._place[following] != self._place[name]:
-            save_file(self._held, self.directory / self._file(self._place[name]), metadata={"format": "pt"})
+            file = self.directory / self._file(self._place[name])
+            try:
+                save_file(self._held, file, metadata={"format": "pt"})
+            except (SafetensorError, OSError) as error:
+                raise OutputError(f"cannot write {file.name}: {error}", hint="is the disk full?") from error
             self._held = {}
 
     def finish(self) -> list[Path]:

@@ -76,7 +76,7 @@ def _show_export(manifest: Manifest, out: Path) -> None:
     if manifest.negative_zeros:
         console.out.print(f"{sum(manifest.negative_zeros.values()):,} negative zeros became positive")
     total = sum(entry["bytes"] for entry in manifest.files.values())
-    console.out.print(f"Results: {out} ({len(manifest.files)} files, {total:,} bytes)")
+    console.out.print(f"Results: {out} ({len(manifest.files)} files, {total:,} bytes)", markup=False)
 
 
 def verify(
@@ -182,7 +182,7 @@ def _show_checks(results: list[CheckResult], path: Path) -> None:
     from msp_plugin.cli import console
 
     marks = {"ok": "[green]ok[/]", "fail": "[red]FAIL[/]", "skip": "[yellow]skip[/]"}
-    table = Table(title=f"Verification of {path}", title_justify="left")
+    table = Table(title=escape(f"Verification of {path}"), title_justify="left")
     for heading in ("check", "what", "", "found", "expected"):
         table.add_column(heading, overflow="fold")
     for result in results:

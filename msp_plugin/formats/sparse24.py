@@ -27,6 +27,8 @@ SUFFIXES = ("compressed", "bitmask", "shape")
 #: Weights handled at once; bounds the temporary memory to about 16 bytes for each.
 _CHUNK = 2**20
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+#: Where a zero has a sign, and the pattern of the sign bit alone is one.
+_SIGNED_ZERO = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _stored(nibble: int) -> tuple[int, int]:
@@ -37,9 +39,14 @@ def _stored(nibble: int) -> tuple[int, int]:
     return first, second
 
 
+#: What stands in the table below for a group that 2:4 cannot hold.
+_TOO_MANY = 16
 #: By the nibble of nonzero bits: the places stored [16, 2], and the nibble of the bitmask [16].
 _PLACES = torch.tensor([_stored(n) for n in range(16)])
-_NIBBLE = torch.tensor([sum(1 << i for i in _stored(n)) for n in range(16)], dtype=torch.uint8)
+_NIBBLE = torch.tensor(
+    [sum(1 << i for i in _stored(n)) if n.bit_count() <= 2 else _TOO_MANY for n in range(16)],
+    dtype=torch.uint8,
+)
 #: By a byte of the bitmask: where its four stored weights go among eight [256, 4]; -1 for a byte that does not
 #: store two in each half.
 _TARGETS = torch.full((256, 4), -1)
@@ -96,12 +103,12 @@ def pack(weight: torch.Tensor, name: str = "weight") -> Packed:
     places, nibbles = _PLACES.to(bits.device), _NIBBLE.to(bits.device)
     for part in _row_chunks(rows, columns):
         found = _nonzero_nibbles(bits[part])
-        if not _at_most_two(found):
-            raise _refusal(weight, name)
         flat = found.reshape(-1)
+        stored = nibbles.index_select(0, flat).reshape(found.shape)
+        if bool(stored.max() == _TOO_MANY):
+            raise _refusal(weight, name)
         index = places.index_select(0, flat)
         values[part] = bits[part].reshape(-1, 4).gather(1, index).reshape(-1, columns // 2)
-        stored = nibbles.index_select(0, flat).reshape(found.shape)
         if found.shape[1] % 2:  # the last byte of a row has one group only
             stored = torch.nn.functional.pad(stored, (0, 1))
         bitmask[part] = stored[:, 0::2] | (stored[:, 1::2] << 4)
@@ -147,8 +154,13 @@ def is_packable(weight: torch.Tensor) -> bool:
         or not weight.numel()
     ):
         return False
-    magnitude = _magnitude_bits(weight)
-    return all(_at_most_two(_nonzero_nibbles(magnitude[p])) for p in _row_chunks(*weight.shape))
+    bits, nibbles = _as_integers(weight), _NIBBLE.to(weight.device)
+    sign = torch.iinfo(bits.dtype).min if weight.dtype in _SIGNED_ZERO else 0
+    for part in _row_chunks(*weight.shape):
+        nonzero = bits[part] if not sign else bits[part] & ~sign
+        if bool(nibbles.index_select(0, _nonzero_nibbles(nonzero).reshape(-1)).max() == _TOO_MANY):
+            return False
+    return True
 
 
 def positive_zeros(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -157,23 +169,21 @@ def positive_zeros(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
     No value changes: -0.0 equals 0.0, and a product with either adds the same to a sum. The weight itself comes
     back if it has none.
     """
-    if not weight.is_floating_point():
+    if weight.dtype not in _SIGNED_ZERO:
         return weight, 0
-    negative = _as_integers(weight) == torch.iinfo(_INTEGERS[weight.element_size()]).min
-    count = int(negative.sum())
+    bits = _as_integers(weight).reshape(-1)
+    sign = torch.iinfo(bits.dtype).min
+    count = sum(int(torch.count_nonzero(part == sign)) for part in bits.split(_CHUNK))
     if not count:
         return weight, 0
-    return _as_integers(weight).masked_fill(negative, 0).view(weight.dtype), count
+    changed = bits.clone()
+    for part in changed.split(_CHUNK):
+        part.masked_fill_(part == sign, 0)
+    return changed.view(weight.dtype).reshape(weight.shape), count
 
 
 def _as_integers(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().contiguous().view(_INTEGERS[weight.element_size()])
-
-
-def _magnitude_bits(weight: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a weight without the sign of zeros."""
-    bits = _as_integers(weight)
-    return bits & torch.iinfo(bits.dtype).max if weight.is_floating_point() else bits
 
 
 def _as_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
@@ -205,12 +215,6 @@ def _nonzero_nibbles(bits: torch.Tensor) -> torch.Tensor:
     """
     words = (bits != 0).view(torch.int32)
     return (words * 0x01020408 >> 24) & 15
-
-
-def _at_most_two(nibbles: torch.Tensor) -> bool:
-    """Return True if no nibble has three bits: clearing the lowest bit twice leaves none."""
-    once = nibbles & (nibbles - 1)
-    return not bool((once & (once - 1)).any())
 
 
 def _refusal(weight: torch.Tensor, name: str) -> FormatError:

@@ -60,5 +60,5 @@ def recount(weight: torch.Tensor, level: Level) -> Recount:
         zeros=weight.numel() - int(nonzero.sum()),
         most_in_group=int(per_group.max()),
         from_dead_inputs=weight.shape[0] * int((dead - (level.m - level.n)).clamp(min=0).sum()),
-        finite=bool(torch.isfinite(weight).all()),
+        finite=bool(torch.isfinite(weight if weight.element_size() > 1 else weight.float()).all()),
     )

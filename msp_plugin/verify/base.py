@@ -126,6 +126,9 @@ def run_checks(
                 findings = check.run(subject, progress)
             except MSPError as error:
                 findings = [Finding(check.name, FAIL, str(error))]
+            except Exception as error:  # a plugin's fault, out of memory: the other findings must not be lost
+                log.info("check %s", check.name, exc_info=True)
+                findings = [Finding(check.name, FAIL, f"the check broke: {type(error).__name__}: {error}")]
         result = CheckResult(check.name, tuple(findings), time.monotonic() - began)
         log.info("check %s: %s, %.1f s", check.name, "passed" if result.passed else "failed", result.seconds)
         results.append(result)

@@ -14,8 +14,9 @@ from msp_plugin.checkpoint.load import load
 from msp_plugin.checkpoint.sidecar import RUN_FILE
 from msp_plugin.checkpoint.tensors import read_json
 from msp_plugin.device import on_best_device
-from msp_plugin.errors import FormatError, RecipeError
+from msp_plugin.errors import FormatError, RecipeError, VerificationError
 from msp_plugin.evaluation import mean_kl, perplexity
+from msp_plugin.files import finite
 from msp_plugin.verify.base import FAIL, OK, Check, Finding, StepProgress, Subject
 
 #: Relative difference of a perplexity measured twice, on other machines or thread counts.
@@ -60,7 +61,16 @@ class Quality(Check):
     ) -> tuple[float, float]:
         """Return KL(source || model) in nats per token and the source's perplexity."""
         other = load(source, self.dtype, checksums=False, trust_remote_code=subject.trust_remote_code)
+        sizes = [m.config.get_text_config().vocab_size for m in (other, model)]
+        if sizes[0] != sizes[1]:
+            raise VerificationError(
+                f"{source} has a vocabulary of {sizes[0]:,}, the checkpoint one of {sizes[1]:,}",
+                hint="give the model that was pruned",
+            )
         with on_best_device(other):
+            device = next(other.parameters()).device
+            if next(model.parameters()).device != device:  # KL is 0 on one device only
+                model.to(device)
             kl = mean_kl(other, model, subject.text, progress=partial(progress, step))
             return kl, perplexity(other, subject.text)
 
@@ -68,7 +78,7 @@ class Quality(Check):
         kl, value = self._kl(subject.reference.path, model, subject, "KL to the reference", progress)
         return Finding(
             "reference", OK if kl == 0 else FAIL, f"KL {kl:.3g} nats per token, its perplexity {value:.4f}",
-            "KL 0: the same weights give the same logits", {"kl": kl, "perplexity": value},
+            "KL 0: the same weights give the same logits", {"kl": finite(kl), "perplexity": finite(value)},
         )  # fmt: skip
 
     def _against_original(
@@ -80,23 +90,22 @@ class Quality(Check):
             "original", OK if good else FAIL,
             f"KL {kl:.4f} nats per token, perplexity {before:.4f} -> {value:.4f}",
             "finite" if self.max_kl is None else f"KL at most {self.max_kl:g}",
-            {"kl": kl, "perplexity": before},
+            {"kl": finite(kl), "perplexity": finite(before)},
         )  # fmt: skip
 
 
 def _recorded(checkpoint: Checkpoint, text: CalibrationSet, value: float) -> Finding:
     """Return the perplexity, held against the run's own if that was measured on the same text."""
-    details = {"perplexity": value, "tokens": text.tokens, "fingerprint": text.fingerprint}
-    finite = math.isfinite(value)
+    details = {"perplexity": finite(value), "tokens": text.tokens, "fingerprint": text.fingerprint}
     try:
         record = read_json(checkpoint.path / RUN_FILE)
         same = record["test"]["fingerprint"] == text.fingerprint
         quality = record["perplexity"]
         said = quality.get("mixed") or quality.get("result")
-    except (FormatError, KeyError, TypeError):
+    except (FormatError, KeyError, TypeError, AttributeError):
         same, said = False, None
     if not same or not isinstance(said, (int, float)):
-        return Finding("perplexity", OK if finite else FAIL, f"{value:.4f}", "finite", details)
+        return Finding("perplexity", OK if math.isfinite(value) else FAIL, f"{value:.4f}", "finite", details)
     near = abs(value - said) <= _SAME_PERPLEXITY * said
     return Finding(
         "perplexity", OK if near else FAIL, f"{value:.4f}", f"{said:.4f} (run.json, same text)", details

@@ -11,9 +11,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from msp_plugin.errors import RecipeError, ServingError
 #: Name of the environment variable under which the vLLM plugin finds the file for its report.
 REPORT = "MSP_SERVING_REPORT"
 _LAST_LINES = 25
+#: The server is on this machine: no proxy of the environment stands between.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,14 @@ class Server:
     """A running server.
 
     Args:
+        name: of the model; made up for this server, so that no other one answers in its place.
         url: its root.
         log: the file that its output goes to.
         report: the file that the vLLM plugin writes one JSON line per layer and process to.
         process: the server's process, leader of a group of its own.
     """
 
+    name: str
     url: str
     log: Path
     report: Path
@@ -55,8 +61,9 @@ class Server:
             ServingError: the server died, refused, or answered something else.
         """
         body = {
-            "model": "model", "prompt": list(tokens), "max_tokens": count, "temperature": 0, "logprobs": 1,
+            "model": self.name, "prompt": list(tokens), "max_tokens": count, "temperature": 0, "logprobs": 1,
             "ignore_eos": True, "return_token_ids": True, "seed": 0,
+            "repetition_penalty": 1.0,  # else vLLM takes the one in the model's generation_config.json
         }  # fmt: skip
         answer = self._post("/v1/completions", body)
         try:
@@ -77,16 +84,20 @@ class Server:
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310
+            with _DIRECT.open(request, timeout=600) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             raise ServingError(
                 f"the server refused with {error.code}: {error.read().decode()[:500]}"
             ) from None
-        except (OSError, ValueError) as error:
-            if self.process.poll() is not None:
-                raise _died(self.process, self.log) from None
+        except ValueError as error:
             raise ServingError(f"no answer from the server: {error}") from None
+        except (OSError, HTTPException) as error:
+            try:
+                self.process.wait(1)  # one that dies hangs up first
+            except subprocess.TimeoutExpired:
+                raise ServingError(f"no answer from the server: {error}") from None
+            raise _died(self.process, self.log) from None
 
     def layers(self) -> list[dict[str, Any]]:
         """Return what the vLLM plugin reported of each layer; empty if it is not installed or not asked."""
@@ -134,20 +145,24 @@ def serving(
         ServingError: the port is taken, the server dies (its last lines are shown) or does not get ready.
     """
     executable, port = vllm_executable(environment), _free_port(port)
+    name = f"msp-{uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="msp-serve-") as directory:
         log, report = Path(directory) / "log", Path(directory) / "report.jsonl"
         command = [
             str(executable), "serve", str(model.absolute()), "--host", "127.0.0.1", "--port", str(port),
-            "--served-model-name", "model", *arguments,
+            "--served-model-name", name, *arguments,
         ]  # fmt: skip
         variables = {**os.environ, REPORT: str(report), "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
-            )
+            try:
+                process = subprocess.Popen(
+                    command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
+                )
+            except OSError as error:
+                raise ServingError(f"cannot start {executable}: {error}") from None
         try:
             _wait_until_ready(process, f"http://127.0.0.1:{port}/health", log, patience)
-            yield Server(f"http://127.0.0.1:{port}", log, report, process)
+            yield Server(name, f"http://127.0.0.1:{port}", log, report, process)
         finally:
             _stop(process)
 
@@ -171,10 +186,10 @@ def _wait_until_ready(process: subprocess.Popen, url: str, log: Path, patience: 
         if process.poll() is not None:
             raise _died(process, log)
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310
+            with _DIRECT.open(url, timeout=5) as answer:
                 if answer.status == 200:
                     return
-        except OSError:
+        except (OSError, HTTPException):
             time.sleep(0.5)
     raise ServingError(f"the server was not ready after {patience:.0f} s; its last lines:\n{_tail(log)}")
 

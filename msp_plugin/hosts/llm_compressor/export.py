@@ -69,7 +69,8 @@ def plain_recipe(allocation: Allocation) -> dict[str, Any]:
     llm-compressor keeps the last of two modifiers of one class in a group, hence the stages.
 
     Raises:
-        RecipeError: the allocation names no method, or one that is no modifier of llm-compressor.
+        RecipeError: the allocation names no method, one that is no modifier of llm-compressor, or levels that its
+            options do not fit.
     """
     pruner = _pruner(allocation)
     layers: dict[Level, list[str]] = {}
@@ -80,6 +81,7 @@ def plain_recipe(allocation: Allocation) -> dict[str, Any]:
         raise RecipeError("every layer of the allocation is dense", hint="there is nothing to prune")
     recipe = {}
     for level in sorted(layers, key=lambda level: (level.sparsity, level.m)):
+        pruner.check_level(level)
         key = f"keep_{level.n}_of_{level.m}"
         arguments = {**pruner.modifier_arguments(level), "targets": layers[level]}
         recipe[f"{key}_stage"] = {f"{key}_modifiers": {pruner.modifier: arguments}}

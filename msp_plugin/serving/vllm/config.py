@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint, packed_layers
 from msp_plugin.errors import FormatError, ServingError
@@ -18,6 +21,8 @@ from msp_plugin.serving.kernels import Found
 from msp_plugin.serving.vllm.linear import PackAtLoadMethod, PackedMethod
 from msp_plugin.serving.vllm.report import Report
 
+#: Set to leave out the checksums; the second is ours, for the processes that this one starts.
+_SKIP, _CHECKED = "MSP_SKIP_CHECKSUMS", "_MSP_CHECKED"
 #: The name of the quantization method, also for ``vllm serve DIR --quantization sparse24``.
 NAME = "sparse24"
 
@@ -81,24 +86,21 @@ class Sparse24Config(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Check a local checkpoint's headers before anything is loaded.
+        """Check a local checkpoint before anything is loaded: headers, and the checksums of its export.
 
-        vLLM itself does not miss tensors of a checkpoint with a quantization method.
+        The checksums are looked at once, not again in the processes that this one starts; ``MSP_SKIP_CHECKSUMS=1``
+        leaves them out.
 
         Raises:
-            FormatError: config and tensors contradict each other, or a tensor of the export is missing.
+            FormatError: config and tensors contradict each other, or a file is not what was exported.
         """
         path = Path(model_name)
         if self.targets is None or not (path / "config.json").is_file():
             return
-        checkpoint = Checkpoint.open(path)
-        manifest = checkpoint.manifest
-        lost = [name for name in manifest.tensors if name not in checkpoint.tensors] if manifest else []
-        if lost:
-            raise FormatError(
-                f"{path} lacks {len(lost)} tensors of its export, e.g. {lost[0]}",
-                hint="copy the directory anew",
-            )
+        checkpoint, done = Checkpoint.open(path), str(path.resolve())
+        if os.environ.get(_SKIP, "0") == "0" and os.environ.get(_CHECKED) != done:
+            checkpoint.check_files()
+            os.environ[_CHECKED] = done
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         if self.targets is not None:
@@ -137,6 +139,24 @@ class Sparse24Config(QuantizationConfig):
 
 
 def register_config(name: str) -> None:
-    """Register the config with vLLM unless it is."""
+    """Register the config with vLLM, unless it is."""
     if name not in QUANTIZATION_METHODS:
         register_quantization_config(name)(Sparse24Config)
+        _track_weights(name)
+
+
+def _track_weights(name: str) -> None:
+    """Let vLLM miss tensors of our models (norms, embeddings) as it misses those of unquantized ones.
+
+    Its loader tracks them by default only where no quantization method is set, and offers a method no say in it.
+    What the user sets in ``--model-loader-extra-config`` holds.
+    """
+    load = DefaultModelLoader.load_weights
+
+    @functools.wraps(load)
+    def load_weights(self: DefaultModelLoader, model: torch.nn.Module, model_config: Any) -> None:
+        if model_config.quantization == name and self.enable_weights_track is None:
+            self.enable_weights_track = True
+        load(self, model, model_config)
+
+    DefaultModelLoader.load_weights = load_weights

@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -49,6 +50,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.report, self.algorithms, self.prefix = report, algorithms, prefix
         self.shards, self.packed = shards, packed
         self._dense = UnquantizedLinearMethod()
+        self._ours: set[Callable[..., None]] = set()
         self._loaded: dict[str, set[int]] = {}
         self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
 
@@ -80,12 +82,16 @@ class Sparse24LinearMethod(LinearMethodBase):
                 layer, columns, output_partition_sizes, input_size, output_size, params_dtype,
                 weight_loader=self._counted(layer, "weight", loader), **extra_weight_attrs,
             )  # fmt: skip
+        if getattr(layer, "has_bias", False):  # the bias is created after this, with the loader that it finds
+            layer.weight_loader = self._counted(layer, "bias", layer.weight_loader)
         if not any(self.packed):
             return
         if columns % 8:
             raise ServingError(
                 f"{self.prefix} has {columns} input columns in each process; a packed weight is cut at multiples of 8",
-                hint="use a smaller --tensor-parallel-size, or export the model to dense",
+                hint="use a smaller --tensor-parallel-size"
+                if columns < input_size
+                else "export the model to dense, and serve that with --quantization sparse24",
             )
         sizes = {"compressed": (columns // 2, params_dtype), "bitmask": (columns // 8, torch.uint8)}
         for suffix, (width, dtype) in sizes.items():
@@ -117,6 +123,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         ) -> None:
             self._load(suffix, MethodType(unbound, layer), param, loaded_weight, loaded_shard_id)
 
+        self._ours.add(load)
         return MethodType(load, layer)
 
     def _load(
@@ -165,16 +172,18 @@ class Sparse24LinearMethod(LinearMethodBase):
         """
         if hasattr(layer, "sparse24_kernel") and not self._loaded:  # called again, nothing was loaded since
             return
-        self._check_loaded(layer)
+        if not _is_dummy():
+            self._check_loaded(layer)
         self._loaded, self._shapes = {}, {}
         weight = self._weight(layer)
-        choice = self._choose(weight)
-        served = None
-        if choice.kernel != "dense":
+        choice, served = self._choose(weight), None
+        wanted = choice.kernel
+        if wanted != "dense":
             served, choice = self._pack(weight, choice)
         layer.sparse24_kernel = choice.kernel
         if served is None:
-            layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+            if any(self.packed):  # else vLLM's own parameter stays, which it can load into again
+                layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
             held = weight.numel() * weight.element_size()
         else:
             # Under the name `weight`, because LoRA looks there for the layer's device.
@@ -188,7 +197,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.report.add(
             LayerReport(
                 self.prefix, tuple(dict.fromkeys(packed)), choice.kernel, choice.reason if choice.kernel == "dense" else "", held,
-                weight.numel() * weight.element_size(), get_tensor_model_parallel_rank(),
+                weight.numel() * weight.element_size(), get_tensor_model_parallel_rank(), choice.kernel != wanted,
             )
         )  # fmt: skip
         if served is None:
@@ -196,9 +205,10 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     def _check_loaded(self, layer: torch.nn.Module) -> None:
         """Raise unless every tensor of every shard came, in shapes that agree."""
+        bias = ("bias",) if getattr(layer, "bias", None) is not None else ()
         for index, (name, packed) in enumerate(zip(self.shards, self.packed, strict=True)):
-            for suffix in SUFFIXES if packed else ("weight",):
-                if index not in self._loaded.get(suffix, ()):
+            for suffix in (*(SUFFIXES if packed else ("weight",)), *bias):
+                if not self._replaced(layer, suffix) and index not in self._loaded.get(suffix, ()):
                     raise FormatError(
                         f"{name}.{suffix} is not in the checkpoint (part of {self.prefix})",
                         hint="a file is missing or damaged: export or download it anew",
@@ -206,6 +216,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         for name, shapes in self._shapes.items():
             if SUFFIXES[0] in shapes:
                 self._check_shapes(layer, name, *(shapes[suffix] for suffix in SUFFIXES))
+
+    def _replaced(self, layer: torch.nn.Module, suffix: str) -> bool:
+        """Return True if the model class put a loader of its own in the place of ours; we cannot count with it."""
+        loader = getattr(getattr(layer, suffix, None), "weight_loader", None)
+        return getattr(loader, "__func__", None) not in self._ours
 
     def _check_shapes(
         self, layer: torch.nn.Module, name: str, compressed: tuple[int, ...], bitmask: tuple[int, ...],
@@ -238,6 +253,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         if not any(self.packed):
             return layer.weight.data
         columns = 2 * layer.compressed.shape[1]
+        if _is_dummy():
+            layer.compressed.data.zero_()
+            layer.bitmask.data.fill_(0x33)  # any two of four
         parts, start = [], 0
         for name, rows, packed in zip(self.shards, layer.sparse24_rows, self.packed, strict=True):
             part = slice(start, start + rows)
@@ -258,7 +276,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         if not any(self.packed) and not self._may_pack():
             return kernels.Choice("dense", "the checkpoint stores it dense")
         choice = kernels.choose(tuple(weight.shape), weight.dtype, weight.device)
-        if not any(self.packed) and not is_packable(weight):
+        if choice.kernel != "dense" and not any(self.packed) and not is_packable(weight):
             return kernels.Choice("dense", "it is not 2:4")
         return choice
 
@@ -289,6 +307,12 @@ class Sparse24LinearMethod(LinearMethodBase):
             x, layer.weight, layer.sparse24_meta, bias, layer.sparse24_out, layer.sparse24_kernel,
             layer.sparse24_algorithms,
         )  # fmt: skip
+
+
+def _is_dummy() -> bool:
+    """Return True if vLLM makes up the weights (``--load-format dummy``)."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and str(config.load_config.load_format) == "dummy"
 
 
 @register_weight_loader_v2_supported_method

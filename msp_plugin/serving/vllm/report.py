@@ -30,6 +30,7 @@ class LayerReport:
         bytes: of the weight as it is kept for serving.
         dense_bytes: of the same weight dense.
         rank: of the process in its tensor parallel group.
+        failed: True if it is dense because its sparse kernel failed or was wrong.
     """
 
     layer: str
@@ -39,6 +40,7 @@ class LayerReport:
     bytes: int
     dense_bytes: int
     rank: int
+    failed: bool = False
 
 
 class Report:
@@ -60,9 +62,9 @@ class Report:
             # One short write for each layer: lines of several processes do not mix.
             with Path(path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(layer)) + "\n")
+        self._enter_compile_key()  # not only at the end: of a part of a model, vLLM may load some layers alone
         if self._layers.keys() >= self._expected:
             log.info("%s", self.line())
-            self._enter_compile_key()
             self._layers = {}  # a reload reports every layer again
 
     def _enter_compile_key(self) -> None:
@@ -76,8 +78,8 @@ class Report:
         config = get_current_vllm_config_or_none()
         if config is None or not isinstance(config.additional_config, dict):
             return
-        chosen = sorted((layer.layer, layer.kernel) for layer in self._layers.values())
-        config.additional_config[KEY] = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
+        chosen = json.dumps(sorted((layer.layer, layer.kernel) for layer in self._layers.values()))
+        config.additional_config[KEY] = hashlib.sha256(chosen.encode()).hexdigest()
 
     def line(self) -> str:
         """Return the log line: layers and bytes by kernel, and which layers are dense and why."""
