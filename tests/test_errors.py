@@ -18,7 +18,8 @@ def test_an_error_without_a_hint_is_its_message():
     "name, code",
     [
         ("RecipeError", 2), ("PluginError", 2), ("DataError", 2), ("ModelError", 2), ("BudgetError", 2),
-        ("OutputError", 2), ("HostError", 1), ("NumericsError", 1), ("VerificationError", 1),
+        ("OutputError", 2), ("HostError", 1), ("NumericsError", 1), ("VerificationError", 1), ("FormatError", 1),
+        ("ServingError", 1),
     ],
 )  # fmt: skip
 def test_what_the_caller_wrote_wrong_exits_with_two_and_what_a_run_met_with_one(name, code):
@@ -28,7 +29,7 @@ def test_what_the_caller_wrote_wrong_exits_with_two_and_what_a_run_met_with_one(
 
 def test_every_error_class_has_its_exit_code_above():
     classes = {c.__name__ for c in vars(errors).values() if isinstance(c, type) and issubclass(c, MSPError)}
-    assert len(classes - {"MSPError"}) == 9
+    assert len(classes - {"MSPError"}) == 11
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,10 @@ class Served(Check):
             raise RecipeError(f"served: prompts = {self.prompts}", hint=f"give 1 to {len(PROMPTS)}")
         if self.tokens < 1 or not 0 <= self.port < 65536:
             raise RecipeError(f"served: tokens = {self.tokens}, port = {self.port}", hint="see `msp plugins`")
+        try:
+            shlex.split(self.arguments)
+        except ValueError as error:
+            raise RecipeError(f"served: arguments = {self.arguments!r}: {error}") from None
         if self.dtype not in TOLERANCE:
             raise RecipeError(f"served: dtype = {self.dtype!r}", hint=nearest(self.dtype, TOLERANCE))
 
