@@ -312,6 +312,12 @@ def test_files_are_held_against_the_checksums_where_there_are_any(run_dir, packe
         Checkpoint.open(path).check_files()
 
 
+def test_a_tensor_that_the_export_wrote_and_is_gone_is_named_first(packed_dir, copied, rewrite):
+    path = rewrite(copied(packed_dir), {"model.norm.weight": None})
+    with pytest.raises(FormatError, match="is not what was exported: there is no tensor model.norm.weight"):
+        Checkpoint.open(path).check_files()
+
+
 @pytest.mark.parametrize("file", ["allocation.json", "run.json"])
 def test_an_exchanged_record_is_found_by_its_checksum(file, packed_dir, copied, edit_json):
     path = copied(packed_dir)

@@ -160,6 +160,8 @@ def test_the_size_of_a_chunk_changes_no_bit(chunk, monkeypatch):
     assert raw(parts.values) == raw(whole.values) and raw(parts.bitmask) == raw(whole.bitmask)
     assert raw(unpack(parts)) == raw(weight)
     assert is_packable(weight) and not is_packable(torch.ones(11, 20))
+    mended, count = positive_zeros(torch.full((11, 20), -0.0))
+    assert count == 220 and not any(raw(mended))
 
 
 def test_a_fault_in_a_late_chunk_is_found_in_all_three(monkeypatch):
@@ -287,6 +289,15 @@ def test_positive_zeros_touches_nothing_but_negative_zeros(weight):
     assert count == int(negative.sum())
     assert (after == np.where(negative, 0, before)).all()
     assert (mended is weight) == (count == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz], ids=str)
+def test_where_the_sign_bit_alone_is_nan_it_is_no_negative_zero(dtype):
+    weight = torch.tensor([[-128, 0, 0, 56]], dtype=torch.int8).view(dtype)
+    assert bool(weight.float().isnan()[0, 0])
+    assert positive_zeros(weight) == (weight, 0) and raw(unpack(pack(weight))) == raw(weight)
+    crowded = torch.tensor([[-128, 0, 56, 56]], dtype=torch.int8).view(dtype)
+    assert not is_packable(crowded)
 
 
 def test_the_least_integer_is_no_negative_zero():

@@ -314,12 +314,12 @@ def test_lost_and_further_tensors_are_named(run_dir, packed_dir, copied, rewrite
     assert row.found == "1 missing, e.g. model.extra.weight; 1 too many, e.g. model.norm.weight"
 
 
-@pytest.mark.parametrize(("extra", "missing"), [("copy", "1 missing"), ("reference", "1 too many")])
-def test_either_alone_is_enough_to_fail(extra, missing, run_dir, copied, rewrite):
+@pytest.mark.parametrize(("robbed", "found"), [("copy", "1 missing"), ("reference", "1 too many")])
+def test_either_alone_is_enough_to_fail(robbed, found, run_dir, copied, rewrite):
     paths = {name: copied(run_dir, name) for name in ("copy", "reference")}
-    rewrite(paths[extra], {"model.norm.weight": None})
+    rewrite(paths[robbed], {"model.norm.weight": None})
     row = check(RoundTrip(), paths["copy"], paths["reference"])["reference"]
-    assert row.state == "fail" and row.found == f"{missing}, e.g. model.norm.weight"
+    assert row.state == "fail" and row.found == f"{found}, e.g. model.norm.weight"
 
 
 @pytest.mark.parametrize("change", [lambda t: t.float(), lambda t: t.reshape(64, 128)])

@@ -82,16 +82,10 @@ def test_a_right_server_on_a_packed_checkpoint_passes(packed_dir, truth, make_vl
 
 def test_options_reach_the_server(run_dir, truth, make_vllm):
     environment = make_vllm(truth, report(["a"]))
-    rows_of(
-        run_dir,
-        environment,
-        quantization="sparse24",
-        arguments="--max-model-len 64 --mode good",
-        dtype="float32",
-    )
+    rows_of(run_dir, environment, quantization="sparse24", arguments="--max-model-len 64 --title 'two words'")
     command = json.loads((environment / "bin" / "argv.json").read_text())
     assert command[-8:] == [
-        "--dtype", "float32", "--quantization", "sparse24", "--max-model-len", "64", "--mode", "good",
+        "--dtype", "float32", "--quantization", "sparse24", "--max-model-len", "64", "--title", "two words",
     ]  # fmt: skip
     assert json.loads((environment / "bin" / "request.json").read_text())["body"]["max_tokens"] == TOKENS
 
@@ -169,7 +163,16 @@ def test_a_server_that_dies_is_a_failed_row_with_its_last_lines(run_dir, make_vl
 
 
 @pytest.mark.parametrize(
-    "options", [{"prompts": 0}, {"prompts": 11}, {"tokens": 0}, {"port": -1}, {"port": 65536}], ids=str
+    "options",
+    [
+        {"prompts": 0},
+        {"prompts": 11},
+        {"tokens": 0},
+        {"port": -1},
+        {"port": 65536},
+        {"arguments": "--title 'open"},
+    ],
+    ids=str,
 )
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(RecipeError, match="served: "):

@@ -1,9 +1,11 @@
 """``serving`` with a program that stands for vLLM: ready, dying, silent, babbling, stopped with its children."""
 
+import importlib.util
 import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -71,6 +73,7 @@ ANSWERS = {
     "13": {"tokens": [8, 9], "logprobs": [-0.25, -1e-9]},
     "14": {"code": 200, "text": ""},
     "15": {"code": 200, "text": "null"},
+    "16": {"tokens": [1], "logprobs": [-1.0, -1.0]},
 }
 
 
@@ -117,7 +120,11 @@ def test_a_proxy_of_the_environment_is_passed_by(environment, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    with serve(environment, "good", patience=10) as server:
+    spec = importlib.util.spec_from_file_location("server_imported_anew", module.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, anew)
+    spec.loader.exec_module(anew)
+    with anew.serving(environment, MODEL, patience=10) as server:
         assert server.complete([1], 1).tokens == (5,)
 
 
@@ -131,7 +138,8 @@ def test_the_plugins_report_is_read_line_by_line(server):
         (1, "refused with 400: .*prompt too long"), (2, "refused with 500"), (3, "no answer from the server"),
         (4, "answer lacks"), (5, "answer lacks"), (6, "answer lacks"), (7, "answer lacks 'token_ids'.*hello"),
         (8, "answer lacks"), (9, "answer lacks"), (10, "answered 1 tokens, 2 were asked for"),
-        (11, "answered 3 tokens, 2 were asked for"), (12, "answered 2 tokens"), (14, "no answer"), (15, "answer lacks"),
+        (11, "answered 3 tokens, 2 were asked for"), (12, "answered 2 tokens"),
+        (14, "no answer"), (15, "answer lacks"), (16, "answered 1 tokens"),
     ],
 )  # fmt: skip
 def test_any_other_answer_is_an_error_that_shows_it(prompt, words, server):
