@@ -307,20 +307,21 @@ def linear(x: torch.Tensor, packed24: Packed24, bias: torch.Tensor | None = None
     return sparse24_linear(x, p.packed, p.meta, bias, p.out_features, p.kernel, list(p.algorithms))
 
 
-def self_check(
-    weight: torch.Tensor, packed24: Packed24, bias: torch.Tensor | None = None, tokens: int = 32
-) -> float:
+def self_check(weight: torch.Tensor, packed24: Packed24, bias: torch.Tensor | None = None) -> float:
     """Return how far ``linear`` is from the dense product, relative to the largest magnitude of the dense output.
 
-    On seeded random inputs [tokens, I]. What is not a number counts as infinitely far. ``TOLERANCE`` says how much
-    two right kernels can differ.
+    The largest error over the fewest tokens of every bucket, so that each algorithm is tried, on seeded random
+    inputs [tokens, I]. What is not a number counts as infinitely far. ``TOLERANCE`` says how much two right kernels
+    can differ.
 
     Args:
         weight: the dense weight [O, I] that was packed, on the same device.
     """
-    weight = weight.detach()
-    x = _random(tokens, packed24.in_features, weight)
-    dense = torch.nn.functional.linear(x, weight, bias).float()
-    difference = float((linear(x, packed24, bias).float() - dense).abs().max())
-    error = difference / max(float(dense.abs().max()), torch.finfo(torch.float32).tiny)
-    return error if math.isfinite(error) else math.inf
+    weight, worst = weight.detach(), 0.0
+    for tokens in (1, *(most + 1 for most in BUCKETS[:-1])):
+        x = _random(tokens, packed24.in_features, weight)
+        dense = torch.nn.functional.linear(x, weight, bias).float()
+        difference = float((linear(x, packed24, bias).float() - dense).abs().max())
+        error = difference / max(float(dense.abs().max()), torch.finfo(torch.float32).tiny)
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst

@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -372,6 +373,13 @@ def test_the_self_check_finds_a_wrong_weight_and_what_is_not_a_number(cusparselt
     assert torch.equal(torch.get_rng_state(), state)
     weight[0, 0] = math.nan
     assert kernels.self_check(weight, result) == math.inf
+
+
+def test_the_self_check_tries_the_algorithm_of_every_bucket(cusparselt):
+    weight = two_of_four(16, 32)
+    result = replace(kernels.pack(weight, "cusparselt", search=False), algorithms=(3, 1, 4, 5, 9))
+    kernels.self_check(weight, result)
+    assert [algorithm for _, algorithm in cusparselt] == [3, 1, 4, 5, 9]
 
 
 def test_the_tolerance_is_four_roundings():
