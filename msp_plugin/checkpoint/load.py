@@ -14,7 +14,7 @@ from msp_plugin.errors import FormatError, ModelError
 from msp_plugin.models import check_dtype, check_source, load_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def load(
@@ -90,7 +90,7 @@ def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Pr
             cls = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
         model, report = cls.from_pretrained(
             None, config=config, state_dict=_in_memory(checkpoint), output_loading_info=True,
-            dtype=target if target is not None else _dtype_of(checkpoint),
+            dtype=target if target is not None else _dtype_of(checkpoint, config),
         )  # fmt: skip
         if (checkpoint.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
@@ -105,8 +105,11 @@ def _in_memory(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {name: t if name in packed else t.clone() for name, t in checkpoint.dense_tensors()}
 
 
-def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype of the packed weights, which is the model's."""
+def _dtype_of(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype that the config names, as transformers takes it for a dense one, else that of the values."""
+    named = getattr(config, "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
     return checkpoint.tensors[f"{checkpoint.packed[0]}.compressed"].dtype
 
 

@@ -49,7 +49,8 @@ class Quality(Check):
         )
         with on_best_device(model):
             value = perplexity(model, text, progress=partial(progress, "perplexity"))
-            rows = [_recorded(subject.checkpoint, text, value)]
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+            rows = [_recorded(subject.checkpoint, text, value, dtype)]
             if subject.reference is not None:
                 rows.append(self._against_reference(model, subject, progress))
             if subject.original is not None:
@@ -94,19 +95,29 @@ class Quality(Check):
         )  # fmt: skip
 
 
-def _recorded(checkpoint: Checkpoint, text: CalibrationSet, value: float) -> Finding:
-    """Return the perplexity, held against the run's own if that was measured on the same text."""
+def _recorded(checkpoint: Checkpoint, text: CalibrationSet, value: float, dtype: str) -> Finding:
+    """Return the perplexity, held against the run's own if that was measured on the same text in the same dtype."""
     details = {"perplexity": finite(value), "tokens": text.tokens, "fingerprint": text.fingerprint}
-    try:
-        record = read_json(checkpoint.path / RUN_FILE)
-        same = record["test"]["fingerprint"] == text.fingerprint
-        quality = record["perplexity"]
-        said = quality.get("mixed") or quality.get("result")
-    except (FormatError, KeyError, TypeError, AttributeError):
-        same, said = False, None
-    if not same or not isinstance(said, (int, float)):
-        return Finding("perplexity", OK if math.isfinite(value) else FAIL, f"{value:.4f}", "finite", details)
+    said, measured_in = _said(checkpoint, text)
+    if said is None or dtype != measured_in:
+        other = "finite" if said is None else f"finite; {said:.4f} in {measured_in} (run.json)"
+        return Finding("perplexity", OK if math.isfinite(value) else FAIL, f"{value:.4f}", other, details)
     near = abs(value - said) <= _SAME_PERPLEXITY * said
     return Finding(
         "perplexity", OK if near else FAIL, f"{value:.4f}", f"{said:.4f} (run.json, same text)", details
     )
+
+
+def _said(checkpoint: Checkpoint, text: CalibrationSet) -> tuple[float | None, str]:
+    """Return the perplexity in run.json if it is of the same text, and the dtype in which it was measured."""
+    try:
+        record = read_json(checkpoint.path / RUN_FILE)
+        if record["test"]["fingerprint"] != text.fingerprint:
+            return None, ""
+        said = record["perplexity"].get("mixed") or record["perplexity"].get("result")
+        dtype = record["model"]["dtype"]
+    except (FormatError, KeyError, TypeError, AttributeError):
+        return None, ""
+    if dtype == "auto":
+        dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return (said if isinstance(said, (int, float)) else None), str(dtype)

@@ -358,3 +358,12 @@ def test_a_loaded_model_does_not_hang_on_its_file(packed):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     (packed / "model.safetensors").write_bytes(b"\0" * (packed / "model.safetensors").stat().st_size)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("named", ["float32", "float16", "bfloat16", None])
+@pytest.mark.parametrize("form", ["run_dir", "packed_dir"])
+def test_both_forms_load_in_the_dtype_that_their_config_names(form, named, request, copied, edit_json):
+    path = copied(request.getfixturevalue(form))
+    (path / "export.json").unlink(missing_ok=True)
+    edit_json(path / "config.json", lambda config: config.update(dtype=named))
+    assert load(path).lm_head.weight.dtype == (getattr(torch, named) if named else torch.bfloat16)

@@ -400,8 +400,10 @@ def text(make_samples):
     return make_samples(4, 24, 3)
 
 
-def record(path, edit_json, text, value, key="mixed"):
-    change = {"test": {"fingerprint": text.fingerprint}, "perplexity": {key: value}}
+def record(path, edit_json, text, value, key="mixed", dtype="float32"):
+    change = {
+        "test": {"fingerprint": text.fingerprint}, "perplexity": {key: value}, "model": {"dtype": dtype},
+    }  # fmt: skip
     edit_json(path / "run.json", lambda data: data.update(change))
 
 
@@ -451,6 +453,17 @@ def test_the_perplexity_of_the_run_is_held_against_ours(key, factor, state, run_
     record(path, edit_json, text, value * factor, key)
     row = check(Quality(), path, text=text)["perplexity"]
     assert row.state == state and row.expected == f"{value * factor:.4f} (run.json, same text)"
+
+
+@pytest.mark.parametrize(("run_in", "measured_in"), [("auto", "bfloat16"), ("bfloat16", "bfloat16")])
+def test_the_perplexity_of_a_run_in_another_dtype_is_shown_and_not_held_against_ours(
+    run_in, measured_in, run_dir, copied, edit_json, text
+):
+    path = copied(run_dir)
+    record(path, edit_json, text, 99.0, dtype=run_in)
+    row = check(Quality(), path, text=text)["perplexity"]
+    assert row.state == "ok" and row.expected == f"finite; 99.0000 in {measured_in} (run.json)"
+    assert check(Quality(dtype=measured_in), path, text=text)["perplexity"].state == "fail"
 
 
 def test_the_perplexity_of_another_text_says_nothing(run_dir, copied, edit_json, text, make_samples):
