@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 from abc import ABC, abstractmethod
@@ -250,7 +251,7 @@ def copy_other_files(source: Path, directory: Path) -> None:
         ours = file.name == CARD_FILE and (source / MANIFEST_FILE).is_file()
         if ours:
             continue
-        target = directory / ("README.source.md" if file.name == CARD_FILE else file.name)
+        target = directory / (_card_name(source) if file.name == CARD_FILE else file.name)
         try:
             if file.is_dir():
                 left_out = shutil.ignore_patterns(".*", *(f"*{suffix}" for suffix in _NOT_COPIED))
@@ -259,3 +260,9 @@ def copy_other_files(source: Path, directory: Path) -> None:
                 shutil.copyfile(file, target)
         except OSError as error:
             raise ModelError(f"cannot copy {file}: {error}") from error
+
+
+def _card_name(source: Path) -> str:
+    """Return a name for the source's model card that no other file of it has."""
+    names = itertools.chain(["README.source.md"], (f"README.source-{i}.md" for i in itertools.count(2)))
+    return next(name for name in names if not (source / name).exists())

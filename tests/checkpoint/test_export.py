@@ -545,3 +545,15 @@ def test_an_export_holds_a_shard_and_a_layer_and_never_the_model(tmp_path):
     readings = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(readings) == 2
     assert all(count > 50 and shard / 2 < peak < bound for peak, count in readings), readings
+
+
+def test_no_card_of_the_source_is_lost(run_dir, copied, tmp_path):
+    path = copied(run_dir)
+    for name in ("README.md", "README.source.md", "README.source-2.md"):
+        (path / name).write_text(name)
+    export_checkpoint(path, Sparse24(), tmp_path / "out")
+    found = {file.name: file.read_text() for file in (tmp_path / "out").glob("README.source*")}
+    assert found == {
+        "README.source.md": "README.source.md", "README.source-2.md": "README.source-2.md",
+        "README.source-3.md": "README.md",
+    }  # fmt: skip
