@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import library
 
 from msp_plugin.errors import FormatError, ServingError
 
@@ -231,7 +232,7 @@ def bucket(tokens: int) -> int:
     return min(bisect_left(BUCKETS, tokens), len(BUCKETS) - 1)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "msp_plugin::sparse24_linear",
     mutates_args=(),
     schema="(Tensor x, Tensor packed, Tensor? meta, Tensor? bias, int out_features, str kernel, int[] algorithms)"

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -348,9 +349,7 @@ def test_the_fake_kernel_agrees_with_the_operator_which_changes_and_returns_no_i
         x, bias = torch.ones(shape, dtype=HALF), torch.ones(16, dtype=HALF)
         for one in (None, bias):
             args = (x, result.packed, None, one, 16, "cusparselt", [0, 1, 2, 3, 4])
-            torch.library.opcheck(
-                kernels.sparse24_linear, args, test_utils=("test_schema", "test_faketensor")
-            )
+            library.opcheck(kernels.sparse24_linear, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_mixed_dtypes_are_refused_because_the_library_would_take_them(cusparselt):
