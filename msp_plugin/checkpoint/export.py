@@ -84,19 +84,25 @@ def export_checkpoint(
 
 
 @dataclass(frozen=True)
-class Dense(Exporter):
-    """Plain dense safetensors with zeros, bit for bit the weights of either form.
+class Sharded(Exporter):
+    """An export of tensors into files of a bounded size.
 
     Args:
         shard_bytes: size at which a new file is begun.
     """
 
-    name = "dense"
-
     shard_bytes: int = 5 * 10**9
 
     def __post_init__(self) -> None:
-        _check_shard(self.shard_bytes)
+        if self.shard_bytes < 1:
+            raise RecipeError(f"shard_bytes = {self.shard_bytes}", hint="give at least 1")
+
+
+@dataclass(frozen=True)
+class Dense(Sharded):
+    """Plain dense safetensors with zeros, bit for bit the weights of either form."""
+
+    name = "dense"
 
     def size(self, source: Checkpoint) -> int:
         return sum(_dense_bytes(source, name) for name in source.dense_names)
@@ -112,22 +118,14 @@ class Dense(Exporter):
 
 
 @dataclass(frozen=True)
-class Sparse24(Exporter):
+class Sparse24(Sharded):
     """Servable layers packed as two of four weights and a bitmask; all else dense.
 
     The layers are those whose level runs on 2:4 kernels (allocation.json), or, without one, those whose weights
     are 2:4. Layers that inference fuses are packed all or none.
-
-    Args:
-        shard_bytes: size at which a new file is begun.
     """
 
     name = "sparse24"
-
-    shard_bytes: int = 5 * 10**9
-
-    def __post_init__(self) -> None:
-        _check_shard(self.shard_bytes)
 
     def check(self, source: Checkpoint) -> None:
         if source.packed:
@@ -203,11 +201,6 @@ def _packed_size(source: Checkpoint, layer: str) -> int:
 def _dense_bytes(source: Checkpoint, name: str) -> int:
     layer = source.dense_names[name]
     return source.tensors[name].bytes if layer is None else 2 * source.tensors[f"{layer}.compressed"].bytes
-
-
-def _check_shard(size: int) -> None:
-    if size < 1:
-        raise RecipeError(f"shard_bytes = {size}", hint="give at least 1")
 
 
 def _write(
