@@ -1,9 +1,12 @@
-"""A small program that stands for ``vllm``: a real process with a real port."""
+"""Checks run on small checkpoints, and a program that stands for ``vllm``: a real process with a real port."""
 
 import json
 import sys
 
 import pytest
+
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.verify.base import Subject, run_checks
 
 PROGRAM = """
 import json, os, signal, socket, subprocess, sys, time
@@ -111,3 +114,65 @@ def make_vllm(tmp_path_factory):
         return environment
 
     return make
+
+
+@pytest.fixture(scope="session")
+def check():
+    """Run one check and return its rows by item; the progress must count up to its total."""
+
+    def check(checker, path, reference=None, **fields):
+        counted = {}
+        subject = Subject(Checkpoint.open(path), Checkpoint.open(reference) if reference else None, **fields)
+        (result,) = run_checks(
+            subject, [checker], lambda step, done, total: counted.update({step: (done, total)})
+        )
+        assert result.check == checker.name and result.seconds >= 0
+        assert not result.passed or all(done == total for done, total in counted.values())
+        rows = {finding.item: finding for finding in result.findings}
+        assert len(rows) == len(result.findings)
+        assert result.passed == all(row.state != "fail" for row in rows.values())
+        return rows
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def states():
+    return lambda rows: {item: row.state for item, row in rows.items()}
+
+
+@pytest.fixture(scope="session")
+def revive():
+    """Fill one zero in."""
+
+    def revive(weight):
+        row, column = (weight == 0).nonzero()[-1]
+        weight[row, column] = 0.5
+        return weight
+
+    return revive
+
+
+@pytest.fixture(scope="session")
+def spoil():
+    def spoil(value, index=(3, 5)):
+        def change(tensor):
+            tensor[index] = value
+            return tensor
+
+        return change
+
+    return spoil
+
+
+@pytest.fixture
+def unsealed(packed_dir, copied):
+    """The packed checkpoint without export.json, so that only the content can give damage away."""
+    path = copied(packed_dir)
+    (path / "export.json").unlink()
+    return path
+
+
+@pytest.fixture
+def text(make_samples):
+    return make_samples(4, 24, 3)
