@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -20,7 +21,8 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-pytest.importorskip("vllm", reason="without vLLM it is not checked that vLLM serves 2:4 checkpoints")
+if importlib.util.find_spec("vllm") is None:
+    pytest.exit("without vLLM it cannot be checked that vLLM serves 2:4 checkpoints", returncode=5)
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this one
 import torch

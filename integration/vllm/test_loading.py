@@ -6,9 +6,6 @@ import gc
 import weakref
 
 import pytest
-
-pytest.importorskip("vllm", reason="without vLLM it is not checked that vLLM serves 2:4 checkpoints")
-
 import torch
 from linears import (
     COLUMN,

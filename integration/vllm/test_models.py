@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("vllm", reason="without vLLM it is not checked that vLLM serves 2:4 checkpoints")
-
 import tiny_models
 from tiny_models import DENSE_LAYER, flip_a_bit, save_adapter, save_models, without
 

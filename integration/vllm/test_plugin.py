@@ -12,9 +12,6 @@ from __future__ import annotations
 import importlib.metadata
 
 import pytest
-
-pytest.importorskip("vllm", reason="without vLLM it is not checked that vLLM serves 2:4 checkpoints")
-
 import torch
 from linears import (
     COLUMN,
