@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
 from msp_plugin.errors import ModelError, NumericsError, RecipeError, nearest
+from msp_plugin.patterns import check_patterns, matches
+from msp_plugin.plan.bounds import Bounds
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable, group_layers
 
@@ -110,7 +111,10 @@ def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
 
 
 def prunable_layers(
-    model: torch.nn.Module, targets: Sequence[str] = ("Linear",), ignore: Sequence[str] = ()
+    model: torch.nn.Module,
+    targets: Sequence[str] = ("Linear",),
+    ignore: Sequence[str] = (),
+    granularity: str = "unit",
 ) -> UnitTable:
     """Return the units of the linears inside the decoder blocks that targets name and ignore does not.
 
@@ -131,28 +135,15 @@ def prunable_layers(
             "run MixedSparsityModifier there",
         )
     named = {name: module for name, module in model.named_modules() if name}
-    for kind, patterns in (("target", targets), ("ignore", ignore)):
-        for pattern in patterns:
-            hit = [module for name, module in named.items() if _matches(pattern, name, module)]
-            if any(isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) for module in hit):
-                continue
-            if hit:
-                raise RecipeError(
-                    f"{kind} {pattern!r} matches {type(hit[0]).__name__} modules, but no linear",
-                    hint=f'for the linears inside write "*{pattern}.*", or "re:.*{pattern}[.].*"',
-                )
-            leaves = {n.rpartition(".")[2] for n, m in named.items() if isinstance(m, torch.nn.Linear)}
-            raise RecipeError(
-                f"{kind} {pattern!r} matches no module of {type(model).__name__}",
-                hint=nearest(pattern, leaves | {"Linear"}),
-            )
+    check_patterns(model, "target", targets)
+    check_patterns(model, "ignore", ignore)
     layers = []
     for name, module in named.items():
         if not isinstance(module, torch.nn.Linear) or not name.startswith(prefix + "."):
             continue
-        if not any(_matches(p, name, module) for p in targets):
+        if not any(matches(p, name, module) for p in targets):
             continue
-        if any(_matches(p, name, module) for p in ignore):
+        if any(matches(p, name, module) for p in ignore):
             continue
         block = int(name[len(prefix) + 1 :].split(".", 1)[0])
         layers.append((block, Layer(name, module.out_features, module.in_features)))
@@ -162,19 +153,35 @@ def prunable_layers(
             f"and ignore {list(ignore)}",
             hint="widen targets or narrow ignore",
         )
-    return group_layers(layers)
+    return group_layers(layers, granularity)
 
 
-def _matches(pattern: str, name: str, module: torch.nn.Module) -> bool:
-    if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], name) is not None
-        except re.error as error:
-            raise RecipeError(f"pattern {pattern!r} is no regular expression: {error}") from None
-    if "*" in pattern:
-        return fnmatch.fnmatchcase(name, pattern)
-    classes = {cls.__name__ for cls in type(module).__mro__ if cls.__module__ != "builtins"}
-    return pattern == name or name.endswith("." + pattern) or pattern in classes - {"Module", "object"}
+def allowed_levels(
+    model: torch.nn.Module, table: UnitTable, menu: Sequence[Level], bounds: Bounds
+) -> np.ndarray | None:
+    """Return bool[U, K], the levels that each unit may take; None if all may take all.
+
+    A unit takes the intersection of the bounds of its layers.
+
+    Raises:
+        RecipeError: a pattern matches no layer of the table, bounds contradict each other, or no level of
+            the menu is inside them.
+    """
+    if not bounds:
+        return None
+    matched = {pattern: set() for pattern in bounds.patterns}
+    for kind, patterns in (("bounds", bounds.shares), ("protect", bounds.protect)):
+        check_patterns(model, kind, patterns)
+        for pattern in patterns:
+            matched[pattern] = {
+                a.name for a in table.layers if matches(pattern, a.name, model.get_submodule(a.name))
+            }
+            if not matched[pattern]:
+                raise RecipeError(
+                    f"{kind} {pattern!r} matches no layer that is pruned",
+                    hint="targets or ignore leave out the layers that it names",
+                )
+    return bounds.allowed(table, menu, matched)
 
 
 def offloaded_module(model: torch.nn.Module) -> str | None:
@@ -216,17 +223,18 @@ def max_length(source: str | Path, *, trust_remote_code: bool = False) -> int | 
 
 
 def check_widths(table: UnitTable, menu: Iterable[Level]) -> None:
-    """Raise unless every level divides every layer's in_features.
+    """Raise unless every level fits every layer's in_features.
 
     Raises:
         RecipeError: the first layers that do not fit are named.
     """
     for level in menu:
-        odd = [layer for layer in table.layers if layer.in_features % level.m]
+        odd = [layer for layer in table.layers if level.misfit(layer.in_features)]
         if odd:
+            why = level.misfit(odd[0].in_features)
             named = ", ".join(f"{a.name} (in_features {a.in_features})" for a in odd[:3])
             raise RecipeError(
-                f"level {level.name} does not divide the width of {len(odd)} layers: {named}",
+                f"level {level.name} {why} the width of {len(odd)} layers: {named}",
                 hint=f"leave {level.name} out of levels, or add the layers to ignore",
             )
 

@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models import (
+    allowed_levels,
     check_finite_weights,
     check_in_memory,
     check_widths,
@@ -18,6 +19,7 @@ from msp_plugin.models import (
     max_length,
     prunable_layers,
 )
+from msp_plugin.plan.bounds import parse_bounds
 from msp_plugin.plan.levels import parse_menu
 
 LEAVES = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
@@ -252,3 +254,44 @@ def test_offloaded_weights_are_refused(llama):
 
 def test_the_longest_sequence_comes_from_the_config(llama_dir):
     assert max_length(llama_dir) == load_model(llama_dir).config.max_position_embeddings
+
+
+@pytest.mark.parametrize("granularity, count", [("unit", 8), ("layer", 14), ("block", 2)])
+def test_a_granularity_regroups_the_same_layers(model, granularity, count):
+    table = prunable_layers(model, granularity=granularity)
+    assert len(table) == count
+    assert layer_names(table) == layer_names(prunable_layers(model))
+    assert table.weights == prunable_layers(model).weights
+
+
+def test_bounds_and_protection_become_a_table_of_allowed_levels(llama):
+    table, menu = prunable_layers(llama), parse_menu(["dense", "4:8", "2:8"])
+    bounds = parse_bounds({"re:.*mlp": [0.5, 0.75], "up_proj": [0, 0.5]}, ["model.layers.0.*k_proj"], menu)
+    allowed = dict(zip(table.names, allowed_levels(llama, table, menu, bounds).tolist(), strict=True))
+    assert allowed["model.layers.0.self_attn.qkv_proj"] == [True, False, False]
+    assert allowed["model.layers.1.self_attn.qkv_proj"] == [True, True, True]
+    assert allowed["model.layers.1.mlp.gate_up_proj"] == [False, True, False]
+    assert allowed["model.layers.1.mlp.down_proj"] == [False, True, True]
+    assert allowed_levels(llama, table, menu, parse_bounds({}, [], menu)) is None
+
+
+@pytest.mark.parametrize("kind, bounds", [("bounds", ({"q_prj": [0, 1]}, [])), ("protect", ({}, ["q_prj"]))])
+def test_bounds_of_a_pattern_that_matches_nothing_name_the_nearest(llama, kind, bounds):
+    table, menu = prunable_layers(llama), parse_menu(["dense", "4:8"])
+    with pytest.raises(RecipeError, match=f"{kind} 'q_prj' matches no module") as error:
+        allowed_levels(llama, table, menu, parse_bounds(*bounds, menu))
+    assert "did you mean 'q_proj'?" in error.value.hint
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "o_proj"])
+def test_protecting_what_is_not_pruned_anyway_is_an_error(llama, pattern):
+    table, menu = prunable_layers(llama, ignore=["o_proj"]), parse_menu(["dense", "4:8"])
+    with pytest.raises(RecipeError, match=f"protect '{pattern}' matches no layer that is pruned"):
+        allowed_levels(llama, table, menu, parse_bounds({}, [pattern], menu))
+
+
+def test_a_share_that_keeps_nothing_of_a_row_names_the_layers(llama):
+    table = prunable_layers(llama)
+    check_widths(table, parse_menu(["0.7", "63/64", "3:8 in 2:4"]))
+    with pytest.raises(RecipeError, match="level 99/100 keeps nothing of the width of 12 layers"):
+        check_widths(table, parse_menu(["0.99"]))

@@ -141,7 +141,7 @@ class Sparse24(Sharded):
             reasons = sorted(set(source.packing.dense.values()))
             raise FormatError(
                 f"{source.path} has no layer that 2:4 kernels could run: {'; '.join(reasons[:3]) or 'no layers'}",
-                hint="prune with servable levels, e.g. --levels dense,2:4,2:8,1:8",
+                hint="prune with servable levels, e.g. --levels servable",
             )
 
     def size(self, source: Checkpoint) -> int:

@@ -62,7 +62,7 @@ def recount_model(
 ) -> PruneStats:
     """Return the recounted zeros of every layer of the allocation.
 
-    No group may keep more than N of M. With ``exact``, zeros beyond the plan's must be explained: by zeros
+    No group may keep more than its level allows. With ``exact``, zeros beyond the plan's must be explained: by zeros
     that were there before, by columns that are zero throughout (dead input features), or by rounding.
 
     Args:
@@ -81,10 +81,9 @@ def recount_model(
         if not found.finite:
             raise VerificationError(f"after {after}, {name} holds weights that are not finite")
         plan = f"planned was {level.name} with {weights[name] - kept:,} zeros of {weights[name]:,}"
-        if found.most_in_group > level.n:
+        if found.broken:
             raise VerificationError(
-                f"after {after}, {name} keeps {found.most_in_group} of {level.m} in some group and has "
-                f"{found.zeros:,} zeros; {plan}",
+                f"after {after}, {name} {found.broken} and has {found.zeros:,} zeros; {plan}",
                 hint="a method that updates pruned weights (GPTQ, AWQ, SmoothQuant) must come before, "
                 "round-to-nearest quantization may come after"
                 if after != "pruning"

@@ -15,7 +15,7 @@ from msp_plugin.calibration import CalibrationSet
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError, OutputError
 from msp_plugin.models import decoder_blocks
-from msp_plugin.plan.units import Layer, Unit, UnitTable
+from msp_plugin.plan.units import Layer, Unit, UnitTable, shared_inputs
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.sensitivity.base import Progress, silent
 
@@ -38,15 +38,15 @@ def build_database(
 ) -> int:
     """Write the missing layers of the database and return how many were written.
 
-    The layers are pruned from the dense model's inputs, each on its own. Layers of a fused unit have
-    the same input, so they share one statistic. Units are taken in groups whose statistics fit into
+    The layers are pruned from the dense model's inputs, each on its own. Layers that inference fuses have
+    the same input, so they share one statistic. They are taken in groups whose statistics fit into
     ``statistics_bytes``; each group costs one forward pass over the samples up to its last block.
 
     Raises:
         NumericsError: an activation is not finite, or the method fails on a layer.
     """
     start = time.monotonic()
-    missing = [u for u in table if not all(database.has(layer) for layer in u.layers)]
+    missing = [u for u in shared_inputs(table) if not all(database.has(layer) for layer in u.layers)]
     total = sum(len(unit.layers) for unit in missing)
     written = 0
     for group in _groups(missing, model, pruner, statistics_bytes):

@@ -9,6 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from msp_plugin.errors import RecipeError, VerificationError
 from msp_plugin.plan.budget import AllocationProblem, Budget
 from msp_plugin.plan.levels import Level
@@ -207,7 +209,8 @@ def make_allocation(
     """Return the allocation of a choice.
 
     Raises:
-        VerificationError: the choice misses the budget; an allocator must never return such a one.
+        VerificationError: the choice misses the budget or takes a level that is not allowed; an allocator
+            must never return such a one.
     """
     if problem.total_kept(choice) != problem.budget.kept:
         raise VerificationError(
@@ -215,5 +218,13 @@ def make_allocation(
             f"the budget is {problem.budget.kept:,}",
             hint="this is a bug of the allocator",
         )
+    if problem.allowed is not None:
+        odd = np.flatnonzero(~problem.allowed[np.arange(len(choice)), list(choice)])
+        if len(odd):
+            raise VerificationError(
+                f"the allocator took {problem.menu[choice[odd[0]]]} for {problem.table[int(odd[0])].name}, "
+                "which its bounds forbid",
+                hint="this is a bug of the allocator",
+            )
     levels = tuple(problem.menu[k] for k in choice)
     return Allocation(problem.table, levels, problem.target, sensitivities or {}, provenance or {})

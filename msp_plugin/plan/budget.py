@@ -1,22 +1,24 @@
 """Budgets in whole weights: choose one level per unit so that the count of kept weights is exact.
 
-Shape legend: U units, K levels, Q+1 reachable sums in quanta.
+Shape legend: U units, K levels. Sums of kept weights are counted in quanta, from the least that the
+units can keep.
 
-Every choice here is one multiple-choice knapsack with an equality constraint, solved exactly by
-dynamic programming over the sums (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, 11.5).
-Layer sizes share large factors, so that the sums are few: an 8B model has about 7,000 of them.
+Every choice here is one multiple-choice knapsack with an equality constraint, solved exactly
+(knapsack.py). Layer sizes share large factors, so that the sums are few: an 8B model has about 12,000 of
+them with the default levels, and some millions with shares of zeros.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
 
 from msp_plugin.errors import BudgetError
+from msp_plugin.plan.knapsack import Steps, cheapest
 from msp_plugin.plan.levels import Level, menu_names
 from msp_plugin.plan.units import UnitTable
 
@@ -53,15 +55,40 @@ class AllocationProblem:
     """One level of ``menu`` for every unit of ``table``, at the asked share of zeros.
 
     A choice is a tuple of level indices int[U], one per unit in the table's order.
+
+    Args:
+        allowed: bool[U, K], the levels that each unit may take; None allows all. It is copied and read-only.
+
+    Raises:
+        BudgetError: ``allowed`` has another shape, or leaves a unit without a level.
     """
 
     table: UnitTable
     menu: tuple[Level, ...]
     target: Fraction
+    allowed: np.ndarray | None = field(default=None, compare=False, repr=False)
+    _allowed_bytes: bytes | None = field(init=False, default=None, repr=False)  # arrays cannot be compared
+
+    def __post_init__(self) -> None:
+        if self.allowed is None:
+            return
+        allowed = np.array(self.allowed, dtype=bool)
+        shape = (len(self.table), len(self.menu))
+        if allowed.shape != shape:
+            raise BudgetError(f"the allowed levels have shape {allowed.shape}, units and levels {shape}")
+        if not allowed.any(axis=1).all():
+            unit = self.table[int(np.argmin(allowed.any(axis=1)))]
+            raise BudgetError(
+                f"no level of {', '.join(menu_names(self.menu))} is allowed for {unit.name}",
+                hint="widen its bounds, or add levels",
+            )
+        allowed.setflags(write=False)
+        object.__setattr__(self, "allowed", allowed)
+        object.__setattr__(self, "_allowed_bytes", allowed.tobytes())
 
     @cached_property
     def kept(self) -> np.ndarray:
-        """int64[U, K]: how many weights each unit keeps at each level."""
+        """int64[U, K]: how many weights each unit keeps at each level, allowed or not."""
         rows = [
             [sum(level.kept(a.out_features, a.in_features) for a in unit.layers) for level in self.menu]
             for unit in self.table
@@ -69,67 +96,95 @@ class AllocationProblem:
         return np.array(rows, dtype=np.int64)
 
     @cached_property
-    def _quantum(self) -> int:
-        spread = self.kept - self.kept.min(axis=1, keepdims=True)
-        return int(np.gcd.reduce(spread, axis=None)) or 1
+    def reach(self) -> tuple[int, int]:
+        """The fewest and the most weights that can be kept under ``allowed``."""
+        return int(self._least.sum()), int(self.kept.max(axis=1, where=self._may, initial=0).sum())
+
+    @property
+    def _nominal(self) -> Fraction:
+        """The most weights that could be kept if no row were rounded."""
+        return sum(
+            unit.weights * max(1 - level.sparsity for level, its in zip(self.menu, may, strict=True) if its)
+            for unit, may in zip(self.table, self._may, strict=True)
+        )
 
     @cached_property
-    def _quanta(self) -> np.ndarray:
-        return (self.kept - self.kept.min(axis=1, keepdims=True)) // self._quantum
+    def _may(self) -> np.ndarray:
+        return np.ones(self.kept.shape, dtype=bool) if self.allowed is None else self.allowed
+
+    @cached_property
+    def _least(self) -> np.ndarray:
+        return self.kept.min(axis=1, where=self._may, initial=np.iinfo(np.int64).max)
+
+    @cached_property
+    def _quantum(self) -> int:
+        spread = (self.kept - self._least[:, None])[self._may]
+        return int(np.gcd.reduce(spread)) or 1
+
+    @cached_property
+    def _steps(self) -> Steps:
+        """Of each unit the allowed levels with their quanta, sparsest first; the order settles ties."""
+        spread = (self.kept - self._least[:, None]) // self._quantum
+        return [
+            [(int(k), int(row[k])) for k in np.lexsort((np.arange(len(row)), row)) if may[k]]
+            for row, may in zip(spread, self._may, strict=True)
+        ]
 
     @cached_property
     def budget(self) -> Budget:
         """The count of kept weights: the target's if the levels can express it, else the nearest.
 
-        A tie goes to the sparser side.
+        A tie goes to the sparser side. A share of zeros keeps whole weights of each row, rounded down, so
+        its own sparsity is met to the nearest count too.
 
         Raises:
-            BudgetError: the target is out of the levels' reach; the reachable range is named.
+            BudgetError: the target is out of the allowed levels' reach; the reachable range is named.
         """
         weights = self.table.weights
-        low, high = int(self.kept.min(axis=1).sum()), int(self.kept.max(axis=1).sum())
+        low, high = self.reach
         wanted = (1 - self.target) * weights
-        if not low <= wanted <= high:
+        if not low <= wanted <= max(high, self._nominal):
             names = ", ".join(menu_names(self.menu))
+            bounds = "" if self.allowed is None else " within the bounds"
             raise BudgetError(
-                f"sparsity {float(self.target):g} is out of reach: the levels {names} reach "
-                f"{1 - high / weights:.4g} to {1 - low / weights:.4g}",
-                hint="add sparser or denser levels, or change the sparsity",
+                f"sparsity {float(self.target):g} is out of reach: the levels {names}{bounds} reach "
+                f"{_exactly(1 - Fraction(high, weights))} to {_exactly(1 - Fraction(low, weights))}",
+                hint="add sparser or denser levels, "
+                + ("" if self.allowed is None else "widen the bounds, ")
+                + "or change the sparsity",
             )
-        reachable = np.flatnonzero(np.isfinite(self._forward(np.zeros(self.kept.shape))[0]))
-        at = int(np.searchsorted(reachable, math.floor((wanted - low) / self._quantum)))
-        near = [low + int(r) * self._quantum for r in reachable[max(0, at - 1) : at + 2]]
-        return Budget(self.target, weights, min(near, key=lambda kept: (abs(kept - wanted), kept)))
+        at, sums = max(0, math.floor((wanted - low) / self._quantum)), self._sums()
+        near = [(sums & ((1 << (at + 1)) - 1)).bit_length() - 1]  # sum 0 is always there
+        above = sums >> (at + 1)
+        if above:
+            near.append(at + (above & -above).bit_length())
+        kept = [low + quanta * self._quantum for quanta in near]
+        return Budget(self.target, weights, min(kept, key=lambda count: (abs(count - wanted), count)))
+
+    def _sums(self) -> int:
+        """Return the sums that can be reached, as the set bits of an integer."""
+        size = (self.reach[1] - self.reach[0]) // self._quantum + 1
+        if size * len(self.table) > _TABLE_LIMIT:
+            raise BudgetError(
+                f"the layer sizes share no large factor: {size:,} sums for {len(self.table)} units",
+                hint="use levels with the same M, or ignore the layers with odd sizes",
+            )
+        sums = 1
+        for steps in self._steps:
+            reached = 0
+            for step in {step for _, step in steps}:
+                reached |= sums << step
+            sums = reached
+        return sums
 
     def total_kept(self, choice: tuple[int, ...]) -> int:
         """Return how many weights a choice keeps."""
         return int(self.kept[np.arange(len(choice)), list(choice)].sum())
 
-    def _forward(self, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the least cost float64[Q+1] of every sum, and the level taken uint8[U, Q+1]."""
-        quanta = self._quanta
-        size = int(quanta.max(axis=1).sum()) + 1
-        if size * len(quanta) > _TABLE_LIMIT:
-            raise BudgetError(
-                f"the layer sizes share no large factor: {size:,} sums for {len(quanta)} units",
-                hint="use levels with the same M, or ignore the layers with odd sizes",
-            )
-        best = np.full(size, np.inf)
-        best[0] = 0.0
-        taken = np.zeros((len(quanta), size), dtype=np.uint8)
-        for u, steps in enumerate(quanta):
-            new = np.full(size, np.inf)
-            for k in np.lexsort((np.arange(len(steps)), steps)):
-                step = int(steps[k])
-                candidate = best[: size - step] + cost[u, k]
-                better = candidate < new[step:]
-                new[step:][better] = candidate[better]
-                taken[u, step:][better] = k
-            best = new
-        return best, taken
-
     def solve(self, cost: np.ndarray) -> tuple[int, ...]:
         """Return the choice of least total cost that keeps exactly ``budget.kept`` weights.
+
+        Of equal ones, the last unit that differs takes the sparser level.
 
         Args:
             cost: float64[U, K]; ``inf`` forbids a level for a unit.
@@ -137,19 +192,16 @@ class AllocationProblem:
         Raises:
             BudgetError: no allowed choice meets the budget.
         """
-        best, taken = self._forward(np.asarray(cost, dtype=np.float64))
-        at = (self.budget.kept - int(self.kept.min(axis=1).sum())) // self._quantum
-        if not np.isfinite(best[at]):
+        cost = np.asarray(cost, dtype=np.float64)
+        goal = (self.budget.kept - self.reach[0]) // self._quantum
+        steps = [[(k, step) for k, step in row if cost[u, k] < np.inf] for u, row in enumerate(self._steps)]
+        choice = cheapest(steps, cost, goal)
+        if choice is None:
             raise BudgetError(
                 f"no allowed choice of levels keeps exactly {self.budget.kept:,} weights",
                 hint="allow more levels for the units, or change the sparsity",
             )
-        choice = []
-        for u in reversed(range(len(taken))):
-            k = int(taken[u, at])
-            choice.append(k)
-            at -= int(self._quanta[u, k])
-        return tuple(reversed(choice))
+        return choice
 
     def repair(self, wish: np.ndarray, give_way: np.ndarray) -> tuple[int, ...]:
         """Return the choice on the budget that is nearest to a wished share of kept weights.
@@ -168,5 +220,15 @@ class AllocationProblem:
 
     def uniform(self) -> tuple[int, ...]:
         """Return the choice nearest to one sparsity for all units; that level itself if it exists."""
+        return self._uniform
+
+    @cached_property
+    def _uniform(self) -> tuple[int, ...]:
         ones = np.ones(len(self.table))
         return self.repair(ones * float(1 - self.target), ones)
+
+
+def _exactly(share: Fraction) -> str:
+    """Return a share as a decimal if a short one is exact, else as a fraction with its decimal value."""
+    short = f"{float(share):.6g}"
+    return short if Fraction(short) == share else f"{share} ({float(share):.4g})"

@@ -2,7 +2,8 @@
 
 ``N:M`` keeps N of every M consecutive weights along in_features, as in the papers and NVIDIA's
 documentation. (llm-compressor's ``mask_structure`` counts the pruned ones; the conversion is in
-hosts/llm_compressor/.)
+hosts/llm_compressor/.) ``N:M in 2:4`` also keeps at most two of every aligned four, so that 2:4 kernels
+run it. A plain fraction is a share of zeros, and free within each output row.
 """
 
 from __future__ import annotations
@@ -12,26 +13,39 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from fractions import Fraction
 
 from msp_plugin.errors import RecipeError
 
-_PATTERN = re.compile(r"^\s*(\d+)\s*:\s*(\d+)\s*$")
+_PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:(?:in|@)\s*(\d+)\s*:\s*(\d+)\s*)?", re.IGNORECASE)
+_SHARE = re.compile(r"\s*(\d+\s*/\s*0*[1-9]\d*|\d*\.?\d+(e-?\d{1,2})?)\s*", re.IGNORECASE)
+_FORMS = 'write "dense", "N:M" (N kept of M, e.g. "2:4"), "N:M in 2:4", or a share of zeros, e.g. "0.7"'
+
+
+class Kind(Enum):
+    """What a level keeps: a share of each row, N of each M, or N of each M inside 2:4. Freest first."""
+
+    SHARE = 0
+    NM = 1
+    NM_IN_24 = 2
 
 
 @dataclass(frozen=True)
 class Level:
     """One sparsity pattern: ``n`` kept of every ``m`` weights along in_features.
 
-    ``dense`` is 1:1. The name is what recipes and files carry.
+    ``dense`` is 1:1. A share of zeros keeps n/m of each row, rounded down to whole weights. The name is
+    what recipes and files carry. ``parse`` gives each pattern its one form.
     """
 
     n: int
     m: int
+    kind: Kind = Kind.NM
 
     @classmethod
     def parse(cls, text: object) -> Level:
-        """Return the level that a recipe wrote as ``"dense"`` or ``"N:M"``.
+        """Return the level that a recipe wrote: ``"dense"``, ``"N:M"``, ``"N:M in 2:4"`` or a share of zeros.
 
         Raises:
             RecipeError: not a level; an unquoted ``2:4``, which YAML 1.1 reads as the number 124,
@@ -48,21 +62,23 @@ class Level:
         if isinstance(text, str):
             if text.strip().lower() == "dense":
                 return DENSE
-            if match := _PATTERN.match(text):
-                n, m = int(match[1]), int(match[2])
-                if 1 <= n <= m:
-                    return DENSE if n == m else cls(n, m)
-                raise RecipeError(
-                    f"level {text!r} keeps {n} of {m}", hint="N:M needs 1 <= N <= M: N are kept of M"
-                )
-        raise RecipeError(
-            f"level {text!r} is not a level", hint='write "dense" or "N:M" (N kept of M), e.g. "2:4"'
-        )
+            if match := _PATTERN.fullmatch(text):
+                return _groups(text, *(int(number) for number in match.groups() if number))
+        if isinstance(text, str | int | float | Fraction) and _SHARE.fullmatch(str(text)):
+            zeros = Fraction(str(text).replace(" ", ""))
+            if 0 <= zeros < 1:
+                kept = 1 - zeros
+                return cls(kept.numerator, kept.denominator, Kind.SHARE) if zeros else DENSE
+        raise RecipeError(f"level {text!r} is not a level", hint=_FORMS)
 
     @property
     def name(self) -> str:
-        """``"dense"`` or ``"N:M"``."""
-        return "dense" if self.n == self.m else f"{self.n}:{self.m}"
+        """``"dense"``, ``"N:M"``, ``"N:M in 2:4"``, or the share of zeros as a fraction."""
+        if self.is_dense:
+            return "dense"
+        if self.kind is Kind.SHARE:
+            return str(self.sparsity)
+        return f"{self.n}:{self.m}" + (" in 2:4" if self.kind is Kind.NM_IN_24 else "")
 
     @property
     def is_dense(self) -> bool:
@@ -71,7 +87,7 @@ class Level:
 
     @property
     def sparsity(self) -> Fraction:
-        """The exact share of zeros."""
+        """The nominal share of zeros; exact but for shares of rows that they do not divide."""
         return Fraction(self.m - self.n, self.m)
 
     @property
@@ -81,6 +97,8 @@ class Level:
         Then 2:4 kernels can run it. A group of four can meet several groups of M; each contributes
         at most N, and at most its overlap.
         """
+        if self.kind is not Kind.NM:
+            return self.kind is Kind.NM_IN_24
         period = math.lcm(4, self.m)
         for start in range(0, period, 4):
             owners = Counter(position // self.m for position in range(start, start + 4))
@@ -88,21 +106,56 @@ class Level:
                 return False
         return True
 
-    def kept(self, out_features: int, in_features: int) -> int:
-        """Return how many weights of an [out, in] layer stay.
+    def group(self, in_features: int) -> tuple[int, int]:
+        """Return (n, m): exactly n are kept of every m consecutive weights of a row; m divides in_features.
 
         Raises:
-            RecipeError: M does not divide in_features.
+            RecipeError: the level does not fit the width.
         """
-        if in_features % self.m:
+        if why := self.misfit(in_features):
             raise RecipeError(
-                f"level {self.name} does not divide in_features = {in_features}",
-                hint=f"use an M that divides it, or ignore the layer (remainder {in_features % self.m})",
+                f"level {self.name} {why} in_features = {in_features}",
+                hint="use another level, or ignore the layer"
+                if self.kind is Kind.SHARE
+                else f"use an M that divides it, or ignore the layer (remainder {in_features % self.m})",
             )
-        return out_features * (in_features // self.m) * self.n
+        if self.kind is Kind.SHARE:
+            return in_features * self.n // self.m, in_features
+        return self.n, self.m
+
+    def misfit(self, in_features: int) -> str | None:
+        """Return why the level cannot be had at a width, as a verb that takes the width; None if it can."""
+        if self.kind is Kind.SHARE:
+            return None if in_features * self.n >= self.m else "keeps nothing of"
+        return "does not divide" if in_features % self.m else None
+
+    def kept(self, out_features: int, in_features: int) -> int:
+        """Return how many weights of an [out, in] layer stay, exactly.
+
+        Raises:
+            RecipeError: the level does not fit the width.
+        """
+        n, m = self.group(in_features)
+        return out_features * (in_features // m) * n
 
     def __str__(self) -> str:
         return self.name
+
+
+def _groups(text: str, n: int, m: int, *inside: int) -> Level:
+    """Return the level N:M, or N:M inside another, in its one form."""
+    if not 1 <= n <= m:
+        raise RecipeError(f"level {text!r} keeps {n} of {m}", hint="N:M needs 1 <= N <= M: N are kept of M")
+    if not inside:
+        return DENSE if n == m else Level(n, m)
+    if inside != (2, 4) or m % 4 or 2 * n > m:
+        raise RecipeError(
+            f"level {text!r} is not a level",
+            hint='"N:M in 2:4" needs an M that is a multiple of 4 and N <= M/2, e.g. "3:8 in 2:4"',
+        )
+    if 2 * n == m:
+        return Level(2, 4)
+    return Level(n, m) if n <= 2 else Level(n, m, Kind.NM_IN_24)
 
 
 DENSE = Level(1, 1)
@@ -112,22 +165,37 @@ DENSE = Level(1, 1)
 #: level set is not published.
 DEFAULT_LEVELS = ("dense", "7:8", "6:8", "5:8", "4:8", "3:8", "2:8", "1:8")
 
+#: Names for whole menus. Every level of ``servable`` but dense runs on 2:4 kernels.
+MENUS = {
+    "default": DEFAULT_LEVELS,
+    "servable": ("dense", "2:4", "3:8 in 2:4", "2:8", "1:8", "1:16"),
+}
+
 
 def parse_menu(levels: Iterable[object]) -> tuple[Level, ...]:
     """Return the distinct levels of a menu, densest first; of equal ones the freer pattern first.
+
+    ``"default"`` and ``"servable"`` stand for their levels; others may be named beside them.
 
     Raises:
         RecipeError: the menu is empty, names a level twice, or holds something that is no level.
     """
     if isinstance(levels, str):
         levels = [part for part in levels.split(",") if part.strip()]
-    menu = [Level.parse(text) for text in levels]
-    if not menu:
+    menu, whole = [], []
+    for text in levels:
+        name = text.strip().lower() if isinstance(text, str) else None
+        if name in MENUS:
+            whole += [Level.parse(level) for level in MENUS[name]]
+        else:
+            menu.append(Level.parse(text))
+    if not menu and not whole:
         raise RecipeError("the list of levels is empty", hint='give at least one, e.g. ["2:4"]')
     twice = sorted({level.name for level in menu if menu.count(level) > 1})
     if twice:
         raise RecipeError(f"levels named twice: {', '.join(twice)}", hint="name each level once")
-    return tuple(sorted(menu, key=lambda level: (level.sparsity, -level.m)))
+    distinct = dict.fromkeys([*menu, *whole])
+    return tuple(sorted(distinct, key=lambda level: (level.sparsity, level.kind.value, -level.m)))
 
 
 def menu_names(menu: Sequence[Level]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -22,7 +22,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Unit:
-    """One layer, or the layers that inference fuses into one matrix; all of them share a level."""
+    """One layer, the layers that inference fuses into one matrix, or a block; its layers share a level."""
 
     name: str
     block: int
@@ -73,18 +73,21 @@ FUSED = {
 }
 
 
-def group_layers(layers: list[tuple[int, Layer]]) -> UnitTable:
-    """Return the units of ``(block, layer)`` pairs, fusing siblings that inference fuses.
+#: What a unit may be: what inference fuses, each layer on its own, or a whole decoder block.
+GRANULARITIES = ("unit", "layer", "block")
 
-    A group is fused with the members that are there: a layer that the user ignores is left out,
-    and the others still share a level.
+
+def group_layers(layers: Iterable[tuple[int, Layer]], granularity: str = "unit") -> UnitTable:
+    """Return the units of ``(block, layer)`` pairs.
+
+    With ``unit``, siblings that inference fuses share a level: a group is fused with the members that are
+    there, so if the user ignores a layer, the others still share one. With ``layer`` each layer is a unit,
+    with ``block`` all layers of a decoder block are one.
     """
     units: dict[str, list[Layer]] = {}
     blocks: dict[str, int] = {}
     for block, layer in layers:
-        parent, _, leaf = layer.name.rpartition(".")
-        fused = next((name for parts, name in FUSED.items() if leaf in parts), leaf)
-        key = f"{parent}.{fused}" if parent else fused
+        key = _unit_name(block, layer, granularity)
         units.setdefault(key, []).append(layer)
         blocks.setdefault(key, block)
     return UnitTable(
@@ -93,3 +96,22 @@ def group_layers(layers: list[tuple[int, Layer]]) -> UnitTable:
             for name, members in units.items()
         )
     )
+
+
+def _unit_name(block: int, layer: Layer, granularity: str) -> str:
+    parent, _, leaf = layer.name.rpartition(".")
+    if granularity == "layer":
+        return layer.name
+    if granularity == "block":
+        head, number, _ = f".{layer.name}".partition(f".{block}.")
+        return f"{head}{number}".strip(".") if number else f"block {block}"
+    fused = next((name for parts, name in FUSED.items() if leaf in parts), leaf)
+    return f"{parent}.{fused}" if parent else fused
+
+
+def shared_inputs(table: UnitTable) -> tuple[Unit, ...]:
+    """Return the layers of a table grouped by their input, whatever its granularity.
+
+    The layers that inference fuses read the same tensor.
+    """
+    return group_layers((unit.block, layer) for unit in table for layer in unit.layers).units

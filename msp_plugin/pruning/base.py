@@ -94,7 +94,7 @@ class InputNorm:
 
 
 class LayerwisePruner(Pruner):
-    """A method that scores each weight and keeps the best N of every M, weights unchanged.
+    """A method that scores each weight and keeps the best of a level's pattern, weights unchanged.
 
     A subclass writes ``score`` and nothing else. Set ``needs_statistics = False`` if the score does
     not use ``input_norm``.

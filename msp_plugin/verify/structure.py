@@ -95,9 +95,7 @@ def _layer(checkpoint: Checkpoint, layer: str, level: Level) -> tuple[int, str |
         return 0, error.message
     if not found.finite:
         return found.zeros, "holds weights that are not finite"
-    if found.most_in_group > level.n:
-        return found.zeros, f"keeps {found.most_in_group} of {level.m} in some group"
-    return found.zeros, None
+    return found.zeros, found.broken
 
 
 def _recorded_zeros(checkpoint: Checkpoint) -> int | None:

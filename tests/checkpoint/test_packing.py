@@ -215,3 +215,25 @@ def test_the_written_config_is_the_sources_with_that_and_is_read_back(run_dir, p
     source = Checkpoint.open(run_dir)
     assert packed == {**dense, "quantization_config": sparsity_config(source, sort_layers(source))}
     assert packed_layers(packed, "c") == tuple(SERVABLE)
+
+
+def test_levels_inside_2_4_are_packed_and_shares_of_zeros_are_not(make_run, tmp_path):
+    levels = ("3:8 in 2:4", "7/10", "2:4", "5:16 in 2:4", "1/2", "dense", "3:8 in 2:4", "9/10")
+    path = make_run(tmp_path / "run", levels=levels)
+    choice = sort_layers(Checkpoint.open(path))
+    by_unit = {
+        "self_attn.qkv": ("3:8 in 2:4", None), "self_attn.o": (None, None), "mlp.gate_up": ("2:4", "3:8 in 2:4"),
+        "mlp.down": ("5:16 in 2:4", None),
+    }  # fmt: skip
+    expected = {}
+    for unit, found in by_unit.items():
+        parent, _, leaf = unit.partition(".")
+        parts = {"qkv": "qkv", "gate_up": ("gate", "up")}.get(leaf, (leaf,))
+        for b, level in enumerate(found):
+            expected |= {f"{BLOCKS[b]}.{parent}.{part}_proj": level for part in parts if level}
+    assert choice.packed == expected
+    assert choice.dense[f"{BLOCKS[1]}.mlp.down_proj"] == "level 9/10 does not run on 2:4 kernels"
+    for layer in choice.packed:
+        weight = Checkpoint.open(path).weight(layer)
+        packed, _ = pack_layer(weight, layer)
+        assert torch.equal(unpack(packed), weight)

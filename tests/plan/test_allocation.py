@@ -10,7 +10,7 @@ from msp_plugin.errors import MSPError, RecipeError, VerificationError
 from msp_plugin.plan.allocation import SCHEMA, VERSION, Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
-from msp_plugin.plan.units import Layer, Unit, UnitTable
+from msp_plugin.plan.units import Layer, Unit, UnitTable, group_layers
 
 TABLE = UnitTable(
     (
@@ -273,3 +273,26 @@ def test_another_models_table_is_refused_with_the_layers_that_differ(units):
     with pytest.raises(VerificationError, match="for another model: 1 of its 4 layers") as error:
         allocation().check_matches(UnitTable(units))
     assert "l.1.down_proj [16, 16]" in error.value.message and "allocate anew" in error.value.hint
+
+
+@pytest.mark.parametrize("granularity, count", [("unit", 2), ("layer", 3), ("block", 1)])
+def test_an_allocation_of_every_granularity_is_read_as_it_was_written(tmp_path, granularity, count):
+    leaves = [("q_proj", 8), ("k_proj", 4), ("o_proj", 8)]
+    layers = [(0, Layer(f"l.0.{leaf}", out, 16)) for leaf, out in leaves]
+    table = group_layers(layers, granularity)
+    problem = AllocationProblem(table, PROBLEM.menu, Fraction(1, 2))
+    found = make_allocation(problem, problem.uniform(), provenance={"granularity": granularity})
+    path = tmp_path / "allocation.json"
+    path.write_text(found.to_json())
+    assert Allocation.read(path) == found and len(found.table) == count
+    assert set(found.by_layer) == {layer.name for _, layer in layers}
+    found.check_matches(group_layers(layers))
+
+
+def test_a_choice_that_the_bounds_forbid_is_the_allocators_bug():
+    allowed = [[True, True, True, True], [True, False, True, True], [True, True, True, True]]
+    problem = AllocationProblem(TABLE, PROBLEM.menu, Fraction(1, 2), allowed)
+    assert make_allocation(problem, (2, 2, 2))
+    with pytest.raises(VerificationError, match="took 6:8 for l.0.o_proj") as error:
+        make_allocation(AllocationProblem(TABLE, PROBLEM.menu, Fraction(1, 4), allowed), (1, 1, 1))
+    assert "bug of the allocator" in error.value.hint

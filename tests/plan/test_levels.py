@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msp_plugin.errors import RecipeError
-from msp_plugin.plan.levels import DEFAULT_LEVELS, DENSE, Level, menu_names, parse_menu, parse_sparsity
+from msp_plugin.plan.levels import (
+    DEFAULT_LEVELS,
+    DENSE,
+    MENUS,
+    Kind,
+    Level,
+    menu_names,
+    parse_menu,
+    parse_sparsity,
+)
 
 
 @pytest.mark.parametrize("text", ["2:4", " 2 : 4 ", "2:4\n"])
@@ -53,8 +62,10 @@ def test_a_level_that_keeps_more_than_there_is_or_nothing_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    "value", ["half", "2:4:8", "-2:4", "2/4", "", 0.5, 24, None, True, ["2:4"], {"2": 4}]
-)
+    "value",
+    ["half", "2:4:8", "-2:4", "", 24, None, True, ["2:4"], {"2": 4}, "1", 1.0, -0.5, "-1/2", "3/2", "1/0", "70 %",
+     float("nan"), float("inf"), "1e999999999", "2:4 in", "@2:4", "3:8 of 2:4"],
+)  # fmt: skip
 def test_what_is_no_level_is_named_and_the_form_is_shown(value):
     with pytest.raises(RecipeError) as error:
         Level.parse(value)
@@ -152,3 +163,77 @@ def test_a_sparsity_that_is_no_number_is_refused(value):
     with pytest.raises(RecipeError, match="is not a number") as error:
         parse_sparsity(value)
     assert repr(value) in error.value.message and "0.75" in error.value.hint
+
+
+@pytest.mark.parametrize("text", ["3:8 in 2:4", "3:8@2:4", " 3 : 8 IN 2 : 4 ", "3:8in2:4", "3:8 @ 2:4"])
+def test_a_level_inside_2_4_has_one_name(text):
+    level = Level.parse(text)
+    assert (level.n, level.m, level.kind, level.name) == (3, 8, Kind.NM_IN_24, "3:8 in 2:4")
+    assert level.sparsity == Fraction(5, 8) and level.servable and not level.is_dense
+    assert Level.parse(level.name) == level != Level(3, 8)
+    assert level.kept(5, 16) == 30 and level.group(16) == (3, 8)
+
+
+@pytest.mark.parametrize("text, name", [
+    ("4:8 in 2:4", "2:4"), ("8:16 in 2:4", "2:4"), ("2:8 in 2:4", "2:8"), ("1:16@2:4", "1:16"),
+    ("5:16 in 2:4", "5:16 in 2:4"),
+])  # fmt: skip
+def test_a_level_that_is_inside_2_4_anyway_has_its_plain_name(text, name):
+    assert Level.parse(text).name == name and Level.parse(text) == Level.parse(name)
+
+
+@pytest.mark.parametrize("text", ["5:8 in 2:4", "3:6 in 2:4", "3:8 in 4:8", "3:8 in 1:4", "8:8 in 2:4"])
+def test_what_does_not_fit_inside_2_4_is_refused(text):
+    with pytest.raises(RecipeError) as error:
+        Level.parse(text)
+    assert repr(text) in error.value.message and "multiple of 4 and N <= M/2" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "text", ["0.7", "7/10", 0.7, ".7", " 0.70 ", "14/20", "7e-1", "7 / 10", Fraction(7, 10)]
+)
+def test_a_share_of_zeros_has_one_name(text):
+    level = Level.parse(text)
+    assert (level.name, level.kind, level.sparsity) == ("7/10", Kind.SHARE, Fraction(7, 10))
+    assert Level.parse(level.name) == level and not level.servable and not level.is_dense
+
+
+@pytest.mark.parametrize("text", ["0", 0, 0.0, "0/3", "0.0"])
+def test_no_zeros_is_dense(text):
+    assert Level.parse(text) == DENSE
+
+
+@given(st.fractions(0, Fraction(99, 100), max_denominator=200), st.integers(1, 300), st.integers(1, 9))
+def test_a_share_keeps_of_every_row_what_is_left_rounded_down(zeros, width, out):
+    level, row = Level.parse(str(zeros)), 0
+    while Fraction(row + 1, width) <= 1 - zeros:
+        row += 1
+    if row == 0:
+        with pytest.raises(RecipeError, match=f"keeps nothing of in_features = {width}"):
+            level.kept(out, width)
+        assert level.misfit(width) == "keeps nothing of"
+        return
+    assert level.kept(out, width) == out * row and level.misfit(width) is None
+    assert Level.parse(level.name) == level
+    assert level.group(width) == ((row, width) if zeros else (1, 1))
+
+
+def test_a_menu_is_sorted_by_sparsity_and_then_from_free_to_strict():
+    names = ["1/2", "8:16", "4:8", "2:4", "5/8", "6:16", "3:8", "6:16 in 2:4", "3:8 in 2:4", "0.7"]
+    assert menu_names(parse_menu(reversed(names))) == [*names[:-1], "7/10"]
+
+
+def test_a_menu_may_be_named():
+    assert parse_menu("default") == parse_menu(["default"]) == parse_menu(DEFAULT_LEVELS)
+    assert menu_names(parse_menu(" Servable ")) == ["dense", "2:4", "3:8 in 2:4", "2:8", "1:8", "1:16"]
+
+
+def test_a_named_menu_takes_further_levels_and_repeats_none():
+    assert menu_names(parse_menu("servable,1:4,2:4,0.9")) == [
+        "dense", "2:4", "3:8 in 2:4", "2:8", "1:4", "1:8", "9/10", "1:16"
+    ]  # fmt: skip
+    assert set(parse_menu("default,servable")) == {*parse_menu("default"), *parse_menu("servable")}
+
+
+def test_every_level_of_the_servable_menu_but_dense_runs_on_2_4_kernels():
+    assert [level.name for level in parse_menu(MENUS["servable"]) if not level.servable] == ["dense"]

@@ -1,6 +1,6 @@
 import pytest
 
-from msp_plugin.plan.units import FUSED, Layer, Unit, UnitTable, group_layers
+from msp_plugin.plan.units import FUSED, GRANULARITIES, Layer, Unit, UnitTable, group_layers, shared_inputs
 
 BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -54,3 +54,26 @@ def test_weights_are_counted_over_all_layers():
     table = UnitTable((unit, Unit("o", 0, (Layer("o", 16, 8),))))
     assert [u.weights for u in table] == [192, 128] and table.weights == 320 and len(table) == 2
     assert [a.name for a in table.layers] == ["q", "k", "o"]
+
+
+def test_each_layer_may_be_a_unit():
+    layers = block(0) + block(1)
+    table = group_layers(layers, "layer")
+    assert table.names == tuple(layer.name for _, layer in layers)
+    assert [unit.block for unit in table] == [0] * 7 + [1] * 7
+
+
+def test_a_block_may_be_a_unit():
+    table = group_layers(block(0) + block(1) + block(10), "block")
+    assert table.names == ("model.layers.0", "model.layers.1", "model.layers.10")
+    assert [len(unit.layers) for unit in table] == [7] * 3 and [unit.block for unit in table] == [0, 1, 10]
+
+
+def test_a_block_of_one_layer_has_the_layers_name():
+    assert group_layers(block(4, ("o_proj",)), "block").names == ("model.layers.4.o_proj",)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_layers_with_one_input_are_found_at_every_granularity(granularity):
+    layers = block(0) + block(1)
+    assert shared_inputs(group_layers(layers, granularity)) == group_layers(layers).units

@@ -1,23 +1,37 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.plan.levels import DENSE, Level
+from msp_plugin.plan.levels import DENSE, Kind, Level
 from msp_plugin.pruning.masks import nm_mask, recount
 
 LEVELS = [Level(n, m) for m in (2, 3, 4, 8, 16) for n in range(1, m)]
+INSIDE = [Level(n, m, Kind.NM_IN_24) for m in (4, 8, 12, 16) for n in range(1, m // 2 + 1)]
+SHARES = [Level.parse(share) for share in ("1/2", "0.7", "1/3", "0.01", "8/9")]
 
 
 def naive_mask(score, level):
     mask = torch.zeros_like(score, dtype=torch.bool)
+    width = score.shape[1]
+    n, m = (level.n, level.m) if level.kind is not Kind.SHARE else (width * level.n // level.m, width)
     for row in range(score.shape[0]):
-        for start in range(0, score.shape[1], level.m):
-            group = range(start, start + level.m)
-            for column in sorted(group, key=lambda c: (-float(score[row, c]), c))[: level.n]:
+        better = partial(_order, score[row].tolist())
+        for start in range(0, width, m):
+            group = list(range(start, start + m))
+            if level.kind is Kind.NM_IN_24:
+                fours = [group[i : i + 4] for i in range(0, m, 4)]
+                group = [column for four in fours for column in sorted(four, key=better)[:2]]
+            for column in sorted(group, key=better)[:n]:
                 mask[row, column] = True
     return mask
+
+
+def _order(scores, column):
+    return -scores[column], column
 
 
 @given(st.sampled_from(LEVELS), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31))
@@ -25,6 +39,64 @@ def test_the_best_n_of_every_group_stay_and_ties_go_to_the_left(level, rows, gro
     generator = torch.Generator().manual_seed(seed)
     score = torch.randint(0, 4, (rows, groups * level.m), generator=generator).float()
     assert torch.equal(nm_mask(score, level), naive_mask(score, level))
+
+
+@given(st.sampled_from([*INSIDE, *SHARES]), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31))
+def test_inside_2_4_and_shares_take_the_best_and_ties_go_to_the_left(level, rows, groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    width = groups * (level.m if level.kind is Kind.NM_IN_24 else 11)
+    score = torch.randint(0, 6, (rows, width), generator=generator).float()
+    mask = nm_mask(score, level)
+    assert torch.equal(mask, naive_mask(score, level))
+    assert int(mask.sum()) == level.kept(rows, width)
+    assert recount(torch.ones_like(score) * mask, level).broken is None
+    if level.kind is Kind.NM_IN_24:
+        assert (mask.reshape(rows, -1, 4).sum(-1) <= 2).all()
+
+
+def test_a_level_inside_2_4_keeps_the_best_of_a_four_before_the_best_of_the_group():
+    score = torch.tensor([[9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 3.0, 4.0]])
+    kept = nm_mask(score, Level.parse("3:8 in 2:4")).int().tolist()
+    assert kept == [[1, 1, 0, 0, 0, 0, 0, 1]]
+    assert nm_mask(score, Level(3, 8)).int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
+
+
+def test_a_share_that_keeps_nothing_of_a_row_is_refused():
+    with pytest.raises(RecipeError, match="level 9/10 keeps nothing of in_features = 8"):
+        nm_mask(torch.ones(2, 8), Level.parse("0.9"))
+
+
+@pytest.mark.parametrize("level, weight, found", [
+    ("3:8 in 2:4", [1, 1, 1, 0, 0, 0, 0, 0], "keeps 3 of 4 in some aligned four"),
+    ("3:8 in 2:4", [1, 1, 0, 0, 1, 1, 0, 0], "keeps 4 of 8 in some group"),
+    ("3:8 in 2:4", [1, 1, 0, 0, 0, 0, 0, 1], None),
+    ("3:8", [1, 1, 1, 0, 0, 0, 0, 0], None),
+    ("0.7", [1, 1, 1, 0, 0, 0, 0, 0], "keeps 3 of 8 in some row"),
+    ("0.7", [1, 0, 0, 0, 0, 0, 0, 1], None),
+    ("2:4", [1, 1, 1, 0, 0, 0, 0, 0], "keeps 3 of 4 in some group"),
+])  # fmt: skip
+def test_the_recount_says_how_a_pattern_is_broken(level, weight, found):
+    good = [1, 1, 0, 0, 0, 0, 0, 0]
+    assert recount(torch.tensor([good, weight]).float(), Level.parse(level)).broken == found
+
+
+@given(st.sampled_from([*LEVELS, *INSIDE, *SHARES]), st.integers(0, 2**31))
+def test_zeros_of_dead_inputs_are_those_that_no_mask_can_avoid(level, seed):
+    generator = torch.Generator().manual_seed(seed)
+    width = 48
+    dead = torch.rand(width, generator=generator) < 0.6
+    if width % level.group(width)[1] or dead.all():
+        return
+    n, m = level.group(width)
+    most = 0
+    for start in range(0, width, m):
+        alive = [c for c in range(start, start + m) if not dead[c]]
+        if level.kind is Kind.NM_IN_24:
+            fours = [[c for c in alive if c // 4 == four] for four in range(start // 4, (start + m) // 4)]
+            alive = [column for four in fours for column in four[:2]]
+        most += min(n, len(alive))
+    weight = torch.ones(3, width) * ~dead
+    assert recount(weight, level).from_dead_inputs == level.kept(3, width) - 3 * most
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=str)

@@ -219,3 +219,28 @@ def test_a_nan_among_eight_bit_floats_is_found(check, run_dir, copied, rewrite):
         {f"{DOWN}.weight": lambda t: torch.where(t == t.max(), float("nan"), t).to(torch.float8_e4m3fn)},
     )
     assert "not finite" in check(Structure(), path)[DOWN].found
+
+
+def test_levels_inside_2_4_and_shares_are_held_to_their_pattern(check, states, make_run, tmp_path, rewrite):
+    levels = ("3:8 in 2:4", "7/10", "2:4", "5:16 in 2:4", "1/3", "dense", "3:8 in 2:4", "0.9")
+    path = make_run(tmp_path / "run", levels=levels)
+    assert states(check(Structure(), path))["layers"] == "ok"
+    gate, q, down = (
+        f"model.layers.{leaf}" for leaf in ("1.mlp.gate_proj", "1.self_attn.q_proj", "1.mlp.down_proj")
+    )
+
+    def three_of_four(weight):
+        weight[5, 8:16] = torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+        return weight
+
+    def one_more(weight):
+        weight[3, (weight[3] == 0).nonzero()[0]] = 1.0
+        return weight
+
+    rows = check(
+        Structure(),
+        rewrite(path, {f"{gate}.weight": three_of_four, f"{q}.weight": one_more, f"{down}.weight": one_more}),
+    )
+    assert (rows[gate].found, rows[gate].expected) == ("keeps 3 of 4 in some aligned four", "3:8 in 2:4")
+    assert (rows[q].found, rows[q].expected) == ("keeps 43 of 64 in some row", "1/3")
+    assert (rows[down].found, rows[down].expected) == ("keeps 13 of 128 in some row", "9/10")

@@ -6,13 +6,16 @@ which leaves no hook and no statistic behind after a failure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.llm_compressor.methods import HostPruner
 from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.levels import Level
 from msp_plugin.pruning.base import Pruner
 
 if TYPE_CHECKING:
@@ -20,18 +23,39 @@ if TYPE_CHECKING:
     from llmcompressor.modifiers import Modifier
 
 
-def make_engine(pruner: Pruner, allocation: Allocation, owner: Modifier) -> HostEngine | LayerwiseEngine:
-    """Return the engine for a method: the host's own modifiers, or our hooks for layer-wise scores."""
-    if isinstance(pruner, HostPruner):
-        return HostEngine(pruner, allocation)
-    return LayerwiseEngine(pruner, allocation, owner)
+def make_engine(
+    pruner: Pruner, allocation: Allocation, owner: Modifier
+) -> HostEngine | LayerwiseEngine | BothEngines:
+    """Return the engine for a method and its layers' levels.
+
+    The host's own modifiers make what they can; layer-wise scores, and the levels that only our functions
+    make, go through our hooks.
+    """
+    levels = {name: level for name, level in allocation.by_layer.items() if not level.is_dense}
+    theirs = {name: level for name, level in levels.items() if _host_makes(pruner, level)}
+    ours = {name: level for name, level in levels.items() if name not in theirs}
+    if not ours and isinstance(pruner, HostPruner):
+        return HostEngine(pruner, theirs)
+    if not theirs:
+        return LayerwiseEngine(pruner, ours, owner)
+    return BothEngines((HostEngine(pruner, theirs), LayerwiseEngine(pruner, ours, owner)))
+
+
+def _host_makes(pruner: Pruner, level: Level) -> bool:
+    if not isinstance(pruner, HostPruner):
+        return False
+    try:
+        pruner.check_modifier(level)
+    except RecipeError:
+        return False
+    return True
 
 
 class HostEngine:
     """One instance of the host's modifier per level, each with the exact names of its layers."""
 
-    def __init__(self, pruner: HostPruner, allocation: Allocation):
-        self.pruner, self.allocation = pruner, allocation
+    def __init__(self, pruner: HostPruner, levels: Mapping[str, Level]):
+        self.pruner, self.levels = pruner, levels
         self.instances: list[Modifier] = []
         self.names: dict[torch.nn.Module, str] = {}
 
@@ -40,16 +64,13 @@ class HostEngine:
 
         if not ModifierFactory._loaded:
             ModifierFactory.refresh()
-        layers = self.allocation.by_layer
-        self.names = {state.model.get_submodule(name): name for name in layers}
-        for level in sorted(set(layers.values()), key=lambda level: level.sparsity):
-            if level.is_dense:
-                continue
+        self.names = {state.model.get_submodule(name): name for name in self.levels}
+        for level in sorted(set(self.levels.values()), key=lambda level: level.sparsity):
             instance = ModifierFactory.create(
                 self.pruner.modifier,
                 allow_registered=True,
                 allow_experimental=True,
-                targets=[name for name, its in layers.items() if its == level],
+                targets=[name for name, its in self.levels.items() if its == level],
                 **self.pruner.modifier_arguments(level),
             )
             self.instances.append(instance)
@@ -77,17 +98,13 @@ class HostEngine:
 class LayerwiseEngine:
     """Statistics by forward hooks; each layer is pruned when the pipeline has calibrated its block."""
 
-    def __init__(self, pruner: Pruner, allocation: Allocation, owner: Modifier):
-        self.pruner, self.allocation, self.owner = pruner, allocation, owner
+    def __init__(self, pruner: Pruner, levels: Mapping[str, Level], owner: Modifier):
+        self.pruner, self.levels, self.owner = pruner, levels, owner
         self.statistics: dict[torch.nn.Module, Any] = {}
         self.names: dict[torch.nn.Module, str] = {}
 
     def initialize(self, state: State, **kwargs: Any) -> None:
-        self.names = {
-            state.model.get_submodule(name): name
-            for name, level in self.allocation.by_layer.items()
-            if not level.is_dense
-        }
+        self.names = {state.model.get_submodule(name): name for name in self.levels}
 
     def event(self, state: State, event: Event, **kwargs: Any) -> None:
         from llmcompressor.core.events import EventType
@@ -113,12 +130,11 @@ class LayerwiseEngine:
             ready = list(self.statistics)
         else:
             ready = [module for module in modules if module in self.names]
-        levels = self.allocation.by_layer
         for module in ready:
             name = self.names[module]
             with align_module_device(module):
                 statistic = self.statistics.pop(module, None)
-                (pruned,) = self.pruner.prune_levels(module, statistic, [levels[name]], name)
+                (pruned,) = self.pruner.prune_levels(module, statistic, [self.levels[name]], name)
             update_offload_parameter(module, "weight", pruned)
 
     def finalize(self, state: State) -> None:
@@ -127,3 +143,26 @@ class LayerwiseEngine:
     def abort(self) -> None:
         self.owner.remove_hooks()
         self.statistics, self.names = {}, {}
+
+
+@dataclass(frozen=True)
+class BothEngines:
+    """The host's modifiers and our hooks in one calibration, each for its own layers."""
+
+    engines: tuple[HostEngine | LayerwiseEngine, ...]
+
+    def initialize(self, state: State, **kwargs: Any) -> None:
+        for engine in self.engines:
+            engine.initialize(state, **kwargs)
+
+    def event(self, state: State, event: Event, **kwargs: Any) -> None:
+        for engine in self.engines:
+            engine.event(state, event, **kwargs)
+
+    def finalize(self, state: State) -> None:
+        for engine in self.engines:
+            engine.finalize(state)
+
+    def abort(self) -> None:
+        for engine in self.engines:
+            engine.abort()

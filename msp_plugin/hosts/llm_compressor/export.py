@@ -81,6 +81,7 @@ def plain_recipe(allocation: Allocation) -> dict[str, Any]:
         raise RecipeError("every layer of the allocation is dense", hint="there is nothing to prune")
     recipe = {}
     for level in sorted(layers, key=lambda level: (level.sparsity, level.m)):
+        pruner.check_modifier(level)
         pruner.check_level(level)
         key = f"keep_{level.n}_of_{level.m}"
         arguments = {**pruner.modifier_arguments(level), "targets": layers[level]}

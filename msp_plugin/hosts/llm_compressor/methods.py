@@ -1,13 +1,16 @@
-"""llm-compressor's pruning methods, driven by their own code.
+"""llm-compressor's pruning methods.
 
 ``mask_structure`` in llm-compressor counts the *pruned* weights of M; our levels count the kept
-ones. The level database calls the host's pure functions layer by layer; the final pruning runs the
-host's own modifiers (engines.py).
+ones. The final pruning runs the host's own modifiers for the levels that they can make, plain ``N:M``
+(engines.py). The level database, and the other levels, use the host's statistics and layer-wise
+functions; where those are ours, they give what the host gives, bit for bit.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,17 +18,20 @@ from typing import Any, ClassVar
 
 import torch
 
-from msp_plugin.errors import NumericsError, RecipeError
+from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.llm_compressor import require_host
-from msp_plugin.plan.levels import Level
+from msp_plugin.plan.levels import Kind, Level
 from msp_plugin.pruning.base import Pruner
+from msp_plugin.pruning.masks import nm_mask
+from msp_plugin.pruning.sparsegpt import factor_inverse, sparsegpt
 
 
 class HostPruner(Pruner):
     """A method whose final pruning is a modifier of llm-compressor, one instance per level.
 
     A third party's modifier joins by subclassing: name its class in ``modifier`` and give the level
-    database the layer-wise functions.
+    database the layer-wise functions. Levels that the modifier cannot make are refused, unless
+    ``check_level`` says that the layer-wise functions can.
     """
 
     host: ClassVar[str] = "llmcompressor"
@@ -34,6 +40,17 @@ class HostPruner(Pruner):
     def version(self) -> str:
         require_host()
         return importlib.metadata.version("llmcompressor")
+
+    def check_level(self, level: Level) -> None:
+        self.check_modifier(level)
+
+    def check_modifier(self, level: Level) -> None:
+        """Raise RecipeError if the host's own modifier cannot make ``level``."""
+        if level.kind is not Kind.NM:
+            raise RecipeError(
+                f"{self.modifier} of {self.host} cannot make level {level}",
+                hint="it makes N:M, and of shares of zeros no exact count: use levels such as 2:4",
+            )
 
     @abstractmethod
     def modifier_arguments(self, level: Level) -> dict[str, Any]:
@@ -51,6 +68,8 @@ def _structure(level: Level) -> str:
 class SparseGPT(HostPruner):
     """SparseGPT (arXiv 2301.00774) by llm-compressor's SparseGPTModifier.
 
+    The level database, and levels that the modifier cannot make, go through our own column loop.
+
     Args:
         block_size: columns compressed in one pass; a multiple of every M.
         dampening_frac: share of the Hessian's mean diagonal that is added to it.
@@ -66,11 +85,16 @@ class SparseGPT(HostPruner):
         if self.block_size < 1 or not self.dampening_frac >= 0:
             raise RecipeError("sparsegpt: block_size must be at least 1 and dampening_frac at least 0")
 
+    def code(self) -> str:
+        """The digest covers the column loop too."""
+        loop = inspect.getsource(inspect.getmodule(sparsegpt))
+        return hashlib.sha256((super().code() + loop).encode()).hexdigest()
+
     def check_level(self, level: Level) -> None:
-        if self.block_size % level.m:
+        if level.kind is not Kind.SHARE and self.block_size % level.m:
             raise RecipeError(
                 f"sparsegpt: block_size {self.block_size} is no multiple of the M of level {level}",
-                hint="llm-compressor would break the pattern at the block's edge; change block_size",
+                hint="the pattern would break at the block's edge; change block_size",
             )
 
     def modifier_arguments(self, level: Level) -> dict[str, Any]:
@@ -83,7 +107,7 @@ class SparseGPT(HostPruner):
 
     def check_statistics(self, instance: Any, names: dict[torch.nn.Module, str]) -> None:
         for module, hessian in instance._hessians.items():
-            _require_invertible(hessian, self.dampening_frac, names.get(module, "a layer"))
+            factor_inverse(hessian, self.dampening_frac, names.get(module, "a layer"))
 
     def statistic_bytes(self, module: torch.nn.Linear) -> int:
         return 4 * module.in_features**2
@@ -103,24 +127,10 @@ class SparseGPT(HostPruner):
     def prune_levels(
         self, module: torch.nn.Linear, statistic: list[Any], levels: Sequence[Level], layer: str
     ) -> Iterator[torch.Tensor]:
-        from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import sparsify_weight
-
-        _require_invertible(statistic[0], self.dampening_frac, layer)
+        weight = module.weight.detach()
+        factor = factor_inverse(statistic[0], self.dampening_frac, layer)
         for level in levels:
-            if level.is_dense:  # the host would take it for unstructured
-                yield module.weight.detach().clone()
-                continue
-            _, weight = sparsify_weight(
-                module=module,
-                hessians_dict={module: statistic[0].clone()},
-                sparsity=float(level.sparsity),
-                prune_n=level.m - level.n,
-                prune_m=level.m,
-                block_size=self.block_size,
-                dampening_frac=self.dampening_frac,
-                preserve_sparsity_mask=False,
-            )
-            yield weight
+            yield weight.clone() if level.is_dense else sparsegpt(weight, factor, level, self.block_size)
 
     def output_error(self, delta: torch.Tensor, statistic: list[Any]) -> float:
         """Exact over the calibration tokens: the host's H is 2 / samples * sum x x^T."""
@@ -129,38 +139,18 @@ class SparseGPT(HostPruner):
         return float((delta @ moment).mul_(delta).sum(dtype=torch.float64))
 
 
-def _require_invertible(hessian: torch.Tensor, dampening: float, layer: str) -> None:
-    """Raise where the host would silently replace the Hessian by the identity.
-
-    Raises:
-        NumericsError: the damped Hessian is not finite or not positive definite.
-    """
-    damped = hessian.clone()
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += dampening * diagonal.mean()
-    finite = bool(torch.isfinite(damped).all())
-    if not finite or not _inverts(damped):
-        raise NumericsError(
-            f"the Hessian of {layer} is {'singular' if finite else 'not finite'} with dampening {dampening:g}",
-            hint="give more calibration samples, or raise the method's dampening_frac",
-        )
-
-
-def _inverts(hessian: torch.Tensor) -> bool:
-    """Return True if the host's sequence, factor, invert, factor the inverse, goes through."""
-    factor, info = torch.linalg.cholesky_ex(hessian)
-    if int(info):
-        return False
-    return not int(torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)[1])
-
-
 @dataclass(frozen=True)
 class Wanda(HostPruner):
-    """Wanda (arXiv 2306.11695) by llm-compressor's WandaPruningModifier."""
+    """Wanda (arXiv 2306.11695) by llm-compressor's WandaPruningModifier.
+
+    Levels that the modifier cannot make are masked by the same score.
+    """
 
     name = "wanda"
     modifier = "WandaPruningModifier"
+
+    def check_level(self, level: Level) -> None:
+        """All levels can be made."""
 
     def modifier_arguments(self, level: Level) -> dict[str, Any]:
         return {"sparsity": float(level.sparsity), "mask_structure": _structure(level)}
@@ -185,7 +175,12 @@ class Wanda(HostPruner):
     ) -> Iterator[torch.Tensor]:
         from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import sparsify_weight
 
+        weight = module.weight.detach()
         for level in levels:
+            if level.kind is not Kind.NM:
+                score = weight.float().abs() * statistic[0].sqrt()
+                yield weight.masked_fill(~nm_mask(score, level), 0)
+                continue
             yield sparsify_weight(
                 module=module,
                 row_scalars_dict={module: statistic[0].clone()},

@@ -33,7 +33,7 @@ HOST_KEYS = {
 
 
 class MixedSparsityModifier(Options, Modifier):
-    """Prune each layer at the N:M level that a search chose for it, with the host's own method.
+    """Prune each layer at the level that a search chose for it, with the host's own method.
 
     The search runs when the modifier is initialised, on the dense model and the calibration data of
     ``oneshot``; the pruning then goes through the host's pipeline, block by block. After each run the

@@ -187,3 +187,10 @@ def test_a_level_that_the_methods_blocks_would_break_is_refused_as_a_run_would(
     assert json.loads((path / "allocation.json").read_text())["provenance"]["method"]["block_size"] == 20
     with pytest.raises(RecipeError, match="block_size 20 is no multiple of the M of level"):
         export_checkpoint(path, PlainRecipe(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("level", ["3:8 in 2:4", "7/10"])
+def test_levels_that_llm_compressor_alone_cannot_make_are_refused_by_name(allocation, method, level):
+    with pytest.raises(RecipeError, match=f"{MODIFIERS[method]} of llmcompressor cannot make level {level}"):
+        plain_recipe(allocation(METHODS[method], levels=("2:4", level) * 4))

@@ -1,0 +1,54 @@
+"""Patterns that name modules: in targets, ignore, bounds and protect."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+
+import torch
+
+from msp_plugin.errors import RecipeError, nearest
+
+
+def matches(pattern: str, name: str, module: torch.nn.Module) -> bool:
+    """Return True if a pattern names a module.
+
+    A pattern is a module's name, a name ending (``q_proj``), a class name, a shell pattern with ``*``, or
+    ``re:`` and a regular expression that is matched from the start of the name.
+
+    Raises:
+        RecipeError: it is no regular expression.
+    """
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error as error:
+            raise RecipeError(f"pattern {pattern!r} is no regular expression: {error}") from None
+    if "*" in pattern:
+        return fnmatch.fnmatchcase(name, pattern)
+    classes = {cls.__name__ for cls in type(module).__mro__ if cls.__module__ != "builtins"}
+    return pattern == name or name.endswith("." + pattern) or pattern in classes - {"Module", "object"}
+
+
+def check_patterns(model: torch.nn.Module, kind: str, patterns: Iterable[str]) -> None:
+    """Raise unless each pattern matches a linear or an embedding; ``kind`` names the option.
+
+    Raises:
+        RecipeError: it matches nothing, or containers alone.
+    """
+    named = {name: module for name, module in model.named_modules() if name}
+    for pattern in patterns:
+        hit = [module for name, module in named.items() if matches(pattern, name, module)]
+        if any(isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) for module in hit):
+            continue
+        if hit:
+            raise RecipeError(
+                f"{kind} {pattern!r} matches {type(hit[0]).__name__} modules, but no linear",
+                hint=f'for the linears inside write "*{pattern}.*", or "re:.*{pattern}[.].*"',
+            )
+        leaves = {n.rpartition(".")[2] for n, m in named.items() if isinstance(m, torch.nn.Linear)}
+        raise RecipeError(
+            f"{kind} {pattern!r} matches no module of {type(model).__name__}",
+            hint=nearest(pattern, leaves | {"Linear"}),
+        )
