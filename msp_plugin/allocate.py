@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from msp_plugin.allocators.base import AllocationInputs, AllocationResult
+from msp_plugin.allocators.base import AllocationResult
 from msp_plugin.calibration import CalibrationSet
-from msp_plugin.database.build import build_database, check_space
-from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import RecipeError
-from msp_plugin.evaluation import CandidateLoss
-from msp_plugin.files import default_cache, finite
+from msp_plugin.files import finite
+from msp_plugin.measure import Measurements, StepProgress, no_progress
 from msp_plugin.models import (
+    allowed_levels,
     check_finite_weights,
-    check_in_memory,
     check_widths,
-    fingerprint,
     prunable_layers,
 )
 from msp_plugin.options import Plan
@@ -34,16 +25,8 @@ from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins import spec_of
-from msp_plugin.sensitivity.base import unit_sensitivities
 
 log = logging.getLogger(__name__)
-
-#: Called with (step, done, total), step being a few words such as "sensitivity".
-StepProgress = Callable[[str, int, int], None]
-
-
-def no_progress(step: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +58,16 @@ def check_model(model: torch.nn.Module, plan: Plan) -> UnitTable:
         plan.given.check_matches(prunable_layers(model))
         table = plan.given.table
     else:
-        table = prunable_layers(model, plan.targets, plan.ignore)
+        table = prunable_layers(model, plan.targets, plan.ignore, plan.granularity)
         check_widths(table, plan.menu)
-        budget = AllocationProblem(table, plan.menu, plan.sparsity).budget
+        problem = make_problem(model, table, plan)
+        budget = problem.budget
+        least = int(problem.kept.min(axis=1).sum())
+        if budget.kept == least and not plan.is_uniform:
+            log.warning(
+                "sparsity %s is the sparsest that the levels reach: one allocation only meets it; add sparser "
+                "levels, e.g. 1:16, to leave a choice", float(plan.sparsity),
+            )  # fmt: skip
         if not budget.exact:
             log.info(
                 "sparsity %s cannot be met to the weight: nearest is %d zeros of %d",
@@ -106,83 +96,53 @@ def allocate(
     table = check_model(model, plan)
     if plan.given is not None:
         return Outcome(plan.given)
-    problem = AllocationProblem(table, plan.menu, plan.sparsity)
-    allocator, model_id = plan.allocator, fingerprint(model)
-    if not allocator.needs_database and not plan.estimators:
-        result = allocator.allocate(_inputs(plan, problem, {}, None, None, lambda done, total: None))
-        return Outcome(_finish(model, model_id, None, plan, problem, result, {}))
-    if data is None:
+    problem = make_problem(model, table, plan)
+    allocator = plan.allocator
+    if data is None and plan.allocation_needs_data:
         raise RecipeError(f"allocator {allocator.name!r} needs calibration text", hint="pass a dataset")
-    start = time.monotonic()
-    check_in_memory(model)
-    head, held_out = data.split(allocator.held_out_tokens)
-    sensitivities = _sensitivities(model, head, table, plan, progress)
-    database = None
-    if allocator.needs_database:
-        database = open_database(model_id, head, plan)
-        check_space(database, model, table)
-        build_database(
-            database, model, table, plan.pruner, head, batch_tokens=batch_tokens,
-            progress=partial(progress, "level database"),
-        )  # fmt: skip
-    began = time.monotonic()
-    measured = (
-        CandidateLoss(model, database, problem, held_out, allocator.objective, batch_tokens)
-        if database is not None and allocator.measures
-        else nullcontext()
+    head, search, holdout = parts(data, plan)
+    measurements = Measurements(
+        model, table, plan.menu, plan.pruner, head, search, holdout, plan.estimators, plan.cache,
+        batch_tokens, progress=progress,
+    )  # fmt: skip
+    result, record = measurements.allocate(allocator, problem, plan.seed)
+    used = data if plan.allocation_needs_data else None
+    allocation = _finish(
+        model, measurements.model_id, used, plan, problem, result, measurements.sensitivities
     )
-    with measured as loss:
-        report = partial(progress, "search")
-        result = allocator.allocate(_inputs(plan, problem, sensitivities, database, loss, report))
-    now = time.monotonic()
-    log.info("search %s: %d candidates, %.1f s", allocator.name, result.evaluations, now - began)
-    search = {
-        "allocator": allocator.name,
-        "forward_tokens": loss.forward_tokens if loss is not None else 0,
-        "evaluations": result.evaluations,
-        "seconds": round(now - began, 3),
-        "total_seconds": round(now - start, 3),
-        "loss": finite(result.loss),
-        "uniform_loss": finite(result.uniform_loss),
-        "curve": [list(point) for point in result.curve],
-    }
-    return Outcome(_finish(model, model_id, data, plan, problem, result, sensitivities), search)
+    return Outcome(allocation, record if allocator.needs_database or plan.estimators else {})
 
 
-def _sensitivities(
-    model: torch.nn.Module, data: CalibrationSet, table: UnitTable, plan: Plan, progress: StepProgress
-) -> dict[str, tuple[float, ...]]:
-    found = {}
-    for name, estimator in plan.estimators.items():
-        began = time.monotonic()
-        found[name] = unit_sensitivities(estimator, model, data, table, partial(progress, "sensitivity"))
-        log.info("sensitivity %s: %d units, %.1f s", name, len(table), time.monotonic() - began)
-    return found
+def make_problem(model: torch.nn.Module, table: UnitTable, plan: Plan) -> AllocationProblem:
+    """Return the plan's choice to make over a model's units.
+
+    Raises:
+        RecipeError: see models.allowed_levels.
+        BudgetError: see AllocationProblem.budget, which is computed when first asked for.
+    """
+    allowed = allowed_levels(model, table, plan.menu, plan.bounds)
+    return AllocationProblem(table, plan.menu, plan.sparsity, allowed)
 
 
-def open_database(model_id: str, data: CalibrationSet, plan: Plan) -> LevelDatabase:
-    """Return the level database of a model (its fingerprint), samples, method and levels, built or not."""
-    identity = {
-        "model": model_id,
-        "calibration": data.fingerprint if plan.pruner.needs_statistics else None,
-        "method": {**spec_of(plan.pruner), "host": plan.pruner.host, "version": plan.pruner.version()},
-        "code": plan.pruner.code(),
-        "torch": torch.__version__,
-    }
-    return LevelDatabase(Path(plan.cache or default_cache()), identity, plan.menu)
+def parts(
+    data: CalibrationSet | None, plan: Plan
+) -> tuple[CalibrationSet | None, CalibrationSet | None, CalibrationSet | None]:
+    """Return the samples that calibrate, that measure candidates, and that tell when to stop.
 
+    The last samples measure, as many as the allocator's ``tokens`` ask for, and the last of all tell when
+    to stop; all others give sensitivities and statistics.
 
-def _inputs(
-    plan: Plan,
-    problem: AllocationProblem,
-    sensitivities: dict[str, tuple[float, ...]],
-    database: LevelDatabase | None,
-    loss: CandidateLoss | None,
-    progress: Callable[[int, int], None],
-) -> AllocationInputs:
-    weight_error, output_error = database.errors(problem.table) if database else (None, None)
-    values = {name: np.array(v) for name, v in sensitivities.items()}
-    return AllocationInputs(problem, values, weight_error, output_error, loss, plan.seed, progress)
+    Raises:
+        DataError: see CalibrationSet.split.
+    """
+    if data is None:
+        return None, None, None
+    head, held_out = data.split(plan.search_tokens)
+    search, holdout = held_out.cut(plan.allocator.stopping_tokens)
+    if search.tokens < plan.allocator.held_out_tokens:  # the hold-out, in whole samples, took from it
+        head, held_out = data.split(holdout.tokens + plan.allocator.held_out_tokens)
+        search, holdout = held_out.cut(plan.allocator.stopping_tokens)
+    return head, search, holdout
 
 
 def _finish(
@@ -206,6 +166,8 @@ def _finish(
         "levels": [level.name for level in plan.menu],
         "targets": list(plan.targets),
         "ignore": list(plan.ignore),
+        "granularity": plan.granularity,
+        **plan.bounds.to_dict(),
         "seed": plan.seed,
         "calibration": (None if data is None else {"fingerprint": data.fingerprint, "samples": len(data)}),
         "loss": finite(result.loss),

@@ -65,16 +65,22 @@ class CalibrationSet:
         Raises:
             DataError: less than half of the samples would be left for the head.
         """
-        count, cut = 0, len(self.samples)
-        while cut > 0 and count < tail_tokens:
-            cut -= 1
-            count += len(self.samples[cut])
+        head, tail = self.cut(tail_tokens)
+        count, cut = tail.tokens, len(head)
         if count < tail_tokens or cut < (len(self.samples) + 1) // 2:
             raise DataError(
                 f"the search asks for {tail_tokens:,} held-out tokens, but {len(self)} calibration samples "
                 f"with {self.tokens:,} tokens leave at most {self.tokens // 2:,} for it",
                 hint="give more or longer samples, or set a smaller number of search tokens",
             )
+        return head, tail
+
+    def cut(self, tail_tokens: int) -> tuple[CalibrationSet, CalibrationSet]:
+        """Return (head, tail): the fewest samples from the end with ``tail_tokens`` tokens, or all."""
+        count, cut = 0, len(self.samples)
+        while cut > 0 and count < tail_tokens:
+            cut -= 1
+            count += len(self.samples[cut])
         return (
             CalibrationSet(self.samples[:cut], f"{self.source} [:{cut}]"),
             CalibrationSet(self.samples[cut:], f"{self.source} [{cut}:]"),

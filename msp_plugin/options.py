@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from msp_plugin.allocators.base import Allocator
 from msp_plugin.errors import RecipeError, nearest
 from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.bounds import Bounds, parse_bounds
 from msp_plugin.plan.levels import DEFAULT_LEVELS, Level, parse_menu, parse_sparsity
+from msp_plugin.plan.units import GRANULARITIES
 from msp_plugin.plugins import Plugins
 from msp_plugin.pruning.base import Pruner
 
@@ -23,9 +25,15 @@ class Options(BaseModel):
     Args:
         sparsity: share of zeros among the prunable weights, in [0, 1). Not needed with ``allocation``.
         method: the pruner: sparsegpt, wanda, magnitude, or one that a plugin registers.
-        levels: the menu: "dense" and "N:M" with N kept of M.
+        levels: the menu: "dense", "N:M" with N kept of M, "N:M in 2:4", shares of zeros such as "0.7"; or
+            the name of a menu, "default" or "servable" (every level of it but dense runs on 2:4 kernels).
         targets, ignore: which linears of the decoder blocks are pruned (see models.prunable_layers).
-        allocator: chooses a level per unit: msp, uniform, or one that a plugin registers.
+        granularity: what shares a level: ``unit``, the layers that inference fuses; ``layer``, nothing;
+            ``block``, all layers of a decoder block.
+        bounds: by pattern, the least and the most sparsity of the layers it matches, {pattern: [low, high]}.
+        protect: patterns of layers that stay dense. Unlike ignored ones they count in the budget, so that
+            the others make up for them. With bounds and protect, a unit takes those of all its layers.
+        allocator: chooses a level per unit: search, uniform, or any other of `msp plugins`.
         estimators: overrides of the sensitivity estimators' options, by their name.
         allocation: path of a finished allocation.json; nothing is searched then.
         seed: of every random choice.
@@ -39,7 +47,10 @@ class Options(BaseModel):
     levels: list[Any] = list(DEFAULT_LEVELS)
     targets: list[str] = ["Linear"]
     ignore: list[str] = []
-    allocator: str | dict[str, Any] = "msp"
+    granularity: str = "unit"
+    bounds: dict[str, Any] = {}
+    protect: list[str] = []
+    allocator: str | dict[str, Any] = "search"
     estimators: dict[str, dict[str, Any]] = {}
     allocation: str | None = None
     seed: int = Field(0, ge=0)
@@ -53,9 +64,10 @@ class Options(BaseModel):
                 if key not in cls.model_fields:
                     raise RecipeError(f"unknown key {key!r}", hint=nearest(str(key), Options.model_fields))
             data = dict(data)
-            if isinstance(data.get("levels"), int):
+            if isinstance(data.get("levels"), int | float):
                 parse_menu([data["levels"]])  # an unquoted 2:4 is explained
-            for key in ("targets", "ignore", "levels"):
+                data["levels"] = [data["levels"]]
+            for key in ("targets", "ignore", "levels", "protect"):
                 if isinstance(data.get(key), str):
                     data[key] = [part.strip() for part in data[key].split(",") if part.strip()]
         return data
@@ -89,11 +101,15 @@ class Plan:
     given: Allocation | None
     seed: int
     cache: str | None
+    granularity: str
+    bounds: Bounds
 
     @property
     def search_tokens(self) -> int:
-        """Calibration tokens that are held out to measure candidates."""
-        return 0 if self.given is not None else self.allocator.held_out_tokens
+        """Calibration tokens that are held out to measure candidates and to know when to stop."""
+        if self.given is not None:
+            return 0
+        return self.allocator.held_out_tokens + self.allocator.stopping_tokens
 
     @property
     def is_uniform(self) -> bool:
@@ -102,33 +118,48 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """True if calibration text is needed."""
-        search = self.given is None and (self.allocator.needs_database or self.estimators)
-        return bool(search) or self.pruner.needs_statistics
+        """True if calibration text is needed: by the allocation, or by the method's statistics."""
+        return self.allocation_needs_data or self.pruner.needs_statistics
+
+    @property
+    def allocation_needs_data(self) -> bool:
+        """True if the allocator needs the level database, or an estimator that it reads needs text."""
+        if self.given is not None:
+            return False
+        return self.allocator.needs_database or any(e.needs_data for e in self.estimators.values())
+
+
+def _target(options: Options, given: Allocation | None) -> tuple[Fraction, tuple[Level, ...]]:
+    """Return the asked sparsity and the menu, of the recipe or of a finished allocation."""
+    if given is None:
+        if options.sparsity is None:
+            raise RecipeError("sparsity is missing", hint="say e.g. sparsity: 0.75, or give an allocation")
+        return parse_sparsity(options.sparsity), parse_menu(options.levels)
+    if options.sparsity is not None and parse_sparsity(options.sparsity) != given.target:
+        raise RecipeError(
+            f"sparsity {options.sparsity} contradicts {options.allocation}, made for {given.target}",
+            hint="leave sparsity out, or allocate anew",
+        )
+    return given.target, tuple(dict.fromkeys(given.levels))
 
 
 def resolve(options: Options, plugins: Plugins) -> Plan:
     """Return the plan of the options.
 
     Raises:
-        RecipeError: an unknown name or option, a level that is none, a sparsity out of range, a method
-            that cannot make a level, a missing or damaged allocation file.
+        RecipeError: an unknown name or option, a level that is none, a sparsity or bounds out of range, a
+            method that cannot make a level, a missing or damaged allocation file.
     """
     pruner = plugins.build("pruners", options.method)
     allocator = plugins.build("allocators", options.allocator)
     given = Allocation.read(options.allocation) if options.allocation else None
-    if given is not None:
-        sparsity = given.target
-        menu = tuple(dict.fromkeys(given.levels))
-        if options.sparsity is not None and parse_sparsity(options.sparsity) != given.target:
-            raise RecipeError(
-                f"sparsity {options.sparsity} contradicts {options.allocation}, made for {given.target}",
-                hint="leave sparsity out, or allocate anew",
-            )
-    elif options.sparsity is None:
-        raise RecipeError("sparsity is missing", hint="say e.g. sparsity: 0.75, or give an allocation")
-    else:
-        sparsity, menu = parse_sparsity(options.sparsity), parse_menu(options.levels)
+    sparsity, menu = _target(options, given)
+    if options.granularity not in GRANULARITIES:
+        raise RecipeError(
+            f"granularity {options.granularity!r} is unknown",
+            hint=nearest(options.granularity, GRANULARITIES),
+        )
+    bounds = parse_bounds(options.bounds, options.protect, menu)
     pruner.version()  # raises if its host is missing
     for level in menu:
         if not level.is_dense:
@@ -143,6 +174,6 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
     }
     estimators = {name: built[name] for name in allocator.sensitivities}
     return Plan(
-        sparsity, pruner, menu, tuple(options.targets), tuple(options.ignore), allocator,
-        estimators, given, options.seed, options.cache,
+        sparsity, pruner, bounds.menu(menu), tuple(options.targets), tuple(options.ignore), allocator,
+        estimators, given, options.seed, options.cache, options.granularity, bounds,
     )  # fmt: skip

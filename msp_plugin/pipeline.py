@@ -165,8 +165,8 @@ def _provenance(
     return {
         "perplexity": {name: finite(value) for name, value in quality.items()},
         "model": {"source": str(source.name), "dtype": source.dtype},
-        "calibration": {**_describe(samples.calibration), "length": text.length, "seed": text.seed},
-        "test": None if samples.test is None else {**_describe(samples.test), "length": text.length},
+        "calibration": {**describe_text(samples.calibration), "length": text.length, "seed": text.seed},
+        "test": None if samples.test is None else {**describe_text(samples.test), "length": text.length},
     }
 
 
@@ -177,7 +177,8 @@ def _ours(line: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key not in HOST_KEYS}
 
 
-def _describe(data: CalibrationSet) -> dict[str, Any]:
+def describe_text(data: CalibrationSet) -> dict[str, Any]:
+    """Return what run.json says of a set of samples."""
     return {
         "source": data.source,
         "samples": len(data),

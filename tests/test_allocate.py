@@ -6,11 +6,16 @@ from fractions import Fraction
 import pytest
 import torch
 
-from msp_plugin.allocate import allocate, check_model, open_database, versions
+from msp_plugin import measure
+from msp_plugin.allocate import allocate, check_model, make_problem, parts, versions
+from msp_plugin.allocators.base import AllocationResult
+from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import BudgetError, DataError, NumericsError, RecipeError, VerificationError
+from msp_plugin.measure import open_database
 from msp_plugin.models import fingerprint, prunable_layers
 from msp_plugin.options import Options, resolve
 from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.plan.levels import Level
 from msp_plugin.plugins import Plugins
 
 MSP = {"name": "msp", "population": 4, "generations": 2, "offspring": 3, "tokens": 48}
@@ -29,6 +34,10 @@ def plan(tmp_path):
         return resolve(Options(**options), plugins or Plugins(entry_points=False))
 
     return make
+
+
+def database_of(model_id, data, made):
+    return open_database(model_id, data, made.pruner, made.menu, made.cache)
 
 
 def cache_files(tmp_path):
@@ -52,7 +61,7 @@ def test_the_allocation_is_on_the_budget_and_the_model_is_left_as_it_was(
     assert search["loss"] <= search["uniform_loss"] and search["allocator"] == "msp"
     assert search["forward_tokens"] == search["evaluations"] * 48
     assert search["curve"][0] == [48, search["uniform_loss"]] and search["curve"][-1][1] == search["loss"]
-    assert json.loads(json.dumps(search)) == search
+    assert json.loads(json.dumps(search, allow_nan=False)) == search
 
 
 def test_equal_runs_give_equal_bytes_and_the_second_builds_nothing(llama, data, plan, tmp_path):
@@ -83,6 +92,63 @@ def test_uniform_needs_no_text_and_touches_no_cache(llama, plan, tmp_path):
     assert outcome.allocation.provenance["calibration"] is None
 
 
+def test_an_estimator_of_the_weights_alone_needs_no_text(llama, data, plan, tmp_path, bits):
+    made = plan(allocator="alphapruning")
+    assert not made.needs_data and not made.allocation_needs_data
+    before = bits(llama)
+    without, with_text = allocate(llama, None, made), allocate(llama, data, made)
+    assert without.allocation.to_json() == with_text.allocation.to_json() and bits(llama) == before
+    assert without.allocation.provenance["calibration"] is None
+    assert set(without.allocation.sensitivities) == {"heavy_tail"} and not (tmp_path / "cache").exists()
+    assert without.search["allocator"] == "alphapruning" and without.search["forward_tokens"] == 0
+    wanda = plan(allocator="alphapruning", method="wanda")  # the method reads text, the allocation does not
+    assert wanda.needs_data and not wanda.allocation_needs_data
+    assert allocate(llama, None, wanda).allocation.levels == without.allocation.levels
+
+
+@pytest.mark.parametrize(
+    "allocator, needed", [("owl", True), ("msp", True), ("mrp", True), ("uniform", False)]
+)
+def test_an_estimator_of_activations_or_a_database_needs_text(llama, plan, allocator, needed):
+    made = plan(allocator=allocator)
+    assert made.needs_data is made.allocation_needs_data is needed
+    if needed:
+        with pytest.raises(RecipeError, match=f"allocator '{allocator}' needs calibration text"):
+            allocate(llama, None, made)
+
+
+def test_what_an_allocator_noted_is_in_the_record(llama, plan, caplog):
+    made = plan(allocator="alphapruning")
+
+    class Noting(type(made.allocator)):
+        def allocate(self, inputs):
+            return dataclasses.replace(super().allocate(inputs), notes=("all alike",))
+
+    with caplog.at_level(logging.INFO, logger="msp_plugin"):
+        outcome = allocate(llama, None, dataclasses.replace(made, allocator=Noting()))
+    assert outcome.search["notes"] == ["all alike"] and "alphapruning: all alike" in caplog.text
+
+
+def test_the_errors_that_an_allocator_reads_are_given_by_name(llama, data, plan):
+    made, seen = plan(allocator={"name": "knapsack", "surrogate": "kl", "tokens": 48}), {}
+
+    class Reading(type(made.allocator)):
+        errors = ("weight", "output", "fisher", "kl")
+
+        def allocate(self, inputs):
+            seen.update(inputs.errors)
+            return super().allocate(inputs)
+
+    outcome = allocate(llama, data, dataclasses.replace(made, allocator=Reading("kl", 48)))
+    assert set(seen) == {"weight", "output", "fisher", "kl"}
+    problem = make_problem(llama, outcome.allocation.table, made)
+    dense = made.menu.index(Level.parse("dense"))
+    for error in seen.values():
+        assert error.shape == problem.kept.shape and (error[:, dense] == 0).all() and error.max() > 0
+    chosen = tuple(made.menu.index(level) for level in outcome.allocation.levels)
+    assert chosen == problem.solve(seen["kl"]) and outcome.allocation.budget.exact
+
+
 def test_a_search_without_text_is_refused(llama, plan):
     with pytest.raises(RecipeError, match="allocator 'msp' needs calibration text") as error:
         allocate(llama, None, plan())
@@ -98,9 +164,56 @@ def test_the_held_out_samples_do_not_calibrate(llama, data, plan, tmp_path):
     made = plan(method="wanda")
     head, tail = data.split(48)
     allocate(llama, data, made)
-    database = open_database(fingerprint(llama), head, made)
+    database = database_of(fingerprint(llama), head, made)
     assert database.path.is_dir() and len(tail) == 2
-    assert not open_database(fingerprint(llama), data, made).path.exists()
+    assert not database_of(fingerprint(llama), data, made).path.exists()
+
+
+@pytest.mark.parametrize("lengths, tokens, holdout, expected", [
+    ([24] * 6, 48, 24, ([24] * 3, [24] * 2, [24])),
+    ([24] * 8, 40, 30, ([24] * 4, [24] * 2, [24] * 2)),  # a hold-out of whole samples takes none of the search's
+    ([24] * 6, 10, 10, ([24] * 4, [24], [24])),
+    ([10, 50, 7, 40, 9, 20], 35, 25, ([10, 50, 7], [40], [9, 20])),
+    ([10, 50, 60, 5, 6, 30, 9, 20], 31, 25, ([10, 50, 60, 5], [6, 30], [9, 20])),
+    ([24] * 6, 48, 0, ([24] * 4, [24] * 2, [])),
+])  # fmt: skip
+def test_the_search_gets_as_much_text_as_it_asks_for_and_so_does_the_hold_out(
+    plan, lengths, tokens, holdout, expected
+):
+    made = plan()
+
+    class Stopping(type(made.allocator)):
+        stopping_tokens = holdout
+
+    made = dataclasses.replace(made, allocator=Stopping(tokens=tokens))
+    samples = tuple(torch.full((length,), i) for i, length in enumerate(lengths))
+    found = parts(CalibrationSet(samples, "some"), made)
+    assert tuple([len(sample) for sample in part.samples] for part in found) == expected
+    joined = [sample for part in found for sample in part.samples]
+    assert all(torch.equal(a, b) for a, b in zip(joined, samples, strict=True))
+
+
+def test_the_three_parts_are_used_for_what_they_are_for(llama, make_samples, plan, monkeypatch):
+    data, seen = make_samples(10), {}
+    made = plan(method="wanda")
+
+    class Stopping(type(made.allocator)):
+        stopping_tokens = 48
+
+        def allocate(self, inputs):
+            seen["search"], seen["holdout"] = inputs.loss.data.samples, inputs.holdout.data.samples
+            return AllocationResult(inputs.problem.uniform())
+
+    original = measure.build_database
+
+    def build(database, model, table, pruner, samples, **options):
+        seen["statistics"] = samples.samples
+        return original(database, model, table, pruner, samples, **options)
+
+    monkeypatch.setattr(measure, "build_database", build)
+    allocate(llama, data, dataclasses.replace(made, allocator=Stopping(tokens=48)))
+    assert {name: [len(part), [torch.equal(a, b) for a in part for b in data.samples].index(True)]
+            for name, part in seen.items()} == {"statistics": [6, 0], "search": [2, 6], "holdout": [2, 8]}  # fmt: skip
 
 
 def test_steps_report_their_progress(llama, data, plan):
@@ -111,13 +224,13 @@ def test_steps_report_their_progress(llama, data, plan):
         plan(),
         progress=lambda step, done, total: seen.setdefault(step, []).append((done, total)),
     )
-    assert list(seen) == ["sensitivity", "level database", "search"]
+    assert list(seen) == ["sensitivity, fisher", "level database", "search"]
     assert [at[-1] for at in seen.values()] == [(4, 4), (14, 14), (10, 10)]
 
 
 def test_every_input_of_the_weights_changes_the_databases_key(llama, qwen2, data, make_samples, plan):
     def key(model=llama, samples=data, **options):
-        return open_database(fingerprint(model), samples, plan(**options)).key
+        return database_of(fingerprint(model), samples, plan(**options)).key
 
     sparsegpt = {"method": "sparsegpt"}
     keys = [
@@ -131,7 +244,7 @@ def test_every_input_of_the_weights_changes_the_databases_key(llama, qwen2, data
 
 def test_a_method_without_statistics_has_one_database_for_all_samples(llama, data, make_samples, plan):
     made = plan(method="magnitude")
-    assert open_database("m", data, made).key == open_database("m", make_samples(seed=1), made).key
+    assert database_of("m", data, made).key == database_of("m", make_samples(seed=1), made).key
 
 
 def test_a_finished_allocation_is_taken_as_it_is(llama, data, plan, tmp_path):

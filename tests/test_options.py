@@ -30,7 +30,11 @@ def plan_of(plugins, text):
 def test_a_sparsity_is_all_that_a_recipe_must_say(plugins):
     plan = plan_of(plugins, "sparsity: 0.7")
     assert plan.sparsity == Fraction(7, 10)
-    assert (plan.pruner.name, plan.allocator.name, list(plan.estimators)) == ("sparsegpt", "msp", ["fisher"])
+    assert (plan.pruner.name, plan.allocator.name, list(plan.estimators)) == (
+        "sparsegpt",
+        "search",
+        ["fisher"],
+    )
     assert [level.name for level in plan.menu] == list(DEFAULT_LEVELS)
     assert (plan.targets, plan.ignore, plan.seed, plan.given, plan.cache) == (("Linear",), (), 0, None, None)
 
@@ -142,3 +146,53 @@ def test_a_finished_allocation_needs_no_text_beyond_the_methods(plugins, allocat
 def test_the_options_of_an_estimator_that_the_allocator_does_not_use_are_checked_too(plugins):
     with pytest.raises(RecipeError, match="'fisher' has no option 'sample'"):
         plan_of(plugins, "{sparsity: 0.5, allocator: uniform, estimators: {fisher: {sample: 3}}}")
+
+
+def test_granularity_bounds_and_protection_reach_the_plan(plugins):
+    plan = plan_of(
+        plugins,
+        """
+        sparsity: 0.5
+        granularity: layer
+        bounds: {"*down_proj": [0.25, 5/8]}
+        protect: "re:.*layers.0, o_proj"
+        """,
+    )
+    assert plan.granularity == "layer"
+    assert plan.bounds.shares == {"*down_proj": (Fraction(1, 4), Fraction(5, 8))}
+    assert plan.bounds.protect == ("re:.*layers.0", "o_proj") and not plan.bounds.dense_for_protected
+
+
+def test_protection_adds_dense_to_the_menu(plugins):
+    plan = plan_of(plugins, "{sparsity: 0.5, levels: ['2:4', '2:8'], protect: [o_proj]}")
+    assert [level.name for level in plan.menu] == ["dense", "2:4", "2:8"]
+    assert plan.bounds.dense_for_protected
+
+
+@pytest.mark.parametrize("text, found, hint", [
+    ("{sparsity: 0.5, granularity: blok}", "granularity 'blok' is unknown", "did you mean 'block'"),
+    ("{sparsity: 0.5, bounds: {q_proj: 0.5}}", "bounds of 'q_proj' are 0.5", "[0.25, 0.5]"),
+    ("{sparsity: 0.5, bounds: {q_proj: [0.5, 0.2]}}", r"bounds of 'q_proj' are \[0.5, 0.2\]", "least <= most"),
+])  # fmt: skip
+def test_wrong_bounds_are_refused_before_anything_is_loaded(plugins, text, found, hint):
+    with pytest.raises(RecipeError, match=found) as error:
+        plan_of(plugins, text)
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize("text, names", [
+    ("servable", ["dense", "2:4", "3:8 in 2:4", "2:8", "1:8", "1:16"]),
+    ("[servable, '1:4']", ["dense", "2:4", "3:8 in 2:4", "2:8", "1:4", "1:8", "1:16"]),
+    ("default", list(DEFAULT_LEVELS)),
+    ("0.7", ["7/10"]),
+    ("[dense, 0.7, 1/2]", ["dense", "1/2", "7/10"]),
+    ("dense, 3:8 in 2:4, 0.9", ["dense", "3:8 in 2:4", "9/10"]),
+])  # fmt: skip
+def test_levels_of_all_kinds_and_named_menus_are_read(plugins, text, names):
+    plan = plan_of(plugins, f"sparsity: 0.7\nlevels: {text}")
+    assert [level.name for level in plan.menu] == names
+
+
+def test_an_unquoted_level_alone_is_explained():
+    with pytest.raises(RecipeError, match="level 124 is a number"):
+        Options(sparsity=0.5, levels=124)

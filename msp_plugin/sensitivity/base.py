@@ -24,6 +24,11 @@ class Estimator(ABC):
     """A sensitivity estimator. Subclasses are frozen dataclasses whose fields are recipe options."""
 
     name: ClassVar[str]
+    #: How the numbers of a unit's layers become the unit's: ``sum``, or ``mean``, weighted by their
+    #: weights, for numbers that belong to a block or do not grow with the layer.
+    combine: ClassVar[str] = "sum"
+    #: False if it looks at the weights alone.
+    needs_data: ClassVar[bool] = True
 
     @abstractmethod
     def layer_sensitivities(
@@ -46,7 +51,7 @@ def unit_sensitivities(
     table: UnitTable,
     progress: Progress = silent,
 ) -> tuple[float, ...]:
-    """Return one number per unit: the sum over its layers.
+    """Return one number per unit: the sum, or the mean by weights, over its layers.
 
     Raises:
         NumericsError: the estimator returned a number that is not finite.
@@ -59,4 +64,8 @@ def unit_sensitivities(
             f"sensitivity {estimator.name!r} is not finite for {len(bad)} layers, e.g. {bad[0]}",
             hint="the model's loss or activations overflow: try dtype float32",
         )
-    return tuple(sum(values[layer.name] for layer in unit.layers) for unit in table)
+    if estimator.combine == "sum":
+        return tuple(sum(values[layer.name] for layer in unit.layers) for unit in table)
+    return tuple(
+        sum(layer.weights * values[layer.name] for layer in unit.layers) / unit.weights for unit in table
+    )

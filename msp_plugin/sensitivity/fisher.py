@@ -5,7 +5,7 @@ Shape legend: B samples of a batch, T tokens, O out_features, I in_features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,24 +44,43 @@ class FisherTrace(Estimator):
     ) -> Mapping[str, float]:
         chosen = CalibrationSet(data.samples[: self.samples], data.source)
         totals = {name: torch.zeros((), dtype=torch.float64) for name in layers}
-        device = next(model.parameters()).device
-        done = 0
-        with _gradients_without_weights(model), _capture(model, totals), torch.enable_grad():
-            for ids in chosen.batches(1):
-                ids = ids.to(device)
-                logits = model(ids, use_cache=False).logits[:, :-1]
-                loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
-                )
-                if not torch.isfinite(loss):
-                    raise NumericsError(
-                        f"the loss of calibration sample {done} is not finite",
-                        hint="the activations overflow: try dtype float32",
-                    )
-                (loss / (ids.shape[1] - 1)).backward()
-                done += len(ids)
-                progress(done, len(chosen))
+
+        def add(name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
+            totals[name] += squared_gradient_norms(x[None], dy[None]).sum().cpu()
+
+        backward_passes(model, chosen, layers, add, progress)
         return {name: float(total) / len(chosen) for name, total in totals.items()}
+
+
+def backward_passes(
+    model: torch.nn.Module,
+    data: CalibrationSet,
+    layers: Iterable[str],
+    add: Callable[[str, torch.Tensor, torch.Tensor], None],
+    progress: Progress = silent,
+) -> None:
+    """Run the mean cross entropy of each sample backwards; the model is left as it was found.
+
+    Args:
+        add: called with a layer's name, its inputs [T, I] and the gradients of its outputs [T, O], once
+            per sample and call of the layer.
+
+    Raises:
+        NumericsError: a sample's loss is not finite.
+    """
+    device = next(model.parameters()).device
+    with gradients_without_weights(model), captured_gradients(model, layers, add), torch.enable_grad():
+        for done, sample in enumerate(data.samples):
+            ids = sample[None].to(device)
+            logits = model(ids, use_cache=False).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+            if not torch.isfinite(loss):
+                raise NumericsError(
+                    f"the loss of calibration sample {done} is not finite",
+                    hint="the activations overflow: try dtype float32",
+                )
+            loss.backward()
+            progress(done + 1, len(data))
 
 
 def squared_gradient_norms(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
@@ -76,24 +95,21 @@ def squared_gradient_norms(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _capture(model: torch.nn.Module, totals: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Add each sample's squared gradient norm to ``totals`` whenever a backward pass runs."""
+def captured_gradients(
+    model: torch.nn.Module, layers: Iterable[str], add: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call ``add`` for every layer whenever a backward pass runs."""
     handles = []
 
     def forward_hook(name: str):
         def hook(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-            x = args[0].detach().reshape(1, -1, args[0].shape[-1])
-
-            def backward_hook(dy: torch.Tensor) -> None:
-                dy = dy.detach().reshape(1, -1, dy.shape[-1])
-                totals[name] += squared_gradient_norms(x, dy).sum().cpu()
-
-            output.register_hook(backward_hook)
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            output.register_hook(lambda dy: add(name, x, dy.detach().reshape(-1, dy.shape[-1])))
 
         return hook
 
     try:
-        for name in totals:
+        for name in layers:
             handles.append(model.get_submodule(name).register_forward_hook(forward_hook(name)))
         yield
     finally:
@@ -102,7 +118,7 @@ def _capture(model: torch.nn.Module, totals: dict[str, torch.Tensor]) -> Iterato
 
 
 @contextmanager
-def _gradients_without_weights(model: torch.nn.Module) -> Iterator[None]:
+def gradients_without_weights(model: torch.nn.Module) -> Iterator[None]:
     """Let gradients flow through the activations from the embeddings on, and to no parameter."""
     required = [(p, p.requires_grad) for p in model.parameters()]
     handle = model.get_input_embeddings().register_forward_hook(

@@ -1,0 +1,347 @@
+"""Measure candidates on a model: their weights, their loss, and activations that need no second run.
+
+Shape legend: B samples, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from msp_plugin.calibration import CalibrationSet
+from msp_plugin.database.store import LevelDatabase
+from msp_plugin.errors import NumericsError
+from msp_plugin.evaluation import summed_cross_entropy, summed_kl
+from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.prefix import Prefix
+from msp_plugin.slopes import FORWARD_EQUIVALENT, measure_slopes
+
+log = logging.getLogger(__name__)
+
+Choice = tuple[int, ...]
+
+#: Pruned weights held in memory, so that a level that comes back is not read from disk again.
+WEIGHT_BYTES = 4 * 1024**3
+#: Activations of the kept choice held in memory.
+ACTIVATION_BYTES = 4 * 1024**3
+
+
+class CandidateWeights:
+    """Puts the weights of a choice into a model, and the model's own back when the block ends.
+
+    Weights are exchanged, not copied: the parameters point at the level database's tensors meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        database: LevelDatabase,
+        problem: AllocationProblem,
+        held_bytes: int = WEIGHT_BYTES,
+    ):
+        self.model, self.database, self.problem = model, database, problem
+        self._limit = held_bytes
+        self._held: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
+        self._bytes = 0
+        self._dense: dict[str, torch.Tensor] = {}
+        self._now: list[str] = []
+
+    def __enter__(self) -> CandidateWeights:
+        layers = [layer.name for layer in self.problem.table.layers]
+        self._dense = {name: self.model.get_submodule(name).weight.data for name in layers}
+        self._now = ["dense"] * len(self.problem.table)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, weight in self._dense.items():
+            self.model.get_submodule(name).weight.data = weight
+        self._dense.clear()
+        self._held.clear()
+        self._bytes = 0
+
+    def set(self, choice: Choice | None) -> None:
+        """Let the model hold the weights of a choice; None: its own."""
+        menu = self.problem.menu
+        names = ["dense"] * len(self._now) if choice is None else [menu[k].name for k in choice]
+        for u, (unit, name) in enumerate(zip(self.problem.table, names, strict=True)):
+            if self._now[u] != name:
+                weights = [self.weight(layer.name, name) for layer in unit.layers]
+                self._now[u] = ""  # neither, until all layers of the unit are set
+                for layer, weight in zip(unit.layers, weights, strict=True):
+                    self.model.get_submodule(layer.name).weight.data = weight
+                self._now[u] = name
+
+    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Let the model hold weights [out, in] from elsewhere, by layer name, until the next ``set``."""
+        for u, unit in enumerate(self.problem.table):
+            self._now[u] = ""
+            for layer in unit.layers:
+                own = self._dense[layer.name]
+                self.model.get_submodule(layer.name).weight.data = weights[layer.name].to(
+                    own.device, own.dtype
+                )
+
+    def weight(self, layer: str, level: str) -> torch.Tensor:
+        """Return the weight [out, in] of a layer at a level, on the model's device."""
+        own = self._dense[layer]
+        if level == "dense":
+            return own
+        key = (layer, level)
+        if key not in self._held:
+            weight = self.database.weight(layer, level).to(own.device, own.dtype)
+            self._held[key] = weight
+            self._bytes += weight.nbytes
+            while self._bytes > self._limit and len(self._held) > 1:
+                self._bytes -= self._held.popitem(last=False)[1].nbytes
+        self._held.move_to_end(key)
+        return self._held[key]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the KL to the dense model needs of one sample.
+
+    ``kept`` is the dense input of the head where the head is a plain linear, else the logits. With a plain
+    head in float32 the KL needs only the entropy [T] and the expected row of the head [T, D],
+    e_t = sum_v p_tv w_v, because sum_v p_tv z_tv = h_t . e_t for any candidate's head input h and logits z.
+    Where the head has a bias, its expectation sum_v p_tv b_v is added to the entropy.
+    """
+
+    kept: torch.Tensor
+    entropy: torch.Tensor | None = None
+    expected: torch.Tensor | None = None
+
+
+class CandidateLoss:
+    """The mean loss of a choice over samples of text, nats per token.
+
+    ``kl``: KL(dense || candidate); ``perplexity``: the next-token cross entropy, the logarithm of the
+    perplexity. The model holds the last candidate's weights until the next one.
+
+    Args:
+        weights: an entered CandidateWeights.
+        reuse: run a candidate from the first block that differs from the kept choice.
+    """
+
+    def __init__(
+        self,
+        weights: CandidateWeights,
+        data: CalibrationSet,
+        objective: str = "kl",
+        batch_tokens: int = 4096,
+        *,
+        reuse: bool = True,
+        activation_bytes: int = ACTIVATION_BYTES,
+    ):
+        self.weights, self.data, self.objective = weights, data, objective
+        self.model, self.problem = weights.model, weights.problem
+        self.batch_tokens = batch_tokens
+        self.lengths = tuple(len(sample) for sample in data.samples)
+        self.forward_tokens = 0
+        self._ids = [s.to(next(self.model.parameters()).device) for s in data.samples]
+        self._head: torch.nn.Module | None = None
+        self._reference: list[_Reference] = []
+        self._prefix = Prefix(self.model, activation_bytes // max(data.tokens, 1)) if reuse else None
+        self._kept: Choice | None = None
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens times the share of the blocks that they really went through, so far."""
+        return self.forward_tokens - (self._prefix.saved_tokens if self._prefix else 0)
+
+    @torch.no_grad()
+    def prepare(self) -> CandidateLoss:
+        """Measure the dense model, which the KL compares with; not counted in ``forward_tokens``.
+
+        Raises:
+            NumericsError: its logits are not finite.
+        """
+        self.weights.set(None)
+        if self.objective == "kl":
+            self._head = self._plain_head()
+            self._reference = [None] * len(self._ids)  # type: ignore[list-item]
+            for group in self._batches(range(len(self._ids))):
+                hidden, logits = self._forward(group)
+                if not torch.isfinite(logits).all():
+                    raise NumericsError(
+                        "the dense model's logits on the search text are not finite",
+                        hint="the activations overflow: try dtype float32",
+                    )
+                for row, i in enumerate(group):
+                    self._reference[i] = self._refer(None if hidden is None else hidden[row], logits[row])
+        if self._prefix is not None and not self._prefix.is_exact(self._ids[0][None]):
+            log.info("activations cannot be reused in %s: every candidate runs all blocks", type(self.model))
+            self._prefix = None
+        return self
+
+    def keep(self, choice: Choice) -> None:
+        """Keep the activations of ``choice`` from its next measurement on (see TrueLoss.keep)."""
+        if self._prefix is not None and choice != self._kept:
+            self._prefix.forget(0 if self._kept is None else self._first_difference(choice))
+            self._kept = choice
+
+    @torch.no_grad()
+    def __call__(self, choice: Choice, samples: Sequence[int] | None = None) -> float:
+        """Return the mean loss of a choice over the samples (default: all); ``inf`` if it is not a number."""
+        self.weights.set(choice)
+        first = self._first_difference(choice)
+        total, count = 0.0, 0
+        for group in self._batches(range(len(self._ids)) if samples is None else samples):
+            if self._prefix is None or self._kept is None:
+                hidden, logits = self._forward(group)
+            else:
+                with self._prefix.use(group, first, record=choice == self._kept):
+                    hidden, logits = self._forward(group)
+            part, tokens = self._loss(group, hidden, logits)
+            total += part
+            count += tokens
+            self.forward_tokens += sum(self.lengths[i] for i in group)
+        loss = total / count
+        if not math.isfinite(loss):
+            log.warning("a candidate's loss is not a number; it is rejected: %s", self._describe(choice))
+            return math.inf
+        return loss
+
+    @torch.no_grad()
+    def quality(self) -> tuple[float, float]:
+        """Return (KL, perplexity) of the weights that the model holds, whatever they are; for ``kl`` only."""
+        kl = cross_entropy = 0.0
+        positions = targets = 0
+        for group in self._batches(range(len(self._ids))):
+            hidden, logits = self._forward(group)
+            part, count = self._loss(group, hidden, logits)
+            ids = torch.stack([self._ids[i] for i in group])
+            kl, positions = kl + part, positions + count
+            cross_entropy += summed_cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            targets += ids[:, 1:].numel()
+        mean = cross_entropy / targets
+        return kl / positions, math.exp(mean) if mean < 700 else math.inf
+
+    def slopes(
+        self, choice: Choice, samples: Sequence[int], reach: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return how the loss changes when one unit moves by up to ``reach`` levels (see TrueLoss.slopes)."""
+        self.weights.set(choice)
+        units = {layer.name: u for u, unit in enumerate(self.problem.table) for layer in unit.layers}
+
+        def changes(layer: str) -> tuple[int, dict[int, torch.Tensor]]:
+            u = units[layer]
+            now = self.weights.weight(layer, self.problem.menu[choice[u]].name)
+            near = range(max(0, choice[u] - reach), min(len(self.problem.menu), choice[u] + reach + 1))
+            return u, {
+                k: self.weights.weight(layer, self.problem.menu[k].name).float() - now.float()
+                for k in near
+                if k != choice[u]
+            }
+
+        def loss(number: int, logits: torch.Tensor) -> torch.Tensor:
+            return self._graph_loss(samples[number], logits)
+
+        self.forward_tokens += FORWARD_EQUIVALENT * sum(self.lengths[i] for i in samples)
+        return measure_slopes(
+            self.model, list(units), [self._ids[i] for i in samples], loss, changes,
+            (len(choice), len(self.problem.menu)), torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+
+    def _graph_loss(self, i: int, logits: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of a sample's logits [T, V] as a node of the graph."""
+        if self.objective != "kl":
+            return torch.nn.functional.cross_entropy(logits[:-1], self._ids[i][1:])
+        return torch.nn.functional.kl_div(
+            logits.log_softmax(-1), self._dense_logp(i), reduction="sum", log_target=True
+        ) / len(logits)
+
+    def _describe(self, choice: Choice) -> str:
+        return " ".join(self.problem.menu[k].name for k in choice)
+
+    def _first_difference(self, choice: Choice) -> int:
+        """Return the first block in which the choice differs from the kept one; beyond all if none does."""
+        if self._kept is None:
+            return 0
+        pairs = zip(self.problem.table, self._kept, choice, strict=True)
+        return min((unit.block for unit, a, b in pairs if a != b), default=1 << 30)
+
+    def _batches(self, samples: Sequence[int]) -> Iterator[list[int]]:
+        """Yield groups of samples of equal length, about ``batch_tokens`` each."""
+        group: list[int] = []
+        for i in samples:
+            length = self.lengths[i]
+            if group and (self.lengths[group[0]] != length or (len(group) + 1) * length > self.batch_tokens):
+                yield group
+                group = []
+            group.append(i)
+        if group:
+            yield group
+
+    def _forward(self, group: list[int]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return (input of the head [B, T, D] where it is plain, logits [B, T, V])."""
+        ids = torch.stack([self._ids[i] for i in group])
+        with _head_input(self.model, self._head) as seen:
+            logits = self.model(ids, use_cache=False).logits
+        return (seen[0] if seen else None), logits
+
+    def _plain_head(self) -> torch.nn.Module | None:
+        """Return the output head if the logits are its output and nothing more."""
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear):
+            return None
+        with _head_input(self.model, head) as seen:
+            logits = self.model(self._ids[0][None], use_cache=False).logits
+        return head if seen and torch.equal(head(seen[0]), logits) else None
+
+    def _refer(self, hidden: torch.Tensor | None, logits: torch.Tensor) -> _Reference:
+        if self._head is None:
+            return _Reference(logits.clone())
+        if not logits.dtype == self._head.weight.dtype == torch.float32:
+            return _Reference(hidden.clone())
+        logp = logits.log_softmax(-1)
+        p = logp.exp()
+        entropy = -(p * logp).sum(-1, dtype=torch.float64)
+        if self._head.bias is not None:  # a part of sum_v p_tv z_tv too
+            entropy = entropy + (p @ self._head.bias).double()
+        return _Reference(hidden.clone(), entropy, p @ self._head.weight)
+
+    def _dense_logp(self, i: int) -> torch.Tensor:
+        kept = self._reference[i].kept
+        with torch.no_grad():
+            return (kept if self._head is None else self._head(kept)).float().log_softmax(-1)
+
+    def _loss(self, group: list[int], hidden: torch.Tensor | None, logits: torch.Tensor) -> tuple[float, int]:
+        """Return the summed loss of a batch and the count of positions that it sums over."""
+        if self.objective != "kl":
+            ids = torch.stack([self._ids[i] for i in group])
+            return (
+                summed_cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()),
+                ids[:, 1:].numel(),
+            )
+        references = [self._reference[i] for i in group]
+        if references[0].expected is not None:
+            expected = torch.stack([r.expected for r in references])
+            entropy = torch.stack([r.entropy for r in references])
+            dot = (hidden * expected).sum(-1, dtype=torch.float64)
+            kl = logits.logsumexp(-1).double() - dot - entropy
+            return float(kl.sum()), kl.numel()
+        kept = torch.stack([r.kept for r in references])
+        dense = kept if self._head is None else self._head(kept)
+        return summed_kl(dense.flatten(0, 1), logits.flatten(0, 1)), logits[..., 0].numel()
+
+
+@contextmanager
+def _head_input(model: torch.nn.Module, head: torch.nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """Yield a list that receives the input of the output head in each forward pass."""
+    seen: list[torch.Tensor] = []
+    if head is None:
+        yield seen
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,134 @@
+"""Activations of a model's first blocks, kept so that a model that shares those blocks skips them.
+
+Shape legend: B samples, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from msp_plugin.models import decoder_blocks
+
+
+class Prefix:
+    """The inputs [T, D] of some blocks for some samples, by sample number.
+
+    Args:
+        bytes_per_token: how much may be held per token; with too little for every block, every second
+            or third is held, and a run starts at the last one before its first difference.
+    """
+
+    def __init__(self, model: torch.nn.Module, bytes_per_token: int):
+        self.model = model
+        self.blocks = decoder_blocks(model)[1]
+        embeddings = model.get_input_embeddings().weight
+        fit = bytes_per_token // (embeddings.shape[1] * embeddings.element_size())
+        stride = -(-len(self.blocks) // (fit + 1)) if fit else len(self.blocks)
+        self._starts = tuple(range(stride, len(self.blocks), stride))
+        self._inputs: dict[int, dict[int, torch.Tensor]] = {start: {} for start in self._starts}
+        self._skipped = 0
+
+    @property
+    def saved_tokens(self) -> int:
+        """Tokens times the share of the blocks that was skipped, so far."""
+        return self._skipped // len(self.blocks)
+
+    def forget(self, first: int) -> None:
+        """Drop what is beyond block ``first``: the inputs of later blocks are out of date."""
+        for start, held in self._inputs.items():
+            if start > first:
+                held.clear()
+
+    @contextmanager
+    def use(self, samples: Sequence[int], first: int, *, record: bool) -> Iterator[None]:
+        """Let one forward pass of the samples skip what it may skip, and keep what it passes.
+
+        Args:
+            samples: numbers of the rows of the batch, in its order.
+            first: the first block whose weights differ from those of the kept activations.
+            record: keep the inputs of the blocks that run.
+        """
+        ready = [s for s in self._starts if s <= first and all(i in self._inputs[s] for i in samples)]
+        start = max(ready, default=0)
+        undo = []
+        try:
+            if start:
+                given = torch.stack([self._inputs[start][i] for i in samples])
+                undo.append(_replace_input(self.blocks[start], given))
+                undo += [_skip(block) for block in self.blocks[:start]]
+                self._skipped += given.shape[0] * given.shape[1] * start
+            if record:
+                undo += [self._record(block, samples) for block in self._starts if block > start]
+            yield
+        finally:
+            for call in reversed(undo):
+                call()
+
+    def _record(self, block: int, samples: Sequence[int]) -> Any:
+        def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            held, rows = self._inputs[block], _hidden(args, kwargs).detach()
+            new = {i: row for i, row in zip(samples, rows, strict=True) if i not in held}
+            if len(new) < len(rows):  # a row alone would keep the whole batch in memory
+                new = {i: row.clone() for i, row in new.items()}
+            held.update(new)
+
+        return self.blocks[block].register_forward_pre_hook(hook, with_kwargs=True).remove
+
+    def is_exact(self, ids: torch.Tensor) -> bool:
+        """Return True if skipping blocks gives the same logits, bit for bit, for ids int64[1, T].
+
+        False for models that hand more than the hidden state from block to block, as an argument or in
+        an attribute. What was kept before is dropped.
+        """
+        self.forget(-1)
+        if not self._starts:
+            return False
+        try:
+            with self.use([0], 0, record=True):
+                whole = self.model(ids, use_cache=False).logits
+            self.model(ids.flip(-1), use_cache=False)  # overwrites what blocks leave in attributes
+            saved = self._skipped
+            same = True
+            for start in {self._starts[0], self._starts[-1]}:
+                with self.use([0], start, record=False):
+                    same &= torch.equal(whole, self.model(ids, use_cache=False).logits)
+            self._skipped = saved
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):
+            same = False  # another calling convention
+        self.forget(-1)
+        return same
+
+
+def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _replace_input(block: torch.nn.Module, given: torch.Tensor) -> Any:
+    def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (given, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": given}
+
+    return block.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+
+def _skip(block: torch.nn.Module) -> Any:
+    """Make a block return its input until the returned call."""
+    own = block.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _hidden(args, kwargs)
+
+    block.forward = forward
+
+    def undo() -> None:
+        if own is None:
+            del block.__dict__["forward"]
+        else:
+            block.forward = own
+
+    return undo

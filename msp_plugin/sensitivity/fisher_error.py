@@ -1,0 +1,92 @@
+"""The change of a layer's weight at each level, weighted with the diagonal of the Fisher information.
+
+Shape legend: T tokens of a sample, O out_features, I in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from msp_plugin.calibration import CalibrationSet
+from msp_plugin.sensitivity.base import Progress, silent
+from msp_plugin.sensitivity.fisher import backward_passes
+
+#: Fisher diagonals held at once. With more, the samples are passed through the model again.
+DIAGONAL_BYTES = 4 * 1024**3
+
+
+def fisher_errors(
+    model: torch.nn.Module,
+    data: CalibrationSet,
+    layers: Sequence[str],
+    levels: Sequence[str],
+    weight: Callable[[str, str], torch.Tensor],
+    *,
+    diagonal_bytes: int = DIAGONAL_BYTES,
+    progress: Progress = silent,
+) -> dict[str, dict[str, float]]:
+    """Return T/2 sum_i F_ii (w_i - w_i(level))^2 by layer and level, nats per token.
+
+    F_ii is the mean over samples of the squared gradient of a sample's mean cross entropy: the diagonal
+    of the empirical Fisher information. T, the tokens of a sample, turns it into that of one token, as
+    if the tokens' gradients were uncorrelated, so that the sum approximates the growth of the loss per
+    token to second order (Kirkpatrick et al., arXiv 1612.00796, eq. 3; LLM-Pruner, arXiv 2305.11627,
+    eq. 5).
+
+    Args:
+        weight: returns the weight [O, I] of a layer at a level, by names.
+    """
+    result: dict[str, dict[str, float]] = {}
+    groups = list(_groups(model, layers, diagonal_bytes))
+    for done, group in enumerate(groups):
+        report = _part(progress, done, len(groups))
+        for layer, diagonal in fisher_diagonals(model, data, group, report).items():
+            dense = model.get_submodule(layer).weight.detach().float()
+            result[layer] = {
+                level: 0.5 * float((diagonal * (dense - weight(layer, level).to(dense)).square()).sum())
+                for level in levels
+            }
+    return result
+
+
+def fisher_diagonals(
+    model: torch.nn.Module, data: CalibrationSet, layers: Sequence[str], progress: Progress = silent
+) -> dict[str, torch.Tensor]:
+    """Return T times the mean over samples of the squared gradient, float32[O, I] by layer name."""
+    totals = {
+        layer: torch.zeros_like(model.get_submodule(layer).weight, dtype=torch.float32) for layer in layers
+    }
+
+    at = 0
+
+    def add(name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
+        gradient = dy.float().T @ x.float()
+        tokens = len(data.samples[at])  # not len(x): an expert sees some of them
+        totals[name].addcmul_(gradient, gradient, value=tokens / len(data))
+
+    def report(done: int, total: int) -> None:
+        nonlocal at
+        at = done
+        progress(done, total)
+
+    backward_passes(model, data, layers, add, report)
+    return totals
+
+
+def _groups(model: torch.nn.Module, layers: Sequence[str], limit: int) -> Iterator[list[str]]:
+    group: list[str] = []
+    held = 0
+    for layer in layers:
+        need = 4 * model.get_submodule(layer).weight.numel()
+        if group and held + need > limit:
+            yield group
+            group, held = [], 0
+        group.append(layer)
+        held += need
+    yield group
+
+
+def _part(progress: Progress, index: int, count: int) -> Progress:
+    return lambda done, total: progress(index * total + done, count * total)
