@@ -50,7 +50,11 @@ def msp_register_pruners():
 def test_the_builtin_components_are_there():
     found = Plugins(entry_points=False).components
     assert {kind: sorted(found[kind]) for kind in KINDS} == {
-        "estimators": ["fisher"], "allocators": ["msp", "uniform"],
+        "estimators": ["fisher", "heavy_tail", "hessian_trace", "median", "outliers", "virtual_removal"],
+        "allocators": [
+            "alphapruning", "atp", "dlp", "evopress", "knapsack", "lsa", "mrp", "msp", "one_shot", "owl",
+            "search", "uniform",
+        ],
         "pruners": ["magnitude", "sparsegpt", "wanda"], "exporters": ["dense", "recipe", "sparse24"],
         "checks": ["quality", "round_trip", "served", "structure"],
     }  # fmt: skip

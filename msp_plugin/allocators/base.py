@@ -1,9 +1,12 @@
-"""What an allocator is: the inputs it may read and the result it returns."""
+"""What an allocator is: the inputs it may read and the result it returns.
+
+Shape legend: U units, K levels.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -15,12 +18,36 @@ Choice = tuple[int, ...]
 
 
 class TrueLoss(Protocol):
-    """The measured loss of a choice on held-out text, nats per token (KL) or log-perplexity."""
+    """The measured loss of a choice on held-out text, nats per token (KL) or log-perplexity.
 
-    #: Tokens put through the model so far.
+    The model's weights are those of the level database. Samples are numbered from 0, so that candidates
+    can be compared on the same few of them.
+    """
+
+    #: Tokens put through the model so far, whether or not activations were reused.
     forward_tokens: int
+    #: Tokens of each sample, in the order of their numbers.
+    lengths: tuple[int, ...]
 
-    def __call__(self, choice: Choice) -> float: ...
+    def __call__(self, choice: Choice, samples: Sequence[int] | None = None) -> float:
+        """Return the mean loss over the samples (default: all); ``inf`` if it is not a number."""
+
+    def slopes(
+        self, choice: Choice, samples: Sequence[int], reach: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return how the loss changes when one unit of ``choice`` moves by up to ``reach`` levels.
+
+        (slopes, draws), each float64[S, U, K] for S samples, 0 for the present level and beyond reach. The
+        mean of the slopes and half the mean square of the draws are the change to second order, nats per
+        token; both add up over units before the square is taken. One forward and two backward passes,
+        counted as five forward passes. ``seed`` draws the labels that the draws are taken with.
+        """
+
+    def keep(self, choice: Choice) -> None:
+        """Keep the activations of ``choice`` from its next measurement on.
+
+        A candidate whose first blocks are those of ``choice`` is then run from the first that differs.
+        """
 
 
 @dataclass(frozen=True)
@@ -29,28 +56,45 @@ class AllocationInputs:
 
     Args:
         problem: units, levels and budget.
-        sensitivities: by estimator name, float64[U].
-        weight_error: float64[U, K], squared Frobenius change of the weight under the method.
-        output_error: float64[U, K], mean squared change of the layers' outputs per token.
+        sensitivities: by estimator name, float64[U]; those that the allocator asked for.
+        errors: by name, float64[U, K], those that the allocator asked for. ``weight``: squared Frobenius
+            change of the weight under the method; ``output``: mean squared change of the layers' outputs
+            per token; ``fisher``: the change of the weight, squared and weighted with the diagonal of
+            the Fisher information, 1/2 sum_i F_ii (w_i - w_i(level))^2, nats per token; ``kl``: the KL
+            divergence from the dense model with this unit alone pruned, nats per token.
         loss: measures a choice; None if the allocator does not need it.
         seed: of every random choice.
         progress: called with (done, total).
+        holdout: measures a choice on text that the search never optimises, to know when to stop; None
+            if the allocator asks for none.
+        estimate: ``estimate(name, choice)`` returns float64[U], the sensitivity of that name measured on
+            the model as pruned by ``choice``; None unless the allocator says ``remeasures``.
     """
 
     problem: AllocationProblem
     sensitivities: Mapping[str, np.ndarray]
-    weight_error: np.ndarray | None
-    output_error: np.ndarray | None
+    errors: Mapping[str, np.ndarray]
     loss: TrueLoss | None
     seed: int
     progress: Callable[[int, int], None]
+    holdout: TrueLoss | None = None
+    estimate: Callable[[str, Choice], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
 class AllocationResult:
     """The choice, its measured loss, and the loss of uniform, if they were measured.
 
-    ``curve`` holds (forward tokens, best loss so far) whenever the best loss improved.
+    Args:
+        evaluations: candidates measured.
+        curve: (forward tokens, loss) whenever the incumbent improved; on the whole search text, or on the
+            samples that a search in stages measured it on.
+        holdout: (forward tokens, hold-out loss of the incumbent) whenever it was measured.
+        predictions: (predicted, measured) change of the loss, nats per token, of proposals that a
+            surrogate made.
+        incumbents: (forward tokens, choice) of each choice that would have been returned, had the allocator
+            been stopped then, from the first.
+        notes: what a reader of the result should know, e.g. constant scores.
     """
 
     choice: Choice
@@ -58,24 +102,43 @@ class AllocationResult:
     uniform_loss: float | None = None
     evaluations: int = 0
     curve: tuple[tuple[int, float], ...] = field(default=())
+    holdout: tuple[tuple[int, float], ...] = field(default=())
+    predictions: tuple[tuple[float, float], ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+    incumbents: tuple[tuple[int, Choice], ...] = field(default=())
 
 
 class Allocator(ABC):
-    """An allocator. Subclasses are frozen dataclasses whose fields are recipe options."""
+    """An allocator. Subclasses are frozen dataclasses whose fields are recipe options.
+
+    The class attributes say what it reads; where that depends on an option, make it a property.
+    """
 
     name: ClassVar[str]
     #: Names of the estimators whose numbers it reads.
     sensitivities: ClassVar[tuple[str, ...]] = ()
+    #: Names of the errors that it reads: weight, output, fisher, kl. They come from the level database;
+    #: ``kl`` is measured on ``tokens`` tokens, so that it wants ``measures`` too.
+    errors: ClassVar[tuple[str, ...]] = ()
     #: True if it needs the level database, for its errors or to measure candidates.
     needs_database: ClassVar[bool] = False
     #: True if it measures candidates. It then has the options ``tokens`` (held-out calibration tokens
     #: that measure one) and, unless it is always KL, ``loss`` (``kl`` or ``perplexity``).
     measures: ClassVar[bool] = False
+    #: True if it measures sensitivities anew on pruned models.
+    remeasures: ClassVar[bool] = False
+    #: False if its choice does not depend on the seed.
+    seeded: ClassVar[bool] = True
 
     @property
     def held_out_tokens(self) -> int:
         """How many calibration tokens are held out to measure candidates; 0 if none are measured."""
         return self.tokens if self.measures else 0
+
+    @property
+    def stopping_tokens(self) -> int:
+        """How many more calibration tokens are held out to know when to stop; 0 if none are."""
+        return getattr(self, "holdout", 0) if self.measures else 0
 
     @property
     def objective(self) -> str:

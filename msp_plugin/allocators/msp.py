@@ -37,6 +37,7 @@ class MSP(Allocator):
 
     name = "msp"
     sensitivities = ("fisher",)
+    errors = ("weight",)
     needs_database = True
     measures = True
 
@@ -133,9 +134,9 @@ def fisher_seeds(
     sizes = np.array([unit.weights for unit in problem.table], dtype=np.float64)
     trace = np.asarray(inputs.sensitivities["fisher"], dtype=np.float64)
     seeds = dict.fromkeys([problem.uniform()])
-    if inputs.weight_error is not None:
+    if "weight" in inputs.errors:
         for weight in (_relative(trace / sizes), _relative(_centred_rank(trace / sizes) + 1.0)):
-            seeds.setdefault(problem.solve(0.5 * weight[:, None] * inputs.weight_error))
+            seeds.setdefault(problem.solve(0.5 * weight[:, None] * inputs.errors["weight"]))
     give_way = _relative(trace)
     for attempt in range(20 * count):
         if len(seeds) >= count:

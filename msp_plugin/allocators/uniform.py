@@ -12,6 +12,7 @@ class Uniform(Allocator):
     """One sparsity for all units; where no level has it, the nearest mixture that meets the budget."""
 
     name = "uniform"
+    seeded = False
 
     def allocate(self, inputs: AllocationInputs) -> AllocationResult:
         return AllocationResult(inputs.problem.uniform())

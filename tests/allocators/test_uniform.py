@@ -6,7 +6,7 @@ from msp_plugin.plan.levels import DEFAULT_LEVELS
 
 
 def allocate(problem):
-    return Uniform().allocate(AllocationInputs(problem, {}, None, None, None, 0, lambda done, total: None))
+    return Uniform().allocate(AllocationInputs(problem, {}, {}, None, 0, lambda done, total: None))
 
 
 def test_uniform_is_one_level_where_it_exists(make_problem):
@@ -24,4 +24,4 @@ def test_uniform_is_a_mixture_of_neighbours_where_it_does_not(make_problem, targ
 
 
 def test_uniform_needs_neither_data_nor_estimators():
-    assert not Uniform.needs_database and Uniform.sensitivities == ()
+    assert not Uniform.needs_database and not Uniform.seeded and Uniform.sensitivities == Uniform.errors == ()

@@ -12,9 +12,10 @@ class LeastError(Allocator):
 
     name = "least_error"
     needs_database = True
+    errors = ("output",)
 
     def allocate(self, inputs):
-        return AllocationResult(inputs.problem.solve(inputs.output_error))
+        return AllocationResult(inputs.problem.solve(inputs.errors["output"]))
 
 
 @hookimpl

@@ -1,0 +1,81 @@
+"""ATP: sparsity rises from block to block by a constant."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator, Choice
+from msp_plugin.allocators.profile import blocks_of, check_within, nearest_choice
+from msp_plugin.errors import NumericsError, RecipeError
+
+
+@dataclass(frozen=True)
+class ATP(Allocator):
+    """An arithmetic progression of sparsities over the blocks (arXiv 2502.14770; wzhuang-xmu/ATP).
+
+    Block i of L has the sparsity S - b (L - 1) / 2 + b i. The common difference b comes from a grid from
+    ``step`` to min(2S, 2 (1 - S)) / (L - 1), beyond which a sparsity leaves [0, 1]; all of it is measured.
+    Deviations: b is chosen on held-out calibration text (the authors chose on the test set); b = 0, uniform,
+    is measured too, so that the result is never worse on that text; blocks without prunable layers are not
+    counted in L; two b that lead to the same levels are measured once; the exact budget, see
+    allocators/profile.py.
+
+    Args:
+        step: of the grid of b.
+        loss: ``perplexity`` (its logarithm), which the authors compare, or ``kl`` to the dense model.
+        tokens: held-out calibration tokens that measure a candidate.
+    """
+
+    name = "atp"
+    seeded = False
+    needs_database = True
+    measures = True
+
+    step: float = 0.002
+    loss: str = "perplexity"
+    tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        check_within("atp", "step", self.step, 1e-6, 2)
+        if self.tokens < 1:
+            raise RecipeError(f"atp: tokens = {self.tokens} must be at least 1")
+        if self.loss not in ("kl", "perplexity"):
+            raise RecipeError(f"atp: loss {self.loss!r} is unknown", hint="use kl or perplexity")
+
+    def allocate(self, inputs: AllocationInputs) -> AllocationResult:
+        problem = inputs.problem
+        positions, weights = blocks_of(problem.table)
+        found: dict[Choice, float] = {problem.uniform(): 0.0}
+        for b in differences(float(problem.target), len(weights), self.step):
+            sparsity = progression(float(problem.target), len(weights), b)
+            found.setdefault(nearest_choice(problem, 1 - sparsity[positions]).choice, b)
+        scores: dict[Choice, float] = {}
+        curve: list[tuple[int, float]] = []
+        for done, choice in enumerate(found, 1):
+            scores[choice] = inputs.loss(choice)
+            if scores[choice] < min((point[1] for point in curve), default=np.inf):
+                curve.append((inputs.loss.forward_tokens, scores[choice]))
+            inputs.progress(done, len(found))
+        uniform, best = next(iter(scores)), min(scores, key=scores.__getitem__)  # of equal ones the least b
+        if not np.isfinite(scores[best]):
+            raise NumericsError(
+                f"none of {len(scores)} candidates has a finite loss", hint="try dtype float32"
+            )
+        note = f"common difference {found[best]:g} of {len(found)} that differ in their levels"
+        return AllocationResult(best, scores[best], scores[uniform], len(scores), tuple(curve), notes=(note,))
+
+
+def differences(target: float, blocks: int, step: float) -> list[float]:
+    """Return the grid of b > 0, ascending; nothing for a single block."""
+    if blocks < 2:
+        return []
+    most = min(2 * target, 2 * (1 - target)) / (blocks - 1)
+    return [i * step for i in range(1, math.floor(most / step + 1e-9) + 1)]
+
+
+def progression(target: float, blocks: int, b: float) -> np.ndarray:
+    """Return float64[L]: the sparsity of each block, with the target as mean."""
+    return target - b * (blocks - 1) / 2 + b * np.arange(blocks)

@@ -1,0 +1,52 @@
+"""The exact minimum of an additive surrogate: a multiple-choice knapsack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator
+from msp_plugin.errors import RecipeError
+
+SURROGATES = ("fisher", "output", "weight", "kl")
+
+
+@dataclass(frozen=True)
+class Knapsack(Allocator):
+    """The exact minimum of a loss that adds up over the units, by dynamic programming.
+
+    The problem of HIGGS (arXiv 2411.17525, eq. 9) and Puzzle (arXiv 2411.19146, section 3.3). The loss of a
+    pruned model does not add up (EvoPress, arXiv 2410.14649, section 3.1): compare it with uniform before
+    you trust it.
+
+    Args:
+        surrogate: ``fisher``: weight change weighted with the Fisher diagonal; ``output``: mean squared
+            change of the layers' outputs; ``weight``: squared weight change; ``kl``: the KL divergence of
+            the dense model with one unit pruned, which takes units x levels measurements.
+        tokens: held-out calibration tokens of each such measurement; used by ``kl`` alone.
+    """
+
+    name = "knapsack"
+    seeded = False
+    needs_database = True
+
+    surrogate: str = "fisher"
+    tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.surrogate not in SURROGATES:
+            raise RecipeError(
+                f"knapsack: surrogate {self.surrogate!r} is unknown", hint=f"use {', '.join(SURROGATES)}"
+            )
+        if self.tokens < 1:
+            raise RecipeError(f"knapsack: tokens = {self.tokens} must be at least 1")
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        return (self.surrogate,)
+
+    @property
+    def measures(self) -> bool:
+        return self.surrogate == "kl"
+
+    def allocate(self, inputs: AllocationInputs) -> AllocationResult:
+        return AllocationResult(inputs.problem.solve(inputs.errors[self.surrogate]))

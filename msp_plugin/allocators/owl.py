@@ -1,0 +1,34 @@
+"""OWL: blocks with more outliers stay denser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator
+from msp_plugin.allocators.profile import centred, check_within, choose_by_block
+
+
+@dataclass(frozen=True)
+class OWL(Allocator):
+    """Outlier-weighed layerwise sparsity (arXiv 2310.05175; luuyin/OWL).
+
+    A block's density is 1 - S + r - mean(r), with r = 2 lambda (D - min D) / (max D - min D) and D the share
+    of its outliers (see the estimator ``outliers``). Deviations: the exact budget, clipped densities and
+    equal D, see allocators/profile.py. For N:M the authors' code asks for 50 % and rounds N
+    by a rule of its own; here the levels nearest to the densities are taken.
+
+    Args:
+        amplitude: lambda, the most that a block may gain over the target and half of the spread.
+    """
+
+    name = "owl"
+    seeded = False
+    sensitivities = ("outliers",)
+
+    amplitude: float = 0.08
+
+    def __post_init__(self) -> None:
+        check_within("owl", "amplitude", self.amplitude, 0, 1)
+
+    def allocate(self, inputs: AllocationInputs) -> AllocationResult:
+        return choose_by_block(inputs, "outliers", centred(self.amplitude, float(inputs.problem.target)))

@@ -1,0 +1,289 @@
+"""Our own search: gradients at the incumbent propose, an exact solver combines, the true loss accepts.
+
+Shape legend: U units, K levels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator, Choice
+from msp_plugin.allocators.msp import fisher_seeds
+from msp_plugin.errors import NumericsError, RecipeError
+
+
+@dataclass(frozen=True)
+class Search(Allocator):
+    """Search around an incumbent on the true loss; the default.
+
+    It starts from the best of several cheap allocations: uniform, the exact minima of three additive
+    surrogates (Fisher-weighted, output and weight error), and rankings by the Fisher trace. Each round
+    measures by gradients what a move of any unit by one or two levels would do to the loss of the incumbent
+    (slopes.py: the linear term, and the Gauss-Newton curvature), averages that with what the last rounds
+    found for units that did not move since, and solves the allocation exactly for this additive model with a
+    price on every unit that moves. Falling prices give proposals from two moves to many: the fewer units move,
+    the better the sum predicts, because moves of several units interact. The proposals are measured on a
+    few samples, against the incumbent on the same ones, and the best on all; it becomes the incumbent only
+    if its measured loss is lower. When no proposal is, the slopes and the measurements take more samples.
+
+    The choice returned is the incumbent with the lowest loss on text that no proposal was measured on;
+    the search ends when that has not improved for ``patience`` rounds, or when the budget is spent.
+
+    The method is ours. What it rests on: EvoPress (arXiv 2410.14649) for the level database, the true KL
+    and few samples first; the Gauss-Newton curvature of KL from sampled labels (Martens, arXiv 1412.1193);
+    HIGGS (arXiv 2411.17525) for exact allocation by an additive model of the loss.
+
+    Args:
+        rounds: most rounds.
+        patience: rounds without improvement on the hold-out after which the search ends.
+        max_tokens: forward tokens after which no new round starts; 0 sets no limit. A backward pass
+            counts as two forward passes.
+        seconds: time after which no new round starts; 0 sets no limit. With a limit in seconds, equal
+            runs may differ.
+        seeds: allocations that the search may start from.
+        screen: share of the search text that slopes are taken from and proposals are first measured on.
+        reach: most levels that a unit moves in one round.
+        proposals: most proposals of one round.
+        decay: weight of what earlier rounds found of a unit's slopes, per round.
+        loss: ``kl`` (to the dense model, nats per token) or ``perplexity`` (its logarithm).
+        tokens: held-out calibration tokens that measure candidates.
+        holdout: further held-out tokens, which tell when to stop.
+    """
+
+    name = "search"
+    sensitivities = ("fisher",)
+    errors = ("weight", "output", "fisher")
+    needs_database = True
+    measures = True
+
+    rounds: int = 30
+    patience: int = 3
+    max_tokens: int = 0
+    seconds: float = 0.0
+    seeds: int = 10
+    screen: float = 0.25
+    reach: int = 2
+    proposals: int = 5
+    decay: float = 0.7
+    loss: str = "kl"
+    tokens: int = 24576
+    holdout: int = 8192
+
+    def __post_init__(self) -> None:
+        for option, least in (
+            ("rounds", 0), ("patience", 1), ("max_tokens", 0), ("seconds", 0), ("seeds", 1), ("reach", 1),
+            ("proposals", 1), ("tokens", 1), ("holdout", 1),
+        ):  # fmt: skip
+            if not getattr(self, option) >= least:
+                raise RecipeError(f"search: {option} = {getattr(self, option)} must be at least {least}")
+        if not 0 < self.screen <= 1 or not 0 <= self.decay <= 1:
+            raise RecipeError(
+                f"search: screen = {self.screen}, decay = {self.decay}",
+                hint="screen is in (0, 1], decay in [0, 1]",
+            )
+        if self.loss not in ("kl", "perplexity"):
+            raise RecipeError(f"search: loss {self.loss!r} is unknown", hint="use kl or perplexity")
+
+    def allocate(self, inputs: AllocationInputs) -> AllocationResult:
+        state = _State(self, inputs)
+        state.start(list(_seeds(inputs, self.seeds)))
+        share, idle = self.screen, 0
+        for turn in range(self.rounds):
+            if state.spent() or idle >= self.patience:
+                break
+            inputs.progress(turn, self.rounds)
+            moved = state.round(turn, share)
+            share = share if moved else min(max(0.5, share), 1.5 * share)
+            idle = 0 if state.check() else idle + 1
+        inputs.progress(self.rounds, self.rounds)
+        return state.result()
+
+
+class _Local:
+    """What is known of single moves around the incumbent: means over rounds, newer ones counting more.
+
+    A unit that moved starts anew; for the others the gradients of the last rounds still say much.
+    """
+
+    def __init__(self, units: int, levels: int, decay: float):
+        self.decay, self.at = decay, None
+        self.linear, self.quadratic = np.zeros((2, units, levels))
+        self.weight = np.zeros((units, levels))
+
+    def add(self, choice: Choice, slopes: np.ndarray, draws: np.ndarray) -> None:
+        """Add slopes and draws float64[S, U, K], taken at ``choice``."""
+        if self.at is not None:
+            for u, (old, new) in enumerate(zip(self.at, choice, strict=True)):
+                if old != new:
+                    self.weight[u] = 0.0
+        self.at = choice
+        slopes, draws = (
+            np.nan_to_num(slopes, posinf=0.0, neginf=0.0),
+            np.where(np.isfinite(slopes), draws, 0.0),
+        )
+        draws = np.nan_to_num(
+            draws, posinf=0.0, neginf=0.0
+        )  # an overflow says nothing: the level stays unknown
+        old, new = self.decay * self.weight, len(slopes) * np.any(draws != 0, axis=0)
+        total = np.maximum(old + new, 1e-12)
+        self.linear = (old * self.linear + new * slopes.mean(axis=0)) / total
+        self.quadratic = (old * self.quadratic + new * 0.5 * (draws**2).mean(axis=0)) / total
+        self.weight = old + new
+
+    def cost(self, choice: Choice) -> np.ndarray:
+        """Return float64[U, K]: the predicted change of the loss, inf where nothing is known."""
+        total = self.linear + self.quadratic
+        cost = np.where((self.weight > 0) & np.isfinite(total), total, np.inf)
+        cost[np.arange(len(choice)), list(choice)] = 0.0
+        return cost
+
+
+@dataclass
+class _State:
+    """The incumbent, what is known of it, and what was measured on the way."""
+
+    options: Search
+    inputs: AllocationInputs
+    began: float = field(default_factory=time.monotonic)
+    incumbent: Choice = ()
+    scores: dict[Choice, float] = field(default_factory=dict)
+    screened: dict[tuple[Choice, tuple[int, ...]], float] = field(default_factory=dict)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    holdout: dict[Choice, float] = field(default_factory=dict)
+    holdout_curve: list[tuple[int, float]] = field(default_factory=list)
+    predictions: list[tuple[float, float]] = field(default_factory=list)
+    best: Choice = ()
+    incumbents: list[tuple[int, Choice]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.inputs.seed)
+        problem = self.inputs.problem
+        self.local = _Local(len(problem.table), len(problem.menu), self.options.decay)
+
+    @property
+    def forward_tokens(self) -> int:
+        return self.inputs.loss.forward_tokens + (
+            self.inputs.holdout.forward_tokens if self.inputs.holdout else 0
+        )
+
+    def spent(self) -> bool:
+        """True if the budget in tokens or seconds is used up."""
+        limit, seconds = self.options.max_tokens, self.options.seconds
+        return bool(
+            (limit and self.forward_tokens >= limit)
+            or (seconds and time.monotonic() - self.began >= seconds)
+        )  # fmt: skip
+
+    def full(self, choice: Choice) -> float:
+        """Return the loss on the whole search text; a new best becomes a point of the curve."""
+        if choice not in self.scores:
+            best = min(self.scores.values(), default=np.inf)
+            self.scores[choice] = self.inputs.loss(choice)
+            if self.scores[choice] < best:
+                self.curve.append((self.forward_tokens, self.scores[choice]))
+        return self.scores[choice]
+
+    def few(self, choice: Choice, samples: tuple[int, ...]) -> float:
+        """Return the loss on some samples."""
+        if (choice, samples) not in self.screened:
+            self.screened[choice, samples] = self.inputs.loss(choice, samples)
+        return self.screened[choice, samples]
+
+    def draw(self, share: float) -> tuple[int, ...]:
+        """Return the numbers of a random share of the samples, sorted."""
+        count = len(self.inputs.loss.lengths)
+        take = max(1, min(count, round(share * count)))
+        return tuple(int(i) for i in np.sort(self.rng.choice(count, take, replace=False)))
+
+    def start(self, seeds: Sequence[Choice]) -> None:
+        """Measure the seeds on a few samples and the best three, and uniform, on all."""
+        samples = self.draw(self.options.screen)
+        order = sorted(range(len(seeds)), key=lambda i: (self.few(seeds[i], samples), i))
+        for i in sorted({0, *order[:3]}):
+            self.full(seeds[i])
+        self.incumbent = min(self.scores, key=lambda c: (self.scores[c], c))
+        if not np.isfinite(self.scores[self.incumbent]):
+            raise NumericsError(f"none of {len(seeds)} seeds has a finite loss", hint="try dtype float32")
+        self.best = seeds[0]
+        self._hold(seeds[0])
+        self.incumbents.append((self.forward_tokens, self.best))
+        self.check()
+
+    def round(self, turn: int, share: float) -> bool:
+        """Propose around the incumbent; return True if a proposal took its place."""
+        inputs, now = self.inputs, self.full(self.incumbent)
+        self.local.add(self.incumbent, *inputs.loss.slopes(
+            self.incumbent, self.draw(share), self.options.reach, inputs.seed + turn
+        ))  # fmt: skip
+        samples = self.draw(share)
+        inputs.loss.keep(self.incumbent)
+        base = self.few(self.incumbent, samples)
+        proposals = dict(self._proposals())
+        ranked = sorted(proposals, key=lambda c: (self.few(c, samples), c))
+        for choice in ranked[:2]:
+            if self.few(choice, samples) >= base:
+                break
+            loss = self.full(choice)
+            self.predictions.append((proposals[choice], loss - now))
+            if loss < now:
+                self.incumbent = choice
+                return True
+        return False
+
+    def _proposals(self) -> Iterator[tuple[Choice, float]]:
+        """Yield distinct new choices, from few moves to many, with their predicted change."""
+        problem, rows = self.inputs.problem, np.arange(len(self.incumbent))
+        cost = self.local.cost(self.incumbent)
+        moved = np.arange(len(problem.menu))[None, :] != np.array(self.incumbent)[:, None]
+        seen, price, found = set(self.scores), -float(cost[np.isfinite(cost)].min()), 0
+        for _ in range(24):
+            choice = problem.solve(cost + price * moved)
+            if choice not in seen:
+                seen.add(choice)
+                found += 1
+                yield choice, float(cost[rows, list(choice)].sum())
+            if found == self.options.proposals:
+                return
+            price /= 1.5
+
+    def _hold(self, choice: Choice) -> float:
+        if choice not in self.holdout:
+            measure = self.inputs.holdout or self.inputs.loss
+            self.holdout[choice] = measure(choice)
+            self.holdout_curve.append((self.forward_tokens, self.holdout[choice]))
+        return self.holdout[choice]
+
+    def check(self) -> bool:
+        """Measure the incumbent on the hold-out; return True if it is the best so far."""
+        better = self._hold(self.incumbent) < self._hold(self.best)
+        if not np.isfinite(self._hold(self.best)):  # the hold-out cannot tell: the search text does
+            better |= self.scores[self.incumbent] < self.scores[self.best]
+        if better:
+            self.best = self.incumbent
+            self.incumbents.append((self.forward_tokens, self.best))
+            return True
+        return False
+
+    def result(self) -> AllocationResult:
+        uniform = next(iter(self.holdout))
+        return AllocationResult(
+            self.best, self.scores[self.best], self.scores[uniform], len(self.scores) + len(self.screened),
+            tuple(self.curve), tuple(self.holdout_curve), tuple(self.predictions),
+            incumbents=tuple(self.incumbents),
+        )  # fmt: skip
+
+
+def _seeds(inputs: AllocationInputs, count: int) -> Iterator[Choice]:
+    """Yield distinct choices: uniform, the minima of the additive surrogates, and Fisher rankings."""
+    problem, seen = inputs.problem, set()
+    candidates = [problem.uniform()]
+    candidates += [problem.solve(inputs.errors[name]) for name in ("fisher", "output")]
+    candidates += fisher_seeds(inputs, count, 0.25, np.random.default_rng(inputs.seed))
+    for choice in candidates:
+        if choice not in seen and len(seen) < count:
+            seen.add(choice)
+            yield choice
