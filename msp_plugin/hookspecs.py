@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from msp_plugin.plan.allocation import Allocation
     from msp_plugin.plan.levels import Level
     from msp_plugin.pruning.base import Pruner
+    from msp_plugin.report.section import Section
     from msp_plugin.sensitivity.base import Estimator
     from msp_plugin.verify.base import Check
 
@@ -70,3 +71,12 @@ def msp_layer_pruned(layer: str, level: Level, zeros: int, weights: int) -> None
 @hookspec
 def msp_run_finished(record: dict) -> None:
     """Called with the contents of run.json when a run has written its files."""
+
+
+@hookspec
+def msp_report_section(record: dict) -> Section | None:
+    """Return a section for the report (``msp report``), or None if there is nothing to say.
+
+    ``record["schema"]`` says what it is of: ``msp_plugin/run``, the contents of run.json with those of
+    allocation.json under ``allocation``, or ``msp_plugin/compare``, the contents of compare.json.
+    """

@@ -14,7 +14,7 @@ from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
 from msp_plugin.verify.base import Subject, run_checks
 
-SAMPLES = ("squared_norm", "least_error", "ria", "listing", "no_nan", "observer", "hello")
+SAMPLES = ("squared_norm", "least_error", "ria", "listing", "no_nan", "observer", "hello", "densest")
 EXERCISED = {
     "msp_register_estimators": "test_an_estimator_of_a_plugin_is_built_with_its_options",
     "msp_register_allocators": "test_an_allocator_of_a_plugin_gets_the_estimator_that_it_names",
@@ -25,6 +25,7 @@ EXERCISED = {
     "msp_run_started": "test_observers_are_told_of_a_run",
     "msp_layer_pruned": "test_observers_are_told_of_a_run",
     "msp_run_finished": "test_observers_are_told_of_a_run",
+    "msp_report_section": "test_a_section_of_a_plugin_is_told_of_the_run",
 }
 
 
@@ -41,12 +42,16 @@ def test_every_hook_has_a_test_and_a_sample_plugin(plugins_with):
 
 
 def test_all_samples_live_together_with_the_builtins(plugins_with):
-    found = plugins_with(*SAMPLES).components
-    assert set(found["pruners"]) == {"magnitude", "sparsegpt", "wanda", "ria"}
-    assert set(found["estimators"]) == {"fisher", "squared_norm"}
-    assert set(found["allocators"]) == {"msp", "uniform", "dense_where_large", "least_error"}
-    assert set(found["exporters"]) == {"dense", "recipe", "sparse24", "listing"}
-    assert set(found["checks"]) == {"structure", "round_trip", "quality", "served", "no_nan"}
+    builtin, found = plugins_with().components, plugins_with(*SAMPLES).components
+    added = {
+        "estimators": {"squared_norm"},
+        "allocators": {"dense_where_large", "least_error"},
+        "pruners": {"ria"},
+        "exporters": {"listing"},
+        "checks": {"no_nan"},
+    }
+    assert {kind: set(found[kind]) - set(builtin[kind]) for kind in found} == added
+    assert all(set(builtin[kind]) < set(found[kind]) for kind in found)
 
 
 def test_an_estimator_of_a_plugin_is_built_with_its_options(plugins_with, llama, data):
@@ -120,3 +125,14 @@ def test_observers_are_told_of_a_run(plugins_with, sample_plugin, make_problem):
         ("pruned", "layers.0.proj", "4:8", 16, 32),
         ("finished", {"seed": 0}),
     ]
+
+
+def test_a_section_of_a_plugin_is_told_of_the_run(plugins_with, make_problem):
+    problem = make_problem([(4, 8), (4, 8)], ["4:8", "2:8"], "5/8")
+    allocation = Allocation(problem.table, problem.menu, Fraction(5, 8))
+    record = {"schema": "msp_plugin/run", "allocation": allocation.to_dict()}
+    hook = plugins_with("densest").hook
+    (section,) = hook.msp_report_section(record=record)
+    assert section.title == "Densest units" and section.columns == ("unit", "level", "zeros")
+    assert section.rows == [("layers.0.proj", "4:8", "16"), ("layers.1.proj", "2:8", "24")]
+    assert hook.msp_report_section(record={"schema": "msp_plugin/compare"}) == []

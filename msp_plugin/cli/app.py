@@ -13,7 +13,10 @@ import typer
 from msp_plugin import __version__
 from msp_plugin.cli.arguments import AsJson
 from msp_plugin.cli.checkpoint import export_command, verify
+from msp_plugin.cli.compare import compare_command
+from msp_plugin.cli.evaluate import evaluate_command
 from msp_plugin.cli.prune import demo, prune, run_command
+from msp_plugin.cli.report import report
 from msp_plugin.cli.search import allocate_command, sensitivity
 from msp_plugin.errors import MSPError
 
@@ -31,6 +34,9 @@ app.command(name="allocate")(allocate_command)
 app.command()(sensitivity)
 app.command(name="export")(export_command)
 app.command()(verify)
+app.command(name="eval")(evaluate_command)
+app.command()(report)
+app.command(name="compare")(compare_command)
 
 
 @app.command()

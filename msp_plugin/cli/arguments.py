@@ -15,7 +15,9 @@ Data = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", help="directory for the results; must be empty or new")]
 Sparsity = Annotated[str, typer.Option("--sparsity", "-s", help="share of zeros among prunable weights")]
 Method = Annotated[str, typer.Option("--method", "-m", help="pruning method; see `msp plugins`")]
-Levels = Annotated[str | None, typer.Option("--levels", help='comma list, e.g. "dense,4:8,2:8,1:8"')]
+Levels = Annotated[
+    str | None, typer.Option("--levels", help='comma list, e.g. "dense,4:8,2:8,1:8", or servable')
+]
 AllocatorName = Annotated[str, typer.Option("--allocator", help="allocator; see `msp plugins`")]
 Set = Annotated[
     list[str] | None,
@@ -23,6 +25,16 @@ Set = Annotated[
 ]
 Targets = Annotated[list[str] | None, typer.Option("--target", help="layers to prune (repeatable)")]
 Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="layers to leave alone (repeatable)")]
+Granularity = Annotated[
+    str | None, typer.Option("--granularity", help="what shares a level: unit (fused layers), layer or block")
+]
+BoundsOf = Annotated[
+    list[str] | None,
+    typer.Option("--bounds", help="PATTERN=LOW,HIGH: least and most zeros of these layers (repeatable)"),
+]
+Protect = Annotated[
+    list[str] | None, typer.Option("--protect", help="layers to keep dense, in the budget (repeatable)")
+]
 Seed = Annotated[int, typer.Option("--seed")]
 Cache = Annotated[str | None, typer.Option("--cache", help="where the level database lives")]
 SearchData = Annotated[str | None, typer.Option("--search-data", help="text that measures candidates")]
@@ -91,4 +103,25 @@ def recipe_options(
         "levels": levels.split(",") if levels else None, "targets": targets or None,
         "ignore": ignore or None, "seed": seed, "cache": cache, "estimators": estimators or None,
     }  # fmt: skip
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def layer_options(
+    granularity: str | None, bounds: list[str] | None, protect: list[str] | None
+) -> dict[str, Any]:
+    """Return what a recipe says of granularity, bounds and protected layers.
+
+    Raises:
+        RecipeError: bounds that are not PATTERN=LOW,HIGH.
+    """
+    from msp_plugin.errors import RecipeError
+
+    shares: dict[str, list[str]] = {}
+    for text in bounds or ():
+        pattern, equals, values = text.rpartition("=")
+        pair = [part.strip() for part in values.split(",")]
+        if not (equals and pattern and len(pair) == 2):
+            raise RecipeError(f"--bounds {text!r} is not PATTERN=LOW,HIGH", hint="e.g. down_proj=0.5,0.75")
+        shares[pattern] = pair
+    given = {"granularity": granularity, "bounds": shares or None, "protect": protect or None}
     return {key: value for key, value in given.items() if value is not None}

@@ -13,17 +13,20 @@ from msp_plugin.cli.arguments import (
     AllocatorName,
     AsJson,
     Batch,
+    BoundsOf,
     Cache,
     Column,
     Count,
     Data,
     Dtype,
+    Granularity,
     Ignore,
     Length,
     Levels,
     Method,
     Model,
     Out,
+    Protect,
     Remote,
     SearchData,
     Seed,
@@ -33,6 +36,7 @@ from msp_plugin.cli.arguments import (
     TestData,
     Verbose,
     component_options,
+    layer_options,
     recipe_options,
     resolve_model,
 )
@@ -129,10 +133,13 @@ def prune(
     method: Method = "sparsegpt",
     allocation: Annotated[str | None, typer.Option("--allocation", help="finished allocation.json")] = None,
     levels: Levels = None,
-    allocator: AllocatorName = "msp",
+    allocator: AllocatorName = "search",
     options: Set = None,
     target: Targets = None,
     ignore: Ignore = None,
+    granularity: Granularity = None,
+    bounds: BoundsOf = None,
+    protect: Protect = None,
     seed: Seed = 0,
     cache: Cache = None,
     search_data: SearchData = None,
@@ -162,6 +169,7 @@ def prune(
     estimators = Plugins().components["estimators"]
     specs = component_options(options, estimators, method=method, allocator=allocator)
     given = recipe_options(sparsity, levels, target, ignore, seed, cache, specs)
+    given |= layer_options(granularity, bounds, protect)
     recipe = prune_recipe({**given, "allocation": allocation})
     text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch)
     with progress_bars(not as_json) as progress:

@@ -11,16 +11,19 @@ import typer
 from msp_plugin.cli.arguments import (
     AllocatorName,
     AsJson,
+    BoundsOf,
     Cache,
     Column,
     Count,
     Data,
     Dtype,
+    Granularity,
     Ignore,
     Length,
     Levels,
     Method,
     Model,
+    Protect,
     Remote,
     SearchData,
     Seed,
@@ -29,6 +32,7 @@ from msp_plugin.cli.arguments import (
     Targets,
     Verbose,
     component_options,
+    layer_options,
     recipe_options,
     resolve_model,
 )
@@ -43,10 +47,13 @@ def allocate_command(
     ),
     method: Method = "sparsegpt",
     levels: Levels = None,
-    allocator: AllocatorName = "msp",
+    allocator: AllocatorName = "search",
     options: Set = None,
     target: Targets = None,
     ignore: Ignore = None,
+    granularity: Granularity = None,
+    bounds: BoundsOf = None,
+    protect: Protect = None,
     seed: Seed = 0,
     cache: Cache = None,
     search_data: SearchData = None,
@@ -78,7 +85,8 @@ def allocate_command(
         raise OutputError(f"{out} exists", hint="give another --out, or remove it")
     estimators = Plugins().components["estimators"]
     specs = component_options(options, estimators, method=method, allocator=allocator)
-    chosen = Options.parse(recipe_options(sparsity, levels, target, ignore, seed, cache, specs))
+    given = recipe_options(sparsity, levels, target, ignore, seed, cache, specs)
+    chosen = Options.parse(given | layer_options(granularity, bounds, protect))
     text = Text(data, search_data, None, samples, length, 0, text_column)
     with console.progress_bars(not as_json) as progress:
         outcome = search_allocation(

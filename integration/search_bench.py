@@ -1,0 +1,227 @@
+"""What a search costs: our search against EvoPress at equal quality, prefix reuse, and the exact solver.
+
+Both searches run on the same level database and the same search text. Every incumbent of both, that is
+what each would have returned if it had been stopped then, is measured on hold-out text that neither saw, not
+even for stopping. EvoPress runs its full schedule scaled to the model: 400 generations of 64 for the 224
+layers of a 7B model are 57 for 32 units, and its token ladder 2,048 / 16,384 / 65,536 is divided by 8 as the
+samples are (256 tokens instead of 2,048).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+EVOPRESS = {"name": "evopress", "generations": 57, "tokens_per_selection": (256, 2048, 8192), "tokens": 12288}
+SEARCH = {"name": "search", "tokens": 12288, "holdout": 4096}
+
+
+def bench_model(model_name: str, method: str, sparsity: str, cache: str | None):
+    """Return (measurements, problem, hold-out that no search sees) of a demo model."""
+    from msp_plugin.demo import demo_model_path, demo_text
+    from msp_plugin.measure import Measurements
+    from msp_plugin.models import load_model, load_tokenizer, prunable_layers
+    from msp_plugin.plan.budget import AllocationProblem
+    from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu, parse_sparsity
+    from msp_plugin.plugins import Plugins
+    from msp_plugin.samples import load_samples
+
+    path = demo_model_path(model_name)
+    model, text = load_model(path, "float32"), demo_text().for_model(path)
+    samples = load_samples(load_tokenizer(path), text, 12288 + 4096 + 16384).calibration
+    calibration, rest = samples.samples[:64], type(samples)(samples.samples[64:], "search")
+    rest, unseen = rest.cut(16384)
+    search, holdout = rest.cut(4096)
+    table, menu = prunable_layers(model), parse_menu(DEFAULT_LEVELS)
+    plugins = Plugins()
+    measurements = Measurements(
+        model, table, menu, plugins.build("pruners", method), type(samples)(calibration, "calibration"),
+        search, holdout, {"fisher": plugins.build("estimators", "fisher")}, cache,
+    )  # fmt: skip
+    return measurements, AllocationProblem(table, menu, parse_sparsity(sparsity)), unseen
+
+
+def search_cost(model: str, method: str, sparsity: str, seeds: list[int], cache: str | None) -> list[dict]:
+    """Return one entry per seed: forward tokens to EvoPress' final loss on unseen text, by both."""
+    from msp_plugin.candidates import CandidateLoss, CandidateWeights
+    from msp_plugin.plugins import Plugins
+
+    plugins = Plugins()
+    measurements, problem, unseen = bench_model(model, method, sparsity, cache)
+    found = []
+    for seed in seeds:
+        trails, seconds = {}, {}
+        for name, spec in (("evopress", EVOPRESS), ("search", SEARCH)):
+            result, record = measurements.allocate(plugins.build("allocators", spec), problem, seed)
+            with CandidateWeights(measurements.model, measurements.database, problem) as weights:
+                loss = CandidateLoss(weights, unseen, reuse=False).prepare()
+                held: dict[tuple[int, ...], float] = {}
+                for _, choice in result.incumbents:
+                    held.setdefault(choice, loss(choice))
+                trails[name] = [(tokens, held[choice]) for tokens, choice in result.incumbents]
+                uniform = loss(problem.uniform())
+            trails[name].append((record["forward_tokens"], held[result.choice]))
+            seconds[name] = record["seconds"]
+        goal = trails["evopress"][-1][1]
+        reached = next((tokens for tokens, value in trails["search"] if value <= goal), None)
+        entry = {
+            "model": model, "method": method, "sparsity": sparsity, "seed": seed, "uniform": uniform,
+            "evopress": goal, "search": trails["search"][-1][1],
+            "evopress_tokens": trails["evopress"][-1][0], "search_tokens": trails["search"][-1][0],
+            "reached_tokens": reached, "seconds": seconds, "trails": trails,
+        }  # fmt: skip
+        found.append(entry)
+        print(json.dumps({key: value for key, value in entry.items() if key != "trails"}), flush=True)
+    return found
+
+
+def prefix_reuse(model: str, cache: str | None, candidates: int = 40) -> dict:
+    """Return the time of candidates with and without reuse; candidates that each move one unit by one level."""
+    import numpy as np
+
+    from msp_plugin.candidates import CandidateLoss, CandidateWeights
+
+    measurements, problem, _ = bench_model(model, "sparsegpt", "0.75", cache)
+    rng, now = np.random.default_rng(0), problem.uniform()
+    moves = []
+    while len(moves) < candidates:
+        unit = int(rng.integers(len(now)))
+        level = now[unit] + int(rng.choice([-1, 1]))
+        if 0 <= level < len(problem.menu):
+            moves.append((*now[:unit], level, *now[unit + 1 :]))
+    with CandidateWeights(measurements.model, measurements.database, problem) as weights:
+        losses = {
+            reuse: CandidateLoss(weights, measurements.search, reuse=reuse).prepare()
+            for reuse in (True, False)
+        }
+        losses[True].keep(now)
+        times: dict[bool, list[float]] = {True: [], False: []}
+        worst = 0.0
+        for reuse in (True, False):
+            losses[reuse](now)
+        for choice in moves:  # interleaved, so that whatever else runs slows both
+            values = []
+            for reuse in (True, False):
+                start = time.perf_counter()
+                values.append(losses[reuse](choice))
+                times[reuse].append(time.perf_counter() - start)
+            worst = max(worst, abs(values[0] - values[1]))
+    ratios = [b / a for a, b in zip(times[True], times[False], strict=True)]
+    return {
+        "model": model, "candidates": candidates, "tokens": measurements.search.tokens,
+        "seconds_with": statistics.median(times[True]), "seconds_without": statistics.median(times[False]),
+        "speedup_all": sum(times[False]) / sum(times[True]), "speedup_median": statistics.median(ratios),
+        "largest_difference": worst,
+    }  # fmt: skip
+
+
+def solver(repeats: int = 5) -> dict:
+    """Return the seconds of an exact solution for Llama-3-8B's 224 layers and 9 levels."""
+    import numpy as np
+
+    from msp_plugin.plan.budget import AllocationProblem
+    from msp_plugin.plan.levels import parse_menu
+    from msp_plugin.plan.units import Layer, Unit, UnitTable
+
+    shapes = {
+        "q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096), "gate": (14336, 4096),
+        "up": (14336, 4096), "down": (4096, 14336),
+    }  # fmt: skip
+    units = [
+        Unit(f"{block}.{name}", block, (Layer(f"{block}.{name}", *shape),))
+        for block in range(32) for name, shape in shapes.items()
+    ]  # fmt: skip
+    menu = parse_menu("dense,14:16,12:16,10:16,8:16,6:16,4:16,2:16,1:16")
+    rng, times = np.random.default_rng(0), []
+    for _ in range(repeats):
+        from fractions import Fraction
+
+        start = time.perf_counter()
+        problem = AllocationProblem(UnitTable(tuple(units)), menu, Fraction(3, 4))
+        problem.solve(rng.exponential(1.0, (len(units), len(menu))))
+        times.append(time.perf_counter() - start)
+    return {
+        "layers": len(units),
+        "levels": len(menu),
+        "seconds": statistics.median(times),
+        "worst": max(times),
+    }
+
+
+def markdown(record: dict) -> str:
+    """Return the tables."""
+    lines = [
+        "# What a search costs",
+        "",
+        f"Made by `python integration/search_bench.py`; {record['machine']}. KL in nats per token on text that "
+        "neither search saw. *Reached*: forward tokens after which what our search would have returned was as "
+        "good as EvoPress' final allocation; a backward pass counts as two forward passes, the tokens that only "
+        "tell when to stop are counted, sensitivities from calibration samples are not.",
+        "",
+        "| model | method | zeros | seed | uniform | EvoPress (tokens) | search (tokens) | reached | share |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for e in record["searches"]:
+        reached = e["reached_tokens"]
+        share = "" if reached is None else f"1/{e['evopress_tokens'] / reached:.1f}"
+        lines.append(
+            f"| {e['model']} | {e['method']} | {100 * float(e['sparsity']):g} % | {e['seed']} | {e['uniform']:.4f} "
+            f"| {e['evopress']:.4f} ({e['evopress_tokens']:,}) | {e['search']:.4f} ({e['search_tokens']:,}) "
+            f"| {'never' if reached is None else f'{reached:,}'} | {share} |"
+        )
+    lines += ["", "Prefix reuse, candidates that move one random unit by one level, interleaved:", ""]
+    for e in record["prefix"]:
+        lines.append(
+            f"- {e['model']}: {e['seconds_without'] / e['seconds_with']:.2f} times as fast by medians, "
+            f"{e['speedup_all']:.2f} over all {e['candidates']} (median {e['seconds_with']:.3f} s against "
+            f"{e['seconds_without']:.3f} s, {e['tokens']:,} tokens); losses differ by at most {e['largest_difference']:.1e}."
+        )
+    s = record["solver"]
+    lines += [
+        "",
+        f"Exact solver, {s['layers']} layers (Llama-3-8B's shapes), {s['levels']} levels: {s['seconds']:.3f} s "
+        f"(worst of five: {s['worst']:.3f} s).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("integration/results"))
+    parser.add_argument("--models", nargs="+", default=["llama", "qwen2"])
+    parser.add_argument("--methods", nargs="+", default=["sparsegpt"])
+    parser.add_argument("--sparsity", default="0.75")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--cache")
+    parser.add_argument("--quick", action="store_true", help="prefix reuse and solver only")
+    args = parser.parse_args()
+    import torch
+
+    record = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "solver": solver(),
+        "prefix": [prefix_reuse(model, args.cache) for model in args.models],
+        "searches": [],
+    }
+    if not args.quick:
+        for model in args.models:
+            for method in args.methods:
+                record["searches"] += search_cost(model, method, args.sparsity, args.seeds, args.cache)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "search.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = markdown(record)
+    (args.out / "search.md").write_text(text)
+    print(text)
+    slow = [
+        e for e in record["searches"]
+        if e["reached_tokens"] is None or e["reached_tokens"] > e["evopress_tokens"] / 5
+    ]  # fmt: skip
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

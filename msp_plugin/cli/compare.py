@@ -1,0 +1,166 @@
+"""``msp compare``: allocators side by side on one level database."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from msp_plugin.cli.arguments import (
+    AsJson,
+    Batch,
+    Cache,
+    Column,
+    Count,
+    Data,
+    Dtype,
+    Ignore,
+    Length,
+    Levels,
+    Model,
+    Out,
+    Remote,
+    SearchData,
+    Set,
+    Targets,
+    TestCount,
+    TestData,
+    Verbose,
+    component_options,
+    resolve_model,
+)
+
+#: One of each kind that is cheap enough for a first look; `msp plugins` lists the others.
+DEFAULT = "uniform,owl,alphapruning,dlp,lsa,one_shot,knapsack,search"
+
+
+def compare_command(
+    model: Model,
+    data: Data,
+    out: Out,
+    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="comma list of shares of zeros")] = "0.75",
+    methods: Annotated[str, typer.Option("--methods", "-m", help="comma list")] = "sparsegpt",
+    allocators: Annotated[
+        str, typer.Option("--allocators", help="comma list; options in brackets: knapsack[surrogate=kl]")
+    ] = DEFAULT,
+    seeds: Annotated[str, typer.Option("--seeds", help="comma list; of allocators that use one")] = "0",
+    prune: Annotated[
+        bool, typer.Option(help="prune to each allocation, or measure the level database's weights only")
+    ] = True,
+    options: Set = None,
+    levels: Levels = None,
+    target: Targets = None,
+    ignore: Ignore = None,
+    cache: Cache = None,
+    search_data: SearchData = None,
+    test_data: TestData = None,
+    samples: Count = 128,
+    length: Length = None,
+    test_samples: TestCount = 32,
+    text_column: Column = "text",
+    batch: Batch = 1,
+    dtype: Dtype = "auto",
+    trust_remote_code: Remote = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare allocators on one model: the same text, level database and budget for all of them.
+
+    Leaves compare.json and report.html. Example: msp compare Qwen/Qwen2.5-7B -s 0.625,0.75 --methods
+    sparsegpt,wanda --allocators uniform,owl,evopress,search --data c4.jsonl --test-data wiki.txt --out cmp
+    """
+    from msp_plugin.cli import console
+
+    console.set_up_logs(verbose)
+    from msp_plugin.compare import Matrix, compare, parse_allocators, parse_sparsities
+    from msp_plugin.errors import RecipeError
+    from msp_plugin.files import check_output, output_directory, write_json
+    from msp_plugin.plugins import Plugins
+    from msp_plugin.samples import Text
+
+    check_output(out)
+    names = parse_allocators(allocators)
+    roles = {spec if isinstance(spec, str) else spec["name"] for spec in names.values()}
+    pruners = [part.strip() for part in methods.split(",") if part.strip()]
+    roles |= set(pruners)
+    given = component_options(options, Plugins().components["estimators"], **{role: role for role in roles})
+    try:
+        numbers = [int(part) for part in seeds.split(",") if part.strip()]
+    except ValueError:
+        raise RecipeError(f"seeds {seeds!r} are no numbers", hint="write e.g. --seeds 0,1,2") from None
+    estimators = {role: spec for role, spec in given.items() if role not in roles} or None
+    shared = {
+        "levels": levels, "targets": target, "ignore": ignore, "cache": cache, "estimators": estimators,
+    }  # fmt: skip
+    matrix = Matrix(
+        parse_sparsities(sparsity),
+        [given[name] for name in pruners],
+        {label: _spec(spec, given) for label, spec in names.items()},
+        numbers,
+        {key: value for key, value in shared.items() if value is not None},
+        prune,
+    )
+    text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch)
+    with console.progress_bars(not as_json) as progress:
+        record = compare(
+            resolve_model(model), text, matrix, dtype=dtype, trust_remote_code=trust_remote_code,
+            progress=progress,
+        )  # fmt: skip
+    with output_directory(out) as temporary:
+        write_json(temporary / "compare.json", record)
+        written = _write_report(temporary)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2, sort_keys=True))
+        return
+    for table in comparison_tables(record, model):
+        console.table.print(table)
+    missing = "" if written else " (no report: pip install 'msp_plugin[report]')"
+    console.out.print(f"Results: {out}{missing}", markup=False)
+
+
+def _spec(spec: str | dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    return given[spec] if isinstance(spec, str) else {**given[spec["name"]], **spec}
+
+
+def _write_report(folder: Path) -> bool:
+    """Write report.html beside compare.json; False where the extra is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None or find_spec("jinja2") is None:
+        return False
+    from msp_plugin.report import write_report
+
+    write_report(folder, folder / "report.html")
+    return True
+
+
+def comparison_tables(record: dict[str, Any], title: str) -> list[Any]:
+    """Return one table per method and sparsity: the allocators in the order of their KL."""
+    from rich.markup import escape  # a label may have brackets
+    from rich.table import Table
+
+    from msp_plugin.compare import cells, spread
+
+    tables = []
+    for (method, sparsity), allocators in cells(record["rows"]).items():
+        title_of_cell = escape(f"{title}, {method}, {float(sparsity):.4g} zeros")
+        table = Table(title=title_of_cell, title_justify="left")
+        table.add_column("allocator", overflow="fold")  # a label that is cut could be another's
+        for heading in ("perplexity", "KL, nats", "+-", "forward tokens", "seconds", "seeds"):
+            table.add_column(heading, justify="right")
+
+        def mean(rows: Any, key: str) -> float:
+            found = [row[key] for row in rows]  # a mean without the seeds that are not finite would flatter
+            return float("inf") if None in found else sum(found) / len(found)
+
+        for label, rows in sorted(allocators.items(), key=lambda item: mean(item[1], "kl")):
+            kl = [row["kl"] for row in rows if row["kl"] is not None]
+            table.add_row(
+                escape(label), f"{mean(rows, 'perplexity'):.2f}", f"{mean(rows, 'kl'):.4f}",
+                f"{spread(kl):.4f}" if len(kl) > 1 else "",
+                f"{mean(rows, 'forward_tokens'):,.0f}", f"{mean(rows, 'seconds'):.1f}", str(len(rows)),
+            )  # fmt: skip
+        tables.append(table)
+    return tables

@@ -1,0 +1,359 @@
+"""Compare allocators: the same model, method, budget, text and level database for all of them."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from msp_plugin.allocate import check_model, make_problem, versions
+from msp_plugin.allocators.base import Choice
+from msp_plugin.calibration import CalibrationSet
+from msp_plugin.candidates import CandidateLoss, CandidateWeights
+from msp_plugin.checkpoint.load import load
+from msp_plugin.device import on_best_device
+from msp_plugin.errors import DataError, MSPError, RecipeError
+from msp_plugin.evaluation import perplexity
+from msp_plugin.files import finite, write_text
+from msp_plugin.measure import Measurements, StepProgress, no_progress
+from msp_plugin.models import fingerprint, load_tokenizer
+from msp_plugin.options import Options, Plan, resolve
+from msp_plugin.pipeline import describe_text, prune_recipe
+from msp_plugin.plan.allocation import make_allocation
+from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.plan.levels import parse_sparsity
+from msp_plugin.plugins import Plugins, spec_of
+from msp_plugin.samples import Samples, Text, load_samples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+SCHEMA = "msp_plugin/compare"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What is compared: every allocator for every method and sparsity, seeded ones with every seed.
+
+    Args:
+        allocators: by label, the name or {name: ..., option: ...} of an allocator.
+        methods: names or {name: ..., option: ...} of pruning methods.
+        options: all other options of a recipe, such as levels, ignore and granularity.
+        prune: prune to each allocation as a run does, block by block with errors propagated; without it
+            the test text is measured with the level database's weights only.
+    """
+
+    sparsities: Sequence[str]
+    methods: Sequence[str | dict[str, Any]]
+    allocators: Mapping[str, str | dict[str, Any]]
+    seeds: Sequence[int] = (0,)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    prune: bool = True
+
+    def plan(self, plugins: Plugins, method: Any, sparsity: str, allocator: Any) -> Plan:
+        """Return the plan of one cell.
+
+        Raises:
+            RecipeError: see options.resolve.
+        """
+        given = {**self.options, "method": method, "sparsity": sparsity, "allocator": allocator}
+        return resolve(Options.parse(given), plugins)
+
+    def check(self, plugins: Plugins) -> list[Plan]:
+        """Return the plans of all cells, after the checks that need no model.
+
+        Raises:
+            RecipeError: an unknown name or option, a sparsity or seed out of range, an empty list, or one
+                that names a thing twice.
+        """
+        for what in ("sparsities", "methods", "allocators", "seeds"):
+            if not getattr(self, what):
+                raise RecipeError(f"there are no {what} to compare", hint="name at least one")
+        for key in {"seed", "allocation"} & set(self.options):
+            raise RecipeError(f"{key} is no option of a comparison", hint="seeds and allocators say it")
+        for seed in self.seeds:
+            if seed < 0:
+                raise RecipeError(f"seed = {seed}", hint="seeds are 0 or more")
+        plans = [
+            self.plan(plugins, method, sparsity, allocator)
+            for method in self.methods
+            for sparsity in self.sparsities
+            for allocator in self.allocators.values()
+        ]
+        each = len(self.allocators)
+        _refuse_twice("sparsity", [plan.sparsity for plan in plans[: each * len(self.sparsities) : each]])
+        _refuse_twice("method", [plan.pruner.name for plan in plans[:: each * len(self.sparsities)]])
+        _refuse_twice("seed", self.seeds)
+        return plans
+
+
+def _refuse_twice(what: str, values: Sequence[Any]) -> None:
+    for value in values:
+        if values.count(value) > 1:  # its rows could not be told apart
+            raise RecipeError(f"{what} {value} is given twice", hint="give it once")
+
+
+def compare(
+    source: str | Path,
+    text: Text,
+    matrix: Matrix,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: StepProgress = no_progress,
+) -> dict[str, Any]:
+    """Return the record of a comparison, the contents of compare.json.
+
+    All allocators get the same calibration, search, stopping and test samples. A cell that fails is a
+    row with its error; the others go on.
+
+    Raises:
+        MSPError: whatever the options, the text or the model show before the first allocation.
+    """
+    plugins = Plugins()
+    plans = matrix.check(plugins)
+    if matrix.prune:
+        from msp_plugin.hosts.llm_compressor import require_host
+
+        require_host()
+    text = text.for_model(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    search_tokens = max(plan.allocator.held_out_tokens for plan in plans)
+    stopping = max(plan.allocator.stopping_tokens for plan in plans)
+    samples = load_samples(tokenizer, text, search_tokens + stopping)
+    if samples.test is None:
+        raise DataError("a comparison needs test text", hint="give test samples")
+    calibration, rest = samples.calibration.split(search_tokens + stopping)
+    search, holdout = rest.cut(stopping)
+    model = load(source, dtype, trust_remote_code=trust_remote_code)
+    for plan in plans:
+        check_model(model, plan)
+    with on_best_device(model):
+        dense = perplexity(model, samples.test, progress=partial(progress, "perplexity, dense"))
+        bench = _Bench(source, dtype, trust_remote_code, model, tokenizer, text, samples, matrix, plugins)
+        rows = list(bench.rows(calibration, search, holdout, progress))
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "model": {
+            "source": str(source), "architecture": type(model).__name__, "dtype": dtype,
+            "fingerprint": fingerprint(model),
+        },
+        "levels": [level.name for level in plans[0].menu],
+        "granularity": plans[0].granularity,
+        "texts": {
+            name: describe_text(part)
+            for name, part in (
+                ("calibration", calibration), ("search", search), ("holdout", holdout), ("test", samples.test)
+            )
+        },
+        "units": [
+            {
+                "name": unit.name, "block": unit.block, "weights": unit.weights,
+                "layers": [{"name": a.name, "shape": [a.out_features, a.in_features]} for a in unit.layers],
+            }
+            for unit in bench.table
+        ],
+        "dense": {"perplexity": finite(dense)},
+        "sensitivities": {name: list(values) for name, values in bench.sensitivities.items()},
+        "rows": rows,
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}",
+    }  # fmt: skip
+
+
+@dataclass
+class _Bench:
+    """A loaded model with its text, and the results that several rows share."""
+
+    source: str | Path
+    dtype: str
+    trust_remote_code: bool
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text: Text
+    samples: Samples
+    matrix: Matrix
+    plugins: Plugins
+    table: Any = None
+    sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def rows(
+        self,
+        calibration: CalibrationSet,
+        search: CalibrationSet,
+        holdout: CalibrationSet,
+        progress: StepProgress,
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the rows, method by method, so that each method's database is built once."""
+        for method in self.matrix.methods:
+            plans = [self._plan(method, self.matrix.sparsities[0], label) for label in self.matrix.allocators]
+            first = plans[0]
+            estimators = {name: built for plan in plans for name, built in plan.estimators.items()}
+            self.table = self.table or check_model(self.model, first)
+            held = Measurements(
+                self.model, self.table, first.menu, first.pruner, calibration, search, holdout, estimators,
+                first.cache, progress=progress, sensitivities=self.sensitivities,
+            )  # fmt: skip
+            finals: dict[Choice, dict[str, Any]] = {}
+            for sparsity in self.matrix.sparsities:
+                for label in self.matrix.allocators:
+                    plan = self._plan(method, sparsity, label)
+                    seeds = self.matrix.seeds if plan.allocator.seeded else self.matrix.seeds[:1]
+                    for seed in seeds:
+                        yield self._row(held, plan, label, seed, finals, progress)
+
+    def _plan(self, method: Any, sparsity: str, label: str) -> Plan:
+        return self.matrix.plan(self.plugins, method, sparsity, self.matrix.allocators[label])
+
+    def _row(
+        self,
+        held: Measurements,
+        plan: Plan,
+        label: str,
+        seed: int,
+        finals: dict[Choice, dict[str, Any]],
+        progress: StepProgress,
+    ) -> dict[str, Any]:
+        """Return one row: the allocation, what it cost, and how the pruned model does on the test text."""
+        problem = make_problem(self.model, self.table, plan)
+        row: dict[str, Any] = {
+            "method": plan.pruner.name, "sparsity": str(plan.sparsity), "allocator": label,
+            "options": spec_of(plan.allocator), "seed": seed, "seeded": plan.allocator.seeded, "error": None,
+        }  # fmt: skip
+        began = time.monotonic()
+        try:
+            held.progress = _prefixed(f"{plan.pruner.name} {float(plan.sparsity):g} {label}", progress)
+            result, record = held.allocate(plan.allocator, problem, seed)
+            make_allocation(problem, result.choice)  # raises if it is off the budget
+            del record["allocator"]
+            row |= record
+            row["levels"] = [problem.menu[k].name for k in result.choice]
+            row["kept"], row["weights"] = problem.total_kept(result.choice), self.table.weights
+            if result.choice not in finals:
+                finals[result.choice] = self._final(held, plan, problem, result.choice)
+            row |= finals[result.choice]
+        except MSPError as error:
+            log.warning("%s at %s: %s", label, plan.sparsity, error)
+            row["error"] = str(error)
+        except Exception as error:  # a plugin's bug must not cost the rows of all others
+            log.exception("%s at %s", label, plan.sparsity)
+            row["error"] = f"{type(error).__name__}: {error}"
+        log.info("%s %s %s: %.1f s", plan.pruner.name, plan.sparsity, label, time.monotonic() - began)
+        return row
+
+    def _final(
+        self, held: Measurements, plan: Plan, problem: AllocationProblem, choice: Choice
+    ) -> dict[str, Any]:
+        """Return the test perplexity and KL of an allocation, pruned anew and with the database's weights."""
+        with CandidateWeights(self.model, held.database, problem) as weights:
+            test = CandidateLoss(weights, self.samples.test, reuse=False).prepare()
+            stop = None
+            if held.holdout:
+                stop = CandidateLoss(weights, held.holdout, reuse=False).prepare()(choice)
+            weights.set(choice)
+            found = {"holdout_loss": finite(stop), "database": _named(test.quality())}
+            if not self.matrix.prune:
+                return {**found, **found["database"]}
+            weights.put(self._pruned(plan, problem, choice))
+            return {**found, **_named(test.quality())}
+
+    def _pruned(self, plan: Plan, problem: AllocationProblem, choice: Choice) -> dict[str, torch.Tensor]:
+        """Return the weights by layer that a run with this allocation gives."""
+        from msp_plugin.hosts.llm_compressor.run import run_oneshot
+
+        model = load(self.source, self.dtype, trust_remote_code=self.trust_remote_code)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "allocation.json"
+            write_text(path, make_allocation(problem, choice).to_json())
+            recipe = prune_recipe({"allocation": str(path), "method": spec_of(plan.pruner)})
+            run_oneshot(
+                model, recipe, data=self.samples.calibration, batch=self.text.batch, tokenizer=self.tokenizer,
+                trust_remote_code=self.trust_remote_code, announce=False,
+            )  # fmt: skip
+        weights = {a.name: model.get_submodule(a.name).weight.detach() for a in self.table.layers}
+        del model
+        gc.collect()
+        return weights
+
+
+def _named(quality: tuple[float, float]) -> dict[str, float | None]:
+    kl, perplexity = quality
+    return {"kl": finite(kl), "perplexity": finite(perplexity)}
+
+
+def _prefixed(prefix: str, progress: StepProgress) -> StepProgress:
+    return lambda step, done, total: progress(f"{prefix}: {step}", done, total)
+
+
+def parse_allocators(text: str) -> dict[str, str | dict[str, Any]]:
+    """Return allocators by label from ``uniform,owl,knapsack[surrogate=kl]``.
+
+    Raises:
+        RecipeError: brackets that do not match, an option without a value, or a label given twice.
+    """
+    import re
+
+    import yaml
+
+    found: dict[str, str | dict[str, Any]] = {}
+    for label in filter(None, map(str.strip, re.split(r",(?![^\[\]]*\])", text))):
+        match = re.fullmatch(r"([^\[\]]+)(?:\[([^\[\]]*)\])?", label)
+        if match is None:
+            raise RecipeError(
+                f"{label!r}: its brackets do not match", hint="write name[option=value;option=value]"
+            )
+        name, inner = match[1].strip(), match[2]
+        spec: dict[str, Any] = {"name": name}
+        for pair in filter(None, map(str.strip, (inner or "").split(";"))):
+            key, equals, value = pair.partition("=")
+            if not equals or key.strip() in ("", "name"):
+                raise RecipeError(f"{label!r}: {pair!r} is no option", hint="write name[option=value]")
+            with suppress(yaml.YAMLError):
+                value = yaml.safe_load(value)
+            spec[key.strip()] = value
+        if label in found:
+            raise RecipeError(f"{label!r} is given twice", hint="give it once")
+        found[label] = name if inner is None else spec
+    return found
+
+
+def parse_sparsities(text: str) -> list[str]:
+    """Return the exact shares of zeros of a comma list.
+
+    Raises:
+        RecipeError: see parse_sparsity.
+    """
+    return [str(parse_sparsity(part.strip())) for part in text.split(",") if part.strip()]
+
+
+def spread(values: Sequence[float]) -> float:
+    """Return the sample standard deviation; 0.0 for one value."""
+    mean = sum(values) / len(values)
+    return (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)) ** 0.5
+
+
+def cells(
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, Fraction], dict[str, list[Mapping[str, Any]]]]:
+    """Return the rows that have a result by (method, sparsity) and allocator."""
+    found: dict[tuple[str, Fraction], dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        if row.get("error") is None:
+            cell = found.setdefault((row["method"], Fraction(row["sparsity"])), {})
+            cell.setdefault(row["allocator"], []).append(row)
+    return found

@@ -1,0 +1,6 @@
+"""The report: one HTML file, with nothing outside of it, drawn from a run's records or from a comparison."""
+
+from msp_plugin.report.section import Section
+from msp_plugin.report.write import write_report
+
+__all__ = ["Section", "write_report"]

@@ -1,0 +1,140 @@
+"""Rows of a comparison, gathered by method and sparsity, then by allocator over its seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.levels import Level
+from msp_plugin.plan.units import UnitTable
+from msp_plugin.report.records import ComparedRow, Comparison
+from msp_plugin.report.statistics import deviation, finite_values, mean, pooled_deviation
+
+UNIFORM = "uniform"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An allocator with its options, in one cell: its rows over the seeds, without those that failed."""
+
+    label: str
+    slot: int
+    rows: tuple[ComparedRow, ...]
+
+    @property
+    def perplexities(self) -> list[float]:
+        """Test perplexity of every seed that has one."""
+        return finite_values(row.perplexity for row in self.rows)
+
+    @property
+    def perplexity(self) -> float | None:
+        """Mean test perplexity; None if a seed's is missing or infinite, for a mean without it would flatter."""
+        return mean(self.perplexities) if len(self.perplexities) == len(self.rows) else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the perplexity over seeds."""
+        return deviation(self.perplexities)
+
+    @property
+    def kl(self) -> float | None:
+        """Mean divergence from the dense model."""
+        return mean(row.kl for row in self.rows)
+
+    @property
+    def tokens(self) -> float | None:
+        """Mean forward tokens."""
+        return mean(row.forward_tokens for row in self.rows)
+
+    @property
+    def seconds(self) -> float | None:
+        """Mean seconds."""
+        return mean(row.seconds for row in self.rows)
+
+    @property
+    def first(self) -> ComparedRow | None:
+        """The row of the lowest seed that has levels."""
+        return min((row for row in self.rows if row.levels), key=lambda row: row.seed, default=None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All that was compared at one sparsity with one method, best perplexity first."""
+
+    method: str
+    sparsity: Fraction
+    entries: tuple[Entry, ...]
+
+    @property
+    def best(self) -> Entry | None:
+        """The entry of least mean perplexity."""
+        found = [entry for entry in self.entries if entry.perplexity is not None]
+        return min(found, key=lambda entry: entry.perplexity or 0.0, default=None)
+
+    @property
+    def noise(self) -> float | None:
+        """Standard deviation of the perplexity over seeds, pooled over the allocators; None with one seed."""
+        return pooled_deviation([entry.perplexities for entry in self.entries])
+
+    @property
+    def ties(self) -> list[Entry]:
+        """Entries that are no further from the best one than the noise."""
+        best, noise = self.best, self.noise
+        if best is None or best.perplexity is None or noise is None:
+            return []
+        limit = best.perplexity + noise
+        return [
+            e for e in self.entries if e is not best and e.perplexity is not None and e.perplexity <= limit
+        ]
+
+    @property
+    def uniform(self) -> Entry | None:
+        """The entry of the uniform allocation."""
+        return next((e for e in self.entries if e.rows and e.rows[0].allocator == UNIFORM), None)
+
+
+def labels(rows: Sequence[ComparedRow]) -> dict[int, str]:
+    """Return by a row's number its allocator's name, with those options by which namesakes differ."""
+    options: dict[str, list[dict[str, str]]] = {}
+    texts = [{k: json.dumps(v, sort_keys=True, default=str) for k, v in row.options.items()} for row in rows]
+    for row, text in zip(rows, texts, strict=True):
+        options.setdefault(row.allocator, []).append(text)
+    found = {}
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        others = options[row.allocator]
+        keys = sorted({k for other in others for k in other if any(o.get(k) != other[k] for o in others)})
+        said = ", ".join(f"{key} {text[key].strip(chr(34))}" for key in keys if key in text)
+        found[i] = f"{row.allocator} ({said})" if said else row.allocator
+    return found
+
+
+def cells(comparison: Comparison) -> list[Cell]:
+    """Return the cells in the order of the rows' methods, sparser last."""
+    names = labels(comparison.rows)
+    slots = {
+        label: i
+        for i, label in enumerate(label for label in dict.fromkeys(names.values()) if label != UNIFORM)
+    }
+    methods = {row.method: i for i, row in reversed(list(enumerate(comparison.rows)))}
+    groups: dict[tuple[str, Fraction], dict[str, list[ComparedRow]]] = {}
+    for i, row in enumerate(comparison.rows):
+        group = groups.setdefault((row.method, row.sparsity), {})
+        if row.error is None:
+            group.setdefault(names[i], []).append(row)
+    found = []
+    for method, sparsity in sorted(groups, key=lambda key: (methods[key[0]], key[1])):
+        entries = [
+            Entry(label, slots.get(label, -1), tuple(sorted(rows, key=lambda row: row.seed)))
+            for label, rows in groups[method, sparsity].items()
+        ]
+        entries.sort(key=lambda e: (e.perplexity is None, e.perplexity or 0.0, e.label))
+        found.append(Cell(method, sparsity, tuple(entries)))
+    return found
+
+
+def allocation_of(row: ComparedRow, table: UnitTable) -> Allocation:
+    """Return a row's allocation."""
+    return Allocation(table, tuple(map(Level.parse, row.levels)), row.sparsity)

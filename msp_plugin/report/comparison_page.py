@@ -1,0 +1,261 @@
+"""What the report of a comparison says, section by section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from msp_plugin.plan.allocation import Allocation
+from msp_plugin.report.charts import Chart, Series, draw
+from msp_plugin.report.comparison import Cell, Entry, allocation_of, cells, labels
+from msp_plugin.report.grid import Grid, Layout, lay_out, level_grid, sensitivity_grid
+from msp_plugin.report.records import Comparison
+from msp_plugin.report.run_page import NOT_RECORDED, text_facts
+from msp_plugin.report.statistics import finite_values, rank_correlation, taken_back
+from msp_plugin.report.storage import Storage, storage
+from msp_plugin.report.text import NOTHING, number, rounded_percent
+
+#: Perplexities that differ by more than this factor are drawn on a logarithmic axis.
+_LOG_FROM = 4.0
+
+
+@dataclass(frozen=True)
+class EntryView:
+    """An allocator in a cell: its numbers, its mark among the others, its map and its bytes."""
+
+    entry: Entry
+    best: bool
+    tie: bool
+    taken_back: float | None
+    seed: int | None
+    grid: Grid | None
+    storage: Storage | None
+
+    @property
+    def color(self) -> str:
+        """The custom property of its colour in all charts."""
+        return Series("", (), self.entry.slot).color
+
+    @property
+    def mark(self) -> str:
+        """Its mark in all charts, as text."""
+        return Series("", (), self.entry.slot).mark
+
+    @property
+    def unmeasured(self) -> str:
+        """Why there is no mean perplexity."""
+        if all(row.perplexity is None for row in self.entry.rows):
+            return NOTHING
+        return f"{len(self.entry.perplexities)} of {len(self.entry.rows)} seeds finite"
+
+
+@dataclass(frozen=True)
+class CellView:
+    """A cell with its charts."""
+
+    cell: Cell
+    name: str
+    title: str
+    entries: list[EntryView]
+    note: str
+    curves: Chart | None
+    cost: Chart | None
+    ranking: Chart | None
+
+
+def comparison_page(comparison: Comparison) -> dict[str, Any]:
+    """Return what the template of a comparison shows."""
+    table = comparison.table
+    layout = lay_out(table)
+    names = labels(comparison.rows)
+    views = [_cell(i, cell, comparison, layout) for i, cell in enumerate(cells(comparison))]
+    failed = [(row, names[i]) for i, row in enumerate(comparison.rows) if row.error is not None]
+    notes = [(row, names[i]) for i, row in enumerate(comparison.rows) if row.notes]
+    return {
+        "title": f"Allocators compared on {_model_name(comparison)}",
+        "facts": _facts(comparison, views, len(failed)),
+        "dense": comparison.dense,
+        "cells": views,
+        "sensitivities": [
+            sensitivity_grid(name, table, values, layout)
+            for name, values in sorted(comparison.sensitivities.items())
+        ],
+        "storage_note": _dtype_note(views),
+        "speed": comparison.speed,
+        "failed": failed,
+        "notes": notes,
+        "provenance": _provenance(comparison),
+    }
+
+
+def _model_name(comparison: Comparison) -> str:
+    source, architecture = (comparison.model.get(key) for key in ("source", "architecture"))
+    return (PurePath(source).name if isinstance(source, str) else "") or str(architecture or "a model")
+
+
+def _facts(comparison: Comparison, views: list[CellView], failed: int) -> list[tuple[str, str]]:
+    rows = comparison.rows
+    seeds = sorted({row.seed for row in rows})
+    return [
+        ("Model", f"{_model_name(comparison)}, {comparison.model.get('architecture', '–')}"),
+        ("Methods", ", ".join(dict.fromkeys(row.method for row in rows)) or "–"),
+        ("Sparsities", ", ".join(rounded_percent(s) for s in sorted({row.sparsity for row in rows})) or "–"),
+        ("Allocators", str(len(set(labels(rows).values())))),
+        ("Seeds", ", ".join(map(str, seeds)) or "–"),
+        ("Rows", f"{len(rows)}, {failed} failed" if failed else str(len(rows))),
+        ("Units", f"{len(comparison.units)} in {len({u.block for u in comparison.units})} blocks"),
+        ("Dense perplexity", number(comparison.dense.perplexity)),
+    ]
+
+
+def _cell(i: int, cell: Cell, comparison: Comparison, layout: Layout) -> CellView:
+    name = f"cell{i}"
+    uniform = cell.uniform.perplexity if cell.uniform else None
+    entries = []
+    for entry in cell.entries:
+        row = entry.first
+        allocation = allocation_of(row, comparison.table) if row is not None else None
+        entries.append(
+            EntryView(
+                entry,
+                entry is cell.best,
+                entry in cell.ties,
+                taken_back(comparison.dense.perplexity, uniform, entry.perplexity),
+                row.seed if row is not None else None,
+                level_grid(allocation, layout, titles=False) if allocation else None,
+                _bytes(allocation, comparison) if allocation else None,
+            )
+        )
+    return CellView(
+        cell, name, f"{cell.method}, {rounded_percent(cell.sparsity)}", entries, _note(cell),
+        _curves(cell, name), _cost(cell, name, comparison), _ranking(cell, name),
+    )  # fmt: skip
+
+
+def _bytes(allocation: Allocation, comparison: Comparison) -> Storage:
+    dtype = comparison.model.get("dtype")
+    return storage(allocation, dtype if isinstance(dtype, str) else None)
+
+
+def _dtype_note(views: list[CellView]) -> str:
+    found = next((row.storage for view in views for row in view.entries if row.storage), None)
+    if found is None:
+        return "No row has levels."
+    return (
+        f"Weights are {found.dtype}{', which is assumed: the record does not say' if found.assumed else ''}."
+    )
+
+
+def _note(cell: Cell) -> str:
+    """Return what the marks of a cell's table mean."""
+    if cell.best is None:
+        return "No perplexity was measured."
+    noise = cell.noise
+    if noise is None:
+        return "Best in bold. One seed: no spread, so that small differences mean nothing."
+    return (
+        f"Best in bold; ≈ is no further from it than the noise, {number(noise)} (standard deviation over seeds, "
+        "pooled over the allocators)."
+    )
+
+
+def _curves(cell: Cell, name: str) -> Chart | None:
+    series = []
+    for entry in cell.entries:
+        for row in entry.rows:
+            curve = list(row.curve)
+            if curve and row.forward_tokens and (curve[-1][0] or 0) < row.forward_tokens:
+                curve.append((row.forward_tokens, curve[-1][1]))
+            series.append(Series(entry.label, curve, entry.slot, "steps"))
+    uniform = finite_values([row.uniform_loss for entry in cell.entries for row in entry.rows])
+    kinds = {
+        str(row.options["loss"])
+        for e in cell.entries
+        for row in e.rows
+        if row.curve and "loss" in row.options
+    }
+    warning = " They optimise different losses, which cannot be compared." if len(kinds) > 1 else ""
+    return draw(
+        Chart(
+            f"{name}-curves",
+            f"Search curves, {cell.method} at {rounded_percent(cell.sparsity)}",
+            "forward tokens",
+            "search loss, nats per token",
+            tuple(series),
+            tuple(
+                (value, "uniform" if i == 0 else "")
+                for i, value in enumerate(sorted(set(uniform), reverse=True))
+            ),
+            log_x=True,
+            caption="Best loss so far on the search text; a line for each seed, the mark at its end."
+            + warning,
+        )
+    )
+
+
+def _cost(cell: Cell, name: str, comparison: Comparison) -> Chart | None:
+    series = []
+    for entry in cell.entries:
+        points = [(row.forward_tokens or 0.0, row.perplexity) for row in entry.rows]
+        if len(points) > 1:
+            series.append(Series(entry.label, points, entry.slot))
+        if entry.perplexity is not None:
+            spread = [entry.spread] if entry.spread is not None else []
+            middle = [(entry.tokens or 0.0, entry.perplexity)]
+            series.append(Series(entry.label, middle, entry.slot, errors=spread, strong=True))
+    values = [y for s in series for _, y in s.drawn]
+    dense = finite_values([comparison.dense.perplexity])
+    return draw(
+        Chart(
+            f"{name}-cost",
+            f"Test perplexity against forward tokens, {cell.method} at {rounded_percent(cell.sparsity)}",
+            "forward tokens of the search",
+            "test perplexity",
+            tuple(series),
+            tuple((value, "dense") for value in dense),
+            log_x=True,
+            log_y=bool(values) and max([*values, *dense]) > _LOG_FROM * max(min([*values, *dense]), 1e-9),
+            caption="Test perplexity after the final pruning against what the search put through the model. "
+            "Large marks are means over seeds, with one standard deviation.",
+        )
+    )
+
+
+def _ranking(cell: Cell, name: str) -> Chart | None:
+    series, pairs = [], []
+    for entry in cell.entries:
+        found = [(row.database.kl, row.kl) for row in entry.rows if row.database is not None]
+        whole = [(a, b) for a, b in found if len(finite_values((a, b))) == 2]
+        pairs += whole
+        series.append(Series(entry.label, whole, entry.slot, strong=True))
+    rho = rank_correlation(pairs)
+    said = f"Spearman's rho {number(rho, 2)}" if rho is not None else "too few for a rank correlation"
+    return draw(
+        Chart(
+            f"{name}-ranking",
+            f"Divergence after pruning against that of the level database, {cell.method} "
+            f"at {rounded_percent(cell.sparsity)}",
+            "KL with the database's weights, nats per token",
+            "KL after the final pruning",
+            tuple(series),
+            diagonal=True,
+            caption=f"Both on the test text, {len(pairs)} allocations: {said}. "
+            "Below the dashed line the final pruning does better than the database's weights.",
+        )
+    )
+
+
+def _provenance(comparison: Comparison) -> list[tuple[str, str]]:
+    rows = [
+        ("Model", str(comparison.model.get("source", NOT_RECORDED))),
+        ("Architecture", str(comparison.model.get("architecture", NOT_RECORDED))),
+        ("Model fingerprint", str(comparison.model.get("fingerprint", NOT_RECORDED))),
+        ("Model dtype", str(comparison.model.get("dtype", NOT_RECORDED))),
+        ("Levels offered", ", ".join(comparison.levels) or NOT_RECORDED),
+        ("Granularity", comparison.granularity),
+    ]
+    rows += [(f"Text, {name}", text_facts(text)) for name, text in comparison.texts.items()]
+    rows.append(("Seeds", ", ".join(map(str, sorted({row.seed for row in comparison.rows})))))
+    rows.append(("Machine", comparison.machine or NOT_RECORDED))
+    return rows + sorted(comparison.versions.items())

@@ -1,0 +1,272 @@
+"""What the report of one run says, section by section."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import PurePath
+from typing import Any
+
+from msp_plugin.plan.allocation import Allocation
+from msp_plugin.report.charts import Chart, Series, draw
+from msp_plugin.report.grid import lay_out, level_class, level_grid, sensitivity_grid
+from msp_plugin.report.records import RunRecord, Search
+from msp_plugin.report.source import Run
+from msp_plugin.report.statistics import finite_values, rank_correlation, taken_back
+from msp_plugin.report.storage import storage
+from msp_plugin.report.text import count, number, percent, rounded_percent, seconds
+
+NOT_RECORDED = "not recorded"
+#: What a search measures, by the allocator's option ``loss``.
+_LOSSES = {
+    "kl": "KL to the dense model, nats per token",
+    "perplexity": "log perplexity, nats per token",
+}
+
+#: Keys of an allocation's provenance that have a place of their own.
+_SHOWN = {
+    "allocator", "calibration", "estimators", "ignore", "levels", "loss", "method", "model", "seed", "targets",
+    "uniform_loss", "versions",
+}  # fmt: skip
+
+
+def run_page(run: Run) -> dict[str, Any]:
+    """Return what the template of a run shows."""
+    record, allocation = run.record, run.allocation
+    layout = lay_out(allocation.table)
+    given = allocation.provenance
+    dtype = record.model.get("dtype")
+    return {
+        "title": f"{model_name(record, given)} at {rounded_percent(allocation.target)} sparsity",
+        "facts": _facts(run),
+        "key": _key(record),
+        "pruned": bool(run.data),
+        "levels": level_counts(allocation),
+        "grid": level_grid(allocation, layout),
+        "sensitivities": [
+            sensitivity_grid(name, allocation.table, values, layout)
+            for name, values in sorted(allocation.sensitivities.items())
+        ],
+        "search": record.search,
+        "curve": _curve(record.search, given),
+        "predictions": _predictions(record.search),
+        "quality": _quality(record),
+        "storage": storage(allocation, dtype if isinstance(dtype, str) else None, run.checkpoint),
+        "speed": record.speed,
+        "provenance": _provenance(run),
+        "commands": _commands(run),
+    }
+
+
+def model_name(record: RunRecord, given: Any) -> str:
+    """Return a model's name for people: the end of its path or id, else its architecture."""
+    source = record.model.get("source")
+    if isinstance(source, str) and PurePath(source).name:
+        return PurePath(source).name
+    return str(_inside(given, "model").get("architecture") or "Model")
+
+
+def _inside(data: Any, *keys: str) -> dict[str, Any]:
+    for key in keys:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data if isinstance(data, dict) else {}
+
+
+def spec_text(spec: dict[str, Any]) -> str:
+    """Return a component as one line: its name and its options."""
+    options = ", ".join(f"{key} {value}" for key, value in sorted(spec.items()) if key != "name")
+    name = str(spec.get("name", "–"))
+    return f"{name} ({options})" if options else name
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    record, allocation, given = run.record, run.allocation, run.allocation.provenance
+    budget = allocation.budget
+    facts = [
+        ("Model", f"{model_name(record, given)}, {_inside(given, 'model').get('architecture', '–')}"),
+        ("Method", spec_text(_inside(given, "method"))),
+        ("Allocator", spec_text(_inside(given, "allocator"))),
+        ("Units", f"{len(allocation.table)} in {len({u.block for u in allocation.table})} blocks"),
+        ("Sparsity, target", f"{rounded_percent(allocation.target)} ({allocation.target})"),
+        (
+            "Sparsity, planned",
+            f"{percent(budget.sparsity, 4)}, {count(budget.zeros)} of {count(budget.weights)}",
+        ),
+    ]
+    zeros, achieved = record.sparsity.zeros, record.sparsity.achieved
+    said = "not pruned yet" if not run.data else NOT_RECORDED
+    if achieved is not None:
+        said = percent(achieved, 4) + (f", {count(zeros)} zeros recounted" if zeros is not None else "")
+    return [*facts, ("Sparsity, achieved", said)]
+
+
+def _key(record: RunRecord) -> str:
+    """Return the sentence that says what the run gave."""
+    found = record.perplexity
+    dense, uniform, mixed = (found.get(name) for name in ("dense", "uniform", "mixed"))
+    share = taken_back(dense, uniform, mixed)
+    if share is not None:
+        verb = f"takes back {percent(share, 0)} of" if share >= 0 else f"adds {percent(-share, 0)} to"
+        return (
+            f"Mixed sparsity {verb} the loss that uniform sparsity adds: test perplexity {number(mixed)}, "
+            f"uniform {number(uniform)}, dense {number(dense)}."
+        )
+    result = mixed if mixed is not None else found.get("result")
+    if result is not None:
+        before = f", {number(dense)} before pruning" if dense is not None else ""
+        return f"Test perplexity {number(result)}{before}."
+    search = record.search
+    if search.loss is not None and search.uniform_loss is not None:
+        return (
+            f"Search loss {number(search.loss, 4)} nats per token, uniform {number(search.uniform_loss, 4)}. "
+            "No perplexity was measured."
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class LevelCount:
+    """How much of a model a level has."""
+
+    name: str
+    css: str
+    sparsity: Fraction
+    servable: bool
+    units: int
+    weights: int
+    share: Fraction
+
+
+def level_counts(allocation: Allocation) -> list[LevelCount]:
+    """Return the levels that occur, densest first."""
+    units = Counter(allocation.levels)
+    weights: Counter = Counter()
+    for unit, level in zip(allocation.table, allocation.levels, strict=True):
+        weights[level] += unit.weights
+    return [
+        LevelCount(
+            level.name, level_class(level), level.sparsity, level.servable, units[level], weights[level],
+            Fraction(weights[level], allocation.table.weights),
+        )
+        for level in sorted(units, key=lambda level: (level.sparsity, level.name))
+    ]  # fmt: skip
+
+
+def _curve(search: Search, given: Any) -> Chart | None:
+    kind = _inside(given, "allocator").get("loss", "kl")
+    curve = list(search.curve)
+    if curve and search.forward_tokens and (curve[-1][0] or 0) < search.forward_tokens:
+        curve.append((search.forward_tokens, curve[-1][1]))  # the best stays the best until the end
+    uniform = finite_values([search.uniform_loss])
+    return draw(
+        Chart(
+            "curve",
+            "Loss of the best allocation found against forward tokens",
+            "forward tokens",
+            _LOSSES.get(str(kind), str(kind)),
+            (
+                Series("search text, best so far", curve, 0, "steps"),
+                Series("hold-out text", search.holdout, 1, "line"),
+            ),
+            tuple((value, "uniform") for value in uniform),
+            log_x=True,
+            caption="Loss of the best allocation so far, with the level database's weights. "
+            "The dashed line is the uniform allocation on the search text.",
+        )
+    )
+
+
+def _predictions(search: Search) -> Chart | None:
+    pairs = [(a, b) for a, b in search.predictions if len(finite_values((a, b))) == 2]
+    rho = rank_correlation(pairs)  # type: ignore[arg-type]
+    rank = f" Spearman's rank correlation {number(rho, 2)}." if rho is not None else ""
+    return draw(
+        Chart(
+            "predictions",
+            "Measured against predicted change of the loss",
+            "predicted change, nats per token",
+            "measured change, nats per token",
+            (Series("proposals", pairs, 0),),
+            diagonal=True,
+            caption=f"{count(len(pairs))} proposals of the search. On the dashed line the prediction "
+            f"is what was measured.{rank}",
+        )
+    )
+
+
+def _quality(record: RunRecord) -> list[dict[str, Any]]:
+    """Return a row for each model measured: perplexity, loss over dense, KL."""
+    dense = record.perplexity.get("dense")
+    rows = []
+    for name in dict.fromkeys([*record.perplexity, *record.kl]):
+        value, kl = record.perplexity.get(name), record.kl.get(name)
+        if value is None and kl is None:
+            continue
+        more = None
+        if name != "dense" and value is not None and value > 0 and dense and math.isfinite(dense):
+            more = math.log(value / dense)
+        rows.append({"name": name, "perplexity": value, "more": more, "kl": kl})
+    order = {"dense": 0, "uniform": 1, "mixed": 2}
+    return sorted(rows, key=lambda row: (order.get(row["name"], 3), row["name"]))
+
+
+def text_facts(text: dict[str, Any] | None) -> str:
+    """Return a text's provenance as one line."""
+    if not text:
+        return NOT_RECORDED
+    return ", ".join(f"{key} {value}" for key, value in sorted(text.items()) if value is not None)
+
+
+def _value(value: Any) -> str:
+    """Return a value of a record as text: lists with commas, mappings as JSON."""
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _provenance(run: Run) -> list[tuple[str, str]]:
+    record, given = run.record, run.allocation.provenance
+    model = _inside(given, "model")
+    rows = [
+        ("Model", str(record.model.get("source", NOT_RECORDED))),
+        ("Model fingerprint", str(model.get("fingerprint", NOT_RECORDED))),
+        ("Model dtype", str(record.model.get("dtype", NOT_RECORDED))),
+        ("Levels offered", ", ".join(map(str, given.get("levels") or [NOT_RECORDED]))),
+        ("Targets", ", ".join(map(str, given.get("targets") or [NOT_RECORDED]))),
+        ("Ignored", ", ".join(map(str, given.get("ignore") or ["nothing"]))),
+    ]
+    rows += [(key.capitalize(), _value(given[key])) for key in sorted(set(given) - _SHOWN) if given[key]]
+    estimators = _inside(given, "estimators")
+    rows += [(f"Estimator {name}", spec_text(_inside(estimators, name))) for name in sorted(estimators)]
+    rows += [
+        ("Calibration text", text_facts(record.calibration or _inside(given, "calibration"))),
+        ("Test text", text_facts(record.test)),
+        ("Seed", str(given.get("seed", record.seed))),
+        ("Time of the run", seconds(record.seconds)),
+        ("Python", record.python or NOT_RECORDED),
+    ]
+    found = record.versions or _inside(given, "versions")
+    return rows + [(f"{name}", str(version)) for name, version in sorted(found.items())]
+
+
+def _commands(run: Run) -> list[tuple[str, str]]:
+    """Return (what it does, command line) to be run in the run's directory."""
+    record, commands = run.record, []
+    if record.command:
+        commands.append(("what was run", record.command))
+    source = record.model.get("source")
+    model = shlex.quote(source) if isinstance(source, str) else "MODEL"
+    if run.recipe:
+        commands.append(
+            ("run the recipe again", f"msp run recipe.yaml --model {model} --data TEXT --out NEW")
+        )
+    commands.append(
+        ("prune to this allocation", f"msp prune {model} --allocation allocation.json --data TEXT --out NEW")
+    )
+    if run.checkpoint is not None and not run.checkpoint.packed:
+        commands.append(("pack it for 2:4 kernels", "msp export . --to sparse24 --out ../PACKED"))
+    return commands

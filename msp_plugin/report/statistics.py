@@ -1,0 +1,64 @@
+"""The few numbers that a report works out itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+def finite_values(values: Iterable[float | None]) -> list[float]:
+    """Return the values that are there and finite."""
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the finite values, None without any."""
+    found = finite_values(values)
+    return sum(found) / len(found) if found else None
+
+
+def deviation(values: Iterable[float | None]) -> float | None:
+    """Return the standard deviation (n - 1) of the finite values, None for fewer than two."""
+    found = finite_values(values)
+    return float(np.std(found, ddof=1)) if len(found) > 1 else None
+
+
+def pooled_deviation(groups: Iterable[Sequence[float | None]]) -> float | None:
+    """Return the standard deviation within groups, pooled by degrees of freedom; None if no group has two."""
+    squares = freedom = 0.0
+    for group in groups:
+        found = finite_values(group)
+        if len(found) > 1:
+            squares += (len(found) - 1) * float(np.var(found, ddof=1))
+            freedom += len(found) - 1
+    return math.sqrt(squares / freedom) if freedom else None
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Return Spearman's rho: Pearson's correlation of the ranks, ties sharing their mean rank.
+
+    None for fewer than three pairs, or if either side is constant.
+    """
+    if len(pairs) < 3:
+        return None
+    first, second = (_ranks(np.array(side, dtype=np.float64)) for side in zip(*pairs, strict=True))
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return ((ends - counts + 1 + ends) / 2)[inverse]
+
+
+def taken_back(dense: float | None, uniform: float | None, mixed: float | None) -> float | None:
+    """Return the share of the loss (log perplexity) that uniform adds over dense and mixed does not."""
+    found = finite_values((dense, uniform, mixed))
+    if len(found) < 3 or min(found) <= 0 or found[1] <= found[0]:
+        return None
+    low, high, value = (math.log(v) for v in found)
+    return (high - value) / (high - low)

@@ -1,0 +1,138 @@
+"""How many bytes an allocation takes: dense, and packed as `msp export --to sparse24` packs it.
+
+The rule of what is packed is the exporter's own; only the shapes are needed for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.packing import sort_layers
+from msp_plugin.checkpoint.tensors import TensorInfo
+from msp_plugin.formats.sparse24 import packed_bytes
+from msp_plugin.plan.allocation import Allocation
+
+#: Beside values and bitmask a packed layer stores its shape: two int64.
+SHAPE_BYTES = 16
+DEFAULT_DTYPE = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the tensors: how many, their weights, and their bytes dense and as the export stores them."""
+
+    name: str
+    layers: int
+    weights: int
+    dense: int
+    stored: int
+
+    @property
+    def ratio(self) -> float:
+        """Stored bytes as a share of the dense ones."""
+        return self.stored / self.dense if self.dense else 1.0
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The bytes of an allocation.
+
+    Args:
+        dtype: of the weights.
+        assumed: True if no record says the dtype.
+        packed: the layers that are packed.
+        dense: those that stay dense, by reason.
+        total: all of the allocation.
+        whole: with all other tensors of the checkpoint; None where only the records are there.
+        quantized: True if the checkpoint is, which is then left aside.
+    """
+
+    dtype: str
+    assumed: bool
+    packed: Part
+    dense: tuple[Part, ...]
+    total: Part
+    whole: Part | None = None
+    quantized: bool = False
+
+
+@dataclass(frozen=True)
+class _Headers:
+    """What the exporter's rule reads of a checkpoint: the allocation, and dtype and shape of every tensor."""
+
+    allocation: Allocation
+    tensors: dict[str, TensorInfo]
+
+
+def storage(
+    allocation: Allocation, dtype: str | None = None, checkpoint: Checkpoint | None = None
+) -> Storage:
+    """Return the bytes of an allocation.
+
+    Args:
+        allocation: with the shapes of its layers.
+        dtype: of the weights as a record says it; ``auto`` and None mean that it is not known.
+        checkpoint: the model itself. It then says the dtypes, and which layers were left out of the
+            allocation; without one, no layer is taken to be left out.
+    """
+    quantized = checkpoint is not None and checkpoint.quantization is not None
+    if quantized:
+        checkpoint = None  # its weights have other dtypes and names
+    known = isinstance(getattr(torch, dtype or "", None), torch.dtype)
+    kind = getattr(torch, dtype if known else DEFAULT_DTYPE)
+    tensors = {
+        f"{layer.name}.weight": TensorInfo(Path(), kind, (layer.out_features, layer.in_features))
+        for layer in allocation.table.layers
+    }
+    found = _dense_headers(checkpoint) if checkpoint is not None else {}
+    measured = [found[name].dtype for name in tensors if name in found]
+    if measured:
+        kind = Counter(measured).most_common(1)[0][0]
+    total, packed, dense = _parts(allocation, {**tensors, **found})
+    others = {name: info for name, info in found.items() if name not in tensors}
+    whole = None
+    if found:
+        size = sum(info.bytes for info in others.values())
+        rest = sum(info.bytes // info.dtype.itemsize for info in others.values())
+        whole = Part(
+            "whole checkpoint", total.layers, total.weights + rest, total.dense + size, total.stored + size
+        )
+    name = str(kind).removeprefix("torch.")
+    return Storage(name, not (measured or known), packed, tuple(dense), total, whole, quantized)
+
+
+def _dense_headers(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """Return the headers of the dense form's tensors."""
+    headers = {}
+    for name, layer in checkpoint.dense_names.items():
+        if layer is None:
+            headers[name] = checkpoint.tensors[name]
+        else:
+            values = checkpoint.tensors[f"{layer}.compressed"]
+            headers[name] = TensorInfo(values.file, values.dtype, checkpoint.shape_of(layer) or ())
+    return headers
+
+
+def _parts(allocation: Allocation, tensors: dict[str, TensorInfo]) -> tuple[Part, Part, list[Part]]:
+    """Return the bytes of all layers, of the packed ones, and of the others by reason."""
+    choice = sort_layers(_Headers(allocation, tensors))  # type: ignore[arg-type]
+    packed, total = [0, 0, 0, 0], [0, 0, 0, 0]
+    dense: dict[str, list[int]] = {}
+    for layer in allocation.table.layers:
+        info = tensors[f"{layer.name}.weight"]
+        reason = choice.dense.get(layer.name)
+        stored = info.bytes
+        if reason is None:
+            shape = (layer.out_features, layer.in_features)
+            stored = packed_bytes(shape, info.dtype.itemsize) + SHAPE_BYTES
+        short = "fused with a layer that stays dense" if reason and reason.startswith("inference") else reason
+        for sums in (total, packed if reason is None else dense.setdefault(short or "", [0, 0, 0, 0])):
+            for i, value in enumerate((1, layer.weights, info.bytes, stored)):
+                sums[i] += value
+    rest = [Part(reason, *sums) for reason, sums in sorted(dense.items(), key=lambda d: (-d[1][1], d[0]))]
+    return Part("all prunable layers", *total), Part("packed for 2:4 kernels", *packed), rest

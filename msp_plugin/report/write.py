@@ -1,0 +1,64 @@
+"""Write a report's file."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msp_plugin.errors import OutputError
+from msp_plugin.files import write_text
+
+if TYPE_CHECKING:
+    from msp_plugin.plugins import Plugins
+
+log = logging.getLogger(__name__)
+
+REPORT_FILE = "report.html"
+#: What the head of every report says; only files with it are written over.
+GENERATOR = '<meta name="generator" content="msp_plugin'
+
+
+def write_report(
+    source: str | Path, out: str | Path | None = None, *, plugins: Plugins | None = None
+) -> Path:
+    """Write the report of a run or of a comparison, and return its path.
+
+    Equal records give equal bytes. An older report is written over, any other file is not.
+
+    Args:
+        source: a run's directory, an allocation.json, a comparison's directory or its compare.json.
+        out: the file to write; default: ``report.html`` beside the records.
+        plugins: those that may add sections; default: the installed ones.
+
+    Raises:
+        RecipeError: the records are missing, damaged, of another kind or of a newer version.
+        FormatError: the checkpoint beside them is damaged.
+        PluginError: a package is missing, or a plugin's section failed.
+        OutputError: the file cannot be written, or is no report.
+    """
+    from msp_plugin.report.page import render
+    from msp_plugin.report.source import read_source
+
+    began = time.monotonic()
+    found = read_source(Path(source).expanduser())
+    path = Path(out).expanduser() if out is not None else found.directory / REPORT_FILE
+    _check_replaceable(path)
+    text = render(found, plugins)
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}", hint="give another --out") from error
+    log.info("report %s: %d bytes, %.1f s", path, len(text.encode()), time.monotonic() - began)
+    return path
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise if something that is no report stands where the report would go."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory", hint=f"give a file, e.g. {path / REPORT_FILE}")
+    if path.exists():
+        with path.open("rb") as file:
+            if GENERATOR.encode() not in file.read(2048):
+                raise OutputError(f"{path} exists and is no report", hint="give another --out, or remove it")

@@ -1,0 +1,78 @@
+"""The bytes that a report says are those that the export writes."""
+
+import pytest
+import torch
+
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.export import Sparse24, export_checkpoint
+from msp_plugin.checkpoint.manifest import Manifest
+from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plugins import Plugins
+from msp_plugin.report import write_report
+from msp_plugin.report.storage import SHAPE_BYTES, storage
+
+
+def of(path):
+    return storage(Allocation.read(path / "allocation.json"), None, Checkpoint.open(path))
+
+
+def written(path):
+    return sum(info.bytes for info in Checkpoint.open(path).tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ignore"),
+    [(torch.bfloat16, ()), (torch.float32, ()), (torch.bfloat16, ("layers.0.self_attn.v_proj", "down_proj"))],
+)
+def test_bytes_are_those_of_the_files_that_an_export_writes(dtype, ignore, make_run, tmp_path):
+    levels = ("2:4", "3:8", "2:8", "1:8", "dense", "2:4", "2:8", "3:8")
+    levels = levels[:3] + levels[4:7] if ignore else levels
+    run = make_run(tmp_path / "run", dtype=dtype, ignore=ignore, levels=levels)
+    export_checkpoint(run, Sparse24(), tmp_path / "packed")
+    manifest, found = Manifest.read(tmp_path / "packed"), of(run)
+    assert found.packed.layers == len(manifest.packed) > 0
+    assert found.packed.dense == manifest.dense_bytes
+    assert found.packed.stored == manifest.packed_bytes + SHAPE_BYTES * len(manifest.packed)
+    assert found.whole.dense == written(run) and found.whole.stored == written(tmp_path / "packed")
+    assert sum(part.layers for part in found.dense) == len(manifest.kept_dense)
+    assert found.dtype == str(dtype).removeprefix("torch.") and not found.assumed
+    assert of(tmp_path / "packed") == found
+
+
+def test_without_a_checkpoint_the_allocation_gives_the_same_bytes_of_the_layers(run_dir):
+    allocation, whole = Allocation.read(run_dir / "allocation.json"), of(run_dir)
+    for said, dtype, assumed in (
+        ("bfloat16", "bfloat16", False),
+        ("auto", "bfloat16", True),
+        (None, "bfloat16", True),
+    ):
+        found = storage(allocation, said)
+        assert (found.packed, found.dense, found.total) == (whole.packed, whole.dense, whole.total)
+        assert (found.dtype, found.assumed, found.whole) == (dtype, assumed, None)
+    assert storage(allocation, "float32").total.dense == 2 * whole.total.dense
+
+
+def test_the_report_shows_them(run_dir, packed_dir, page, tmp_path):
+    found, rows = of(run_dir), []
+    for source in (run_dir, packed_dir):
+        write_report(source, tmp_path / "r.html", plugins=Plugins(entry_points=False))
+        drawn = page(tmp_path / "r.html")
+        rows.append(drawn.row("packed for 2:4 kernels"))
+        assert drawn.row("whole checkpoint")[4] == f"{written(packed_dir):,}"
+        assert drawn.row("dense: level 3:8 does not run on 2:4 kernels")[1] == "2"
+    assert rows[0] == rows[1]
+    assert rows[0][1:5] == [
+        "9",
+        f"{found.packed.weights:,}",
+        f"{found.packed.dense:,}",
+        f"{found.packed.stored:,}",
+    ]
+
+
+def test_a_quantized_checkpoint_is_left_aside_and_said(run_dir, copied, edit_json, page):
+    path = copied(run_dir)
+    edit_json(path / "config.json", lambda config: config.update(quantization_config={"quant_method": "fp8"}))
+    found = of(path)
+    assert found.quantized and found.whole is None and found.packed == of(run_dir).packed
+    drawn = page(write_report(path, plugins=Plugins(entry_points=False)))
+    assert "these are the bytes before quantization" in drawn.text

@@ -1,0 +1,147 @@
+"""What integration/allocator_table.py makes of finished cells. All numbers here are made up."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+SCRIPT = Path(__file__).parents[1] / "integration" / "allocator_table.py"
+
+
+@pytest.fixture(scope="module")
+def table():
+    spec = importlib.util.spec_from_file_location("allocator_table", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(allocator, kl, seed=0, error=None, database=None):
+    return {
+        "allocator": allocator, "seed": seed, "error": error, "kl": kl, "perplexity": 10 * kl,
+        "holdout_loss": kl,
+        "forward_tokens": 1000 * (seed + 1), "seconds": 1.0,
+        "database": {"kl": kl if database is None else database},
+    }  # fmt: skip
+
+
+def record(rows):
+    return {"rows": rows, "machine": "made up", "versions": {}, "texts": {}}
+
+
+def made_up(table, search=(1.0, 1.2, 1.1), uniform=2.0, others=3.0):
+    rows = [row("uniform", uniform), *(row("search", kl, seed) for seed, kl in enumerate(search))]
+    rest = [name for name in table.ALLOCATORS if name not in ("uniform", "search")]
+    rows += [row(name, others + i / 8) for i, name in enumerate(rest)]
+    return record(rows)
+
+
+def test_the_allocators_of_the_table_can_be_built(table):
+    from msp_plugin.plugins import Plugins
+
+    plugins = Plugins(entry_points=False)
+    built = [plugins.build("allocators", spec).name for spec in table.ALLOCATORS.values()]
+    assert set(built) == set(plugins.components["allocators"])
+
+
+def test_equal_values_share_the_mean_of_their_ranks(table):
+    assert table.ranks([3.0, 1.0, 3.0, 2.0, 3.0]) == [3.0, 0.0, 3.0, 1.0, 3.0]
+    assert table.ranks([5.0, 5.0]) == [0.5, 0.5]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=12))
+def test_the_rank_correlation_is_scipys(table, pairs):
+    stats = pytest.importorskip("scipy.stats", reason="the rank correlation is not compared with scipy's")
+    if min(len({a for a, _ in pairs}), len({b for _, b in pairs})) > 1:
+        expected = stats.spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic
+        assert table.spearman(pairs) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_rank_correlation_of_orders_that_agree_or_oppose(table):
+    assert table.spearman([[1, 10], [2, 400], [3, 401]]) == pytest.approx(1.0)
+    assert table.spearman([[1, 3], [2, 2], [3, 1]]) == pytest.approx(-1.0)
+    assert table.spearman([[1, 1], [2, 3], [3, 2], [4, 4]]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+def test_a_summary_has_mean_and_sample_deviation_over_the_seeds_that_succeeded(table):
+    rows = [
+        row("search", 1.0),
+        row("search", 2.0, 1),
+        row("search", 9.0, 2, "broke"),
+        row("uniform", 4.0, database=3.0),
+    ]
+    search, uniform = table.summary({("llama", "wanda", "0.75"): record(rows)})
+    assert (search["kl"], search["seeds"], search["errors"]) == (1.5, 3, ["broke"])
+    assert search["kl_spread"] == pytest.approx(0.5**0.5) and search["pairs"] == [[1.0, 1.0], [2.0, 2.0]]
+    assert (uniform["kl"], uniform["kl_spread"], uniform["pairs"]) == (4.0, None, [[3.0, 4.0]])
+    assert (search["model"], search["method"], search["sparsity"]) == ("llama", "wanda", 0.75)
+
+
+def test_noise_is_twice_the_larger_spread(table):
+    def entry(kl, spread):
+        return {"kl": kl, "kl_spread": spread}
+
+    assert table.within_noise(entry(1.2, 0.05), entry(1.0, 0.1))
+    assert table.within_noise(entry(1.2, 0.1), entry(1.0, None))
+    assert not table.within_noise(entry(1.21, 0.1), entry(1.0, 0.05))
+    assert table.within_noise(entry(1.0, None), entry(1.0, None))
+    assert not table.within_noise(entry(1.001, None), entry(1.0, None))
+
+
+@pytest.mark.parametrize(("search", "others", "behind_best", "behind_uniform"), [
+    ((1.0, 1.2, 1.1), 3.0, 0, 0), ((1.0, 1.2, 1.1), 0.95, 0, 0), ((1.0, 1.2, 1.1), 0.5, 1, 0),
+    ((2.0, 2.2, 2.1), 3.0, 0, 1), ((2.5, 2.5, 2.5), 0.5, 1, 1),
+])  # fmt: skip
+def test_verdicts_name_the_cells_where_search_is_behind(table, search, others, behind_best, behind_uniform):
+    cells = {
+        ("llama", "wanda", "0.75"): made_up(table, search, 2.0, others),
+        ("qwen2", "wanda", "0.75"): made_up(table),
+    }
+    best, uniform = table.verdicts(table.summary(cells))
+    assert (len(best), len(uniform)) == (behind_best, behind_uniform)
+    assert all("llama" in line for line in (*best, *uniform))
+    if best:
+        assert "atp 0.5000" in best[0]
+
+
+def test_the_table_has_the_best_in_bold_and_marks_what_is_within_noise(table):
+    cells = {
+        ("llama", "wanda", "0.75"): made_up(table, others=1.15),
+        ("qwen2", "wanda", "0.75"): made_up(table),
+    }
+    tables = table.markdown(table.summary(cells)).split("\n\n")
+    llama, qwen2 = (
+        {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.splitlines()} for text in tables
+    )
+    assert llama["llama"] == [" wanda 75 % ", " forward tokens "]
+    assert llama["search"] == [" **1.100 ±0.100 (11.00)** ", " 2,000 "]
+    assert llama["uniform"][0] == " 2.000 (20.00) " and llama["atp"][0] == " 1.150 (11.50) = "
+    assert list(llama)[2:] == list(table.ALLOCATORS) == list(qwen2)[2:]
+    assert "**" not in "".join(llama["atp"] + llama["uniform"])
+
+
+def test_an_allocator_without_a_result_is_said_to_have_failed(table):
+    record = made_up(table)
+    for row in record["rows"]:
+        if row["allocator"] == "mrp":
+            row["error"] = "out of reach"
+    entries = table.summary({("llama", "wanda", "0.75"): record})
+    assert "| mrp | failed |  |" in table.markdown(entries)
+    assert table.verdicts(entries) == ([], [])
+
+
+@pytest.mark.parametrize(("uniform", "code"), [(2.0, 0), (0.5, 1)])
+def test_the_files_say_what_was_found(table, tmp_path, capsys, uniform, code):
+    cells = {
+        ("llama", "sparsegpt", "0.625"): made_up(table, uniform=uniform),
+        ("llama", "wanda", "0.75"): made_up(table),
+    }
+    assert table.write(cells, tmp_path) == code
+    text = (tmp_path / "allocators.md").read_text()
+    assert ("behind uniform in: no cell" in text) == (code == 0)
+    assert "| llama wanda 75 % | 17 | 1.000 |" in text and "| llama sparsegpt 62.5 % | 17 | 1.000 |" in text
+    saved = json.loads((tmp_path / "allocators.json").read_text())
+    assert len(saved["cells"]) == 2 * 15 and [c["allocations"] for c in saved["correlations"]] == [17, 17]
