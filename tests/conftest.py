@@ -9,6 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker; what a test starts inherits it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest

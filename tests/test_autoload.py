@@ -71,8 +71,8 @@ def test_a_third_party_method_of_25_lines_prunes_like_a_built_in_one(ria, tmp_pa
     done = subprocess.run(
         [sys.executable, "-m", "msp_plugin", "prune", "demo:qwen2", "-s", "0.75", "-m", "ria", "--data",
          str(text), "--samples", "6", "--length", "64", "--test-samples", "2", "--dtype", "float32",
-         "--set", "allocator.population=3", "--set", "allocator.generations=1", "--set",
-         "allocator.tokens=128", "--set", "method.power=0.7", "--cache", str(tmp_path / "cache"),
+         "--set", "allocator.rounds=1", "--set", "allocator.seeds=3", "--set", "allocator.tokens=128",
+         "--set", "allocator.holdout=64", "--set", "method.power=0.7", "--cache", str(tmp_path / "cache"),
          "--out", str(out)],
         capture_output=True, text=True, env={**os.environ, **ria},
     )  # fmt: skip

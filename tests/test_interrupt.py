@@ -16,7 +16,7 @@ def test_a_stopped_run_leaves_nothing_behind_but_its_cache(stop, code, step, tmp
     run = subprocess.Popen(
         [sys.executable, "-m", "msp_plugin", "prune", "demo:qwen2", "-s", "0.75", "-m", "wanda", "--data",
          str(text), "--samples", "8", "--length", "64", "--test-samples", "0", "--no-baseline",
-         "--set", "allocator.tokens=128", "--cache", str(tmp_path / "cache"), "--out",
+         "--set", "allocator.tokens=128", "--set", "allocator.holdout=64", "--cache", str(tmp_path / "cache"), "--out",
          str(tmp_path / "out")],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job may ignore it
         stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
