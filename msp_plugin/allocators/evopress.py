@@ -26,7 +26,8 @@ class EvoPress(Allocator):
 
     Deviations: (1) the authors' levels remove an equal count of weights in every layer, so that a swap is one
     level up and one down; here the level that is denser by exactly the same count is looked up, and a pair
-    without one is drawn anew. (2) Rows are units, not layers. (3) A stage asks for at most the search text
+    without one is drawn anew; in a menu whose levels are not equally far apart, a third unit makes up the
+    difference. (2) Rows are units, not layers. (3) A stage asks for at most the search text
     that there is. (4) Where uniform is not in the menu, the parent is the nearest mixture on the budget.
     (5) Equal mutants are measured once, not drawn anew, so that a small model may measure fewer.
 
@@ -107,30 +108,63 @@ def swapped(problem: AllocationProblem, parent: Choice, most: int, rng: np.rando
     """
     choice = list(parent)
     swaps = 1 + int(min(rng.integers(0, most, 2)))
-    for _ in range(swaps):
+    for _ in range(swaps if len(choice) > 1 else 0):
         for _attempt in range(64):
-            a, b = (int(u) for u in rng.choice(len(choice), 2, replace=False)) if len(choice) > 1 else (0, 0)
-            pair = _swap(problem, choice, a, b)
-            if pair is not None:
-                choice[a], choice[b] = pair
+            a, b = (int(u) for u in rng.choice(len(choice), 2, replace=False))
+            moves = _swap(problem, choice, a, b)
+            if moves is None and _uneven(problem):
+                moves = _swap_of_three(problem, choice, a, b, rng)
+            if moves is not None:
+                for unit, level in moves:
+                    choice[unit] = level
                 break
     return tuple(choice)
 
 
-def _swap(problem: AllocationProblem, choice: list[int], a: int, b: int) -> tuple[int, int] | None:
-    """Return new levels: a one level sparser, b denser by the same count; None if there is no such pair."""
-    kept, allowed = problem.kept, problem.allowed
-    sparser = [
-        k
-        for k in np.argsort(-kept[a], kind="stable")
-        if kept[a, k] < kept[a, choice[a]] and (allowed is None or allowed[a, k])
+Moves = tuple[tuple[int, int], ...]
+
+
+def _uneven(problem: AllocationProblem) -> bool:
+    """True if the levels of the menu are not equally far apart."""
+    kept = np.unique(problem.kept[0])
+    return len(kept) > 2 and len(np.unique(np.diff(kept))) > 1
+
+
+def _next(problem: AllocationProblem, choice: list[int], unit: int, denser: bool) -> tuple[int, int] | None:
+    """Return (level, change of kept weights) one step denser or sparser; None if there is none."""
+    kept, allowed = problem.kept[unit], problem.allowed
+    change = kept - kept[choice[unit]]
+    steps = [
+        (abs(int(change[k])), k)
+        for k in range(len(kept))
+        if (change[k] > 0 if denser else change[k] < 0) and (allowed is None or allowed[unit, k])
     ]
-    if a == b or not sparser:
+    return None if not steps else (min(steps)[1], int(change[min(steps)[1]]))
+
+
+def _swap(problem: AllocationProblem, choice: list[int], a: int, b: int) -> Moves | None:
+    """Return new levels: a one level sparser, b denser by the same count; None if there is no such pair."""
+    sparser, allowed = _next(problem, choice, a, denser=False), problem.allowed
+    if sparser is None:
         return None
-    freed = kept[a, choice[a]] - kept[a, sparser[0]]
-    match = np.flatnonzero(kept[b] == kept[b, choice[b]] + freed)
+    match = np.flatnonzero(problem.kept[b] == problem.kept[b, choice[b]] - sparser[1])
     match = [k for k in match if allowed is None or allowed[b, k]]
-    return (int(sparser[0]), int(match[0])) if match else None
+    return ((a, sparser[0]), (b, int(match[0]))) if match else None
+
+
+def _swap_of_three(
+    problem: AllocationProblem, choice: list[int], a: int, b: int, rng: np.random.Generator
+) -> Moves | None:
+    """Return a one level sparser, b one denser, and a third unit one level, so that the counts agree."""
+    sparser, denser = _next(problem, choice, a, denser=False), _next(problem, choice, b, denser=True)
+    if sparser is None or denser is None:
+        return None
+    over = sparser[1] + denser[1]  # weights that a and b together keep more than before
+    for c in rng.permutation(len(choice)):
+        third = _next(problem, choice, int(c), denser=over < 0)
+        if c not in (a, b) and third is not None and third[1] == -over:
+            return (a, sparser[0]), (b, denser[0]), (int(c), third[0])
+    return None
 
 
 def _draw(loss: TrueLoss, tokens: int, rng: np.random.Generator) -> tuple[int, ...]:

@@ -284,3 +284,10 @@ def test_a_ladder_that_is_none_is_refused(options):
 def test_an_option_out_of_range_is_refused(option, value):
     with pytest.raises(RecipeError, match=f"evopress: {option} = {value} must be at least"):
         EvoPress(**{option: value})
+
+
+def test_in_a_menu_of_unequal_steps_a_third_unit_makes_up_the_difference():
+    problem = problem_of([(8, 32)] * 3, ["2:8", "1:8", "1:16"], target="7/8")
+    assert {swapped(problem, (1, 1, 1), 1, np.random.default_rng(i)) for i in range(60)} == set(
+        itertools.permutations((0, 2, 2))
+    ) | set(itertools.permutations((2, 0, 2)))
