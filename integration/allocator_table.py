@@ -197,6 +197,10 @@ def write(cells: dict[tuple[str, str, str], dict], out: Path) -> int:
         rho = spearman(pairs)
         correlations.append({"cell": cell, "allocations": len(pairs), "spearman": rho})
         lines.append(f"| {cell[0]} {cell[1]} {100 * float(cell[2]):g} % | {len(pairs)} | {rho:.3f} |")
+    wanted = [(m, p, s) for m in MODELS for p in METHODS for s in SPARSITIES]
+    missing = [f"{m} {p} {100 * float(s):g} %" for m, p, s in wanted if (m, p, s) not in cells]
+    if missing:
+        lines += ["", "Cells not measured: " + ", ".join(missing) + "."]
     first = next(iter(cells.values()))
     out.mkdir(parents=True, exist_ok=True)
     (out / "allocators.md").write_text("\n".join(lines) + "\n")
