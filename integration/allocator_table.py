@@ -42,8 +42,9 @@ def run_cell(
     model: str, method: str, sparsity: str, seeds: list[int], names: list[str], cache: Path | None
 ) -> dict:
     """Return the comparison of one cell; away from 75 %, only search runs with every seed."""
-    from msp_plugin.compare import Matrix, compare
+    from msp_plugin.compare import compare
     from msp_plugin.demo import demo_model_path, demo_text
+    from msp_plugin.matrix import Matrix
 
     shared = {"levels": LEVELS.get(sparsity, ["default"])} | ({} if cache is None else {"cache": str(cache)})
     text = dataclasses.replace(demo_text(), test_samples=64)

@@ -8,7 +8,7 @@ import torch
 
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
-from msp_plugin.sensitivity.base import Progress, silent
+from msp_plugin.progress import Progress, silent
 
 #: Logits compared at once, in numbers; bounds the float32 copies of [tokens, V].
 _LOGITS = 2**23

@@ -24,14 +24,12 @@ from msp_plugin.harness import (
     SEEDS,
     Answers,
     Metric,
-    Suite,
     ask,
     difference,
-    find_tasks,
-    local_tasks,
 )
 from msp_plugin.models import check_dtype, fingerprint, load_tokenizer, max_length
 from msp_plugin.samples import Text
+from msp_plugin.tasks import Suite, find_tasks, local_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +64,7 @@ class Request:
 
     Args:
         reference: a model that is asked the same, to compare with.
-        tasks, task_dir, limit, num_fewshot, batch: see harness.find_tasks and harness.Suite.
+        tasks, task_dir, limit, num_fewshot, batch: see tasks.find_tasks and tasks.Suite.
         data: sources of text for the perplexity (see calibration.load_texts).
         samples, length, column: of that text (see samples.Text).
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from msp_plugin.allocators.base import AllocationResult, Allocator
-from msp_plugin.compare import Matrix, cells, compare, parse_allocators, parse_sparsities, spread
-from msp_plugin.errors import BudgetError, DataError, MSPError, RecipeError
+from msp_plugin.compare import cells, compare, spread
+from msp_plugin.errors import BudgetError, DataError, MSPError
 from msp_plugin.hookspecs import hookimpl
+from msp_plugin.matrix import Matrix
 from msp_plugin.models import fingerprint, load_model, prunable_layers
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
@@ -299,37 +300,6 @@ def test_replace_one_measurements_are_paid_for(run):
     assert row_of(record, "kl")["forward_tokens"] == 40 * (8 * 7 + 1)
     assert row_of(record, "uniform")["forward_tokens"] == 0
     assert row_of(record, "kl")["kl"] < row_of(record, "uniform")["kl"]
-
-
-def test_allocators_are_read_from_a_comma_list():
-    assert parse_allocators("uniform, owl ,knapsack[surrogate=kl; tokens=512],") == {
-        "uniform": "uniform", "owl": "owl",
-        "knapsack[surrogate=kl; tokens=512]": {"name": "knapsack", "surrogate": "kl", "tokens": 512},
-    }  # fmt: skip
-    assert parse_allocators("a[x=0.5],a[x=true],a[x=null],a[x=b=c],a[]") == {
-        "a[x=0.5]": {"name": "a", "x": 0.5}, "a[x=true]": {"name": "a", "x": True},
-        "a[x=null]": {"name": "a", "x": None}, "a[x=b=c]": {"name": "a", "x": "b=c"}, "a[]": {"name": "a"},
-    }  # fmt: skip
-    assert parse_allocators(" , ") == {}
-
-
-@pytest.mark.parametrize("text, words", [
-    ("owl,knapsack[surrogate=kl", "brackets"), ("knapsack]surrogate=kl[", "brackets"),
-    ("a[b=1]c", "brackets"),
-    ("a[b=[1]]", "brackets"), ("[x=1]", "brackets"), ("a[x]", "'x' is no option"),
-    ("a[=1]", "'=1' is no option"),
-    ("owl[name=dlp]", "'name=dlp' is no option"), ("owl,owl", "'owl' is given twice"),
-])  # fmt: skip
-def test_a_list_of_allocators_that_cannot_be_read_is_explained(text, words):
-    with pytest.raises(RecipeError, match=words):
-        parse_allocators(text)
-
-
-def test_sparsities_are_read_exactly():
-    assert parse_sparsities("0.75, 5/8,0.1,") == ["3/4", "5/8", "1/10"]
-    for text in ("0.5,75", "half", "1"):
-        with pytest.raises(RecipeError):
-            parse_sparsities(text)
 
 
 def test_the_spread_is_the_sample_standard_deviation():

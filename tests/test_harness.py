@@ -13,8 +13,9 @@ import torch
 from msp_plugin.calibration import load_texts, tokenize
 from msp_plugin.errors import HostError
 from msp_plugin.evaluation import perplexity
-from msp_plugin.harness import Metric, difference, local_tasks, require_lm_eval
+from msp_plugin.harness import Metric, difference
 from msp_plugin.models import load_model, load_tokenizer
+from msp_plugin.tasks import local_tasks, require_lm_eval
 
 TASKS = Path(__file__).parents[1] / "integration" / "tasks"
 TASK = "which_line_follows"

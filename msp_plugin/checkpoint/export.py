@@ -24,7 +24,7 @@ from msp_plugin.errors import FormatError, ModelError, OutputError, RecipeError
 from msp_plugin.files import check_output, output_directory, write_json, write_text
 from msp_plugin.formats.sparse24 import packed_bytes
 from msp_plugin.plan.allocation import ALLOCATION_FILE
-from msp_plugin.sensitivity.base import Progress, silent
+from msp_plugin.progress import Progress, silent
 
 log = logging.getLogger(__name__)
 

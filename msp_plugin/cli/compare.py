@@ -74,9 +74,10 @@ def compare_command(
     from msp_plugin.cli import console
 
     console.set_up_logs(verbose)
-    from msp_plugin.compare import Matrix, compare, parse_allocators, parse_sparsities
+    from msp_plugin.compare import compare
     from msp_plugin.errors import RecipeError
     from msp_plugin.files import check_output, output_directory, write_json
+    from msp_plugin.matrix import Matrix, parse_allocators, parse_sparsities
     from msp_plugin.plugins import Plugins
     from msp_plugin.samples import Text
 

@@ -74,15 +74,6 @@ def number(value: float | None) -> str:
     return f"{value:,.3f}" if value < 1000 else f"{value:,.0f}"
 
 
-def taken_back(quality: dict[str, Any]) -> float | None:
-    """Return the share of uniform's loss increase over dense that mixed takes back (loss: log perplexity)."""
-    values = [quality.get(k) for k in ("dense", "uniform", "mixed")]
-    if any(v is None or not math.isfinite(v) for v in values):
-        return None
-    dense, uniform, mixed = (math.log(v) for v in values)
-    return (uniform - mixed) / (uniform - dense) if uniform > dense else None
-
-
 def quality_table(record: dict[str, Any], title: str) -> Table:
     """Return the table of a run: zeros and test perplexity of dense, uniform and mixed."""
     table = Table(title=title, title_justify="left")

@@ -43,13 +43,14 @@ from msp_plugin.cli.arguments import (
 
 
 def _show_run(run: Any, as_json: bool, title: str) -> None:
-    from msp_plugin.cli.console import out, quality_table, taken_back
+    from msp_plugin.cli.console import out, quality_table
+    from msp_plugin.report.statistics import taken_back
 
     if as_json:
         typer.echo(json.dumps(run.record, indent=2, sort_keys=True))
         return
     out.print(quality_table(run.record, title))
-    back = taken_back(run.record["perplexity"])
+    back = taken_back(*(run.record["perplexity"].get(name) for name in ("dense", "uniform", "mixed")))
     if back is not None:
         out.print(f"Mixed takes back {100 * back:.0f} % of the loss that uniform adds.")
     out.print(f"Results: {run.path}")

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from msp_plugin.activations import in_groups, observe_inputs
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError, OutputError
-from msp_plugin.models import decoder_blocks
 from msp_plugin.plan.units import Layer, Unit, UnitTable, shared_inputs
+from msp_plugin.progress import Progress, silent
 from msp_plugin.pruning.base import Pruner
-from msp_plugin.sensitivity.base import Progress, silent
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,11 @@ def build_database(
     missing = [u for u in shared_inputs(table) if not all(database.has(layer) for layer in u.layers)]
     total = sum(len(unit.layers) for unit in missing)
     written = 0
-    for group in _groups(missing, model, pruner, statistics_bytes):
+
+    def need(unit: Unit) -> int:
+        return pruner.statistic_bytes(model.get_submodule(unit.layers[0].name))
+
+    for group in in_groups(missing, need, statistics_bytes):
         statistics = collect(model, group, pruner, data, batch_tokens)
         for unit in group:
             statistic = statistics.pop(unit.name)
@@ -86,26 +89,6 @@ def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTabl
         )
 
 
-def _groups(
-    units: Sequence[Unit], model: torch.nn.Module, pruner: Pruner, limit: int
-) -> Iterator[list[Unit]]:
-    group: list[Unit] = []
-    held = 0
-    for unit in units:
-        need = pruner.statistic_bytes(model.get_submodule(unit.layers[0].name))
-        if group and held + need > limit:
-            yield group
-            group, held = [], 0
-        group.append(unit)
-        held += need
-    if group:
-        yield group
-
-
-class _EnoughError(Exception):
-    """Ends a forward pass after the last layer that is observed."""
-
-
 @torch.no_grad()
 def collect(
     model: torch.nn.Module,
@@ -119,65 +102,16 @@ def collect(
     Raises:
         NumericsError: a layer's input is not finite, or a layer saw no token at all.
     """
-    statistics = {u.name: pruner.new_statistic(model.get_submodule(u.layers[0].name)) for u in units}
+    modules = {unit.name: model.get_submodule(unit.layers[0].name) for unit in units}
+    statistics = {unit: pruner.new_statistic(module) for unit, module in modules.items()}
     if not pruner.needs_statistics:
         return statistics
-    device = next(model.parameters()).device
-    with _observed(model, units, pruner, statistics) as reached:
-        for ids in data.batches(batch_tokens):
-            with suppress(_EnoughError):
-                model(ids.to(device), use_cache=False)
-    missed = [unit.layers[0].name for unit in units if unit.name not in reached]
-    if missed:
-        raise NumericsError(
-            f"{len(missed)} layers saw no calibration token, e.g. {missed[0]}",
-            hint="give more calibration text, or add the layers to ignore",
-        )
+
+    def add(unit: str, inputs: torch.Tensor) -> None:
+        statistics[unit] = pruner.observe(modules[unit], inputs, statistics[unit])
+
+    observe_inputs(model, data, units, add, batch_tokens=batch_tokens)
     return statistics
-
-
-@contextmanager
-def _observed(
-    model: torch.nn.Module, units: Sequence[Unit], pruner: Pruner, statistics: dict[str, Any]
-) -> Iterator[set[str]]:
-    """Feed the units' inputs to ``statistics``; yield the set of the names that were reached."""
-    reached: set[str] = set()
-    last = max(units, key=lambda unit: unit.block).block
-    waiting: set[str] = set()
-    handles = []
-
-    def hook_for(unit: Unit):
-        def hook(module: torch.nn.Linear, args: tuple) -> None:
-            if args[0].numel() == 0:
-                return
-            if not torch.isfinite(args[0]).all():
-                raise NumericsError(
-                    f"the input of {unit.layers[0].name} is not finite",
-                    hint="the activations overflow: try dtype float32 or bfloat16",
-                )
-            statistics[unit.name] = pruner.observe(module, args[0], statistics[unit.name])
-            waiting.discard(unit.name)
-            reached.add(unit.name)
-
-        return hook
-
-    def start(module: torch.nn.Module, args: Any) -> None:
-        waiting.update(unit.name for unit in units)
-
-    def stop(module: torch.nn.Module, args: Any, output: Any) -> None:
-        if not waiting:
-            raise _EnoughError
-
-    try:
-        handles.append(model.get_input_embeddings().register_forward_pre_hook(start))
-        for unit in units:
-            module = model.get_submodule(unit.layers[0].name)
-            handles.append(module.register_forward_pre_hook(hook_for(unit)))
-        handles.append(decoder_blocks(model)[1][last].register_forward_hook(stop))
-        yield reached
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

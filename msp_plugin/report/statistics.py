@@ -58,7 +58,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 def taken_back(dense: float | None, uniform: float | None, mixed: float | None) -> float | None:
     """Return the share of the loss (log perplexity) that uniform adds over dense and mixed does not."""
     found = finite_values((dense, uniform, mixed))
-    if len(found) < 3 or min(found) <= 0 or found[1] <= found[0]:
+    if len(found) < 3 or min(found) <= 0:
         return None
     low, high, value = (math.log(v) for v in found)
-    return (high - value) / (high - low)
+    return (high - value) / (high - low) if high > low else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -11,13 +11,7 @@ import torch
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
 from msp_plugin.plan.units import UnitTable
-
-#: Called with (done, total) as long work goes on.
-Progress = Callable[[int, int], None]
-
-
-def silent(done: int, total: int) -> None:
-    """Report nothing."""
+from msp_plugin.progress import Progress, silent
 
 
 class Estimator(ABC):

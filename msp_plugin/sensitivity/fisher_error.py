@@ -5,12 +5,13 @@ Shape legend: T tokens of a sample, O out_features, I in_features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from msp_plugin.activations import in_groups
 from msp_plugin.calibration import CalibrationSet
-from msp_plugin.sensitivity.base import Progress, silent
+from msp_plugin.progress import Progress, silent
 from msp_plugin.sensitivity.fisher import backward_passes
 
 #: Fisher diagonals held at once. With more, the samples are passed through the model again.
@@ -39,7 +40,9 @@ def fisher_errors(
         weight: returns the weight [O, I] of a layer at a level, by names.
     """
     result: dict[str, dict[str, float]] = {}
-    groups = list(_groups(model, layers, diagonal_bytes))
+    groups = list(
+        in_groups(layers, lambda layer: 4 * model.get_submodule(layer).weight.numel(), diagonal_bytes)
+    )
     for done, group in enumerate(groups):
         report = _part(progress, done, len(groups))
         for layer, diagonal in fisher_diagonals(model, data, group, report).items():
@@ -73,19 +76,6 @@ def fisher_diagonals(
 
     backward_passes(model, data, layers, add, report)
     return totals
-
-
-def _groups(model: torch.nn.Module, layers: Sequence[str], limit: int) -> Iterator[list[str]]:
-    group: list[str] = []
-    held = 0
-    for layer in layers:
-        need = 4 * model.get_submodule(layer).weight.numel()
-        if group and held + need > limit:
-            yield group
-            group, held = [], 0
-        group.append(layer)
-        held += need
-    yield group
 
 
 def _part(progress: Progress, index: int, count: int) -> Progress:

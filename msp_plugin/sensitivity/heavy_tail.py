@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from msp_plugin.activations import by_block
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.sensitivity.activations import by_block
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 
 #: Bins of the histogram of log10 eigenvalues whose fullest one is the peak (the authors' default).

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from msp_plugin.activations import by_block, in_groups
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
-from msp_plugin.sensitivity.activations import by_block, in_groups
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 
 #: Attention whose backward pass torch can differentiate; flash attention's would be taken as constant.

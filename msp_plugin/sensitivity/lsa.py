@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from msp_plugin.activations import by_block, in_groups, observe_inputs, units_of
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.units import Unit
-from msp_plugin.sensitivity.activations import by_block, in_groups, observe_inputs, units_of
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 
 #: Hessians held at once. With more, the samples are passed through the model again.
@@ -83,7 +83,7 @@ def input_hessians(
     tokens = dict.fromkeys((unit.name for unit in units), 0)
 
     def add(unit: str, x: torch.Tensor) -> None:
-        x = x.float()
+        x = x.detach().reshape(-1, x.shape[-1]).float()
         if unit not in sums:
             sums[unit] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         sums[unit].addmm_(x.T, x)

@@ -1,16 +1,19 @@
-"""Statistics of A = |W| * ||X||_2 over a decoder block: the share of outliers, and the median."""
+"""Statistics of A = |W| * ||X||_2 over a decoder block: the share of outliers, and the median.
+
+Shape legend: O out_features, I in_features.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from msp_plugin.activations import by_block, observe_inputs, units_of
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.sensitivity.activations import by_block, input_norms, saliences
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 
 
@@ -85,3 +88,29 @@ class Median(Estimator):
             block = torch.cat([saliences(model, n, norms[n]).flatten().to(device) for n in names])
             found.update(dict.fromkeys(names, float(block.median())))
         return found
+
+
+def input_norms(
+    model: torch.nn.Module, data: CalibrationSet, layers: Sequence[str], progress: Progress = silent
+) -> dict[str, torch.Tensor]:
+    """Return by layer ||X_j||_2, the norm of each input feature over all tokens, float32[I].
+
+    Squares are summed in float32 within a batch and in float64 over the batches.
+
+    Raises:
+        NumericsError: see observe_inputs.
+    """
+    units = units_of(model, layers)
+    sums: dict[str, torch.Tensor | float] = {unit.name: 0.0 for unit in units}
+
+    def add(unit: str, x: torch.Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1])
+        sums[unit] = sums[unit] + x.float().square().sum(dim=0, dtype=torch.float64)
+
+    observe_inputs(model, data, units, add, progress=progress)
+    return {layer.name: sums[unit.name].sqrt().float() for unit in units for layer in unit.layers}
+
+
+def saliences(model: torch.nn.Module, name: str, norm: torch.Tensor) -> torch.Tensor:
+    """Return A = |W| * ||X||_2 of a layer, float32[O, I] (Wanda, arXiv 2306.11695, eq. 1)."""
+    return model.get_submodule(name).weight.detach().float().abs() * norm

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from msp_plugin.activations import in_groups, observe_inputs, units_of
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.models import prunable_layers
-from msp_plugin.sensitivity.activations import in_groups, input_norms, observe_inputs, units_of
 from msp_plugin.sensitivity.base import unit_sensitivities
-from msp_plugin.sensitivity.outliers import Median, Outliers
+from msp_plugin.sensitivity.outliers import Median, Outliers, input_norms
 
 
 def names_of(model, ignore=()):

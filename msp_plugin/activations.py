@@ -1,6 +1,6 @@
 """The inputs of layers over calibration text: which layers share one, and what is seen of them.
 
-Shape legend: T tokens, O out_features, I in_features.
+Shape legend: B samples, T tokens of a sample, N tokens that were routed to an expert, I in_features.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
 from msp_plugin.models import decoder_blocks
 from msp_plugin.plan.units import Layer, Unit, group_layers
-from msp_plugin.sensitivity.base import Progress, silent
-
-#: Tokens of one forward pass.
-BATCH_TOKENS = 4096
+from msp_plugin.progress import Progress, silent
 
 Item = TypeVar("Item")
 
@@ -52,11 +49,12 @@ def in_groups(items: Iterable[Item], need: Callable[[Item], int], limit: int) ->
     group: list[Item] = []
     held = 0
     for item in items:
-        if group and held + need(item) > limit:
+        size = need(item)
+        if group and held + size > limit:
             yield group
             group, held = [], 0
         group.append(item)
-        held += need(item)
+        held += size
     if group:
         yield group
 
@@ -67,12 +65,16 @@ def observe_inputs(
     data: CalibrationSet,
     units: Sequence[Unit],
     add: Callable[[str, torch.Tensor], None],
+    *,
+    batch_tokens: int = 4096,
     progress: Progress = silent,
 ) -> None:
     """Pass the samples through the model up to the last of the units; the model is left as it was.
 
     Args:
-        add: called with a unit's name and a batch of its inputs [T, I], in the model's dtype.
+        add: called with a unit's name and a batch of its inputs as the layer gets them, [B, T, I] or [N, I],
+            in the model's dtype.
+        batch_tokens: of one forward pass.
 
     Raises:
         NumericsError: an input is not finite, or a unit saw no token at all.
@@ -81,7 +83,7 @@ def observe_inputs(
     reached: set[str] = set()
     done = 0
     with _observed(model, units, add) as seen:
-        for ids in data.batches(BATCH_TOKENS):
+        for ids in data.batches(batch_tokens):
             seen.clear()
             with suppress(_EnoughError):
                 model(ids.to(device), use_cache=False)
@@ -107,15 +109,14 @@ def _observed(
 
     def hook_for(unit: Unit):
         def hook(module: torch.nn.Linear, args: tuple) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1])
-            if not len(x):
+            if args[0].numel() == 0:
                 return
-            if not torch.isfinite(x).all():
+            if not torch.isfinite(args[0]).all():
                 raise NumericsError(
                     f"the input of {unit.layers[0].name} is not finite",
                     hint="the activations overflow: try dtype float32 or bfloat16",
                 )
-            add(unit.name, x)
+            add(unit.name, args[0])
             seen.add(unit.name)
 
         return hook
@@ -133,28 +134,3 @@ def _observed(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def input_norms(
-    model: torch.nn.Module, data: CalibrationSet, layers: Sequence[str], progress: Progress = silent
-) -> dict[str, torch.Tensor]:
-    """Return by layer ||X_j||_2, the norm of each input feature over all tokens, float32[I].
-
-    Squares are summed in float32 within a batch and in float64 over the batches.
-
-    Raises:
-        NumericsError: see observe_inputs.
-    """
-    units = units_of(model, layers)
-    sums: dict[str, torch.Tensor | float] = {unit.name: 0.0 for unit in units}
-
-    def add(unit: str, x: torch.Tensor) -> None:
-        sums[unit] = sums[unit] + x.float().square().sum(dim=0, dtype=torch.float64)
-
-    observe_inputs(model, data, units, add, progress)
-    return {layer.name: sums[unit.name].sqrt().float() for unit in units for layer in unit.layers}
-
-
-def saliences(model: torch.nn.Module, name: str, norm: torch.Tensor) -> torch.Tensor:
-    """Return A = |W| * ||X||_2 of a layer, float32[O, I] (Wanda, arXiv 2306.11695, eq. 1)."""
-    return model.get_submodule(name).weight.detach().float().abs() * norm

@@ -1,0 +1,155 @@
+"""Our search, round by round: what it measures, what it believes of it, and what it refuses."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
+
+from msp_plugin.allocators.search import Search, _Local
+from msp_plugin.errors import NumericsError
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_candidate_that_cannot_be_measured_is_never_accepted(value):
+    problem = problem_of(SHAPES)
+    plain = inputs_of(problem)
+    good = Search().allocate(plain)
+    seeds = inputs_of(problem)
+    Search(rounds=0).allocate(seeds)
+    proposed = set(plain.loss.full) - set(seeds.loss.full)
+    assert good.choice in proposed
+    given_inputs = inputs_of(problem)
+    given_inputs.loss.odd = dict.fromkeys(proposed, value)
+    found = Search().allocate(given_inputs)
+    assert proposed & {*given_inputs.loss.few, *given_inputs.loss.full}
+    used = {found.choice, *given_inputs.loss.kept, *(choice for choice, *_ in given_inputs.loss.asked)}
+    assert not used & proposed and math.isfinite(found.loss)
+
+
+def test_a_candidate_that_only_all_samples_show_to_be_infinite_is_not_accepted():
+    problem = problem_of(SHAPES)
+    plain, given_inputs = inputs_of(problem), inputs_of(problem)
+    Search().allocate(plain)
+    measure = given_inputs.loss.exact
+    bad = set(plain.loss.full[4:])
+    given_inputs.loss.exact = lambda c, samples=None: (
+        np.inf if c in bad and samples is None else measure(c, samples)
+    )
+    found = Search().allocate(given_inputs)
+    assert bad & set(given_inputs.loss.full) and found.choice not in bad and math.isfinite(found.loss)
+
+
+@pytest.mark.parametrize("finite", [False, True])
+def test_seeds_without_a_finite_loss_are_an_error(finite):
+    problem = problem_of(SHAPES)
+
+    class Broken(QuadraticLoss):
+        def __call__(self, choice, samples=None):
+            found = super().__call__(choice, samples)
+            return found if finite and choice == problem.uniform() else np.inf
+
+    given_inputs = inputs_of(problem, Broken(problem))
+    if finite:
+        assert Search(rounds=2).allocate(given_inputs).choice == problem.uniform()
+    else:
+        with pytest.raises(NumericsError, match="none of 10 seeds has a finite loss") as error:
+            Search().allocate(given_inputs)
+        assert "float32" in error.value.hint
+
+
+def test_a_proposal_that_was_measured_and_refused_is_no_point_of_the_curve():
+    problem, refused = problem_of(SHAPES), 0
+    for number in range(4):
+        given_inputs = inputs_of(problem, QuadraticLoss(problem, number, noise=3.0, lengths=(4,) * 12))
+        found = Search(screen=0.1, patience=9, rounds=9).allocate(given_inputs)
+        losses = [loss for _, loss in found.curve]
+        assert losses == sorted(set(losses), reverse=True)
+        refused += sum(measured >= 0 for _, measured in found.predictions)
+    assert refused > 0
+
+
+def test_what_a_few_samples_show_to_be_worse_is_not_measured_on_all():
+    problem = problem_of(SHAPES)
+    given_inputs, start = inputs_of(problem), inputs_of(problem)
+    Search(rounds=0).allocate(start)
+    known, measure = set(start.loss.few), given_inputs.loss.exact
+    given_inputs.loss.exact = lambda c, samples=None: (
+        measure(c, samples) + 100.0 * (samples is not None and c not in known)
+    )
+    found = Search().allocate(given_inputs)
+    assert len(given_inputs.loss.few) > len(known) + 3 and given_inputs.loss.full == start.loss.full
+    assert found.predictions == ()
+
+
+def test_predictions_are_exact_where_the_loss_adds_up_over_the_units():
+    problem = problem_of(SHAPES)
+    given_inputs = inputs_of(problem, QuadraticLoss(problem, cross=0.0, noise=0.0))
+    found = Search(screen=1.0, seeds=1).allocate(given_inputs)
+    assert len(found.predictions) > 2
+    for predicted, measured in found.predictions:
+        assert predicted < 0 and measured == pytest.approx(predicted, rel=1e-9)
+    best = problem.solve(np.array([
+        [given_inputs.loss.exact((*[0] * u, k, *[0] * (11 - u))) for k in range(len(problem.menu))]
+        for u in range(12)
+    ]))  # fmt: skip
+    assert found.loss == pytest.approx(given_inputs.loss.exact(best), rel=1e-9)
+    assert found.loss < 0.9 * found.uniform_loss
+
+
+def test_a_prediction_stands_beside_the_change_that_was_measured():
+    problem = problem_of(SHAPES)
+    given_inputs = inputs_of(problem)
+    found = Search().allocate(given_inputs)
+    later = given_inputs.loss.full[len(given_inputs.loss.full) - len(found.predictions) :]
+    now = min(map(given_inputs.loss.exact, given_inputs.loss.full[: -len(found.predictions)]))
+    for choice, (predicted, measured) in zip(later, found.predictions, strict=True):
+        assert predicted < 0 and measured == given_inputs.loss.exact(choice) - now
+        now += min(measured, 0.0)
+        now = min(
+            map(given_inputs.loss.exact, given_inputs.loss.full[: given_inputs.loss.full.index(choice) + 1])
+        )
+
+
+@pytest.mark.parametrize("reach", [1, 3])
+def test_no_unit_moves_further_than_the_reach_in_a_round(reach):
+    problem = problem_of(SHAPES)
+    given_inputs = inputs_of(problem)
+    Search(reach=reach, patience=9, rounds=6).allocate(given_inputs)
+    loss = given_inputs.loss
+    steps = [
+        np.abs(np.subtract(a, b)).max()
+        for (a, *_), (b, *_) in itertools.pairwise(loss.asked)
+        if a != b
+    ]  # fmt: skip
+    assert {asked[2] for asked in loss.asked} == {reach} and 1 <= max(steps) <= reach
+
+
+def test_rounds_without_a_move_look_at_more_samples():
+    problem = problem_of(SHAPES)
+    loss = QuadraticLoss(problem, lengths=(5,) * 20)
+    loss.slopes_of = loss.slopes
+
+    def useless(choice, samples, reach, seed):
+        slopes, draws = loss.slopes_of(choice, samples, reach, seed)
+        return np.zeros_like(slopes), draws
+
+    loss.slopes = useless
+    Search(patience=4, screen=0.2).allocate(inputs_of(problem, loss))
+    assert [len(samples) for _, samples, *_ in loss.asked] == [4, 6, 9, 10]
+
+
+def test_known_slopes_fade_and_a_unit_that_moved_starts_anew():
+    local = _Local(2, 3, decay=0.5)
+    slopes, draws = np.ones((4, 2, 3)), np.full((4, 2, 3), 2.0)
+    slopes[:, :, 0] = draws[:, :, 0] = 0.0
+    local.add((0, 0), slopes, draws)
+    assert local.cost((0, 0)).tolist() == [[0, 3, 3], [0, 3, 3]]
+    later = np.full((1, 2, 3), 7.0)
+    local.add((0, 1), later, np.full((1, 2, 3), 1e-9))
+    old = (0.5 * 4 * 3 + 7) / (0.5 * 4 + 1)
+    assert local.cost((0, 1)) == pytest.approx(np.array([[0, old, old], [7, 0, 7]]))
+    unknown = _Local(1, 3, decay=0.5)
+    unknown.add((1,), np.zeros((1, 1, 3)), np.array([[[0.0, 0.0, 1.0]]]))
+    assert unknown.cost((1,)).tolist() == [[np.inf, 0.0, 0.5]]
