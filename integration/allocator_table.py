@@ -1,10 +1,11 @@
 """Every allocator on both demo models, two methods and three sparsities: the committed table.
 
 Each cell is one comparison (as ``msp compare`` makes it): the same calibration, search, stopping and test
-samples and the same level database for all allocators; those that use a seed run with every seed. A cell
-that is there already is not run again, so that the table can be made in pieces:
+samples and the same level database for all allocators; those that use a seed run with every seed. What a
+cell has already is not run again, so that the table can be made in pieces:
 
     python integration/allocator_table.py --work cells --models llama     # and, beside it, --models qwen2
+    python integration/allocator_table.py --work cells --allocators search evopress --seeds 3 4
     python integration/allocator_table.py --work cells --join
 """
 
@@ -39,25 +40,36 @@ ALLOCATORS = {
 
 
 def run_cell(
-    model: str, method: str, sparsity: str, seeds: list[int], names: list[str], cache: Path | None
-) -> dict:
-    """Return the comparison of one cell; away from 75 %, only search runs with every seed."""
+    path: Path, cell: tuple[str, str, str], seeds: list[int], names: list[str], cache: Path | None
+) -> None:
+    """Add to the comparison at ``path`` the rows of ``names`` and ``seeds`` that it lacks."""
     from msp_plugin.compare import compare
     from msp_plugin.demo import demo_model_path, demo_text
     from msp_plugin.matrix import Matrix
+    from msp_plugin.plugins import Plugins
 
+    model, method, sparsity = cell
     shared = {"levels": LEVELS.get(sparsity, ["default"])} | ({} if cache is None else {"cache": str(cache)})
     text = dataclasses.replace(demo_text(), test_samples=64)
-
-    def part(chosen: list[str], numbers: list[int]) -> dict:
-        matrix = Matrix([sparsity], [method], {name: ALLOCATORS[name] for name in chosen}, numbers, shared)
-        return compare(demo_model_path(model), text, matrix, dtype="float32")
-
-    if sparsity == "0.75" or len(seeds) == 1:
-        return part(names, seeds)
-    record = part(names, seeds[:1])
-    record["rows"] += part(["search"], seeds[1:])["rows"]
-    return record
+    record = json.loads(path.read_text()) if path.exists() else None
+    there = {(row["allocator"], row["seed"]) for row in record["rows"]} if record else set()
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in names:
+        seeded = Plugins().build("allocators", ALLOCATORS[name]).seeded
+        wanted = tuple(s for s in (seeds if seeded else [0]) if (name, s) not in there)
+        groups.setdefault(wanted, []).append(name)
+    for wanted, chosen in groups.items():
+        if not wanted:
+            continue
+        matrix = Matrix(
+            [sparsity], [method], {name: ALLOCATORS[name] for name in chosen}, list(wanted), shared
+        )
+        found = compare(demo_model_path(model), text, matrix, dtype="float32")
+        if record is None:
+            record = found
+        else:
+            record["rows"] += found["rows"]
+        path.write_text(json.dumps(record))
 
 
 def summary(cells: dict[tuple[str, str, str], dict]) -> list[dict]:
@@ -222,6 +234,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--sparsities", nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--allocators", nargs="+", default=list(ALLOCATORS), choices=list(ALLOCATORS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--join", action="store_true", help="run nothing: make the table of all cells in --work"
@@ -230,7 +243,6 @@ def main() -> int:
         "--quick", action="store_true", help="qwen2, every method, 75 %%, one seed, three allocators"
     )
     args = parser.parse_args()
-    names = list(ALLOCATORS)
     if args.quick:
         args.models, args.methods, args.sparsities, args.seeds = (
             ["qwen2"],
@@ -238,16 +250,14 @@ def main() -> int:
             ["0.75"],
             [0],
         )
-        names = ["uniform", "owl", "search"]
+        args.allocators = ["uniform", "owl", "search"]
     args.work.mkdir(parents=True, exist_ok=True)
     if not args.join:
         for sparsity in args.sparsities:
             for method in args.methods:
                 for model in args.models:
                     path = args.work / f"{model}-{method}-{sparsity}.json"
-                    if not path.exists():
-                        text = json.dumps(run_cell(model, method, sparsity, args.seeds, names, args.cache))
-                        path.write_text(text)
+                    run_cell(path, (model, method, sparsity), args.seeds, args.allocators, args.cache)
     paths = {tuple(path.stem.split("-")): path for path in sorted(args.work.glob("*.json"))}
     cells = {
         (model, method, sparsity): json.loads(paths[model, method, sparsity].read_text())

@@ -30,7 +30,7 @@ def measure_slopes(
     shape: tuple[int, int],
     generator: torch.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (slopes, draws), each float64[S, U, K] for S samples, 0 where nothing was asked.
+    """Return (slopes, draws), each float64[S, U, K] for S samples, NaN where nothing was asked.
 
     For a change D of the weights the loss grows by about <g, D> + 1/2 D^T F D. A slope is <g_s, D> of one
     unit and level, nats per token; it adds up over units. F is the Fisher information of the pruned model
@@ -45,13 +45,14 @@ def measure_slopes(
     """
     slopes = np.zeros((len(samples), *shape))
     draws = np.zeros_like(slopes)
-    into = slopes[0]
+    into, asked = slopes[0], np.zeros(shape, dtype=bool)
 
     def add(name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
         gradient = dy.float().T @ x.float()
         unit, wanted = changes(name)
         for level, change in wanted.items():
             into[unit, level] += float((gradient * change).sum())
+            asked[unit, level] = True
 
     with gradients_without_weights(model), captured_gradients(model, layers, add), torch.enable_grad():
         for number, ids in enumerate(samples):
@@ -63,4 +64,5 @@ def measure_slopes(
             into = draws[number]
             own.backward()
             into /= math.sqrt(len(ids))
+    slopes[:, ~asked] = draws[:, ~asked] = np.nan
     return slopes, draws

@@ -15,6 +15,10 @@ from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Alloc
 from msp_plugin.allocators.msp import fisher_seeds
 from msp_plugin.errors import NumericsError, RecipeError
 
+#: Most of the search text that slopes are taken from in one round: they cost five forward passes a token,
+#: and their means run over several rounds anyway.
+MOST_SLOPES = 0.5
+
 
 @dataclass(frozen=True)
 class Search(Allocator):
@@ -28,10 +32,13 @@ class Search(Allocator):
     price on every unit that moves. Falling prices give proposals from two moves to many: the fewer units move,
     the better the sum predicts, because moves of several units interact. The proposals are measured on a
     few samples, against the incumbent on the same ones, and the best on all; it becomes the incumbent only
-    if its measured loss is lower. When no proposal is, the slopes and the measurements take more samples.
+    if its measured loss is lower.
 
-    The choice returned is the incumbent with the lowest loss on text that no proposal was measured on;
-    the search ends when that has not improved for ``patience`` rounds, or when the budget is spent.
+    Each incumbent is measured on hold-out text that no proposal was measured on, and the choice returned is
+    the one with the lowest mean loss over search text and hold-out: the hold-out refuses what only fits the
+    search text, and both together are less noisy than either. While that mean does not fall, slopes and first
+    measurements take twice as many samples each round; when they take all, ``patience`` such rounds end the
+    search. It also ends when its budget is spent.
 
     The method is ours. What it rests on: EvoPress (arXiv 2410.14649) for the level database, the true KL
     and few samples first; the Gauss-Newton curvature of KL from sampled labels (Martens, arXiv 1412.1193);
@@ -39,13 +46,14 @@ class Search(Allocator):
 
     Args:
         rounds: most rounds.
-        patience: rounds without improvement on the hold-out after which the search ends.
+        patience: rounds on all samples without improvement after which the search ends.
         max_tokens: forward tokens after which no new round starts; 0 sets no limit. A backward pass
             counts as two forward passes.
         seconds: time after which no new round starts; 0 sets no limit. With a limit in seconds, equal
             runs may differ.
         seeds: allocations that the search may start from.
-        screen: share of the search text that slopes are taken from and proposals are first measured on.
+        screen: share of the search text that slopes are taken from and proposals are first measured on,
+            at the start.
         reach: most levels that a unit moves in one round.
         proposals: most proposals of one round.
         decay: weight of what earlier rounds found of a unit's slopes, per round.
@@ -61,7 +69,7 @@ class Search(Allocator):
     measures = True
 
     rounds: int = 30
-    patience: int = 3
+    patience: int = 2
     max_tokens: int = 0
     seconds: float = 0.0
     seeds: int = 10
@@ -96,9 +104,11 @@ class Search(Allocator):
             if state.spent() or idle >= self.patience:
                 break
             inputs.progress(turn, self.rounds)
-            moved = state.round(turn, share)
-            share = share if moved else min(max(0.5, share), 1.5 * share)
-            idle = 0 if state.check() else idle + 1
+            state.round(share)
+            if state.check():
+                idle = 0
+            else:
+                idle, share = idle + (share == 1), min(1.0, 2 * share)
         inputs.progress(self.rounds, self.rounds)
         return state.result()
 
@@ -110,35 +120,28 @@ class _Local:
     """
 
     def __init__(self, units: int, levels: int, decay: float):
-        self.decay, self.at = decay, None
+        self.decay = decay
+        self.at: Choice | None = None
         self.linear, self.quadratic = np.zeros((2, units, levels))
         self.weight = np.zeros((units, levels))
 
     def add(self, choice: Choice, slopes: np.ndarray, draws: np.ndarray) -> None:
-        """Add slopes and draws float64[S, U, K], taken at ``choice``."""
+        """Add slopes and draws float64[S, U, K], taken at ``choice``; NaN and inf say nothing of a level."""
         if self.at is not None:
-            for u, (old, new) in enumerate(zip(self.at, choice, strict=True)):
-                if old != new:
-                    self.weight[u] = 0.0
+            self.weight[np.not_equal(self.at, choice)] = 0.0
         self.at = choice
-        slopes, draws = (
-            np.nan_to_num(slopes, posinf=0.0, neginf=0.0),
-            np.where(np.isfinite(slopes), draws, 0.0),
-        )
-        draws = np.nan_to_num(
-            draws, posinf=0.0, neginf=0.0
-        )  # an overflow says nothing: the level stays unknown
-        old, new = self.decay * self.weight, len(slopes) * np.any(draws != 0, axis=0)
+        known = np.isfinite(slopes) & np.isfinite(draws)
+        old, new = self.decay * self.weight, known.sum(axis=0)
         total = np.maximum(old + new, 1e-12)
-        self.linear = (old * self.linear + new * slopes.mean(axis=0)) / total
-        self.quadratic = (old * self.quadratic + new * 0.5 * (draws**2).mean(axis=0)) / total
+        self.linear = (old * self.linear + np.where(known, slopes, 0.0).sum(axis=0)) / total
+        self.quadratic = (old * self.quadratic + 0.5 * (np.where(known, draws, 0.0) ** 2).sum(axis=0)) / total
         self.weight = old + new
 
-    def cost(self, choice: Choice) -> np.ndarray:
+    def cost(self) -> np.ndarray:
         """Return float64[U, K]: the predicted change of the loss, inf where nothing is known."""
         total = self.linear + self.quadratic
         cost = np.where((self.weight > 0) & np.isfinite(total), total, np.inf)
-        cost[np.arange(len(choice)), list(choice)] = 0.0
+        cost[np.arange(len(self.at)), list(self.at)] = 0.0
         return cost
 
 
@@ -189,6 +192,8 @@ class _State:
 
     def few(self, choice: Choice, samples: tuple[int, ...]) -> float:
         """Return the loss on some samples."""
+        if len(samples) == len(self.inputs.loss.lengths):
+            return self.full(choice)
         if (choice, samples) not in self.screened:
             self.screened[choice, samples] = self.inputs.loss(choice, samples)
         return self.screened[choice, samples]
@@ -209,35 +214,32 @@ class _State:
         if not np.isfinite(self.scores[self.incumbent]):
             raise NumericsError(f"none of {len(seeds)} seeds has a finite loss", hint="try dtype float32")
         self.best = seeds[0]
-        self._hold(seeds[0])
+        self._hold(self.best)
         self.incumbents.append((self.forward_tokens, self.best))
         self.check()
 
-    def round(self, turn: int, share: float) -> bool:
-        """Propose around the incumbent; return True if a proposal took its place."""
+    def round(self, share: float) -> None:
+        """Propose around the incumbent; the best proposal takes its place if its loss is lower."""
         inputs, now = self.inputs, self.full(self.incumbent)
         self.local.add(self.incumbent, *inputs.loss.slopes(
-            self.incumbent, self.draw(share), self.options.reach, inputs.seed + turn
+            self.incumbent, self.draw(min(share, MOST_SLOPES)), self.options.reach, int(self.rng.integers(2**31))
         ))  # fmt: skip
         samples = self.draw(share)
         inputs.loss.keep(self.incumbent)
         base = self.few(self.incumbent, samples)
         proposals = dict(self._proposals())
         ranked = sorted(proposals, key=lambda c: (self.few(c, samples), c))
-        for choice in ranked[:2]:
-            if self.few(choice, samples) >= base:
-                break
+        for choice in [c for c in ranked[:2] if self.few(c, samples) < base]:
             loss = self.full(choice)
             self.predictions.append((proposals[choice], loss - now))
             if loss < now:
                 self.incumbent = choice
-                return True
-        return False
+                return
 
     def _proposals(self) -> Iterator[tuple[Choice, float]]:
         """Yield distinct new choices, from few moves to many, with their predicted change."""
         problem, rows = self.inputs.problem, np.arange(len(self.incumbent))
-        cost = self.local.cost(self.incumbent)
+        cost = self.local.cost()
         moved = np.arange(len(problem.menu))[None, :] != np.array(self.incumbent)[:, None]
         seen, price, found = set(self.scores), -float(cost[np.isfinite(cost)].min()), 0
         for _ in range(24):
@@ -251,22 +253,31 @@ class _State:
             price /= 1.5
 
     def _hold(self, choice: Choice) -> float:
+        """Return the loss on the hold-out, on the search text where there is none."""
         if choice not in self.holdout:
-            measure = self.inputs.holdout or self.inputs.loss
-            self.holdout[choice] = measure(choice)
+            measure = self.inputs.holdout
+            self.holdout[choice] = measure(choice) if measure else self.full(choice)
             self.holdout_curve.append((self.forward_tokens, self.holdout[choice]))
         return self.holdout[choice]
 
+    def _judge(self, choice: Choice) -> tuple[float, float]:
+        """Return the mean loss per token over search text and hold-out, then that over search text alone.
+
+        The second decides where the first cannot: where no choice has a finite loss on the hold-out.
+        """
+        search, hold = self.full(choice), self._hold(choice)
+        tokens = sum(self.inputs.loss.lengths)
+        held = sum(self.inputs.holdout.lengths) if self.inputs.holdout else 0
+        mean = (search * tokens + hold * held) / (tokens + held) if np.isfinite(hold) else np.inf
+        return mean, search
+
     def check(self) -> bool:
         """Measure the incumbent on the hold-out; return True if it is the best so far."""
-        better = self._hold(self.incumbent) < self._hold(self.best)
-        if not np.isfinite(self._hold(self.best)):  # the hold-out cannot tell: the search text does
-            better |= self.scores[self.incumbent] < self.scores[self.best]
-        if better:
+        self._hold(self.incumbent)
+        if better := self._judge(self.incumbent) < self._judge(self.best):
             self.best = self.incumbent
             self.incumbents.append((self.forward_tokens, self.best))
-            return True
-        return False
+        return better
 
     def result(self) -> AllocationResult:
         uniform = next(iter(self.holdout))

@@ -60,7 +60,7 @@ class QuadraticLoss:
         self.forward_tokens += 5 * sum(self.lengths[i] for i in samples)
         units, levels = self.change.shape[:2]
         x = self.change[np.arange(units), list(choice)].ravel()
-        slopes, draws = np.zeros((2, len(samples), units, levels))
+        slopes, draws = np.full((2, len(samples), units, levels), np.nan)
         for s, i in enumerate(samples):
             gradient = (self.hessians[i] @ x).reshape(units, 4)
             for u, k in itertools.product(range(units), range(levels)):

@@ -78,7 +78,7 @@ def test_what_a_few_samples_show_to_be_worse_is_not_measured_on_all():
     given_inputs.loss.exact = lambda c, samples=None: (
         measure(c, samples) + 100.0 * (samples is not None and c not in known)
     )
-    found = Search().allocate(given_inputs)
+    found = Search(rounds=2).allocate(given_inputs)  # from the third round on, all samples measure
     assert len(given_inputs.loss.few) > len(known) + 3 and given_inputs.loss.full == start.loss.full
     assert found.predictions == ()
 
@@ -137,19 +137,22 @@ def test_rounds_without_a_move_look_at_more_samples():
 
     loss.slopes = useless
     Search(patience=4, screen=0.2).allocate(inputs_of(problem, loss))
-    assert [len(samples) for _, samples, *_ in loss.asked] == [4, 6, 9, 10]
+    assert [len(samples) for _, samples, *_ in loss.asked] == [4, 8, 10, *[10] * 4]
 
 
 def test_known_slopes_fade_and_a_unit_that_moved_starts_anew():
     local = _Local(2, 3, decay=0.5)
     slopes, draws = np.ones((4, 2, 3)), np.full((4, 2, 3), 2.0)
-    slopes[:, :, 0] = draws[:, :, 0] = 0.0
+    slopes[:, :, 0] = draws[:, :, 0] = np.nan
     local.add((0, 0), slopes, draws)
-    assert local.cost((0, 0)).tolist() == [[0, 3, 3], [0, 3, 3]]
-    later = np.full((1, 2, 3), 7.0)
-    local.add((0, 1), later, np.full((1, 2, 3), 1e-9))
+    assert local.cost().tolist() == [[0, 3, 3], [0, 3, 3]]
+    local.add((0, 1), np.full((1, 2, 3), 7.0), np.zeros((1, 2, 3)))
     old = (0.5 * 4 * 3 + 7) / (0.5 * 4 + 1)
-    assert local.cost((0, 1)) == pytest.approx(np.array([[0, old, old], [7, 0, 7]]))
-    unknown = _Local(1, 3, decay=0.5)
-    unknown.add((1,), np.zeros((1, 1, 3)), np.array([[[0.0, 0.0, 1.0]]]))
-    assert unknown.cost((1,)).tolist() == [[np.inf, 0.0, 0.5]]
+    assert local.cost() == pytest.approx(np.array([[0, old, old], [7, 0, 7]]))
+
+
+def test_a_level_without_a_finite_slope_is_unknown_and_one_that_changes_nothing_costs_nothing():
+    local = _Local(1, 4, decay=0.5)
+    slopes = np.array([[[np.inf, np.nan, 0.0, 2.0]], [[1.0, np.nan, 0.0, np.nan]]])
+    local.add((1,), slopes, np.array([[[0.0, np.nan, 0.0, np.inf]], [[2.0, np.nan, 0.0, 1.0]]]))
+    assert local.cost().tolist() == [[3.0, 0.0, 0.0, np.inf]]
