@@ -92,6 +92,7 @@ def compare(
         },
         "levels": [level.name for level in plans[0].menu],
         "granularity": plans[0].granularity,
+        **plans[0].bounds.to_dict(),
         "texts": {
             name: describe_text(part)
             for name, part in (

@@ -88,7 +88,7 @@ def test_without_the_packages_of_the_report_it_says_how_to_get_them(msp_compare,
     assert "pip install 'msp_plugin[report]'" in printed.out
 
 
-def test_rows_that_all_failed_still_leave_a_record(msp_compare, tmp_path, monkeypatch):
+def test_rows_that_all_failed_leave_a_record_and_the_exit_code_says_so(msp_compare, tmp_path, monkeypatch):
     from msp_plugin.allocators.uniform import Uniform
     from msp_plugin.errors import NumericsError
 
@@ -96,9 +96,39 @@ def test_rows_that_all_failed_still_leave_a_record(msp_compare, tmp_path, monkey
         raise NumericsError("nothing is finite")
 
     monkeypatch.setattr(Uniform, "allocate", fail)
-    printed = msp_compare("--allocators", "uniform")
+    printed = msp_compare("--allocators", "uniform", code=1)
+    assert "no row has a result; the first error: nothing is finite" in printed.err
     (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
     assert row["error"] == "nothing is finite" and "nothing is finite" in printed.err
+
+
+def test_one_row_that_failed_is_counted_and_costs_no_exit_code(msp_compare, monkeypatch):
+    from msp_plugin.allocators.uniform import Uniform
+    from msp_plugin.errors import NumericsError
+
+    def fail(self, inputs):
+        raise NumericsError("nothing is finite")
+
+    monkeypatch.setattr(Uniform, "allocate", fail)
+    printed = msp_compare("--allocators", "uniform,knapsack[surrogate=weight]")
+    assert "1 of 2 rows failed" in printed.err and "knapsack" in printed.out
+
+
+def test_granularity_bounds_and_protected_layers_hold_for_every_allocator(msp_compare, tmp_path):
+    msp_compare(
+        "--allocators", "uniform,knapsack[surrogate=weight]", "-s", "0.5", "--granularity", "layer",
+        "--bounds", "down_proj=0.5,0.75", "--protect", "o_proj",
+    )  # fmt: skip
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert record["granularity"] == "layer" and record["protect"] == ["o_proj"]
+    names = [unit["name"] for unit in record["units"]]
+    assert any(name.endswith("q_proj") for name in names)
+    for row in record["rows"]:
+        for name, level in zip(names, row["levels"], strict=True):
+            if name.endswith("o_proj"):
+                assert level == "dense"
+            elif name.endswith("down_proj"):
+                assert level in ("4:8", "3:8", "2:8")
 
 
 def test_an_output_directory_with_something_in_it_is_refused_first(msp_compare, no_model, tmp_path):

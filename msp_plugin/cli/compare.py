@@ -11,16 +11,19 @@ import typer
 from msp_plugin.cli.arguments import (
     AsJson,
     Batch,
+    BoundsOf,
     Cache,
     Column,
     Count,
     Data,
     Dtype,
+    Granularity,
     Ignore,
     Length,
     Levels,
     Model,
     Out,
+    Protect,
     Remote,
     SearchData,
     Set,
@@ -29,6 +32,7 @@ from msp_plugin.cli.arguments import (
     TestData,
     Verbose,
     component_options,
+    layer_options,
     resolve_model,
 )
 
@@ -53,6 +57,9 @@ def compare_command(
     levels: Levels = None,
     target: Targets = None,
     ignore: Ignore = None,
+    granularity: Granularity = None,
+    bounds: BoundsOf = None,
+    protect: Protect = None,
     cache: Cache = None,
     search_data: SearchData = None,
     test_data: TestData = None,
@@ -75,7 +82,7 @@ def compare_command(
 
     console.set_up_logs(verbose)
     from msp_plugin.compare import compare
-    from msp_plugin.errors import RecipeError
+    from msp_plugin.errors import MSPError, RecipeError
     from msp_plugin.files import check_output, output_directory, write_json
     from msp_plugin.matrix import Matrix, parse_allocators, parse_sparsities
     from msp_plugin.plugins import Plugins
@@ -100,7 +107,8 @@ def compare_command(
         [given[name] for name in pruners],
         {label: _spec(spec, given) for label, spec in names.items()},
         numbers,
-        {key: value for key, value in shared.items() if value is not None},
+        {key: value for key, value in shared.items() if value is not None}
+        | layer_options(granularity, bounds, protect),
         prune,
     )
     text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch)
@@ -114,9 +122,20 @@ def compare_command(
         written = _write_report(temporary)
     if as_json:
         typer.echo(json.dumps(record, indent=2, sort_keys=True))
+    else:
+        for table in comparison_tables(record, model):
+            console.table.print(table)
+    errors = [row["error"] for row in record["rows"] if row["error"]]
+    if len(errors) == len(record["rows"]):
+        raise MSPError(
+            f"no row has a result; the first error: {errors[0]}", hint=f"all are in {out}/compare.json"
+        )
+    if as_json:
         return
-    for table in comparison_tables(record, model):
-        console.table.print(table)
+    if errors:
+        console.err.print(
+            f"{len(errors)} of {len(record['rows'])} rows failed; see {out}/compare.json", markup=False
+        )
     missing = "" if written else " (no report: pip install 'msp_plugin[report]')"
     console.out.print(f"Results: {out}{missing}", markup=False)
 
