@@ -24,8 +24,9 @@ MOST_SLOPES = 0.5
 class Search(Allocator):
     """Search around an incumbent on the true loss; the default.
 
-    It starts from the best of several cheap allocations: uniform, the exact minima of three additive
-    surrogates (Fisher-weighted, output and weight error), and rankings by the Fisher trace. Each round
+    It starts from the best of several cheap allocations: uniform, the exact minima of additive surrogates
+    (Fisher-weighted and output error, the weight error by the Fisher trace), and rankings by the Fisher
+    trace. Each round
     measures by gradients what a move of any unit by one or two levels would do to the loss of the incumbent
     (slopes.py: the linear term, and the Gauss-Newton curvature), averages that with what the last rounds
     found for units that did not move since, and solves the allocation exactly for this additive model with a
@@ -36,9 +37,9 @@ class Search(Allocator):
 
     Each incumbent is measured on hold-out text that no proposal was measured on, and the choice returned is
     the one with the lowest mean loss over search text and hold-out: the hold-out refuses what only fits the
-    search text, and both together are less noisy than either. While that mean does not fall, slopes and first
-    measurements take twice as many samples each round; when they take all, ``patience`` such rounds end the
-    search. It also ends when its budget is spent.
+    search text, and both together are less noisy than either. Each round in which that mean does not fall
+    doubles the samples of the next one's slopes (up to half of them) and first measurements; once all are
+    measured on, ``patience`` such rounds end the search. It also ends when its budget is spent.
 
     The method is ours. What it rests on: EvoPress (arXiv 2410.14649) for the level database, the true KL
     and few samples first; the Gauss-Newton curvature of KL from sampled labels (Martens, arXiv 1412.1193);
@@ -59,7 +60,7 @@ class Search(Allocator):
         decay: weight of what earlier rounds found of a unit's slopes, per round.
         loss: ``kl`` (to the dense model, nats per token) or ``perplexity`` (its logarithm).
         tokens: held-out calibration tokens that measure candidates.
-        holdout: further held-out tokens, which tell when to stop.
+        holdout: further held-out tokens, which judge incumbents with the others and tell when to stop.
     """
 
     name = "search"
