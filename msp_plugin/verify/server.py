@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,8 @@ from msp_plugin.errors import RecipeError, ServingError
 #: Name of the environment variable under which the vLLM plugin finds the file for its report.
 REPORT = "MSP_SERVING_REPORT"
 _LAST_LINES = 25
+#: An exception as Python prints it, behind whatever the server puts before it.
+_EXCEPTION = re.compile(r"(?<![\w`'])(?:\w+\.)*[A-Z]\w*(?:Error|Exception): .+")
 #: The server is on this machine: no proxy of the environment stands between.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -195,9 +198,19 @@ def _wait_until_ready(process: subprocess.Popen, url: str, log: Path, patience: 
 
 
 def _died(process: subprocess.Popen, log: Path) -> ServingError:
+    cause = _first_error(log)
+    because = f" ({cause})" if cause else ""
     return ServingError(
-        f"the server ended with exit status {process.returncode}; its last lines:\n{_tail(log)}"
+        f"the server ended with exit status {process.returncode}{because}; its last lines:\n{_tail(log)}"
     )
+
+
+def _first_error(log: Path) -> str:
+    """Return the first exception in the log: vLLM's engine says why, the last lines only that it ended."""
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        if found := _EXCEPTION.search(line):
+            return found[0][:300]
+    return ""
 
 
 def _tail(log: Path) -> str:

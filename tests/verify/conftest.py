@@ -20,6 +20,9 @@ mode, here = options.get("--mode", "good"), Path(sys.argv[0]).resolve().parent
 print("fake server starts in mode", mode, flush=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background would hand on that it is ignored
 if mode == "dies":
+    print("WARNING can cause errors like `OSError: [Errno 24] Too many open files`", file=sys.stderr)
+    print("(EngineCore pid=7) ERROR 11-23 [core.py:9] ValueError: no room", file=sys.stderr)
+    print("RuntimeError: engine core failed, see above", file=sys.stderr)
     print("\\n".join(f"line {i}" for i in range(100)), "the reason", sep="\\n", file=sys.stderr)
     sys.exit(3)
 if mode == "never":

@@ -195,10 +195,10 @@ def test_a_server_that_listens_to_signals_is_asked_and_not_killed(environment):
 # not ready
 
 
-def test_one_that_dies_at_the_start_shows_its_last_lines(environment):
+def test_one_that_dies_at_the_start_shows_its_first_error_and_its_last_lines(environment):
     with pytest.raises(ServingError) as error, serve(environment, "dies"):
         raise AssertionError("it never was ready")
-    assert "ended with exit status 3" in error.value.message
+    assert "ended with exit status 3 (ValueError: no room); its last lines:\n" in error.value.message
     assert error.value.message.endswith("  | line 98\n  | line 99\n  | the reason")
     assert "line 70\n" not in error.value.message  # the last lines, not all
 
