@@ -165,7 +165,8 @@ class Measurements:
     @cached_property
     def _fisher_error(self) -> np.ndarray:
         data = CalibrationSet(self.calibration.samples[: self.fisher_samples], "")
-        names, layers = [level.name for level in self.menu], [layer.name for layer in self.table.layers]
+        names = [level.name for level in self.menu if not level.is_dense]
+        layers = [layer.name for layer in self.table.layers]
         key = {"data": data.fingerprint, "layers": layers, "database": self.database.key, "version": 1}
 
         def measure() -> dict[str, Any]:
@@ -176,7 +177,10 @@ class Measurements:
 
         by_layer = self._held("fisher-error", key, measure)
         return np.array(
-            [[sum(by_layer[a.name][name] for a in unit.layers) for name in names] for unit in self.table]
+            [
+                [sum(by_layer[a.name].get(level.name, 0.0) for a in unit.layers) for level in self.menu]
+                for unit in self.table
+            ]  # a dense layer has no error
         )
 
     def _held(self, name: str, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def pruned_copy(model, database, problem, choice):
     other = copy.deepcopy(model)
     with torch.no_grad():
         for unit, k in zip(problem.table, choice, strict=True):
-            for layer in unit.layers:
+            for layer in unit.layers if not MENU[k].is_dense else ():
                 other.get_submodule(layer.name).weight.copy_(database.weight(layer.name, MENU[k].name))
     return other
 
@@ -266,9 +266,9 @@ def test_a_candidate_whose_loss_is_no_number_is_infinitely_bad_and_logged(
 ):
     database, problem = measured(llama)
     layer = problem.table[3].layers[0]
-    broken = {name: database.weight(layer.name, name).clone() for name in ("dense", "2:4", "1:4")}
+    broken = {name: database.weight(layer.name, name).clone() for name in ("2:4", "1:4")}
     broken["1:4"][0, 0] = float("nan")
-    database.write(layer, broken, {name: LayerErrors(0.0, 0.0) for name in broken})
+    database.write(layer, broken, {name: LayerErrors(0.0, 0.0) for name in ("dense", *broken)})
     with loss_of(llama, (database, problem), data, objective) as loss:
         assert loss((0, 0, 0, 2, 0, 0, 0, 0)) == math.inf
         records = [r for r in caplog.records if r.levelno == logging.WARNING]

@@ -107,7 +107,7 @@ def pruned_copy(held, choice):
     other = copy.deepcopy(held.model)
     with torch.no_grad():
         for unit, k in zip(held.table, choice, strict=True):
-            for layer in unit.layers:
+            for layer in unit.layers if not held.menu[k].is_dense else ():
                 weight = held.database.weight(layer.name, held.menu[k].name)
                 other.get_submodule(layer.name).weight.copy_(weight)
     return other
@@ -200,13 +200,13 @@ def test_the_replace_one_kl_needs_no_dense_level_in_the_menu(make):
 def test_errors_by_layer_are_summed_over_the_unit(make):
     held = make()
     layers = [layer.name for layer in held.table.layers]
-    names = [level.name for level in MENU]
+    names = [level.name for level in MENU if not level.is_dense]
 
     def expected(samples):
         data = CalibrationSet(held.calibration.samples[:samples], "")
         found = fisher_errors(held.model, data, layers, names, held.database.weight)
         return np.array(
-            [[sum(found[a.name][name] for a in unit.layers) for name in names] for unit in held.table]
+            [[0.0, *(sum(found[a.name][name] for a in unit.layers) for name in names)] for unit in held.table]
         )
 
     assert held.error("fisher") == pytest.approx(expected(4), rel=1e-6)

@@ -61,18 +61,19 @@ def at(model, database, problem, choice):
     other = copy.deepcopy(model).double()
     with torch.no_grad():
         for unit, k in zip(problem.table, choice, strict=True):
-            for layer in unit.layers:
+            for layer in unit.layers if not MENU[k].is_dense else ():
                 other.get_submodule(layer.name).weight.copy_(database.weight(layer.name, MENU[k].name))
     return other.requires_grad_(True)
 
 
-def change(database, unit, now, then):
+def change(model, database, unit, now, then):
     """The change [O, I] of each of a unit's layers, float64 by layer name."""
-    return {
-        layer.name: database.weight(layer.name, MENU[then].name).double()
-        - database.weight(layer.name, MENU[now].name).double()
-        for layer in unit.layers
-    }
+
+    def weight(layer, k):
+        own = model.get_submodule(layer.name).weight.detach()
+        return (own if MENU[k].is_dense else database.weight(layer.name, MENU[k].name)).double()
+
+    return {layer.name: weight(layer, then) - weight(layer, now) for layer in unit.layers}
 
 
 @pytest.mark.parametrize("objective", ["kl", "perplexity"])
@@ -90,7 +91,7 @@ def test_a_slope_is_the_gradient_times_the_change_of_the_weight(model, data, mea
             for k in range(len(MENU)):
                 expected = sum(
                     float((candidate.get_submodule(name).weight.grad * delta).sum())
-                    for name, delta in change(database, unit, NOW[u], k).items()
+                    for name, delta in change(model, database, unit, NOW[u], k).items()
                 )
                 if k == NOW[u]:
                     assert expected == 0.0 and np.isnan(slopes[s, u, k])
@@ -111,7 +112,7 @@ def test_slopes_add_up_to_the_change_of_the_kl_along_a_joint_move(model, data, m
         moved = at(model, database, problem, NOW)
         with torch.no_grad():
             for u, unit in enumerate(problem.table):
-                for name, delta in change(database, unit, NOW[u], then[u]).items():
+                for name, delta in change(model, database, unit, NOW[u], then[u]).items():
                     moved.get_submodule(name).weight.add_(sign * step * delta)
             ends.append(float(loss_by_hand("kl", dense, moved, data.samples[1])))
     assert found == pytest.approx((ends[1] - ends[0]) / (2 * step), rel=1e-3)
@@ -143,7 +144,7 @@ def test_the_mean_square_of_the_draws_is_the_gauss_newton_curvature(model, data,
         _, draws = CandidateLoss(weights, data).prepare().slopes(NOW, [2] * count, 1, 5)
     rows, sample = np.arange(8), data.samples[2]
     candidate = at(model, database, problem, NOW)
-    deltas = [change(database, unit, NOW[u], then[u]) for u, unit in enumerate(problem.table)]
+    deltas = [change(model, database, unit, NOW[u], then[u]) for u, unit in enumerate(problem.table)]
     joint = draws[:, rows, list(then)].sum(axis=1)
     tolerance = 4 * math.sqrt(2 / count)  # four standard deviations of a mean square of normal numbers
     expected = curvature(candidate, sample, {k: v for delta in deltas for k, v in delta.items()})
@@ -158,7 +159,7 @@ def test_half_the_curvature_is_how_the_kl_grows_around_the_dense_model(model, da
     """The pruned model's own Fisher information is the curvature of the KL from that very model."""
     database, problem = measured
     dense, step = copy.deepcopy(model).double(), 1e-2
-    delta = change(database, problem.table[3], 0, 3)
+    delta = change(model, database, problem.table[3], 0, 3)
     moved = copy.deepcopy(dense)
     with torch.no_grad():
         for name, d in delta.items():

@@ -12,6 +12,7 @@ import torch
 
 from msp_plugin.activations import in_groups, observe_inputs
 from msp_plugin.calibration import CalibrationSet
+from msp_plugin.database.bitmask import bitmask_bytes
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError, OutputError
 from msp_plugin.plan.units import Layer, Unit, UnitTable, shared_inputs
@@ -74,12 +75,16 @@ def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTabl
     Raises:
         OutputError: it cannot; the need, what is free and where are named.
     """
-    copies = len({"dense", *(level.name for level in database.menu)})
-    need = sum(
-        copies * layer.weights * model.get_submodule(layer.name).weight.element_size()
-        for layer in table.layers
-        if not database.has(layer)
-    )
+    need = 0
+    for layer in table.layers:
+        if not database.has(layer):
+            size = model.get_submodule(layer.name).weight.element_size()
+            out, into = layer.out_features, layer.in_features
+            need += sum(
+                level.kept(out, into) * size + bitmask_bytes(out, into)
+                for level in database.menu
+                if not level.is_dense
+            )
     where = next(p for p in (database.path, *database.path.absolute().parents) if p.exists())
     free = shutil.disk_usage(where).free
     if need > free:
@@ -121,7 +126,7 @@ def _write_layer(
     module = model.get_submodule(layer.name)
     dense = module.weight.detach()
     levels = [level for level in database.menu if not level.is_dense]
-    weights, errors = {"dense": dense}, {"dense": LayerErrors(0.0, 0.0)}
+    weights, errors = {}, {"dense": LayerErrors(0.0, 0.0)}
     for level, pruned in zip(levels, pruner.prune_levels(module, statistic, levels, layer.name), strict=True):
         if not torch.isfinite(pruned).all():
             raise NumericsError(

@@ -1,5 +1,8 @@
 """The level database on disk: one safetensors file per layer, in a directory named by its content.
 
+A level is held as its kept values, `<level>.values` [n], and `<level>.bitmask` (database/bitmask.py); the dense
+weight is the model's and not held.
+
 The directory's name is a digest of everything that the weights depend on: model, calibration
 samples, method with host, version and options, and the levels. A second run with the same of these
 finds its files; a run with any other never does.
@@ -20,13 +23,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msp_plugin.errors import VerificationError
+from msp_plugin.database.bitmask import bitmask_bytes, pack_bitmask, unpack_bitmask
+from msp_plugin.errors import FormatError, VerificationError
 from msp_plugin.files import replacing
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable
 
 SCHEMA = "msp_plugin/level-database"
-VERSION = "1"
+VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class LevelDatabase:
     Args:
         root: where databases live.
         identity: JSON values that name everything the weights depend on.
-        menu: the levels; ``dense`` is always held too, as the copy of the original weight.
+        menu: the levels; ``dense`` has errors, of zero, and no weights.
     """
 
     def __init__(self, root: Path, identity: Mapping[str, Any], menu: Sequence[Level]):
@@ -63,12 +67,16 @@ class LevelDatabase:
             "schema": SCHEMA,
             "key": self.key,
             "layer": layer.name,
+            "shape": [layer.out_features, layer.in_features],
             "errors": {name: [e.weight, e.output] for name, e in errors.items()},
         }
         # One entry, because safetensors writes several in no fixed order.
         meta = {"about": json.dumps(about, sort_keys=True)}
         with replacing(self.file(layer.name)) as temporary:
-            tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+            tensors = {}
+            for name, weight in weights.items():
+                packed = pack_bitmask(weight.detach().cpu())
+                tensors |= dict(zip((f"{name}.values", f"{name}.bitmask"), packed, strict=True))
             save_file(tensors, temporary, metadata=meta)
         self._open.pop(layer.name, None)
 
@@ -79,25 +87,27 @@ class LevelDatabase:
             meta = self._about(layer.name)
         except (FileNotFoundError, SafetensorError, OSError, KeyError, ValueError):
             return False
-        names = set(handle.keys())
-        wanted = {level.name for level in self.menu} | {"dense"}
-        shape = [layer.out_features, layer.in_features]
+        names, wanted = set(handle.keys()), [level.name for level in self.menu if not level.is_dense]
+        mask = [bitmask_bytes(layer.out_features, layer.in_features)]
         return (
             meta.get("key") == self.key
             and meta.get("layer") == layer.name
-            and wanted <= names
-            and all(handle.get_slice(name).get_shape() == shape for name in wanted)
+            and meta.get("shape") == [layer.out_features, layer.in_features]
+            and {f"{name}.{part}" for name in wanted for part in ("values", "bitmask")} <= names
+            and all(handle.get_slice(f"{name}.bitmask").get_shape() == mask for name in wanted)
         )
 
     def weight(self, layer: str, level: str) -> torch.Tensor:
-        """Return the weight [out, in] of a layer at a level, by its name.
+        """Return the weight [out, in] of a layer at a level that is not dense, by its name.
 
         Raises:
             VerificationError: the database does not hold it.
         """
         try:
-            return self._handle(layer).get_tensor(level)
-        except (FileNotFoundError, SafetensorError, OSError) as error:
+            handle = self._handle(layer)
+            values, mask = (handle.get_tensor(f"{level}.{part}") for part in ("values", "bitmask"))
+            return unpack_bitmask(values, mask, tuple(self._about(layer)["shape"]))
+        except (FileNotFoundError, SafetensorError, OSError, KeyError, ValueError, FormatError) as error:
             raise VerificationError(
                 f"the level database at {self.path} cannot give {layer} at {level}: {error}",
                 hint="remove that directory; it is built anew",

@@ -60,7 +60,6 @@ def test_the_database_holds_what_the_method_gives_for_each_layers_own_inputs(tmp
         if pruner.needs_statistics:
             for x in inputs_of(model, layer.name, data).split(24, dim=1):
                 statistic = pruner.observe(module, x, statistic)
-        assert torch.equal(database.weight(layer.name, "dense"), module.weight)
         for level, pruned in zip(levels, pruner.prune_levels(module, statistic, levels, "x"), strict=True):
             assert torch.equal(database.weight(layer.name, level.name), pruned)
             assert int((pruned == 0).sum()) == layer.weights - level.kept(
@@ -78,9 +77,11 @@ def test_errors_are_the_weights_and_the_outputs_change(tmp_path, llama, data):
         for k, level in enumerate(MENU):
             weight = output = 0.0
             for layer in unit.layers:
+                if level.is_dense:
+                    continue
                 delta = (
                     database.weight(layer.name, level.name).double()
-                    - database.weight(layer.name, "dense").double()
+                    - llama.get_submodule(layer.name).weight.detach().double()
                 )
                 x = inputs_of(llama, layer.name, data)[0].double()
                 weight += float(delta.square().sum())
@@ -214,4 +215,4 @@ def test_bfloat16_models_keep_their_dtype(tmp_path, llama, data, pruner):
     database = make(tmp_path, pruner)
     build_database(database, llama, table, pruner, data)
     for layer in table.layers:
-        assert {database.weight(layer.name, level.name).dtype for level in MENU} == {torch.bfloat16}
+        assert {database.weight(layer.name, level.name).dtype for level in MENU[1:]} == {torch.bfloat16}

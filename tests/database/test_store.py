@@ -1,7 +1,10 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from msp_plugin.database.bitmask import pack_bitmask
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import VerificationError
 from msp_plugin.plan.levels import parse_menu
@@ -15,16 +18,26 @@ def database(root, identity=None, menu=MENU):
     return LevelDatabase(root, identity or {"model": "a", "options": {"x": 1}}, menu)
 
 
-def weights(seed=0, names=("dense", "2:4", "1:4"), shape=(4, 8)):
+def weights(seed=0, names=("2:4", "1:4"), shape=(4, 8)):
     torch.manual_seed(seed)
-    return {name: torch.randn(shape) for name in names}
+    return {name: torch.randn(shape).masked_fill(torch.rand(shape) < 0.5, 0.0) for name in names}
+
+
+def tensors(names=("2:4", "1:4"), seed=0):
+    """What a file holds of the weights."""
+    packed = {name: pack_bitmask(weight) for name, weight in weights(seed, names).items()}
+    return {
+        f"{n}.{part}": t
+        for n, both in packed.items()
+        for part, t in zip(("values", "bitmask"), both, strict=True)
+    }
 
 
 ERRORS = {"dense": LayerErrors(0.0, 0.0), "2:4": LayerErrors(0.1, 1 / 3), "1:4": LayerErrors(2.0, 1e-300)}
 
 
 def test_a_weight_comes_back_bit_for_bit(tmp_path):
-    held = {**weights(), "1:4": torch.tensor([[float("nan"), -0.0] * 4] * 4)}
+    held = {**weights(), "1:4": torch.tensor([[float("nan"), -1.0] * 4] * 4)}
     database(tmp_path).write(LAYER, held, ERRORS)
     fresh = database(tmp_path)
     assert fresh.has(LAYER)
@@ -84,28 +97,40 @@ def test_a_truncated_file_is_not_had(tmp_path, share):
 def test_another_databases_file_is_not_had(tmp_path, change):
     store = database(tmp_path)
     store.path.mkdir(parents=True)
-    meta = {"key": store.key, "layer": LAYER.name, "errors": "{}", **change}
-    save_file(weights(), store.file(LAYER.name), metadata=meta)
-    assert not store.has(LAYER)
+    about = {"key": store.key, "layer": LAYER.name, "shape": [4, 8], "errors": {}}
+    save_file(tensors(), store.file(LAYER.name), metadata={"about": json.dumps(about)})
+    assert store.has(LAYER)
+    save_file(tensors(), store.file(LAYER.name), metadata={"about": json.dumps(about | change)})
+    assert not database(tmp_path).has(LAYER)
 
 
 def test_a_file_without_a_level_or_metadata_is_not_had(tmp_path):
     store = database(tmp_path)
     store.path.mkdir(parents=True)
-    save_file(
-        weights(names=("dense", "2:4")),
-        store.file(LAYER.name),
-        metadata={"key": store.key, "layer": LAYER.name},
-    )
-    assert not database(tmp_path).has(LAYER)
-    save_file(weights(), store.file(LAYER.name))
-    assert not database(tmp_path).has(LAYER)
+    about = {"about": json.dumps({"key": store.key, "layer": LAYER.name, "shape": [4, 8], "errors": {}})}
+    for held, metadata, there in (
+        (tensors(("2:4",)), about, False),
+        (tensors(), None, False),
+        (tensors(), about, True),
+    ):
+        save_file(held, store.file(LAYER.name), metadata=metadata)
+        assert database(tmp_path).has(LAYER) == there
+
+
+def test_a_bitmask_that_does_not_fit_its_values_is_named_with_the_way_out(tmp_path):
+    store = database(tmp_path)
+    store.path.mkdir(parents=True)
+    about = {"about": json.dumps({"key": store.key, "layer": LAYER.name, "shape": [4, 8], "errors": {}})}
+    save_file({**tensors(), "2:4.values": torch.zeros(3)}, store.file(LAYER.name), metadata=about)
+    with pytest.raises(VerificationError, match="there are 3 values") as error:
+        store.weight(LAYER.name, "2:4")
+    assert "remove that directory" in error.value.hint
 
 
 def test_a_file_that_was_replaced_is_read_anew(tmp_path):
     store = database(tmp_path)
     store.path.mkdir(parents=True)
-    save_file(weights(seed=1), store.file(LAYER.name), metadata={"key": "another database's"})
+    save_file(tensors(seed=1), store.file(LAYER.name), metadata={"key": "another database's"})
     assert not store.has(LAYER)
     store.write(LAYER, weights(seed=2), ERRORS)
     assert store.has(LAYER)
@@ -124,7 +149,7 @@ def test_a_weight_that_is_not_held_is_named_with_the_way_out(tmp_path, layer, le
 def test_a_failed_write_leaves_nothing(tmp_path):
     store = database(tmp_path)
     with pytest.raises(TypeError):
-        store.write(LAYER, {"dense": torch.zeros(4, 8)}, {"dense": LayerErrors(0.0, object())})
+        store.write(LAYER, {"2:4": torch.zeros(4, 8)}, {"2:4": LayerErrors(0.0, object())})
     with pytest.raises((ValueError, AttributeError)):
-        store.write(LAYER, {"dense": "no tensor"}, ERRORS)
+        store.write(LAYER, {"2:4": "no tensor"}, ERRORS)
     assert not store.path.exists() or not list(store.path.iterdir())

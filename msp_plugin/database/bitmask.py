@@ -1,0 +1,56 @@
+"""Pruned weights as kept values and a bitmask, for any pattern of zeros.
+
+numpy finds the places of the ones: in measurements on a 2048 x 2048 matrix that was three to five times as fast as
+torch's masked_scatter and nonzero, and four times as slow as copying the dense matrix
+(integration/database_bench.py).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from msp_plugin.errors import FormatError
+
+
+def bitmask_bytes(out_features: int, in_features: int) -> int:
+    """Return how many bytes the bitmask of a weight takes."""
+    return (out_features * in_features + 7) // 8
+
+
+def pack_bitmask(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (kept values [n] in row-major order, bitmask uint8[ceil(out * in / 8)], little-endian bits).
+
+    -0.0, which a method that multiplies by a mask leaves, is a zero like 0.0 and comes back as 0.0; all other
+    values, NaN among them, come back bit for bit.
+
+    Args:
+        weight: [out, in], on the CPU, of any floating dtype.
+    """
+    flat = weight.contiguous().view(-1)
+    kept = (flat != 0).numpy()
+    return flat[torch.from_numpy(np.flatnonzero(kept))], torch.from_numpy(
+        np.packbits(kept, bitorder="little")
+    )
+
+
+def unpack_bitmask(values: torch.Tensor, mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Return the weight [out, in] of :func:`pack_bitmask`, on the CPU.
+
+    Raises:
+        FormatError: the mask is not of this shape, or does not have as many ones as there are values.
+    """
+    count = math.prod(shape)
+    if mask.numel() != bitmask_bytes(*shape):
+        raise FormatError(
+            f"the bitmask has {mask.numel()} bytes, a weight of {shape} takes {bitmask_bytes(*shape)}"
+        )
+    kept = np.unpackbits(mask.numpy(), count=count, bitorder="little").view(np.bool_)
+    places = torch.from_numpy(np.flatnonzero(kept))
+    if len(places) != len(values):
+        raise FormatError(f"the bitmask has {len(places)} ones, there are {len(values)} values")
+    weight = torch.zeros(count, dtype=values.dtype)
+    weight[places] = values
+    return weight.view(shape)
