@@ -183,7 +183,7 @@ def write(cells: dict[tuple[str, str, str], dict], out: Path) -> int:
         "Made by `python integration/allocator_table.py`. Test KL to the dense model in nats per token (test "
         "perplexity in parentheses), after llm-compressor pruned the model to the allocation with errors "
         "propagated. Mean and sample standard deviation over three seeds; where no deviation stands, it is one "
-        "run (most allocators use no seed). At 87.5 % the menu has 1:16 and 1:32 "
+        "run (of allocators that use no seed, if all seeds ran). At 87.5 % the menu has 1:16 and 1:32 "
         "beside the default levels, whose sparsest is 1:8. Bold: "
         "least KL of the cell; `=`: within twice the spread of it. Forward tokens: what the allocator put "
         "through the model to measure candidates, mean over the cells; sensitivities and the level database, "
