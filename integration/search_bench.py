@@ -198,7 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("integration/results"))
     parser.add_argument("--models", nargs="+", default=["llama", "qwen2"])
-    parser.add_argument("--methods", nargs="+", default=["sparsegpt"])
+    parser.add_argument("--methods", nargs="+", default=["sparsegpt", "wanda"])
     parser.add_argument("--sparsity", default="0.75")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0, 1, 2], help="EvoPress runs with the first"
