@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, partial
@@ -19,11 +17,13 @@ import torch
 
 from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator
 from msp_plugin.calibration import CalibrationSet
-from msp_plugin.candidates import CandidateLoss, CandidateWeights
+from msp_plugin.candidates import CandidateLoss, CandidateWeights, Choice
 from msp_plugin.database.build import build_database, check_space
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import RecipeError, nearest
-from msp_plugin.files import default_cache, finite, write_json
+from msp_plugin.files import default_cache, finite
+from msp_plugin.held import alone, digest, held, source_digest
+from msp_plugin.journal import Journal, RecordedLoss, packed, unpacked
 from msp_plugin.models import check_in_memory, fingerprint
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DENSE, Level
@@ -56,6 +56,7 @@ class Measurements:
             no allocator asks for them.
         estimators: by name, those that allocators may ask for.
         fisher_samples: calibration samples of the Fisher-weighted error.
+        fresh: measure anew what the cache holds of this model, method and text.
     """
 
     model: torch.nn.Module
@@ -70,6 +71,7 @@ class Measurements:
     batch_tokens: int = 4096
     fisher_samples: int = 128
     progress: StepProgress = no_progress
+    fresh: bool = False
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -86,11 +88,15 @@ class Measurements:
         """
         check_in_memory(self.model)
         database = open_database(self.model_id, self.calibration, self.pruner, self.menu, self.cache)
-        check_space(database, self.model, self.table)
-        build_database(
-            database, self.model, self.table, self.pruner, self.calibration, batch_tokens=self.batch_tokens,
-            progress=partial(self.progress, "level database"),
-        )  # fmt: skip
+        with alone(database.lock, "it builds the level database", wait=True):
+            if self.fresh:
+                database.clear()
+            database.tidy()
+            check_space(database, self.model, self.table)
+            build_database(
+                database, self.model, self.table, self.pruner, self.calibration,
+                batch_tokens=self.batch_tokens, progress=partial(self.progress, "level database"),
+            )  # fmt: skip
         return database
 
     def sensitivity(self, name: str) -> tuple[float, ...]:
@@ -101,14 +107,24 @@ class Measurements:
             NumericsError: see unit_sensitivities.
         """
         if name not in self.sensitivities:
-            began = time.monotonic()
-            self.sensitivities[name] = self._estimate(name, partial(self.progress, f"sensitivity, {name}"))
-            log.info("sensitivity %s: %d units, %.1f s", name, len(self.table), time.monotonic() - began)
+            if name not in self.estimators:
+                raise RecipeError(f"there is no estimator {name!r} here", hint=nearest(name, self.estimators))
+            estimator = self.estimators[name]
+            key = {
+                "model": self.model_id, "estimator": spec_of(estimator), "code": source_digest(estimator),
+                "data": self.calibration.fingerprint if self.calibration and estimator.needs_data else None,
+                "units": [[layer.name for layer in unit.layers] for unit in self.table],
+                "torch": torch.__version__,
+            }  # fmt: skip
+            report = partial(self.progress, f"sensitivity, {name}")
+            found = held(
+                Path(self.cache or default_cache()) / "sensitivity", name, key,
+                lambda: self._estimate(name, report), fresh=self.fresh,
+            )  # fmt: skip
+            self.sensitivities[name] = tuple(found)
         return self.sensitivities[name]
 
     def _estimate(self, name: str, progress: Callable[[int, int], None]) -> tuple[float, ...]:
-        if name not in self.estimators:
-            raise RecipeError(f"there is no estimator {name!r} here", hint=nearest(name, self.estimators))
         estimator = self.estimators[name]
         if not self.calibration and estimator.needs_data:
             raise RecipeError(f"sensitivity {name!r} needs calibration text", hint="pass a dataset")
@@ -140,27 +156,23 @@ class Measurements:
         if not self.search:
             raise RecipeError("the replace-one KL needs search text", hint="pass a dataset")
         _, part = self.search.cut(tokens)
-        units = [[layer.name for layer in unit.layers] for unit in self.table]
-        key = {"data": part.fingerprint, "units": units, "database": self.database.key, "version": 1}
-
-        def measure() -> dict[str, Any]:
-            dense = (*self.menu, DENSE) if DENSE not in self.menu else self.menu
-            problem = AllocationProblem(self.table, dense, Fraction(0))
-            none = (dense.index(DENSE),) * len(self.table)
-            found = np.zeros((len(self.table), len(dense)))
-            with CandidateWeights(self.model, self.database, problem) as weights:
-                loss = CandidateLoss(weights, part, "kl", self.batch_tokens).prepare()
-                loss.keep(none)
-                loss(none)
-                for u in range(len(self.table)):
-                    self.progress("replace-one KL", u + 1, len(self.table))
-                    for k in range(len(dense)):
-                        if k != none[u]:
-                            found[u, k] = loss((*none[:u], k, *none[u + 1 :]))
-            return {"kl": found[:, : len(self.menu)].tolist(), "tokens": loss.forward_tokens}
-
-        held = self._held("replace-one", key, measure)
-        return np.array(held["kl"]), held["tokens"]
+        dense = (*self.menu, DENSE) if DENSE not in self.menu else self.menu
+        problem = AllocationProblem(self.table, dense, Fraction(0))
+        none = (dense.index(DENSE),) * len(self.table)
+        found = np.zeros((len(self.table), len(dense)))
+        with (
+            self._journal("replace-one", problem, {"data": part.fingerprint}) as journal,
+            CandidateWeights(self.model, self.database, problem) as weights,
+        ):
+            loss = self._recorded(weights, part, "kl", journal, "search")
+            loss.keep(none)
+            loss(none)
+            for u in range(len(self.table)):
+                self.progress("replace-one KL", u + 1, len(self.table))
+                for k in range(len(dense)):
+                    if k != none[u]:
+                        found[u, k] = loss((*none[:u], k, *none[u + 1 :]))
+        return found[:, : len(self.menu)], loss.forward_tokens
 
     @cached_property
     def _fisher_error(self) -> np.ndarray:
@@ -175,28 +187,13 @@ class Measurements:
                 self.model, data, layers, names, self.database.weight, progress=report
             )  # fmt: skip
 
-        by_layer = self._held("fisher-error", key, measure)
+        by_layer = held(self.database.path, "fisher-error", key, measure)
         return np.array(
             [
                 [sum(by_layer[a.name].get(level.name, 0.0) for a in unit.layers) for level in self.menu]
                 for unit in self.table
             ]  # a dense layer has no error
         )
-
-    def _held(self, name: str, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return numbers that lie beside the level database, measured if those of this key do not."""
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        path = self.database.path / f"{name}-{digest[:16]}.json"
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            held = None
-        if not isinstance(held, dict) or held.get("key") != key or "found" not in held:
-            began = time.monotonic()
-            held = {"key": key, "found": measure()}
-            write_json(path, held)
-            log.info("%s: %.1f s", name, time.monotonic() - began)
-        return held["found"]
 
     def allocate(
         self, allocator: Allocator, problem: AllocationProblem, seed: int
@@ -221,7 +218,7 @@ class Measurements:
         if allocator.needs_database:
             _ = self.database
         began = time.monotonic()
-        with self._measured(allocator, problem) as (loss, holdout, estimate):
+        with self._measured(allocator, problem, seed) as (loss, holdout, estimate):
             result = allocator.allocate(
                 AllocationInputs(
                     problem, values, errors, loss, seed, partial(self.progress, "search"), holdout, estimate
@@ -232,12 +229,13 @@ class Measurements:
         for note in result.notes:
             log.info("%s: %s", allocator.name, note)
         measured = [part for part in (loss, holdout) if part is not None]
+        read = sum(part.saved_seconds for part in measured)
         search = {
             "allocator": allocator.name,
             "forward_tokens": paid + sum(part.forward_tokens for part in measured),
             "evaluations": result.evaluations,
-            "seconds": round(now - began, 3),
-            "total_seconds": round(now - start, 3),
+            "seconds": round(now - began + read, 3),
+            "total_seconds": round(now - start + read, 3),
             "loss": finite(result.loss),
             "uniform_loss": finite(result.uniform_loss),
             "curve": [list(point) for point in result.curve],
@@ -248,28 +246,64 @@ class Measurements:
         return result, search
 
     @contextmanager
-    def _measured(self, allocator: Allocator, problem: AllocationProblem) -> Iterator[tuple[Any, Any, Any]]:
+    def _measured(
+        self, allocator: Allocator, problem: AllocationProblem, seed: int
+    ) -> Iterator[tuple[Any, Any, Any]]:
         """Yield the losses and the estimate that an allocator asks for; the model is itself afterwards."""
         if not (allocator.measures or allocator.remeasures):
             yield None, None, None
             return
-        with CandidateWeights(self.model, self.database, problem) as weights:
+        search = holdout = None
+        if allocator.measures:
+            search = self.search.cut(allocator.held_out_tokens)[1]
+        if allocator.stopping_tokens and self.holdout is not None:
+            holdout = self.holdout.cut(allocator.stopping_tokens)[1] or None
+        about = {
+            "allocator": spec_of(allocator), "code": source_digest(allocator), "seed": seed,
+            "search": search and search.fingerprint, "holdout": holdout and holdout.fingerprint,
+        }  # fmt: skip
+        with (
+            self._journal("search", problem, about) as journal,
+            CandidateWeights(self.model, self.database, problem) as weights,
+        ):
 
-            def loss_on(data: CalibrationSet | None) -> CandidateLoss | None:
-                if data is None or not len(data):
-                    return None
-                return CandidateLoss(weights, data, allocator.objective, self.batch_tokens).prepare()
+            def loss_on(data: CalibrationSet | None, name: str) -> RecordedLoss | None:
+                return data and self._recorded(weights, data, allocator.objective, journal, name)
 
-            def estimate(name: str, choice: tuple[int, ...]) -> np.ndarray:
-                weights.set(choice)
-                return np.array(self._estimate(name, lambda done, total: None))
+            def estimate(name: str, choice: Choice) -> np.ndarray:
+                def measure() -> Any:
+                    weights.set(choice)
+                    return packed(np.array(self._estimate(name, lambda done, total: None)))
 
-            search = holdout = None
-            if allocator.measures:
-                search = loss_on(self.search.cut(allocator.held_out_tokens)[1])
-            if allocator.stopping_tokens and self.holdout is not None:
-                holdout = loss_on(self.holdout.cut(allocator.stopping_tokens)[1])
-            yield search, holdout, estimate if allocator.remeasures else None
+                return unpacked(journal.get(f"{name} {' '.join(map(str, choice))}", measure))
+
+            remeasured = estimate if allocator.remeasures else None
+            yield loss_on(search, "search"), loss_on(holdout, "holdout"), remeasured
+
+    @contextmanager
+    def _journal(self, name: str, problem: AllocationProblem, about: Mapping[str, Any]) -> Iterator[Journal]:
+        """Yield the journal of a search over a problem; no other process may run the same one meanwhile."""
+        identity = {
+            "database": self.database.key, "target": str(problem.target),
+            "levels": [level.name for level in problem.menu],
+            "units": [[layer.name for layer in unit.layers] for unit in problem.table],
+            "allowed": None if problem.allowed is None else problem.allowed.tolist(),
+            "batch_tokens": self.batch_tokens, "device": next(self.model.parameters()).device.type, **about,
+        }  # fmt: skip
+        path = self.database.path / f"{name}-{digest(identity)[:16]}.jsonl"
+        with (
+            alone(path.with_suffix(".lock"), "it runs this very search"),
+            closing(Journal(path, identity)) as journal,
+        ):
+            yield journal
+
+    def _recorded(
+        self, weights: CandidateWeights, data: CalibrationSet, objective: str, journal: Journal, name: str
+    ) -> RecordedLoss:
+        def make() -> CandidateLoss:
+            return CandidateLoss(weights, data, objective, self.batch_tokens).prepare()
+
+        return RecordedLoss(make, data, journal, name)
 
 
 def open_database(

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,8 +32,10 @@ from msp_plugin.files import replacing
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable
 
+log = logging.getLogger(__name__)
+
 SCHEMA = "msp_plugin/level-database"
-VERSION = "2"
+VERSION = "3"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,24 @@ class LevelDatabase:
         self.key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         self.path = root / "database" / self.key[:24]
         self._open: dict[str, Any] = {}
+        self._whole: set[str] = set()
+
+    @property
+    def lock(self) -> Path:
+        """Return the lock file of whoever builds this database."""
+        return self.path.with_name(f"{self.path.name}.lock")
+
+    def clear(self) -> None:
+        """Remove all that is there."""
+        self._open.clear()
+        self._whole.clear()
+        if self.path.exists():
+            shutil.rmtree(self.path)
+
+    def tidy(self) -> None:
+        """Remove what writers left behind that were killed; for the holder of the lock."""
+        for file in self.path.glob(".*.partial"):
+            file.unlink(missing_ok=True)
 
     def file(self, layer: str) -> Path:
         """Return the path of a layer's file."""
@@ -63,39 +86,63 @@ class LevelDatabase:
 
     def write(self, layer: Layer, weights: Mapping[str, torch.Tensor], errors: Mapping[str, LayerErrors]):
         """Write a layer's weights [out, in] by level name, and their errors."""
+        tensors = {}
+        for name, weight in weights.items():
+            packed = pack_bitmask(weight.detach().cpu())
+            tensors |= dict(zip((f"{name}.values", f"{name}.bitmask"), packed, strict=True))
         about = {
             "schema": SCHEMA,
             "key": self.key,
             "layer": layer.name,
             "shape": [layer.out_features, layer.in_features],
             "errors": {name: [e.weight, e.output] for name, e in errors.items()},
+            "crc32": {name: _crc32(tensor) for name, tensor in tensors.items()},
         }
         # One entry, because safetensors writes several in no fixed order.
         meta = {"about": json.dumps(about, sort_keys=True)}
         with replacing(self.file(layer.name)) as temporary:
-            tensors = {}
-            for name, weight in weights.items():
-                packed = pack_bitmask(weight.detach().cpu())
-                tensors |= dict(zip((f"{name}.values", f"{name}.bitmask"), packed, strict=True))
             save_file(tensors, temporary, metadata=meta)
         self._open.pop(layer.name, None)
+        self._whole.add(layer.name)
 
     def has(self, layer: Layer) -> bool:
-        """Return True if the layer's file is there, whole, and of this database."""
-        try:
-            handle = self._handle(layer.name)
-            meta = self._about(layer.name)
-        except (FileNotFoundError, SafetensorError, OSError, KeyError, ValueError):
+        """Return True if the layer's file is there, whole, and of this database.
+
+        Every byte is read and compared with its checksum, the first time. A file that fails is named in
+        the log; write it anew.
+        """
+        if layer.name in self._whole:
+            return True
+        if not self.file(layer.name).exists():
             return False
-        names, wanted = set(handle.keys()), [level.name for level in self.menu if not level.is_dense]
-        mask = [bitmask_bytes(layer.out_features, layer.in_features)]
-        return (
-            meta.get("key") == self.key
-            and meta.get("layer") == layer.name
-            and meta.get("shape") == [layer.out_features, layer.in_features]
-            and {f"{name}.{part}" for name in wanted for part in ("values", "bitmask")} <= names
-            and all(handle.get_slice(f"{name}.bitmask").get_shape() == mask for name in wanted)
-        )
+        try:
+            wrong = self._damage(layer)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+            wrong = str(error)
+        if wrong:
+            self._open.pop(layer.name, None)
+            log.warning("%s cannot be used, it is built anew: %s", self.file(layer.name), wrong)
+            return False
+        self._whole.add(layer.name)
+        return True
+
+    def _damage(self, layer: Layer) -> str:
+        """Return what is wrong with a layer's file, or nothing."""
+        handle, about = self._handle(layer.name), self._about(layer.name)
+        shape = [layer.out_features, layer.in_features]
+        if about.get("key") != self.key or about.get("layer") != layer.name or about.get("shape") != shape:
+            return "it is another database's, or another layer's"
+        wanted = [level.name for level in self.menu if not level.is_dense]
+        sums = about["crc32"]
+        if set(sums) != {f"{name}.{part}" for name in wanted for part in ("values", "bitmask")}:
+            return "it holds other levels"
+        if set(about["errors"]) != {level.name for level in self.menu} | {"dense"}:
+            return "errors are missing"
+        mask = [bitmask_bytes(*shape)]
+        if any(handle.get_slice(f"{name}.bitmask").get_shape() != mask for name in wanted):
+            return "a bitmask has another size"
+        damaged = [name for name, crc in sums.items() if _crc32(handle.get_tensor(name)) != crc]
+        return f"{', '.join(damaged)}: the checksum differs" if damaged else ""
 
     def weight(self, layer: str, level: str) -> torch.Tensor:
         """Return the weight [out, in] of a layer at a level that is not dense, by its name.
@@ -134,3 +181,7 @@ class LevelDatabase:
         if layer not in self._open:
             self._open[layer] = safe_open(self.file(layer), framework="pt")
         return self._open[layer]
+
+
+def _crc32(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())

@@ -1,4 +1,5 @@
 import json
+import zlib
 
 import pytest
 import torch
@@ -31,6 +32,16 @@ def tensors(names=("2:4", "1:4"), seed=0):
         for n, both in packed.items()
         for part, t in zip(("values", "bitmask"), both, strict=True)
     }
+
+
+def about(store, held, **changes):
+    """The metadata of a file that holds the tensors."""
+    found = {
+        "key": store.key, "layer": LAYER.name, "shape": [4, 8],
+        "errors": {name: [0.0, 0.0] for name in ("dense", "2:4", "1:4")},
+        "crc32": {name: zlib.crc32(t.view(torch.uint8).numpy()) for name, t in held.items()},
+    }  # fmt: skip
+    return {"about": json.dumps({**found, **changes})}
 
 
 ERRORS = {"dense": LayerErrors(0.0, 0.0), "2:4": LayerErrors(0.1, 1 / 3), "1:4": LayerErrors(2.0, 1e-300)}
@@ -93,35 +104,69 @@ def test_a_truncated_file_is_not_had(tmp_path, share):
     assert not database(tmp_path).has(LAYER)
 
 
-@pytest.mark.parametrize("change", [{"key": "other"}, {"layer": "l.1.up_proj"}])
-def test_another_databases_file_is_not_had(tmp_path, change):
+@pytest.mark.parametrize("change", [
+    {"key": "other"}, {"layer": "l.1.up_proj"}, {"shape": [8, 4]}, {"crc32": {}}, {"errors": {}},
+    {"crc32": None}, {"errors": 3},
+])  # fmt: skip
+def test_another_databases_file_is_not_had_and_is_named(tmp_path, change, caplog):
     store = database(tmp_path)
     store.path.mkdir(parents=True)
-    about = {"key": store.key, "layer": LAYER.name, "shape": [4, 8], "errors": {}}
-    save_file(tensors(), store.file(LAYER.name), metadata={"about": json.dumps(about)})
-    assert store.has(LAYER)
-    save_file(tensors(), store.file(LAYER.name), metadata={"about": json.dumps(about | change)})
+    held = tensors()
+    save_file(held, store.file(LAYER.name), metadata=about(store, held))
+    assert store.has(LAYER) and not caplog.records
+    save_file(held, store.file(LAYER.name), metadata=about(store, held, **change))
     assert not database(tmp_path).has(LAYER)
+    assert f"{store.file(LAYER.name)} cannot be used, it is built anew" in caplog.text
 
 
 def test_a_file_without_a_level_or_metadata_is_not_had(tmp_path):
     store = database(tmp_path)
     store.path.mkdir(parents=True)
-    about = {"about": json.dumps({"key": store.key, "layer": LAYER.name, "shape": [4, 8], "errors": {}})}
+    few, all_levels = tensors(("2:4",)), tensors()
     for held, metadata, there in (
-        (tensors(("2:4",)), about, False),
-        (tensors(), None, False),
-        (tensors(), about, True),
+        (few, about(store, few), False),
+        (few, about(store, all_levels), False),
+        (all_levels, None, False),
+        (all_levels, about(store, all_levels), True),
     ):
         save_file(held, store.file(LAYER.name), metadata=metadata)
         assert database(tmp_path).has(LAYER) == there
 
 
+def test_one_wrong_bit_anywhere_in_the_weights_is_found_and_its_tensor_named(tmp_path, caplog):
+    store = database(tmp_path)
+    store.write(LAYER, weights(), ERRORS)
+    path = store.file(LAYER.name)
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for place in range(start, len(content)):
+        caplog.clear()
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        assert not database(tmp_path).has(LAYER)
+        assert (
+            ".values: the checksum differs" in caplog.text or ".bitmask: the checksum differs" in caplog.text
+        )
+    path.write_bytes(content)
+    assert database(tmp_path).has(LAYER)
+
+
+def test_what_a_killed_writer_left_is_removed_and_all_is_on_demand(tmp_path):
+    store = database(tmp_path)
+    store.write(LAYER, weights(), ERRORS)
+    left = store.path / f".{LAYER.name}.safetensors.0f.partial"
+    left.write_bytes(b"half")
+    store.tidy()
+    assert not left.exists() and database(tmp_path).has(LAYER)
+    store.clear()
+    assert not store.path.exists() and not store.has(LAYER)
+    store.clear()
+
+
 def test_a_bitmask_that_does_not_fit_its_values_is_named_with_the_way_out(tmp_path):
     store = database(tmp_path)
     store.path.mkdir(parents=True)
-    about = {"about": json.dumps({"key": store.key, "layer": LAYER.name, "shape": [4, 8], "errors": {}})}
-    save_file({**tensors(), "2:4.values": torch.zeros(3)}, store.file(LAYER.name), metadata=about)
+    held = {**tensors(), "2:4.values": torch.zeros(3)}
+    save_file(held, store.file(LAYER.name), metadata=about(store, held))
     with pytest.raises(VerificationError, match="there are 3 values") as error:
         store.weight(LAYER.name, "2:4")
     assert "remove that directory" in error.value.hint

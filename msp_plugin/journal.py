@@ -1,0 +1,181 @@
+"""What a search has measured, on disk, so that a search that was killed goes on where it stopped.
+
+An allocator is a function of its inputs, its seed and the losses that it asks for. With the losses at hand it
+goes the same way again, at no cost, up to the first one that is missing. So the state of a search is the list
+of its measurements: one line each, appended when it is made, with a checksum. Any allocator resumes so, a
+third party's too.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from msp_plugin.allocators.base import Choice, TrueLoss
+from msp_plugin.files import replacing
+
+if TYPE_CHECKING:
+    from msp_plugin.calibration import CalibrationSet
+
+log = logging.getLogger(__name__)
+
+SCHEMA = "msp_plugin/search-journal"
+
+
+class Journal:
+    """Values by key, in an append-only file; a line that is torn or damaged is dropped and measured anew.
+
+    Args:
+        path: of the file, made with the first value.
+        identity: JSON values that name everything the values depend on; a file of another is not read.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]):
+        self.path = path
+        self.identity = {"schema": SCHEMA, **identity}
+        self._values: dict[str, Any] = {}
+        self._file: IO[bytes] | None = None
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        first, *lines = _lines_of(self.path)
+        known = _record(first) == self.identity
+        if not known and first.endswith(b"\n"):
+            log.warning("%s is damaged or of another search: it is begun anew", self.path)
+        records = [_record(line) for line in lines] if known else []
+        good = [line for line, record in zip(lines, records, strict=False) if record is not None]
+        damaged = sum(line.endswith(b"\n") for line in lines) - len(good) if known else 0
+        if damaged:  # a torn last line is no damage: it is what a kill leaves
+            log.warning("%s: %d damaged lines are measured anew", self.path, damaged)
+        self._values = {record["key"]: record["value"] for record in records if record is not None}
+        if not known or len(good) < len(lines):
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(b"".join([_line(self.identity), *good]))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        """Return the JSON value of a key, measured and written down if it is not there."""
+        if key not in self._values:
+            value = measure()
+            self._append({"key": key, "value": value})
+            self._values[key] = value
+        return self._values[key]
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab")
+            if self._file.tell() == 0:
+                self._file.write(_line(self.identity))
+        self._file.write(_line(record))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    """Return the lines of a file with their ends; one empty line for an empty file."""
+    return path.read_bytes().splitlines(keepends=True) or [b""]
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(record, sort_keys=True).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _record(line: bytes) -> Any:
+    """Return what a line says, None if it is torn or damaged."""
+    head, _, text = line.partition(b" ")
+    if not line.endswith(b"\n") or head != b"%08x" % zlib.crc32(text[:-1]):
+        return None
+    return json.loads(text)
+
+
+class RecordedLoss:
+    """A true loss (see allocators.base.TrueLoss) whose values are in a journal.
+
+    The model is not touched before a value is missing: ``make`` is called then.
+
+    Args:
+        make: returns the loss that measures.
+        data: the samples that it measures on.
+        name: of the text, part of the keys.
+    """
+
+    def __init__(self, make: Callable[[], TrueLoss], data: CalibrationSet, journal: Journal, name: str):
+        self.data, self.lengths = data, tuple(len(sample) for sample in data.samples)
+        self.forward_tokens = 0
+        #: What the values that were read had taken to measure, in another process.
+        self.saved_seconds = 0.0
+        self._make, self._journal, self._name = make, journal, name
+        self._loss: TrueLoss | None = None
+        self._kept: Choice | None = None
+        self._mine: set[str] = set()
+
+    def __call__(self, choice: Choice, samples: Sequence[int] | None = None) -> float:
+        key = f"{self._name} {_text(choice)} {'all' if samples is None else _text(samples)}"
+        return self._get(key, lambda loss: loss(choice, samples))
+
+    def slopes(
+        self, choice: Choice, samples: Sequence[int], reach: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        key = f"{self._name} slopes {_text(choice)} {_text(samples)} {reach} {seed}"
+        found = self._get(key, lambda loss: packed(np.stack(loss.slopes(choice, samples, reach, seed))))
+        slopes, draws = unpacked(found)
+        return slopes, draws
+
+    def keep(self, choice: Choice) -> None:
+        self._kept = choice
+        if self._loss is not None:
+            self._loss.keep(choice)
+
+    def _get(self, key: str, measure: Callable[[TrueLoss], Any]) -> Any:
+        def measured() -> dict[str, Any]:
+            if self._loss is None:
+                self._loss = self._make()
+                if self._kept is not None:
+                    self._loss.keep(self._kept)
+            before, began = self._loss.forward_tokens, time.monotonic()
+            value = measure(self._loss)
+            tokens, seconds = self._loss.forward_tokens - before, time.monotonic() - began
+            self._mine.add(key)
+            return {"value": value, "tokens": tokens, "seconds": round(seconds, 4)}
+
+        held = self._journal.get(key, measured)
+        self.forward_tokens += held["tokens"]
+        if key not in self._mine:
+            self._mine.add(key)
+            self.saved_seconds += held["seconds"]
+        return held["value"]
+
+
+def _text(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def packed(array: np.ndarray) -> dict[str, Any]:
+    """Return a float64 array as JSON, bit for bit."""
+    data = zlib.compress(np.ascontiguousarray(array, dtype="<f8").tobytes(), 1)
+    return {"shape": list(array.shape), "zlib": base64.b64encode(data).decode()}
+
+
+def unpacked(held: Mapping[str, Any]) -> np.ndarray:
+    data = zlib.decompress(base64.b64decode(held["zlib"]))
+    return np.frombuffer(data, dtype="<f8").reshape(held["shape"]).copy()

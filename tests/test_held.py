@@ -1,0 +1,68 @@
+import subprocess
+import sys
+
+import pytest
+
+from msp_plugin.errors import OutputError
+from msp_plugin.held import alone, digest, held, source_digest
+from msp_plugin.sensitivity.fisher import FisherTrace
+from msp_plugin.sensitivity.outliers import Outliers
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from msp_plugin.held import alone
+with alone(Path(sys.argv[1]), "it counts"):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def start(path, seconds):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, path, str(seconds)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_a_value_is_measured_once_per_key(tmp_path):
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {"x": [0.1, len(calls)]}
+
+    assert held(tmp_path, "n", {"a": 1}, measure) == held(tmp_path, "n", {"a": 1}, measure) == {"x": [0.1, 1]}
+    assert held(tmp_path, "n", {"a": 2}, measure) == {"x": [0.1, 2]}
+    assert held(tmp_path, "n", {"a": 1}, measure, fresh=True) == {"x": [0.1, 3]}
+    assert held(tmp_path, "n", {"a": 1}, measure) == {"x": [0.1, 3]} and len(calls) == 3
+
+
+def test_a_lock_refuses_a_second_process_and_is_free_when_the_first_is_killed(tmp_path):
+    path = tmp_path / "new" / "lock"
+    with start(path, 60) as process:
+        with (
+            pytest.raises(OutputError, match="another process holds .*: it counts"),
+            alone(path, "it counts"),
+        ):
+            pass
+        process.kill()
+    with alone(path, "it counts"):
+        pass
+
+
+def test_a_lock_can_be_waited_for(tmp_path):
+    with start(tmp_path / "lock", 0.5) as process, alone(tmp_path / "lock", "it counts", wait=True):
+        assert process.wait(5) == 0
+
+
+def test_a_lock_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot lock") as error, alone(tmp_path / "file" / "lock", "x"):
+        pass
+    assert "MSP_CACHE" in error.value.hint
+
+
+def test_a_source_digest_tells_components_apart():
+    assert source_digest(FisherTrace()) == source_digest(FisherTrace(samples=3))  # options are not source
+    assert source_digest(FisherTrace()) != source_digest(Outliers())
+    assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1}) != digest({"a": 2, "b": 2})
