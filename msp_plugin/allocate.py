@@ -83,12 +83,14 @@ def allocate(
     plan: Plan,
     *,
     batch_tokens: int = 4096,
+    fresh: bool = False,
     progress: StepProgress = no_progress,
 ) -> Outcome:
     """Return the allocation that the plan asks for; the model is left as it was found.
 
     The last samples of ``data`` are held out to measure candidates, as many as the allocator's
-    ``tokens`` ask for; all others give sensitivities and statistics.
+    ``tokens`` ask for; all others give sensitivities and statistics. What the cache holds of this model, text
+    and method is taken from there, unless ``fresh``; so a search that was stopped goes on.
 
     Raises:
         MSPError: see check_model, CalibrationSet.split, build_database and the components.
@@ -103,7 +105,7 @@ def allocate(
     head, search, holdout = parts(data, plan)
     measurements = Measurements(
         model, table, plan.menu, plan.pruner, head, search, holdout, plan.estimators, plan.cache,
-        batch_tokens, progress=progress,
+        batch_tokens, progress=progress, fresh=fresh,
     )  # fmt: skip
     result, record = measurements.allocate(allocator, problem, plan.seed)
     used = data if plan.allocation_needs_data else None

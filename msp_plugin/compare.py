@@ -8,6 +8,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -25,6 +26,7 @@ from msp_plugin.device import on_best_device
 from msp_plugin.errors import DataError, MSPError
 from msp_plugin.evaluation import perplexity
 from msp_plugin.files import finite, write_text
+from msp_plugin.journal import Journal
 from msp_plugin.matrix import Matrix
 from msp_plugin.measure import Measurements, StepProgress, no_progress
 from msp_plugin.models import fingerprint, load_tokenizer
@@ -51,12 +53,18 @@ def compare(
     *,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    fresh: bool = False,
+    finals: Path | None = None,
     progress: StepProgress = no_progress,
 ) -> dict[str, Any]:
     """Return the record of a comparison, the contents of compare.json.
 
     All allocators get the same calibration, search, stopping and test samples. A cell that fails is a
-    row with its error; the others go on.
+    row with its error; the others go on. A comparison that was stopped goes on with what lies in the cache.
+
+    Args:
+        fresh: measure anew what lies in the cache.
+        finals: journal of what the pruned models gave; None keeps none.
 
     Raises:
         MSPError: whatever the options, the text or the model show before the first allocation.
@@ -81,8 +89,16 @@ def compare(
         check_model(model, plan)
     with on_best_device(model):
         dense = perplexity(model, samples.test, progress=partial(progress, "perplexity, dense"))
-        bench = _Bench(source, dtype, trust_remote_code, model, tokenizer, text, samples, matrix, plugins)
-        rows = list(bench.rows(calibration, search, holdout, progress))
+        bench = _Bench(
+            source, dtype, trust_remote_code, model, tokenizer, text, samples, matrix, plugins, fresh
+        )  # fmt: skip
+        identity = {
+            "model": fingerprint(model), "calibration": samples.calibration.fingerprint, "batch": text.batch,
+            "test": samples.test.fingerprint, "holdout": holdout.fingerprint, "prune": matrix.prune,
+            "versions": versions(),
+        }  # fmt: skip
+        with closing(Journal(finals, identity)) as journal:
+            rows = list(bench.rows(calibration, search, holdout, journal, progress))
     return {
         "schema": SCHEMA,
         "version": VERSION,
@@ -127,6 +143,7 @@ class _Bench:
     samples: Samples
     matrix: Matrix
     plugins: Plugins
+    fresh: bool
     table: Any = None
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -135,6 +152,7 @@ class _Bench:
         calibration: CalibrationSet,
         search: CalibrationSet,
         holdout: CalibrationSet,
+        finals: Journal,
         progress: StepProgress,
     ) -> Iterator[dict[str, Any]]:
         """Yield the rows, method by method, so that each method's database is built once."""
@@ -145,9 +163,8 @@ class _Bench:
             self.table = self.table or check_model(self.model, first)
             held = Measurements(
                 self.model, self.table, first.menu, first.pruner, calibration, search, holdout, estimators,
-                first.cache, progress=progress, sensitivities=self.sensitivities,
+                first.cache, progress=progress, fresh=self.fresh, sensitivities=self.sensitivities,
             )  # fmt: skip
-            finals: dict[Choice, dict[str, Any]] = {}
             for sparsity in self.matrix.sparsities:
                 for label in self.matrix.allocators:
                     plan = self._plan(method, sparsity, label)
@@ -164,7 +181,7 @@ class _Bench:
         plan: Plan,
         label: str,
         seed: int,
-        finals: dict[Choice, dict[str, Any]],
+        finals: Journal,
         progress: StepProgress,
     ) -> dict[str, Any]:
         """Return one row: the allocation, what it cost, and how the pruned model does on the test text."""
@@ -182,9 +199,8 @@ class _Bench:
             row |= record
             row["levels"] = [problem.menu[k].name for k in result.choice]
             row["kept"], row["weights"] = problem.total_kept(result.choice), self.table.weights
-            if result.choice not in finals:
-                finals[result.choice] = self._final(held, plan, problem, result.choice)
-            row |= finals[result.choice]
+            key = f"{held.database.key} {','.join(row['levels'])}"
+            row |= finals.get(key, partial(self._final, held, plan, problem, result.choice))
         except MSPError as error:
             log.warning("%s at %s: %s", label, plan.sparsity, error)
             row["error"] = str(error)

@@ -74,10 +74,10 @@ def check_output(path: str | Path) -> Path:
 def output_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory whose files become those of ``path`` if the block succeeds.
 
-    A path that does not exist yet appears whole, by one rename. Into an empty directory, which may be
-    a mount point, the finished files are moved one by one.
+    The path appears whole, by one rename, in the place of an empty directory too. Only where that cannot be
+    renamed, being a mount point or in a directory that is not ours, the finished files are moved one by one.
     """
-    inside = path.is_dir()
+    inside = path.is_dir() and (path.is_mount() or not os.access(path.parent, os.W_OK))
     parent = path if inside else path.parent
     parent.mkdir(parents=True, exist_ok=True)
     temporary = parent / f".{path.name}.{uuid.uuid4().hex}.partial"

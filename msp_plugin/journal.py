@@ -1,4 +1,4 @@
-"""What a search has measured, on disk, so that a search that was killed goes on where it stopped.
+"""What was measured so far, on disk, so that what was killed goes on where it stopped.
 
 An allocator is a function of its inputs, its seed and the losses that it asks for. With the losses at hand it
 goes the same way again, at no cost, up to the first one that is missing. So the state of a search is the list
@@ -28,30 +28,36 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SCHEMA = "msp_plugin/search-journal"
+SCHEMA = "msp_plugin/journal"
 
 
 class Journal:
     """Values by key, in an append-only file; a line that is torn or damaged is dropped and measured anew.
 
     Args:
-        path: of the file, made with the first value.
+        path: of the file, made with the first value; None keeps the values in memory only.
         identity: JSON values that name everything the values depend on; a file of another is not read.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]):
+    def __init__(self, path: Path | None, identity: Mapping[str, Any]):
         self.path = path
         self.identity = {"schema": SCHEMA, **identity}
         self._values: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
-        if path.exists():
+        if path is not None and path.exists():
             self._read()
 
     def _read(self) -> None:
         first, *lines = _lines_of(self.path)
-        known = _record(first) == self.identity
-        if not known and first.endswith(b"\n"):
-            log.warning("%s is damaged or of another search: it is begun anew", self.path)
+        before = _record(first)
+        known = before == self.identity
+        if isinstance(before, dict) and not known:
+            changed = sorted(
+                k for k in before.keys() | self.identity if before.get(k) != self.identity.get(k)
+            )
+            log.warning("%s is of another %s: it is begun anew", self.path, ", ".join(changed))
+        elif not known and first.endswith(b"\n"):
+            log.warning("%s is damaged: it is begun anew", self.path)
         records = [_record(line) for line in lines] if known else []
         good = [line for line, record in zip(lines, records, strict=False) if record is not None]
         damaged = sum(line.endswith(b"\n") for line in lines) - len(good) if known else 0
@@ -63,13 +69,15 @@ class Journal:
                 temporary.write_bytes(b"".join([_line(self.identity), *good]))
 
     def __len__(self) -> int:
+        """Return how many values are there."""
         return len(self._values)
 
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
         """Return the JSON value of a key, measured and written down if it is not there."""
         if key not in self._values:
             value = measure()
-            self._append({"key": key, "value": value})
+            if self.path is not None:
+                self._append({"key": key, "value": value})
             self._values[key] = value
         return self._values[key]
 

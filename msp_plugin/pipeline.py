@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress
+from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress, versions
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.load import is_packed, load
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import ModelError, NumericsError
 from msp_plugin.evaluation import perplexity
-from msp_plugin.files import check_output, finite, output_directory, write_json
-from msp_plugin.models import load_tokenizer
+from msp_plugin.files import finite, output_directory, write_json
+from msp_plugin.journal import Journal
+from msp_plugin.models import fingerprint, load_tokenizer
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
+from msp_plugin.resume import sole_run
 from msp_plugin.samples import Samples, Text, load_samples
 
 if TYPE_CHECKING:
@@ -59,13 +63,16 @@ def run_recipe(
     dtype: str = "auto",
     baseline: bool = True,
     trust_remote_code: bool = False,
+    fresh: bool = False,
     progress: StepProgress = no_progress,
 ) -> Run:
     """Run a recipe of llm-compressor and leave checkpoint, recipe.yaml, allocation.json and run.json.
 
     With a MixedSparsityModifier in the recipe and ``baseline``, the same recipe is run first with the
     uniform allocation, in memory only, so that run.json can compare the two. The files appear at the
-    end, all of them; a run that fails or is interrupted leaves none.
+    end, all of them; a run that fails or is interrupted leaves none. The same call goes on where such a run
+    stopped, with what lies in the cache: sensitivities, level database, the search's measurements and the
+    perplexities of the dense and uniform models. ``fresh`` measures all of it anew.
 
     Raises:
         MSPError: see the steps; whatever the options alone show fails before the model is loaded.
@@ -75,7 +82,6 @@ def run_recipe(
     from msp_plugin.hosts.llm_compressor.run import run_oneshot
 
     require_host()
-    path = check_output(out)
     if is_packed(model):  # the host reads the source's config.json again and would copy it to the result
         raise ModelError(
             f"{model} is packed; llm-compressor takes dense models", hint="msp export it --to dense first"
@@ -84,43 +90,72 @@ def run_recipe(
     plugins, line = Plugins(), our_line(steps)
     plan = None if line is None else resolve(Options.parse(_ours(line)), plugins)
     build_recipe(steps)
-    text = text.for_model(model, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    samples = load_samples(tokenizer, text, plan.search_tokens if plan else 0)
-    source = _Source(model, dtype, trust_remote_code)
-    prune = partial(
-        run_oneshot, data=samples.calibration, batch=text.batch, tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    with sole_run(out, plan and plan.cache, fresh=fresh) as (path, journal):
+        text = text.for_model(model, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        samples = load_samples(tokenizer, text, plan.search_tokens if plan else 0)
+        source = _Source(model, dtype, trust_remote_code)
+        prune = partial(
+            run_oneshot, data=samples.calibration, batch=text.batch, tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        quality = _reference(source, steps, plan, samples, text, prune, baseline, journal, progress)
+        gc.collect()
+        start = time.monotonic()
+        loaded = source.load()
+        record = prune(loaded, steps, progress=progress, fresh=fresh)
+        record["seconds"] = round(time.monotonic() - start, 3)
+        name = "mixed" if plan is not None else "result"
+        quality[name] = _measure(name, loaded, samples, progress)
+        if plan is not None and plan.is_uniform:
+            quality["uniform"] = quality[name]
+        record |= _provenance(source, text, samples, quality)
+        with output_directory(path) as temporary:
+            loaded.save_pretrained(temporary, save_compressed=True)
+            tokenizer.save_pretrained(temporary)
+            write_json(temporary / "run.json", record)
+    plugins.hook.msp_run_finished(record=record)
+    return Run(path, record)
 
+
+def _reference(
+    source: _Source, steps: dict[str, Any], plan: Plan | None, samples: Samples, text: Text,
+    prune: Callable[..., Any], baseline: bool, path: Path, progress: StepProgress,
+) -> dict[str, float | None]:  # fmt: skip
+    """Return the perplexities of the dense model and of uniform pruning, those in the journal without work.
+
+    Raises:
+        MSPError: what the model shows before anything is pruned, or the uniform pruning.
+    """
     loaded = source.load()
     if plan is not None:
         check_model(loaded, plan)
         samples.calibration.split(plan.search_tokens)
-    quality = {"dense": _measure("dense", loaded, samples, progress)}
-    if plan is not None:
-        quality["uniform"] = None
-        if baseline and samples.test is not None and not plan.is_uniform:
-            loaded = source.load()
-            prune(loaded, _uniform(steps, plan), progress=_prefixed("uniform, ", progress), announce=False)
-            quality["uniform"] = _measure("uniform", loaded, samples, progress)
-    del loaded
-    gc.collect()
-    start = time.monotonic()
-    loaded = source.load()
-    record = prune(loaded, steps, progress=progress)
-    record["seconds"] = round(time.monotonic() - start, 3)
-    name = "mixed" if plan is not None else "result"
-    quality[name] = _measure(name, loaded, samples, progress)
-    if plan is not None and plan.is_uniform:
-        quality["uniform"] = quality[name]
-    record |= _provenance(source, text, samples, quality)
-    with output_directory(path) as temporary:
-        loaded.save_pretrained(temporary, save_compressed=True)
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / "run.json", record)
-    plugins.hook.msp_run_finished(record=record)
-    return Run(path, record)
+
+    def uniform() -> float | None:
+        model = source.load()
+        prune(model, _uniform(steps, plan), progress=_prefixed("uniform, ", progress), announce=False)
+        return _measure("uniform", model, samples, progress)
+
+    with closing(Journal(path, _identity(loaded, samples, text, steps))) as journal:
+        quality = {"dense": journal.get("dense", partial(_measure, "dense", loaded, samples, progress))}
+        del loaded
+        gc.collect()
+        if plan is not None:
+            wanted = baseline and samples.test is not None and not plan.is_uniform
+            quality["uniform"] = journal.get("uniform", uniform) if wanted else None
+    return quality
+
+
+def _identity(
+    model: PreTrainedModel, samples: Samples, text: Text, steps: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the measurements of an unfinished run depend on, by words that a user can read."""
+    return {
+        "model": fingerprint(model), "recipe": json.loads(json.dumps(steps, default=str)),
+        "calibration": samples.calibration.fingerprint, "batch": text.batch,
+        "test": samples.test and samples.test.fingerprint, "versions": versions(),
+    }  # fmt: skip
 
 
 def _measure(name: str, model: PreTrainedModel, samples: Samples, progress: StepProgress) -> float | None:
@@ -200,6 +235,7 @@ def search_allocation(
     *,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    fresh: bool = False,
     progress: StepProgress = no_progress,
 ) -> Outcome:
     """Return the allocation for a model without pruning it; needs the host only if the method does.
@@ -213,4 +249,4 @@ def search_allocation(
     samples = load_samples(tokenizer, text, plan.search_tokens)
     loaded = load(model, dtype, trust_remote_code=trust_remote_code)
     with on_best_device(loaded):
-        return allocate(loaded, samples.calibration, plan, progress=progress)
+        return allocate(loaded, samples.calibration, plan, fresh=fresh, progress=progress)

@@ -239,12 +239,11 @@ def test_the_database_is_built_once_for_each_method_and_serves_the_next_comparis
     monkeypatch.setattr(measure, "build_database", lambda *a, **b: built.append(a[3].name) or real(*a, **b))
     cell = {"uniform": "uniform", "knapsack": "knapsack", "msp": MSP}
     run(cell, ("1/2", "3/4"), ("magnitude", "wanda"), (0, 1))
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
-    assert built == ["magnitude", "wanda"] and any(path.suffix == ".safetensors" for path in times)
+    files = list((tmp_path / "cache").rglob("*.safetensors"))
+    times = {path: path.stat().st_mtime_ns for path in files}
+    assert built == ["magnitude", "wanda"] and files
     run(cell, ("1/2", "5/8"), ("magnitude", "wanda"), (2, 3))
-    assert {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()
-    } == times
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == times
 
 
 def test_the_same_comparison_twice_gives_the_same_record_but_for_the_seconds(run, tmp_path):

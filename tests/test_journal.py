@@ -111,7 +111,7 @@ def test_another_identity_does_not_read_the_values(open_loss, caplog):
     ask(open_loss({"model": "b"})[0])
     other, made = open_loss({"model": "b"})
     ask(other)
-    assert len(made) == 2 and "of another search" in caplog.text
+    assert len(made) == 2 and "is of another model, seed: it" in caplog.text
 
 
 def test_arrays_come_back_bit_for_bit():

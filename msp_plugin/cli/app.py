@@ -142,5 +142,5 @@ def run() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
+        typer.echo("interrupted; no result was written. The same command goes on where it stopped", err=True)
         sys.exit(130)

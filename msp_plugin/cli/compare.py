@@ -17,6 +17,7 @@ from msp_plugin.cli.arguments import (
     Count,
     Data,
     Dtype,
+    Fresh,
     Granularity,
     Ignore,
     Length,
@@ -70,6 +71,7 @@ def compare_command(
     batch: Batch = 1,
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
+    fresh: Fresh = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -86,6 +88,7 @@ def compare_command(
     from msp_plugin.files import check_output, output_directory, write_json
     from msp_plugin.matrix import Matrix, parse_allocators, parse_sparsities
     from msp_plugin.plugins import Plugins
+    from msp_plugin.resume import sole_run
     from msp_plugin.samples import Text
 
     check_output(out)
@@ -112,14 +115,15 @@ def compare_command(
         prune,
     )
     text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch)
-    with console.progress_bars(not as_json) as progress:
-        record = compare(
-            resolve_model(model), text, matrix, dtype=dtype, trust_remote_code=trust_remote_code,
-            progress=progress,
-        )  # fmt: skip
-    with output_directory(out) as temporary:
-        write_json(temporary / "compare.json", record)
-        written = _write_report(temporary)
+    with sole_run(out, cache, fresh=fresh) as (path, finals):
+        with console.progress_bars(not as_json) as progress:
+            record = compare(
+                resolve_model(model), text, matrix, dtype=dtype, trust_remote_code=trust_remote_code,
+                fresh=fresh, finals=finals, progress=progress,
+            )  # fmt: skip
+        with output_directory(path) as temporary:
+            write_json(temporary / "compare.json", record)
+            written = _write_report(temporary)
     if as_json:
         typer.echo(json.dumps(record, indent=2, sort_keys=True))
     else:

@@ -19,6 +19,7 @@ from msp_plugin.cli.arguments import (
     Count,
     Data,
     Dtype,
+    Fresh,
     Granularity,
     Ignore,
     Length,
@@ -62,6 +63,7 @@ def demo(
     method: Method = "sparsegpt",
     levels: Levels = None,
     seed: Seed = 0,
+    fresh: Fresh = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -82,8 +84,9 @@ def demo(
         our_line(recipe)["levels"] = levels.split(",")
     with progress_bars(not as_json) as progress:
         run = run_recipe(
-            recipe, resolve_model(f"demo:{model}"), demo_text(), out, dtype="float32", progress=progress
-        )
+            recipe, resolve_model(f"demo:{model}"), demo_text(), out, dtype="float32", fresh=fresh,
+            progress=progress,
+        )  # fmt: skip
     _show_run(run, as_json, f"Demo {model} at 75 %, method {method}")
 
 
@@ -102,6 +105,7 @@ def run_command(
     dtype: Dtype = "auto",
     baseline: Annotated[bool, typer.Option(help="also prune uniformly, to compare")] = True,
     trust_remote_code: Remote = False,
+    fresh: Fresh = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -119,7 +123,7 @@ def run_command(
     with progress_bars(not as_json) as progress:
         run = run_recipe(
             recipe, resolve_model(model), text, out, dtype=dtype, baseline=baseline,
-            trust_remote_code=trust_remote_code, progress=progress,
+            trust_remote_code=trust_remote_code, fresh=fresh, progress=progress,
         )  # fmt: skip
     _show_run(run, as_json, f"{recipe.name} on {model}")
 
@@ -153,6 +157,7 @@ def prune(
     dtype: Dtype = "auto",
     baseline: Annotated[bool, typer.Option(help="also prune uniformly, to compare")] = True,
     trust_remote_code: Remote = False,
+    fresh: Fresh = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -176,6 +181,6 @@ def prune(
     with progress_bars(not as_json) as progress:
         run = run_recipe(
             recipe, resolve_model(model), text, out, dtype=dtype, baseline=baseline,
-            trust_remote_code=trust_remote_code, progress=progress,
+            trust_remote_code=trust_remote_code, fresh=fresh, progress=progress,
         )  # fmt: skip
     _show_run(run, as_json, f"{model}, method {method}")

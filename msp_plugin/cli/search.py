@@ -17,6 +17,7 @@ from msp_plugin.cli.arguments import (
     Count,
     Data,
     Dtype,
+    Fresh,
     Granularity,
     Ignore,
     Length,
@@ -62,6 +63,7 @@ def allocate_command(
     text_column: Column = "text",
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
+    fresh: Fresh = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -91,7 +93,7 @@ def allocate_command(
     with console.progress_bars(not as_json) as progress:
         outcome = search_allocation(
             chosen, resolve_model(model), text, dtype=dtype, trust_remote_code=trust_remote_code,
-            progress=progress,
+            fresh=fresh, progress=progress,
         )  # fmt: skip
     write_text(out, outcome.allocation.to_json())
     if as_json:

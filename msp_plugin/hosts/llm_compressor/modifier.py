@@ -61,6 +61,7 @@ class MixedSparsityModifier(Options, Modifier):
     _engine: Any = PrivateAttr(default=None)
     _zeros_before: dict[str, int] = PrivateAttr(default_factory=dict)
     _announce: bool = PrivateAttr(default=True)
+    _fresh: bool = PrivateAttr(default=False)
     _steps: int = PrivateAttr(default=0)
     _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
 
@@ -94,9 +95,12 @@ class MixedSparsityModifier(Options, Modifier):
         """The recounted zeros, once the model is pruned."""
         return self._stats
 
-    def report_to(self, progress: StepProgress, *, announce: bool = True) -> None:
-        """Report the steps to ``progress``; ``announce=False`` keeps a baseline from the plugins' observers."""
-        self._progress, self._announce = progress, announce
+    def report_to(self, progress: StepProgress, *, announce: bool = True, fresh: bool = False) -> None:
+        """Report the steps to ``progress``; ``announce=False`` keeps a baseline from the plugins' observers.
+
+        ``fresh`` measures anew what the cache holds of this run.
+        """
+        self._progress, self._announce, self._fresh = progress, announce, fresh
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         recipe = active_session().lifecycle.recipe
@@ -118,7 +122,7 @@ class MixedSparsityModifier(Options, Modifier):
         check_model(model, self._plan)
         data = self._calibration(state)
         with on_best_device(model):
-            self._outcome = allocate(model, data, self._plan, progress=self._progress)
+            self._outcome = allocate(model, data, self._plan, fresh=self._fresh, progress=self._progress)
         allocation = self._outcome.allocation
         self._zeros_before = count_zeros(model, allocation)
         if self._announce:

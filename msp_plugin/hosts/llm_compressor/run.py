@@ -27,8 +27,11 @@ def run_oneshot(
     trust_remote_code: bool = False,
     progress: StepProgress = no_progress,
     announce: bool = True,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe on a loaded model and return the record of our line, if there is one.
+
+    ``fresh`` measures anew what the cache holds of this run.
 
     Raises:
         MSPError: ours, whatever the host wrapped it in. The model has no hooks left then.
@@ -41,7 +44,7 @@ def run_oneshot(
     recipe = build_recipe(copy.deepcopy(steps))
     ours = [m for m in recipe.modifiers if isinstance(m, MixedSparsityModifier)]
     for modifier in ours:
-        modifier.report_to(progress, announce=announce)
+        modifier.report_to(progress, announce=announce, fresh=fresh)
     loader = DataLoader([{"input_ids": sample} for sample in data.samples], batch_size=batch)
     with _cleaned_up(recipe.modifiers):
         oneshot(

@@ -1,0 +1,47 @@
+"""Runs that were stopped: who writes to a directory, and what an unfinished run to it has measured."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from msp_plugin.files import check_output, default_cache
+from msp_plugin.held import alone, digest
+
+
+@contextmanager
+def sole_run(out: str | Path, cache: str | None, *, fresh: bool = False) -> Iterator[tuple[Path, Path]]:
+    """Keep other processes off an output directory for the block.
+
+    Yields the directory's path and that of a journal, which lies in the cache, is there if an earlier run to
+    this directory was stopped, and is removed if the block succeeds. What a killed run left half-written is
+    removed.
+
+    Args:
+        fresh: forget what an earlier run had measured.
+
+    Raises:
+        OutputError: another process writes there, or see check_output.
+    """
+    path = Path(out).expanduser().resolve()
+    journal = Path(cache or default_cache()) / "runs" / f"{digest(str(path))[:24]}.jsonl"
+    with alone(journal.with_suffix(".lock"), f"a run that writes to {path}"):
+        _remove_partial(path)
+        check_output(path)
+        if fresh:
+            journal.unlink(missing_ok=True)
+        yield path, journal
+        journal.unlink(missing_ok=True)
+
+
+def _remove_partial(out: Path) -> None:
+    """Remove the temporary directories of output_directory(out) that a killed process left."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{32}}\.partial")
+    for folder in (out.parent, out):
+        if folder.is_dir():
+            for entry in folder.iterdir():
+                if name.fullmatch(entry.name):
+                    shutil.rmtree(entry)

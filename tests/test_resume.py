@@ -1,0 +1,116 @@
+import json
+from contextlib import suppress
+
+import pytest
+
+from msp_plugin import pipeline
+from msp_plugin.errors import OutputError
+from msp_plugin.pipeline import prune_recipe, run_recipe
+from msp_plugin.resume import sole_run
+from msp_plugin.samples import Text
+
+
+class StopError(Exception):
+    """Stands for whatever ends a run."""
+
+
+@pytest.fixture
+def run(llama_dir, tmp_path, monkeypatch):
+    """Run a recipe; ``stop`` ends it at the first report of that step."""
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat, and the dog sat on the log\n" * 200)
+    search = {"name": "search", "tokens": 64, "holdout": 32, "rounds": 2}
+    recipe = prune_recipe(
+        {"sparsity": "1/2", "levels": ["dense", "2:4", "1:4"], "allocator": search, "method": "wanda"}
+    )
+    monkeypatch.setenv("MSP_CACHE", str(tmp_path / "cache"))
+
+    def run(out="out", stop=None, **options):
+        steps = []
+
+        def progress(step, done, total):
+            steps.append(step)
+            if stop == step:
+                raise StopError(step)
+
+        text_of = Text(str(text), None, None, 12, 24, 2)
+        result = None
+        with suppress(StopError):
+            result = run_recipe(recipe, llama_dir, text_of, tmp_path / out, progress=progress, **options)
+        assert (result is None) == bool(stop)
+        return set(steps)
+
+    run.text = text
+    return run
+
+
+def files(path):
+    return {p.name: p.read_bytes() for p in path.iterdir() if p.name != "run.json"}
+
+
+def test_a_stopped_run_goes_on_with_what_it_had_measured_and_ends_with_the_same_bytes(run, tmp_path):
+    run("undisturbed", fresh=True)
+    assert "perplexity, dense" in run(stop="pruning", fresh=True)
+    assert not (tmp_path / "out").exists()
+    steps = run()
+    assert not steps & {
+        "perplexity, dense", "perplexity, uniform", "uniform, pruning", "level database", "sensitivity, fisher",
+        "Fisher-weighted error",
+    }  # fmt: skip
+    assert {"search", "pruning", "perplexity, mixed"} <= steps
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+    mixed = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("out", "undisturbed")]
+    assert mixed[0]["perplexity"] == mixed[1]["perplexity"]
+    assert mixed[0]["search"]["curve"] == mixed[1]["search"]["curve"]
+    assert not list((tmp_path / "cache/runs").glob("*.jsonl"))
+
+
+def test_fresh_measures_everything_anew(run):
+    everything = run("one")
+    assert "level database" in everything and "level database" not in run("two")
+    run(stop="pruning")
+    assert run(fresh=True) == everything
+
+
+def test_text_that_changed_in_between_is_named_and_nothing_of_the_old_is_taken(run, tmp_path, caplog):
+    run(stop="pruning")
+    run.text.write_text("another text altogether, with other words in it\n" * 200)
+    caplog.clear()
+    steps = run()
+    assert "is of another calibration, test: it is begun anew" in caplog.text
+    assert {"perplexity, dense", "perplexity, uniform", "level database", "sensitivity, fisher"} <= steps
+    run("undisturbed", fresh=True)
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+
+def test_a_directory_that_another_run_writes_to_is_refused_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "load_samples", None)
+    with (
+        sole_run(tmp_path / "out", None),
+        pytest.raises(OutputError, match="another process holds .*a run that writes to .*out"),
+    ):
+        run()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_path, inside):
+    out = tmp_path / "out"
+    folder = out if inside else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / f".out.{'0a' * 16}.partial").mkdir()
+    others = [tmp_path / ".out.partial", tmp_path / f".out2.{'0a' * 16}.partial"]
+    for other in others:
+        other.mkdir()
+    with sole_run(out, str(tmp_path / "cache")) as (path, journal):
+        assert path == out and not list(folder.glob(".out.0*"))
+        journal.write_text("x")
+    assert not journal.exists() and all(other.exists() for other in others)
+
+
+def test_the_journal_of_a_run_that_fails_stays(tmp_path):
+    with suppress(StopError), sole_run(tmp_path / "out", str(tmp_path / "cache")) as (_, journal):
+        journal.write_text("x")
+        raise StopError
+    assert journal.exists()
+    with sole_run(tmp_path / "out", str(tmp_path / "cache"), fresh=True):
+        assert not journal.exists()
