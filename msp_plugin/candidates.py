@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from msp_plugin.errors import NumericsError
 from msp_plugin.evaluation import summed_cross_entropy, summed_kl
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.prefix import Prefix
+from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.slopes import FORWARD_EQUIVALENT, measure_slopes
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,10 @@ Choice = tuple[int, ...]
 WEIGHT_BYTES = 4 * 1024**3
 #: Activations of the kept choice held in memory.
 ACTIVATION_BYTES = 4 * 1024**3
+
+
+#: Batches come in multiples of this: one, two, four or eight ranks get as many each.
+SHARES = 8
 
 
 class CandidateWeights:
@@ -128,6 +134,7 @@ class CandidateLoss:
     Args:
         weights: an entered CandidateWeights.
         reuse: run a candidate from the first block that differs from the kept choice.
+        ranks: share the batches; each has the model, the data and the database.
     """
 
     def __init__(
@@ -139,8 +146,9 @@ class CandidateLoss:
         *,
         reuse: bool = True,
         activation_bytes: int = ACTIVATION_BYTES,
+        ranks: Ranks = ALONE,
     ):
-        self.weights, self.data, self.objective = weights, data, objective
+        self.weights, self.data, self.objective, self.ranks = weights, data, objective, ranks
         self.model, self.problem = weights.model, weights.problem
         self.batch_tokens = batch_tokens
         self.lengths = tuple(len(sample) for sample in data.samples)
@@ -192,18 +200,19 @@ class CandidateLoss:
         """Return the mean loss of a choice over the samples (default: all); ``inf`` if it is not a number."""
         self.weights.set(choice)
         first = self._first_difference(choice)
-        total, count = 0.0, 0
-        for group in self._batches(range(len(self._ids)) if samples is None else samples):
+
+        def measure(group: list[int]) -> tuple[float, int]:
             if self._prefix is None or self._kept is None:
                 hidden, logits = self._forward(group)
             else:
                 with self._prefix.use(group, first, record=choice == self._kept):
                     hidden, logits = self._forward(group)
-            part, tokens = self._loss(group, hidden, logits)
-            total += part
-            count += tokens
-            self.forward_tokens += sum(self.lengths[i] for i in group)
-        loss = total / count
+            return self._loss(group, hidden, logits)
+
+        samples = range(len(self._ids)) if samples is None else samples
+        parts = self.ranks.spread(list(self._batches(samples)), measure)
+        self.forward_tokens += sum(self.lengths[i] for i in samples)
+        loss = sum(part for part, _ in parts) / sum(count for _, count in parts)
         if not math.isfinite(loss):
             log.warning("a candidate's loss is not a number; it is rejected: %s", self._describe(choice))
             return math.inf
@@ -244,11 +253,16 @@ class CandidateLoss:
         def loss(number: int, logits: torch.Tensor) -> torch.Tensor:
             return self._graph_loss(samples[number], logits)
 
+        def measure(number: int) -> tuple[np.ndarray, np.ndarray]:
+            return measure_slopes(
+                self.model, list(units), [self._ids[samples[number]]], lambda _, logits: loss(number, logits),
+                changes, (len(choice), len(self.problem.menu)), _generator(seed, number),
+            )  # fmt: skip
+
         self.forward_tokens += FORWARD_EQUIVALENT * sum(self.lengths[i] for i in samples)
-        return measure_slopes(
-            self.model, list(units), [self._ids[i] for i in samples], loss, changes,
-            (len(choice), len(self.problem.menu)), torch.Generator().manual_seed(seed),
-        )  # fmt: skip
+        parts = self.ranks.spread(range(len(samples)), measure)
+        slopes, draws = (np.concatenate(found) for found in zip(*parts, strict=True))
+        return slopes, draws
 
     def _graph_loss(self, i: int, logits: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of a sample's logits [T, V] as a node of the graph."""
@@ -269,16 +283,17 @@ class CandidateLoss:
         return min((unit.block for unit, a, b in pairs if a != b), default=1 << 30)
 
     def _batches(self, samples: Sequence[int]) -> Iterator[list[int]]:
-        """Yield groups of samples of equal length, about ``batch_tokens`` each."""
-        group: list[int] = []
-        for i in samples:
-            length = self.lengths[i]
-            if group and (self.lengths[group[0]] != length or (len(group) + 1) * length > self.batch_tokens):
-                yield group
-                group = []
-            group.append(i)
-        if group:
-            yield group
+        """Yield groups of neighbouring samples of equal length, of ``batch_tokens`` at most if they can.
+
+        Their number is a multiple of SHARES where there are as many samples, and their sizes differ by one at
+        most, so that ranks get equal shares. It does not depend on how many ranks there are.
+        """
+        for length, run in groupby(samples, key=lambda i: self.lengths[i]):
+            same = list(run)
+            least = -(-len(same) // max(1, self.batch_tokens // length))
+            count = min(len(same), -(-least // SHARES) * SHARES)
+            ends = [len(same) * n // count for n in range(count + 1)]
+            yield from (same[a:b] for a, b in pairwise(ends))
 
     def _forward(self, group: list[int]) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return (input of the head [B, T, D] where it is plain, logits [B, T, V])."""
@@ -331,6 +346,11 @@ class CandidateLoss:
         kept = torch.stack([r.kept for r in references])
         dense = kept if self._head is None else self._head(kept)
         return summed_kl(dense.flatten(0, 1), logits.flatten(0, 1)), logits[..., 0].numel()
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    """Return the generator of one sample's labels: it does not depend on who measures the others."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import numpy as np
 
 from msp_plugin.allocators.base import Choice, TrueLoss
 from msp_plugin.files import replacing
+from msp_plugin.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from msp_plugin.calibration import CalibrationSet
@@ -37,15 +38,17 @@ class Journal:
     Args:
         path: of the file, made with the first value; None keeps the values in memory only.
         identity: JSON values that name everything the values depend on; a file of another is not read.
+        ranks: of the run; rank 0 reads and writes the file, all hold the same values.
     """
 
-    def __init__(self, path: Path | None, identity: Mapping[str, Any]):
-        self.path = path
+    def __init__(self, path: Path | None, identity: Mapping[str, Any], ranks: Ranks = ALONE):
+        self.path = path if ranks.rank == 0 else None
         self.identity = {"schema": SCHEMA, **identity}
         self._values: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
-        if path is not None and path.exists():
+        if self.path is not None and self.path.exists():
             self._read()
+        self._values = ranks.first(lambda: self._values)
 
     def _read(self) -> None:
         first, *lines = _lines_of(self.path)
@@ -73,7 +76,10 @@ class Journal:
         return len(self._values)
 
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
-        """Return the JSON value of a key, measured and written down if it is not there."""
+        """Return the JSON value of a key, measured and written down if it is not there.
+
+        All ranks ask for the same keys in the same order, and measure the same values.
+        """
         if key not in self._values:
             value = measure()
             if self.path is not None:

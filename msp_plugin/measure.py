@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, partial
@@ -20,9 +20,9 @@ from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss, CandidateWeights, Choice
 from msp_plugin.database.build import build_database, check_space
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.errors import RecipeError, nearest
+from msp_plugin.errors import HostError, RecipeError, nearest
 from msp_plugin.files import default_cache, finite
-from msp_plugin.held import alone, digest, held, source_digest
+from msp_plugin.identity import digest, source_digest
 from msp_plugin.journal import Journal, RecordedLoss, packed, unpacked
 from msp_plugin.models import check_in_memory, fingerprint
 from msp_plugin.plan.budget import AllocationProblem
@@ -30,6 +30,8 @@ from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins import spec_of
 from msp_plugin.pruning.base import Pruner
+from msp_plugin.ranks import ALONE, Ranks
+from msp_plugin.resume import alone
 from msp_plugin.sensitivity.base import Estimator, unit_sensitivities
 from msp_plugin.sensitivity.fisher_error import fisher_errors
 
@@ -57,6 +59,7 @@ class Measurements:
         estimators: by name, those that allocators may ask for.
         fisher_samples: calibration samples of the Fisher-weighted error.
         fresh: measure anew what the cache holds of this model, method and text.
+        ranks: share the measurements; each has the model, the text and the cache.
     """
 
     model: torch.nn.Module
@@ -72,12 +75,20 @@ class Measurements:
     fisher_samples: int = 128
     progress: StepProgress = no_progress
     fresh: bool = False
+    ranks: Ranks = ALONE
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @cached_property
     def model_id(self) -> str:
-        """The fingerprint of the dense model."""
-        return fingerprint(self.model)
+        """The fingerprint of the dense model.
+
+        Raises:
+            HostError: ranks have different ones.
+        """
+        found = self.ranks.gather(lambda: fingerprint(self.model))
+        if len(set(found)) > 1:
+            raise HostError("the ranks hold different models", hint="give all of them the same directory")
+        return found[0]
 
     @cached_property
     def database(self) -> LevelDatabase:
@@ -88,16 +99,25 @@ class Measurements:
         """
         check_in_memory(self.model)
         database = open_database(self.model_id, self.calibration, self.pruner, self.menu, self.cache)
-        with alone(database.lock, "it builds the level database", wait=True):
+
+        def prepare() -> None:
             if self.fresh:
                 database.clear()
             database.tidy()
             check_space(database, self.model, self.table)
+
+        with self._alone(database.lock, "it builds the level database", wait=True):
+            self.ranks.first(prepare)
             build_database(
                 database, self.model, self.table, self.pruner, self.calibration,
                 batch_tokens=self.batch_tokens, progress=partial(self.progress, "level database"),
+                ranks=self.ranks,
             )  # fmt: skip
         return database
+
+    def _alone(self, path: Path, what: str, *, wait: bool = False) -> AbstractContextManager[None]:
+        """Lock a file for all ranks: rank 0 holds it."""
+        return alone(path, what, wait=wait) if self.ranks.rank == 0 else nullcontext()
 
     def sensitivity(self, name: str) -> tuple[float, ...]:
         """Return one number per unit of the dense model.
@@ -116,20 +136,24 @@ class Measurements:
                 "units": [[layer.name for layer in unit.layers] for unit in self.table],
                 "torch": torch.__version__,
             }  # fmt: skip
-            report = partial(self.progress, f"sensitivity, {name}")
-            found = held(
-                Path(self.cache or default_cache()) / "sensitivity", name, key,
-                lambda: self._estimate(name, report), fresh=self.fresh,
-            )  # fmt: skip
-            self.sensitivities[name] = tuple(found)
+            folder = Path(self.cache or default_cache()) / "sensitivity"
+            with self._journal(folder, name, key, fresh=self.fresh) as journal:
+                began = time.monotonic()
+                report = partial(self.progress, f"sensitivity, {name}")
+                self.sensitivities[name] = self._estimate(name, report, journal)
+                log.info("sensitivity %s: %d units, %.1f s", name, len(self.table), time.monotonic() - began)
         return self.sensitivities[name]
 
-    def _estimate(self, name: str, progress: Callable[[int, int], None]) -> tuple[float, ...]:
+    def _estimate(
+        self, name: str, progress: Callable[[int, int], None], journal: Journal | None = None
+    ) -> tuple[float, ...]:
         estimator = self.estimators[name]
         if not self.calibration and estimator.needs_data:
             raise RecipeError(f"sensitivity {name!r} needs calibration text", hint="pass a dataset")
         data = self.calibration or CalibrationSet((), "none")
-        return unit_sensitivities(estimator, self.model, data, self.table, progress)
+        return unit_sensitivities(
+            estimator, self.model, data, self.table, progress, journal, self.ranks
+        )  # fmt: skip
 
     def error(self, name: str) -> np.ndarray:
         """Return float64[U, K] of the error ``weight``, ``output`` or ``fisher`` (see AllocationInputs).
@@ -161,7 +185,7 @@ class Measurements:
         none = (dense.index(DENSE),) * len(self.table)
         found = np.zeros((len(self.table), len(dense)))
         with (
-            self._journal("replace-one", problem, {"data": part.fingerprint}) as journal,
+            self._search_journal("replace-one", problem, {"data": part.fingerprint}) as journal,
             CandidateWeights(self.model, self.database, problem) as weights,
         ):
             loss = self._recorded(weights, part, "kl", journal, "search")
@@ -181,13 +205,13 @@ class Measurements:
         layers = [layer.name for layer in self.table.layers]
         key = {"data": data.fingerprint, "layers": layers, "database": self.database.key, "version": 1}
 
-        def measure() -> dict[str, Any]:
-            report = partial(self.progress, "Fisher-weighted error")
-            return fisher_errors(
-                self.model, data, layers, names, self.database.weight, progress=report
+        with self._journal(self.database.path, "fisher-error", key) as journal:
+            began = time.monotonic()
+            by_layer = fisher_errors(
+                self.model, data, layers, names, self.database.weight,
+                progress=partial(self.progress, "Fisher-weighted error"), journal=journal, ranks=self.ranks,
             )  # fmt: skip
-
-        by_layer = held(self.database.path, "fisher-error", key, measure)
+            log.info("Fisher-weighted error: %.1f s", time.monotonic() - began)
         return np.array(
             [
                 [sum(by_layer[a.name].get(level.name, 0.0) for a in unit.layers) for level in self.menu]
@@ -263,7 +287,7 @@ class Measurements:
             "search": search and search.fingerprint, "holdout": holdout and holdout.fingerprint,
         }  # fmt: skip
         with (
-            self._journal("search", problem, about) as journal,
+            self._search_journal("search", problem, about) as journal,
             CandidateWeights(self.model, self.database, problem) as weights,
         ):
 
@@ -281,8 +305,21 @@ class Measurements:
             yield loss_on(search, "search"), loss_on(holdout, "holdout"), remeasured
 
     @contextmanager
-    def _journal(self, name: str, problem: AllocationProblem, about: Mapping[str, Any]) -> Iterator[Journal]:
-        """Yield the journal of a search over a problem; no other process may run the same one meanwhile."""
+    def _journal(
+        self, folder: Path, name: str, identity: Mapping[str, Any], *, fresh: bool = False
+    ) -> Iterator[Journal]:
+        """Yield the journal of what the identity names; no other process may have it meanwhile."""
+        path = folder / f"{name}-{digest(identity)[:16]}.jsonl"
+        with self._alone(path.with_suffix(".lock"), f"it measures {name} of this very model and text"):
+            if fresh:
+                self.ranks.first(lambda: path.unlink(missing_ok=True))
+            with closing(Journal(path, identity, self.ranks)) as journal:
+                yield journal
+
+    def _search_journal(
+        self, name: str, problem: AllocationProblem, about: Mapping[str, Any]
+    ) -> AbstractContextManager[Journal]:
+        """Return the journal of a search over a problem."""
         identity = {
             "database": self.database.key, "target": str(problem.target),
             "levels": [level.name for level in problem.menu],
@@ -290,18 +327,14 @@ class Measurements:
             "allowed": None if problem.allowed is None else problem.allowed.tolist(),
             "batch_tokens": self.batch_tokens, "device": next(self.model.parameters()).device.type, **about,
         }  # fmt: skip
-        path = self.database.path / f"{name}-{digest(identity)[:16]}.jsonl"
-        with (
-            alone(path.with_suffix(".lock"), "it runs this very search"),
-            closing(Journal(path, identity)) as journal,
-        ):
-            yield journal
+        return self._journal(self.database.path, name, identity)
 
     def _recorded(
         self, weights: CandidateWeights, data: CalibrationSet, objective: str, journal: Journal, name: str
     ) -> RecordedLoss:
         def make() -> CandidateLoss:
-            return CandidateLoss(weights, data, objective, self.batch_tokens).prepare()
+            loss = CandidateLoss(weights, data, objective, self.batch_tokens, ranks=self.ranks)
+            return loss.prepare()
 
         return RecordedLoss(make, data, journal, name)
 

@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from msp_plugin.errors import OutputError
 from msp_plugin.files import check_output, default_cache
-from msp_plugin.held import alone, digest
+from msp_plugin.identity import digest
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def alone(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file ``path`` for the block; it is free again however the process ends.
+
+    Args:
+        what: what the holder does, e.g. "a run writes to out".
+        wait: wait for another process instead of refusing.
+
+    Raises:
+        OutputError: another process holds it, or the file cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                raise OutputError(
+                    f"another process holds {path}: {what}", hint="wait for it to end, or stop it"
+                ) from None
+            log.info("waiting for another process: %s", what)
+            lock.acquire()
+    except OSError as error:
+        raise OutputError(
+            f"cannot lock {path}: {error}",
+            hint="set cache (or MSP_CACHE) to a directory that you may write to",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
+from msp_plugin.journal import Journal
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.progress import Progress, silent
+from msp_plugin.ranks import ALONE, Ranks
+
+#: Parts that are shared out, and written down, at a time.
+TOGETHER = 16
 
 
 class Estimator(ABC):
@@ -37,6 +43,14 @@ class Estimator(ABC):
         The model is left as it was found: weights, hooks and ``requires_grad``.
         """
 
+    def parts(self, data: CalibrationSet) -> Sequence[CalibrationSet]:
+        """Return sets of samples whose sensitivities have those of ``data`` as their mean.
+
+        They are measured one by one, so that ranks can share them and a run that was stopped goes on with the
+        next one. By default there is one, all of it.
+        """
+        return (data,)
+
 
 def unit_sensitivities(
     estimator: Estimator,
@@ -44,14 +58,33 @@ def unit_sensitivities(
     data: CalibrationSet,
     table: UnitTable,
     progress: Progress = silent,
+    journal: Journal | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, ...]:
     """Return one number per unit: the sum, or the mean by weights, over its layers.
+
+    Args:
+        journal: holds what was measured; None keeps nothing.
+        ranks: share the estimator's parts.
 
     Raises:
         NumericsError: the estimator returned a number that is not finite.
     """
     names = tuple(layer.name for layer in table.layers)
-    values = estimator.layer_sensitivities(model, data, names, progress)
+    journal = journal or Journal(None, {})
+    parts = estimator.parts(data)
+    found: list[Mapping[str, float]] = []
+
+    def measure(part: CalibrationSet) -> Mapping[str, float]:
+        report = progress if len(parts) == 1 else silent
+        return dict(estimator.layer_sensitivities(model, part, names, report))
+
+    for first in range(0, len(parts), TOGETHER):
+        chunk = parts[first : first + TOGETHER]
+        found += journal.get(f"parts {first}", partial(ranks.spread, chunk, measure))
+        if len(parts) > 1:
+            progress(len(found), len(parts))
+    values = {name: sum(part[name] for part in found) / len(found) for name in names}
     bad = [name for name in names if not torch.isfinite(torch.tensor(values[name]))]
     if bad:
         raise NumericsError(

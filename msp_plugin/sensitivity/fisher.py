@@ -35,6 +35,9 @@ class FisherTrace(Estimator):
         if self.samples < 1:
             raise RecipeError(f"fisher: samples = {self.samples} must be at least 1")
 
+    def parts(self, data: CalibrationSet) -> tuple[CalibrationSet, ...]:
+        return tuple(CalibrationSet((sample,), data.source) for sample in data.samples[: self.samples])
+
     def layer_sensitivities(
         self,
         model: torch.nn.Module,

@@ -11,7 +11,9 @@ import torch
 
 from msp_plugin.activations import in_groups
 from msp_plugin.calibration import CalibrationSet
+from msp_plugin.journal import Journal
 from msp_plugin.progress import Progress, silent
+from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.sensitivity.fisher import backward_passes
 
 #: Fisher diagonals held at once. With more, the samples are passed through the model again.
@@ -27,6 +29,8 @@ def fisher_errors(
     *,
     diagonal_bytes: int = DIAGONAL_BYTES,
     progress: Progress = silent,
+    journal: Journal | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, dict[str, float]]:
     """Return T/2 sum_i F_ii (w_i - w_i(level))^2 by layer and level, nats per token.
 
@@ -38,19 +42,36 @@ def fisher_errors(
 
     Args:
         weight: returns the weight [O, I] of a layer at a level, by names.
+        journal: holds the layers that were measured; None keeps nothing.
+        ranks: share the layers of a group.
     """
+    journal = journal or Journal(None, {})
     result: dict[str, dict[str, float]] = {}
     groups = list(
         in_groups(layers, lambda layer: 4 * model.get_submodule(layer).weight.numel(), diagonal_bytes)
     )
     for done, group in enumerate(groups):
-        report = _part(progress, done, len(groups))
-        for layer, diagonal in fisher_diagonals(model, data, group, report).items():
-            dense = model.get_submodule(layer).weight.detach().float()
-            result[layer] = {
-                level: 0.5 * float((diagonal * (dense - weight(layer, level).to(dense)).square()).sum())
-                for level in levels
-            }
+
+        def measure(group: list[str] = group, done: int = done) -> dict[str, dict[str, float]]:
+            report = _part(progress, done, len(groups))
+            parts = ranks.gather(lambda: _errors(model, data, ranks.share(group), levels, weight, report))
+            return {layer: errors for part in parts for layer, errors in part.items()}
+
+        result |= journal.get(" ".join(group), measure)
+    return result
+
+
+def _errors(
+    model: torch.nn.Module, data: CalibrationSet, layers: Sequence[str], levels: Sequence[str],
+    weight: Callable[[str, str], torch.Tensor], progress: Progress,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    result = {}
+    for layer, diagonal in fisher_diagonals(model, data, layers, progress).items() if layers else ():
+        dense = model.get_submodule(layer).weight.detach().float()
+        result[layer] = {
+            level: 0.5 * float((diagonal * (dense - weight(layer, level).to(dense)).square()).sum())
+            for level in levels
+        }
     return result
 
 

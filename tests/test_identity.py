@@ -4,14 +4,15 @@ import sys
 import pytest
 
 from msp_plugin.errors import OutputError
-from msp_plugin.held import alone, digest, held, source_digest
+from msp_plugin.identity import digest, source_digest
+from msp_plugin.resume import alone
 from msp_plugin.sensitivity.fisher import FisherTrace
 from msp_plugin.sensitivity.outliers import Outliers
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from msp_plugin.held import alone
+from msp_plugin.resume import alone
 with alone(Path(sys.argv[1]), "it counts"):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -22,19 +23,6 @@ def start(path, seconds):
     process = subprocess.Popen([sys.executable, "-c", HOLDER, path, str(seconds)], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
     return process
-
-
-def test_a_value_is_measured_once_per_key(tmp_path):
-    calls = []
-
-    def measure():
-        calls.append(1)
-        return {"x": [0.1, len(calls)]}
-
-    assert held(tmp_path, "n", {"a": 1}, measure) == held(tmp_path, "n", {"a": 1}, measure) == {"x": [0.1, 1]}
-    assert held(tmp_path, "n", {"a": 2}, measure) == {"x": [0.1, 2]}
-    assert held(tmp_path, "n", {"a": 1}, measure, fresh=True) == {"x": [0.1, 3]}
-    assert held(tmp_path, "n", {"a": 1}, measure) == {"x": [0.1, 3]} and len(calls) == 3
 
 
 def test_a_lock_refuses_a_second_process_and_is_free_when_the_first_is_killed(tmp_path):

@@ -1,0 +1,124 @@
+"""Several processes on one run, as ``torchrun`` starts them.
+
+Every rank runs the same code on the same model and text; the costly measurements are shared out, and each rank
+gets the results of all, in an order that does not depend on how many there are. So each rank takes the same
+decisions, and they are those of one process, to the bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from msp_plugin.errors import HostError, MSPError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of a run: this one alone."""
+
+    rank = 0
+    size = 1
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Return this rank's items: every ``size``-th."""
+        return list(items[self.rank :: self.size])
+
+    def gather(self, make: Callable[[], T]) -> list[T]:
+        """Return what ``make`` returns on each rank, in the order of the ranks, on every rank.
+
+        Raises:
+            MSPError: the first that ``make`` raised, on every rank.
+            HostError: a rank has ended.
+        """
+        return [make()]
+
+    def spread(self, items: Sequence[T], make: Callable[[T], object]) -> list:
+        """Return ``make`` of every item, in their order, on every rank; each item is done by one of them.
+
+        Raises: see gather.
+        """
+        parts = self.gather(lambda: [make(item) for item in self.share(items)])
+        return [parts[i % self.size][i // self.size] for i in range(len(items))]
+
+    def first(self, make: Callable[[], T]) -> T:
+        """Return what ``make`` returns on rank 0, on every rank; the others wait.
+
+        Raises: see gather.
+        """
+        return self.gather(lambda: make() if self.rank == 0 else None)[0]
+
+    def leave(self) -> None:
+        """End the sharing: rank 0 goes on alone."""
+
+
+ALONE = Ranks()
+
+
+class TorchRanks(Ranks):
+    """The ranks of ``torch.distributed``, over gloo: what they exchange are numbers on the CPU."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, make: Callable[[], T]) -> list[T]:
+        import torch.distributed as dist
+
+        mine: tuple[T | None, MSPError | None]
+        try:
+            mine = make(), None
+        except MSPError as error:
+            mine = None, error
+        found: list = [None] * self.size
+        try:
+            dist.all_gather_object(found, mine)
+        except RuntimeError as error:
+            raise HostError(
+                f"rank {self.rank} lost the others: {str(error).splitlines()[0]}",
+                hint="a rank has ended; its own error says why. The same command goes on where it stopped",
+            ) from error
+        for _, error in found:
+            if error is not None:
+                raise error
+        return [value for value, _ in found]
+
+    def leave(self) -> None:
+        import torch.distributed as dist
+
+        self.gather(lambda: None)
+        dist.destroy_process_group()
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)  # a host that reads them would wait for ranks that have left
+
+
+def join(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """Return the ranks of this process: those of ``torchrun`` where it was started by it, else itself.
+
+    Raises:
+        HostError: the ranks do not find each other.
+    """
+    if int(environment.get("WORLD_SIZE", "1")) < 2:
+        return ALONE
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(hours=12))  # rank 0 may build for hours
+    except (RuntimeError, ValueError) as error:
+        raise HostError(
+            f"torch.distributed does not start: {error}", hint="start it with torchrun"
+        ) from error
+    ranks = TorchRanks()
+    log.info("rank %d of %d", ranks.rank, ranks.size)
+    return ranks
