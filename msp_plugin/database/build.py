@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -128,12 +129,13 @@ def _write_layer(
     levels = [level for level in database.menu if not level.is_dense]
     weights, errors = {}, {"dense": LayerErrors(0.0, 0.0)}
     for level, pruned in zip(levels, pruner.prune_levels(module, statistic, levels, layer.name), strict=True):
-        if not torch.isfinite(pruned).all():
+        delta = (pruned.float() - dense.float()).contiguous()
+        change = float(torch.linalg.vector_norm(delta, dtype=torch.float64) ** 2)
+        if not math.isfinite(change):
             raise NumericsError(
                 f"method {pruner.name!r} returned weights that are not finite for {layer.name} at {level}",
                 hint="give more calibration samples, or a larger dampening",
             )
-        delta = (pruned.float() - dense.float()).contiguous()
-        error = LayerErrors(float(delta.double().square().sum()), pruner.output_error(delta, statistic))
-        weights[level.name], errors[level.name] = pruned, error
+        weights[level.name] = pruned
+        errors[level.name] = LayerErrors(change, pruner.output_error(delta, statistic))
     database.write(layer, weights, errors)
