@@ -5,7 +5,7 @@ Shape legend: B samples, T tokens of a sample, N tokens that were routed to an e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from msp_plugin.progress import Progress, silent
 Item = TypeVar("Item")
 
 
-class _EnoughError(Exception):
+class EnoughError(Exception):
     """Ends a forward pass after the last layer that is observed."""
 
 
@@ -59,6 +59,15 @@ def in_groups(items: Iterable[Item], need: Callable[[Item], int], limit: int) ->
         yield group
 
 
+def all_finite(x: torch.Tensor) -> bool:
+    """Return True if no number is infinite or NaN.
+
+    One sum tells in most cases, at a small part of what comparing every number costs; where the sum itself
+    overflows they are compared.
+    """
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
 @torch.no_grad()
 def observe_inputs(
     model: torch.nn.Module,
@@ -82,14 +91,33 @@ def observe_inputs(
     device = next(model.parameters()).device
     reached: set[str] = set()
     done = 0
-    with _observed(model, units, add) as seen:
-        for ids in data.batches(batch_tokens):
-            seen.clear()
-            with suppress(_EnoughError):
-                model(ids.to(device), use_cache=False)
-            reached |= seen
-            done += len(ids)
-            progress(done, len(data))
+
+    def stop(module: torch.nn.Module, args: object, output: object) -> None:
+        if len(seen) == len(units):
+            raise EnoughError
+
+    with observed(model, units, add) as seen:
+        last = max(unit.block for unit in units)
+        handle = decoder_blocks(model)[1][last].register_forward_hook(stop)
+        try:
+            for ids in data.batches(batch_tokens):
+                seen.clear()
+                with suppress(EnoughError):
+                    model(ids.to(device), use_cache=False)
+                reached |= seen
+                done += len(ids)
+                progress(done, len(data))
+        finally:
+            handle.remove()
+    check_reached(units, reached)
+
+
+def check_reached(units: Sequence[Unit], reached: Collection[str]) -> None:
+    """Raise unless all units are among those, by name, that saw a token.
+
+    Raises:
+        NumericsError: they are not.
+    """
     missed = [unit.layers[0].name for unit in units if unit.name not in reached]
     if missed:
         raise NumericsError(
@@ -99,19 +127,18 @@ def observe_inputs(
 
 
 @contextmanager
-def _observed(
+def observed(
     model: torch.nn.Module, units: Sequence[Unit], add: Callable[[str, torch.Tensor], None]
 ) -> Iterator[set[str]]:
-    """Feed the units' inputs to ``add``; yield the set of the names that were reached."""
+    """Feed the units' inputs to ``add`` (see observe_inputs); yield the set of the names that were reached."""
     seen: set[str] = set()
-    last = max(unit.block for unit in units)
     handles = []
 
     def hook_for(unit: Unit):
         def hook(module: torch.nn.Linear, args: tuple) -> None:
             if args[0].numel() == 0:
                 return
-            if not torch.isfinite(args[0]).all():
+            if not all_finite(args[0]):
                 raise NumericsError(
                     f"the input of {unit.layers[0].name} is not finite",
                     hint="the activations overflow: try dtype float32 or bfloat16",
@@ -121,15 +148,10 @@ def _observed(
 
         return hook
 
-    def stop(module: torch.nn.Module, args: object, output: object) -> None:
-        if len(seen) == len(units):
-            raise _EnoughError
-
     try:
         for unit in units:
             module = model.get_submodule(unit.layers[0].name)
             handles.append(module.register_forward_pre_hook(hook_for(unit)))
-        handles.append(decoder_blocks(model)[1][last].register_forward_hook(stop))
         yield seen
     finally:
         for handle in handles:

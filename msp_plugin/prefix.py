@@ -5,7 +5,7 @@ Shape legend: B samples, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,8 +58,8 @@ class Prefix:
         try:
             if start:
                 given = torch.stack([self._inputs[start][i] for i in samples])
-                undo.append(_replace_input(self.blocks[start], given))
-                undo += [_skip(block) for block in self.blocks[:start]]
+                undo.append(replace_input(self.blocks[start], given))
+                undo += [skip(block) for block in self.blocks[:start]]
                 self._skipped += given.shape[0] * given.shape[1] * start
             if record:
                 undo += [self._record(block, samples) for block in self._starts if block > start]
@@ -107,7 +107,9 @@ def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _replace_input(block: torch.nn.Module, given: torch.Tensor) -> Any:
+def replace_input(block: torch.nn.Module, given: torch.Tensor) -> Callable[[], None]:
+    """Give a block the hidden state ``given`` [B, T, D], whatever it is called with, until the returned call."""
+
     def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
             return (given, *args[1:]), kwargs
@@ -116,7 +118,7 @@ def _replace_input(block: torch.nn.Module, given: torch.Tensor) -> Any:
     return block.register_forward_pre_hook(hook, with_kwargs=True).remove
 
 
-def _skip(block: torch.nn.Module) -> Any:
+def skip(block: torch.nn.Module) -> Callable[[], None]:
     """Make a block return its input until the returned call."""
     own = block.__dict__.get("forward")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from msp_plugin.activations import in_groups, observe_inputs
+from msp_plugin.blockwise import BlockPass, runs_by_block
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.database.bitmask import bitmask_bytes
 from msp_plugin.database.store import LayerErrors, LevelDatabase
@@ -21,8 +24,10 @@ from msp_plugin.pruning.base import Pruner
 
 log = logging.getLogger(__name__)
 
-#: Statistics held at once. With more to collect, the samples are passed through the model again.
+#: Statistics held at once. If a block has more, it is run again.
 STATISTICS_BYTES = 4 * 1024**3
+#: Tokens on which it is tested whether the model runs block by block.
+CHECKED_TOKENS = 64
 
 
 def build_database(
@@ -39,34 +44,69 @@ def build_database(
     """Write the missing layers of the database and return how many were written.
 
     The layers are pruned from the dense model's inputs, each on its own. Layers that inference fuses have
-    the same input, so they share one statistic. They are taken in groups whose statistics fit into
-    ``statistics_bytes``; each group costs one forward pass over the samples up to its last block.
+    the same input, so they share one statistic. The samples go through the model once, block by block, and a
+    block's layers are pruned as soon as it has run. Memory beyond the model: the hidden states of all
+    samples (tokens * hidden size * bytes of a number), one block's statistics and one layer's levels. A block
+    whose statistics take more than ``statistics_bytes`` is run once per group of its layers.
+
+    In a model that hands more than the hidden state from block to block, the layers are taken in groups
+    of ``statistics_bytes``, each of which costs a forward pass up to its last block.
 
     Raises:
         NumericsError: an activation is not finite, or the method fails on a layer.
     """
     start = time.monotonic()
     missing = [u for u in shared_inputs(table) if not all(database.has(layer) for layer in u.layers)]
+    missing.sort(key=lambda unit: unit.block)
     total = sum(len(unit.layers) for unit in missing)
     written = 0
-
-    def need(unit: Unit) -> int:
-        return pruner.statistic_bytes(model.get_submodule(unit.layers[0].name))
-
-    for group in in_groups(missing, need, statistics_bytes):
-        statistics = collect(model, group, pruner, data, batch_tokens)
-        for unit in group:
-            statistic = statistics.pop(unit.name)
-            for layer in unit.layers:
-                _write_layer(database, model, layer, pruner, statistic)
-                written += 1
-                progress(written, total)
+    for unit, statistic in _statistics(model, missing, pruner, data, batch_tokens, statistics_bytes):
+        for layer in unit.layers:
+            _write_layer(database, model, layer, pruner, statistic)
+            written += 1
+            progress(written, total)
     if written:
         seconds = time.monotonic() - start
         log.info("level database: %d layers x %d levels, %.1f s", written, len(database.menu), seconds)
     else:
         log.info("level database: %d layers reused from %s", len(table.layers), database.path)
     return written
+
+
+def _statistics(
+    model: torch.nn.Module,
+    units: Sequence[Unit],
+    pruner: Pruner,
+    data: CalibrationSet | None,
+    batch_tokens: int,
+    limit: int,
+) -> Iterator[tuple[Unit, Any]]:
+    """Yield the units in their order, each with its statistic, which nothing else holds then."""
+
+    def groups(of: Iterable[Unit]) -> list[list[Unit]]:
+        return list(
+            in_groups(of, lambda u: pruner.statistic_bytes(model.get_submodule(u.layers[0].name)), limit)
+        )
+
+    if not units or not pruner.needs_statistics:
+        for unit in units:
+            yield unit, pruner.new_statistic(model.get_submodule(unit.layers[0].name))
+        return
+    if not runs_by_block(model, data.samples[0][:CHECKED_TOKENS]):
+        log.info("%s does not run block by block: whole forward passes", type(model).__name__)
+        for group in groups(units):
+            found = collect(model, group, pruner, data, batch_tokens)
+            yield from ((unit, found.pop(unit.name)) for unit in group)
+        return
+    walk = BlockPass(model, data, batch_tokens)
+    for number, own in groupby(units, key=lambda unit: unit.block):
+        while walk.block < number:
+            walk.run()
+        parts = groups(own)
+        for part in parts:
+            found, add = _collector(model, part, pruner)
+            walk.run(part, add, advance=part is parts[-1] and number != units[-1].block)
+            yield from ((unit, found.pop(unit.name)) for unit in part)
 
 
 def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTable) -> None:
@@ -107,16 +147,23 @@ def collect(
     Raises:
         NumericsError: a layer's input is not finite, or a layer saw no token at all.
     """
+    statistics, add = _collector(model, units, pruner)
+    if pruner.needs_statistics:
+        observe_inputs(model, data, units, add, batch_tokens=batch_tokens)
+    return statistics
+
+
+def _collector(
+    model: torch.nn.Module, units: Sequence[Unit], pruner: Pruner
+) -> tuple[dict[str, Any], Callable[[str, torch.Tensor], None]]:
+    """Return empty statistics by unit name, and what adds a unit's inputs to them."""
     modules = {unit.name: model.get_submodule(unit.layers[0].name) for unit in units}
-    statistics = {unit: pruner.new_statistic(module) for unit, module in modules.items()}
-    if not pruner.needs_statistics:
-        return statistics
+    statistics = {name: pruner.new_statistic(module) for name, module in modules.items()}
 
     def add(unit: str, inputs: torch.Tensor) -> None:
         statistics[unit] = pruner.observe(modules[unit], inputs, statistics[unit])
 
-    observe_inputs(model, data, units, add, batch_tokens=batch_tokens)
-    return statistics
+    return statistics, add
 
 
 @torch.no_grad()
@@ -128,12 +175,13 @@ def _write_layer(
     levels = [level for level in database.menu if not level.is_dense]
     weights, errors = {}, {"dense": LayerErrors(0.0, 0.0)}
     for level, pruned in zip(levels, pruner.prune_levels(module, statistic, levels, layer.name), strict=True):
-        if not torch.isfinite(pruned).all():
+        delta = (pruned.float() - dense.float()).contiguous()
+        change = float(torch.linalg.vector_norm(delta, dtype=torch.float64) ** 2)
+        if not math.isfinite(change):
             raise NumericsError(
                 f"method {pruner.name!r} returned weights that are not finite for {layer.name} at {level}",
                 hint="give more calibration samples, or a larger dampening",
             )
-        delta = (pruned.float() - dense.float()).contiguous()
-        error = LayerErrors(float(delta.double().square().sum()), pruner.output_error(delta, statistic))
-        weights[level.name], errors[level.name] = pruned, error
+        weights[level.name] = pruned
+        errors[level.name] = LayerErrors(change, pruner.output_error(delta, statistic))
     database.write(layer, weights, errors)

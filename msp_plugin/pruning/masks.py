@@ -1,16 +1,21 @@
 """Masks from scores, and the recount of what a weight holds.
 
-Shape legend: O out_features, I in_features, G groups of M along in_features.
+Shape legend: O out_features, I in_features, G groups of M along in_features, N columns
+of scores that are compared.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from msp_plugin.errors import NumericsError
 from msp_plugin.plan.levels import Kind, Level
+
+#: So many extremes are found one by one; for more, sorting is faster.
+_EXTREMES = 4
 
 
 def nm_mask(score: torch.Tensor, level: Level) -> torch.Tensor:
@@ -35,10 +40,53 @@ def nm_mask(score: torch.Tensor, level: Level) -> torch.Tensor:
 
 
 def _best(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    groups = score.reshape(score.shape[0], -1, m)
-    best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
-    return mask.reshape(score.shape)
+    gone = least(score.reshape(-1, m).t(), m - n, _leftmost_kept)
+    return ~gone.t().reshape(score.shape)
+
+
+def _leftmost_kept(score: torch.Tensor, worst: int) -> torch.Tensor:
+    rows = score.t().contiguous()
+    gone = rows.argsort(dim=-1, descending=True, stable=True)[:, len(score) - worst :]
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, gone, True).t()
+
+
+def least_by_topk(score: torch.Tensor, worst: int) -> torch.Tensor:
+    """Return bool like ``score`` [M, N], True for the ``worst`` least of each column as topk finds them.
+
+    Among equals torch's topk decides: it is what llm-compressor asks.
+    """
+    rows = score.t().contiguous()
+    found = torch.topk(rows, worst, dim=1, largest=False)[1]
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, found, True).t()
+
+
+def least(
+    score: torch.Tensor, worst: int, settle: Callable[[torch.Tensor, int], torch.Tensor] = least_by_topk
+) -> torch.Tensor:
+    """Return bool like ``score`` [M, N], True for the ``worst`` least of each column.
+
+    On a CPU, by as many extremes as there are to find of the kept or of the others, whichever are fewer: several
+    times faster than sorting each column for a small M.
+
+    Args:
+        settle: decides the columns in which equal scores, or NaN, leave more than one answer.
+    """
+    few = min(worst, len(score) - worst)
+    if score.is_cuda or not 0 < few <= _EXTREMES:
+        return settle(score, worst)
+    keep, score = few < worst, score.contiguous()
+    hit = torch.zeros_like(score, dtype=torch.bool)
+    rest = score
+    for step in range(few):
+        now = rest == (rest.amax(dim=0) if keep else rest.amin(dim=0))
+        hit |= now
+        if step + 1 < few:
+            rest = rest.masked_fill(now, -torch.inf if keep else torch.inf)
+    found = ~hit if keep else hit
+    tied = hit.sum(dim=0, dtype=torch.uint8) != few
+    if tied.any():
+        found[:, tied] = settle(score[:, tied], worst)
+    return found
 
 
 @dataclass(frozen=True)

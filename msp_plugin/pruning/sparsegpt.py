@@ -7,19 +7,24 @@ all levels.
 Deviations from the paper: a singular Hessian is an error; a share of zeros is exact in every row, where
 the paper takes the least of each column block over all rows; ``N:M in 2:4`` is ours.
 
-Shape legend: O out_features, I in_features, B columns of a block. W weight [O, I], H Hessian of the
-layer's squared output error [I, I].
+Shape legend: O out_features, I in_features, B columns of a block, L levels, M columns of a group. W weight [O, I], H Hessian of the layer's squared output error [I, I].
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from msp_plugin.errors import NumericsError
 from msp_plugin.plan.levels import Kind, Level
-from msp_plugin.pruning.masks import nm_mask
+from msp_plugin.pruning.masks import least, least_by_topk, nm_mask
+
+#: Rows of several levels that go through the column loop together on a CPU. More leave its cache, and are slower.
+_ROWS = 4608
+#: Columns of a block of the quadratic form.
+_FORM_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -65,44 +70,74 @@ def sparsegpt(weight: torch.Tensor, factor: InverseFactor, level: Level, block_s
         factor: see ``factor_inverse``.
         block_size: columns compressed in one pass; a multiple of the level's M.
     """
-    W = weight.detach().to(torch.float32, copy=True)
-    W[:, factor.dead] = 0
-    quotas = _quotas(level, factor.dead, block_size)
-    for b, i1 in enumerate(range(0, W.shape[1], block_size)):
-        i2 = min(i1 + block_size, W.shape[1])
-        W1, upper = W[:, i1:i2].clone(), factor.upper[i1:i2, i1:i2]
-        errors = _prune_block(W1, upper, level, quotas[b])
-        W[:, i1:i2] = W1
-        W[:, i2:] -= errors.matmul(factor.upper[i1:i2, i2:])
-    return W.to(weight.dtype)
+    return sparsegpt_levels(weight, factor, [level], block_size)[0]
 
 
-def _prune_block(W1: torch.Tensor, upper: torch.Tensor, level: Level, quota: int) -> torch.Tensor:
-    """Prune a block W1 [O, B] in place; return the errors [O, B] that the columns after it make up for."""
-    columns = W1.t().contiguous()  # [B, O]: a column at a time is read and written
-    errors, pruned = torch.zeros_like(columns), torch.zeros_like(columns, dtype=torch.bool)
-    count = len(columns)
-    period = count if level.kind is Kind.SHARE else level.m
+def sparsegpt_levels(
+    weight: torch.Tensor, factor: InverseFactor, levels: Sequence[Level], block_size: int
+) -> list[torch.Tensor]:
+    """Return the pruned weight [O, I] at each level, in the weight's dtype; the weight is left as it is.
+
+    Levels of small layers go through the columns together, so that one operation of the column loop serves
+    all of them; the products with the columns to the right stay one per level, because a matrix product of
+    another shape may round otherwise. Memory: O * I float32 per level.
+
+    Args:
+        factor: see ``factor_inverse``.
+        block_size: columns compressed in one pass; a multiple of every level's M.
+    """
+    together = len(levels) if weight.is_cuda else max(1, _ROWS // weight.shape[0])
+    found: list[torch.Tensor] = []
+    for first in range(0, len(levels), max(together, 1)):
+        part = levels[first : first + together]
+        W = weight.detach().float().repeat(len(part), 1, 1)  # [L, O, I]
+        W[..., factor.dead] = 0
+        _prune_columns(W, factor, part, block_size)
+        found += W.to(weight.dtype).unbind()
+    return found
+
+
+def _prune_columns(W: torch.Tensor, factor: InverseFactor, levels: Sequence[Level], block_size: int) -> None:
+    """Prune W [L, O, I] in place, each matrix to its level."""
+    quotas = [_quotas(level, factor.dead, block_size) for level in levels]
+    for b, i1 in enumerate(range(0, W.shape[-1], block_size)):
+        i2 = min(i1 + block_size, W.shape[-1])
+        columns = torch.stack([own[:, i1:i2].contiguous().t().contiguous() for own in W])  # [L, B, O]
+        upper = factor.upper[i1:i2, i1:i2].contiguous()
+        errors = _prune_block(columns, upper, levels, [quota[b] for quota in quotas])
+        for own, block, error in zip(W, columns, errors, strict=True):
+            own[:, i1:i2] = block.t().contiguous()
+            own[:, i2:] -= error.t().contiguous().matmul(factor.upper[i1:i2, i2:])
+
+
+def _prune_block(
+    columns: torch.Tensor, upper: torch.Tensor, levels: Sequence[Level], quotas: Sequence[int]
+) -> torch.Tensor:
+    """Prune a block [L, B, O] in place; return the errors [L, B, O] that the columns after it make up for."""
+    count = columns.shape[1]
+    errors, change = torch.empty_like(columns), torch.empty_like(columns)
+    gone, stays = (torch.zeros_like(columns, dtype=torch.bool) for _ in range(2))
+    square, diagonal = torch.diag(upper)[:, None] ** 2, torch.diag(upper).unbind()
+    periods = [count if level.kind is Kind.SHARE else level.m for level in levels]
     for i in range(count):
-        if i % period == 0:
-            group = slice(i, i + period)
-            score = columns[group].t().contiguous() ** 2 / torch.diag(upper)[group].reshape(1, -1) ** 2
-            pruned[group] = _pruned(score, level, quota).t()
-        kept = columns[i].masked_fill(pruned[i], 0)
-        torch.div(columns[i] - kept, upper[i, i], out=errors[i])
-        columns[i:] -= upper[i, i:, None] * errors[i]
-        columns[i] = kept
-    W1.copy_(columns.t())
-    return errors.t().contiguous()
+        for k, (level, period) in enumerate(zip(levels, periods, strict=True)):
+            if i % period == 0:
+                group = slice(i, i + period)
+                gone[k, group] = _pruned(columns[k, group] ** 2 / square[group], level, quotas[k])
+                torch.logical_not(gone[k, group], out=stays[k, group])
+        torch.div(columns[:, i].masked_fill(stays[:, i], 0), diagonal[i], out=errors[:, i])
+        rest = slice(i + 1, None)
+        columns[:, rest] -= torch.mul(upper[i, rest, None], errors[:, i, None], out=change[:, rest])
+    columns.masked_fill_(gone, 0)
+    return errors
 
 
 def _pruned(score: torch.Tensor, level: Level, quota: int) -> torch.Tensor:
-    """Return bool like ``score``, True where a group's weights go; N:M settles ties as the host does."""
+    """Return bool like ``score`` [M, O], True where a group's weights go; N:M settles ties as the host does."""
     if level.kind is Kind.NM_IN_24:
-        return ~nm_mask(score, level)
-    worst = level.m - level.n if level.kind is Kind.NM else score.shape[1] - quota
-    least = torch.topk(score, worst, dim=1, largest=False)[1]
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, least, True)
+        return ~nm_mask(score.t().contiguous(), level).t()
+    worst = level.m - level.n if level.kind is Kind.NM else len(score) - quota
+    return least(score, worst) if level.kind is Kind.NM else least_by_topk(score, worst)
 
 
 def _quotas(level: Level, dead: torch.Tensor, block_size: int) -> list[int]:
@@ -120,3 +155,20 @@ def _quotas(level: Level, dead: torch.Tensor, block_size: int) -> list[int]:
     kept = min(level.group(len(dead))[0], total)
     ends = [kept * count // max(total, 1) for count in alive]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def quadratic_form(delta: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Return the sum over rows of d H d^T for delta float32[O, I] and a symmetric H float32[I, I].
+
+    Products in float32, summed in float64. Of H only the blocks on and above the diagonal are read: half of
+    the product.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=delta.device)
+    for i1 in range(0, delta.shape[1], _FORM_BLOCK):
+        own, after = delta[:, i1 : i1 + _FORM_BLOCK], delta[:, i1 + _FORM_BLOCK :]
+        rows = hessian[i1 : i1 + _FORM_BLOCK, i1:]
+        product = own @ rows[:, : own.shape[1]]
+        if after.shape[1]:
+            product += 2 * (after @ rows[:, own.shape[1] :].t())
+        total += product.mul_(own).sum(dtype=torch.float64)
+    return float(total)

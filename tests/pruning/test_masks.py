@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.levels import DENSE, Kind, Level
-from msp_plugin.pruning.masks import nm_mask, recount
+from msp_plugin.pruning.masks import least, least_by_topk, nm_mask, recount
 
 LEVELS = [Level(n, m) for m in (2, 3, 4, 8, 16) for n in range(1, m)]
 INSIDE = [Level(n, m, Kind.NM_IN_24) for m in (4, 8, 12, 16) for n in range(1, m // 2 + 1)]
@@ -157,3 +157,12 @@ def test_the_recount_sees_what_is_not_finite(value):
 
 def test_negative_zero_is_a_zero():
     assert recount(torch.tensor([[-0.0, 0.0, 1.0, 2.0]]), Level(2, 4)).zeros == 2
+
+
+@pytest.mark.parametrize("m", [4, 8, 16, 32])
+@pytest.mark.parametrize("values", [2, 5, 1000])
+def test_the_least_are_topks_whatever_is_equal(m, values):
+    score = torch.randint(values, (m, 400), generator=torch.Generator().manual_seed(m)).float()
+    for worst in range(m + 1):
+        assert torch.equal(least(score, worst), least_by_topk(score, worst))
+    assert torch.equal(least(-score.log(), 2), least_by_topk(-score.log(), 2))  # infinities

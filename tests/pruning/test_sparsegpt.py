@@ -7,7 +7,7 @@ import torch
 from msp_plugin.errors import NumericsError
 from msp_plugin.plan.levels import Kind, Level
 from msp_plugin.pruning.masks import recount
-from msp_plugin.pruning.sparsegpt import factor_inverse, sparsegpt
+from msp_plugin.pruning.sparsegpt import factor_inverse, quadratic_form, sparsegpt, sparsegpt_levels
 
 LEVELS = [Level.parse(text) for text in ("2:4", "3:8", "1:8", "3:8 in 2:4", "5:16 in 2:4", "0.7", "1/3")]
 
@@ -122,3 +122,25 @@ def test_a_singular_hessian_is_refused_by_name():
 def test_inputs_that_are_all_dead_leave_nothing():
     found = sparsegpt(torch.ones(3, 16), factor_inverse(torch.zeros(16, 16), 0.01, "x"), LEVELS[5], 8)
     assert (found == 0).all()
+
+
+@pytest.mark.parametrize("out", [6, 4000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_levels_together_are_the_levels_alone(out, dtype):
+    weight, hessian = layer(out=out, width=64)
+    weight, factor = weight.to(dtype), factor_inverse(hessian, 0.01, "layer")
+    before = weight.clone()
+    together = sparsegpt_levels(weight, factor, LEVELS, 32)
+    assert torch.equal(weight, before) and len(together) == len(LEVELS)
+    for level, found in zip(LEVELS, together, strict=True):
+        assert torch.equal(found, sparsegpt(weight, factor, level, 32)) and found.dtype == dtype
+    assert sparsegpt_levels(weight, factor, [], 32) == []
+
+
+@pytest.mark.parametrize("width", [32, 256, 300, 600])
+def test_the_quadratic_form_is_the_whole_product(width):
+    weight, hessian = layer(width=width)
+    before = weight.clone()
+    expected = float(((weight.double() @ hessian.double()) * weight.double()).sum())
+    assert quadratic_form(weight, hessian) == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(weight, before)

@@ -22,8 +22,8 @@ from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.llm_compressor import require_host
 from msp_plugin.plan.levels import Kind, Level
 from msp_plugin.pruning.base import Pruner
-from msp_plugin.pruning.masks import nm_mask
-from msp_plugin.pruning.sparsegpt import factor_inverse, sparsegpt
+from msp_plugin.pruning.masks import least, nm_mask
+from msp_plugin.pruning.sparsegpt import InverseFactor, factor_inverse, quadratic_form, sparsegpt_levels
 
 
 class HostPruner(Pruner):
@@ -64,6 +64,19 @@ def _structure(level: Level) -> str:
     return f"{level.m - level.n}:{level.m}"
 
 
+@dataclass
+class InputHessian:
+    """SparseGPT's statistic of one input: the host's Hessian float32[I, I] over so many samples and tokens.
+
+    ``factor`` is made of it when the first layer is pruned; the layers that share the input share it.
+    """
+
+    hessian: torch.Tensor
+    samples: int = 0
+    tokens: int = 0
+    factor: InverseFactor | None = None
+
+
 @dataclass(frozen=True)
 class SparseGPT(HostPruner):
     """SparseGPT (arXiv 2301.00774) by llm-compressor's SparseGPTModifier.
@@ -87,7 +100,7 @@ class SparseGPT(HostPruner):
 
     def code(self) -> str:
         """The digest covers the column loop too."""
-        loop = inspect.getsource(inspect.getmodule(sparsegpt))
+        loop = inspect.getsource(inspect.getmodule(sparsegpt_levels))
         return hashlib.sha256((super().code() + loop).encode()).hexdigest()
 
     def check_level(self, level: Level) -> None:
@@ -112,31 +125,33 @@ class SparseGPT(HostPruner):
     def statistic_bytes(self, module: torch.nn.Linear) -> int:
         return 4 * module.in_features**2
 
-    def new_statistic(self, module: torch.nn.Linear) -> list[Any]:
+    def new_statistic(self, module: torch.nn.Linear) -> InputHessian:
         require_host()
         from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import make_empty_hessian
 
-        return [make_empty_hessian(module), 0, 0]
+        return InputHessian(make_empty_hessian(module))
 
-    def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: list[Any]) -> list[Any]:
+    def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: InputHessian) -> InputHessian:
         from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import accumulate_hessian
 
-        hessian, samples = accumulate_hessian(inputs, module, statistic[0], statistic[1])
-        return [hessian, samples, statistic[2] + inputs[..., 0].numel()]
+        hessian, samples = accumulate_hessian(inputs, module, statistic.hessian, statistic.samples)
+        return InputHessian(hessian, samples, statistic.tokens + inputs[..., 0].numel())
 
     def prune_levels(
-        self, module: torch.nn.Linear, statistic: list[Any], levels: Sequence[Level], layer: str
+        self, module: torch.nn.Linear, statistic: InputHessian, levels: Sequence[Level], layer: str
     ) -> Iterator[torch.Tensor]:
         weight = module.weight.detach()
-        factor = factor_inverse(statistic[0], self.dampening_frac, layer)
+        if statistic.factor is None:  # else another layer of this input left it
+            statistic.factor = factor_inverse(statistic.hessian, self.dampening_frac, layer)
+        sparse = [level for level in levels if not level.is_dense]
+        pruned = iter(sparsegpt_levels(weight, statistic.factor, sparse, self.block_size))
         for level in levels:
-            yield weight.clone() if level.is_dense else sparsegpt(weight, factor, level, self.block_size)
+            yield weight.clone() if level.is_dense else next(pruned)
 
-    def output_error(self, delta: torch.Tensor, statistic: list[Any]) -> float:
+    def output_error(self, delta: torch.Tensor, statistic: InputHessian) -> float:
         """Exact over the calibration tokens: the host's H is 2 / samples * sum x x^T."""
-        hessian, samples, tokens = statistic
-        moment = hessian * (samples / (2 * tokens))
-        return float((delta @ moment).mul_(delta).sum(dtype=torch.float64))
+        total = quadratic_form(delta, statistic.hessian)
+        return total * statistic.samples / (2 * statistic.tokens)
 
 
 @dataclass(frozen=True)
@@ -173,24 +188,17 @@ class Wanda(HostPruner):
     def prune_levels(
         self, module: torch.nn.Linear, statistic: list[Any], levels: Sequence[Level], layer: str
     ) -> Iterator[torch.Tensor]:
-        from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import sparsify_weight
-
         weight = module.weight.detach()
+        score = weight.float().abs() * statistic[0].sqrt()
         for level in levels:
-            if level.kind is not Kind.NM:
-                score = weight.float().abs() * statistic[0].sqrt()
-                yield weight.masked_fill(~nm_mask(score, level), 0)
-                continue
-            yield sparsify_weight(
-                module=module,
-                row_scalars_dict={module: statistic[0].clone()},
-                sparsity=float(level.sparsity),
-                prune_n=level.m - level.n,
-                prune_m=level.m,
-            )
+            if level.kind is Kind.NM and not level.is_dense:  # among equals as the host: by topk
+                gone = least(score.reshape(-1, level.m).t(), level.m - level.n).t().reshape(score.shape)
+            else:
+                gone = ~nm_mask(score, level)
+            yield weight.masked_fill(gone, 0)
 
     def output_error(self, delta: torch.Tensor, statistic: list[Any]) -> float:
         """The diagonal of the input's second moment only: features are taken as uncorrelated."""
         scalars, samples, tokens = statistic
-        moment = scalars.double() * (samples / tokens)
-        return float((delta.double().square() * moment).sum())
+        squares = torch.linalg.vector_norm(delta, dim=0, dtype=torch.float64).square()
+        return float(squares @ scalars.double()) * samples / tokens

@@ -53,11 +53,11 @@ def test_the_column_loop_is_the_hosts_bit_for_bit(width, block_size, dtype):
 
     module, pruner = linear(out=96, width=width, dtype=dtype), SparseGPT(block_size=block_size)
     statistic = observed(pruner, module, correlated(width, 300, dtype))
-    statistic[0][:, 7] = statistic[0][7] = 0  # a dead input
+    statistic.hessian[:, 7] = statistic.hessian[7] = 0  # a dead input
     levels = [Level(n, m) for n, m in ((2, 4), (7, 8), (1, 8), (5, 16))]
     for level, found in zip(levels, pruner.prune_levels(module, statistic, levels, "layer"), strict=True):
         _, expected = sparsify_weight(
-            module=module, hessians_dict={module: statistic[0].clone()}, sparsity=float(level.sparsity),
+            module=module, hessians_dict={module: statistic.hessian.clone()}, sparsity=float(level.sparsity),
             prune_n=level.m - level.n, prune_m=level.m, block_size=block_size, dampening_frac=0.01,
             preserve_sparsity_mask=False,
         )  # fmt: skip

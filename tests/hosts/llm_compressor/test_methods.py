@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -177,9 +178,39 @@ def test_sparsegpt_solves_for_the_survivors_when_the_pruned_columns_come_first()
 
 def test_the_hessian_is_twice_the_sum_over_tokens_per_sample():
     module, xs = linear(), batches()
-    hessian, samples, tokens = observed(SparseGPT(), module, xs)
-    assert (samples, tokens) == (6, 240)
-    np.testing.assert_allclose(hessian.numpy(), 2 * moment(xs) * tokens / samples, rtol=1e-4, atol=1e-4)
+    found = observed(SparseGPT(), module, xs)
+    assert (found.samples, found.tokens) == (6, 240)
+    np.testing.assert_allclose(found.hessian.numpy(), 2 * moment(xs) * 240 / 6, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_one_input_share_the_factor_and_come_out_as_alone():
+    xs, pruner = batches(), SparseGPT(block_size=16)
+    modules = [linear(seed=3), linear(out=5, seed=4)]
+    shared = observed(pruner, modules[0], xs)
+    factors = []
+    for module in modules:
+        together = list(pruner.prune_levels(module, shared, LEVELS, "layer"))
+        alone = pruner.prune_levels(module, observed(pruner, module, xs), LEVELS, "layer")
+        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+        factors.append(shared.factor)
+    assert factors[0] is factors[1]
+    assert pruner.observe(modules[0], xs[0], shared).factor is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("level", [Level(3, 4), Level(1, 16), Level(3, 8)], ids=str)
+def test_equal_scores_fall_as_in_the_host(method, level):
+    """Half of the weights are of four values, so that most groups hold equals."""
+    module = linear(out=40, dtype=torch.bfloat16)
+    module.weight[::2] = torch.randint(1, 3, (20, 32)).bfloat16() * torch.tensor([-1.0, 1.0]).repeat(16)
+    pruner, x = METHODS[method], torch.eye(32, dtype=torch.bfloat16)[None]
+    modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
+    host, theirs = modifier(**pruner.modifier_arguments(level)), copy.deepcopy(module)
+    (found,) = pruner.prune_levels(module, observed(pruner, module, [x]), [level], "layer")
+    host._module_names[theirs], host._module_sparsities[theirs] = "layer", float(level.sparsity)
+    host.calibrate_module(theirs, (x,), None)
+    host.compress_modules()
+    assert torch.equal(found, theirs.weight)
 
 
 def test_sparsegpts_output_error_is_the_mean_squared_change_of_the_output():
@@ -243,7 +274,7 @@ def test_the_host_never_falls_back_to_the_identity_in_silence(host_warnings, wid
 def test_a_hessian_that_is_not_finite_is_named(value):
     module, pruner = linear(), SparseGPT()
     statistic = observed(pruner, module, batches())
-    statistic[0][3, 4] = value
+    statistic.hessian[3, 4] = value
     with pytest.raises(NumericsError, match="the Hessian of layer is not finite"):
         list(pruner.prune_levels(module, statistic, LEVELS, "layer"))
 
@@ -288,7 +319,8 @@ def test_a_block_that_would_break_the_pattern_is_refused():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_statistics_memory_is_what_is_held(method):
     module, pruner = linear(), METHODS[method]
-    held = pruner.new_statistic(module)[0]
+    held = pruner.new_statistic(module)
+    held = held.hessian if method == "sparsegpt" else held[0]
     assert pruner.statistic_bytes(module) == held.numel() * held.element_size()
 
 

@@ -1,0 +1,124 @@
+"""Pass samples through a model block by block: each decoder block runs once over all of them.
+
+Shape legend: B samples, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+
+from msp_plugin.activations import EnoughError, all_finite, check_reached, observed
+from msp_plugin.calibration import CalibrationSet
+from msp_plugin.errors import NumericsError
+from msp_plugin.models import decoder_blocks
+from msp_plugin.plan.units import Unit
+from msp_plugin.prefix import replace_input, skip
+
+
+class BlockPass:
+    """The hidden states of all samples on their way through the blocks.
+
+    Every block is run by the model's own forward, with the blocks before it skipped and its input replaced, so
+    that it gets the masks and position embeddings that the model gives to it. That costs the embeddings
+    and whatever else stands before the blocks once per block.
+
+    Memory: tokens * D * bytes of a number.
+
+    Args:
+        batch_tokens: of one forward pass.
+    """
+
+    def __init__(self, model: torch.nn.Module, data: CalibrationSet, batch_tokens: int):
+        self.model = model
+        self.prefix, self.blocks = decoder_blocks(model)
+        self.block = 0
+        self._batches = tuple(data.batches(batch_tokens))
+        self._inputs: list[torch.Tensor | None] = [None] * len(
+            self._batches
+        )  # of the block; None at the first
+
+    @property
+    def hidden(self) -> list[torch.Tensor | None]:
+        """The inputs [B, T, D] of the next block by batch; None before the first block."""
+        return list(self._inputs)
+
+    @torch.no_grad()
+    def run(
+        self,
+        units: Sequence[Unit] = (),
+        add: Callable[[str, torch.Tensor], None] = lambda unit, inputs: None,
+        *,
+        advance: bool = True,
+    ) -> None:
+        """Run the block over all samples; with ``advance`` go on to the next one, else it may run again.
+
+        Args:
+            units: those of this block whose inputs are observed.
+            add: see observe_inputs.
+
+        Raises:
+            NumericsError: an input of a unit, or with ``advance`` an output of the block, is not finite; or a
+                unit saw no token at all.
+        """
+        block, outputs = self.blocks[self.block], []
+
+        def take(module: torch.nn.Module, args: object, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            raise EnoughError
+
+        with ExitStack() as undo:
+            for earlier in self.blocks[: self.block]:
+                undo.callback(skip(earlier))
+            reached = undo.enter_context(observed(self.model, units, add))
+            undo.callback(block.register_forward_hook(take).remove)
+            for number in range(len(self._batches)):
+                self._forward(block, number)
+                output = outputs.pop()
+                if advance and not all_finite(output):
+                    raise NumericsError(
+                        f"the output of {self.prefix}.{self.block} is not finite",
+                        hint="the activations overflow: try dtype float32 or bfloat16",
+                    )
+                if advance:
+                    self._inputs[number] = output
+        check_reached(units, reached)
+        self.block += advance
+
+    def _forward(self, block: torch.nn.Module, number: int) -> None:
+        ids, given = self._batches[number], self._inputs[number]
+        with ExitStack() as undo, suppress(EnoughError):
+            if given is not None:
+                undo.callback(replace_input(block, given))
+            self.model(ids.to(next(self.model.parameters()).device), use_cache=False)
+
+
+@torch.no_grad()
+def runs_by_block(model: torch.nn.Module, ids: torch.Tensor) -> bool:
+    """Return True if a BlockPass leaves the last block with what the model's own forward does, bit for bit.
+
+    False for models that hand more than the hidden state from block to block, as an argument or in an
+    attribute: between the blocks another sample is passed, which overwrites what attributes hold.
+
+    Args:
+        ids: int64[T], one sample.
+    """
+    whole: list[Any] = []
+    handle = decoder_blocks(model)[1][-1].register_forward_hook(lambda module, args, out: whole.append(out))
+    try:
+        model(ids[None].to(next(model.parameters()).device), use_cache=False)
+        handle.remove()
+        walk = BlockPass(model, CalibrationSet((ids, ids.flip(0)), ""), 1)
+        for _ in walk.blocks:
+            walk.run()
+        expected = whole[0][0] if isinstance(whole[0], tuple) else whole[0]
+        return torch.equal(walk.hidden[0], expected)
+    except NumericsError:
+        return True  # the samples themselves will say which layer it is
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):
+        return False  # another calling convention
+    finally:
+        handle.remove()
