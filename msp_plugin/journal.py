@@ -71,10 +71,6 @@ class Journal:
             with replacing(self.path) as temporary:
                 temporary.write_bytes(b"".join([_line(self.identity), *good]))
 
-    def __len__(self) -> int:
-        """Return how many values are there."""
-        return len(self._values)
-
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
         """Return the JSON value of a key, measured and written down if it is not there.
 

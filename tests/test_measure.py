@@ -19,8 +19,10 @@ from msp_plugin.models import fingerprint, prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.sensitivity import fisher as fisher_module
+from msp_plugin.sensitivity import fisher_error
 from msp_plugin.sensitivity.base import Estimator, silent
-from msp_plugin.sensitivity.fisher import FisherTrace
+from msp_plugin.sensitivity.fisher import FisherTrace, backward_passes
 from msp_plugin.sensitivity.fisher_error import fisher_errors
 
 MENU = parse_menu(["dense", "2:4", "1:4"])
@@ -223,39 +225,73 @@ def test_errors_by_layer_are_summed_over_the_unit(make):
     assert not np.array_equal(weight, output)
 
 
-def test_a_second_object_reads_from_disk_what_the_first_measured(make, count, tmp_path):
-    first = make()
-    expected = first.error("fisher"), *first.replace_one(48)
-    files = times(tmp_path)
-    fishers, losses = count("fisher_errors"), count("CandidateLoss")
-    second = make()
-    found = second.error("fisher"), *second.replace_one(48)
-    assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
-    assert found[2] == expected[2] and not fishers and not losses and times(tmp_path) == files
+@pytest.fixture
+def passes(monkeypatch):
+    """Count the backward passes over samples."""
+    calls = []
+
+    def counting(model, data, *rest):
+        calls.append(len(data))
+        return backward_passes(model, data, *rest)
+
+    monkeypatch.setattr(fisher_module, "backward_passes", counting)
+    monkeypatch.setattr(fisher_error, "backward_passes", counting)
+    return calls
 
 
-@pytest.mark.parametrize("name", ["fisher-error", "fisher"])
-@pytest.mark.parametrize("damage", [
-    lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[1, 2]", lambda text: "\0\xff",
-    lambda text: json.dumps({"key": json.loads(text)["key"]}),
-    lambda text: text.replace('"key": {', '"key": {"more": 1, '),
-    lambda text: text.replace('"found"', '"lost"'), lambda text: re.sub(r"(\d)e", r"\g<1>1e", text, count=1),
-], ids=["cut", "empty", "a list", "binary", "without numbers", "another key", "renamed", "one digit"])  # fmt: skip
-def test_a_file_that_is_damaged_or_of_another_key_is_named_and_measured_anew(
-    make, count, tmp_path, name, damage, caplog
-):
+def test_a_second_object_reads_from_disk_what_the_first_measured(make, count, passes, tmp_path):
     def ask(held):
-        return held.error("fisher") if name == "fisher-error" else held.sensitivity("fisher")
+        return held.error("fisher"), *held.replace_one(48), held.sensitivity("fisher")
+
+    expected, files = ask(make()), times(tmp_path)
+    passes.clear()
+    losses = count("CandidateLoss")
+    found = ask(make())
+    assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
+    assert found[2:] == expected[2:] and not passes and not losses and times(tmp_path) == files
+
+
+def test_a_sensitivity_that_was_stopped_goes_on_with_the_next_samples(
+    make, make_samples, monkeypatch, passes
+):
+    monkeypatch.setattr("msp_plugin.sensitivity.base.TOGETHER", 2)
+    expected = make().sensitivity("fisher")
+    assert passes == [1] * 4
+
+    def stop(step, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    passes.clear()
+    with pytest.raises(KeyboardInterrupt):
+        make(progress=stop, fresh=True).sensitivity("fisher")
+    assert passes == [1] * 2
+    assert make().sensitivity("fisher") == expected and passes == [1] * 4
+
+
+@pytest.mark.parametrize("name", ["fisher-error", "fisher", "replace-one"])
+@pytest.mark.parametrize("damage", [
+    lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[1, 2]\n", lambda text: "\0\xff\n",
+    lambda text: text.replace('"value"', '"lost"'), lambda text: re.sub(r"(\d)e", r"\g<1>1e", text),
+], ids=["cut", "empty", "a list", "binary", "renamed", "digits"])  # fmt: skip
+def test_a_file_that_is_damaged_is_measured_anew(make, tmp_path, name, damage, caplog):
+    def ask(held):
+        return {
+            "fisher-error": lambda: held.error("fisher"), "fisher": lambda: held.sensitivity("fisher"),
+            "replace-one": lambda: held.replace_one(24)[0],
+        }[name]()  # fmt: skip
 
     expected = ask(make())
-    (path,) = (tmp_path / "cache").rglob(f"{name}-????????????????.json")
+    (path,) = (tmp_path / "cache").rglob(f"{name}-????????????????.jsonl")
     text = path.read_text()
-    assert damage(text) != text
     path.write_text(damage(text), encoding="latin-1")
-    calls = count("fisher_errors" if name == "fisher-error" else "unit_sensitivities")
+    changed = path.read_bytes() != text.encode()
     assert np.array_equal(ask(make()), expected)
-    assert len(calls) == 1 and path.read_text() == text
-    assert f"{path} is damaged or of other data: {name} is measured anew" in caplog.text
+    values = [re.sub(r'^\w+ |"seconds": [\d.e-]+', "", line) for line in path.read_text().splitlines()]
+    assert values == [re.sub(r'^\w+ |"seconds": [\d.e-]+', "", line) for line in text.splitlines()]
+    assert (str(path) in caplog.text) == (
+        changed and path.read_bytes()[-1:] == b"\n" and damage(text)[-1:] == "\n"
+    )
 
 
 def test_other_text_units_or_method_are_measured_on_their_own(make, count, make_samples, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from msp_plugin.errors import NumericsError, RecipeError
 #: Most of the search text that slopes are taken from in one round: they cost five forward passes a token,
 #: and their means run over several rounds anyway.
 MOST_SLOPES = 0.5
+#: Standard error of the second-order model, as a share of the absolute terms of a move.
+MODEL_ERROR = 0.3
 
 
 @dataclass(frozen=True)
@@ -117,33 +120,65 @@ class Search(Allocator):
 class _Local:
     """What is known of single moves around the incumbent: means over rounds, newer ones counting more.
 
-    A unit that moved starts anew; for the others the gradients of the last rounds still say much.
+    The change of the loss by a move is its predicted mean, from gradients, plus an unknown error of that
+    prediction. Each measured proposal tells the sum of its moves' errors; they are taken as independent and
+    normal, and each gets its share by variance (the update of a Kalman filter without the covariances it
+    makes). A unit that moved starts anew; for the others the last rounds still say much.
     """
 
     def __init__(self, units: int, levels: int, decay: float):
         self.decay = decay
         self.at: Choice | None = None
-        self.linear, self.quadratic = np.zeros((2, units, levels))
+        self.linear, self.quadratic, self.square = np.zeros((3, units, levels))
         self.weight = np.zeros((units, levels))
+        self.error, self.known = np.zeros((2, units, levels))
 
     def add(self, choice: Choice, slopes: np.ndarray, draws: np.ndarray) -> None:
         """Add slopes and draws float64[S, U, K], taken at ``choice``; NaN and inf say nothing of a level."""
         if self.at is not None:
-            self.weight[np.not_equal(self.at, choice)] = 0.0
+            moved = np.not_equal(self.at, choice)
+            self.weight[moved] = self.error[moved] = self.known[moved] = 0.0
         self.at = choice
-        known = np.isfinite(slopes) & np.isfinite(draws)
-        old, new = self.decay * self.weight, known.sum(axis=0)
+        finite = np.isfinite(slopes) & np.isfinite(draws)
+        slopes, draws = np.where(finite, slopes, 0.0), np.where(finite, draws, 0.0)
+        old, new = self.decay * self.weight, finite.sum(axis=0)
         total = np.maximum(old + new, 1e-12)
-        self.linear = (old * self.linear + np.where(known, slopes, 0.0).sum(axis=0)) / total
-        self.quadratic = (old * self.quadratic + 0.5 * (np.where(known, draws, 0.0) ** 2).sum(axis=0)) / total
+        self.linear = (old * self.linear + slopes.sum(axis=0)) / total
+        self.quadratic = (old * self.quadratic + 0.5 * (draws**2).sum(axis=0)) / total
+        self.square = (old * self.square + ((slopes + 0.5 * draws**2) ** 2).sum(axis=0)) / total
         self.weight = old + new
+        self.error, self.known = self.decay * self.error, self.decay * self.known
 
     def cost(self) -> np.ndarray:
-        """Return float64[U, K]: the predicted change of the loss, inf where nothing is known."""
-        total = self.linear + self.quadratic
+        """Return float64[U, K]: the expected change of the loss, inf where nothing is known."""
+        total = self.linear + self.quadratic + self.error
         cost = np.where((self.weight > 0) & np.isfinite(total), total, np.inf)
         cost[np.arange(len(self.at)), list(self.at)] = 0.0
         return cost
+
+    def variance(self) -> np.ndarray:
+        """Return float64[U, K]: the variance of the change about :meth:`cost`.
+
+        It is that of the mean over samples, and that of the model, whose error is a share of its terms; what
+        proposals told of it is taken off.
+        """
+        sampling = np.maximum(self.square - (self.linear + self.quadratic) ** 2, 0.0) / np.maximum(
+            self.weight, 1.0
+        )
+        model = (MODEL_ERROR * (np.abs(self.linear) + self.quadratic)) ** 2
+        return (sampling + model) * (1.0 - self.known)
+
+    def learn(self, choice: Choice, change: float) -> None:
+        """Take in that a move from the incumbent to ``choice`` changed the loss by ``change``."""
+        rows = np.flatnonzero(np.not_equal(self.at, choice))
+        levels = np.array(choice)[rows]
+        variance = self.variance()[rows, levels]
+        surprise = change - self.cost()[rows, levels].sum()
+        if not np.isfinite(surprise) or not variance.sum() > 0:
+            return
+        gain = variance / variance.sum()
+        self.error[rows, levels] += gain * surprise
+        self.known[rows, levels] += gain * (1.0 - self.known[rows, levels])
 
 
 @dataclass
@@ -235,23 +270,38 @@ class _State:
             self.predictions.append((proposals[choice], loss - now))
             if loss < now:
                 self.incumbent = choice
-                return
+                break
+        for choice in proposals:
+            change = self.few(choice, samples) - base
+            self.local.learn(choice, self.scores[choice] - now if choice in self.scores else change)
 
     def _proposals(self) -> Iterator[tuple[Choice, float]]:
-        """Yield distinct new choices, from few moves to many, with their predicted change."""
+        """Yield distinct new choices with their predicted change: from few moves to many, then by chance.
+
+        Where the first are too few, because the expected changes leave nothing to gain, others follow that
+        would be best if the changes were as drawn from what is known of them (Thompson sampling).
+        """
         problem, rows = self.inputs.problem, np.arange(len(self.incumbent))
         cost = self.local.cost()
         moved = np.arange(len(problem.menu))[None, :] != np.array(self.incumbent)[:, None]
-        seen, price, found = set(self.scores), -float(cost[np.isfinite(cost)].min()), 0
-        for _ in range(24):
-            choice = problem.solve(cost + price * moved)
+        seen, price = set(self.scores), -float(cost[np.isfinite(cost)].min())
+        deviation = np.where(moved, np.sqrt(self.local.variance()), 0.0)
+        tries = [cost + price / 1.5**n * moved for n in range(24)]
+        draws = (
+            cost
+            + self.rng.standard_normal(cost.shape) * deviation
+            + price * 10 ** -self.rng.uniform(0, 1.5) * moved
+            for _ in range(8 * self.options.proposals)
+        )
+        found = 0
+        for prices in chain(tries, draws):
+            choice = problem.solve(prices)
             if choice not in seen:
                 seen.add(choice)
                 found += 1
                 yield choice, float(cost[rows, list(choice)].sum())
             if found == self.options.proposals:
                 return
-            price /= 1.5
 
     def _hold(self, choice: Choice) -> float:
         """Return the loss on the hold-out, on the search text where there is none."""

@@ -21,6 +21,7 @@ from msp_plugin.errors import NumericsError, OutputError
 from msp_plugin.plan.units import Layer, Unit, UnitTable, shared_inputs
 from msp_plugin.progress import Progress, silent
 from msp_plugin.pruning.base import Pruner
+from msp_plugin.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,9 @@ def build_database(
     batch_tokens: int = 4096,
     statistics_bytes: int = STATISTICS_BYTES,
     progress: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> int:
-    """Write the missing layers of the database and return how many were written.
+    """Write the missing layers of the database and return how many were written, by all ranks.
 
     The layers are pruned from the dense model's inputs, each on its own. Layers that inference fuses have
     the same input, so they share one statistic. The samples go through the model once, block by block, and a
@@ -52,19 +54,31 @@ def build_database(
     In a model that hands more than the hidden state from block to block, the layers are taken in groups
     of ``statistics_bytes``, each of which costs a forward pass up to its last block.
 
+    Ranks share the layers: each passes all samples through the model, and has the statistics of its own
+    layers only. So they are those of one process, bit for bit.
+
     Raises:
         NumericsError: an activation is not finite, or the method fails on a layer.
     """
     start = time.monotonic()
-    missing = [u for u in shared_inputs(table) if not all(database.has(layer) for layer in u.layers)]
-    missing.sort(key=lambda unit: unit.block)
-    total = sum(len(unit.layers) for unit in missing)
-    written = 0
-    for unit, statistic in _statistics(model, missing, pruner, data, batch_tokens, statistics_bytes):
-        for layer in unit.layers:
-            _write_layer(database, model, layer, pruner, statistic)
-            written += 1
-            progress(written, total)
+
+    def find() -> list[Unit]:
+        return [u for u in shared_inputs(table) if not all(database.has(layer) for layer in u.layers)]
+
+    missing = sorted(ranks.first(find), key=lambda unit: unit.block)
+    mine = ranks.share(missing)
+    total = sum(len(unit.layers) for unit in mine)
+
+    def write() -> int:
+        written = 0
+        for unit, statistic in _statistics(model, mine, pruner, data, batch_tokens, statistics_bytes):
+            for layer in unit.layers:
+                _write_layer(database, model, layer, pruner, statistic)
+                written += 1
+                progress(written, total)
+        return written
+
+    written = sum(ranks.gather(write))
     if written:
         seconds = time.monotonic() - start
         log.info("level database: %d layers x %d levels, %.1f s", written, len(database.menu), seconds)

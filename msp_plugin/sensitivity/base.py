@@ -71,7 +71,7 @@ def unit_sensitivities(
         NumericsError: the estimator returned a number that is not finite.
     """
     names = tuple(layer.name for layer in table.layers)
-    journal = journal or Journal(None, {})
+    journal = Journal(None, {}) if journal is None else journal
     parts = estimator.parts(data)
     found: list[Mapping[str, float]] = []
 

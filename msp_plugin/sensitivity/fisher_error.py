@@ -45,7 +45,7 @@ def fisher_errors(
         journal: holds the layers that were measured; None keeps nothing.
         ranks: share the layers of a group.
     """
-    journal = journal or Journal(None, {})
+    journal = Journal(None, {}) if journal is None else journal
     result: dict[str, dict[str, float]] = {}
     groups = list(
         in_groups(layers, lambda layer: 4 * model.get_submodule(layer).weight.numel(), diagonal_bytes)
