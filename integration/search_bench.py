@@ -45,10 +45,13 @@ def bench_model(model_name: str, method: str, sparsity: str, cache: str | None):
     return measurements, AllocationProblem(table, menu, parse_sparsity(sparsity)), unseen
 
 
-def search_cost(model: str, method: str, sparsity: str, seeds: list[int], cache: str | None) -> list[dict]:
+def search_cost(
+    model: str, method: str, sparsity: str, seeds: list[int], cache: str | None, earlier: list[dict]
+) -> list[dict]:
     """Return one entry per seed of our search: forward tokens to the final loss of EvoPress on unseen text.
 
-    EvoPress runs with the first seed: its full schedule takes a quarter of an hour even here.
+    EvoPress runs with the first seed: its full schedule takes a quarter of an hour even here. Its trail is
+    taken from an earlier record where there is one.
     """
     from msp_plugin.candidates import CandidateLoss, CandidateWeights
     from msp_plugin.plugins import Plugins
@@ -67,7 +70,13 @@ def search_cost(model: str, method: str, sparsity: str, seeds: list[int], cache:
         points = [(tokens, held[choice]) for tokens, choice in result.incumbents]
         return [*points, (record["forward_tokens"], held[result.choice])], uniform, record["seconds"]
 
-    peer, uniform, peer_seconds = trail(EVOPRESS, seeds[0])
+    known = [e for e in earlier if (e["model"], e["method"], e["sparsity"]) == (model, method, sparsity)]
+    known = [e for e in known if e["seed"] == seeds[0] and "evopress" in e["trails"]]
+    if known:
+        peer, uniform = known[0]["trails"]["evopress"], known[0]["uniform"]
+        peer_seconds = known[0]["seconds"]["evopress"]
+    else:
+        peer, uniform, peer_seconds = trail(EVOPRESS, seeds[0])
     found = []
     for seed in seeds:
         ours, _, seconds = trail(SEARCH, seed)
@@ -204,10 +213,12 @@ def main() -> int:
         "--seeds", nargs="+", type=int, default=[0, 1, 2], help="EvoPress runs with the first"
     )
     parser.add_argument("--cache")
+    parser.add_argument("--earlier", type=Path, help="search.json whose runs of EvoPress are taken over")
     parser.add_argument("--quick", action="store_true", help="prefix reuse and solver only")
     args = parser.parse_args()
     import torch
 
+    earlier = json.loads(args.earlier.read_text())["searches"] if args.earlier else []
     record = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "solver": solver(),
@@ -217,7 +228,9 @@ def main() -> int:
     if not args.quick:
         for model in args.models:
             for method in args.methods:
-                record["searches"] += search_cost(model, method, args.sparsity, args.seeds, args.cache)
+                record["searches"] += search_cost(
+                    model, method, args.sparsity, args.seeds, args.cache, earlier
+                )  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "search.json").write_text(json.dumps(record, indent=1) + "\n")
     text = markdown(record)

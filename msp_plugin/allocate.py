@@ -25,6 +25,7 @@ from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins import spec_of
+from msp_plugin.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def allocate(
     batch_tokens: int = 4096,
     fresh: bool = False,
     progress: StepProgress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Return the allocation that the plan asks for; the model is left as it was found.
 
@@ -105,7 +107,7 @@ def allocate(
     head, search, holdout = parts(data, plan)
     measurements = Measurements(
         model, table, plan.menu, plan.pruner, head, search, holdout, plan.estimators, plan.cache,
-        batch_tokens, progress=progress, fresh=fresh,
+        batch_tokens, progress=progress, fresh=fresh, ranks=ranks,
     )  # fmt: skip
     result, record = measurements.allocate(allocator, problem, plan.seed)
     used = data if plan.allocation_needs_data else None

@@ -245,7 +245,15 @@ class Measurements:
         with self._measured(allocator, problem, seed) as (loss, holdout, estimate):
             result = allocator.allocate(
                 AllocationInputs(
-                    problem, values, errors, loss, seed, partial(self.progress, "search"), holdout, estimate
+                    problem,
+                    values,
+                    errors,
+                    loss,
+                    seed,
+                    partial(self.progress, "search"),
+                    holdout,
+                    estimate,
+                    partial(self.ranks.first, time.monotonic),
                 )
             )
         now = time.monotonic()

@@ -7,8 +7,8 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,14 @@ from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.load import is_packed, load
 from msp_plugin.device import on_best_device
-from msp_plugin.errors import ModelError, NumericsError
+from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.evaluation import perplexity
 from msp_plugin.files import finite, output_directory, write_json
 from msp_plugin.journal import Journal
 from msp_plugin.models import fingerprint, load_tokenizer
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
+from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.resume import sole_run
 from msp_plugin.samples import Samples, Text, load_samples
 
@@ -65,7 +66,8 @@ def run_recipe(
     trust_remote_code: bool = False,
     fresh: bool = False,
     progress: StepProgress = no_progress,
-) -> Run:
+    ranks: Ranks = ALONE,
+) -> Run | None:
     """Run a recipe of llm-compressor and leave checkpoint, recipe.yaml, allocation.json and run.json.
 
     With a MixedSparsityModifier in the recipe and ``baseline``, the same recipe is run first with the
@@ -73,6 +75,9 @@ def run_recipe(
     end, all of them; a run that fails or is interrupted leaves none. The same call goes on where such a run
     stopped, with what lies in the cache: sensitivities, level database, the search's measurements and the
     perplexities of the dense and uniform models. ``fresh`` measures all of it anew.
+
+    Several ranks share the search, of a recipe whose only modifier is ours; then rank 0 goes on alone, finds
+    the search's measurements in the cache and prunes as llm-compressor does. The others return None.
 
     Raises:
         MSPError: see the steps; whatever the options alone show fails before the model is loaded.
@@ -89,7 +94,12 @@ def run_recipe(
     steps = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else read_recipe(recipe)
     plugins, line = Plugins(), our_line(steps)
     plan = None if line is None else resolve(Options.parse(_ours(line)), plugins)
-    build_recipe(steps)
+    modifiers = build_recipe(steps).modifiers
+    if ranks.size > 1:
+        _search_together(modifiers, plan, model, text, out, dtype, trust_remote_code, fresh, progress, ranks)
+        if ranks.rank:
+            return None
+        fresh = False  # what the ranks have measured just now is used
     with sole_run(out, plan and plan.cache, fresh=fresh) as (path, journal):
         text = text.for_model(model, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -116,6 +126,28 @@ def run_recipe(
             write_json(temporary / "run.json", record)
     plugins.hook.msp_run_finished(record=record)
     return Run(path, record)
+
+
+def _search_together(
+    modifiers: Sequence[Any], plan: Plan | None, model: str | Path, text: Text, out: str | Path, dtype: str,
+    trust_remote_code: bool, fresh: bool, progress: StepProgress, ranks: Ranks,
+) -> None:  # fmt: skip
+    """Search with all ranks, so that everything is in the cache; the ranks have parted afterwards.
+
+    Raises:
+        RecipeError: there is no search in the recipe, or something runs before it.
+        MSPError: see allocate.
+    """
+    if plan is None or plan.given is not None or len(modifiers) != 1:
+        raise RecipeError(
+            f"{ranks.size} ranks share a search, and this recipe is not one of MixedSparsityModifier alone",
+            hint="start it without torchrun",
+        )
+    with ExitStack() as stack:
+        ranks.first(lambda: stack.enter_context(sole_run(out, plan.cache, keep=True)) and None)
+        search(model, text, plan, dtype=dtype, trust_remote_code=trust_remote_code, fresh=fresh,
+               progress=progress, ranks=ranks)  # fmt: skip
+        ranks.leave()
 
 
 def _reference(
@@ -237,16 +269,29 @@ def search_allocation(
     trust_remote_code: bool = False,
     fresh: bool = False,
     progress: StepProgress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Return the allocation for a model without pruning it; needs the host only if the method does.
 
     Raises:
         MSPError: see ``allocate``.
     """
-    plan: Plan = resolve(options, Plugins())
+    return search(
+        model, text, resolve(options, Plugins()), dtype=dtype, trust_remote_code=trust_remote_code,
+        fresh=fresh, progress=progress, ranks=ranks,
+    )  # fmt: skip
+
+
+def search(
+    model: str | Path, text: Text, plan: Plan, *, dtype: str, trust_remote_code: bool, fresh: bool,
+    progress: StepProgress, ranks: Ranks,
+) -> Outcome:  # fmt: skip
+    """Return the allocation that a plan asks for; see search_allocation."""
     text = text.for_model(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     samples = load_samples(tokenizer, text, plan.search_tokens)
     loaded = load(model, dtype, trust_remote_code=trust_remote_code)
     with on_best_device(loaded):
-        return allocate(loaded, samples.calibration, plan, fresh=fresh, progress=progress)
+        return allocate(
+            loaded, samples.calibration, plan, fresh=fresh, progress=progress, ranks=ranks
+        )  # fmt: skip

@@ -53,7 +53,9 @@ def alone(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def sole_run(out: str | Path, cache: str | None, *, fresh: bool = False) -> Iterator[tuple[Path, Path]]:
+def sole_run(
+    out: str | Path, cache: str | None, *, fresh: bool = False, keep: bool = False
+) -> Iterator[tuple[Path, Path]]:
     """Keep other processes off an output directory for the block.
 
     Yields the directory's path and that of a journal, which lies in the cache, is there if an earlier run to
@@ -62,6 +64,7 @@ def sole_run(out: str | Path, cache: str | None, *, fresh: bool = False) -> Iter
 
     Args:
         fresh: forget what an earlier run had measured.
+        keep: leave the journal where it is: the block is not all of the run.
 
     Raises:
         OutputError: another process writes there, or see check_output.
@@ -74,7 +77,8 @@ def sole_run(out: str | Path, cache: str | None, *, fresh: bool = False) -> Iter
         if fresh:
             journal.unlink(missing_ok=True)
         yield path, journal
-        journal.unlink(missing_ok=True)
+        if not keep:
+            journal.unlink(missing_ok=True)
 
 
 def _remove_partial(out: Path) -> None:

@@ -5,6 +5,7 @@ Shape legend: U units, K levels.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ class AllocationInputs:
             if the allocator asks for none.
         estimate: ``estimate(name, choice)`` returns float64[U], the sensitivity of that name measured on
             the model as pruned by ``choice``; None unless the allocator says ``remeasures``.
+        clock: returns seconds. Where several ranks run the allocator, it is the same on all of them, which
+            their own clocks are not; all must ask it equally often.
     """
 
     problem: AllocationProblem
@@ -79,6 +82,7 @@ class AllocationInputs:
     progress: Callable[[int, int], None]
     holdout: TrueLoss | None = None
     estimate: Callable[[str, Choice], np.ndarray] | None = None
+    clock: Callable[[], float] = time.monotonic
 
 
 @dataclass(frozen=True)

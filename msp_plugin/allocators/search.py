@@ -5,7 +5,6 @@ Shape legend: U units, K levels.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -19,8 +18,6 @@ from msp_plugin.errors import NumericsError, RecipeError
 #: Most of the search text that slopes are taken from in one round: they cost five forward passes a token,
 #: and their means run over several rounds anyway.
 MOST_SLOPES = 0.5
-#: Standard error of the second-order model, as a share of the absolute terms of a move.
-MODEL_ERROR = 0.3
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,10 @@ class Search(Allocator):
     price on every unit that moves. Falling prices give proposals from two moves to many: the fewer units move,
     the better the sum predicts, because moves of several units interact. The proposals are measured on a
     few samples, against the incumbent on the same ones, and the best on all; it becomes the incumbent only
-    if its measured loss is lower.
+    if its measured loss is lower. If none is, the search has learned where the additive model errs: what a
+    proposal did beyond its prediction is charged to its moves, so that the next proposals avoid moves that
+    disappointed; and where the model sees too few ways to gain, it is also solved with costs drawn from their
+    standard errors.
 
     Each incumbent is measured on hold-out text that no proposal was measured on, and the choice returned is
     the one with the lowest mean loss over search text and hold-out: the hold-out refuses what only fits the
@@ -46,7 +46,8 @@ class Search(Allocator):
 
     The method is ours. What it rests on: EvoPress (arXiv 2410.14649) for the level database, the true KL
     and few samples first; the Gauss-Newton curvature of KL from sampled labels (Martens, arXiv 1412.1193);
-    HIGGS (arXiv 2411.17525) for exact allocation by an additive model of the loss.
+    HIGGS (arXiv 2411.17525) for exact allocation by an additive model of the loss; Thompson sampling
+    (Russo et al., arXiv 1707.02038) for what to try where the model is uncertain.
 
     Args:
         rounds: most rounds.
@@ -73,7 +74,7 @@ class Search(Allocator):
     measures = True
 
     rounds: int = 30
-    patience: int = 2
+    patience: int = 3
     max_tokens: int = 0
     seconds: float = 0.0
     seeds: int = 10
@@ -120,65 +121,53 @@ class Search(Allocator):
 class _Local:
     """What is known of single moves around the incumbent: means over rounds, newer ones counting more.
 
-    The change of the loss by a move is its predicted mean, from gradients, plus an unknown error of that
-    prediction. Each measured proposal tells the sum of its moves' errors; they are taken as independent and
-    normal, and each gets its share by variance (the update of a Kalman filter without the covariances it
-    makes). A unit that moved starts anew; for the others the last rounds still say much.
+    A unit that moved starts anew; for the others the gradients of the last rounds still say much.
     """
 
     def __init__(self, units: int, levels: int, decay: float):
         self.decay = decay
         self.at: Choice | None = None
         self.linear, self.quadratic, self.square = np.zeros((3, units, levels))
-        self.weight = np.zeros((units, levels))
-        self.error, self.known = np.zeros((2, units, levels))
+        self.surprise, self.weight = np.zeros((2, units, levels))
 
     def add(self, choice: Choice, slopes: np.ndarray, draws: np.ndarray) -> None:
         """Add slopes and draws float64[S, U, K], taken at ``choice``; NaN and inf say nothing of a level."""
         if self.at is not None:
             moved = np.not_equal(self.at, choice)
-            self.weight[moved] = self.error[moved] = self.known[moved] = 0.0
+            self.weight[moved] = self.surprise[moved] = 0.0
         self.at = choice
-        finite = np.isfinite(slopes) & np.isfinite(draws)
-        slopes, draws = np.where(finite, slopes, 0.0), np.where(finite, draws, 0.0)
-        old, new = self.decay * self.weight, finite.sum(axis=0)
+        known = np.isfinite(slopes) & np.isfinite(draws)
+        slopes, curvature = np.where(known, slopes, 0.0), 0.5 * np.where(known, draws, 0.0) ** 2
+        old, new = self.decay * self.weight, known.sum(axis=0)
         total = np.maximum(old + new, 1e-12)
         self.linear = (old * self.linear + slopes.sum(axis=0)) / total
-        self.quadratic = (old * self.quadratic + 0.5 * (draws**2).sum(axis=0)) / total
-        self.square = (old * self.square + ((slopes + 0.5 * draws**2) ** 2).sum(axis=0)) / total
-        self.weight = old + new
-        self.error, self.known = self.decay * self.error, self.decay * self.known
+        self.quadratic = (old * self.quadratic + curvature.sum(axis=0)) / total
+        self.square = (old * self.square + ((slopes + curvature) ** 2).sum(axis=0)) / total
+        self.weight, self.surprise = old + new, self.decay * self.surprise
 
     def cost(self) -> np.ndarray:
-        """Return float64[U, K]: the expected change of the loss, inf where nothing is known."""
-        total = self.linear + self.quadratic + self.error
+        """Return float64[U, K]: the predicted change of the loss, inf where nothing is known."""
+        total = self.linear + self.quadratic + self.surprise
         cost = np.where((self.weight > 0) & np.isfinite(total), total, np.inf)
         cost[np.arange(len(self.at)), list(self.at)] = 0.0
         return cost
 
-    def variance(self) -> np.ndarray:
-        """Return float64[U, K]: the variance of the change about :meth:`cost`.
-
-        It is that of the mean over samples, and that of the model, whose error is a share of its terms; what
-        proposals told of it is taken off.
-        """
-        sampling = np.maximum(self.square - (self.linear + self.quadratic) ** 2, 0.0) / np.maximum(
-            self.weight, 1.0
-        )
-        model = (MODEL_ERROR * (np.abs(self.linear) + self.quadratic)) ** 2
-        return (sampling + model) * (1.0 - self.known)
+    def deviation(self) -> np.ndarray:
+        """Return float64[U, K]: the standard error of :meth:`cost`, from the spread over samples."""
+        variance = np.maximum(self.square - (self.linear + self.quadratic) ** 2, 0.0)
+        return np.sqrt(variance / np.maximum(self.weight, 1.0))
 
     def learn(self, choice: Choice, change: float) -> None:
-        """Take in that a move from the incumbent to ``choice`` changed the loss by ``change``."""
+        """Take in that a move from the incumbent to ``choice`` changed the loss by ``change``.
+
+        What it did beyond the prediction is shared out among its moves in proportion to their terms.
+        """
         rows = np.flatnonzero(np.not_equal(self.at, choice))
         levels = np.array(choice)[rows]
-        variance = self.variance()[rows, levels]
-        surprise = change - self.cost()[rows, levels].sum()
-        if not np.isfinite(surprise) or not variance.sum() > 0:
-            return
-        gain = variance / variance.sum()
-        self.error[rows, levels] += gain * surprise
-        self.known[rows, levels] += gain * (1.0 - self.known[rows, levels])
+        terms = np.abs(self.linear[rows, levels]) + self.quadratic[rows, levels]
+        beyond = change - self.cost()[rows, levels].sum()
+        if np.isfinite(beyond) and terms.sum() > 0:
+            self.surprise[rows, levels] += beyond * terms / terms.sum()
 
 
 @dataclass
@@ -187,7 +176,6 @@ class _State:
 
     options: Search
     inputs: AllocationInputs
-    began: float = field(default_factory=time.monotonic)
     incumbent: Choice = ()
     scores: dict[Choice, float] = field(default_factory=dict)
     screened: dict[tuple[Choice, tuple[int, ...]], float] = field(default_factory=dict)
@@ -199,6 +187,7 @@ class _State:
     incumbents: list[tuple[int, Choice]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.began = self.inputs.clock() if self.options.seconds else 0.0
         self.rng = np.random.default_rng(self.inputs.seed)
         problem = self.inputs.problem
         self.local = _Local(len(problem.table), len(problem.menu), self.options.decay)
@@ -214,7 +203,7 @@ class _State:
         limit, seconds = self.options.max_tokens, self.options.seconds
         return bool(
             (limit and self.forward_tokens >= limit)
-            or (seconds and time.monotonic() - self.began >= seconds)
+            or (seconds and self.inputs.clock() - self.began >= seconds)
         )  # fmt: skip
 
     def full(self, choice: Choice) -> float:
@@ -270,31 +259,20 @@ class _State:
             self.predictions.append((proposals[choice], loss - now))
             if loss < now:
                 self.incumbent = choice
-                break
+                return
         for choice in proposals:
-            change = self.few(choice, samples) - base
-            self.local.learn(choice, self.scores[choice] - now if choice in self.scores else change)
+            whole = choice in self.scores
+            self.local.learn(choice, self.scores[choice] - now if whole else self.few(choice, samples) - base)
 
     def _proposals(self) -> Iterator[tuple[Choice, float]]:
-        """Yield distinct new choices with their predicted change: from few moves to many, then by chance.
-
-        Where the first are too few, because the expected changes leave nothing to gain, others follow that
-        would be best if the changes were as drawn from what is known of them (Thompson sampling).
-        """
+        """Yield distinct new choices with their predicted change: from few moves to many, then as drawn."""
         problem, rows = self.inputs.problem, np.arange(len(self.incumbent))
         cost = self.local.cost()
         moved = np.arange(len(problem.menu))[None, :] != np.array(self.incumbent)[:, None]
-        seen, price = set(self.scores), -float(cost[np.isfinite(cost)].min())
-        deviation = np.where(moved, np.sqrt(self.local.variance()), 0.0)
-        tries = [cost + price / 1.5**n * moved for n in range(24)]
-        draws = (
-            cost
-            + self.rng.standard_normal(cost.shape) * deviation
-            + price * 10 ** -self.rng.uniform(0, 1.5) * moved
-            for _ in range(8 * self.options.proposals)
-        )
-        found = 0
-        for prices in chain(tries, draws):
+        seen, found = set(self.scores), 0
+        top = -float(cost[np.isfinite(cost)].min())
+        falling = (cost + top / 1.5**n * moved for n in range(24))
+        for prices in chain(falling, self._drawn(cost, top * moved)):
             choice = problem.solve(prices)
             if choice not in seen:
                 seen.add(choice)
@@ -302,6 +280,14 @@ class _State:
                 yield choice, float(cost[rows, list(choice)].sum())
             if found == self.options.proposals:
                 return
+
+    def _drawn(self, cost: np.ndarray, price: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield costs float64[U, K] with noise of their standard errors, each at a random price."""
+        rows = np.arange(len(self.incumbent))
+        for _ in range(8 * self.options.proposals):
+            drawn = cost + self.rng.standard_normal(cost.shape) * self.local.deviation()
+            drawn[rows, list(self.incumbent)] = 0.0
+            yield drawn + 10 ** -self.rng.uniform(0, 1.5) * price
 
     def _hold(self, choice: Choice) -> float:
         """Return the loss on the hold-out, on the search text where there is none."""

@@ -18,7 +18,7 @@ from msp_plugin.cli.evaluate import evaluate_command
 from msp_plugin.cli.prune import demo, prune, run_command
 from msp_plugin.cli.report import report
 from msp_plugin.cli.search import allocate_command, sensitivity
-from msp_plugin.errors import MSPError
+from msp_plugin.errors import HostError, MSPError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -130,7 +130,13 @@ def run() -> None:
     """Run the command line with the commands that plugins add."""
     debug = bool(os.environ.get("MSP_DEBUG"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     try:
+        if ranks > 1 and not {"run", "prune", "demo", "allocate", "--help"} & set(sys.argv[1:]):
+            raise HostError(
+                f"{' '.join(sys.argv[1:2]) or 'msp'} runs in one process, not in {ranks}",
+                hint="start it without torchrun; run, prune, demo and allocate share their search among ranks",
+            )
         if not {"plugins", "doctor", "disable", "--version"} & set(sys.argv[1:2]):
             from msp_plugin.plugins import Plugins
 
@@ -139,7 +145,8 @@ def run() -> None:
     except MSPError as error:
         if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
+        where = f"rank {os.environ.get('RANK')}: " if ranks > 1 else ""
+        typer.echo(f"{where}error: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted; no result was written. The same command goes on where it stopped", err=True)

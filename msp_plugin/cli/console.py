@@ -31,11 +31,12 @@ table = Console(highlight=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def set_up_logs(verbose: bool) -> None:
-    """Send our log to stderr: one line per step if asked for, else warnings."""
+def set_up_logs(verbose: bool, rank: int = 0) -> None:
+    """Send our log to stderr: one line per step if asked for, else warnings; of other ranks, errors."""
     handler = RichHandler(console=err, show_path=False, show_time=verbose)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    logging.getLogger("msp_plugin").setLevel(logging.INFO if verbose else logging.WARNING)
+    least = logging.ERROR if rank else logging.WARNING
+    logging.basicConfig(level=least, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("msp_plugin").setLevel(logging.INFO if verbose and not rank else least)
     if not verbose:
         warnings.filterwarnings("ignore", module="transformers")
         logging.getLogger("torch").setLevel(logging.ERROR)

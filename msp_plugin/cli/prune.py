@@ -47,6 +47,8 @@ def _show_run(run: Any, as_json: bool, title: str) -> None:
     from msp_plugin.cli.console import out, quality_table
     from msp_plugin.report.statistics import taken_back
 
+    if run is None:  # another rank has it
+        return
     if as_json:
         typer.echo(json.dumps(run.record, indent=2, sort_keys=True))
         return
@@ -72,8 +74,10 @@ def demo(
     Needs no download. Example: msp demo --out demo-run
     """
     from msp_plugin.cli.console import progress_bars, set_up_logs
+    from msp_plugin.ranks import join
 
-    set_up_logs(verbose)
+    ranks = join()
+    set_up_logs(verbose, ranks.rank)
     from msp_plugin.demo import demo_text
     from msp_plugin.hosts.llm_compressor.recipe import our_line, read_recipe
     from msp_plugin.pipeline import run_recipe
@@ -82,10 +86,10 @@ def demo(
     our_line(recipe).update(method=method, seed=seed)
     if levels:
         our_line(recipe)["levels"] = levels.split(",")
-    with progress_bars(not as_json) as progress:
+    with progress_bars(not as_json and not ranks.rank) as progress:
         run = run_recipe(
             recipe, resolve_model(f"demo:{model}"), demo_text(), out, dtype="float32", fresh=fresh,
-            progress=progress,
+            progress=progress, ranks=ranks,
         )  # fmt: skip
     _show_run(run, as_json, f"Demo {model} at 75 %, method {method}")
 
@@ -114,16 +118,18 @@ def run_command(
     Example: msp run recipes/llama-3.1-8b-75.yaml --model meta-llama/Llama-3.1-8B --data c4.jsonl --out out
     """
     from msp_plugin.cli.console import progress_bars, set_up_logs
+    from msp_plugin.ranks import join
 
-    set_up_logs(verbose)
+    ranks = join()
+    set_up_logs(verbose, ranks.rank)
     from msp_plugin.pipeline import run_recipe
     from msp_plugin.samples import Text
 
     text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch)
-    with progress_bars(not as_json) as progress:
+    with progress_bars(not as_json and not ranks.rank) as progress:
         run = run_recipe(
             recipe, resolve_model(model), text, out, dtype=dtype, baseline=baseline,
-            trust_remote_code=trust_remote_code, fresh=fresh, progress=progress,
+            trust_remote_code=trust_remote_code, fresh=fresh, progress=progress, ranks=ranks,
         )  # fmt: skip
     _show_run(run, as_json, f"{recipe.name} on {model}")
 
@@ -166,8 +172,10 @@ def prune(
     Example: msp prune Qwen/Qwen2.5-7B -s 0.75 --data c4.jsonl --test-data wiki.txt --out qwen-75
     """
     from msp_plugin.cli.console import progress_bars, set_up_logs
+    from msp_plugin.ranks import join
 
-    set_up_logs(verbose)
+    ranks = join()
+    set_up_logs(verbose, ranks.rank)
     from msp_plugin.pipeline import prune_recipe, run_recipe
     from msp_plugin.plugins import Plugins
     from msp_plugin.samples import Text
@@ -178,9 +186,9 @@ def prune(
     given |= layer_options(granularity, bounds, protect)
     recipe = prune_recipe({**given, "allocation": allocation})
     text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch)
-    with progress_bars(not as_json) as progress:
+    with progress_bars(not as_json and not ranks.rank) as progress:
         run = run_recipe(
             recipe, resolve_model(model), text, out, dtype=dtype, baseline=baseline,
-            trust_remote_code=trust_remote_code, fresh=fresh, progress=progress,
+            trust_remote_code=trust_remote_code, fresh=fresh, progress=progress, ranks=ranks,
         )  # fmt: skip
     _show_run(run, as_json, f"{model}, method {method}")

@@ -75,8 +75,10 @@ def allocate_command(
 
     from msp_plugin.cli import console
     from msp_plugin.errors import OutputError
+    from msp_plugin.ranks import join
 
-    console.set_up_logs(verbose)
+    ranks = join()
+    console.set_up_logs(verbose, ranks.rank)
     from msp_plugin.files import write_text
     from msp_plugin.options import Options
     from msp_plugin.pipeline import search_allocation
@@ -90,11 +92,14 @@ def allocate_command(
     given = recipe_options(sparsity, levels, target, ignore, seed, cache, specs)
     chosen = Options.parse(given | layer_options(granularity, bounds, protect))
     text = Text(data, search_data, None, samples, length, 0, text_column)
-    with console.progress_bars(not as_json) as progress:
+    with console.progress_bars(not as_json and not ranks.rank) as progress:
         outcome = search_allocation(
             chosen, resolve_model(model), text, dtype=dtype, trust_remote_code=trust_remote_code,
-            fresh=fresh, progress=progress,
+            fresh=fresh, progress=progress, ranks=ranks,
         )  # fmt: skip
+    ranks.leave()
+    if ranks.rank:
+        return
     write_text(out, outcome.allocation.to_json())
     if as_json:
         typer.echo(

@@ -1,0 +1,249 @@
+"""Ranks as threads, each with a model of its own, and as processes that torchrun starts."""
+
+import contextlib
+import copy
+import functools
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from msp_plugin.allocators.search import Search
+from msp_plugin.calibration import CalibrationSet
+from msp_plugin.candidates import CandidateLoss, CandidateWeights
+from msp_plugin.errors import HostError, MSPError, NumericsError
+from msp_plugin.hosts.llm_compressor.methods import SparseGPT
+from msp_plugin.measure import Measurements
+from msp_plugin.models import prunable_layers
+from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.plan.levels import parse_menu
+from msp_plugin.ranks import ALONE, Ranks, join
+from msp_plugin.sensitivity.fisher import FisherTrace
+
+MENU = parse_menu(["dense", "2:4", "1:4"])
+
+
+class ThreadRanks(Ranks):
+    """Ranks that meet at a barrier."""
+
+    def __init__(self, rank, size, barrier, slots):
+        self.rank, self.size, self.barrier, self.slots = rank, size, barrier, slots
+
+    def gather(self, make):
+        try:
+            self.slots[self.rank] = make(), None
+        except MSPError as error:
+            self.slots[self.rank] = None, error
+        self.barrier.wait()
+        found = list(self.slots)
+        self.barrier.wait()
+        for _, error in found:
+            if error is not None:
+                raise error
+        return [copy.deepcopy(value) for value, _ in found]
+
+
+def on_ranks(size, work):
+    """Return what ``work(ranks)`` returned on each of ``size`` threads, or the exception that it raised."""
+    barrier, slots, found = threading.Barrier(size, timeout=40), [None] * size, [None] * size
+
+    def run(rank):
+        try:
+            found[rank] = work(ThreadRanks(rank, size, barrier, slots))
+        except Exception as error:  # whatever it is: the test looks at it
+            found[rank] = error
+            if not isinstance(error, MSPError):
+                barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _no_lock_between_objects(monkeypatch):
+    """Python 3.11 locks a cached_property over all objects of its class: ranks as threads would wait for ever."""
+    for found in vars(Measurements).values():
+        if isinstance(found, functools.cached_property):
+            monkeypatch.setattr(found, "lock", contextlib.nullcontext(), raising=False)
+
+
+@pytest.fixture
+def measured(llama, make_samples, tmp_path):
+    """Return Measurements by ranks and cache name; each has a copy of the model."""
+    samples = make_samples(20).samples
+
+    def make(ranks=ALONE, cache="cache", model=None):
+        own = copy.deepcopy(llama if model is None else model)
+        return Measurements(
+            own, prunable_layers(own), MENU, SparseGPT(), CalibrationSet(samples[:7], "head"),
+            CalibrationSet(samples[7:16], "search"), CalibrationSet(samples[16:], "holdout"),
+            {"fisher": FisherTrace()}, str(tmp_path / cache), ranks=ranks,
+        )  # fmt: skip
+
+    return make
+
+
+def test_values_come_in_the_order_of_the_items_whatever_the_ranks():
+    for size in (1, 2, 3, 5, 9):
+        found = on_ranks(size, lambda ranks: ranks.spread(range(7), lambda i: i * i))
+        assert found == [[0, 1, 4, 9, 16, 25, 36]] * size
+        done = on_ranks(size, lambda ranks: ranks.share(list(range(7))))
+        assert (
+            sorted(itertools.chain(*done)) == list(range(7))
+            and max(map(len, done)) - min(map(len, done)) <= 1
+        )
+        assert on_ranks(size, lambda ranks: ranks.first(lambda: ranks.rank + 5)) == [5] * size
+
+
+def test_an_error_of_one_rank_is_raised_on_all():
+    def work(ranks):
+        def fail():
+            if ranks.rank == 1:
+                raise NumericsError("rank one", hint="as it is")
+
+        ranks.gather(fail)
+
+    assert [str(error) for error in on_ranks(3, work)] == ["rank one\n  -> as it is"] * 3
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_losses_and_slopes_are_those_of_one_process_bit_for_bit(measured, size):
+    def work(ranks):
+        held = measured(ranks)
+        problem = AllocationProblem(held.table, MENU, Fraction(1, 2))
+        with CandidateWeights(held.model, held.database, problem) as weights:
+            loss = CandidateLoss(weights, held.search, batch_tokens=48, ranks=ranks).prepare()
+            uniform, other = problem.uniform(), (0, 2, *problem.uniform()[2:])
+            loss.keep(uniform)
+            values = [loss(uniform), loss(other), loss(other, (1, 4, 5)), loss(uniform, (3,))]
+            slopes = loss.slopes(uniform, (0, 3, 4, 8), 2, 5)
+        return values, [part.tobytes() for part in slopes], loss.forward_tokens
+
+    expected = work(ALONE)
+    assert on_ranks(size, work) == [expected] * size
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_search_finds_the_same_from_the_same_files_whatever_the_ranks(measured, size, tmp_path):
+    search = Search(rounds=3, tokens=216, holdout=96)
+
+    def work(cache):
+        def run(ranks):
+            held = measured(ranks, cache)
+            result, record = held.allocate(search, AllocationProblem(held.table, MENU, Fraction(1, 2)), 3)
+            return result, record["forward_tokens"], held.sensitivities, held.error("output").tobytes()
+
+        return run
+
+    expected = work("alone")(ALONE)
+    found = on_ranks(size, work("shared"))
+    assert found == [expected] * size
+    alone, shared = (
+        {p.relative_to(tmp_path / c): p for p in (tmp_path / c).rglob("*.*")} for c in ("alone", "shared")
+    )
+    assert alone.keys() == shared.keys()
+    weights = [path for path in alone if path.suffix == ".safetensors"]
+    assert len(weights) == 14 and all(alone[p].read_bytes() == shared[p].read_bytes() for p in weights)
+
+
+def test_a_search_that_two_ranks_began_is_ended_by_one_and_the_other_way_round(measured, tmp_path):
+    search = Search(rounds=3, tokens=216, holdout=96)
+
+    def run(ranks, cache, stop=None):
+        held = measured(ranks, cache)
+        steps = []
+
+        def progress(step, done, total):
+            steps.append(step)
+            if step == "search" and done == stop:
+                raise NumericsError("stopped")
+
+        held.progress = progress
+        return held.allocate(search, AllocationProblem(held.table, MENU, Fraction(1, 2)), 3)[0], set(steps)
+
+    expected = run(ALONE, "undisturbed")[0]
+    assert {str(e) for e in on_ranks(2, lambda ranks: run(ranks, "a", 1))} == {"stopped"}
+    result, steps = run(ALONE, "a")
+    assert result == expected and "level database" not in steps
+    with pytest.raises(NumericsError):
+        run(ALONE, "b", 1)
+    assert [found[0] for found in on_ranks(3, lambda ranks: run(ranks, "b"))] == [expected] * 3
+
+
+def test_more_ranks_than_layers_or_samples_are_fine(measured):
+    def run(ranks):
+        held = measured(ranks, f"cache-{ranks.size}")
+        return held.sensitivity("fisher"), np.array(held.database.errors(held.table)).tobytes()
+
+    assert on_ranks(17, run) == [run(ALONE)] * 17
+
+
+def test_ranks_with_different_models_are_refused(measured, qwen2):
+    def run(ranks):
+        return measured(ranks, model=qwen2 if ranks.rank else None).database
+
+    for error in on_ranks(2, run):
+        assert isinstance(error, HostError) and "different models" in str(error)
+
+
+def test_one_process_is_alone():
+    assert join({}) is ALONE and join({"WORLD_SIZE": "1"}) is ALONE
+    assert ALONE.gather(lambda: 3) == [3] and ALONE.first(lambda: 4) == 4 and ALONE.leave() is None
+
+
+PROCESS = """
+import os, signal, sys
+from msp_plugin.errors import MSPError, NumericsError
+from msp_plugin.ranks import join
+ranks = join()
+try:
+    assert ranks.spread(range(5), lambda i: (i, os.getpid()))[3][0] == 3
+    if sys.argv[1] == "error" and ranks.rank == 1:
+        ranks.gather(lambda: (_ for _ in ()).throw(NumericsError("no number", hint="none")))
+    if sys.argv[1] == "kill" and ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    pids = ranks.gather(os.getpid)
+    ranks.leave()
+    if ranks.rank == 0:
+        print(len(set(pids)), "ranks", "WORLD_SIZE" in os.environ)
+except MSPError as error:
+    print("rank", ranks.rank, str(error).splitlines()[0], flush=True)
+    sys.exit(3)
+"""
+
+
+def torchrun(tmp_path, how):
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    began = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, how],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return run, time.monotonic() - began
+
+
+def test_processes_of_torchrun_share_and_part(tmp_path):
+    run, _ = torchrun(tmp_path, "share")
+    assert run.returncode == 0 and run.stdout == "2 ranks False\n"
+
+
+def test_processes_of_torchrun_end_with_the_error_of_one(tmp_path):
+    run, _ = torchrun(tmp_path, "error")
+    assert run.returncode == 1 and run.stdout.count("no number") >= 1
+
+
+def test_a_rank_that_is_killed_ends_the_others_within_seconds(tmp_path):
+    run, seconds = torchrun(tmp_path, "kill")
+    assert run.returncode == 1 and seconds < 60
+    assert "rank 0 lost the others" in run.stdout or "SIGKILL" in run.stderr
