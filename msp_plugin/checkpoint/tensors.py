@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msp_plugin.errors import FormatError, ModelError, OutputError
+from msp_plugin.errors import FormatError, ModelError, OutputError, shown
 from msp_plugin.files import write_json
+from msp_plugin.plan.document import parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -125,7 +125,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         for name in names:
             if Path(name).name != name:
                 raise FormatError(
-                    f"{self.directory / INDEX} names the file {name!r} outside of its directory"
+                    f"{self.directory / INDEX} names the file {shown(name)} outside of its directory"
                 )
             if not (self.directory / name).is_file():
                 raise FormatError(
@@ -213,8 +213,8 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: not readable, no JSON, or no object.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise FormatError(f"cannot read {path} as JSON: {error}", hint="copy the file anew") from None
     if not isinstance(data, dict):
         raise FormatError(f"{path} holds no JSON object")
