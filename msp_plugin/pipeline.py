@@ -23,6 +23,7 @@ from msp_plugin.models import load_tokenizer
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
 from msp_plugin.samples import Samples, Text, load_samples
+from msp_plugin.writing import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +116,7 @@ def run_recipe(
     if plan is not None and plan.is_uniform:
         quality["uniform"] = quality[name]
     record |= _provenance(source, text, samples, quality)
-    with output_directory(path) as temporary:
+    with writing(path), output_directory(path) as temporary:
         loaded.save_pretrained(temporary, save_compressed=True)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "run.json", record)

@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msp_plugin.errors import FormatError, ModelError, OutputError, shown
+from msp_plugin.errors import FormatError, ModelError, shown
 from msp_plugin.files import write_json
 from msp_plugin.plan.document import parse_json
+from msp_plugin.writing import cannot_write
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -188,7 +189,7 @@ class ShardWriter:
             try:
                 save_file(self._held, file, metadata={"format": "pt"})
             except (SafetensorError, OSError) as error:
-                raise OutputError(f"cannot write {file.name}: {error}", hint="is the disk full?") from error
+                raise cannot_write(Path(file.name), error) from error
             self._held = {}
 
     def finish(self) -> list[Path]:

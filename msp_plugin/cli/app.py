@@ -141,6 +141,13 @@ def run() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # of a cache or of stdout, which no command writes as its result
+        from msp_plugin.writing import cannot_write
+
+        if debug:
+            raise
+        typer.echo(f"error: {cannot_write(None, error)}", err=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was written", err=True)
         sys.exit(130)

@@ -87,6 +87,7 @@ def compare_command(
     from msp_plugin.matrix import Matrix, parse_allocators, parse_sparsities
     from msp_plugin.plugins import Plugins
     from msp_plugin.samples import Text
+    from msp_plugin.writing import writing
 
     check_output(out)
     names = parse_allocators(allocators)
@@ -117,7 +118,7 @@ def compare_command(
             resolve_model(model), text, matrix, dtype=dtype, trust_remote_code=trust_remote_code,
             progress=progress,
         )  # fmt: skip
-    with output_directory(out) as temporary:
+    with writing(out), output_directory(out) as temporary:
         write_json(temporary / "compare.json", record)
         written = _write_report(temporary)
     if as_json:

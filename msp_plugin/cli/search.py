@@ -72,7 +72,6 @@ def allocate_command(
     from rich.table import Table
 
     from msp_plugin.cli import console
-    from msp_plugin.errors import OutputError
 
     console.set_up_logs(verbose)
     from msp_plugin.files import write_text
@@ -80,9 +79,9 @@ def allocate_command(
     from msp_plugin.pipeline import search_allocation
     from msp_plugin.plugins import Plugins
     from msp_plugin.samples import Text
+    from msp_plugin.writing import check_new, writing
 
-    if out.exists():
-        raise OutputError(f"{out} exists", hint="give another --out, or remove it")
+    check_new(out)
     estimators = Plugins().components["estimators"]
     specs = component_options(options, estimators, method=method, allocator=allocator)
     given = recipe_options(sparsity, levels, target, ignore, seed, cache, specs)
@@ -93,7 +92,8 @@ def allocate_command(
             chosen, resolve_model(model), text, dtype=dtype, trust_remote_code=trust_remote_code,
             progress=progress,
         )  # fmt: skip
-    write_text(out, outcome.allocation.to_json())
+    with writing(out):
+        write_text(out, outcome.allocation.to_json())
     if as_json:
         typer.echo(
             json.dumps({"allocation": outcome.allocation.to_dict(), "search": outcome.search}, indent=2)

@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise RecipeError(
-                    f"the recipe names {shown(key)} twice in one group (line {key_node.start_mark.line + 1})",
+                    f"names {shown(key)} twice in one group (line {key_node.start_mark.line + 1})",
                     hint="llm-compressor would run the last one only: put the second into a group of its own",
                 )
             seen.add(key if isinstance(key, str) else id(key_node))
@@ -49,6 +49,8 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
         text = str(source)
     try:
         data = parse_yaml(text, _Loader)
+    except RecipeError as error:
+        raise RecipeError(f"{name} {error.message}", hint=error.hint) from None
     except ValueError as error:
         raise RecipeError(f"{name} is not YAML: {error}") from None
     _check_levels(data, name)
