@@ -133,9 +133,13 @@ def sweep(
         number = list(CODES)[i % 2]
         process = Process(arguments, folder)
         code, took = process.stop(number, after, grace)
-        finished = code == 0 and (folder / "out").exists()  # the signal came too late
+        late = code in (0, -number, CODES[number])  # Python itself was ending
+        finished = late and (folder / "out").exists() and not list(folder.rglob("*.partial"))
         traceback = [line for _, line in process.lines if "Traceback" in line]
+        lost = code == 0 and took > seconds / 2
         where = f"{name}: {number.name} after {after if isinstance(after, int) else f'{after:.2f} s'}"
+        if lost:
+            wrong.append(f"{where}: the signal was lost, it ended after {took:.1f} s")
         if not finished:
             remains = left(folder)
             early = code == -number and not process.lines  # while Python itself starts

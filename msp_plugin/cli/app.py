@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from typing import Annotated
 
@@ -18,6 +17,7 @@ from msp_plugin.cli.evaluate import evaluate_command
 from msp_plugin.cli.prune import demo, prune, run_command
 from msp_plugin.cli.report import report
 from msp_plugin.cli.search import allocate_command, sensitivity
+from msp_plugin.cli.stopping import Stopped
 from msp_plugin.errors import MSPError
 
 app = typer.Typer(
@@ -129,7 +129,6 @@ def _root(
 def run() -> None:
     """Run the command line with the commands that plugins add."""
     debug = bool(os.environ.get("MSP_DEBUG"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
     try:
         if not {"plugins", "doctor", "disable", "--version"} & set(sys.argv[1:2]):
             from msp_plugin.plugins import Plugins
@@ -148,6 +147,6 @@ def run() -> None:
             raise
         typer.echo(f"error: {cannot_write(None, error)}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
-        sys.exit(130)
+    except Stopped:
+        typer.echo("stopped; nothing was written", err=True)
+        raise
