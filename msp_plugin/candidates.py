@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from msp_plugin.calibration import CalibrationSet
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import NumericsError
 from msp_plugin.evaluation import summed_cross_entropy, summed_kl
+from msp_plugin.memory import in_parts, is_out_of_memory, short_of_memory
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.prefix import Prefix
 from msp_plugin.slopes import FORWARD_EQUIVALENT, measure_slopes
@@ -150,6 +152,7 @@ class CandidateLoss:
         self._reference: list[_Reference] = []
         self._prefix = Prefix(self.model, activation_bytes // max(data.tokens, 1)) if reuse else None
         self._kept: Choice | None = None
+        self._halved = False
 
     @property
     def block_tokens(self) -> int:
@@ -165,21 +168,25 @@ class CandidateLoss:
         """
         self.weights.set(None)
         if self.objective == "kl":
-            self._head = self._plain_head()
+            (self._head,) = self._fitting([0], lambda _: self._plain_head())
             self._reference = [None] * len(self._ids)  # type: ignore[list-item]
             for group in self._batches(range(len(self._ids))):
-                hidden, logits = self._forward(group)
-                if not torch.isfinite(logits).all():
-                    raise NumericsError(
-                        "the dense model's logits on the search text are not finite",
-                        hint="the activations overflow: try dtype float32",
-                    )
-                for row, i in enumerate(group):
-                    self._reference[i] = self._refer(None if hidden is None else hidden[row], logits[row])
-        if self._prefix is not None and not self._prefix.is_exact(self._ids[0][None]):
+                self._fitting(group, self._prepare)
+        prefix = self._prefix
+        if prefix is not None and not self._fitting([0], lambda _: prefix.is_exact(self._ids[0][None]))[0]:
             log.info("activations cannot be reused in %s: every candidate runs all blocks", type(self.model))
             self._prefix = None
         return self
+
+    def _prepare(self, group: list[int]) -> None:
+        hidden, logits = self._forward(group)
+        if not torch.isfinite(logits).all():
+            raise NumericsError(
+                "the dense model's logits on the search text are not finite",
+                hint="the activations overflow: try dtype float32",
+            )
+        for row, i in enumerate(group):
+            self._reference[i] = self._refer(None if hidden is None else hidden[row], logits[row])
 
     def keep(self, choice: Choice) -> None:
         """Keep the activations of ``choice`` from its next measurement on (see TrueLoss.keep)."""
@@ -194,14 +201,9 @@ class CandidateLoss:
         first = self._first_difference(choice)
         total, count = 0.0, 0
         for group in self._batches(range(len(self._ids)) if samples is None else samples):
-            if self._prefix is None or self._kept is None:
-                hidden, logits = self._forward(group)
-            else:
-                with self._prefix.use(group, first, record=choice == self._kept):
-                    hidden, logits = self._forward(group)
-            part, tokens = self._loss(group, hidden, logits)
-            total += part
-            count += tokens
+            for part, tokens in self._fitting(group, lambda some: self._measure(some, first, choice)):
+                total += part
+                count += tokens
             self.forward_tokens += sum(self.lengths[i] for i in group)
         loss = total / count
         if not math.isfinite(loss):
@@ -209,20 +211,49 @@ class CandidateLoss:
             return math.inf
         return loss
 
+    def _measure(self, group: list[int], first: int, choice: Choice) -> tuple[float, int]:
+        if self._prefix is None or self._kept is None:
+            return self._loss(group, *self._forward(group))
+        with self._prefix.use(group, first, record=choice == self._kept):
+            hidden, logits = self._forward(group)
+        return self._loss(group, hidden, logits)
+
+    def _fitting(self, group: list[int], measure: Callable[[list[int]], Any]) -> list[Any]:
+        """Return what ``measure`` gives for a batch, or for the parts of it that fit into memory, then and later.
+
+        Raises:
+            ModelError: a single sample does not fit.
+        """
+        length = self.lengths[group[0]]
+        found = in_parts(measure, group, length)
+        if len(found) > 1:
+            fits = -(-len(group) // len(found))
+            self.batch_tokens = fits * length
+            if not self._halved:
+                log.warning(
+                    "%d samples of %d tokens do not fit into memory at once, %d do: losses may differ by rounding "
+                    "from those of a run with more memory", len(group), length, fits,
+                )  # fmt: skip
+            self._halved = True
+        return found
+
     @torch.no_grad()
     def quality(self) -> tuple[float, float]:
         """Return (KL, perplexity) of the weights that the model holds, whatever they are; for ``kl`` only."""
         kl = cross_entropy = 0.0
         positions = targets = 0
         for group in self._batches(range(len(self._ids))):
-            hidden, logits = self._forward(group)
-            part, count = self._loss(group, hidden, logits)
-            ids = torch.stack([self._ids[i] for i in group])
-            kl, positions = kl + part, positions + count
-            cross_entropy += summed_cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-            targets += ids[:, 1:].numel()
+            for part, count, more, asked in self._fitting(group, self._qualities):
+                kl, positions = kl + part, positions + count
+                cross_entropy, targets = cross_entropy + more, targets + asked
         mean = cross_entropy / targets
         return kl / positions, math.exp(mean) if mean < 700 else math.inf
+
+    def _qualities(self, group: list[int]) -> tuple[float, int, float, int]:
+        hidden, logits = self._forward(group)
+        ids = torch.stack([self._ids[i] for i in group])
+        more = summed_cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return *self._loss(group, hidden, logits), more, ids[:, 1:].numel()
 
     def slopes(
         self, choice: Choice, samples: Sequence[int], reach: int, seed: int
@@ -245,10 +276,15 @@ class CandidateLoss:
             return self._graph_loss(samples[number], logits)
 
         self.forward_tokens += FORWARD_EQUIVALENT * sum(self.lengths[i] for i in samples)
-        return measure_slopes(
-            self.model, list(units), [self._ids[i] for i in samples], loss, changes,
-            (len(choice), len(self.problem.menu)), torch.Generator().manual_seed(seed),
-        )  # fmt: skip
+        try:
+            return measure_slopes(
+                self.model, list(units), [self._ids[i] for i in samples], loss, changes,
+                (len(choice), len(self.problem.menu)), torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+        except (MemoryError, RuntimeError) as error:  # one sample at a time already
+            if not is_out_of_memory(error):
+                raise
+            raise short_of_memory(max(self.lengths[i] for i in samples), error) from error
 
     def _graph_loss(self, i: int, logits: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of a sample's logits [T, V] as a node of the graph."""
