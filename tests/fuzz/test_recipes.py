@@ -107,6 +107,11 @@ def test_a_recipe_whose_aliases_explode_is_refused(tmp_path):
     assert isinstance(error, RecipeError) and "aliases expand" in str(error)
 
 
+def test_a_key_twice_names_the_file_and_the_line(tmp_path):
+    error = check(READERS["recipe"], tmp_path, RECIPE.encode() + RECIPE.encode())
+    assert "recipe.yaml names 'quantization_stage' twice in one group (line 18)" in str(error)
+
+
 HUGE = [
     int("f" * 5000, 16),
     -int("f" * 5000, 16),
