@@ -12,12 +12,14 @@ from safetensors import SafetensorError
 from msp_plugin.errors import OutputError
 from msp_plugin.files import check_output
 
-_HINTS = {
+#: By the number of an error of a disk: what to do.
+DISK = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some of your quota, or write to another disk",
     errno.EFBIG: "a limit on the size of files is set (ulimit -f): raise it, or write to another disk",
     errno.EACCES: "give a place that you may write to",
     errno.EPERM: "give a place that you may write to",
+    errno.ENOTDIR: "a part of the path is a file: give another place",
     errno.EROFS: "give a place on a disk that is not read-only",
 }
 
@@ -36,13 +38,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def cannot_write(path: Path | None, error: Exception) -> OutputError:
-    """Return the error for a failed write, to ``path`` or to the file that the error names."""
-    number = getattr(error, "errno", None) or next(
-        (n for n in _HINTS if f"(os error {n})" in str(error)), None
+    """Return the error for a failed write to ``path``; without one, of what the error itself names."""
+    number = getattr(error, "errno", None) or next((n for n in DISK if f"(os error {n})" in str(error)), None)
+    what = (
+        f"write {path}"
+        if path is not None
+        else f"read or write {getattr(error, 'filename', None) or 'the output'}"
     )
-    what = path if path is not None else getattr(error, "filename", None) or "the output"
-    hint = _HINTS.get(number, "is the disk full, or the place read-only?")
-    return OutputError(f"cannot write {what}: {getattr(error, 'strerror', None) or error}", hint=hint)
+    hint = DISK.get(number, "is the disk full, or the place read-only?")
+    return OutputError(f"cannot {what}: {getattr(error, 'strerror', None) or error}", hint=hint)
 
 
 def check_new(path: Path) -> None:

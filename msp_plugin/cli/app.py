@@ -141,9 +141,9 @@ def run() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:  # of a cache or of stdout, which no command writes as its result
-        from msp_plugin.writing import cannot_write
+        from msp_plugin.writing import DISK, cannot_write
 
-        if debug:
+        if debug or error.errno not in DISK:
             raise
         typer.echo(f"error: {cannot_write(None, error)}", err=True)
         sys.exit(2)
