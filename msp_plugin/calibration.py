@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from msp_plugin.errors import DataError, nearest
+from msp_plugin.plan.document import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ def load_texts(source: str, text_column: str = "text") -> Iterable[str]:
 
 def _file_texts(path: Path, column: str) -> list[str]:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from None
     except OSError as error:
@@ -128,8 +128,8 @@ def _file_texts(path: Path, column: str) -> list[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(
                 f"{path}, line {number} is not JSON: {error}", hint="jsonl holds one JSON object a line"
             ) from None

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from msp_plugin.calibration import CalibrationSet
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import NumericsError
 from msp_plugin.evaluation import summed_cross_entropy, summed_kl
+from msp_plugin.memory import in_parts, is_out_of_memory, short_of_memory
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.prefix import Prefix
 from msp_plugin.ranks import ALONE, Ranks
@@ -158,6 +160,9 @@ class CandidateLoss:
         self._reference: list[_Reference] = []
         self._prefix = Prefix(self.model, activation_bytes // max(data.tokens, 1)) if reuse else None
         self._kept: Choice | None = None
+        #: Tokens of a batch that fit into memory; batches stay as they are, so that ranks have the same ones.
+        self._fits = max(batch_tokens, *self.lengths)
+        self._halved = False
 
     @property
     def block_tokens(self) -> int:
@@ -173,21 +178,25 @@ class CandidateLoss:
         """
         self.weights.set(None)
         if self.objective == "kl":
-            self._head = self._plain_head()
+            (self._head,) = self._fitting([0], lambda _: self._plain_head())
             self._reference = [None] * len(self._ids)  # type: ignore[list-item]
             for group in self._batches(range(len(self._ids))):
-                hidden, logits = self._forward(group)
-                if not torch.isfinite(logits).all():
-                    raise NumericsError(
-                        "the dense model's logits on the search text are not finite",
-                        hint="the activations overflow: try dtype float32",
-                    )
-                for row, i in enumerate(group):
-                    self._reference[i] = self._refer(None if hidden is None else hidden[row], logits[row])
-        if self._prefix is not None and not self._prefix.is_exact(self._ids[0][None]):
+                self._fitting(group, self._prepare)
+        prefix = self._prefix
+        if prefix is not None and not self._fitting([0], lambda _: prefix.is_exact(self._ids[0][None]))[0]:
             log.info("activations cannot be reused in %s: every candidate runs all blocks", type(self.model))
             self._prefix = None
         return self
+
+    def _prepare(self, group: list[int]) -> None:
+        hidden, logits = self._forward(group)
+        if not torch.isfinite(logits).all():
+            raise NumericsError(
+                "the dense model's logits on the search text are not finite",
+                hint="the activations overflow: try dtype float32",
+            )
+        for row, i in enumerate(group):
+            self._reference[i] = self._refer(None if hidden is None else hidden[row], logits[row])
 
     def keep(self, choice: Choice) -> None:
         """Keep the activations of ``choice`` from its next measurement on (see TrueLoss.keep)."""
@@ -200,23 +209,49 @@ class CandidateLoss:
         """Return the mean loss of a choice over the samples (default: all); ``inf`` if it is not a number."""
         self.weights.set(choice)
         first = self._first_difference(choice)
-
-        def measure(group: list[int]) -> tuple[float, int]:
-            if self._prefix is None or self._kept is None:
-                hidden, logits = self._forward(group)
-            else:
-                with self._prefix.use(group, first, record=choice == self._kept):
-                    hidden, logits = self._forward(group)
-            return self._loss(group, hidden, logits)
-
         samples = range(len(self._ids)) if samples is None else samples
-        parts = self.ranks.spread(list(self._batches(samples)), measure)
+
+        def measure(group: list[int]) -> list[tuple[float, int]]:
+            return self._fitting(group, lambda some: self._measure(some, first, choice))
+
+        found = [part for parts in self.ranks.spread(list(self._batches(samples)), measure) for part in parts]
         self.forward_tokens += sum(self.lengths[i] for i in samples)
-        loss = sum(part for part, _ in parts) / sum(count for _, count in parts)
+        loss = sum(part for part, _ in found) / sum(count for _, count in found)
         if not math.isfinite(loss):
             log.warning("a candidate's loss is not a number; it is rejected: %s", self._describe(choice))
             return math.inf
         return loss
+
+    def _measure(self, group: list[int], first: int, choice: Choice) -> tuple[float, int]:
+        if self._prefix is None or self._kept is None:
+            return self._loss(group, *self._forward(group))
+        with self._prefix.use(group, first, record=choice == self._kept):
+            hidden, logits = self._forward(group)
+        return self._loss(group, hidden, logits)
+
+    def _fitting(self, group: list[int], measure: Callable[[list[int]], Any]) -> list[Any]:
+        """Return what ``measure`` gives for a batch, or for the parts of it that fit into memory, then and later.
+
+        Raises:
+            ModelError: a single sample does not fit.
+        """
+        length = self.lengths[group[0]]
+        size = max(1, min(len(group), self._fits // length))
+        found: list[Any] = []
+        for first in range(0, len(group), size):
+            batch = group[first : first + size]
+            parts = in_parts(measure, batch, length)
+            found += parts
+            if len(parts) > 1:
+                self._fits = -(-len(batch) // len(parts)) * length
+                if not self._halved:
+                    log.warning(
+                        "%d samples of %d tokens do not fit into memory at once, %d do: losses may differ by "
+                        "rounding from those of a run with more memory",
+                        len(batch), length, self._fits // length,
+                    )  # fmt: skip
+                self._halved = True
+        return found
 
     @torch.no_grad()
     def quality(self) -> tuple[float, float]:
@@ -224,14 +259,17 @@ class CandidateLoss:
         kl = cross_entropy = 0.0
         positions = targets = 0
         for group in self._batches(range(len(self._ids))):
-            hidden, logits = self._forward(group)
-            part, count = self._loss(group, hidden, logits)
-            ids = torch.stack([self._ids[i] for i in group])
-            kl, positions = kl + part, positions + count
-            cross_entropy += summed_cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-            targets += ids[:, 1:].numel()
+            for part, count, more, asked in self._fitting(group, self._qualities):
+                kl, positions = kl + part, positions + count
+                cross_entropy, targets = cross_entropy + more, targets + asked
         mean = cross_entropy / targets
         return kl / positions, math.exp(mean) if mean < 700 else math.inf
+
+    def _qualities(self, group: list[int]) -> tuple[float, int, float, int]:
+        hidden, logits = self._forward(group)
+        ids = torch.stack([self._ids[i] for i in group])
+        more = summed_cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return *self._loss(group, hidden, logits), more, ids[:, 1:].numel()
 
     def slopes(
         self, choice: Choice, samples: Sequence[int], reach: int, seed: int
@@ -254,10 +292,15 @@ class CandidateLoss:
             return self._graph_loss(samples[number], logits)
 
         def measure(number: int) -> tuple[np.ndarray, np.ndarray]:
-            return measure_slopes(
-                self.model, list(units), [self._ids[samples[number]]], lambda _, logits: loss(number, logits),
-                changes, (len(choice), len(self.problem.menu)), _generator(seed, number),
-            )  # fmt: skip
+            try:
+                return measure_slopes(
+                    self.model, list(units), [self._ids[samples[number]]], lambda _, logits: loss(number, logits),
+                    changes, (len(choice), len(self.problem.menu)), _generator(seed, number),
+                )  # fmt: skip
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise short_of_memory(self.lengths[samples[number]], error) from error
 
         self.forward_tokens += FORWARD_EQUIVALENT * sum(self.lengths[i] for i in samples)
         parts = self.ranks.spread(range(len(samples)), measure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -78,10 +79,32 @@ class VerificationError(MSPError):
     """What was written is not what was planned."""
 
 
+class _Short(reprlib.Repr):
+    """A repr of bounded length and depth, whatever a file holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, _WIDEST, _WIDEST, _WIDEST
+
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() > 4 * _WIDEST:  # Python refuses to write out more than 4,300 digits
+            return f"an integer of {value.bit_length():,} bits"
+        return super().repr_int(value, level)
+
+
+#: Characters of one value in a message.
+_WIDEST = 100
+
+
+def shown(value: object) -> str:
+    """Return a value that was found as an error quotes it: its repr, shortened where it is long or deep."""
+    return _Short().repr(value)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint that names the known word nearest to ``name``, or all known words."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name)[:_WIDEST], known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}? Known: {', '.join(known)}"
     return f"known: {', '.join(known) or '(none)'}"

@@ -58,15 +58,23 @@ def check_output(path: str | Path) -> Path:
         OutputError: it is a file, holds anything, or cannot be made.
     """
     path = Path(path).expanduser().resolve()
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file", hint="give a directory that does not exist yet")
-    if path.is_dir() and any(path.iterdir()):
-        raise OutputError(f"{path} is not empty", hint="give another directory, or empty this one")
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not parent.is_dir():
-        raise OutputError(f"{parent} is a file", hint="give a directory that does not exist yet")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{parent} is not writable", hint="give a directory that you may write to")
+    try:
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file", hint="give a directory that does not exist yet")
+        if path.is_dir() and any(path.iterdir()):
+            raise OutputError(f"{path} is not empty", hint="give another directory, or empty this one")
+        parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not parent.is_dir():
+            raise OutputError(f"{parent} is a file", hint="give a directory that does not exist yet")
+        if not os.access(parent, os.W_OK):
+            raise OutputError(f"{parent} is not writable", hint="give a directory that you may write to")
+        probe = parent / f".{uuid.uuid4().hex}.partial"  # root may write everywhere, and cannot in /proc
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}", hint="give a directory that you may write to"
+        ) from error
     return path
 
 

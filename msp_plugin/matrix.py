@@ -82,7 +82,7 @@ def parse_allocators(text: str) -> dict[str, str | dict[str, Any]]:
     Raises:
         RecipeError: brackets that do not match, an option without a value, or a label given twice.
     """
-    import yaml
+    from msp_plugin.yaml_text import parse_yaml
 
     found: dict[str, str | dict[str, Any]] = {}
     for label in filter(None, map(str.strip, re.split(r",(?![^\[\]]*\])", text))):
@@ -97,8 +97,8 @@ def parse_allocators(text: str) -> dict[str, str | dict[str, Any]]:
             key, equals, value = pair.partition("=")
             if not equals or key.strip() in ("", "name"):
                 raise RecipeError(f"{label!r}: {pair!r} is no option", hint="write name[option=value]")
-            with suppress(yaml.YAMLError):
-                value = yaml.safe_load(value)
+            with suppress(ValueError):
+                value = parse_yaml(value)
             spec[key.strip()] = value
         if label in found:
             raise RecipeError(f"{label!r} is given twice", hint="give it once")

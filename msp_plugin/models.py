@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
-from msp_plugin.errors import ModelError, NumericsError, RecipeError, nearest
+from msp_plugin.checkpoint.tensors import TensorFiles, read_json
+from msp_plugin.errors import FormatError, ModelError, NumericsError, RecipeError, nearest, shown
 from msp_plugin.patterns import check_patterns, matches
 from msp_plugin.plan.bounds import Bounds
 from msp_plugin.plan.levels import Level
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: Sizes of a config that become modules and memory before a tensor is looked at.
+_SIZES = (
+    "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "num_hidden_layers",
+)  # fmt: skip
+#: How much longer than the longest stored tensor a size may be: quantized weights hold eight or more in one number.
+_PACKED = 32
 
 
 def load_model(
@@ -41,7 +48,7 @@ def load_model(
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=target or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a config's values reach all of transformers
         raise ModelError(
             f"cannot load a causal language model from {source}: {error}",
             hint="give a directory with config.json and safetensors, or a hub id",
@@ -77,20 +84,45 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     check_source(source)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises that type itself
         raise ModelError(f"cannot load a tokenizer from {source}: {error}") from error
 
 
 def check_source(source: str | Path) -> None:
-    """Fail early on a path that is not there, before a hub is asked for it."""
+    """Fail early on a path that is not there, before a hub is asked for it, and on a config that lies.
+
+    Raises:
+        ModelError: there is no model, or a size in its config is none that its tensors could have.
+    """
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} has no config.json", hint="give a model's directory or a hub id")
+        _check_sizes(path)
     elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise ModelError(
             f"there is no model directory at {source}", hint="give a model's directory or a hub id"
         )
+
+
+def _check_sizes(path: Path) -> None:
+    try:
+        config = read_json(path / "config.json")
+        tensors = TensorFiles(path) if any(path.glob("*.safetensors")) else {}
+    except FormatError:  # whoever reads the damaged file says so
+        return
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    longest = max((length for info in tensors.values() for length in info.shape), default=2**24)
+    for part in parts:
+        for key in _SIZES:
+            most = _PACKED * longest if key != "num_hidden_layers" else len(tensors) or 2**14
+            value = part.get(key)
+            sizes = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= most for n in sizes):
+                raise ModelError(
+                    f"{path / 'config.json'}: {key} = {shown(value)} is no size of the tensors beside it",
+                    hint="config.json is damaged or from another model",
+                )
 
 
 def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
@@ -217,9 +249,12 @@ def max_length(source: str | Path, *, trust_remote_code: bool = False) -> int | 
     check_source(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    except Exception as error:  # a config's values reach all of transformers
         raise ModelError(f"cannot read the config of {source}: {error}") from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise ModelError(f"{source}: max_position_embeddings is {shown(most)}, no count")
+    return most
 
 
 def check_widths(table: UnitTable, menu: Iterable[Level]) -> None:

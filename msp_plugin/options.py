@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from msp_plugin.allocators.base import Allocator
-from msp_plugin.errors import RecipeError, nearest
+from msp_plugin.errors import RecipeError, nearest, shown
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.bounds import Bounds, parse_bounds
 from msp_plugin.plan.levels import DEFAULT_LEVELS, Level, parse_menu, parse_sparsity
@@ -53,7 +53,7 @@ class Options(BaseModel):
     allocator: str | dict[str, Any] = "search"
     estimators: dict[str, dict[str, Any]] = {}
     allocation: str | None = None
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)  # what torch's generators take
     cache: str | None = None
 
     @model_validator(mode="before")
@@ -62,7 +62,7 @@ class Options(BaseModel):
         if isinstance(data, Mapping):
             for key in data:
                 if key not in cls.model_fields:
-                    raise RecipeError(f"unknown key {key!r}", hint=nearest(str(key), Options.model_fields))
+                    raise RecipeError(f"unknown key {shown(key)}", hint=nearest(key, cls.model_fields))
             data = dict(data)
             if isinstance(data.get("levels"), int | float):
                 parse_menu([data["levels"]])  # an unquoted 2:4 is explained
@@ -80,11 +80,11 @@ class Options(BaseModel):
             RecipeError: an unknown key, or a value of the wrong type.
         """
         try:
-            return cls(**data)
+            return cls.model_validate(dict(data))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise RecipeError(f"{where} = {first['input']!r}: {first['msg']}") from None
+            raise RecipeError(f"{where} = {shown(first['input'])}: {first['msg']}") from None
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _target(options: Options, given: Allocation | None) -> tuple[Fraction, tuple
         return parse_sparsity(options.sparsity), parse_menu(options.levels)
     if options.sparsity is not None and parse_sparsity(options.sparsity) != given.target:
         raise RecipeError(
-            f"sparsity {options.sparsity} contradicts {options.allocation}, made for {given.target}",
+            f"sparsity {shown(options.sparsity)} contradicts {options.allocation}, made for {given.target}",
             hint="leave sparsity out, or allocate anew",
         )
     return given.target, tuple(dict.fromkeys(given.levels))
@@ -156,7 +156,7 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
     sparsity, menu = _target(options, given)
     if options.granularity not in GRANULARITIES:
         raise RecipeError(
-            f"granularity {options.granularity!r} is unknown",
+            f"granularity {shown(options.granularity)} is unknown",
             hint=nearest(options.granularity, GRANULARITIES),
         )
     bounds = parse_bounds(options.bounds, options.protect, menu)
@@ -167,7 +167,7 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
     known = plugins.components["estimators"]
     for name in options.estimators:
         if name not in known:
-            raise RecipeError(f"there is no estimator called {name!r}", hint=nearest(name, known))
+            raise RecipeError(f"there is no estimator called {shown(name)}", hint=nearest(name, known))
     built = {
         name: plugins.build("estimators", {**options.estimators.get(name, {}), "name": name})
         for name in {*allocator.sensitivities, *options.estimators}

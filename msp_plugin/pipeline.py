@@ -28,6 +28,7 @@ from msp_plugin.plugins import Plugins
 from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.resume import sole_run
 from msp_plugin.samples import Samples, Text, load_samples
+from msp_plugin.writing import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,7 +121,7 @@ def run_recipe(
         if plan is not None and plan.is_uniform:
             quality["uniform"] = quality[name]
         record |= _provenance(source, text, samples, quality)
-        with output_directory(path) as temporary:
+        with writing(path), output_directory(path) as temporary:
             loaded.save_pretrained(temporary, save_compressed=True)
             tokenizer.save_pretrained(temporary)
             write_json(temporary / "run.json", record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import inspect
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pluggy
 from pydantic import TypeAdapter, ValidationError
 
 from msp_plugin import hookspecs
-from msp_plugin.errors import PluginError, RecipeError, nearest
+from msp_plugin.errors import PluginError, RecipeError, nearest, shown
 
 KINDS = ("estimators", "allocators", "pruners", "exporters", "checks")
 BUILTIN = "msp_plugin.builtin"
@@ -142,7 +143,7 @@ class Plugins:
         """
         known = self.components[kind]
         if name not in known:
-            raise RecipeError(f"there is no {kind[:-1]} called {name!r}", hint=nearest(name, known))
+            raise RecipeError(f"there is no {kind[:-1]} called {shown(name)}", hint=nearest(name, known))
         return known[name].options
 
     def build(self, kind: str, spec: object) -> Any:
@@ -160,7 +161,7 @@ class Plugins:
             spec = {"name": spec}
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
             raise RecipeError(
-                f"{one} {spec!r} has no name", hint=f"write a name or {{name: ..., option: ...}}; "
+                f"{one} {shown(spec)} has no name", hint=f"write a name or {{name: ..., option: ...}}; "
                 f"known: {', '.join(sorted(known))}",
             )  # fmt: skip
         options = {key: value for key, value in spec.items() if key != "name"}
@@ -170,15 +171,20 @@ class Plugins:
         for option in options:
             if option not in fields:
                 raise RecipeError(
-                    f"{one} {name!r} has no option {option!r}", hint=nearest(str(option), fields)
+                    f"{one} {name!r} has no option {shown(option)}", hint=nearest(str(option), fields)
                 )
+        for option, value in options.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RecipeError(f"{one} {name!r}: option {option} = {value} is no finite number")
+            if isinstance(value, int) and value.bit_length() > 63:
+                raise RecipeError(f"{one} {name!r}: option {option} = {shown(value)} is beyond every count")
         try:
             return TypeAdapter(cls).validate_python(options)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise RecipeError(
-                f"{one} {name!r}: option {where} = {first['input']!r}: {first['msg']}"
+                f"{one} {name!r}: option {where} = {shown(first['input'])}: {first['msg']}"
             ) from None
 
 

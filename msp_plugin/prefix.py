@@ -60,10 +60,11 @@ class Prefix:
                 given = torch.stack([self._inputs[start][i] for i in samples])
                 undo.append(replace_input(self.blocks[start], given))
                 undo += [skip(block) for block in self.blocks[:start]]
-                self._skipped += given.shape[0] * given.shape[1] * start
             if record:
                 undo += [self._record(block, samples) for block in self._starts if block > start]
             yield
+            if start:
+                self._skipped += given.shape[0] * given.shape[1] * start
         finally:
             for call in reversed(undo):
                 call()

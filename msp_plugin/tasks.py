@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
-from msp_plugin.errors import DataError, HostError, RecipeError
+from msp_plugin.errors import DataError, HostError, RecipeError, shown
+from msp_plugin.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -81,7 +82,10 @@ def local_tasks(directory: Path) -> dict[str, str]:
         if isinstance(config.get(kind), str):
             found[config[kind]] = kind
             tags = config.get("tag") or []
-            found |= dict.fromkeys([tags] if isinstance(tags, str) else tags, "tag")
+            tags = [tags] if isinstance(tags, str) else tags
+            if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+                raise DataError(f"{file}: tag is {shown(tags)}", hint="write one name, or a list of names")
+            found |= dict.fromkeys(tags, "tag")
     if not found:
         raise DataError(f"no .yaml file of {directory} defines a task", hint="a task's file says task: NAME")
     return found
@@ -95,8 +99,8 @@ def _read_task(file: Path) -> dict[str, Any]:
 
     Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
     try:
-        config = yaml.load(file.read_text(encoding="utf-8"), Loader=Loader)  # noqa: S506  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        config = parse_yaml(file.read_text(encoding="utf-8"), Loader)
+    except (ValueError, OSError) as error:
         raise DataError(f"{file} is no YAML that lm-eval reads: {error}") from None
     if not isinstance(config, dict):
         raise DataError(

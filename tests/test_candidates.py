@@ -18,7 +18,7 @@ from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss, CandidateWeights
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LayerErrors, LevelDatabase
-from msp_plugin.errors import NumericsError, VerificationError
+from msp_plugin.errors import ModelError, NumericsError, VerificationError
 from msp_plugin.evaluation import mean_kl, perplexity
 from msp_plugin.models import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
@@ -235,9 +235,9 @@ def test_the_dense_weights_are_back_when_the_model_fails_half_way(llama, data, m
     before, where, hooks = bits(llama), places(llama), count_hooks(llama)
 
     def fail(module, args, output):
-        raise MemoryError
+        raise LookupError
 
-    with pytest.raises(MemoryError), loss_of(llama, held, data) as loss:
+    with pytest.raises(LookupError), loss_of(llama, held, data) as loss:
         handle = llama.model.layers[1].register_forward_hook(fail)
         try:
             loss(A)
@@ -354,3 +354,70 @@ def test_held_weights_are_read_once_and_make_way_when_they_grow_too_large(llama,
     assert found[1] == found[3 * one] == found[1 << 30]
     assert reads[1 << 30] == 2 * 14 == len(set(read)) and reads[1] > reads[1 << 30]
     assert all(level != "dense" for _, level in read)  # the model's own weight is at hand
+
+
+#: What torch raises where memory does not suffice: on a GPU, on the CPU, from cuBLAS; and Python itself.
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore lines"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: 9 bytes"
+    ),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError(),
+]
+
+
+@contextmanager
+def memory_for(model, rows, error, seen=None):
+    """Let a model's head fail for batches of more rows."""
+
+    def hook(module, args):
+        if seen is not None:
+            seen.append(len(args[0]))
+        if args[0].dim() == 3 and len(args[0]) > rows:
+            raise error
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("reuse", [True, False])
+def test_a_batch_that_does_not_fit_is_measured_in_parts(llama, make_samples, measured, error, reuse, caplog):
+    data, held = make_samples(7, 20), measured(llama)
+    with loss_of(llama, held, data, reuse=reuse) as loss:
+        loss.keep(A)
+        expected = [loss(A), loss(B), *loss.quality()]
+    seen = []
+    with memory_for(llama, 2, error, seen), loss_of(llama, held, data, reuse=reuse) as loss:
+        first, seen[:] = max(seen), []
+        loss.keep(A)
+        found = [loss(A), loss(B), *loss.quality()]
+        assert loss.forward_tokens == 2 * data.tokens
+    assert found == pytest.approx(expected, rel=1e-5) and first == 7
+    assert max(seen) <= 2  # the first batch showed what fits
+    assert [r.message for r in caplog.records].count(caplog.messages[0]) == len(caplog.messages) == 1
+    assert "7 samples of 20 tokens do not fit into memory at once, 2 do" in caplog.text
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_sample_that_does_not_fit_is_an_error_that_says_what_to_do(llama, make_samples, measured, error):
+    held = measured(llama)
+    refused = pytest.raises(ModelError, match="one sample of 20 tokens")
+    with memory_for(llama, 0, error), refused as found, loss_of(llama, held, make_samples(3, 20)):
+        pass
+    assert "--length" in found.value.hint and len(str(found.value).splitlines()) == 2
+    with loss_of(llama, held, make_samples(3, 20)) as loss:
+        loss(A)
+        with memory_for(llama, 0, error), pytest.raises(ModelError, match="one sample of 20 tokens"):
+            loss.slopes(A, [0, 1], 1, 0)
+
+
+def test_any_other_error_of_a_model_comes_through(llama, make_samples, measured):
+    held = measured(llama)
+    refused = pytest.raises(RuntimeError, match="^mine$")
+    with memory_for(llama, 1, RuntimeError("mine")), refused, loss_of(llama, held, make_samples(3, 20)):
+        pass

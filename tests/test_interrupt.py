@@ -1,11 +1,15 @@
 """A run that is stopped from outside."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+
+from msp_plugin.cli.stopping import Stopped, stopping
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -26,7 +30,41 @@ def test_a_stopped_run_leaves_nothing_behind_but_its_cache(stop, code, step, tmp
         if line.startswith(before):
             break
     run.send_signal(stop)
-    run.communicate(timeout=60)
+    said = run.communicate(timeout=60)[1]
     assert run.returncode == code
+    assert "Traceback" not in said
     assert {p.name for p in tmp_path.iterdir()} <= {"text.txt", "cache"}
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_stop_that_is_swallowed_comes_again():
+    with pytest.raises(Stopped) as stop, stopping():
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(10)
+    assert stop.value.code == 143
+
+
+def test_a_second_signal_does_not_stop_the_tidying_up():
+    tidied = []
+    with pytest.raises(Stopped) as stop, stopping():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(1.2)
+            tidied.append(True)
+    assert stop.value.code == 130 and tidied
+
+
+def test_the_handlers_are_put_back_and_an_ignored_signal_stays_ignored():
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    first = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        before = [signal.getsignal(name) for name in names]
+        with stopping():
+            signal.raise_signal(signal.SIGINT)
+        assert [signal.getsignal(name) for name in names] == before
+    finally:
+        signal.signal(signal.SIGINT, first)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -138,7 +138,7 @@ def test_a_component_without_a_name_is_refused(spec):
     ("allocators", {"offspring": 0}, "offspring = 0"),
     ("allocators", {"max_moves": 0}, "max_moves = 0"), ("allocators", {"tokens": 0}, "tokens = 0"),
     ("allocators", {"amplitude": 1.5}, "amplitude = 1.5 is outside"),
-    ("allocators", {"crossover": float("nan")}, "crossover = nan is outside"),
+    ("allocators", {"crossover": float("nan")}, "crossover = nan is no finite"),
     ("allocators", {"loss": "mse"}, "loss 'mse' is unknown"),
     ("estimators", {"samples": 0}, "at least 1"),
     ("pruners", {"block_size": 0}, "block_size"), ("pruners", {"dampening_frac": -1.0}, "dampening_frac"),

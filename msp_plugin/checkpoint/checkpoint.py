@@ -13,7 +13,7 @@ import torch
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.checkpoint.packing import Packing, sort_layers
 from msp_plugin.checkpoint.tensors import TensorFiles, TensorInfo, read_json
-from msp_plugin.errors import FormatError, ModelError, VerificationError
+from msp_plugin.errors import FormatError, ModelError, VerificationError, shown
 from msp_plugin.formats.sparse24 import FORMAT, SUFFIXES, Packed, unpack
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 
@@ -184,9 +184,9 @@ def _check_config(config: dict[str, Any], file: Path) -> None:
     """Raise unless what is read of a config besides its quantization has the right type."""
     names, most = config.get("architectures"), config.get("max_position_embeddings")
     if not (names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names))):
-        raise FormatError(f"{file}: architectures is {names!r}, no list of names")
-    if not (most is None or (isinstance(most, int) and most > 0)):
-        raise FormatError(f"{file}: max_position_embeddings is {most!r}, no count")
+        raise FormatError(f"{file}: architectures is {shown(names)}, no list of names")
+    if not (most is None or (isinstance(most, int) and not isinstance(most, bool) and most > 0)):
+        raise FormatError(f"{file}: max_position_embeddings is {shown(most)}, no count")
 
 
 def packed_layers(config: dict[str, Any], source: str) -> tuple[str, ...]:
@@ -210,7 +210,7 @@ def packed_layers(config: dict[str, Any], source: str) -> tuple[str, ...]:
         )
     if sparsity.get("format") != FORMAT:
         raise FormatError(
-            f"{source}: sparsity format {sparsity.get('format')!r} is not read here",
+            f"{source}: sparsity format {shown(sparsity.get('format'))} is not read here",
             hint=f"expected {FORMAT!r}",
         )
     targets = sparsity.get("targets")
@@ -219,7 +219,7 @@ def packed_layers(config: dict[str, Any], source: str) -> tuple[str, ...]:
     )
     if not targets or not named:
         raise FormatError(
-            f"{source}: sparsity_config.targets does not name layers one by one: {targets!r}",
+            f"{source}: sparsity_config.targets does not name layers one by one: {shown(targets)}",
             hint="class names and patterns are not read: vLLM 0.18 destroyed dense layers with them",
         )
     if len(set(targets)) < len(targets):

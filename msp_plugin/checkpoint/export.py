@@ -25,6 +25,7 @@ from msp_plugin.files import check_output, output_directory, write_json, write_t
 from msp_plugin.formats.sparse24 import packed_bytes
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.progress import Progress, silent
+from msp_plugin.writing import writing
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +74,9 @@ def export_checkpoint(
             f"the export takes {needed / 2**30:.2f} GiB, {path} has {free / 2**30:.2f} GiB free",
             hint="give a directory on another disk",
         )
-    try:
-        with output_directory(path) as temporary:
-            manifest = exporter.write(opened, temporary, progress)
-            manifest.write(temporary)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error}", hint="is the disk full?") from error
+    with writing(path), output_directory(path) as temporary:
+        manifest = exporter.write(opened, temporary, progress)
+        manifest.write(temporary)
     log.info("export %s: %d files in %s", exporter.name, len(manifest.files), path)
     return manifest
 

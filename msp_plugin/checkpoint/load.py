@@ -10,7 +10,7 @@ import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint, packed_layers
 from msp_plugin.checkpoint.tensors import read_json
-from msp_plugin.errors import FormatError, ModelError
+from msp_plugin.errors import FormatError, ModelError, MSPError
 from msp_plugin.models import check_dtype, check_source, load_model
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def load(
         checkpoint = Checkpoint.open(path)
         if checksums:
             checkpoint.check_files()
+        check_source(path)
         if packed:
             return _unpacked(checkpoint, dtype, trust_remote_code)
     return load_model(path, dtype, trust_remote_code=trust_remote_code)
@@ -70,7 +71,9 @@ def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
             return None
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", *(["*.py"] if trust_remote_code else [])]
         return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except (OSError, ValueError, KeyError) as error:
+    except MSPError:
+        raise
+    except Exception as error:  # a config's values reach all of transformers
         raise ModelError(
             f"cannot load {source}: {error}", hint="give a model's directory or a hub id"
         ) from error
@@ -94,7 +97,9 @@ def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Pr
         )  # fmt: skip
         if (checkpoint.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+    except MSPError:
+        raise
+    except Exception as error:  # a config's values reach all of transformers
         raise ModelError(f"cannot load a causal language model from {checkpoint.path}: {error}") from error
     return _complete(model, report, checkpoint)
 

@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from msp_plugin.checkpoint.tensors import read_json
-from msp_plugin.errors import FormatError
+from msp_plugin.errors import FormatError, shown
 from msp_plugin.files import write_json
 
 MANIFEST_FILE = "export.json"
@@ -58,17 +60,23 @@ class Manifest:
             raise FormatError(f"{path} is no export manifest", hint=f'expected schema "{SCHEMA}"')
         if data.get("version") != VERSION:
             raise FormatError(
-                f"{path} has version {data.get('version')!r}, this package reads {VERSION}",
+                f"{path} has version {shown(data.get('version'))}, this package reads {VERSION}",
                 hint="update msp_plugin",
             )
         try:
             found = cls(**{key: value for key, value in data.items() if key not in ("schema", "version")})
+            for key, kind in get_type_hints(cls).items():
+                TypeAdapter(kind).validate_python(getattr(found, key), strict=True)
             for name, entry in found.files.items():
-                if Path(name).name != name or not isinstance(entry["sha256"], str) or entry["bytes"] < 0:
-                    raise ValueError(f"file {name!r}")
-            if not all(isinstance(n, int) for shape in found.tensors.values() for n in shape):
-                raise ValueError("a shape")
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+                size = entry["bytes"]
+                whole = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+                if Path(name).name != name or not isinstance(entry["sha256"], str) or not whole:
+                    raise ValueError(f"file {shown(name)}")
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in (key, *first["loc"]))
+            raise FormatError(f"{path} is damaged: {where}: {first['msg']}") from None
+        except (TypeError, KeyError, ValueError) as error:
             raise FormatError(f"{path} is damaged: {type(error).__name__}: {error}") from None
         return found
 

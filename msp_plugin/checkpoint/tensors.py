@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msp_plugin.errors import FormatError, ModelError, OutputError
+from msp_plugin.errors import FormatError, ModelError, shown
 from msp_plugin.files import write_json
+from msp_plugin.plan.document import parse_json
+from msp_plugin.writing import cannot_write
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -125,7 +126,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         for name in names:
             if Path(name).name != name:
                 raise FormatError(
-                    f"{self.directory / INDEX} names the file {name!r} outside of its directory"
+                    f"{self.directory / INDEX} names the file {shown(name)} outside of its directory"
                 )
             if not (self.directory / name).is_file():
                 raise FormatError(
@@ -188,7 +189,7 @@ class ShardWriter:
             try:
                 save_file(self._held, file, metadata={"format": "pt"})
             except (SafetensorError, OSError) as error:
-                raise OutputError(f"cannot write {file.name}: {error}", hint="is the disk full?") from error
+                raise cannot_write(Path(file.name), error) from error
             self._held = {}
 
     def finish(self) -> list[Path]:
@@ -213,8 +214,8 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: not readable, no JSON, or no object.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise FormatError(f"cannot read {path} as JSON: {error}", hint="copy the file anew") from None
     if not isinstance(data, dict):
         raise FormatError(f"{path} holds no JSON object")

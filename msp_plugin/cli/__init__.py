@@ -15,11 +15,14 @@ _QUIET = {
 
 
 def main() -> None:
-    """Run the command line; exit 0, the error's code, or 130 after Ctrl-C."""
+    """Run the command line; exit 0, the error's code, 130 after Ctrl-C or 143 after SIGTERM."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not {"-v", "--verbose"} & set(sys.argv):
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
-    from msp_plugin.cli.app import run
+    from msp_plugin.cli.stopping import stopping
 
-    run()
+    with stopping():
+        from msp_plugin.cli.app import run
+
+        run()

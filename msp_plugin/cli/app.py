@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from typing import Annotated
 
@@ -18,6 +17,7 @@ from msp_plugin.cli.evaluate import evaluate_command
 from msp_plugin.cli.prune import demo, prune, run_command
 from msp_plugin.cli.report import report
 from msp_plugin.cli.search import allocate_command, sensitivity
+from msp_plugin.cli.stopping import Stopped
 from msp_plugin.errors import HostError, MSPError
 
 app = typer.Typer(
@@ -129,7 +129,6 @@ def _root(
 def run() -> None:
     """Run the command line with the commands that plugins add."""
     debug = bool(os.environ.get("MSP_DEBUG"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         if ranks > 1 and not {"run", "prune", "demo", "allocate", "--help"} & set(sys.argv[1:]):
@@ -148,6 +147,13 @@ def run() -> None:
         where = f"rank {os.environ.get('RANK')}: " if ranks > 1 else ""
         typer.echo(f"{where}error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; no result was written. The same command goes on where it stopped", err=True)
-        sys.exit(130)
+    except OSError as error:  # of a cache or of stdout, which no command writes as its result
+        from msp_plugin.writing import DISK, cannot_write
+
+        if debug or error.errno not in DISK:
+            raise
+        typer.echo(f"error: {cannot_write(None, error)}", err=True)
+        sys.exit(2)
+    except Stopped:
+        typer.echo("stopped; no result was written. The same command goes on where it stopped", err=True)
+        raise

@@ -74,24 +74,23 @@ def component_options(
     Raises:
         RecipeError: a pair that is not of this form, or another role.
     """
-    import yaml
-
-    from msp_plugin.errors import RecipeError, nearest
+    from msp_plugin.errors import RecipeError, nearest, shown
+    from msp_plugin.yaml_text import parse_yaml
 
     specs: dict[str, dict[str, Any]] = {role: {"name": name} for role, name in names.items()}
     for pair in pairs or ():
         left, equals, text = pair.partition("=")
         role, dot, option = left.partition(".")
         if not (equals and dot and option):
-            raise RecipeError(f"--set {pair!r} is not ROLE.OPTION=VALUE")
+            raise RecipeError(f"--set {shown(pair)} is not ROLE.OPTION=VALUE")
         if role not in {*specs, *estimators}:
             raise RecipeError(
-                f"--set {pair!r}: no such role {role!r}", hint=nearest(role, {*specs, *estimators})
+                f"--set {shown(pair)}: no such role {shown(role)}", hint=nearest(role, {*specs, *estimators})
             )
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {pair!r}: {text!r} is no value: {error}") from None
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise RecipeError(f"--set {left}: {shown(text)} is no value: {error}") from None
         specs.setdefault(role, {})[option] = value
     return specs
 

@@ -90,6 +90,7 @@ def compare_command(
     from msp_plugin.plugins import Plugins
     from msp_plugin.resume import sole_run
     from msp_plugin.samples import Text
+    from msp_plugin.writing import writing
 
     check_output(out)
     names = parse_allocators(allocators)
@@ -121,7 +122,7 @@ def compare_command(
                 resolve_model(model), text, matrix, dtype=dtype, trust_remote_code=trust_remote_code,
                 fresh=fresh, finals=finals, progress=progress,
             )  # fmt: skip
-        with output_directory(path) as temporary:
+        with writing(path), output_directory(path) as temporary:
             write_json(temporary / "compare.json", record)
             written = _write_report(temporary)
     if as_json:

@@ -52,6 +52,7 @@ def evaluate_command(
     set_up_logs(verbose)
     from msp_plugin.files import write_json
     from msp_plugin.scorecard import Request, Source, evaluate
+    from msp_plugin.writing import check_new, writing
 
     models = [
         Source(name, resolve_model(name), dtype, trust_remote_code)
@@ -64,27 +65,18 @@ def evaluate_command(
         data=tuple(data or ()), samples=samples, length=length, column=text_column,
     )  # fmt: skip
     if out is not None:
-        _check_new(out)
+        check_new(out)
     with progress_bars(not as_json) as progress:
         record = evaluate(request, quiet=not verbose, progress=progress)
     if out is not None:
-        write_json(out, record)
+        with writing(out):
+            write_json(out, record)
     if as_json:
         typer.echo(json.dumps(record, indent=2, sort_keys=True))
     else:
         _show(record)
         if out is not None:
             typer.echo(f"Written: {out}")
-
-
-def _check_new(out: Path) -> None:
-    """Raise if a file is there already, or cannot be written there."""
-    from msp_plugin.errors import OutputError
-    from msp_plugin.files import check_output
-
-    if out.exists():
-        raise OutputError(f"{out} exists", hint="give another --out, or remove it")
-    check_output(out)
 
 
 def _show(record: dict[str, Any]) -> None:

@@ -74,7 +74,6 @@ def allocate_command(
     from rich.table import Table
 
     from msp_plugin.cli import console
-    from msp_plugin.errors import OutputError
     from msp_plugin.ranks import join
 
     ranks = join()
@@ -84,9 +83,9 @@ def allocate_command(
     from msp_plugin.pipeline import search_allocation
     from msp_plugin.plugins import Plugins
     from msp_plugin.samples import Text
+    from msp_plugin.writing import check_new, writing
 
-    if out.exists():
-        raise OutputError(f"{out} exists", hint="give another --out, or remove it")
+    check_new(out)
     estimators = Plugins().components["estimators"]
     specs = component_options(options, estimators, method=method, allocator=allocator)
     given = recipe_options(sparsity, levels, target, ignore, seed, cache, specs)
@@ -100,7 +99,8 @@ def allocate_command(
     ranks.leave()
     if ranks.rank:
         return
-    write_text(out, outcome.allocation.to_json())
+    with writing(out):
+        write_text(out, outcome.allocation.to_json())
     if as_json:
         typer.echo(
             json.dumps({"allocation": outcome.allocation.to_dict(), "search": outcome.search}, indent=2)

@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from msp_plugin.errors import RecipeError, VerificationError
+from msp_plugin.errors import RecipeError, VerificationError, shown
 from msp_plugin.plan.budget import AllocationProblem, Budget
-from msp_plugin.plan.levels import Level
+from msp_plugin.plan.document import check_document, parse_json
+from msp_plugin.plan.levels import Level, parse_fraction
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 
 #: The file's name beside a checkpoint.
 ALLOCATION_FILE = "allocation.json"
 SCHEMA = "msp_plugin/allocation"
 VERSION = 1
+#: Rows or columns of the largest layer that is believed; sums over layers stay far below int64 then.
+_WIDEST = 2**31
 
 
 @dataclass(frozen=True)
@@ -114,40 +117,34 @@ class Allocation:
             raise RecipeError(f"{source} is not an allocation file", hint=f'expected schema "{SCHEMA}"')
         if data.get("version") != VERSION:
             raise RecipeError(
-                f"{source} has version {data.get('version')!r}, this package reads {VERSION}",
+                f"{source} has version {shown(data.get('version'))}, this package reads {VERSION}",
                 hint="update msp_plugin",
             )
         try:
+            check_document(data)
             units, levels, names = [], [], set()
             sensitivities: dict[str, list[float]] = {}
             for entry in data["units"]:
-                layers = tuple(
-                    Layer(str(a["name"]), int(a["shape"][0]), int(a["shape"][1])) for a in entry["layers"]
-                )
-                unit = Unit(str(entry["name"]), int(entry["block"]), layers)
+                unit = _read_unit(entry)
+                layers = unit.layers
                 taken = [name for name in (unit.name, *{a.name for a in layers}) if name in names]
                 twice = len({a.name for a in layers}) < len(layers) or bool(set(taken) - {unit.name})
                 if unit.name in taken or twice or unit.weights != entry["weights"] or not layers:
-                    raise RecipeError(f"{source}: unit {unit.name!r} is there twice or miscounted")
-                if min(min(a.out_features, a.in_features) for a in layers) < 1:
-                    raise RecipeError(f"{source}: unit {unit.name!r} has a layer without weights")
+                    raise RecipeError(f"{source}: unit {shown(unit.name)} is there twice or miscounted")
                 names.update({unit.name, *(a.name for a in layers)})
                 units.append(unit)
-                levels.append(Level.parse(entry["level"]))
+                levels.append(_read_level(entry["level"], unit, source))
                 for name, value in entry.get("sensitivity", {}).items():
-                    sensitivities.setdefault(name, []).append(float(value))
-            target = Fraction(data["budget"]["target"])
+                    sensitivities.setdefault(name, []).append(_typed(value, float, "sensitivity"))
+            target = parse_fraction(data["budget"]["target"])
             if not 0 <= target < 1:
                 raise ValueError(f"target {target} is outside [0, 1)")
-            kept = int(data["budget"]["kept"])
+            kept = _typed(data["budget"]["kept"], int, "kept")
         except (
             KeyError,
             TypeError,
             ValueError,
-            IndexError,
             AttributeError,
-            ZeroDivisionError,
-            OverflowError,
         ) as error:
             raise RecipeError(f"{source} is damaged: {type(error).__name__}: {error}") from None
         if not units or any(len(values) != len(units) for values in sensitivities.values()):
@@ -177,10 +174,10 @@ class Allocation:
         """
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError(f"no allocation file at {path}") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise RecipeError(f"cannot read {path} as JSON: {error}") from None
         return cls.from_dict(data, str(path))
 
@@ -198,6 +195,51 @@ class Allocation:
                 f"are not in this one, e.g. {'; '.join(odd[:3])}",
                 hint="use the model that it was made for, or allocate anew",
             )
+
+
+def _read_unit(entry: dict[str, Any]) -> Unit:
+    """Return the unit of an entry of ``units``.
+
+    Raises:
+        KeyError, TypeError, ValueError: something is missing, or of another type or size.
+    """
+    layers = []
+    for layer in entry["layers"]:
+        name, (rows, columns) = _typed(layer["name"], str, "name"), _typed(layer["shape"], list, "shape")
+        for length in (rows, columns):
+            if not 1 <= _typed(length, int, "shape") < _WIDEST:
+                raise ValueError(f"layer {shown(name)} has the shape {shown(layer['shape'])}")
+        layers.append(Layer(name, rows, columns))
+    block = _typed(entry["block"], int, "block")
+    if not 0 <= block < _WIDEST:
+        raise ValueError(f"block = {shown(block)}")
+    return Unit(_typed(entry["name"], str, "name"), block, tuple(layers))
+
+
+def _read_level(text: object, unit: Unit, source: str) -> Level:
+    """Return the level of a unit.
+
+    Raises:
+        RecipeError: it is none, or does not fit a layer.
+    """
+    try:
+        level = Level.parse(text)
+        for layer in unit.layers:
+            level.group(layer.in_features)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: unit {shown(unit.name)}: {error.message}", hint=error.hint) from None
+    return level
+
+
+def _typed(value: Any, kind: type, what: str) -> Any:
+    """Return a value of a type; an int is a float too, a bool is neither.
+
+    Raises:
+        TypeError: it is of another type.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        raise TypeError(f"{what} is {shown(value)}, expected {kind.__name__}")
+    return kind(value)
 
 
 def make_allocation(

@@ -12,8 +12,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from msp_plugin.errors import RecipeError
-from msp_plugin.plan.levels import DENSE, Level, menu_names
+from msp_plugin.errors import RecipeError, shown
+from msp_plugin.plan.levels import DENSE, Level, menu_names, parse_fraction
 from msp_plugin.plan.units import Unit, UnitTable
 
 #: Least and most share of zeros.
@@ -111,17 +111,17 @@ def parse_bounds(bounds: Mapping[str, object], protect: Iterable[str], menu: Seq
 
 def _shares(pattern: str, value: object) -> Shares:
     try:
-        if isinstance(value, str) or len(value) != 2 or any(isinstance(v, bool) for v in value):
+        if not isinstance(value, list | tuple) or len(value) != 2:
             raise ValueError
-        low, high = (Fraction(str(share)) for share in value)
-    except (TypeError, ValueError, ZeroDivisionError):
+        low, high = (parse_fraction(share) for share in value)
+    except ValueError:
         raise RecipeError(
-            f"bounds of {pattern!r} are {value!r}",
+            f"bounds of {shown(pattern)} are {shown(value)}",
             hint="give the least and the most sparsity, e.g. [0.25, 0.5]",
         ) from None
     if not 0 <= low <= high <= 1:
         raise RecipeError(
-            f"bounds of {pattern!r} are [{value[0]}, {value[1]}]",
+            f"bounds of {shown(pattern)} are {shown(value)}",
             hint="give shares of zeros with 0 <= least <= most <= 1, e.g. [0.25, 0.5]",
         )
     return low, high

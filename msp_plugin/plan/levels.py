@@ -8,18 +8,20 @@ run it. A plain fraction is a share of zeros, and free within each output row.
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
+from numbers import Number
 
-from msp_plugin.errors import RecipeError
+from msp_plugin.errors import RecipeError, shown
 
 _PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:(?:in|@)\s*(\d+)\s*:\s*(\d+)\s*)?", re.IGNORECASE)
 _SHARE = re.compile(r"\s*(\d+\s*/\s*0*[1-9]\d*|\d*\.?\d+(e-?\d{1,2})?)\s*", re.IGNORECASE)
+#: Characters of the longest number that is read: Python takes hours for 1e-999999999, and refuses 4,301 digits.
+_LONGEST = 64
+_HUGE_EXPONENT = re.compile(r"e[+-]?[\d_]{4,}", re.IGNORECASE)
 _FORMS = 'write "dense", "N:M" (N kept of M, e.g. "2:4"), "N:M in 2:4", or a share of zeros, e.g. "0.7"'
 
 
@@ -56,20 +58,21 @@ class Level:
         if isinstance(text, int) and not isinstance(text, bool) and text >= 60:
             n, m = divmod(text, 60)
             raise RecipeError(
-                f"level {text!r} is a number; YAML 1.1 reads an unquoted {n}:{m} in base 60",
-                hint=f'write it with quotes: "{n}:{m}"',
+                f"level {shown(text)} is a number; YAML 1.1 reads an unquoted {shown(n)}:{m} in base 60",
+                hint=f'write it with quotes: "{shown(n)}:{m}"',
             )
-        if isinstance(text, str):
+        if isinstance(text, str) and len(text) <= _LONGEST:
             if text.strip().lower() == "dense":
                 return DENSE
             if match := _PATTERN.fullmatch(text):
                 return _groups(text, *(int(number) for number in match.groups() if number))
-        if isinstance(text, str | int | float | Fraction) and _SHARE.fullmatch(str(text)):
-            zeros = Fraction(str(text).replace(" ", ""))
-            if 0 <= zeros < 1:
+        negative = isinstance(text, int) and text < 0  # it may have more digits than Python writes out
+        if isinstance(text, str | int | float | Fraction) and not negative and len(str(text)) <= _LONGEST:
+            zeros = Fraction(str(text).replace(" ", "")) if _SHARE.fullmatch(str(text)) else 1
+            if zeros < 1:
                 kept = 1 - zeros
                 return cls(kept.numerator, kept.denominator, Kind.SHARE) if zeros else DENSE
-        raise RecipeError(f"level {text!r} is not a level", hint=_FORMS)
+        raise RecipeError(f"level {shown(text)} is not a level", hint=_FORMS)
 
     @property
     def name(self) -> str:
@@ -94,17 +97,12 @@ class Level:
     def servable(self) -> bool:
         """True if every mask of this level keeps at most two in each aligned group of four.
 
-        Then 2:4 kernels can run it. A group of four can meet several groups of M; each contributes
-        at most N, and at most its overlap.
+        Then 2:4 kernels can run it. A group of four meets at most two groups of M > 1, and each contributes at most
+        N: one of each is fine, two only if no group of four lies across groups of M.
         """
         if self.kind is not Kind.NM:
             return self.kind is Kind.NM_IN_24
-        period = math.lcm(4, self.m)
-        for start in range(0, period, 4):
-            owners = Counter(position // self.m for position in range(start, start + 4))
-            if sum(min(self.n, overlap) for overlap in owners.values()) > 2:
-                return False
-        return True
+        return (self.n == 1 and self.m > 1) or (self.n == 2 and self.m % 4 == 0)
 
     def group(self, in_features: int) -> tuple[int, int]:
         """Return (n, m): exactly n are kept of every m consecutive weights of a row; m divides in_features.
@@ -203,6 +201,27 @@ def menu_names(menu: Sequence[Level]) -> list[str]:
     return [level.name for level in menu]
 
 
+def parse_fraction(value: object) -> Fraction:
+    """Return a number, or the text of one, exactly.
+
+    Raises:
+        ValueError: it is no finite number, or one of more digits than anyone means.
+    """
+    if isinstance(value, Fraction):
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | Number):
+        raise ValueError("not a number")
+    if isinstance(value, int):
+        return Fraction(value)
+    text = str(value)
+    if len(text) > _LONGEST or _HUGE_EXPONENT.search(text):
+        raise ValueError("too long a number")
+    try:
+        return Fraction(text)
+    except ZeroDivisionError as error:
+        raise ValueError(str(error)) from None
+
+
 def parse_sparsity(value: object) -> Fraction:
     """Return the asked share of zeros exactly, from a number or a text such as ``0.75`` or ``"5/8"``.
 
@@ -210,17 +229,15 @@ def parse_sparsity(value: object) -> Fraction:
         RecipeError: not a number in [0, 1); percentages are recognised and explained.
     """
     try:
-        if isinstance(value, bool):
-            raise ValueError
-        exact = Fraction(str(value)) if not isinstance(value, Fraction) else value
-    except (ValueError, ZeroDivisionError):
+        exact = parse_fraction(value)
+    except ValueError:
         raise RecipeError(
-            f"sparsity {value!r} is not a number", hint="give the share of zeros in [0, 1), e.g. 0.75"
+            f"sparsity {shown(value)} is not a number", hint="give the share of zeros in [0, 1), e.g. 0.75"
         ) from None
     if not 0 <= exact < 1:
         percent = f"; for {value} % write {float(exact) / 100:g}" if 1 < exact <= 100 else ""
         raise RecipeError(
-            f"sparsity {value!r} is outside [0, 1)",
+            f"sparsity {shown(value)} is outside [0, 1)",
             hint=f"give the share of zeros among the prunable weights{percent}",
         )
     return exact

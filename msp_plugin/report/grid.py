@@ -73,10 +73,10 @@ def lay_out(table: UnitTable) -> Layout:
 def _place(unit: Unit) -> str:
     """Return what a unit's name says below its block's number; ``block`` for a whole block."""
     parts = unit.name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     if not numbers:
         return unit.name
-    at = next((i for i in numbers if int(parts[i]) == unit.block), numbers[0])
+    at = next((i for i in numbers if parts[i] == str(unit.block)), numbers[0])
     return ".".join(parts[at + 1 :]) or "block"
 
 

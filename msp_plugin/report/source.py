@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,9 +10,10 @@ from pydantic import ValidationError
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.sidecar import RUN_FILE, RUN_SCHEMA, RUN_VERSION
-from msp_plugin.errors import ModelError, RecipeError
+from msp_plugin.errors import ModelError, RecipeError, shown
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 from msp_plugin.plan.allocation import SCHEMA as ALLOCATION_SCHEMA
+from msp_plugin.plan.document import parse_json
 from msp_plugin.report.records import COMPARE_SCHEMA, COMPARE_VERSION, Comparison, RunRecord
 
 COMPARE_FILE = "compare.json"
@@ -85,7 +85,7 @@ def _read_file(path: Path) -> Run | Compared:
         allocation = Allocation.from_dict(data, str(path))
         return Run(path.parent, {}, _validated(RunRecord, _search_of(allocation), path), allocation)
     raise RecipeError(
-        f"{path} is no record of a run or of a comparison: its schema is {schema!r}",
+        f"{path} is no record of a run or of a comparison: its schema is {shown(schema)}",
         hint=f'expected "{RUN_SCHEMA}", "{COMPARE_SCHEMA}" or "{ALLOCATION_SCHEMA}"',
     )
 
@@ -120,12 +120,12 @@ def _read_run(directory: Path, file: Path | None = None) -> Run:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(
             f"there is no {path}", hint="give a run's directory, a comparison's directory, or compare.json"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read {path} as JSON: {error}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path} is no JSON object", hint="give run.json or compare.json")
@@ -135,7 +135,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _check_version(path: Path, data: dict[str, Any], known: int) -> None:
     if data.get("version") != known:
         raise RecipeError(
-            f"{path} has version {data.get('version')!r}, this package reads {known}",
+            f"{path} has version {shown(data.get('version'))}, this package reads {known}",
             hint="update msp_plugin",
         )
 

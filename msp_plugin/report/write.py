@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from msp_plugin.errors import OutputError
 from msp_plugin.files import write_text
+from msp_plugin.writing import writing
 
 if TYPE_CHECKING:
     from msp_plugin.plugins import Plugins
@@ -44,12 +45,11 @@ def write_report(
     began = time.monotonic()
     found = read_source(Path(source).expanduser())
     path = Path(out).expanduser() if out is not None else found.directory / REPORT_FILE
-    _check_replaceable(path)
+    with writing(path):
+        _check_replaceable(path)
     text = render(found, plugins)
-    try:
+    with writing(path):
         write_text(path, text)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error}", hint="give another --out") from error
     log.info("report %s: %d bytes, %.1f s", path, len(text.encode()), time.monotonic() - began)
     return path
 

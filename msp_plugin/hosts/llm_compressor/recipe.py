@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from msp_plugin.errors import MSPError, RecipeError, nearest
+from msp_plugin.errors import MSPError, RecipeError, nearest, shown
 from msp_plugin.hosts.llm_compressor import register_modifier
+from msp_plugin.yaml_text import parse_yaml
 
 OURS = "MixedSparsityModifier"
 
@@ -22,7 +23,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise RecipeError(
-                    f"the recipe names {key!r} twice in one group (line {key_node.start_mark.line + 1})",
+                    f"names {shown(key)} twice in one group (line {key_node.start_mark.line + 1})",
                     hint="llm-compressor would run the last one only: put the second into a group of its own",
                 )
             seen.add(key if isinstance(key, str) else id(key_node))
@@ -36,52 +37,56 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
         RecipeError: missing, unreadable, or not in the three levels stage, group, modifier.
     """
     path = Path(source) if "\n" not in str(source) else None
+    name = "the recipe" if path is None else f"the recipe {path}"
     if path is not None:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise RecipeError(f"there is no recipe at {path}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"cannot read {name}: {error}") from None
     else:
         text = str(source)
     try:
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"the recipe is not YAML: {error}") from None
-    _check_levels(data)
+        data = parse_yaml(text, _Loader)
+    except RecipeError as error:
+        raise RecipeError(f"{name} {error.message}", hint=error.hint) from None
+    except ValueError as error:
+        raise RecipeError(f"{name} is not YAML: {error}") from None
+    _check_levels(data, name)
     return data
 
 
 _EXAMPLE = "sparsity_stage: {sparsity_modifiers: {MixedSparsityModifier: {sparsity: 0.75}}}"
 
 
-def _check_levels(data: Any) -> None:
+def _check_levels(data: Any, name: str) -> None:
     if not isinstance(data, dict) or not data:
-        raise RecipeError("the recipe is empty or no mapping", hint=f"write e.g. {_EXAMPLE}")
+        raise RecipeError(f"{name} is empty or no mapping", hint=f"write e.g. {_EXAMPLE}")
     stages = 0
     for stage, groups in data.items():
         if stage == "args":
             continue
         if not str(stage).endswith("_stage") or not isinstance(groups, dict):
             raise RecipeError(
-                f"recipe key {stage!r} is no stage: llm-compressor would ignore it in silence",
+                f"{name}: the key {shown(stage)} is no stage: llm-compressor would ignore it in silence",
                 hint=f"a recipe has three levels, x_stage, y_modifiers, ClassName: {_EXAMPLE}",
             )
         for group, modifiers in groups.items():
             if not str(group).endswith("_modifiers") or not isinstance(modifiers, dict):
                 raise RecipeError(
-                    f"{group!r} in {stage!r} is no group of modifiers: llm-compressor would ignore it",
+                    f"{name}: {shown(group)} in {shown(stage)} is no group of modifiers: llm-compressor would ignore it",
                     hint=f"its name must end in _modifiers and it must hold modifiers: {_EXAMPLE}",
                 )
-            for name, arguments in modifiers.items():
+            for modifier, arguments in modifiers.items():
                 if not isinstance(arguments, dict):
                     raise RecipeError(
-                        f"modifier {name!r} has {arguments!r} for arguments", hint="write a mapping, or {}"
+                        f"{name}: modifier {shown(modifier)} has {shown(arguments)} for arguments",
+                        hint="write a mapping, or {}",
                     )
         stages += 1
     if not stages:
-        raise RecipeError("the recipe has no stage", hint=f"write e.g. {_EXAMPLE}")
+        raise RecipeError(f"{name} has no stage", hint=f"write e.g. {_EXAMPLE}")
 
 
 def our_line(recipe: dict[str, Any]) -> dict[str, Any] | None:
@@ -126,7 +131,7 @@ def build_recipe(recipe: dict[str, Any]) -> Any:
         for modifiers in groups.values() if str(stage).endswith("_stage") else ():
             for name in modifiers:
                 if name not in known:
-                    raise RecipeError(f"there is no modifier {name!r}", hint=nearest(name, known))
+                    raise RecipeError(f"there is no modifier {shown(name)}", hint=nearest(name, known))
     try:
         return Recipe.from_dict(recipe)
     except MSPError:

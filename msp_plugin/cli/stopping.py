@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM: a command unwinds, so that nothing half-written stays, and ends with 130 or 143."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+#: Seconds after which a stop that something swallowed is raised again. Packages import each other within bare
+#: ``except:``, and what is raised in a destructor is lost.
+_AGAIN = 0.5
+
+
+class Stopped(SystemExit):
+    """A signal asked to end the command; ``code`` is the conventional exit code."""
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise Stopped in the block until it leaves the block; ignored ones stay ignored."""
+    code = 0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal code
+        if number != signal.SIGALRM:
+            code = 128 + number
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
+        if not _unwinds():  # a second Ctrl-C does not stop the tidying up
+            raise Stopped(code)
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in (*numbers, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _unwinds() -> bool:
+    """Return True if a Stopped is being handled, by a ``finally`` or an ``except``."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None

@@ -1,0 +1,67 @@
+"""Memory that does not suffice: recognised, and answered with smaller batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from msp_plugin.errors import ModelError
+
+Part = TypeVar("Part")
+
+#: What torch says in a plain RuntimeError: its allocator on the CPU, CUDA before 2.0's own type, cuBLAS.
+_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an error says that memory did not suffice, on whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+
+
+def in_parts(measure: Callable[[list[int]], Part], group: list[int], tokens: int) -> list[Part]:
+    """Return what ``measure`` gives for a batch, or for its halves where memory does not suffice for it.
+
+    Args:
+        group: samples of one length.
+        tokens: that length.
+
+    Raises:
+        ModelError: a single sample does not fit.
+    """
+    try:
+        return [measure(group)]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(group) == 1:
+            raise short_of_memory(tokens, error) from error
+    free_cached()  # here, where no traceback holds the tensors of the pass that failed
+    half = len(group) // 2
+    return in_parts(measure, group[:half], tokens) + in_parts(measure, group[half:], tokens)
+
+
+def short_of_memory(tokens: int, error: BaseException) -> ModelError:
+    """Return the error for a sample that does not fit into memory beside the model."""
+    lines = str(error).strip().splitlines()
+    return ModelError(
+        f"one sample of {tokens:,} tokens does not fit into memory beside the model{_free()}: "
+        f"{lines[0] if lines else type(error).__name__}",
+        hint="give shorter samples (--length), a smaller dtype, or a device with more memory",
+    )
+
+
+def free_cached() -> None:
+    """Give back the blocks that torch keeps for later, so that a smaller batch finds them in one piece."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _free() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    return f" ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free on the GPU)"

@@ -1,0 +1,61 @@
+"""Errors of a disk, said as ours."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from msp_plugin.errors import OutputError
+from msp_plugin.files import check_output
+
+#: By the number of an error of a disk: what to do.
+DISK = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some of your quota, or write to another disk",
+    errno.EFBIG: "a limit on the size of files is set (ulimit -f): raise it, or write to another disk",
+    errno.EACCES: "give a place that you may write to",
+    errno.EPERM: "give a place that you may write to",
+    errno.ENOTDIR: "a part of the path is a file: give another place",
+    errno.EROFS: "give a place on a disk that is not read-only",
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of an error of the disk in the block that ``path`` could not be written.
+
+    Raises:
+        OutputError: the block failed with an OSError, or safetensors did, which wraps them.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path | None, error: Exception) -> OutputError:
+    """Return the error for a failed write to ``path``; without one, of what the error itself names."""
+    number = getattr(error, "errno", None) or next((n for n in DISK if f"(os error {n})" in str(error)), None)
+    what = (
+        f"write {path}"
+        if path is not None
+        else f"read or write {getattr(error, 'filename', None) or 'the output'}"
+    )
+    hint = DISK.get(number, "is the disk full, or the place read-only?")
+    return OutputError(f"cannot {what}: {getattr(error, 'strerror', None) or error}", hint=hint)
+
+
+def check_new(path: Path) -> None:
+    """Raise unless a file can be made at a path, and none is there.
+
+    Raises:
+        OutputError: it exists, or its directory cannot be written.
+    """
+    with writing(path):
+        if path.exists():
+            raise OutputError(f"{path} exists", hint="give another --out, or remove it")
+    check_output(path)

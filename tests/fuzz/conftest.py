@@ -1,0 +1,23 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A directory for all examples of a module: each writes its file anew."""
+    return tmp_path_factory.mktemp("read")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, run_dir, packed_dir):
+    """A copy of a dense and of a packed checkpoint."""
+    from readers import fill
+
+    return {
+        "dense": fill(tmp_path_factory.mktemp("read") / "dense", run_dir),
+        "packed": fill(tmp_path_factory.mktemp("read") / "packed", packed_dir),
+    }
