@@ -5,7 +5,7 @@
 
 A Llama of 97 M random weights and 64 x 512 random tokens, float32, two threads. Ours: a SparseGPT database of six
 levels, written to disk. Theirs: one uniform SparseGPT 2:4 `oneshot`, nothing saved, with samples one by one, which is
-llm-compressor's default, and in batches of eight. The floor: what no database can do without, one forward pass
+llm-compressor's default (with --batched, in batches of eight too). The floor: what no database can do without, one forward pass
 over the blocks and the products of the Hessians. Each in a process of its own; CPU and wall seconds are those of
 the work, after imports and the making of the model, peak memory is that of the process.
 """
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 LEVELS = ("3:4", "2:4", "3:8", "1:4", "1:8", "1:16")
-PARTS = ("ours", "oneshot, batch 1", "oneshot, batch 8", "floor: forward pass", "floor: Hessian products")
+PARTS = ("ours", "oneshot", "oneshot, batch 8", "floor: forward pass", "floor: Hessian products")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -43,13 +43,13 @@ def make_model(blocks: int, hidden: int = 768, intermediate: int = 2048, dtype: 
     return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
 
 
-def make_data(samples: int, length: int = 512):
+def make_data(samples: int, length: int = 512, vocabulary: int = 8000):
     """Return a CalibrationSet of random tokens."""
     import torch
 
     from msp_plugin.calibration import CalibrationSet
 
-    ids = torch.randint(8000, (samples, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(vocabulary, (samples, length), generator=torch.Generator().manual_seed(1))
     return CalibrationSet(tuple(row.clone() for row in ids), "random tokens")
 
 
@@ -89,13 +89,14 @@ def multiply_hessians(model, data) -> None:
     import torch
     from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import accumulate_hessian, make_empty_hessian
 
+    from msp_plugin.database.build import BATCH_TOKENS
     from msp_plugin.models import prunable_layers
     from msp_plugin.plan.units import shared_inputs
 
     for unit in shared_inputs(prunable_layers(model)):
         module = model.get_submodule(unit.layers[0].name)
         hessian, count = make_empty_hessian(module), 0
-        for ids in data.batches(4096):
+        for ids in data.batches(BATCH_TOKENS):
             inputs = torch.full((*ids.shape, module.in_features), 0.5)
             hessian, count = accumulate_hessian(inputs, module, hessian, count)
 
@@ -104,12 +105,14 @@ def work_of(part: str, blocks: int, samples: int, folder: str) -> Callable[[], N
     """Return what a part does, with everything imported and made that is not to be measured."""
     import torch
 
+    from msp_plugin.database.build import BATCH_TOKENS
+
     torch.set_num_threads(2)
     model, data = make_model(blocks), make_data(samples)
 
     @torch.no_grad()
     def forward() -> None:
-        for ids in data.batches(4096):
+        for ids in data.batches(BATCH_TOKENS):
             model.model(ids, use_cache=False)
 
     return {
@@ -166,7 +169,7 @@ def table(found: dict[str, dict[str, float]]) -> list[str]:
         )
     ours = found[PARTS[0]]
     lines.append("")
-    for part in PARTS[1:3]:
+    for part in [part for part in PARTS[1:3] if part in found]:
         peer = found[part]
         ratios = [f"{name} {ours[key] / peer[key]:.2f}" for name, key in
                   (("CPU", "cpu"), ("wall", "wall"), ("peak memory", "peak_gb"))]  # fmt: skip
@@ -182,6 +185,7 @@ def main() -> int:
         "--quick", action="store_true", help="two blocks and eight samples; nothing is written"
     )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--batched", action="store_true", help="oneshot in batches of eight samples too")
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--samples", type=int, default=64)
     args = parser.parse_args()
@@ -192,7 +196,8 @@ def main() -> int:
             print(json.dumps(measured(work_of(args.part, args.blocks, args.samples, folder))))
         return 0
     size = ["--blocks", str(args.blocks), "--samples", str(args.samples)]
-    found = {part: in_process(__file__, ["--part", part, *size]) for part in PARTS}
+    parts = [part for part in PARTS if args.batched or part != PARTS[2]]
+    found = {part: in_process(__file__, ["--part", part, *size]) for part in parts}
     lines = table(found)
     print("\n".join(lines))
     if not args.quick:

@@ -84,9 +84,19 @@ class BlockPass:
                         hint="the activations overflow: try dtype float32 or bfloat16",
                     )
                 if advance:
-                    self._inputs[number] = output
+                    self._keep(number, output)
         check_reached(units, reached)
         self.block += advance
+
+    def _keep(self, number: int, output: torch.Tensor) -> None:
+        """Copy a batch's output to its place in one tensor, whose memory no freed activation splits."""
+        if self._inputs[number] is None:
+            rows = sum(ids.numel() for ids in self._batches[:number])
+            if number == 0:
+                total = sum(ids.numel() for ids in self._batches)
+                self._all = output.new_empty(total, output.shape[-1])
+            self._inputs[number] = self._all[rows : rows + output[..., 0].numel()].view(output.shape)
+        self._inputs[number].copy_(output)
 
     def _forward(self, block: torch.nn.Module, number: int) -> None:
         ids, given = self._batches[number], self._inputs[number]

@@ -88,7 +88,7 @@ class Measurements:
         database = open_database(self.model_id, self.calibration, self.pruner, self.menu, self.cache)
         check_space(database, self.model, self.table)
         build_database(
-            database, self.model, self.table, self.pruner, self.calibration, batch_tokens=self.batch_tokens,
+            database, self.model, self.table, self.pruner, self.calibration,
             progress=partial(self.progress, "level database"),
         )  # fmt: skip
         return database

@@ -24,6 +24,9 @@ from msp_plugin.pruning.base import Pruner
 
 log = logging.getLogger(__name__)
 
+#: Tokens of one forward pass. A batch's activations inside a block are what a build needs most memory for
+#: beside the model: of 97 M weights, 4,096 tokens take 0.17 GB more.
+BATCH_TOKENS = 2048
 #: Statistics held at once. If a block has more, it is run again.
 STATISTICS_BYTES = 4 * 1024**3
 #: Tokens on which it is tested whether the model runs block by block.
@@ -37,7 +40,7 @@ def build_database(
     pruner: Pruner,
     data: CalibrationSet,
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     statistics_bytes: int = STATISTICS_BYTES,
     progress: Progress = silent,
 ) -> int:
