@@ -14,7 +14,7 @@ import torch
 from msp_plugin.activations import EnoughError, all_finite, check_reached, observed
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
-from msp_plugin.models import decoder_blocks
+from msp_plugin.models import decoder_blocks, input_device
 from msp_plugin.plan.units import Unit
 from msp_plugin.prefix import replace_input, skip
 
@@ -26,7 +26,7 @@ class BlockPass:
     that it gets the masks and position embeddings that the model gives to it. That costs the embeddings
     and whatever else stands before the blocks once per block.
 
-    Memory: tokens * D * bytes of a number.
+    Memory: tokens * D * bytes of a number. The weights that accelerate offloads are read anew for every batch.
 
     Args:
         batch_tokens: of one forward pass.
@@ -103,7 +103,15 @@ class BlockPass:
         with ExitStack() as undo, suppress(EnoughError):
             if given is not None:
                 undo.callback(replace_input(block, given))
-            self.model(ids.to(next(self.model.parameters()).device), use_cache=False)
+                undo.callback(self._without_embeddings(given))
+            self.model(ids.to(input_device(self.model)), use_cache=False)
+
+    def _without_embeddings(self, given: torch.Tensor) -> Callable[[], None]:
+        """Let offloaded embeddings not be read for a pass that replaces what they give, until the returned call."""
+        module = self.model.get_input_embeddings()
+        if not getattr(getattr(module, "_hf_hook", None), "offload", False):
+            return lambda: None
+        return skip(module, given)
 
 
 @torch.no_grad()
@@ -119,7 +127,7 @@ def runs_by_block(model: torch.nn.Module, ids: torch.Tensor) -> bool:
     whole: list[Any] = []
     handle = decoder_blocks(model)[1][-1].register_forward_hook(lambda module, args, out: whole.append(out))
     try:
-        model(ids[None].to(next(model.parameters()).device), use_cache=False)
+        model(ids[None].to(input_device(model)), use_cache=False)
         handle.remove()
         walk = BlockPass(model, CalibrationSet((ids, ids.flip(0)), ""), 1)
         for _ in walk.blocks:

@@ -84,7 +84,6 @@ class Measurements:
         Raises:
             MSPError: see build_database and check_space.
         """
-        check_in_memory(self.model)
         database = open_database(self.model_id, self.calibration, self.pruner, self.menu, self.cache)
         check_space(database, self.model, self.table)
         build_database(
@@ -209,7 +208,8 @@ class Measurements:
         start = time.monotonic()
         if allocator.measures and not self.search:
             raise RecipeError(f"allocator {allocator.name!r} needs search text", hint="pass a dataset")
-        if allocator.needs_database:
+        exchanges = allocator.measures or allocator.remeasures or {"kl", "fisher"} & set(allocator.errors)
+        if allocator.needs_database and exchanges:
             check_in_memory(self.model)
         values = {name: np.array(self.sensitivity(name)) for name in allocator.sensitivities}
         errors, paid = {}, 0
