@@ -37,9 +37,9 @@ class BlockPass:
         self.prefix, self.blocks = decoder_blocks(model)
         self.block = 0
         self._batches = tuple(data.batches(batch_tokens))
-        self._inputs: list[torch.Tensor | None] = [None] * len(
-            self._batches
-        )  # of the block; None at the first
+        #: The inputs of the block by batch, all of them parts of one tensor; None at the first block.
+        self._inputs: list[torch.Tensor | None] = [None] * len(self._batches)
+        self._all: torch.Tensor | None = None
 
     @property
     def hidden(self) -> list[torch.Tensor | None]:
@@ -91,11 +91,10 @@ class BlockPass:
     def _keep(self, number: int, output: torch.Tensor) -> None:
         """Copy a batch's output to its place in one tensor, whose memory no freed activation splits."""
         if self._inputs[number] is None:
-            rows = sum(ids.numel() for ids in self._batches[:number])
-            if number == 0:
-                total = sum(ids.numel() for ids in self._batches)
-                self._all = output.new_empty(total, output.shape[-1])
-            self._inputs[number] = self._all[rows : rows + output[..., 0].numel()].view(output.shape)
+            counts = [ids.numel() for ids in self._batches]
+            if self._all is None:
+                self._all = output.new_empty(sum(counts), output.shape[-1])
+            self._inputs[number] = self._all.split(counts)[number].view(output.shape)
         self._inputs[number].copy_(output)
 
     def _forward(self, block: torch.nn.Module, number: int) -> None:
