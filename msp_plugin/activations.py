@@ -13,7 +13,7 @@ import torch
 
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
-from msp_plugin.models import decoder_blocks
+from msp_plugin.models import decoder_blocks, input_device
 from msp_plugin.plan.units import Layer, Unit, group_layers
 from msp_plugin.progress import Progress, silent
 
@@ -88,7 +88,7 @@ def observe_inputs(
     Raises:
         NumericsError: an input is not finite, or a unit saw no token at all.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     reached: set[str] = set()
     done = 0
 

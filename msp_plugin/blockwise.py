@@ -14,7 +14,7 @@ import torch
 from msp_plugin.activations import EnoughError, all_finite, check_reached, observed
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
-from msp_plugin.models import decoder_blocks
+from msp_plugin.models import decoder_blocks, input_device
 from msp_plugin.plan.units import Unit
 from msp_plugin.prefix import replace_input, skip
 
@@ -26,7 +26,7 @@ class BlockPass:
     that it gets the masks and position embeddings that the model gives to it. That costs the embeddings
     and whatever else stands before the blocks once per block.
 
-    Memory: tokens * D * bytes of a number.
+    Memory: tokens * D * bytes of a number. The weights that accelerate offloads are read anew for every batch.
 
     Args:
         batch_tokens: of one forward pass.
@@ -37,9 +37,9 @@ class BlockPass:
         self.prefix, self.blocks = decoder_blocks(model)
         self.block = 0
         self._batches = tuple(data.batches(batch_tokens))
-        self._inputs: list[torch.Tensor | None] = [None] * len(
-            self._batches
-        )  # of the block; None at the first
+        #: The inputs of the block by batch, all of them parts of one tensor; None at the first block.
+        self._inputs: list[torch.Tensor | None] = [None] * len(self._batches)
+        self._all: torch.Tensor | None = None
 
     @property
     def hidden(self) -> list[torch.Tensor | None]:
@@ -84,16 +84,33 @@ class BlockPass:
                         hint="the activations overflow: try dtype float32 or bfloat16",
                     )
                 if advance:
-                    self._inputs[number] = output
+                    self._keep(number, output)
         check_reached(units, reached)
         self.block += advance
+
+    def _keep(self, number: int, output: torch.Tensor) -> None:
+        """Copy a batch's output to its place in one tensor, whose memory no freed activation splits."""
+        if self._inputs[number] is None:
+            counts = [ids.numel() for ids in self._batches]
+            if self._all is None:
+                self._all = output.new_empty(sum(counts), output.shape[-1])
+            self._inputs[number] = self._all.split(counts)[number].view(output.shape)
+        self._inputs[number].copy_(output)
 
     def _forward(self, block: torch.nn.Module, number: int) -> None:
         ids, given = self._batches[number], self._inputs[number]
         with ExitStack() as undo, suppress(EnoughError):
             if given is not None:
                 undo.callback(replace_input(block, given))
-            self.model(ids.to(next(self.model.parameters()).device), use_cache=False)
+                undo.callback(self._without_embeddings(given))
+            self.model(ids.to(input_device(self.model)), use_cache=False)
+
+    def _without_embeddings(self, given: torch.Tensor) -> Callable[[], None]:
+        """Let offloaded embeddings not be read for a pass that replaces what they give, until the returned call."""
+        module = self.model.get_input_embeddings()
+        if not getattr(getattr(module, "_hf_hook", None), "offload", False):
+            return lambda: None
+        return skip(module, given)
 
 
 @torch.no_grad()
@@ -109,7 +126,7 @@ def runs_by_block(model: torch.nn.Module, ids: torch.Tensor) -> bool:
     whole: list[Any] = []
     handle = decoder_blocks(model)[1][-1].register_forward_hook(lambda module, args, out: whole.append(out))
     try:
-        model(ids[None].to(next(model.parameters()).device), use_cache=False)
+        model(ids[None].to(input_device(model)), use_cache=False)
         handle.remove()
         walk = BlockPass(model, CalibrationSet((ids, ids.flip(0)), ""), 1)
         for _ in walk.blocks:

@@ -97,7 +97,6 @@ class Measurements:
         Raises:
             MSPError: see build_database and check_space.
         """
-        check_in_memory(self.model)
         database = open_database(self.model_id, self.calibration, self.pruner, self.menu, self.cache)
 
         def prepare() -> None:
@@ -230,7 +229,8 @@ class Measurements:
         start = time.monotonic()
         if allocator.measures and not self.search:
             raise RecipeError(f"allocator {allocator.name!r} needs search text", hint="pass a dataset")
-        if allocator.needs_database:
+        exchanges = allocator.measures or allocator.remeasures or {"kl", "fisher"} & set(allocator.errors)
+        if allocator.needs_database and exchanges:
             check_in_memory(self.model)
         values = {name: np.array(self.sensitivity(name)) for name in allocator.sensitivities}
         errors, paid = {}, 0

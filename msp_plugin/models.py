@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,6 +228,26 @@ def offloaded_module(model: torch.nn.Module) -> str | None:
     return None
 
 
+@contextmanager
+def onloaded(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield a module whose own weights are in memory, read from where accelerate holds them if it does."""
+    if getattr(getattr(module, "_hf_hook", None), "offload", False):
+        from accelerate.utils import align_module_device
+
+        with align_module_device(module):
+            yield module
+    else:
+        yield module
+
+
+def input_device(model: torch.nn.Module) -> torch.device:
+    """Return the device that token ids belong on; where weights are offloaded, the one that they run on."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    if getattr(hook, "offload", False):
+        return torch.device(hook.execution_device)
+    return next(model.parameters()).device
+
+
 def check_in_memory(model: torch.nn.Module) -> None:
     """Raise if weights are offloaded, so that they could not be exchanged in place.
 
@@ -280,7 +301,11 @@ def check_finite_weights(model: torch.nn.Module, table: UnitTable) -> None:
     Raises:
         NumericsError: the layers are named.
     """
-    bad = [a.name for a in table.layers if not torch.isfinite(model.get_submodule(a.name).weight).all()]
+    bad = []
+    for layer in table.layers:
+        with onloaded(model.get_submodule(layer.name)) as module:
+            if not torch.isfinite(module.weight).all():
+                bad.append(layer.name)
     if bad:
         raise NumericsError(
             f"{len(bad)} layers hold weights that are not finite, e.g. {', '.join(bad[:3])}",
@@ -295,8 +320,13 @@ def fingerprint(model: torch.nn.Module) -> str:
     for volatile in ("architectures", "_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    tied = model.get_output_embeddings() if getattr(model.config, "tie_word_embeddings", False) else None
     for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta and tied is not None and parameter is tied.weight:
+            continue  # in memory it is the embeddings' own and does not come twice
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        flat = parameter.detach().contiguous().reshape(-1).cpu()
-        digest.update(flat.view(torch.uint8).numpy())
+        parent, _, leaf = name.rpartition(".")
+        with onloaded(model.get_submodule(parent)) as module:
+            flat = getattr(module, leaf).detach().contiguous().reshape(-1).cpu()
+            digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()

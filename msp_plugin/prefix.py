@@ -119,12 +119,12 @@ def replace_input(block: torch.nn.Module, given: torch.Tensor) -> Callable[[], N
     return block.register_forward_pre_hook(hook, with_kwargs=True).remove
 
 
-def skip(block: torch.nn.Module) -> Callable[[], None]:
-    """Make a block return its input until the returned call."""
+def skip(block: torch.nn.Module, given: torch.Tensor | None = None) -> Callable[[], None]:
+    """Make a module return its input, or what is given, until the returned call."""
     own = block.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _hidden(args, kwargs)
+        return _hidden(args, kwargs) if given is None else given
 
     block.forward = forward
 
