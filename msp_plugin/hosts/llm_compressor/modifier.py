@@ -116,7 +116,8 @@ class MixedSparsityModifier(Options, Modifier):
         ):
             raise HostError(
                 f"torch.distributed runs {torch.distributed.get_world_size()} ranks",
-                hint="llm-compressor's pruning does not reduce its statistics over ranks: use one",
+                hint="llm-compressor's pruning does not reduce its statistics over ranks: start it in one process. "
+                "`torchrun ... -m msp_plugin allocate` shares the search; give the recipe its allocation",
             )
         model = state.model
         check_model(model, self._plan)

@@ -1,0 +1,82 @@
+"""What a second rank brings: the same allocation from one process and from several that torchrun starts.
+
+    python integration/ranks_bench.py                   # the demo Llama, one rank against two
+    python integration/ranks_bench.py --quick           # a smaller search, writes nothing
+
+Every rank has one thread, so that the ranks of a run have as many cores as they are. Each run starts from an empty
+cache; the seconds of the search are those that run.json tells, without sensitivities and level database.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+TEXT = ("--data", "demo:calibration", "--search-data", "demo:search", "--length", "256", "--samples", "64")
+SEARCH = ("--set", "allocator.tokens=12288", "--set", "allocator.holdout=4096")
+QUICK = ("--set", "allocator.tokens=2048", "--set", "allocator.holdout=1024", "--set", "allocator.rounds=3")
+
+
+def allocate(ranks: int, model: str, options: tuple[str, ...], folder: Path) -> dict:
+    """Return the seconds of a run with some ranks, and the bytes of its allocation."""
+    out = folder / f"{ranks}.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MSP_CACHE": str(folder / f"cache-{ranks}")}
+    began = time.monotonic()
+    run = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "msp_plugin",
+            "allocate", model, "-s", "0.75", "--dtype", "float32", "--json", "--out", str(out), *options,
+        ],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if run.returncode:
+        raise SystemExit(run.stderr[-3000:])
+    found = json.loads(run.stdout[run.stdout.index("{") :])["search"]
+    return {
+        "ranks": ranks, "seconds": time.monotonic() - began, "search_seconds": found["seconds"],
+        "forward_tokens": found["forward_tokens"], "allocation": out.read_text(),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo:llama")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    options = (*TEXT, *(QUICK if args.quick else SEARCH))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [allocate(ranks, args.model, options, Path(folder)) for ranks in args.ranks]
+    equal = len({row.pop("allocation") for row in rows}) == 1
+    first = rows[0]
+    machine = f"{platform.machine()}, {os.cpu_count()} logical cores"
+    lines = [
+        "# What a second rank brings", "",
+        f"Made by `python integration/ranks_bench.py`; {args.model}, SparseGPT at 75 %, {machine}, one thread per rank.",
+        "", "| ranks | search, s | times as fast | whole command, s | times as fast |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        lines.append(
+            f"| {row['ranks']} | {row['search_seconds']:.1f} | {first['search_seconds'] / row['search_seconds']:.2f} "
+            f"| {row['seconds']:.1f} | {first['seconds'] / row['seconds']:.2f} |"
+        )
+    lines += ["", f"allocation.json: {'equal to the byte' if equal else 'NOT EQUAL'}."]
+    print("\n".join(lines))
+    if not args.quick:
+        (RESULTS / "ranks.json").write_text(
+            json.dumps({"machine": machine, "equal": equal, "rows": rows}, indent=1) + "\n"
+        )
+        (RESULTS / "ranks.md").write_text("\n".join(lines) + "\n")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
