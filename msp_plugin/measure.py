@@ -316,9 +316,9 @@ class Measurements:
     def _journal(
         self, folder: Path, name: str, identity: Mapping[str, Any], *, fresh: bool = False
     ) -> Iterator[Journal]:
-        """Yield the journal of what the identity names; no other process may have it meanwhile."""
+        """Yield the journal of what the identity names; another process that has it is waited for."""
         path = folder / f"{name}-{digest(identity)[:16]}.jsonl"
-        with self._alone(path.with_suffix(".lock"), f"it measures {name} of this very model and text"):
+        with self._alone(path.with_suffix(".lock"), f"it measures {name} of this model and text", wait=True):
             if fresh:
                 self.ranks.first(lambda: path.unlink(missing_ok=True))
             with closing(Journal(path, identity, self.ranks)) as journal:

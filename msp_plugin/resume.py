@@ -39,7 +39,7 @@ def alone(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
                 raise OutputError(
                     f"another process holds {path}: {what}", hint="wait for it to end, or stop it"
                 ) from None
-            log.info("waiting for another process: %s", what)
+            log.warning("waiting for another process: %s", what)
             lock.acquire()
     except OSError as error:
         raise OutputError(
