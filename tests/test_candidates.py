@@ -14,6 +14,7 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from msp_plugin import candidates
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss, CandidateWeights
 from msp_plugin.database.build import build_database
@@ -386,7 +387,10 @@ def memory_for(model, rows, error, seen=None):
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("reuse", [True, False])
-def test_a_batch_that_does_not_fit_is_measured_in_parts(llama, make_samples, measured, error, reuse, caplog):
+def test_a_batch_that_does_not_fit_is_measured_in_parts(
+    llama, make_samples, measured, error, reuse, caplog, monkeypatch
+):
+    monkeypatch.setattr(candidates, "SHARES", 1)
     data, held = make_samples(7, 20), measured(llama)
     with loss_of(llama, held, data, reuse=reuse) as loss:
         loss.keep(A)
@@ -416,7 +420,8 @@ def test_a_sample_that_does_not_fit_is_an_error_that_says_what_to_do(llama, make
             loss.slopes(A, [0, 1], 1, 0)
 
 
-def test_any_other_error_of_a_model_comes_through(llama, make_samples, measured):
+def test_any_other_error_of_a_model_comes_through(llama, make_samples, measured, monkeypatch):
+    monkeypatch.setattr(candidates, "SHARES", 1)
     held = measured(llama)
     refused = pytest.raises(RuntimeError, match="^mine$")
     with memory_for(llama, 1, RuntimeError("mine")), refused, loss_of(llama, held, make_samples(3, 20)):

@@ -54,8 +54,7 @@ def test_a_stopped_run_goes_on_with_what_it_had_measured_and_ends_with_the_same_
     assert not (tmp_path / "out").exists()
     steps = run()
     assert not steps & {
-        "perplexity, dense", "perplexity, uniform", "uniform, pruning", "level database", "sensitivity, fisher",
-        "Fisher-weighted error",
+        "perplexity, dense", "perplexity, uniform", "uniform, pruning", "level database", "Fisher-weighted error",
     }  # fmt: skip
     assert {"search", "pruning", "perplexity, mixed"} <= steps
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")

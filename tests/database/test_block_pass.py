@@ -124,7 +124,7 @@ def test_a_model_that_hands_over_more_is_run_as_a_whole(tmp_path, llama, mixed, 
     model, pruner = handing_over(llama), SparseGPT()
     table = prunable_layers(model)
     assert not runs_by_block(model, mixed.samples[0])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="msp_plugin"):
         build_database(database(tmp_path, pruner), model, table, pruner, mixed)
     assert "LlamaForCausalLM does not run block by block: whole forward passes" in caplog.messages
     held, expected = database(tmp_path, pruner), collect(model, list(table), pruner, mixed, 4096)
