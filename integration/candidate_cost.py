@@ -28,9 +28,10 @@ def measure(model, data, batches: list[int], repeats: int, folder: str) -> list[
     """Return per size of a batch, in tokens, the median seconds of a bare pass and of a candidate."""
     import torch
 
-    from msp_plugin.candidates import CandidateLoss, CandidateWeights
+    from msp_plugin.candidates import CandidateLoss
     from msp_plugin.database.build import build_database
     from msp_plugin.database.store import LevelDatabase
+    from msp_plugin.exchange import CandidateWeights
     from msp_plugin.models import prunable_layers
     from msp_plugin.plan.budget import AllocationProblem
     from msp_plugin.plan.levels import parse_menu, parse_sparsity

@@ -53,7 +53,8 @@ def search_cost(
     EvoPress runs with the first seed: its full schedule takes a quarter of an hour even here. Its trail is
     taken from an earlier record where there is one.
     """
-    from msp_plugin.candidates import CandidateLoss, CandidateWeights
+    from msp_plugin.candidates import CandidateLoss
+    from msp_plugin.exchange import CandidateWeights
     from msp_plugin.plugins import Plugins
 
     plugins = Plugins()
@@ -97,7 +98,8 @@ def prefix_reuse(model: str, cache: str | None, candidates: int = 40) -> dict:
     """Return the time of candidates with and without reuse; candidates that each move one unit by one level."""
     import numpy as np
 
-    from msp_plugin.candidates import CandidateLoss, CandidateWeights
+    from msp_plugin.candidates import CandidateLoss
+    from msp_plugin.exchange import CandidateWeights
 
     measurements, problem, _ = bench_model(model, "sparsegpt", "0.75", cache)
     rng, now = np.random.default_rng(0), problem.uniform()

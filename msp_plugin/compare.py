@@ -20,11 +20,12 @@ import torch
 from msp_plugin.allocate import check_model, make_problem, versions
 from msp_plugin.allocators.base import Choice
 from msp_plugin.calibration import CalibrationSet
-from msp_plugin.candidates import CandidateLoss, CandidateWeights
+from msp_plugin.candidates import CandidateLoss
 from msp_plugin.checkpoint.load import load
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import DataError, MSPError
 from msp_plugin.evaluation import perplexity
+from msp_plugin.exchange import CandidateWeights
 from msp_plugin.files import finite, write_text
 from msp_plugin.journal import Journal
 from msp_plugin.matrix import Matrix

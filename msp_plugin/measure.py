@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator
+from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator, Choice
 from msp_plugin.calibration import CalibrationSet
-from msp_plugin.candidates import CandidateLoss, CandidateWeights, Choice
+from msp_plugin.candidates import CandidateLoss
 from msp_plugin.database.build import build_database, check_space
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import HostError, RecipeError, nearest
+from msp_plugin.exchange import CandidateWeights
 from msp_plugin.files import default_cache, finite
 from msp_plugin.identity import digest, source_digest
 from msp_plugin.journal import Journal, RecordedLoss, packed, unpacked

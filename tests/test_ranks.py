@@ -16,8 +16,9 @@ import pytest
 
 from msp_plugin.allocators.search import Search
 from msp_plugin.calibration import CalibrationSet
-from msp_plugin.candidates import CandidateLoss, CandidateWeights
+from msp_plugin.candidates import CandidateLoss
 from msp_plugin.errors import HostError, MSPError, NumericsError
+from msp_plugin.exchange import CandidateWeights
 from msp_plugin.hosts.llm_compressor.methods import SparseGPT
 from msp_plugin.measure import Measurements
 from msp_plugin.models import prunable_layers

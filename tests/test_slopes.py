@@ -7,9 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from msp_plugin.calibration import CalibrationSet
-from msp_plugin.candidates import CandidateLoss, CandidateWeights
+from msp_plugin.candidates import CandidateLoss
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
+from msp_plugin.exchange import CandidateWeights
 from msp_plugin.models import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
