@@ -182,7 +182,9 @@ def _axes(axes: Axes, chart: Chart) -> None:
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     values = [x for series in chart.series for x, _ in series.drawn if x > 0]
-    if chart.log_x and values:
+    if chart.log_x and not values:  # nothing was measured: one tick, and no numbers below it
+        axes.set_xticks([0.0])
+    elif chart.log_x:
         least, wide = min(values), max(values) / min(values) > 300
         if any(x <= 0 for series in chart.series for x, _ in series.drawn):
             axes.set_xscale("symlog", linthresh=least, linscale=0.4)

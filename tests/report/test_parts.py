@@ -1,6 +1,7 @@
 """Colours that can be read, numbers that line up, and what the package may import."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,9 @@ def test_importing_it_loads_neither_torch_nor_what_draws():
     code = "import sys, msp_plugin.report, msp_plugin.cli.report\nprint(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "matplotlib", "jinja2", "numpy", "pydantic"} & set(found.split())
+
+
+def test_an_axis_of_counts_that_are_all_zero_has_one_tick_and_no_negative_number():
+    chart = draw(Chart("c", "t", "tokens", "y", (Series("s", [(0.0, 1.0), (0.0, 2.0)]),), log_x=True))
+    ticks = re.findall(r">\s*([-−\d.]+)\s*<", chart.svg)
+    assert ticks[0] == "0" and not [tick for tick in ticks if tick[0] in "-−" or tick.startswith("0.0")]
