@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from msp_plugin.allocators.base import AllocationResult
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import RecipeError
 from msp_plugin.files import finite
+from msp_plugin.identity import versions
 from msp_plugin.measure import Measurements, StepProgress, no_progress
 from msp_plugin.models import (
     allowed_levels,
@@ -36,17 +36,6 @@ class Outcome:
 
     allocation: Allocation
     search: dict[str, Any] = field(default_factory=dict)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on, those that are installed."""
-    found = {}
-    for name in ("msp_plugin", "torch", "transformers", "llmcompressor", "compressed-tensors", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def check_model(model: torch.nn.Module, plan: Plan) -> UnitTable:

@@ -227,6 +227,9 @@ class CandidateLoss:
         self.forward_tokens += FORWARD_EQUIVALENT * sum(self.lengths[i] for i in samples)
         parts = self.ranks.spread(range(len(samples)), measure)
         slopes, draws = (np.concatenate(found) for found in zip(*parts, strict=True))
+        # Where a sample does not reach a unit that others do, e.g. an expert, its loss does not change.
+        missed, asked = np.isnan(slopes).all(axis=2), ~np.isnan(slopes).all(axis=0)
+        slopes[missed[:, :, None] & asked] = draws[missed[:, :, None] & asked] = 0.0
         return slopes, draws
 
     def _graph_loss(self, i: int, logits: torch.Tensor) -> torch.Tensor:

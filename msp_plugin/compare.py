@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from msp_plugin.allocate import check_model, make_problem, versions
+from msp_plugin.allocate import check_model, make_problem
 from msp_plugin.allocators.base import Choice
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss
@@ -27,6 +27,7 @@ from msp_plugin.errors import DataError, MSPError
 from msp_plugin.evaluation import perplexity
 from msp_plugin.exchange import CandidateWeights
 from msp_plugin.files import finite, write_text
+from msp_plugin.identity import digest, versions
 from msp_plugin.journal import Journal
 from msp_plugin.matrix import Matrix
 from msp_plugin.measure import Measurements, StepProgress, no_progress
@@ -96,6 +97,7 @@ def compare(
         identity = {
             "model": fingerprint(model), "calibration": samples.calibration.fingerprint, "batch": text.batch,
             "test": samples.test.fingerprint, "holdout": holdout.fingerprint, "prune": matrix.prune,
+            "device": next(model.parameters()).device.type,
             "versions": versions(),
         }  # fmt: skip
         with closing(Journal(finals, identity)) as journal:
@@ -200,11 +202,14 @@ class _Bench:
             row |= record
             row["levels"] = [problem.menu[k].name for k in result.choice]
             row["kept"], row["weights"] = problem.total_kept(result.choice), self.table.weights
-            key = f"{held.database.key} {','.join(row['levels'])}"
+            units = [[layer.name for layer in unit.layers] for unit in self.table]
+            key = f"{held.database.key} {digest(units)[:16]} {','.join(row['levels'])}"
             row |= finals.get(key, partial(self._final, held, plan, problem, result.choice))
         except MSPError as error:
             log.warning("%s at %s: %s", label, plan.sparsity, error)
             row["error"] = str(error)
+        except OSError:  # a full disk
+            raise
         except Exception as error:  # a plugin's bug must not cost the rows of all others
             log.exception("%s at %s", label, plan.sparsity)
             row["error"] = f"{type(error).__name__}: {error}"

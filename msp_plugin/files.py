@@ -68,7 +68,9 @@ def check_output(path: str | Path) -> Path:
             raise OutputError(f"{parent} is a file", hint="give a directory that does not exist yet")
         if not os.access(parent, os.W_OK):
             raise OutputError(f"{parent} is not writable", hint="give a directory that you may write to")
-        probe = parent / f".{uuid.uuid4().hex}.partial"  # root may write everywhere, and cannot in /proc
+        probe = (
+            parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+        )  # root may write everywhere, and cannot in /proc
         probe.mkdir()
         probe.rmdir()
     except OSError as error:

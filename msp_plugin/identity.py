@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import inspect
 import json
 from contextlib import suppress
@@ -26,3 +27,14 @@ def source_digest(component: object) -> str:
             with suppress(OSError, TypeError):
                 found.update(inspect.getsource(inspect.getmodule(cls)).encode())
     return found.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on, those that are installed."""
+    found = {}
+    for name in ("msp_plugin", "torch", "transformers", "llmcompressor", "compressed-tensors", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -23,6 +23,7 @@ import numpy as np
 from msp_plugin.allocators.base import Choice, TrueLoss
 from msp_plugin.files import replacing
 from msp_plugin.ranks import ALONE, Ranks
+from msp_plugin.writing import writing
 
 if TYPE_CHECKING:
     from msp_plugin.calibration import CalibrationSet
@@ -43,7 +44,7 @@ class Journal:
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any], ranks: Ranks = ALONE):
         self.path = path if ranks.rank == 0 else None
-        self.identity = {"schema": SCHEMA, **identity}
+        self.identity = json.loads(json.dumps({"schema": SCHEMA, **identity}, default=str))
         self._values: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
         if self.path is not None and self.path.exists():
@@ -62,6 +63,7 @@ class Journal:
         elif not known and first.endswith(b"\n"):
             log.warning("%s is damaged: it is begun anew", self.path)
         records = [_record(line) for line in lines] if known else []
+        records = [record if _is_value(record) else None for record in records]
         good = [line for line, record in zip(lines, records, strict=False) if record is not None]
         damaged = sum(line.endswith(b"\n") for line in lines) - len(good) if known else 0
         if damaged:  # a torn last line is no damage: it is what a kill leaves
@@ -90,12 +92,17 @@ class Journal:
             self._file = None
 
     def _append(self, record: Mapping[str, Any]) -> None:
+        line = _line(record)
+        with writing(self.path):
+            self._write(line)
+
+    def _write(self, line: bytes) -> None:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab")
             if self._file.tell() == 0:
-                self._file.write(_line(self.identity))
-        self._file.write(_line(record))
+                line = _line(self.identity) + line
+        self._file.write(line)
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -108,6 +115,10 @@ def _lines_of(path: Path) -> list[bytes]:
 def _line(record: Mapping[str, Any]) -> bytes:
     text = json.dumps(record, sort_keys=True).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _is_value(record: Any) -> bool:
+    return isinstance(record, dict) and record.keys() >= {"key", "value"}
 
 
 def _record(line: bytes) -> Any:

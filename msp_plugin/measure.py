@@ -23,7 +23,7 @@ from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import HostError, RecipeError, nearest
 from msp_plugin.exchange import CandidateWeights
 from msp_plugin.files import default_cache, finite
-from msp_plugin.identity import digest, source_digest
+from msp_plugin.identity import digest, source_digest, versions
 from msp_plugin.journal import Journal, RecordedLoss, packed, unpacked
 from msp_plugin.models import check_in_memory, fingerprint
 from msp_plugin.plan.budget import AllocationProblem
@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 
 #: Called with (step, done, total), step being a few words such as "sensitivity".
 StepProgress = Callable[[str, int, int], None]
+
+
+#: Of what is measured and how; a journal of another number is begun anew.
+MEASUREMENT = 1
 
 
 def no_progress(step: str, done: int, total: int) -> None:
@@ -86,10 +90,15 @@ class Measurements:
         Raises:
             HostError: ranks have different ones.
         """
-        found = self.ranks.gather(lambda: fingerprint(self.model))
-        if len(set(found)) > 1:
-            raise HostError("the ranks hold different models", hint="give all of them the same directory")
-        return found[0]
+        texts = [part and part.fingerprint for part in (self.calibration, self.search, self.holdout)]
+        device = next(self.model.parameters()).device.type
+        found = self.ranks.gather(lambda: [fingerprint(self.model), device, *texts])
+        if any(of != found[0] for of in found):
+            raise HostError(
+                "the ranks hold different models, texts or kinds of device",
+                hint="give all of them the same files, and as many GPUs as ranks",
+            )
+        return found[0][0]
 
     @cached_property
     def database(self) -> LevelDatabase:
@@ -134,7 +143,6 @@ class Measurements:
                 "model": self.model_id, "estimator": spec_of(estimator), "code": source_digest(estimator),
                 "data": self.calibration.fingerprint if self.calibration and estimator.needs_data else None,
                 "units": [[layer.name for layer in unit.layers] for unit in self.table],
-                "torch": torch.__version__,
             }  # fmt: skip
             folder = Path(self.cache or default_cache()) / "sensitivity"
             with self._journal(folder, name, key, fresh=self.fresh) as journal:
@@ -254,7 +262,7 @@ class Measurements:
                     partial(self.progress, "search"),
                     holdout,
                     estimate,
-                    partial(self.ranks.first, time.monotonic),
+                    lambda: self._clock(loss, holdout),
                 )
             )
         now = time.monotonic()
@@ -278,6 +286,11 @@ class Measurements:
         }
         return result, search
 
+    def _clock(self, *losses: RecordedLoss | None) -> float:
+        """Return the seconds of rank 0, with those that values had taken which a stopped search left."""
+        read = sum(loss.saved_seconds for loss in losses if loss is not None)
+        return self.ranks.first(lambda: time.monotonic() + read)
+
     @contextmanager
     def _measured(
         self, allocator: Allocator, problem: AllocationProblem, seed: int
@@ -294,6 +307,11 @@ class Measurements:
         about = {
             "allocator": spec_of(allocator), "code": source_digest(allocator), "seed": seed,
             "search": search and search.fingerprint, "holdout": holdout and holdout.fingerprint,
+            "calibration": self.calibration and self.calibration.fingerprint,
+            "estimators": [
+                [spec_of(estimator), source_digest(estimator)]
+                for name, estimator in sorted(self.estimators.items()) if name in allocator.sensitivities
+            ],
         }  # fmt: skip
         with (
             self._search_journal("search", problem, about) as journal,
@@ -318,6 +336,8 @@ class Measurements:
         self, folder: Path, name: str, identity: Mapping[str, Any], *, fresh: bool = False
     ) -> Iterator[Journal]:
         """Yield the journal of what the identity names; another process that has it is waited for."""
+        device = next(self.model.parameters()).device.type
+        identity = {**identity, "device": device, "measurement": MEASUREMENT, "versions": versions()}
         path = folder / f"{name}-{digest(identity)[:16]}.jsonl"
         with self._alone(path.with_suffix(".lock"), f"it measures {name} of this model and text", wait=True):
             if fresh:
@@ -334,7 +354,7 @@ class Measurements:
             "levels": [level.name for level in problem.menu],
             "units": [[layer.name for layer in unit.layers] for unit in problem.table],
             "allowed": None if problem.allowed is None else problem.allowed.tolist(),
-            "batch_tokens": self.batch_tokens, "device": next(self.model.parameters()).device.type, **about,
+            "batch_tokens": self.batch_tokens, **about,
         }  # fmt: skip
         return self._journal(self.database.path, name, identity)
 

@@ -14,13 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress, versions
+import torch
+
+from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.load import is_packed, load
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.evaluation import perplexity
 from msp_plugin.files import finite, output_directory, write_json
+from msp_plugin.identity import versions
 from msp_plugin.journal import Journal
 from msp_plugin.models import fingerprint, load_tokenizer
 from msp_plugin.options import Options, Plan, resolve
@@ -145,7 +148,7 @@ def _search_together(
             hint="start it without torchrun",
         )
     with ExitStack() as stack:
-        ranks.first(lambda: stack.enter_context(sole_run(out, plan.cache, keep=True)) and None)
+        ranks.first(lambda: stack.enter_context(sole_run(out, plan.cache, fresh=fresh, keep=True)) and None)
         search(model, text, plan, dtype=dtype, trust_remote_code=trust_remote_code, fresh=fresh,
                progress=progress, ranks=ranks)  # fmt: skip
         ranks.leave()
@@ -170,7 +173,7 @@ def _reference(
         prune(model, _uniform(steps, plan), progress=_prefixed("uniform, ", progress), announce=False)
         return _measure("uniform", model, samples, progress)
 
-    with closing(Journal(path, _identity(loaded, samples, text, steps))) as journal:
+    with closing(Journal(path, _identity(loaded, samples, text, steps, plan))) as journal:
         quality = {"dense": journal.get("dense", partial(_measure, "dense", loaded, samples, progress))}
         del loaded
         gc.collect()
@@ -181,13 +184,16 @@ def _reference(
 
 
 def _identity(
-    model: PreTrainedModel, samples: Samples, text: Text, steps: Mapping[str, Any]
+    model: PreTrainedModel, samples: Samples, text: Text, steps: Mapping[str, Any], plan: Plan | None
 ) -> dict[str, Any]:
     """Return what the measurements of an unfinished run depend on, by words that a user can read."""
     return {
         "model": fingerprint(model), "recipe": json.loads(json.dumps(steps, default=str)),
         "calibration": samples.calibration.fingerprint, "batch": text.batch,
         "test": samples.test and samples.test.fingerprint, "versions": versions(),
+        "method": plan and plan.pruner.code(),
+        "allocation": plan and plan.given and plan.given.to_dict(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
     }  # fmt: skip
 
 

@@ -15,7 +15,10 @@ from msp_plugin.models import decoder_blocks
 
 
 class Prefix:
-    """The inputs [T, D] of some blocks for some samples, by sample number.
+    """The inputs [B, T, D] of some blocks for batches of samples, by the samples' numbers.
+
+    They serve the same batch again, and no other that some of its samples are in: how a product of matrices
+    rounds may depend on how many rows it has. Every sample is held in one batch, the last one.
 
     Args:
         bytes_per_token: how much may be held per token; with too little for every block, every second
@@ -29,7 +32,7 @@ class Prefix:
         fit = bytes_per_token // (embeddings.shape[1] * embeddings.element_size())
         stride = -(-len(self.blocks) // (fit + 1)) if fit else len(self.blocks)
         self._starts = tuple(range(stride, len(self.blocks), stride))
-        self._inputs: dict[int, dict[int, torch.Tensor]] = {start: {} for start in self._starts}
+        self._inputs: dict[int, dict[tuple[int, ...], torch.Tensor]] = {start: {} for start in self._starts}
         self._skipped = 0
 
     @property
@@ -52,16 +55,17 @@ class Prefix:
             first: the first block whose weights differ from those of the kept activations.
             record: keep the inputs of the blocks that run.
         """
-        ready = [s for s in self._starts if s <= first and all(i in self._inputs[s] for i in samples)]
+        batch = tuple(samples)
+        ready = [s for s in self._starts if s <= first and batch in self._inputs[s]]
         start = max(ready, default=0)
         undo = []
         try:
             if start:
-                given = torch.stack([self._inputs[start][i] for i in samples])
+                given = self._inputs[start][batch]
                 undo.append(replace_input(self.blocks[start], given))
                 undo += [skip(block) for block in self.blocks[:start]]
             if record:
-                undo += [self._record(block, samples) for block in self._starts if block > start]
+                undo += [self._record(block, batch) for block in self._starts if block > start]
             yield
             if start:
                 self._skipped += given.shape[0] * given.shape[1] * start
@@ -69,13 +73,13 @@ class Prefix:
             for call in reversed(undo):
                 call()
 
-    def _record(self, block: int, samples: Sequence[int]) -> Any:
+    def _record(self, block: int, batch: tuple[int, ...]) -> Any:
         def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            held, rows = self._inputs[block], _hidden(args, kwargs).detach()
-            new = {i: row for i, row in zip(samples, rows, strict=True) if i not in held}
-            if len(new) < len(rows):  # a row alone would keep the whole batch in memory
-                new = {i: row.clone() for i, row in new.items()}
-            held.update(new)
+            held = self._inputs[block]
+            if batch not in held:
+                for other in [other for other in held if not set(batch).isdisjoint(other)]:
+                    del held[other]
+                held[batch] = _hidden(args, kwargs).detach()
 
         return self.blocks[block].register_forward_pre_hook(hook, with_kwargs=True).remove
 

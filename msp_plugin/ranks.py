@@ -71,22 +71,27 @@ class TorchRanks(Ranks):
     def gather(self, make: Callable[[], T]) -> list[T]:
         import torch.distributed as dist
 
-        mine: tuple[T | None, MSPError | None]
+        value, own = None, None
         try:
-            mine = make(), None
+            value = make()
         except MSPError as error:
-            mine = None, error
+            own = error
         found: list = [None] * self.size
         try:
-            dist.all_gather_object(found, mine)
+            dist.all_gather_object(found, (value, own and (own.message, own.hint, own.exit_code)))
         except RuntimeError as error:
             raise HostError(
                 f"rank {self.rank} lost the others: {str(error).splitlines()[0]}",
                 hint="a rank has ended; its own error says why. The same command goes on where it stopped",
             ) from error
-        for _, error in found:
-            if error is not None:
-                raise error
+        failed = [(rank, error) for rank, (_, error) in enumerate(found) if error is not None]
+        if failed:
+            rank, (message, hint, code) = failed[0]
+            if rank == self.rank and own is not None:
+                raise own
+            other = MSPError(f"rank {rank}: {message}", hint=hint)
+            other.exit_code = code
+            raise other
         return [value for value, _ in found]
 
     def leave(self) -> None:

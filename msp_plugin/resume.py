@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,12 +18,13 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def alone(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+def alone(path: Path, what: str, *, wait: bool = False, remove: bool = False) -> Iterator[None]:
     """Hold the lock file ``path`` for the block; it is free again however the process ends.
 
     Args:
         what: what the holder does, e.g. "a run writes to out".
         wait: wait for another process instead of refusing.
+        remove: remove the file at the end, while it is held; only for locks that nobody waits for.
 
     Raises:
         OutputError: another process holds it, or the file cannot be made.
@@ -41,7 +43,7 @@ def alone(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
                 ) from None
             log.warning("waiting for another process: %s", what)
             lock.acquire()
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
         raise OutputError(
             f"cannot lock {path}: {error}",
             hint="set cache (or MSP_CACHE) to a directory that you may write to",
@@ -49,6 +51,8 @@ def alone(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        if remove:
+            path.unlink(missing_ok=True)
         lock.release()
 
 
@@ -70,8 +74,13 @@ def sole_run(
         OutputError: another process writes there, or see check_output.
     """
     path = Path(out).expanduser().resolve()
-    journal = Path(cache or default_cache()) / "runs" / f"{digest(str(path))[:24]}.jsonl"
-    with alone(journal.with_suffix(".lock"), f"a run that writes to {path}"):
+    name = digest(str(path))[:24]
+    journal = Path(cache or default_cache()) / "runs" / f"{name}.jsonl"
+    # Beside the directory, because runs to it may have different caches; and not in it, because it must be empty.
+    beside = next((p for p in path.parents if p.is_dir()), path.parent)
+    folder = beside if os.access(beside, os.W_OK) else journal.parent
+    lock = folder / f".{path.name}.{name[:8]}.lock"
+    with alone(lock, f"a run that writes to {path}", remove=True):
         _remove_partial(path)
         check_output(path)
         if fresh:
@@ -87,5 +96,5 @@ def _remove_partial(out: Path) -> None:
     for folder in (out.parent, out):
         if folder.is_dir():
             for entry in folder.iterdir():
-                if name.fullmatch(entry.name):
+                if name.fullmatch(entry.name) and entry.is_dir():
                     shutil.rmtree(entry)

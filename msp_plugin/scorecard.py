@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msp_plugin.allocate import StepProgress, no_progress, versions
+from msp_plugin.allocate import StepProgress, no_progress
 from msp_plugin.calibration import CalibrationSet, load_texts, tokenize
 from msp_plugin.checkpoint.load import load
 from msp_plugin.device import on_best_device
@@ -27,6 +27,7 @@ from msp_plugin.harness import (
     ask,
     difference,
 )
+from msp_plugin.identity import versions
 from msp_plugin.models import check_dtype, fingerprint, load_tokenizer, max_length
 from msp_plugin.samples import Text
 from msp_plugin.tasks import Suite, find_tasks, local_tasks

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from msp_plugin import measure
-from msp_plugin.allocate import allocate, check_model, make_problem, parts, versions
+from msp_plugin.allocate import allocate, check_model, make_problem, parts
 from msp_plugin.allocators.base import AllocationResult
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import BudgetError, DataError, NumericsError, RecipeError, VerificationError
+from msp_plugin.identity import versions
 from msp_plugin.measure import open_database
 from msp_plugin.models import fingerprint, prunable_layers
 from msp_plugin.options import Options, resolve

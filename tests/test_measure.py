@@ -47,7 +47,6 @@ class Asking(Allocator):
     """Asks for everything, keeps what it was given, and returns uniform."""
 
     name = "asking"
-    sensitivities = ("zeros", "fisher")
     needs_database = True
     measures = True
     remeasures = True
@@ -55,6 +54,7 @@ class Asking(Allocator):
     tokens: int = 48
     holdout: int = 24
     errors: tuple[str, ...] = ("weight", "output", "fisher", "kl")
+    sensitivities: tuple[str, ...] = ("zeros", "fisher")
     seen: list = field(default_factory=list)
 
     def allocate(self, inputs):
@@ -422,3 +422,39 @@ def test_a_database_is_named_by_what_its_weights_depend_on(llama, qwen2, make_sa
     ]  # fmt: skip
     assert len(set(keys)) == len(keys) and key() == keys[0]
     assert key(pruner=Magnitude()) == key(pruner=Magnitude(), samples=other)  # it needs no statistics
+
+
+def test_what_an_estimate_rests_on_is_part_of_its_journal(make, make_samples):
+    class Remeasuring(Asking):
+        def allocate(self, inputs):
+            self.seen.append(inputs.estimate("fisher", inputs.problem.uniform()))
+            return AllocationResult(inputs.problem.uniform())
+
+    def ask(**changes):
+        held, allocator = (
+            make(pruner=Magnitude(), **changes),
+            Remeasuring(errors=(), sensitivities=("fisher",)),
+        )
+        held.allocate(allocator, problem_of(held), 0)
+        return allocator.seen[0].tolist()
+
+    first = ask()
+    assert ask() == first
+    assert ask(estimators={"fisher": FisherTrace(samples=2)}) != first
+    assert ask(calibration=make_samples(4, seed=9)) != first
+
+
+def test_a_search_that_is_read_from_its_journal_has_the_time_that_it_had_taken(make):
+    class Timed(Asking):
+        def allocate(self, inputs):
+            began = inputs.clock()
+            inputs.loss(inputs.problem.uniform())
+            self.seen.append(inputs.clock() - began)
+            return AllocationResult(inputs.problem.uniform())
+
+    taken = []
+    for _ in range(2):
+        held, allocator = make(), Timed(errors=())
+        held.allocate(allocator, problem_of(held), 0)
+        taken += allocator.seen
+    assert taken[1] >= 0.5 * taken[0] - 1e-3

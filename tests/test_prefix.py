@@ -378,10 +378,14 @@ def test_every_start_counts_the_blocks_before_it(setting):
             model(ids, use_cache=False)
         for first, skipped in itertools.pairwise(range(BLOCKS + 1)):
             before = prefix.saved_tokens
-            with prefix.use([1, 0], first, record=False):
-                assert torch.equal(model(ids.flip(0), use_cache=False).logits, whole.flip(0))
+            with prefix.use([0, 1], first, record=False):
+                assert torch.equal(model(ids, use_cache=False).logits, whole)
             assert prefix.saved_tokens - before == pytest.approx(24 * first / BLOCKS, abs=1)
             assert skipped == first + 1
+        before = prefix.saved_tokens
+        with prefix.use([1, 0], 4, record=False):  # another batch
+            assert torch.equal(model(ids.flip(0), use_cache=False).logits, whole.flip(0))
+        assert prefix.saved_tokens == before
         prefix.forget(2)
         before = prefix.saved_tokens
         with prefix.use([0, 1], 4, record=False):

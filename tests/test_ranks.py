@@ -17,14 +17,17 @@ import pytest
 from msp_plugin.allocators.search import Search
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss
-from msp_plugin.errors import HostError, MSPError, NumericsError
+from msp_plugin.cli import app
+from msp_plugin.errors import HostError, MSPError, NumericsError, RecipeError
 from msp_plugin.exchange import CandidateWeights
 from msp_plugin.hosts.llm_compressor.methods import SparseGPT
 from msp_plugin.measure import Measurements
 from msp_plugin.models import prunable_layers
+from msp_plugin.pipeline import prune_recipe, run_recipe
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.ranks import ALONE, Ranks, join
+from msp_plugin.samples import Text
 from msp_plugin.sensitivity.fisher import FisherTrace
 
 MENU = parse_menu(["dense", "2:4", "1:4"])
@@ -200,6 +203,34 @@ def test_ranks_with_different_models_are_refused(measured, qwen2):
 def test_one_process_is_alone():
     assert join({}) is ALONE and join({"WORLD_SIZE": "1"}) is ALONE
     assert ALONE.gather(lambda: 3) == [3] and ALONE.first(lambda: 4) == 4 and ALONE.leave() is None
+
+
+@pytest.mark.parametrize("command", ["compare", "verify", "export", "sensitivity", "eval"])
+def test_commands_that_do_not_share_refuse_several_ranks(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["msp", command, "x"])
+    with pytest.raises(SystemExit) as end:
+        app.run()
+    said = capsys.readouterr().err
+    assert (
+        end.value.code
+        and f"rank 1: error: {command} runs in one process, not in 2" in said
+        and "torchrun" in said
+    )
+
+
+def test_a_recipe_that_is_not_ours_alone_is_refused_by_several_ranks(llama_dir, tmp_path, make_samples):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat\n" * 100)
+
+    class Two(Ranks):
+        size = 2
+
+    recipe = prune_recipe({"sparsity": 0.5, "allocator": "uniform"})
+    recipe["sparsity_stage"]["sparsity_modifiers"]["WandaPruningModifier"] = {"sparsity": 0.5}
+    with pytest.raises(RecipeError, match="2 ranks share a search, and this recipe is not one of"):
+        run_recipe(recipe, llama_dir, Text(str(text), None, None, 8, 24, 0), tmp_path / "out", ranks=Two())
 
 
 PROCESS = """

@@ -102,14 +102,30 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_pat
         other.mkdir()
     with sole_run(out, str(tmp_path / "cache")) as (path, journal):
         assert path == out and not list(folder.glob(".out.0*"))
+        journal.parent.mkdir(parents=True, exist_ok=True)
         journal.write_text("x")
-    assert not journal.exists() and all(other.exists() for other in others)
+    assert (
+        not journal.exists()
+        and not list(tmp_path.glob(".out.*.lock"))
+        and all(other.exists() for other in others)
+    )
 
 
 def test_the_journal_of_a_run_that_fails_stays(tmp_path):
     with suppress(StopError), sole_run(tmp_path / "out", str(tmp_path / "cache")) as (_, journal):
+        journal.parent.mkdir(parents=True)
         journal.write_text("x")
         raise StopError
     assert journal.exists()
     with sole_run(tmp_path / "out", str(tmp_path / "cache"), fresh=True):
         assert not journal.exists()
+
+
+def test_runs_with_other_caches_keep_off_each_others_directory(tmp_path):
+    refused = pytest.raises(OutputError, match="another process holds")
+    with (
+        sole_run(tmp_path / "out", str(tmp_path / "a")),
+        refused,
+        sole_run(tmp_path / "out", str(tmp_path / "b")),
+    ):
+        pass

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from msp_plugin import candidates
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss
 from msp_plugin.database.build import build_database
@@ -227,3 +228,24 @@ def test_the_model_is_left_as_it_was(model, data, measured, bits, count_hooks, f
         assert count_hooks(model) == hooks and all(p.grad is None for p in model.parameters())
     assert bits(model) == before
     assert not model(data.samples[0][None]).logits.isnan().any()
+
+
+def test_a_sample_that_does_not_reach_a_unit_counts_as_no_change(model, data, measured, monkeypatch):
+    whole = candidates.measure_slopes
+
+    def without(model, layers, samples, *rest):
+        slopes, draws = whole(model, layers, samples, *rest)
+        if torch.equal(samples[0], data.samples[1]):
+            slopes[:, 3] = draws[:, 3] = np.nan
+        return slopes, draws
+
+    with CandidateWeights(model, *measured) as weights:
+        loss = CandidateLoss(weights, data).prepare()
+        expected = loss.slopes(NOW, [0, 1, 2], 1, 0)
+        monkeypatch.setattr(candidates, "measure_slopes", without)
+        found = loss.slopes(NOW, [0, 1, 2], 1, 0)
+    for now, before in zip(found, expected, strict=True):
+        known = ~np.isnan(before[0, 3])
+        assert known.any() and (now[1, 3, known] == 0.0).all()
+        before[1, 3, known] = 0.0
+        assert np.array_equal(now, before, equal_nan=True)

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from msp_plugin.allocate import versions
 from msp_plugin.checkpoint.card import model_card
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.manifest import MANIFEST_FILE, Manifest, describe_files
@@ -23,6 +22,7 @@ from msp_plugin.checkpoint.tensors import INDEX, ShardWriter
 from msp_plugin.errors import FormatError, ModelError, OutputError, RecipeError
 from msp_plugin.files import check_output, output_directory, write_json, write_text
 from msp_plugin.formats.sparse24 import packed_bytes
+from msp_plugin.identity import versions
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.progress import Progress, silent
 from msp_plugin.writing import writing

@@ -7,9 +7,10 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msp_plugin.allocate import Outcome, versions
+from msp_plugin.allocate import Outcome
 from msp_plugin.checkpoint.recount import PruneStats
 from msp_plugin.files import write_json, write_text
+from msp_plugin.identity import versions
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 
 if TYPE_CHECKING:

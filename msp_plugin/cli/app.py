@@ -129,9 +129,11 @@ def _root(
 def run() -> None:
     """Run the command line with the commands that plugins add."""
     debug = bool(os.environ.get("MSP_DEBUG"))
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK")
     try:
-        if ranks > 1 and not {"run", "prune", "demo", "allocate", "--help"} & set(sys.argv[1:]):
+        if ranks > 1 and not (
+            {"run", "prune", "demo", "allocate"} & set(sys.argv[1:2]) or "--help" in sys.argv
+        ):
             raise HostError(
                 f"{' '.join(sys.argv[1:2]) or 'msp'} runs in one process, not in {ranks}",
                 hint="start it without torchrun; run, prune, demo and allocate share their search among ranks",
@@ -144,7 +146,7 @@ def run() -> None:
     except MSPError as error:
         if debug:
             raise
-        where = f"rank {os.environ.get('RANK')}: " if ranks > 1 else ""
+        where = f"rank {rank}: " if ranks > 1 else ""
         typer.echo(f"{where}error: {error}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:  # of a cache or of stdout, which no command writes as its result
@@ -155,5 +157,7 @@ def run() -> None:
         typer.echo(f"error: {cannot_write(None, error)}", err=True)
         sys.exit(2)
     except Stopped:
-        typer.echo("stopped; no result was written. The same command goes on where it stopped", err=True)
+        typer.echo(
+            "stopped; nothing half-written is left. The same command goes on with what was measured", err=True
+        )
         raise

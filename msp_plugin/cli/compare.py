@@ -85,14 +85,13 @@ def compare_command(
     console.set_up_logs(verbose)
     from msp_plugin.compare import compare
     from msp_plugin.errors import MSPError, RecipeError
-    from msp_plugin.files import check_output, output_directory, write_json
+    from msp_plugin.files import output_directory, write_json
     from msp_plugin.matrix import Matrix, parse_allocators, parse_sparsities
     from msp_plugin.plugins import Plugins
     from msp_plugin.resume import sole_run
     from msp_plugin.samples import Text
     from msp_plugin.writing import writing
 
-    check_output(out)
     names = parse_allocators(allocators)
     roles = {spec if isinstance(spec, str) else spec["name"] for spec in names.values()}
     pruners = [part.strip() for part in methods.split(",") if part.strip()]

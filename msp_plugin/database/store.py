@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,11 +30,12 @@ from msp_plugin.errors import FormatError, VerificationError
 from msp_plugin.files import replacing
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable
+from msp_plugin.writing import writing
 
 log = logging.getLogger(__name__)
 
 SCHEMA = "msp_plugin/level-database"
-VERSION = "3"
+VERSION = "4"
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,16 @@ class LevelDatabase:
         return self.path.with_name(f"{self.path.name}.lock")
 
     def clear(self) -> None:
-        """Remove all that is there."""
+        """Remove the layers and the journals; locks that others may hold stay."""
         self._open.clear()
         self._whole.clear()
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        for kind in ("*.safetensors", "*.jsonl"):
+            for file in self.path.glob(kind):
+                file.unlink(missing_ok=True)
 
     def tidy(self) -> None:
         """Remove what writers left behind that were killed; for the holder of the lock."""
-        for file in self.path.glob(".*.partial"):
+        for file in self.path.glob(".*.safetensors.*.partial"):
             file.unlink(missing_ok=True)
 
     def file(self, layer: str) -> Path:
@@ -97,10 +98,12 @@ class LevelDatabase:
             "shape": [layer.out_features, layer.in_features],
             "errors": {name: [e.weight, e.output] for name, e in errors.items()},
             "crc32": {name: _crc32(tensor) for name, tensor in tensors.items()},
+            "dtypes": {name: str(tensor.dtype) for name, tensor in tensors.items()},
         }
         # One entry, because safetensors writes several in no fixed order.
-        meta = {"about": json.dumps(about, sort_keys=True)}
-        with replacing(self.file(layer.name)) as temporary:
+        text = json.dumps(about, sort_keys=True)
+        meta = {"about": f"{zlib.crc32(text.encode()):08x} {text}"}
+        with writing(self.path), replacing(self.file(layer.name)) as temporary:
             save_file(tensors, temporary, metadata=meta)
         self._open.pop(layer.name, None)
         self._whole.add(layer.name)
@@ -141,8 +144,11 @@ class LevelDatabase:
         mask = [bitmask_bytes(*shape)]
         if any(handle.get_slice(f"{name}.bitmask").get_shape() != mask for name in wanted):
             return "a bitmask has another size"
-        damaged = [name for name, crc in sums.items() if _crc32(handle.get_tensor(name)) != crc]
-        return f"{', '.join(damaged)}: the checksum differs" if damaged else ""
+        for name, crc in sums.items():
+            tensor = handle.get_tensor(name)
+            if _crc32(tensor) != crc or str(tensor.dtype) != about["dtypes"][name]:
+                return f"{name}: the checksum differs"
+        return ""
 
     def weight(self, layer: str, level: str) -> torch.Tensor:
         """Return the weight [out, in] of a layer at a level that is not dense, by its name.
@@ -175,7 +181,10 @@ class LevelDatabase:
         return dict(self.identity, key=self.key)
 
     def _about(self, layer: str) -> dict[str, Any]:
-        return json.loads((self._handle(layer).metadata() or {})["about"])
+        crc, _, text = (self._handle(layer).metadata() or {})["about"].partition(" ")
+        if crc != f"{zlib.crc32(text.encode()):08x}":
+            raise ValueError("the checksum of what it says of itself differs")
+        return json.loads(text)
 
     def _handle(self, layer: str) -> Any:
         if layer not in self._open:

@@ -83,7 +83,7 @@ def least(
         if step + 1 < few:
             rest = rest.masked_fill(now, -torch.inf if keep else torch.inf)
     found = ~hit if keep else hit
-    tied = hit.sum(dim=0, dtype=torch.uint8) != few
+    tied = hit.sum(dim=0, dtype=torch.int32) != few
     if tied.any():
         found[:, tied] = settle(score[:, tied], worst)
     return found

@@ -77,7 +77,8 @@ def unit_sensitivities(
 
     def measure(part: CalibrationSet) -> Mapping[str, float]:
         report = progress if len(parts) == 1 else silent
-        return dict(estimator.layer_sensitivities(model, part, names, report))
+        found = estimator.layer_sensitivities(model, part, names, report)
+        return {name: float(found[name]) for name in names}
 
     for first in range(0, len(parts), TOGETHER):
         chunk = parts[first : first + TOGETHER]

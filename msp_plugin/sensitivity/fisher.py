@@ -79,7 +79,7 @@ def backward_passes(
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
             if not torch.isfinite(loss):
                 raise NumericsError(
-                    f"the loss of calibration sample {done} is not finite",
+                    "the loss of a calibration sample is not finite",
                     hint="the activations overflow: try dtype float32",
                 )
             loss.backward()

@@ -40,8 +40,10 @@ def about(store, held, **changes):
         "key": store.key, "layer": LAYER.name, "shape": [4, 8],
         "errors": {name: [0.0, 0.0] for name in ("dense", "2:4", "1:4")},
         "crc32": {name: zlib.crc32(t.view(torch.uint8).numpy()) for name, t in held.items()},
+        "dtypes": {name: str(t.dtype) for name, t in held.items()},
     }  # fmt: skip
-    return {"about": json.dumps({**found, **changes})}
+    text = json.dumps({**found, **changes})
+    return {"about": f"{zlib.crc32(text.encode()):08x} {text}"}
 
 
 ERRORS = {"dense": LayerErrors(0.0, 0.0), "2:4": LayerErrors(0.1, 1 / 3), "1:4": LayerErrors(2.0, 1e-300)}
@@ -106,7 +108,7 @@ def test_a_truncated_file_is_not_had(tmp_path, share):
 
 @pytest.mark.parametrize("change", [
     {"key": "other"}, {"layer": "l.1.up_proj"}, {"shape": [8, 4]}, {"crc32": {}}, {"errors": {}},
-    {"crc32": None}, {"errors": 3},
+    {"crc32": None}, {"errors": 3}, {"dtypes": {}},
 ])  # fmt: skip
 def test_another_databases_file_is_not_had_and_is_named(tmp_path, change, caplog):
     store = database(tmp_path)
@@ -150,15 +152,29 @@ def test_one_wrong_bit_anywhere_in_the_weights_is_found_and_its_tensor_named(tmp
     assert database(tmp_path).has(LAYER)
 
 
+def test_one_wrong_character_of_what_a_file_says_of_its_weights_is_found(tmp_path):
+    store = database(tmp_path)
+    store.write(LAYER, weights(), ERRORS)
+    path = store.file(LAYER.name)
+    content = path.read_bytes()
+    for old, new in ((b"0.1", b"0.9"), (b'"F32"', b'"I32"')):
+        assert old in content
+        path.write_bytes(content.replace(old, new, 1))
+        assert not database(tmp_path).has(LAYER), old
+
+
 def test_what_a_killed_writer_left_is_removed_and_all_is_on_demand(tmp_path):
     store = database(tmp_path)
     store.write(LAYER, weights(), ERRORS)
-    left = store.path / f".{LAYER.name}.safetensors.0f.partial"
+    left, journal = store.path / f".{LAYER.name}.safetensors.0f.partial", store.path / ".a.jsonl.0f.partial"
     left.write_bytes(b"half")
+    journal.write_bytes(b"of another process")
     store.tidy()
-    assert not left.exists() and database(tmp_path).has(LAYER)
+    assert not left.exists() and journal.exists()
+    journal.unlink()
+    assert database(tmp_path).has(LAYER)
     store.clear()
-    assert not store.path.exists() and not store.has(LAYER)
+    assert not list(store.path.iterdir()) and not store.has(LAYER)
     store.clear()
 
 

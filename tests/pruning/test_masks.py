@@ -166,3 +166,10 @@ def test_the_least_are_topks_whatever_is_equal(m, values):
     for worst in range(m + 1):
         assert torch.equal(least(score, worst), least_by_topk(score, worst))
     assert torch.equal(least(-score.log(), 2), least_by_topk(-score.log(), 2))  # infinities
+
+
+def test_more_equal_scores_than_a_byte_counts_are_settled():
+    score = torch.zeros(512, 3)
+    score[:257] = 1.0
+    gone = least(score, 511)
+    assert (~gone).sum(dim=0).tolist() == [1, 1, 1]
