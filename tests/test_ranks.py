@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import os
 import subprocess
@@ -74,8 +75,13 @@ def on_ranks(size, work):
 
 
 @pytest.fixture(autouse=True)
-def _no_lock_between_objects(monkeypatch):
-    """Python 3.11 locks a cached_property over all objects of its class: ranks as threads would wait for ever."""
+def _threads_of_python_3_11(monkeypatch):
+    """Let ranks be threads in Python 3.11.
+
+    It locks a cached_property over all objects of its class, so that ranks would wait for ever; and
+    getsource, which parses, fails in several threads at once: what one process has read is kept.
+    """
+    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
     for found in vars(Measurements).values():
         if isinstance(found, functools.cached_property):
             monkeypatch.setattr(found, "lock", contextlib.nullcontext(), raising=False)

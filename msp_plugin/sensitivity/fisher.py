@@ -78,8 +78,9 @@ def backward_passes(
             logits = model(ids, use_cache=False).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
             if not torch.isfinite(loss):
+                which = f"calibration sample {done}" if len(data) > 1 else "a calibration sample"
                 raise NumericsError(
-                    "the loss of a calibration sample is not finite",
+                    f"the loss of {which} is not finite",
                     hint="the activations overflow: try dtype float32",
                 )
             loss.backward()
