@@ -43,7 +43,7 @@ def alone(path: Path, what: str, *, wait: bool = False, remove: bool = False) ->
                 ) from None
             log.warning("waiting for another process: %s", what)
             lock.acquire()
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the second: filelock, on a disk without locks
         raise OutputError(
             f"cannot lock {path}: {error}",
             hint="set cache (or MSP_CACHE) to a directory that you may write to",

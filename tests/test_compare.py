@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from msp_plugin import compare as compare_module
 from msp_plugin.allocators.base import AllocationResult, Allocator
 from msp_plugin.compare import cells, compare, spread
 from msp_plugin.errors import BudgetError, DataError, MSPError
@@ -42,8 +43,9 @@ def run(llama_dir, text, tmp_path):
 
     def run(allocators, sparsities=("3/4",), methods=("magnitude",), seeds=(0,), prune=False, **options):
         shared = {"cache": str(tmp_path / "cache"), **FISHER, **options}
+        finals = shared.pop("finals", None)
         matrix = Matrix(sparsities, methods, allocators, seeds, shared, prune)
-        return compare(llama_dir, text, matrix, dtype="float32")
+        return compare(llama_dir, text, matrix, dtype="float32", finals=finals)
 
     return run
 
@@ -316,3 +318,17 @@ def test_cells_gather_the_rows_that_have_a_result():
     found = cells(rows)
     assert list(found) == [("x", Fraction(3, 4)), ("y", Fraction(3, 4))]
     assert found["x", Fraction(3, 4)] == {"a": rows[:2]} and found["y", Fraction(3, 4)] == {"a": rows[3:]}
+
+
+def test_what_a_stopped_comparison_left_serves_the_same_layers_and_no_others(run, tmp_path, monkeypatch):
+    finals, measured = tmp_path / "finals.jsonl", []
+    real = compare_module._Bench._final
+    monkeypatch.setattr(compare_module._Bench, "_final", lambda *a: measured.append(1) or real(*a))
+
+    def kl(target, **options):
+        return row_of(run(by_name("uniform"), targets=[target], **options), "uniform")["kl"]
+
+    first = kl("q_proj", finals=finals)
+    assert kl("q_proj", finals=finals) == first and len(measured) == 1
+    other = kl("o_proj", finals=finals)
+    assert len(measured) == 2 and other == kl("o_proj") != first
