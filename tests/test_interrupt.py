@@ -12,6 +12,14 @@ import pytest
 from msp_plugin.cli.stopping import Stopped, stopping
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell's background job ignores SIGINT from the start, and the tests in it would."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("step", ["sensitivity", "search"])
 def test_a_stopped_run_leaves_nothing_behind_but_its_cache(stop, code, step, tmp_path):
