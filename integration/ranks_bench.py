@@ -4,7 +4,7 @@
     python integration/ranks_bench.py --quick           # a smaller search, writes nothing
 
 Every rank has one thread, so that the ranks of a run have as many cores as they are. Each run starts from an empty
-cache; the seconds of the search are those that run.json tells, without sensitivities and level database.
+cache; the seconds of the search, and of sensitivities and level database before it, are those that run.json tells.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def allocate(ranks: int, model: str, options: tuple[str, ...], folder: Path) -> 
     found = json.loads(run.stdout[run.stdout.index("{") :])["search"]
     return {
         "ranks": ranks, "seconds": time.monotonic() - began, "search_seconds": found["seconds"],
-        "forward_tokens": found["forward_tokens"], "allocation": out.read_text(),
+        "prepare_seconds": found["total_seconds"] - found["seconds"], "forward_tokens": found["forward_tokens"], "allocation": out.read_text(),
     }  # fmt: skip
 
 
@@ -61,11 +61,13 @@ def main() -> int:
     lines = [
         "# What a second rank brings", "",
         f"Made by `python integration/ranks_bench.py`; {args.model}, SparseGPT at 75 %, {machine}, one thread per rank.",
-        "", "| ranks | search, s | times as fast | whole command, s | times as fast |", "|---|---|---|---|---|",
+        "", "| ranks | search, s | times as fast | sensitivities and level database, s | times as fast "
+        "| whole command, s | times as fast |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
         lines.append(
             f"| {row['ranks']} | {row['search_seconds']:.1f} | {first['search_seconds'] / row['search_seconds']:.2f} "
+            f"| {row['prepare_seconds']:.1f} | {first['prepare_seconds'] / row['prepare_seconds']:.2f} "
             f"| {row['seconds']:.1f} | {first['seconds'] / row['seconds']:.2f} |"
         )
     lines += ["", f"allocation.json: {'equal to the byte' if equal else 'NOT EQUAL'}."]

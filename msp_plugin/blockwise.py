@@ -5,18 +5,19 @@ Shape legend: B samples, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 
 from msp_plugin.activations import EnoughError, all_finite, check_reached, observed
 from msp_plugin.calibration import CalibrationSet
-from msp_plugin.errors import NumericsError
+from msp_plugin.errors import HostError, MSPError, NumericsError
 from msp_plugin.models import decoder_blocks, input_device
 from msp_plugin.plan.units import Unit
-from msp_plugin.prefix import replace_input, skip
+from msp_plugin.prefix import hidden_of, replace_input, skip
+from msp_plugin.ranks import ALONE, ElsewhereError, Ranks
 
 
 class BlockPass:
@@ -28,15 +29,23 @@ class BlockPass:
 
     Memory: tokens * D * bytes of a number. The weights that accelerate offloads are read anew for every batch.
 
+    Ranks share the blocks: block b is that of rank b modulo their number. It gets each batch from the rank of the
+    block before as soon as that has run it, and hands it on; so all ranks are at work on neighbouring blocks,
+    and each has the memory of one process at most.
+
     Args:
         batch_tokens: of one forward pass.
     """
 
-    def __init__(self, model: torch.nn.Module, data: CalibrationSet, batch_tokens: int):
-        self.model = model
+    def __init__(self, model: torch.nn.Module, data: CalibrationSet, batch_tokens: int, ranks: Ranks = ALONE):
+        self.model, self.ranks = model, ranks
         self.prefix, self.blocks = decoder_blocks(model)
         self.block = 0
         self._batches = tuple(data.batches(batch_tokens))
+        #: Of every batch, what waits until the next rank has read its hidden state.
+        self._sent: dict[int, Callable[[], None]] = {}
+        #: Batches whose inputs of the next block came from the rank before.
+        self._received = 0
         #: The inputs of the block by batch, all of them parts of one tensor; None at the first block.
         self._inputs: list[torch.Tensor | None] = [None] * len(self._batches)
         self._all: torch.Tensor | None = None
@@ -45,6 +54,11 @@ class BlockPass:
     def hidden(self) -> list[torch.Tensor | None]:
         """The inputs [B, T, D] of the next block by batch; None before the first block."""
         return list(self._inputs)
+
+    @property
+    def mine(self) -> bool:
+        """True if the next block is this rank's."""
+        return self.block % self.ranks.size == self.ranks.rank
 
     @torch.no_grad()
     def run(
@@ -76,6 +90,7 @@ class BlockPass:
             reached = undo.enter_context(observed(self.model, units, add))
             undo.callback(block.register_forward_hook(take).remove)
             for number in range(len(self._batches)):
+                self._receive(number)
                 self._forward(block, number)
                 output = outputs.pop()
                 if advance and not all_finite(output):
@@ -84,21 +99,85 @@ class BlockPass:
                         hint="the activations overflow: try dtype float32 or bfloat16",
                     )
                 if advance:
-                    self._keep(number, output)
+                    self._place(number, output).copy_(output)
+                    self._sent[number] = self._send(self._inputs[number])
         check_reached(units, reached)
-        self.block += advance
+        if advance:
+            self.leave()
 
-    def _keep(self, number: int, output: torch.Tensor) -> None:
-        """Copy a batch's output to its place in one tensor, whose memory no freed activation splits."""
+    def leave(self) -> None:
+        """Go on to the next block; where this one has not run, it is another rank's."""
+        self.block += 1
+        self._received = 0
+
+    @contextmanager
+    def shared(self, last: int) -> Iterator[None]:
+        """Run blocks in the body up to ``last``; then wait until the other ranks have what they need of this one.
+
+        If the body fails, the rank that waits for this one fails too, and the one before it does not wait.
+        """
+        try:
+            yield
+            while self._sent:
+                self._sent.popitem()[1]()
+        except ElsewhereError:
+            self._send(None)
+            raise
+        except HostError:  # there is nobody to tell
+            raise
+        except MSPError:
+            self._send(None)
+            with suppress(ElsewhereError):
+                while self.block <= last:
+                    for number in range(self._received, len(self._batches) if self.mine else 0):
+                        self._receive(number)
+                    self.leave()
+            raise
+
+    def _send(self, hidden: torch.Tensor | None) -> Callable[[], None]:
+        if self.ranks.size == 1:
+            return lambda: None
+        return self.ranks.send(self.ranks.next, hidden)
+
+    def _receive(self, number: int) -> None:
+        """Get a batch's hidden state from the rank of the block before, unless it is here."""
+        if self.ranks.size == 1 or self.block == 0 or number < self._received:
+            return
+        if number in self._sent:
+            self._sent.pop(number)()
+        place = self._inputs[number]
+        if place is None:
+            place = self._place(number, self._probe())
+        self.ranks.receive((self.ranks.rank - 1) % self.ranks.size, place)
+        self._received = number + 1
+
+    def _probe(self) -> torch.Tensor:
+        """Return a hidden state [1, 1, D], for its width and dtype."""
+        seen: list[torch.Tensor] = []
+
+        def take(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            seen.append(hidden_of(args, kwargs))
+            raise EnoughError
+
+        handle = self.blocks[0].register_forward_pre_hook(take, with_kwargs=True)
+        try:
+            with suppress(EnoughError):
+                self.model(self._batches[0][:1, :1].to(input_device(self.model)), use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def _place(self, number: int, like: torch.Tensor) -> torch.Tensor:
+        """Return where a batch's hidden state is held: in one tensor, whose memory no freed activation splits."""
         if self._inputs[number] is None:
             counts = [ids.numel() for ids in self._batches]
             if self._all is None:
-                self._all = output.new_empty(sum(counts), output.shape[-1])
-            self._inputs[number] = self._all.split(counts)[number].view(output.shape)
-        self._inputs[number].copy_(output)
+                self._all = like.new_empty(sum(counts), like.shape[-1])
+            self._inputs[number] = self._all.split(counts)[number].view(*self._batches[number].shape, -1)
+        return self._inputs[number]
 
     def _forward(self, block: torch.nn.Module, number: int) -> None:
-        ids, given = self._batches[number], self._inputs[number]
+        ids, given = self._batches[number], self._inputs[number] if self.block else None
         with ExitStack() as undo, suppress(EnoughError):
             if given is not None:
                 undo.callback(replace_input(block, given))

@@ -79,7 +79,7 @@ class Prefix:
             if batch not in held:
                 for other in [other for other in held if not set(batch).isdisjoint(other)]:
                     del held[other]
-                held[batch] = _hidden(args, kwargs).detach()
+                held[batch] = hidden_of(args, kwargs).detach()
 
         return self.blocks[block].register_forward_pre_hook(hook, with_kwargs=True).remove
 
@@ -108,7 +108,8 @@ class Prefix:
         return same
 
 
-def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+def hidden_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the hidden state [B, T, D] among the arguments of a decoder block."""
     return args[0] if args else kwargs["hidden_states"]
 
 
@@ -128,7 +129,7 @@ def skip(block: torch.nn.Module, given: torch.Tensor | None = None) -> Callable[
     own = block.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _hidden(args, kwargs) if given is None else given
+        return hidden_of(args, kwargs) if given is None else given
 
     block.forward = forward
 

@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 from msp_plugin.errors import HostError, MSPError
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class ElsewhereError(MSPError):
+    """Another rank failed, and its error is the one to tell."""
 
 
 class Ranks:
@@ -53,6 +61,28 @@ class Ranks:
         """
         return self.gather(lambda: make() if self.rank == 0 else None)[0]
 
+    @property
+    def next(self) -> int:
+        """The rank after this one; the first after the last."""
+        return (self.rank + 1) % self.size
+
+    def send(self, rank: int, tensor: torch.Tensor | None) -> Callable[[], None]:
+        """Begin to send a tensor, None for one that will not come; return what waits until it has been read.
+
+        Until then the tensor must stay as it is. A rank that fails sends None to the one that waits for it, and
+        then goes to the next ``gather``, which raises its error everywhere.
+        """
+        raise NotImplementedError("one process has nobody to send to")
+
+    def receive(self, rank: int, into: torch.Tensor) -> None:
+        """Wait for the next tensor that a rank sends to this one; it has the shape and dtype of ``into``.
+
+        Raises:
+            ElsewhereError: it will not come.
+            HostError: the rank has ended.
+        """
+        raise NotImplementedError("one process has nobody to receive from")
+
     def leave(self) -> None:
         """End the sharing: rank 0 goes on alone."""
 
@@ -67,6 +97,8 @@ class TorchRanks(Ranks):
         import torch.distributed as dist
 
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        #: Nobody waits until these are read, and they would be lost with the objects.
+        self._last_words: list = []
 
     def gather(self, make: Callable[[], T]) -> list[T]:
         import torch.distributed as dist
@@ -77,22 +109,60 @@ class TorchRanks(Ranks):
         except MSPError as error:
             own = error
         found: list = [None] * self.size
-        try:
-            dist.all_gather_object(found, (value, own and (own.message, own.hint, own.exit_code)))
-        except RuntimeError as error:
-            raise HostError(
-                f"rank {self.rank} lost the others: {str(error).splitlines()[0]}",
-                hint="a rank has ended; its own error says why. The same command goes on where it stopped",
-            ) from error
-        failed = [(rank, error) for rank, (_, error) in enumerate(found) if error is not None]
+        told = own and (isinstance(own, ElsewhereError), own.message, own.hint, own.exit_code)
+        with self._alive():
+            dist.all_gather_object(found, (value, told))
+        failed = [(error[0], rank, error[1:]) for rank, (_, error) in enumerate(found) if error is not None]
         if failed:
-            rank, (message, hint, code) = failed[0]
+            _, rank, (message, hint, code) = min(failed)
             if rank == self.rank and own is not None:
                 raise own
             other = MSPError(f"rank {rank}: {message}", hint=hint)
             other.exit_code = code
             raise other
         return [value for value, _ in found]
+
+    def send(self, rank: int, tensor: torch.Tensor | None) -> Callable[[], None]:
+        import torch
+        import torch.distributed as dist
+
+        parts = [torch.tensor([tensor is not None], dtype=torch.uint8)]
+        if tensor is not None:
+            parts.append(tensor.cpu().contiguous().view(torch.uint8))
+        with self._alive():
+            works = [(dist.isend(part, rank), part) for part in parts]
+        if tensor is None:
+            self._last_words += works
+
+        def wait() -> None:
+            with self._alive():
+                for work, _ in works:
+                    work.wait()
+
+        return wait
+
+    def receive(self, rank: int, into: torch.Tensor) -> None:
+        import torch
+        import torch.distributed as dist
+
+        comes, given = torch.zeros(1, dtype=torch.uint8), torch.empty_like(into, device="cpu")
+        with self._alive():
+            dist.recv(comes, rank)
+            if not comes:
+                raise ElsewhereError(f"rank {rank} failed")
+            dist.recv(given.view(torch.uint8), rank)
+        into.copy_(given)
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Raise a HostError if another rank ends in the body."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise HostError(
+                f"rank {self.rank} lost the others: {str(error).splitlines()[0]}",
+                hint="a rank has ended; its own error says why. The same command goes on where it stopped",
+            ) from error
 
     def leave(self) -> None:
         import torch.distributed as dist

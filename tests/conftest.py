@@ -1,10 +1,17 @@
 """Shared fixtures: tiny seeded models, a tiny tokenizer, samples, problems and sample plugins."""
 
+import contextlib
+import copy
+import functools
 import importlib.util
+import inspect
+import itertools
 import json
 import os
+import queue
 import shutil
 import sys
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,6 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
+from msp_plugin.errors import MSPError
+from msp_plugin.measure import Measurements
 from msp_plugin.models import prunable_layers
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.budget import AllocationProblem
@@ -30,6 +39,7 @@ from msp_plugin.plan.units import Layer, Unit, UnitTable
 from msp_plugin.plugins import Plugins
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.masks import nm_mask
+from msp_plugin.ranks import ElsewhereError, Ranks
 
 settings.register_profile("msp", deadline=None, max_examples=60, derandomize=True, database=None)
 settings.load_profile("msp")
@@ -291,3 +301,70 @@ def msp(monkeypatch, capsys, tmp_path):
         return captured
 
     return run
+
+
+class ThreadRanks(Ranks):
+    """Ranks that meet at a barrier."""
+
+    def __init__(self, rank, size, barrier, slots, posts):
+        self.rank, self.size, self.barrier, self.slots, self.posts = rank, size, barrier, slots, posts
+
+    def gather(self, make):
+        try:
+            self.slots[self.rank] = make(), None
+        except MSPError as error:
+            self.slots[self.rank] = None, error
+        self.barrier.wait()
+        found = list(self.slots)
+        self.barrier.wait()
+        errors = [error for _, error in found if error is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, ElsewhereError)):
+            raise error
+        return [copy.deepcopy(value) for value, _ in found]
+
+    def send(self, rank, tensor):
+        read = threading.Event()
+        self.posts[self.rank, rank].put((tensor, read))
+        return lambda: read.wait(40) or pytest.fail("nobody read it")
+
+    def receive(self, rank, into):
+        tensor, read = self.posts[rank, self.rank].get(timeout=40)
+        if tensor is None:
+            raise ElsewhereError("no tensor")
+        into.copy_(tensor)
+        read.set()
+
+
+def on_ranks(size, work):
+    """Return what ``work(ranks)`` returned on each of ``size`` threads, or the exception that it raised."""
+    barrier, slots, found = threading.Barrier(size, timeout=40), [None] * size, [None] * size
+    posts = {pair: queue.Queue() for pair in itertools.product(range(size), repeat=2)}
+
+    def run(rank):
+        try:
+            found[rank] = work(ThreadRanks(rank, size, barrier, slots, posts))
+        except Exception as error:  # whatever it is: the test looks at it
+            found[rank] = error
+            if not isinstance(error, MSPError):
+                barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.fixture(name="on_ranks")
+def _on_ranks(monkeypatch):
+    """Return on_ranks.
+
+    Python 3.11 locks a cached_property over all objects of its class, so that ranks would wait for ever; and
+    its getsource, which parses, fails in several threads at once: what one process has read is kept.
+    """
+    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
+    for found in vars(Measurements).values():
+        if isinstance(found, functools.cached_property):
+            monkeypatch.setattr(found, "lock", contextlib.nullcontext(), raising=False)
+    return on_ranks

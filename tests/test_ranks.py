@@ -1,14 +1,10 @@
 """Ranks as threads, each with a model of its own, and as processes that torchrun starts."""
 
-import contextlib
 import copy
-import functools
-import inspect
 import itertools
 import os
 import subprocess
 import sys
-import threading
 import time
 from fractions import Fraction
 
@@ -19,7 +15,7 @@ from msp_plugin.allocators.search import Search
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss
 from msp_plugin.cli import app
-from msp_plugin.errors import HostError, MSPError, NumericsError, RecipeError
+from msp_plugin.errors import HostError, NumericsError, RecipeError
 from msp_plugin.exchange import CandidateWeights
 from msp_plugin.hosts.llm_compressor.methods import SparseGPT
 from msp_plugin.measure import Measurements
@@ -32,59 +28,6 @@ from msp_plugin.samples import Text
 from msp_plugin.sensitivity.fisher import FisherTrace
 
 MENU = parse_menu(["dense", "2:4", "1:4"])
-
-
-class ThreadRanks(Ranks):
-    """Ranks that meet at a barrier."""
-
-    def __init__(self, rank, size, barrier, slots):
-        self.rank, self.size, self.barrier, self.slots = rank, size, barrier, slots
-
-    def gather(self, make):
-        try:
-            self.slots[self.rank] = make(), None
-        except MSPError as error:
-            self.slots[self.rank] = None, error
-        self.barrier.wait()
-        found = list(self.slots)
-        self.barrier.wait()
-        for _, error in found:
-            if error is not None:
-                raise error
-        return [copy.deepcopy(value) for value, _ in found]
-
-
-def on_ranks(size, work):
-    """Return what ``work(ranks)`` returned on each of ``size`` threads, or the exception that it raised."""
-    barrier, slots, found = threading.Barrier(size, timeout=40), [None] * size, [None] * size
-
-    def run(rank):
-        try:
-            found[rank] = work(ThreadRanks(rank, size, barrier, slots))
-        except Exception as error:  # whatever it is: the test looks at it
-            found[rank] = error
-            if not isinstance(error, MSPError):
-                barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-@pytest.fixture(autouse=True)
-def _threads_of_python_3_11(monkeypatch):
-    """Let ranks be threads in Python 3.11.
-
-    It locks a cached_property over all objects of its class, so that ranks would wait for ever; and
-    getsource, which parses, fails in several threads at once: what one process has read is kept.
-    """
-    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
-    for found in vars(Measurements).values():
-        if isinstance(found, functools.cached_property):
-            monkeypatch.setattr(found, "lock", contextlib.nullcontext(), raising=False)
 
 
 @pytest.fixture
@@ -103,7 +46,7 @@ def measured(llama, make_samples, tmp_path):
     return make
 
 
-def test_values_come_in_the_order_of_the_items_whatever_the_ranks():
+def test_values_come_in_the_order_of_the_items_whatever_the_ranks(on_ranks):
     for size in (1, 2, 3, 5, 9):
         found = on_ranks(size, lambda ranks: ranks.spread(range(7), lambda i: i * i))
         assert found == [[0, 1, 4, 9, 16, 25, 36]] * size
@@ -115,7 +58,7 @@ def test_values_come_in_the_order_of_the_items_whatever_the_ranks():
         assert on_ranks(size, lambda ranks: ranks.first(lambda: ranks.rank + 5)) == [5] * size
 
 
-def test_an_error_of_one_rank_is_raised_on_all():
+def test_an_error_of_one_rank_is_raised_on_all(on_ranks):
     def work(ranks):
         def fail():
             if ranks.rank == 1:
@@ -127,7 +70,7 @@ def test_an_error_of_one_rank_is_raised_on_all():
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_losses_and_slopes_are_those_of_one_process_bit_for_bit(measured, size):
+def test_losses_and_slopes_are_those_of_one_process_bit_for_bit(on_ranks, measured, size):
     def work(ranks):
         held = measured(ranks)
         problem = AllocationProblem(held.table, MENU, Fraction(1, 2))
@@ -144,7 +87,7 @@ def test_losses_and_slopes_are_those_of_one_process_bit_for_bit(measured, size):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_search_finds_the_same_from_the_same_files_whatever_the_ranks(measured, size, tmp_path):
+def test_a_search_finds_the_same_from_the_same_files_whatever_the_ranks(on_ranks, measured, size, tmp_path):
     search = Search(rounds=3, tokens=216, holdout=96)
 
     def work(cache):
@@ -166,7 +109,7 @@ def test_a_search_finds_the_same_from_the_same_files_whatever_the_ranks(measured
     assert len(weights) == 14 and all(alone[p].read_bytes() == shared[p].read_bytes() for p in weights)
 
 
-def test_a_search_that_two_ranks_began_is_ended_by_one_and_the_other_way_round(measured, tmp_path):
+def test_a_search_that_two_ranks_began_is_ended_by_one_and_the_other_way_round(on_ranks, measured, tmp_path):
     search = Search(rounds=3, tokens=216, holdout=96)
 
     def run(ranks, cache, stop=None):
@@ -190,7 +133,7 @@ def test_a_search_that_two_ranks_began_is_ended_by_one_and_the_other_way_round(m
     assert [found[0] for found in on_ranks(3, lambda ranks: run(ranks, "b"))] == [expected] * 3
 
 
-def test_more_ranks_than_layers_or_samples_are_fine(measured):
+def test_more_ranks_than_layers_or_samples_are_fine(on_ranks, measured):
     def run(ranks):
         held = measured(ranks, f"cache-{ranks.size}")
         return held.sensitivity("fisher"), np.array(held.database.errors(held.table)).tobytes()
@@ -198,7 +141,7 @@ def test_more_ranks_than_layers_or_samples_are_fine(measured):
     assert on_ranks(17, run) == [run(ALONE)] * 17
 
 
-def test_ranks_with_different_models_are_refused(measured, qwen2):
+def test_ranks_with_different_models_are_refused(on_ranks, measured, qwen2):
     def run(ranks):
         return measured(ranks, model=qwen2 if ranks.rank else None).database
 
@@ -248,7 +191,26 @@ try:
     assert ranks.spread(range(5), lambda i: (i, os.getpid()))[3][0] == 3
     if sys.argv[1] == "error" and ranks.rank == 1:
         ranks.gather(lambda: (_ for _ in ()).throw(NumericsError("no number", hint="none")))
-    if sys.argv[1] == "kill" and ranks.rank == 1:
+    if sys.argv[1] == "post":
+        import torch
+        sent = [ranks.send(ranks.next, torch.full((3, 2), ranks.rank + i, dtype=torch.bfloat16)) for i in range(4)]
+        got = torch.empty(3, 2, dtype=torch.bfloat16)
+        for i in range(4):
+            ranks.receive(ranks.next, got)
+            assert (got == ranks.next + i).all()
+        [wait() for wait in sent]
+    if sys.argv[1] == "fail":
+        def work():
+            if ranks.rank == 1:
+                ranks.send(0, None)
+                raise NumericsError("no number", hint="none")
+            ranks.receive(1, torch.empty(2))
+        import torch
+        ranks.gather(work)
+    if sys.argv[1] == "await" and ranks.rank == 0:
+        import torch
+        ranks.receive(1, torch.empty(2))
+    if sys.argv[1] in ("kill", "await") and ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     pids = ranks.gather(os.getpid)
     ranks.leave()
@@ -271,6 +233,16 @@ def torchrun(tmp_path, how):
     return run, time.monotonic() - began
 
 
+def test_processes_of_torchrun_send_tensors_to_each_other(tmp_path):
+    run, _ = torchrun(tmp_path, "post")
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_one_that_fails_leaves_none_waiting_for_its_tensor(tmp_path):
+    run, _ = torchrun(tmp_path, "fail")
+    assert run.returncode == 1 and "no number" in run.stdout and "rank 1 failed" not in run.stdout
+
+
 def test_processes_of_torchrun_share_and_part(tmp_path):
     run, _ = torchrun(tmp_path, "share")
     assert run.returncode == 0 and run.stdout == "2 ranks False\n"
@@ -281,7 +253,8 @@ def test_processes_of_torchrun_end_with_the_error_of_one(tmp_path):
     assert run.returncode == 1 and run.stdout.count("no number") >= 1
 
 
-def test_a_rank_that_is_killed_ends_the_others_within_seconds(tmp_path):
-    run, seconds = torchrun(tmp_path, "kill")
+@pytest.mark.parametrize("how", ["kill", "await"])
+def test_a_rank_that_is_killed_ends_the_others_within_seconds(how, tmp_path):
+    run, seconds = torchrun(tmp_path, how)
     assert run.returncode == 1 and seconds < 60
     assert "rank 0 lost the others" in run.stdout or "SIGKILL" in run.stderr

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -58,8 +59,9 @@ def build_database(
     In a model that hands more than the hidden state from block to block, the layers are taken in groups
     of ``statistics_bytes``, each of which costs a forward pass up to its last block.
 
-    Ranks share the layers: each passes all samples through the model, and has the statistics of its own
-    layers only. So they are those of one process, bit for bit.
+    Ranks share the blocks, and hand the samples on from one to the next (see BlockPass): each layer's inputs
+    are added up by one rank in the order of the samples, so the weights are those of one process, bit for bit.
+    Where a model does not run block by block, or the method needs no inputs, they share the layers.
 
     Raises:
         NumericsError: an activation is not finite, or the method fails on a layer.
@@ -70,16 +72,38 @@ def build_database(
         return [u for u in shared_inputs(table) if not all(database.has(layer) for layer in u.layers)]
 
     missing = sorted(ranks.first(find), key=lambda unit: unit.block)
-    mine = ranks.share(missing)
+
+    def groups(units: Iterable[Unit]) -> list[list[Unit]]:
+        def need(unit: Unit) -> int:
+            return pruner.statistic_bytes(model.get_submodule(unit.layers[0].name))
+
+        return list(in_groups(units, need, statistics_bytes))
+
+    walk: BlockPass | None = None
+    statistics: Iterable[tuple[Unit, Any]]
+    if not (missing and pruner.needs_statistics):
+        mine = ranks.share(missing)
+        statistics = (
+            (unit, _new_statistic(pruner, model.get_submodule(unit.layers[0].name))) for unit in mine
+        )
+    elif runs_by_block(model, data.samples[0][:CHECKED_TOKENS]):
+        mine = [unit for unit in missing if unit.block % ranks.size == ranks.rank]
+        walk = BlockPass(model, data, batch_tokens, ranks)
+        statistics = _by_block(walk, mine, groups, pruner, last=missing[-1].block)
+    else:
+        log.info("%s does not run block by block: whole forward passes", type(model).__name__)
+        mine = ranks.share(missing)
+        statistics = _by_group(model, groups(mine), pruner, data, batch_tokens)
     total = sum(len(unit.layers) for unit in mine)
 
     def write() -> int:
         written = 0
-        for unit, statistic in _statistics(model, mine, pruner, data, batch_tokens, statistics_bytes):
-            for layer in unit.layers:
-                _write_layer(database, model, layer, pruner, statistic)
-                written += 1
-                progress(written, total)
+        with walk.shared(missing[-1].block) if walk else nullcontext():
+            for unit, statistic in statistics:
+                for layer in unit.layers:
+                    _write_layer(database, model, layer, pruner, statistic)
+                    written += 1
+                    progress(written, total)
         return written
 
     written = sum(ranks.gather(write))
@@ -91,40 +115,43 @@ def build_database(
     return written
 
 
-def _statistics(
-    model: torch.nn.Module,
+def _by_block(
+    walk: BlockPass,
     units: Sequence[Unit],
+    groups: Callable[[Iterable[Unit]], list[list[Unit]]],
     pruner: Pruner,
-    data: CalibrationSet | None,
-    batch_tokens: int,
-    limit: int,
+    last: int,
 ) -> Iterator[tuple[Unit, Any]]:
-    """Yield the units in their order, each with its statistic, which nothing else holds then."""
+    """Yield the units by block, each with its statistic, which nothing else holds then.
 
-    def groups(of: Iterable[Unit]) -> list[list[Unit]]:
-        return list(
-            in_groups(of, lambda u: pruner.statistic_bytes(model.get_submodule(u.layers[0].name)), limit)
-        )
-
-    if not units or not pruner.needs_statistics:
-        for unit in units:
-            yield unit, _new_statistic(pruner, model.get_submodule(unit.layers[0].name))
-        return
-    if not runs_by_block(model, data.samples[0][:CHECKED_TOKENS]):
-        log.info("%s does not run block by block: whole forward passes", type(model).__name__)
-        for group in groups(units):
-            found = collect(model, group, pruner, data, batch_tokens)
-            yield from ((unit, found.pop(unit.name)) for unit in group)
-        return
-    walk = BlockPass(model, data, batch_tokens)
-    for number, own in groupby(units, key=lambda unit: unit.block):
-        while walk.block < number:
-            walk.run()
-        parts = groups(own)
+    Args:
+        groups: of units those whose statistics are held at once.
+        last: the last block of any rank's units.
+    """
+    by_block = {number: list(own) for number, own in groupby(units, key=lambda unit: unit.block)}
+    for number in range(last + 1):
+        if not walk.mine:
+            walk.leave()
+            continue
+        parts = groups(by_block.get(number, ())) or [[]]
         for part in parts:
-            found, add = _collector(model, part, pruner)
-            walk.run(part, add, advance=part is parts[-1] and number != units[-1].block)
+            found, add = _collector(walk.model, part, pruner)
+            if part or number < last:
+                walk.run(part, add, advance=part is parts[-1] and number < last)
             yield from ((unit, found.pop(unit.name)) for unit in part)
+
+
+def _by_group(
+    model: torch.nn.Module,
+    groups: Iterable[Sequence[Unit]],
+    pruner: Pruner,
+    data: CalibrationSet,
+    batch_tokens: int,
+) -> Iterator[tuple[Unit, Any]]:
+    """Yield the units of each group, with their statistics from forward passes up to the group's last one."""
+    for group in groups:
+        found = collect(model, group, pruner, data, batch_tokens)
+        yield from ((unit, found.pop(unit.name)) for unit in group)
 
 
 def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTable) -> None:
