@@ -14,6 +14,7 @@ import torch
 from msp_plugin.activations import EnoughError, all_finite, check_reached, observed
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import HostError, MSPError, NumericsError
+from msp_plugin.memory import is_out_of_memory
 from msp_plugin.models import decoder_blocks, input_device
 from msp_plugin.plan.units import Unit
 from msp_plugin.prefix import hidden_of, replace_input, skip
@@ -214,7 +215,9 @@ def runs_by_block(model: torch.nn.Module, ids: torch.Tensor) -> bool:
         return torch.equal(walk.hidden[0], expected)
     except NumericsError:
         return True  # the samples themselves will say which layer it is
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         return False  # another calling convention
     finally:
         handle.remove()

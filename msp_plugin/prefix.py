@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from msp_plugin.memory import is_out_of_memory
 from msp_plugin.models import decoder_blocks
 
 
@@ -102,7 +103,9 @@ class Prefix:
                 with self.use([0], start, record=False):
                     same &= torch.equal(whole, self.model(ids, use_cache=False).logits)
             self._skipped = saved
-        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             same = False  # another calling convention
         self.forget(-1)
         return same

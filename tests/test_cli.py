@@ -187,3 +187,21 @@ def test_sensitivity_takes_the_options_of_its_estimator(msp, text_file):
     assert first["estimator"] == {"name": "fisher", "samples": 3}
     second = json.loads(msp(*common, "--samples", "3", "--set", "estimator.samples=2").out)
     assert second["estimator"]["samples"] == 2 and second["units"] != first["units"]
+
+
+@pytest.mark.parametrize(
+    "step", ["msp_plugin.blockwise.BlockPass.run", "msp_plugin.measure.unit_sensitivities"]
+)
+def test_memory_that_does_not_suffice_ends_a_command_with_one_error(
+    step, msp, text_file, tmp_path, monkeypatch
+):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nof 80 GiB")
+
+    monkeypatch.setattr(step, full)
+    ran = msp(
+        "allocate", "demo:qwen2", "-s", "0.75", "--method", "wanda", "--data", text_file, *SMALL, *SEARCH,
+        "--out", tmp_path / "a.json", code=1,
+    )  # fmt: skip
+    assert "error: memory does not suffice: CUDA out of memory. Tried to allocate 20.00 GiB." in ran.err
+    assert "--length" in ran.err and "Traceback" not in ran.err and not (tmp_path / "a.json").exists()

@@ -156,6 +156,15 @@ def run() -> None:
             raise
         typer.echo(f"error: {cannot_write(None, error)}", err=True)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        from msp_plugin.memory import is_out_of_memory
+
+        if debug or not is_out_of_memory(error):
+            raise
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = "give shorter samples (--length), a smaller dtype, or more memory; what was measured is kept"
+        typer.echo(f"error: memory does not suffice: {said}\n  -> {hint}", err=True)
+        sys.exit(1)
     except Stopped:
         typer.echo(
             "stopped; nothing half-written is left. The same command goes on with what was measured", err=True
