@@ -62,6 +62,7 @@ class LevelDatabase:
         self.path = root / "database" / self.key[:24]
         self._open: dict[str, Any] = {}
         self._whole: set[str] = set()
+        self._damaged: set[str] = set()
 
     @property
     def lock(self) -> Path:
@@ -124,7 +125,9 @@ class LevelDatabase:
             wrong = str(error)
         if wrong:
             self._open.pop(layer.name, None)
-            log.warning("%s cannot be used, it is built anew: %s", self.file(layer.name), wrong)
+            if layer.name not in self._damaged:
+                log.warning("%s cannot be used, it is built anew: %s", self.file(layer.name), wrong)
+            self._damaged.add(layer.name)
             return False
         self._whole.add(layer.name)
         return True
