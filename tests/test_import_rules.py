@@ -96,6 +96,25 @@ def test_checks_know_no_command_and_no_host(file):
     assert not [name for name in imports(file) if is_of(name, above)]
 
 
+RUNS = ("identity", "journal", "memory", "ranks", "resume", "writing")
+PASSES = ("activations", "blockwise", "candidates", "exchange", "prefix", "slopes")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_makes_runs_safe_knows_nothing_of_what_they_do(name):
+    known = [f"msp_plugin.{n}" for n in (*RUNS, "errors", "files", "calibration", "allocators.base")]
+    for other in imports(f"{name}.py"):
+        assert not is_of(other, ["msp_plugin"]) or other == "msp_plugin" or is_of(other, known), other
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_what_runs_a_model_knows_no_run_and_no_command(name):
+    above = [
+        f"msp_plugin.{n}" for n in ("hosts", "checkpoint", "verify", "measure", "pipeline", "cli", "report")
+    ]
+    assert not [other for other in imports(f"{name}.py") if is_of(other, above)]
+
+
 def loaded_by(statement):
     code = f"import sys\n{statement}\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
