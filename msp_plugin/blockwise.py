@@ -13,12 +13,12 @@ import torch
 
 from msp_plugin.activations import EnoughError, all_finite, check_reached, observed
 from msp_plugin.calibration import CalibrationSet
-from msp_plugin.errors import HostError, MSPError, NumericsError
+from msp_plugin.errors import MSPError, NumericsError
 from msp_plugin.memory import is_out_of_memory
 from msp_plugin.models import decoder_blocks, input_device
 from msp_plugin.plan.units import Unit
-from msp_plugin.prefix import hidden_of, replace_input, skip
-from msp_plugin.ranks import ALONE, ElsewhereError, Ranks
+from msp_plugin.prefix import replace_input, skip
+from msp_plugin.ranks import ALONE, ElsewhereError, LostError, Ranks
 
 
 class BlockPass:
@@ -32,7 +32,7 @@ class BlockPass:
 
     Ranks share the blocks: block b is that of rank b modulo their number. It gets each batch from the rank of the
     block before as soon as that has run it, and hands it on; so all ranks are at work on neighbouring blocks,
-    and each has the memory of one process at most.
+    and each holds what one process does; on a GPU also a copy in the CPU's memory until the next rank has read it.
 
     Args:
         batch_tokens: of one forward pass.
@@ -78,6 +78,7 @@ class BlockPass:
         Raises:
             NumericsError: an input of a unit, or with ``advance`` an output of the block, is not finite; or a
                 unit saw no token at all.
+            ElsewhereError, LostError: see Ranks.receive.
         """
         block, outputs = self.blocks[self.block], []
 
@@ -124,7 +125,7 @@ class BlockPass:
         except ElsewhereError:
             self._send(None)
             raise
-        except HostError:  # there is nobody to tell
+        except LostError:  # there is nobody to tell
             raise
         except MSPError:
             self._send(None)
@@ -146,27 +147,9 @@ class BlockPass:
             return
         if number in self._sent:
             self._sent.pop(number)()
-        place = self._inputs[number]
-        if place is None:
-            place = self._place(number, self._probe())
-        self.ranks.receive((self.ranks.rank - 1) % self.ranks.size, place)
+        given = self.ranks.receive((self.ranks.rank - 1) % self.ranks.size)
+        self._place(number, given.to(input_device(self.model))).copy_(given)
         self._received = number + 1
-
-    def _probe(self) -> torch.Tensor:
-        """Return a hidden state [1, 1, D], for its width and dtype."""
-        seen: list[torch.Tensor] = []
-
-        def take(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            seen.append(hidden_of(args, kwargs))
-            raise EnoughError
-
-        handle = self.blocks[0].register_forward_pre_hook(take, with_kwargs=True)
-        try:
-            with suppress(EnoughError):
-                self.model(self._batches[0][:1, :1].to(input_device(self.model)), use_cache=False)
-        finally:
-            handle.remove()
-        return seen[0]
 
     def _place(self, number: int, like: torch.Tensor) -> torch.Tensor:
         """Return where a batch's hidden state is held: in one tensor, whose memory no freed activation splits."""

@@ -80,7 +80,7 @@ class Prefix:
             if batch not in held:
                 for other in [other for other in held if not set(batch).isdisjoint(other)]:
                     del held[other]
-                held[batch] = hidden_of(args, kwargs).detach()
+                held[batch] = _hidden(args, kwargs).detach()
 
         return self.blocks[block].register_forward_pre_hook(hook, with_kwargs=True).remove
 
@@ -111,7 +111,7 @@ class Prefix:
         return same
 
 
-def hidden_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     """Return the hidden state [B, T, D] among the arguments of a decoder block."""
     return args[0] if args else kwargs["hidden_states"]
 
@@ -132,7 +132,7 @@ def skip(block: torch.nn.Module, given: torch.Tensor | None = None) -> Callable[
     own = block.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return hidden_of(args, kwargs) if given is None else given
+        return _hidden(args, kwargs) if given is None else given
 
     block.forward = forward
 

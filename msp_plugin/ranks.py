@@ -27,6 +27,10 @@ class ElsewhereError(MSPError):
     """Another rank failed, and its error is the one to tell."""
 
 
+class LostError(HostError):
+    """Another rank has ended."""
+
+
 class Ranks:
     """The processes of a run: this one alone."""
 
@@ -42,7 +46,7 @@ class Ranks:
 
         Raises:
             MSPError: the first that ``make`` raised, on every rank.
-            HostError: a rank has ended.
+            LostError: a rank has ended.
         """
         return [make()]
 
@@ -74,12 +78,14 @@ class Ranks:
         """
         raise NotImplementedError("one process has nobody to send to")
 
-    def receive(self, rank: int, into: torch.Tensor) -> None:
-        """Wait for the next tensor that a rank sends to this one; it has the shape and dtype of ``into``.
+    def receive(self, rank: int) -> torch.Tensor:
+        """Wait for the next tensor that a rank sends to this one, and return it, on the CPU.
+
+        What was sent before the last ``gather`` is not received after it.
 
         Raises:
             ElsewhereError: it will not come.
-            HostError: the rank has ended.
+            LostError: the rank has ended.
         """
         raise NotImplementedError("one process has nobody to receive from")
 
@@ -99,6 +105,8 @@ class TorchRanks(Ranks):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         #: Nobody waits until these are read, and they would be lost with the objects.
         self._last_words: list = []
+        #: Gathers so far, on every rank: the tag of what is sent, so that nothing of a failed work is read later.
+        self._meetings = 0
 
     def gather(self, make: Callable[[], T]) -> list[T]:
         import torch.distributed as dist
@@ -108,6 +116,7 @@ class TorchRanks(Ranks):
             value = make()
         except MSPError as error:
             own = error
+        self._meetings += 1
         found: list = [None] * self.size
         told = own and (isinstance(own, ElsewhereError), own.message, own.hint, own.exit_code)
         with self._alive():
@@ -126,11 +135,11 @@ class TorchRanks(Ranks):
         import torch
         import torch.distributed as dist
 
-        parts = [torch.tensor([tensor is not None], dtype=torch.uint8)]
+        parts = [_header(tensor)]
         if tensor is not None:
-            parts.append(tensor.cpu().contiguous().view(torch.uint8))
+            parts.append(tensor.cpu().contiguous().view(-1).view(torch.uint8))
         with self._alive():
-            works = [(dist.isend(part, rank), part) for part in parts]
+            works = [(dist.isend(part, rank, tag=self._meetings), part) for part in parts]
         if tensor is None:
             self._last_words += works
 
@@ -141,17 +150,19 @@ class TorchRanks(Ranks):
 
         return wait
 
-    def receive(self, rank: int, into: torch.Tensor) -> None:
+    def receive(self, rank: int) -> torch.Tensor:
         import torch
         import torch.distributed as dist
 
-        comes, given = torch.zeros(1, dtype=torch.uint8), torch.empty_like(into, device="cpu")
+        header = torch.empty_like(_header(None))
         with self._alive():
-            dist.recv(comes, rank)
+            dist.recv(header, rank, tag=self._meetings)
+            comes, dtype, dims, *shape = header.tolist()
             if not comes:
                 raise ElsewhereError(f"rank {rank} failed")
-            dist.recv(given.view(torch.uint8), rank)
-        into.copy_(given)
+            found = torch.empty(shape[:dims], dtype=_dtypes()[dtype])
+            dist.recv(found.view(-1).view(torch.uint8), rank, tag=self._meetings)
+        return found
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
@@ -159,7 +170,7 @@ class TorchRanks(Ranks):
         try:
             yield
         except RuntimeError as error:
-            raise HostError(
+            raise LostError(
                 f"rank {self.rank} lost the others: {str(error).splitlines()[0]}",
                 hint="a rank has ended; its own error says why. The same command goes on where it stopped",
             ) from error
@@ -171,6 +182,22 @@ class TorchRanks(Ranks):
         dist.destroy_process_group()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)  # a host that reads them would wait for ranks that have left
+
+
+def _dtypes() -> tuple[torch.dtype, ...]:
+    import torch
+
+    return (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _header(tensor: torch.Tensor | None) -> torch.Tensor:
+    """Return int64[11]: whether a tensor comes, its dtype's number, its dimensions, and up to eight of them."""
+    import torch
+
+    if tensor is None:
+        return torch.zeros(11, dtype=torch.int64)
+    shape = list(tensor.shape)
+    return torch.tensor([1, _dtypes().index(tensor.dtype), len(shape), *shape, *[0] * (8 - len(shape))])
 
 
 def join(environment: Mapping[str, str] = os.environ) -> Ranks:

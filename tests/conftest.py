@@ -5,7 +5,6 @@ import copy
 import functools
 import importlib.util
 import inspect
-import itertools
 import json
 import os
 import queue
@@ -308,12 +307,14 @@ class ThreadRanks(Ranks):
 
     def __init__(self, rank, size, barrier, slots, posts):
         self.rank, self.size, self.barrier, self.slots, self.posts = rank, size, barrier, slots, posts
+        self.meetings = 0
 
     def gather(self, make):
         try:
             self.slots[self.rank] = make(), None
         except MSPError as error:
             self.slots[self.rank] = None, error
+        self.meetings += 1
         self.barrier.wait()
         found = list(self.slots)
         self.barrier.wait()
@@ -324,21 +325,25 @@ class ThreadRanks(Ranks):
 
     def send(self, rank, tensor):
         read = threading.Event()
-        self.posts[self.rank, rank].put((tensor, read))
+        self._post(self.rank, rank).put((tensor, read))
         return lambda: read.wait(40) or pytest.fail("nobody read it")
 
-    def receive(self, rank, into):
-        tensor, read = self.posts[rank, self.rank].get(timeout=40)
+    def receive(self, rank):
+        tensor, read = self._post(rank, self.rank).get(timeout=40)
         if tensor is None:
             raise ElsewhereError("no tensor")
-        into.copy_(tensor)
+        found = tensor.clone()
         read.set()
+        return found
+
+    def _post(self, source, target):
+        return self.posts.setdefault((source, target, self.meetings), queue.Queue())
 
 
 def on_ranks(size, work):
     """Return what ``work(ranks)`` returned on each of ``size`` threads, or the exception that it raised."""
     barrier, slots, found = threading.Barrier(size, timeout=40), [None] * size, [None] * size
-    posts = {pair: queue.Queue() for pair in itertools.product(range(size), repeat=2)}
+    posts = {}
 
     def run(rank):
         try:

@@ -129,7 +129,8 @@ def _root(
 def run() -> None:
     """Run the command line with the commands that plugins add."""
     debug = bool(os.environ.get("MSP_DEBUG"))
-    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    where = f"rank {os.environ.get('RANK')}: " if ranks > 1 else ""
     try:
         if ranks > 1 and not (
             {"run", "prune", "demo", "allocate"} & set(sys.argv[1:2]) or "--help" in sys.argv
@@ -146,7 +147,6 @@ def run() -> None:
     except MSPError as error:
         if debug:
             raise
-        where = f"rank {rank}: " if ranks > 1 else ""
         typer.echo(f"{where}error: {error}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:  # of a cache or of stdout, which no command writes as its result
@@ -154,7 +154,7 @@ def run() -> None:
 
         if debug or error.errno not in DISK:
             raise
-        typer.echo(f"error: {cannot_write(None, error)}", err=True)
+        typer.echo(f"{where}error: {cannot_write(None, error)}", err=True)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         from msp_plugin.memory import is_out_of_memory
@@ -163,7 +163,7 @@ def run() -> None:
             raise
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = "give shorter samples (--length), a smaller dtype, or more memory; what was measured is kept"
-        typer.echo(f"error: memory does not suffice: {said}\n  -> {hint}", err=True)
+        typer.echo(f"{where}error: memory does not suffice: {said}\n  -> {hint}", err=True)
         sys.exit(1)
     except Stopped:
         typer.echo(

@@ -86,7 +86,7 @@ def build_database(
         statistics = (
             (unit, _new_statistic(pruner, model.get_submodule(unit.layers[0].name))) for unit in mine
         )
-    elif runs_by_block(model, data.samples[0][:CHECKED_TOKENS]):
+    elif all(ranks.gather(lambda: runs_by_block(model, data.samples[0][:CHECKED_TOKENS]))):
         mine = [unit for unit in missing if unit.block % ranks.size == ranks.rank]
         walk = BlockPass(model, data, batch_tokens, ranks)
         statistics = _by_block(walk, mine, groups, pruner, last=missing[-1].block)

@@ -1,6 +1,9 @@
 """A level database that ranks build together, each its own blocks."""
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.errors import NumericsError
+from msp_plugin.errors import HostError, MSPError, NumericsError
 from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
 from msp_plugin.models import prunable_layers
 from msp_plugin.plan.levels import parse_menu
@@ -94,20 +97,27 @@ class Failing(SparseGPT):
     name = "failing"
 
     layer: str = ""
+    error: type[MSPError] = NumericsError
 
     def prune_levels(self, module, statistic, levels, layer):
         if layer == self.layer:
-            raise NumericsError(f"cannot prune {layer}", hint="none")
+            raise self.error(f"cannot prune {layer}", hint="none")
         return super().prune_levels(module, statistic, levels, layer)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 7])
 @pytest.mark.parametrize("block", range(BLOCKS))
-def test_a_layer_that_fails_ends_all_ranks_with_its_error(build, on_ranks, size, block):
+@pytest.mark.parametrize("error", [NumericsError, HostError])
+def test_a_layer_that_fails_ends_all_ranks_with_its_error(build, on_ranks, size, block, error):
     layer = f"model.layers.{block}.self_attn.o_proj"
-    pruner = Failing(block_size=32, layer=layer)
-    errors = on_ranks(size, lambda ranks: build("shared", ranks, pruner))
-    assert [str(error) for error in errors] == [f"cannot prune {layer}\n  -> none"] * size
+
+    def work(ranks):
+        with pytest.raises(error) as found:
+            build("failing", ranks, Failing(block_size=32, layer=layer, error=error))
+        return str(found.value), files(build("shared", ranks)[0])  # the ranks go on together
+
+    alone = files(build("alone")[0])
+    assert on_ranks(size, work) == [(f"cannot prune {layer}\n  -> none", alone)] * size
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -119,3 +129,65 @@ def test_an_activation_that_overflows_ends_all_ranks_with_its_error(build, on_ra
     errors = on_ranks(size, lambda ranks: build("shared", ranks, own=copy.deepcopy(broken)))
     said = f"the output of model.layers.{block} is not finite"
     assert [str(error).split("\n")[0] for error in errors] == [said] * size
+
+
+def test_ranks_that_see_differently_whether_a_model_runs_by_block_take_the_way_that_all_can(
+    build, on_ranks, monkeypatch
+):
+    seen = []
+
+    def differs(model, ids):
+        seen.append(ids)
+        return len(seen) != 2
+
+    monkeypatch.setattr("msp_plugin.database.build.runs_by_block", differs)
+    found = on_ranks(2, lambda ranks: build("shared", ranks)[1])
+    assert found == [7 * BLOCKS] * 2 and len(seen) == 2
+
+
+def test_hidden_states_of_another_dtype_than_the_embeddings_are_handed_on(build, on_ranks, model):
+    own = copy.deepcopy(model)
+    own.model.embed_tokens.bfloat16()
+    alone = files(build("alone", own=copy.deepcopy(own))[0])
+    found = on_ranks(3, lambda ranks: files(build("shared", ranks, own=copy.deepcopy(own))[0]))
+    assert found == [alone] * 3
+
+
+PROCESS = """
+import sys
+import torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from msp_plugin.calibration import CalibrationSet
+from msp_plugin.database.build import build_database
+from msp_plugin.database.store import LevelDatabase
+from msp_plugin.hosts.llm_compressor.methods import SparseGPT
+from msp_plugin.models import prunable_layers
+from msp_plugin.plan.levels import parse_menu
+from msp_plugin.ranks import join
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
+samples = CalibrationSet(tuple(torch.load(sys.argv[2])), "mixed")
+database = LevelDatabase(Path(sys.argv[3]), {}, parse_menu(["dense", "2:4", "1:8"]))
+ranks = join()
+build_database(
+    database, model, prunable_layers(model), SparseGPT(block_size=32), samples,
+    batch_tokens=80, statistics_bytes=1, ranks=ranks,
+)
+ranks.leave()
+"""
+
+
+def test_processes_of_torchrun_write_the_files_of_one_process(model, mixed, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    torch.save(list(mixed.samples), tmp_path / "samples.pt")
+    (tmp_path / "process.py").write_text(PROCESS)
+    written = []
+    for count in (1, 3):
+        subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "process.py", "model",
+             "samples.pt", str(count)],
+            cwd=tmp_path, check=True, timeout=120, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        written.append({p.name: p.read_bytes() for p in (tmp_path / str(count)).rglob("*.safetensors")})
+    assert written[0] == written[1] and len(written[0]) == 7 * BLOCKS
