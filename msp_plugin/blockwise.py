@@ -17,7 +17,7 @@ from msp_plugin.errors import MSPError, NumericsError
 from msp_plugin.memory import is_out_of_memory
 from msp_plugin.models import decoder_blocks, input_device
 from msp_plugin.plan.units import Unit
-from msp_plugin.prefix import replace_input, skip
+from msp_plugin.prefix import replace_input, skip, without_embeddings
 from msp_plugin.ranks import ALONE, ElsewhereError, LostError, Ranks
 
 
@@ -165,15 +165,8 @@ class BlockPass:
         with ExitStack() as undo, suppress(EnoughError):
             if given is not None:
                 undo.callback(replace_input(block, given))
-                undo.callback(self._without_embeddings(given))
+                undo.callback(without_embeddings(self.model, given))
             self.model(ids.to(input_device(self.model)), use_cache=False)
-
-    def _without_embeddings(self, given: torch.Tensor) -> Callable[[], None]:
-        """Let offloaded embeddings not be read for a pass that replaces what they give, until the returned call."""
-        module = self.model.get_input_embeddings()
-        if not getattr(getattr(module, "_hf_hook", None), "offload", False):
-            return lambda: None
-        return skip(module, given)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from msp_plugin.errors import NumericsError
 from msp_plugin.evaluation import summed_cross_entropy, summed_kl
 from msp_plugin.exchange import CandidateWeights
 from msp_plugin.memory import in_parts, is_out_of_memory, short_of_memory
+from msp_plugin.models import input_device, onloaded
 from msp_plugin.prefix import Prefix
 from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.slopes import FORWARD_EQUIVALENT, measure_slopes
@@ -77,7 +78,7 @@ class CandidateLoss:
         self.batch_tokens = batch_tokens
         self.lengths = tuple(len(sample) for sample in data.samples)
         self.forward_tokens = 0
-        self._ids = [s.to(next(self.model.parameters()).device) for s in data.samples]
+        self._ids = [s.to(input_device(self.model)) for s in data.samples]
         self._head: torch.nn.Module | None = None
         self._reference: list[_Reference] = []
         self._prefix = Prefix(self.model, activation_bytes // max(data.tokens, 1)) if reuse else None
@@ -117,8 +118,9 @@ class CandidateLoss:
                 "the dense model's logits on the search text are not finite",
                 hint="the activations overflow: try dtype float32",
             )
-        for row, i in enumerate(group):
-            self._reference[i] = self._refer(None if hidden is None else hidden[row], logits[row])
+        with nullcontext() if self._head is None else onloaded(self._head):
+            for row, i in enumerate(group):
+                self._reference[i] = self._refer(None if hidden is None else hidden[row], logits[row])
 
     def keep(self, choice: Choice) -> None:
         """Keep the activations of ``choice`` from its next measurement on (see TrueLoss.keep)."""

@@ -31,7 +31,7 @@ from msp_plugin.identity import digest, versions
 from msp_plugin.journal import Journal
 from msp_plugin.matrix import Matrix
 from msp_plugin.measure import Measurements, StepProgress, no_progress
-from msp_plugin.models import fingerprint, load_tokenizer
+from msp_plugin.models import fingerprint, input_device, load_tokenizer
 from msp_plugin.options import Plan
 from msp_plugin.pipeline import describe_text, prune_recipe
 from msp_plugin.plan.allocation import make_allocation
@@ -97,7 +97,7 @@ def compare(
         identity = {
             "model": fingerprint(model), "calibration": samples.calibration.fingerprint, "batch": text.batch,
             "test": samples.test.fingerprint, "holdout": holdout.fingerprint, "prune": matrix.prune,
-            "device": next(model.parameters()).device.type,
+            "device": input_device(model).type,
             "versions": versions(),
         }  # fmt: skip
         with closing(Journal(finals, identity)) as journal:

@@ -8,6 +8,7 @@ import torch
 
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
+from msp_plugin.models import input_device
 from msp_plugin.progress import Progress, silent
 
 #: Logits compared at once, in numbers; bounds the float32 copies of [tokens, V].
@@ -25,7 +26,7 @@ def perplexity(
     Raises:
         NumericsError: the loss is not a number.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     total, count, done = 0.0, 0, 0
     for ids in data.batches(batch_tokens):
         ids = ids.to(device)
@@ -75,10 +76,7 @@ def mean_kl(
     """
     total, count, done = 0.0, 0, 0
     for ids in data.batches(batch_tokens):
-        pair = [
-            m(ids.to(next(m.parameters()).device), use_cache=False).logits.flatten(0, 1)
-            for m in (reference, model)
-        ]
+        pair = [m(ids.to(input_device(m)), use_cache=False).logits.flatten(0, 1) for m in (reference, model)]
         total += summed_kl(pair[0], pair[1].to(pair[0].device))
         count += ids.numel()
         done += len(ids)

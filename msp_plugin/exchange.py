@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 
 from msp_plugin.allocators.base import Choice
 from msp_plugin.database.store import LevelDatabase
+from msp_plugin.models import offload_hook, weight_device
 from msp_plugin.plan.budget import AllocationProblem
 
 #: Pruned weights held in memory, so that a level that comes back is not read from disk again.
@@ -18,7 +20,12 @@ WEIGHT_BYTES = 4 * 1024**3
 class CandidateWeights:
     """Puts the weights of a choice into a model, and the model's own back when the block ends.
 
-    Weights are exchanged, not copied: the parameters point at the level database's tensors meanwhile.
+    Weights are exchanged, not copied: the parameters point at the level database's tensors meanwhile. Where
+    accelerate offloads a layer, the layer's hook gets the tensor when it loads the layer for a forward pass;
+    no more than ``held_bytes`` of them are in memory between the passes, and nothing of the dense weights.
+
+    Args:
+        held_bytes: of pruned weights that are kept for the next candidates.
     """
 
     def __init__(
@@ -32,19 +39,24 @@ class CandidateWeights:
         self._limit = held_bytes
         self._held: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
         self._bytes = 0
-        self._dense: dict[str, torch.Tensor] = {}
+        self._places: dict[str, _InMemory | _Offloaded] = {}
         self._now: list[str] = []
 
     def __enter__(self) -> CandidateWeights:
-        layers = [layer.name for layer in self.problem.table.layers]
-        self._dense = {name: self.model.get_submodule(name).weight.data for name in layers}
+        modules = {a.name: self.model.get_submodule(a.name) for a in self.problem.table.layers}
+        self._places = {
+            name: _InMemory(module) if offload_hook(module) is None else _Offloaded(module)
+            for name, module in modules.items()
+        }
+        for place in self._places.values():
+            place.enter()
         self._now = ["dense"] * len(self.problem.table)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for name, weight in self._dense.items():
-            self.model.get_submodule(name).weight.data = weight
-        self._dense.clear()
+        for place in self._places.values():
+            place.leave()
+        self._places.clear()
         self._held.clear()
         self._bytes = 0
 
@@ -54,33 +66,112 @@ class CandidateWeights:
         names = ["dense"] * len(self._now) if choice is None else [menu[k].name for k in choice]
         for u, (unit, name) in enumerate(zip(self.problem.table, names, strict=True)):
             if self._now[u] != name:
-                weights = [self.weight(layer.name, name) for layer in unit.layers]
+                gives = [self._giver(layer.name, name) for layer in unit.layers]
                 self._now[u] = ""  # neither, until all layers of the unit are set
-                for layer, weight in zip(unit.layers, weights, strict=True):
-                    self.model.get_submodule(layer.name).weight.data = weight
+                for layer, give in zip(unit.layers, gives, strict=True):
+                    self._places[layer.name].put(give)
                 self._now[u] = name
+
+    def _giver(self, layer: str, level: str) -> Callable[[], torch.Tensor] | None:
+        """Return what gives a layer's weight at a level; in memory it is read at once, so that it cannot fail."""
+        if level == "dense":
+            return None
+        give = partial(self._stored, layer, level)
+        if isinstance(self._places[layer], _Offloaded):
+            return give
+        weight = give()
+        return lambda: weight
 
     def put(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Let the model hold weights [out, in] from elsewhere, by layer name, until the next ``set``."""
         for u, unit in enumerate(self.problem.table):
             self._now[u] = ""
             for layer in unit.layers:
-                own = self._dense[layer.name]
-                self.model.get_submodule(layer.name).weight.data = weights[layer.name].to(
-                    own.device, own.dtype
-                )
+                place = self._places[layer.name]
+                place.put(partial(weights[layer.name].to, place.at, place.dtype))
 
     def weight(self, layer: str, level: str) -> torch.Tensor:
-        """Return the weight [out, in] of a layer at a level, on the model's device."""
-        own = self._dense[layer]
-        if level == "dense":
-            return own
+        """Return the weight [out, in] of a layer at a level, on the device that the layer works on."""
+        place = self._places[layer]
+        found = place.dense() if level == "dense" else self._stored(layer, level)
+        return found.to(place.device, place.dtype)
+
+    def _stored(self, layer: str, level: str) -> torch.Tensor:
+        """Return a layer's weight at a level that is not dense, where candidates' weights are held."""
         key = (layer, level)
         if key not in self._held:
-            weight = self.database.weight(layer, level).to(own.device, own.dtype)
+            place = self._places[layer]
+            weight = self.database.weight(layer, level).to(place.at, place.dtype)
             self._held[key] = weight
             self._bytes += weight.nbytes
             while self._bytes > self._limit and len(self._held) > 1:
                 self._bytes -= self._held.popitem(last=False)[1].nbytes
         self._held.move_to_end(key)
         return self._held[key]
+
+
+class _InMemory:
+    """A layer whose weight is on its device: the parameter's data is exchanged.
+
+    Attributes:
+        device: where the layer works; at: where candidates' weights are held for it.
+    """
+
+    def __init__(self, module: torch.nn.Module):
+        self.module, self._own = module, module.weight.data
+        self.at = self.device = self._own.device
+        self.dtype = self._own.dtype
+
+    def enter(self) -> None:
+        pass
+
+    def leave(self) -> None:
+        self.module.weight.data = self._own
+
+    def dense(self) -> torch.Tensor:
+        return self._own
+
+    def put(self, give: Callable[[], torch.Tensor] | None) -> None:
+        """Let the layer have the weight [out, in] that ``give`` returns; None: its own."""
+        self.module.weight.data = self._own if give is None else give()
+
+
+class _Offloaded(Mapping[str, torch.Tensor]):
+    """A layer whose weights a hook of accelerate loads: stands in the place of the hook's map of weights.
+
+    Attributes: see _InMemory.
+    """
+
+    at = torch.device("cpu")
+
+    def __init__(self, module: torch.nn.Module):
+        self.module, self.hook = module, offload_hook(module)
+        self.device, self.dtype = weight_device(module), module.weight.dtype
+        self._own, self._tied = self.hook.weights_map, self.hook.tied_params_map
+        self._give: Callable[[], torch.Tensor] | None = None
+
+    def enter(self) -> None:
+        self.hook.weights_map = self
+        # Accelerate finds copies of tied weights by address. A candidate's may lie where a tied one lay before.
+        self.hook.tied_params_map = {}
+
+    def leave(self) -> None:
+        if not self.module.weight.is_meta:  # a forward pass failed before the weights went away again
+            self.hook.post_forward(self.module, None)
+        self.hook.weights_map, self.hook.tied_params_map = self._own, self._tied
+
+    def dense(self) -> torch.Tensor:
+        return self._own["weight"]
+
+    def put(self, give: Callable[[], torch.Tensor] | None) -> None:
+        """Let the layer load the weight [out, in] that ``give`` returns; None: its own."""
+        self._give = give
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._own[key] if key != "weight" or self._give is None else self._give()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)

@@ -25,7 +25,7 @@ from msp_plugin.exchange import CandidateWeights
 from msp_plugin.files import default_cache, finite
 from msp_plugin.identity import digest, source_digest, versions
 from msp_plugin.journal import Journal, RecordedLoss, packed, unpacked
-from msp_plugin.models import check_in_memory, fingerprint
+from msp_plugin.models import check_exchangeable, fingerprint, input_device
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import UnitTable
@@ -91,7 +91,7 @@ class Measurements:
             HostError: ranks have different ones.
         """
         texts = [part and part.fingerprint for part in (self.calibration, self.search, self.holdout)]
-        device = next(self.model.parameters()).device.type
+        device = input_device(self.model).type
         found = self.ranks.gather(lambda: [fingerprint(self.model), device, *texts])
         if any(of != found[0] for of in found):
             raise HostError(
@@ -240,7 +240,7 @@ class Measurements:
             raise RecipeError(f"allocator {allocator.name!r} needs search text", hint="pass a dataset")
         exchanges = allocator.measures or allocator.remeasures or {"kl", "fisher"} & set(allocator.errors)
         if allocator.needs_database and exchanges:
-            check_in_memory(self.model)
+            check_exchangeable(self.model, [layer.name for layer in self.table.layers])
         values = {name: np.array(self.sensitivity(name)) for name in allocator.sensitivities}
         errors, paid = {}, 0
         for name in allocator.errors:
@@ -336,7 +336,7 @@ class Measurements:
         self, folder: Path, name: str, identity: Mapping[str, Any], *, fresh: bool = False
     ) -> Iterator[Journal]:
         """Yield the journal of what the identity names; another process that has it is waited for."""
-        device = next(self.model.parameters()).device.type
+        device = input_device(self.model).type
         identity = {**identity, "device": device, "measurement": MEASUREMENT, "versions": versions()}
         path = folder / f"{name}-{digest(identity)[:16]}.jsonl"
         with self._alone(path.with_suffix(".lock"), f"it measures {name} of this model and text", wait=True):

@@ -217,21 +217,30 @@ def allowed_levels(
     return bounds.allowed(table, menu, matched)
 
 
+def offload_hook(module: torch.nn.Module) -> Any:
+    """Return accelerate's hook that loads a module's own weights for each forward pass, None if there is none."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook if getattr(hook, "offload", False) else None
+
+
 def offloaded_module(model: torch.nn.Module) -> str | None:
     """Return the name of a module whose weights accelerate or a host holds elsewhere, None if there is none."""
     for name, module in model.named_modules():
         if not isinstance(module._parameters, dict):  # compressed-tensors puts a cache in its place
             return name or "the model"
-        hooked = getattr(getattr(module, "_hf_hook", None), "offload", False)
-        if hooked or any(p is not None and p.device.type == "meta" for p in module._parameters.values()):
+        if offload_hook(module) is not None or _is_away(module):
             return name or "the model"
     return None
+
+
+def _is_away(module: torch.nn.Module) -> bool:
+    return any(p is not None and p.device.type == "meta" for p in module._parameters.values())
 
 
 @contextmanager
 def onloaded(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Yield a module whose own weights are in memory, read from where accelerate holds them if it does."""
-    if getattr(getattr(module, "_hf_hook", None), "offload", False):
+    if offload_hook(module) is not None:
         from accelerate.utils import align_module_device
 
         with align_module_device(module):
@@ -240,27 +249,34 @@ def onloaded(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
         yield module
 
 
+def weight_device(module: torch.nn.Module) -> torch.device:
+    """Return the device on which a module works with its weight, wherever that is held meanwhile."""
+    hook = offload_hook(module)
+    return module.weight.device if hook is None else torch.device(hook.execution_device)
+
+
 def input_device(model: torch.nn.Module) -> torch.device:
     """Return the device that token ids belong on; where weights are offloaded, the one that they run on."""
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    if getattr(hook, "offload", False):
-        return torch.device(hook.execution_device)
-    return next(model.parameters()).device
+    hook = offload_hook(model.get_input_embeddings())
+    return next(model.parameters()).device if hook is None else torch.device(hook.execution_device)
 
 
-def check_in_memory(model: torch.nn.Module) -> None:
-    """Raise if weights are offloaded, so that they could not be exchanged in place.
+def check_exchangeable(model: torch.nn.Module, layers: Iterable[str]) -> None:
+    """Raise unless the layers' weights can be exchanged: they are in memory, or a hook of accelerate loads them.
 
     Raises:
-        ModelError: they are.
+        ModelError: they cannot; the first such layer is named.
     """
-    name = offloaded_module(model)
-    if name is not None:
-        raise ModelError(
-            f"the weights of {name} are offloaded; the search exchanges weights in place",
-            hint="load the model anew, without device_map (a GPU is used where it fits), or give a "
-            "finished allocation",
-        )
+    for name in layers:
+        module = model.get_submodule(name)
+        cached = not isinstance(module._parameters, dict)
+        if cached or (_is_away(module) and offload_hook(module) is None):
+            who = "compressed-tensors offloads them" if cached else "no hook of accelerate is on the layer"
+            raise ModelError(
+                f"the weights of {name} are offloaded in a way that the search cannot exchange them: {who}",
+                hint="load the model anew with transformers, with device_map or without, or give a finished "
+                "allocation",
+            )
 
 
 def max_length(source: str | Path, *, trust_remote_code: bool = False) -> int | None:

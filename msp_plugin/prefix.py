@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from msp_plugin.memory import is_out_of_memory
-from msp_plugin.models import decoder_blocks
+from msp_plugin.models import decoder_blocks, offload_hook
 
 
 class Prefix:
@@ -65,6 +65,7 @@ class Prefix:
                 given = self._inputs[start][batch]
                 undo.append(replace_input(self.blocks[start], given))
                 undo += [skip(block) for block in self.blocks[:start]]
+                undo.append(without_embeddings(self.model, given))
             if record:
                 undo += [self._record(block, batch) for block in self._starts if block > start]
             yield
@@ -143,3 +144,13 @@ def skip(block: torch.nn.Module, given: torch.Tensor | None = None) -> Callable[
             block.forward = own
 
     return undo
+
+
+def without_embeddings(model: torch.nn.Module, given: torch.Tensor) -> Callable[[], None]:
+    """Let offloaded embeddings not be read for a pass that replaces what they give, until the returned call.
+
+    Args:
+        given: what a block gets in their stead, [B, T, D].
+    """
+    module = model.get_input_embeddings()
+    return skip(module, given) if offload_hook(module) is not None else lambda: None

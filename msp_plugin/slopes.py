@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from msp_plugin.sensitivity.fisher import captured_gradients, gradients_without_weights
+from msp_plugin.sensitivity.fisher import activation_gradients
 
 #: Forward passes that one sample's slopes count as: one forward, and two backward passes of two each
 #: (the gradients of the activations, and those of the weights).
@@ -54,7 +54,7 @@ def measure_slopes(
             into[unit, level] += float((gradient * change).sum())
             asked[unit, level] = True
 
-    with gradients_without_weights(model), captured_gradients(model, layers, add), torch.enable_grad():
+    with activation_gradients(model, layers, add):
         for number, ids in enumerate(samples):
             logits = model(ids[None], use_cache=False).logits[0].float()
             labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]

@@ -30,7 +30,7 @@ from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import MSPError
 from msp_plugin.measure import Measurements
-from msp_plugin.models import prunable_layers
+from msp_plugin.models import offloaded_module, prunable_layers
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import Level, parse_menu, parse_sparsity
@@ -90,6 +90,25 @@ def qwen2():
 @pytest.fixture(params=["llama", "qwen2"])
 def model(request):
     return {"llama": _llama, "qwen2": _qwen2}[request.param]()
+
+
+@pytest.fixture(params=["cpu", "disk", "half on disk"])
+def pair(request, model, tmp_path):
+    """A model in memory, and a copy of it whose weights are elsewhere."""
+    accelerate = pytest.importorskip("accelerate")
+    away, here = copy.deepcopy(model), torch.device("cpu")
+    if request.param == "cpu":
+        accelerate.cpu_offload(away, execution_device=here)
+    elif request.param == "disk":
+        accelerate.disk_offload(away, str(tmp_path / "away"), execution_device=here)
+    else:
+        places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
+                  "model.layers.0": "cpu", "model.layers.1": "disk"}  # fmt: skip
+        accelerate.dispatch_model(
+            away, places, main_device="cpu", offload_dir=str(tmp_path / "away"), force_hooks=True
+        )
+    assert offloaded_module(away) is not None
+    return model, away
 
 
 @pytest.fixture(scope="session")

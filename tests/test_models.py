@@ -9,8 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models import (
     allowed_levels,
+    check_exchangeable,
     check_finite_weights,
-    check_in_memory,
     check_widths,
     decoder_blocks,
     fingerprint,
@@ -243,12 +243,13 @@ def test_fused_experts_are_refused_with_a_way_out():
     assert "oneshot" in error.value.hint
 
 
-def test_offloaded_weights_are_refused(llama):
-    check_in_memory(llama)
+def test_weights_that_no_hook_loads_are_refused(llama):
+    layers = [layer.name for layer in prunable_layers(llama).layers]
+    check_exchangeable(llama, layers)
     with torch.device("meta"):
         llama.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.empty(128, 64))
     with pytest.raises(ModelError, match="model.layers.0.mlp.up_proj are offloaded") as error:
-        check_in_memory(llama)
+        check_exchangeable(llama, layers)
     assert "device_map" in error.value.hint
 
 

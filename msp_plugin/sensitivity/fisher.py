@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError, RecipeError
+from msp_plugin.models import input_device
+from msp_plugin.recompute import recomputed
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 
 
@@ -71,8 +74,8 @@ def backward_passes(
     Raises:
         NumericsError: a sample's loss is not finite.
     """
-    device = next(model.parameters()).device
-    with gradients_without_weights(model), captured_gradients(model, layers, add), torch.enable_grad():
+    device = input_device(model)
+    with activation_gradients(model, layers, add):
         for done, sample in enumerate(data.samples):
             ids = sample[None].to(device)
             logits = model(ids, use_cache=False).logits[:, :-1]
@@ -99,16 +102,42 @@ def squared_gradient_norms(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def captured_gradients(
+def activation_gradients(
     model: torch.nn.Module, layers: Iterable[str], add: Callable[[str, torch.Tensor, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Call ``add`` for every layer whenever a backward pass runs."""
+    """Let graphs be built, of activations alone, and call ``add`` for every layer whenever one runs backwards.
+
+    Where weights are offloaded, the graph holds no more of them than one block's (see ``recomputed``).
+    """
+    with (
+        gradients_without_weights(model),
+        recomputed(model) as again,
+        captured_gradients(model, layers, add, again=again),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+@contextmanager
+def captured_gradients(
+    model: torch.nn.Module,
+    layers: Iterable[str],
+    add: Callable[[str, torch.Tensor, torch.Tensor], None],
+    *,
+    again: bool = False,
+) -> Iterator[None]:
+    """Call ``add`` for every layer whenever a backward pass runs.
+
+    Args:
+        again: the layers run again in the backward pass, so that their inputs need not be kept.
+    """
     handles = []
 
     def forward_hook(name: str):
         def hook(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1])
-            output.register_hook(lambda dy: add(name, x, dy.detach().reshape(-1, dy.shape[-1])))
+            given = _saved(x) if again else lambda: x
+            output.register_hook(lambda dy: add(name, given(), dy.detach().reshape(-1, dy.shape[-1])))
 
         return hook
 
@@ -121,18 +150,36 @@ def captured_gradients(
             handle.remove()
 
 
+def _saved(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Return what gives ``x`` back, which is saved as the graph saves its own tensors: it may be made anew."""
+    node = _Saved.apply(x.new_zeros((), requires_grad=True), x).grad_fn
+    return lambda: node.saved_tensors[0]
+
+
+class _Saved(torch.autograd.Function):
+    """A node of no graph's way, for the tensor that it saves."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return torch.empty(0)
+
+
 @contextmanager
 def gradients_without_weights(model: torch.nn.Module) -> Iterator[None]:
     """Let gradients flow through the activations from the embeddings on, and to no parameter."""
-    required = [(p, p.requires_grad) for p in model.parameters()]
+    # By place: where weights are offloaded, the parameters are others after each forward pass.
+    required = [
+        (m, n, p.requires_grad) for m in model.modules() for n, p in m.named_parameters(recurse=False)
+    ]
     handle = model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: output.detach().requires_grad_(True)
     )
     try:
-        for parameter, _ in required:
-            parameter.requires_grad_(False)
+        for module, name, _ in required:
+            getattr(module, name).requires_grad_(False)
         yield
     finally:
         handle.remove()
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
+        for module, name, flag in required:
+            getattr(module, name).requires_grad_(flag)

@@ -12,6 +12,7 @@ import torch
 from msp_plugin.activations import in_groups
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.journal import Journal
+from msp_plugin.models import onloaded, weight_device
 from msp_plugin.progress import Progress, silent
 from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.sensitivity.fisher import backward_passes
@@ -67,11 +68,12 @@ def _errors(
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     result = {}
     for layer, diagonal in fisher_diagonals(model, data, layers, progress).items() if layers else ():
-        dense = model.get_submodule(layer).weight.detach().float()
-        result[layer] = {
-            level: 0.5 * float((diagonal * (dense - weight(layer, level).to(dense)).square()).sum())
-            for level in levels
-        }
+        with onloaded(model.get_submodule(layer)) as module:
+            dense = module.weight.detach().float()
+            result[layer] = {
+                level: 0.5 * float((diagonal * (dense - weight(layer, level).to(dense)).square()).sum())
+                for level in levels
+            }
     return result
 
 
@@ -79,10 +81,11 @@ def fisher_diagonals(
     model: torch.nn.Module, data: CalibrationSet, layers: Sequence[str], progress: Progress = silent
 ) -> dict[str, torch.Tensor]:
     """Return T times the mean over samples of the squared gradient, float32[O, I] by layer name."""
+    modules = {layer: model.get_submodule(layer) for layer in layers}
     totals = {
-        layer: torch.zeros_like(model.get_submodule(layer).weight, dtype=torch.float32) for layer in layers
+        layer: torch.zeros(module.weight.shape, device=weight_device(module))
+        for layer, module in modules.items()
     }
-
     at = 0
 
     def add(name: str, x: torch.Tensor, dy: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from msp_plugin.activations import by_block
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError, RecipeError
+from msp_plugin.models import onloaded
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 
 #: Bins of the histogram of log10 eigenvalues whose fullest one is the peak (the authors' default).
@@ -57,7 +58,8 @@ class HeavyTail(Estimator):
         return found
 
     def _exponent(self, model: torch.nn.Module, name: str) -> float:
-        values = torch.linalg.svdvals(model.get_submodule(name).weight.detach().float())
+        with onloaded(model.get_submodule(name)) as module:
+            values = torch.linalg.svdvals(module.weight.detach().float())
         exponent = power_law_exponent(values.double().square().cpu().numpy(), self.xmin)
         if exponent is None:
             raise NumericsError(

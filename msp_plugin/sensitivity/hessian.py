@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from msp_plugin.activations import by_block, in_groups
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
+from msp_plugin.models import offloaded_module
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 
 #: Attention whose backward pass torch can differentiate; flash attention's would be taken as constant.
@@ -64,6 +65,7 @@ class HessianTrace(Estimator):
         layers: tuple[str, ...],
         progress: Progress = silent,
     ) -> Mapping[str, float]:
+        _check_in_memory(model)
         _check_attention(model)
         samples = data.samples[: self.samples]
         totals = dict.fromkeys(layers, 0.0)
@@ -107,6 +109,20 @@ def quadratic_forms(
             if product is not None:
                 sums[i] += float((probe[i] * product).sum(dtype=torch.float64))
     return sums
+
+
+def _check_in_memory(model: torch.nn.Module) -> None:
+    """Raise if weights are offloaded: the graph of a second derivative holds all that a pass has loaded.
+
+    Raises:
+        ModelError: they are.
+    """
+    name = offloaded_module(model)
+    if name is not None:
+        raise ModelError(
+            f"the weights of {name} are offloaded; hessian_trace needs the whole model in memory",
+            hint="load the model without device_map, or use an allocator that does not ask for hessian_trace",
+        )
 
 
 def _check_attention(model: torch.nn.Module) -> None:

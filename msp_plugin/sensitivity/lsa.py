@@ -13,6 +13,7 @@ import torch
 from msp_plugin.activations import by_block, in_groups, observe_inputs, units_of
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import RecipeError
+from msp_plugin.models import onloaded
 from msp_plugin.plan.units import Unit
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 
@@ -62,8 +63,9 @@ class VirtualRemoval(Estimator):
             for unit in units:
                 hessian = hessians.pop(unit.name)
                 for layer in unit.layers:
-                    weight = model.get_submodule(layer.name).weight.detach().float()
-                    errors[layer.name] = removal_error(weight, hessian, self.share, self.group)
+                    with onloaded(model.get_submodule(layer.name)) as module:
+                        weight = module.weight.detach().float()
+                        errors[layer.name] = removal_error(weight, hessian, self.share, self.group)
                     progress(len(errors), len(layers))
         found = {}
         for names in by_block(model, layers).values():

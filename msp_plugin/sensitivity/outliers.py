@@ -14,6 +14,7 @@ import torch
 from msp_plugin.activations import by_block, observe_inputs, units_of
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError, RecipeError
+from msp_plugin.models import onloaded
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 
 
@@ -113,4 +114,5 @@ def input_norms(
 
 def saliences(model: torch.nn.Module, name: str, norm: torch.Tensor) -> torch.Tensor:
     """Return A = |W| * ||X||_2 of a layer, float32[O, I] (Wanda, arXiv 2306.11695, eq. 1)."""
-    return model.get_submodule(name).weight.detach().float().abs() * norm
+    with onloaded(model.get_submodule(name)) as module:
+        return module.weight.detach().float().abs() * norm

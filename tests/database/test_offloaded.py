@@ -1,7 +1,5 @@
 """Models whose weights accelerate holds in main memory or on disk, against the same models in memory."""
 
-import copy
-
 import pytest
 import torch
 
@@ -18,24 +16,6 @@ from msp_plugin.pruning.magnitude import Magnitude
 accelerate = pytest.importorskip("accelerate")
 MENU = parse_menu(["dense", "2:4", "1:8"])
 PRUNERS = {"magnitude": Magnitude(), "wanda": Wanda(), "sparsegpt": SparseGPT()}
-
-
-@pytest.fixture(params=["cpu", "disk", "half on disk"])
-def pair(request, model, tmp_path):
-    """A model in memory, and a copy of it whose weights are elsewhere."""
-    away, here = copy.deepcopy(model), torch.device("cpu")
-    if request.param == "cpu":
-        accelerate.cpu_offload(away, execution_device=here)
-    elif request.param == "disk":
-        accelerate.disk_offload(away, str(tmp_path / "away"), execution_device=here)
-    else:
-        places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
-                  "model.layers.0": "cpu", "model.layers.1": "disk"}  # fmt: skip
-        accelerate.dispatch_model(
-            away, places, main_device="cpu", offload_dir=str(tmp_path / "away"), force_hooks=True
-        )
-    assert offloaded_module(away) is not None
-    return model, away
 
 
 def database(root):
