@@ -10,7 +10,7 @@ import torch
 
 from msp_plugin.allocators.base import Choice
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.models import offload_hook, weight_device
+from msp_plugin.models import is_offloaded, offload_cache, offload_hook, weight_device
 from msp_plugin.plan.budget import AllocationProblem
 
 #: Pruned weights held in memory, so that a level that comes back is not read from disk again.
@@ -20,9 +20,9 @@ WEIGHT_BYTES = 4 * 1024**3
 class CandidateWeights:
     """Puts the weights of a choice into a model, and the model's own back when the block ends.
 
-    Weights are exchanged, not copied: the parameters point at the level database's tensors meanwhile. Where
-    accelerate offloads a layer, the layer's hook gets the tensor when it loads the layer for a forward pass;
-    no more than ``held_bytes`` of them are in memory between the passes, and nothing of the dense weights.
+    Weights are exchanged, not copied: the parameters point at the level database's tensors meanwhile. A layer
+    that accelerate or compressed-tensors offloads gets the tensor when it loads its weight; between its passes no
+    more than ``held_bytes`` of pruned weights are in memory, and nothing of the dense ones.
 
     Args:
         held_bytes: of pruned weights that are kept for the next candidates.
@@ -39,15 +39,11 @@ class CandidateWeights:
         self._limit = held_bytes
         self._held: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
         self._bytes = 0
-        self._places: dict[str, _InMemory | _Offloaded] = {}
+        self._places: dict[str, _InMemory | _Hooked | _Cached] = {}
         self._now: list[str] = []
 
     def __enter__(self) -> CandidateWeights:
-        modules = {a.name: self.model.get_submodule(a.name) for a in self.problem.table.layers}
-        self._places = {
-            name: _InMemory(module) if offload_hook(module) is None else _Offloaded(module)
-            for name, module in modules.items()
-        }
+        self._places = {a.name: _place(self.model.get_submodule(a.name)) for a in self.problem.table.layers}
         for place in self._places.values():
             place.enter()
         self._now = ["dense"] * len(self.problem.table)
@@ -77,10 +73,10 @@ class CandidateWeights:
         if level == "dense":
             return None
         give = partial(self._stored, layer, level)
-        if isinstance(self._places[layer], _Offloaded):
-            return give
-        weight = give()
-        return lambda: weight
+        if isinstance(self._places[layer], _InMemory):
+            weight = give()
+            return lambda: weight
+        return give
 
     def put(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Let the model hold weights [out, in] from elsewhere, by layer name, until the next ``set``."""
@@ -110,6 +106,12 @@ class CandidateWeights:
         return self._held[key]
 
 
+def _place(module: torch.nn.Module) -> _InMemory | _Hooked | _Cached:
+    if not is_offloaded(module):
+        return _InMemory(module)
+    return _Hooked(module) if offload_cache(module) is None else _Cached(module)
+
+
 class _InMemory:
     """A layer whose weight is on its device: the parameter's data is exchanged.
 
@@ -136,7 +138,7 @@ class _InMemory:
         self.module.weight.data = self._own if give is None else give()
 
 
-class _Offloaded(Mapping[str, torch.Tensor]):
+class _Hooked(Mapping[str, torch.Tensor]):
     """A layer whose weights a hook of accelerate loads: stands in the place of the hook's map of weights.
 
     Attributes: see _InMemory.
@@ -175,3 +177,38 @@ class _Offloaded(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._own)
+
+
+class _Cached:
+    """A layer whose weights a cache of compressed-tensors loads, each time that they are read.
+
+    Attributes: see _InMemory.
+    """
+
+    at = torch.device("cpu")
+
+    def __init__(self, module: torch.nn.Module):
+        self.cache = offload_cache(module)
+        self.away = self.cache.offloaded_values["weight"]
+        self.device, self.dtype = weight_device(module), self.away.dtype
+        self._own = self.cache.onload
+        self._give: Callable[[], torch.Tensor] | None = None
+
+    def enter(self) -> None:
+        self.cache.onload = self._onload
+
+    def leave(self) -> None:
+        del self.cache.onload  # the class has its own
+
+    def dense(self) -> torch.Tensor:
+        return self._own(self.away)
+
+    def put(self, give: Callable[[], torch.Tensor] | None) -> None:
+        """Let the layer load the weight [out, in] that ``give`` returns; None: its own."""
+        self._give = give
+
+    def _onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
+        if offloaded is not self.away or self._give is None:
+            return self._own(offloaded)
+        weight = self._give().to(self.device, self.dtype)
+        return torch.nn.Parameter(weight, requires_grad=self.away.requires_grad)

@@ -160,7 +160,7 @@ def prunable_layers(
         ModelError: nothing is left to prune.
     """
     prefix, blocks = decoder_blocks(model)
-    fused = [name for name, p in blocks.named_parameters() if p.dim() == 3]
+    fused = [name for name, _, p in named_parameters(blocks) if p.dim() == 3]
     if fused:
         raise ModelError(
             f"{type(model).__name__} holds fused experts, e.g. {prefix}.{fused[0]}",
@@ -223,27 +223,54 @@ def offload_hook(module: torch.nn.Module) -> Any:
     return hook if getattr(hook, "offload", False) else None
 
 
+def offload_cache(module: torch.nn.Module) -> Any:
+    """Return what compressed-tensors puts in the place of a module's parameters to load them, None if it does not."""
+    return None if isinstance(module._parameters, dict) else module._parameters
+
+
+def is_offloaded(module: torch.nn.Module) -> bool:
+    """Return True if a module's own weights are loaded from elsewhere whenever it needs them."""
+    return offload_hook(module) is not None or offload_cache(module) is not None
+
+
+def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """Return a module's parameters as they stay there, by name; reading them loads nothing."""
+    cache = offload_cache(module)
+    return module._parameters if cache is None else cache.offloaded_values
+
+
+def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Parameter]]:
+    """Yield each parameter once, as it stays in its module, with its name and that module."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        for leaf, parameter in own_parameters(module).items():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                yield f"{prefix}.{leaf}" if prefix else leaf, module, parameter
+
+
 def offloaded_module(model: torch.nn.Module) -> str | None:
     """Return the name of a module whose weights accelerate or a host holds elsewhere, None if there is none."""
     for name, module in model.named_modules():
-        if not isinstance(module._parameters, dict):  # compressed-tensors puts a cache in its place
-            return name or "the model"
-        if offload_hook(module) is not None or _is_away(module):
+        if is_offloaded(module) or _is_away(module):
             return name or "the model"
     return None
 
 
 def _is_away(module: torch.nn.Module) -> bool:
-    return any(p is not None and p.device.type == "meta" for p in module._parameters.values())
+    return any(p is not None and p.device.type == "meta" for p in own_parameters(module).values())
 
 
 @contextmanager
 def onloaded(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield a module whose own weights are in memory, read from where accelerate holds them if it does."""
+    """Yield a module whose own weights are in memory, read from where they are offloaded to if they are."""
     if offload_hook(module) is not None:
         from accelerate.utils import align_module_device
 
         with align_module_device(module):
+            yield module
+    elif offload_cache(module) is not None:
+        with offload_cache(module).disable_offloading():  # each weight is read once in the block
             yield module
     else:
         yield module
@@ -251,29 +278,29 @@ def onloaded(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 def weight_device(module: torch.nn.Module) -> torch.device:
     """Return the device on which a module works with its weight, wherever that is held meanwhile."""
-    hook = offload_hook(module)
+    hook, cache = offload_hook(module), offload_cache(module)
+    if cache is not None:
+        return torch.device(cache.onload_device)
     return module.weight.device if hook is None else torch.device(hook.execution_device)
 
 
 def input_device(model: torch.nn.Module) -> torch.device:
     """Return the device that token ids belong on; where weights are offloaded, the one that they run on."""
-    hook = offload_hook(model.get_input_embeddings())
-    return next(model.parameters()).device if hook is None else torch.device(hook.execution_device)
+    embeddings = model.get_input_embeddings()
+    return weight_device(embeddings) if is_offloaded(embeddings) else next(model.parameters()).device
 
 
 def check_exchangeable(model: torch.nn.Module, layers: Iterable[str]) -> None:
-    """Raise unless the layers' weights can be exchanged: they are in memory, or a hook of accelerate loads them.
+    """Raise unless the layers' weights can be exchanged: they are in memory, or something known loads them.
 
     Raises:
         ModelError: they cannot; the first such layer is named.
     """
     for name in layers:
         module = model.get_submodule(name)
-        cached = not isinstance(module._parameters, dict)
-        if cached or (_is_away(module) and offload_hook(module) is None):
-            who = "compressed-tensors offloads them" if cached else "no hook of accelerate is on the layer"
+        if _is_away(module) and not is_offloaded(module):
             raise ModelError(
-                f"the weights of {name} are offloaded in a way that the search cannot exchange them: {who}",
+                f"the weights of {name} are offloaded, and no hook of accelerate is on that layer",
                 hint="load the model anew with transformers, with device_map or without, or give a finished "
                 "allocation",
             )
@@ -337,12 +364,11 @@ def fingerprint(model: torch.nn.Module) -> str:
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     tied = model.get_output_embeddings() if getattr(model.config, "tie_word_embeddings", False) else None
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta and tied is not None and parameter is tied.weight:
+    for name, module, parameter in sorted(named_parameters(model), key=lambda named: named[0]):
+        if module is tied and is_offloaded(module) and name.endswith(".weight"):
             continue  # in memory it is the embeddings' own and does not come twice
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        parent, _, leaf = name.rpartition(".")
-        with onloaded(model.get_submodule(parent)) as module:
-            flat = getattr(module, leaf).detach().contiguous().reshape(-1).cpu()
+        with onloaded(module):
+            flat = getattr(module, name.rpartition(".")[2]).detach().contiguous().reshape(-1).cpu()
             digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()

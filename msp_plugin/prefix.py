@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from msp_plugin.memory import is_out_of_memory
-from msp_plugin.models import decoder_blocks, offload_hook
+from msp_plugin.models import decoder_blocks, is_offloaded
 
 
 class Prefix:
@@ -153,4 +153,4 @@ def without_embeddings(model: torch.nn.Module, given: torch.Tensor) -> Callable[
         given: what a block gets in their stead, [B, T, D].
     """
     module = model.get_input_embeddings()
-    return skip(module, given) if offload_hook(module) is not None else lambda: None
+    return skip(module, given) if is_offloaded(module) else lambda: None

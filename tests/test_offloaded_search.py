@@ -43,7 +43,7 @@ ALLOCATORS = {
     "search": Search(rounds=3, tokens=96, holdout=48),
     "knapsack": Knapsack(surrogate="kl", tokens=48),
     "msp": MSP(generations=1, population=4, offspring=2, tokens=96),
-    "evopress": EvoPress(generations=2, offspring=4, tokens=96),
+    "evopress": EvoPress(generations=2, tokens=96),
 }
 SIZES = {
     "vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,

@@ -14,7 +14,7 @@ import torch
 
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.models import input_device
+from msp_plugin.models import input_device, named_parameters, own_parameters
 from msp_plugin.recompute import recomputed
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 
@@ -168,18 +168,18 @@ class _Saved(torch.autograd.Function):
 @contextmanager
 def gradients_without_weights(model: torch.nn.Module) -> Iterator[None]:
     """Let gradients flow through the activations from the embeddings on, and to no parameter."""
-    # By place: where weights are offloaded, the parameters are others after each forward pass.
+    # By place: accelerate makes others of offloaded parameters in each forward pass.
     required = [
-        (m, n, p.requires_grad) for m in model.modules() for n, p in m.named_parameters(recurse=False)
+        (module, name.rpartition(".")[2], p.requires_grad) for name, module, p in named_parameters(model)
     ]
     handle = model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: output.detach().requires_grad_(True)
     )
     try:
         for module, name, _ in required:
-            getattr(module, name).requires_grad_(False)
+            own_parameters(module)[name].requires_grad_(False)
         yield
     finally:
         handle.remove()
         for module, name, flag in required:
-            getattr(module, name).requires_grad_(flag)
+            own_parameters(module)[name].requires_grad_(flag)
