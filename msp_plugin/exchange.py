@@ -191,14 +191,16 @@ class _Cached:
         self.cache = offload_cache(module)
         self.away = self.cache.offloaded_values["weight"]
         self.device, self.dtype = weight_device(module), self.away.dtype
-        self._own = self.cache.onload
+        self._own, self._before = self.cache.onload, vars(self.cache).copy()
         self._give: Callable[[], torch.Tensor] | None = None
 
     def enter(self) -> None:
         self.cache.onload = self._onload
 
     def leave(self) -> None:
-        del self.cache.onload  # the class has its own
+        del self.cache.onload  # its class has one
+        if "onload" in self._before:
+            self.cache.onload = self._before["onload"]
 
     def dense(self) -> torch.Tensor:
         return self._own(self.away)

@@ -25,7 +25,7 @@ from msp_plugin.exchange import CandidateWeights
 from msp_plugin.files import default_cache, finite
 from msp_plugin.identity import digest, source_digest, versions
 from msp_plugin.journal import Journal, RecordedLoss, packed, unpacked
-from msp_plugin.models import check_exchangeable, fingerprint, input_device
+from msp_plugin.models import check_loadable, fingerprint, input_device
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import UnitTable
@@ -240,7 +240,7 @@ class Measurements:
             raise RecipeError(f"allocator {allocator.name!r} needs search text", hint="pass a dataset")
         exchanges = allocator.measures or allocator.remeasures or {"kl", "fisher"} & set(allocator.errors)
         if allocator.needs_database and exchanges:
-            check_exchangeable(self.model, [layer.name for layer in self.table.layers])
+            check_loadable(self.model, [layer.name for layer in self.table.layers])
         values = {name: np.array(self.sensitivity(name)) for name in allocator.sensitivities}
         errors, paid = {}, 0
         for name in allocator.errors:

@@ -290,8 +290,8 @@ def input_device(model: torch.nn.Module) -> torch.device:
     return weight_device(embeddings) if is_offloaded(embeddings) else next(model.parameters()).device
 
 
-def check_exchangeable(model: torch.nn.Module, layers: Iterable[str]) -> None:
-    """Raise unless the layers' weights can be exchanged: they are in memory, or something known loads them.
+def check_loadable(model: torch.nn.Module, layers: Iterable[str]) -> None:
+    """Raise unless the layers' weights can be read and exchanged: in memory, or loaded by what is known here.
 
     Raises:
         ModelError: they cannot; the first such layer is named.
@@ -300,9 +300,13 @@ def check_exchangeable(model: torch.nn.Module, layers: Iterable[str]) -> None:
         module = model.get_submodule(name)
         if _is_away(module) and not is_offloaded(module):
             raise ModelError(
-                f"the weights of {name} are offloaded, and no hook of accelerate is on that layer",
-                hint="load the model anew with transformers, with device_map or without, or give a finished "
-                "allocation",
+                f"the weights of {name} are offloaded, and no hook of accelerate on the layer itself loads them",
+                hint="load the model anew with transformers, with device_map or without",
+            )
+        if getattr(offload_cache(module), "offloading_disabled", False):
+            raise ModelError(
+                f"the weights of {name} stay loaded once they are read, so they cannot be exchanged",
+                hint="call it outside of compressed-tensors' disable_offloading",
             )
 
 
@@ -342,8 +346,10 @@ def check_finite_weights(model: torch.nn.Module, table: UnitTable) -> None:
     """Raise if a prunable weight is not finite.
 
     Raises:
+        ModelError: a weight cannot be read (see check_loadable).
         NumericsError: the layers are named.
     """
+    check_loadable(model, [layer.name for layer in table.layers])
     bad = []
     for layer in table.layers:
         with onloaded(model.get_submodule(layer.name)) as module:

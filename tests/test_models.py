@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models import (
     allowed_levels,
-    check_exchangeable,
     check_finite_weights,
+    check_loadable,
     check_widths,
     decoder_blocks,
     fingerprint,
@@ -245,12 +246,14 @@ def test_fused_experts_are_refused_with_a_way_out():
 
 def test_weights_that_no_hook_loads_are_refused(llama):
     layers = [layer.name for layer in prunable_layers(llama).layers]
-    check_exchangeable(llama, layers)
+    check_loadable(llama, layers)
     with torch.device("meta"):
         llama.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.empty(128, 64))
-    with pytest.raises(ModelError, match="model.layers.0.mlp.up_proj are offloaded") as error:
-        check_exchangeable(llama, layers)
-    assert "device_map" in error.value.hint
+    table = prunable_layers(llama)
+    for check in (partial(check_loadable, llama, layers), partial(check_finite_weights, llama, table)):
+        with pytest.raises(ModelError, match="model.layers.0.mlp.up_proj are offloaded") as error:
+            check()
+        assert "device_map" in error.value.hint
 
 
 def test_the_longest_sequence_comes_from_the_config(llama_dir):

@@ -40,7 +40,8 @@ class Estimator(ABC):
     ) -> Mapping[str, float]:
         """Return one number per layer name; higher means that pruning it costs more.
 
-        The model is left as it was found: weights, hooks and ``requires_grad``.
+        The model is left as it was found: weights, hooks and ``requires_grad``. Weights are read under
+        ``models.onloaded``, and gradients taken under ``fisher.activation_gradients``: the model may be offloaded.
         """
 
     def parts(self, data: CalibrationSet) -> Sequence[CalibrationSet]:
