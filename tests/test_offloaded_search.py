@@ -203,6 +203,13 @@ def test_sensitivities_are_those_in_memory(pair, data, name):
     assert found[0] == found[1] and len(set(found[0].values())) > 1
 
 
+def test_weights_go_away_again_where_the_last_layer_of_a_block_is_not_asked_about(pair, data):
+    layers = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
+    before = state(pair[1])
+    found = [FisherTrace(samples=2).layer_sensitivities(its, data, layers) for its in pair]
+    assert found[0] == found[1] and state(pair[1]) == before
+
+
 def test_the_fisher_weighted_error_is_that_in_memory(pair, data, measured):
     held = measured(pair[0])
     found = [fisher_errors(its, data, names_of(held), ["2:4", "1:8"], held[0].weight) for its in pair]

@@ -29,7 +29,7 @@ from msp_plugin.models import (
 )
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu, parse_sparsity
-from msp_plugin.sensitivity.fisher import FisherTrace
+from msp_plugin.sensitivity.fisher import FisherTrace, gradients_without_weights
 from msp_plugin.sensitivity.heavy_tail import HeavyTail
 
 MENU = parse_menu(["dense", "2:4", "1:4", "1:8"])
@@ -79,6 +79,10 @@ def test_an_offloaded_model_is_itself_after_an_error(tmp_path, pair, data, magni
     with pytest.raises(LookupError), CandidateWeights(away, database, problem) as weights:
         loss = CandidateLoss(weights, data).prepare()
         loss((1,) * 8)
+        layer = away.get_submodule(problem.table.layers[0].name)
+        assert torch.equal(layer.weight, database.weight(problem.table.layers[0].name, "2:4"))
+        with gradients_without_weights(away):
+            assert not layer.weight.requires_grad  # nor would its gradient be kept
         raise LookupError
     assert state(away) == before
     assert torch.equal(away(data.samples[0][None]).logits, model(data.samples[0][None]).logits)
