@@ -240,7 +240,7 @@ class Measurements:
             raise RecipeError(f"allocator {allocator.name!r} needs search text", hint="pass a dataset")
         exchanges = allocator.measures or allocator.remeasures or {"kl", "fisher"} & set(allocator.errors)
         if allocator.needs_database and exchanges:
-            check_loadable(self.model, [layer.name for layer in self.table.layers])
+            check_loadable(self.model)
         values = {name: np.array(self.sensitivity(name)) for name in allocator.sensitivities}
         errors, paid = {}, 0
         for name in allocator.errors:

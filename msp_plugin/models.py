@@ -290,17 +290,16 @@ def input_device(model: torch.nn.Module) -> torch.device:
     return weight_device(embeddings) if is_offloaded(embeddings) else next(model.parameters()).device
 
 
-def check_loadable(model: torch.nn.Module, layers: Iterable[str]) -> None:
-    """Raise unless the layers' weights can be read and exchanged: in memory, or loaded by what is known here.
+def check_loadable(model: torch.nn.Module) -> None:
+    """Raise unless all weights can be read and exchanged: in memory, or loaded by what is known here.
 
     Raises:
-        ModelError: they cannot; the first such layer is named.
+        ModelError: they cannot; the first such module is named.
     """
-    for name in layers:
-        module = model.get_submodule(name)
+    for name, module in model.named_modules():
         if _is_away(module) and not is_offloaded(module):
             raise ModelError(
-                f"the weights of {name} are offloaded, and no hook of accelerate on the layer itself loads them",
+                f"the weights of {name} are offloaded, and no hook of accelerate on the module itself loads them",
                 hint="load the model anew with transformers, with device_map or without",
             )
         if getattr(offload_cache(module), "offloading_disabled", False):
@@ -349,7 +348,7 @@ def check_finite_weights(model: torch.nn.Module, table: UnitTable) -> None:
         ModelError: a weight cannot be read (see check_loadable).
         NumericsError: the layers are named.
     """
-    check_loadable(model, [layer.name for layer in table.layers])
+    check_loadable(model)
     bad = []
     for layer in table.layers:
         with onloaded(model.get_submodule(layer.name)) as module:

@@ -379,7 +379,7 @@ def test_text_that_is_missing_is_named_before_any_work(make, tmp_path):
     assert not (tmp_path / "cache/database").exists()
 
 
-def test_an_offloaded_model_is_refused_before_any_work(make):
+def test_weights_that_no_hook_loads_are_refused_before_any_work(make):
     held = make()
     held.model.lm_head = torch.nn.Linear(64, 128, bias=False, device="meta")
     with pytest.raises(ModelError, match="offloaded"):

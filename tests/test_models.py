@@ -245,15 +245,22 @@ def test_fused_experts_are_refused_with_a_way_out():
 
 
 def test_weights_that_no_hook_loads_are_refused(llama):
-    layers = [layer.name for layer in prunable_layers(llama).layers]
-    check_loadable(llama, layers)
+    check_loadable(llama)
     with torch.device("meta"):
         llama.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.empty(128, 64))
     table = prunable_layers(llama)
-    for check in (partial(check_loadable, llama, layers), partial(check_finite_weights, llama, table)):
+    for check in (partial(check_loadable, llama), partial(check_finite_weights, llama, table)):
         with pytest.raises(ModelError, match="model.layers.0.mlp.up_proj are offloaded") as error:
             check()
         assert "device_map" in error.value.hint
+
+
+def test_weights_that_a_hook_loads_for_whole_blocks_are_refused(llama):
+    """Accelerate's preload_module_classes: no layer can be loaded on its own."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(llama, execution_device="cpu", preload_module_classes=["LlamaDecoderLayer"])
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.self_attn\.q_proj are offloaded"):
+        check_finite_weights(llama, prunable_layers(llama))
 
 
 def test_the_longest_sequence_comes_from_the_config(llama_dir):

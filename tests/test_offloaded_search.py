@@ -319,7 +319,7 @@ def test_skipped_blocks_and_embeddings_load_no_weights(tmp_path, measured):
 
 
 @pytest.mark.parametrize("cause", [ValueError, KeyboardInterrupt])
-def test_an_offloaded_model_is_itself_after_an_error(pair, data, measured, cause, count_hooks, monkeypatch):
+def test_an_offloaded_model_is_itself_after_an_error(pair, data, measured, cause, count_hooks):
     model, away = pair
     held = measured(model)
     before, count = state(away), count_hooks(away)

@@ -16,10 +16,12 @@ from msp_plugin.allocators.search import Search
 from msp_plugin.candidates import CandidateLoss
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.demo import demo_model_path
+from msp_plugin.errors import ModelError
 from msp_plugin.exchange import CandidateWeights
 from msp_plugin.hosts.llm_compressor.methods import Wanda
 from msp_plugin.measure import Measurements
 from msp_plugin.models import (
+    check_loadable,
     fingerprint,
     load_model,
     load_tokenizer,
@@ -159,3 +161,11 @@ def run(model, modifier, data, out):
 
     samples = DataLoader([{"input_ids": sample} for sample in data.samples], batch_size=2)
     oneshot(model=model, recipe=[modifier], dataset=samples, output_dir=str(out))
+
+
+def test_weights_that_a_cache_keeps_are_refused(pair):
+    check_loadable(pair[1])
+    cache = pair[1].lm_head._parameters
+    with cache.disable_offloading(), pytest.raises(ModelError, match="stay loaded") as error:
+        check_loadable(pair[1])
+    assert "disable_offloading" in error.value.hint
