@@ -97,7 +97,7 @@ def test_checks_know_no_command_and_no_host(file):
 
 
 RUNS = ("identity", "journal", "memory", "ranks", "resume", "writing")
-PASSES = ("activations", "blockwise", "candidates", "exchange", "prefix", "slopes")
+PASSES = ("activations", "blockwise", "candidates", "exchange", "prefix", "recompute", "slopes")
 
 
 @pytest.mark.parametrize("name", RUNS)
