@@ -345,10 +345,10 @@ class ThreadRanks(Ranks):
     def send(self, rank, tensor):
         read = threading.Event()
         self._post(self.rank, rank).put((tensor, read))
-        return lambda: read.wait(40) or pytest.fail("nobody read it")
+        return lambda: read.wait(300) or pytest.fail("nobody read it")
 
     def receive(self, rank):
-        tensor, read = self._post(rank, self.rank).get(timeout=40)
+        tensor, read = self._post(rank, self.rank).get(timeout=300)
         if tensor is None:
             raise ElsewhereError("no tensor")
         found = tensor.clone()
@@ -361,7 +361,7 @@ class ThreadRanks(Ranks):
 
 def on_ranks(size, work):
     """Return what ``work(ranks)`` returned on each of ``size`` threads, or the exception that it raised."""
-    barrier, slots, found = threading.Barrier(size, timeout=40), [None] * size, [None] * size
+    barrier, slots, found = threading.Barrier(size, timeout=300), [None] * size, [None] * size
     posts = {}
 
     def run(rank):
