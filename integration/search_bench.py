@@ -45,6 +45,68 @@ def bench_model(model_name: str, method: str, sparsity: str, cache: str | None):
     return measurements, AllocationProblem(table, menu, parse_sparsity(sparsity)), unseen
 
 
+def search_trail(
+    measurements, problem, unseen, spec: dict, seed: int
+) -> tuple[list[tuple[int, float]], float, float]:
+    """Return (forward tokens and loss on unseen text of each incumbent, that of uniform, seconds)."""
+    from msp_plugin.candidates import CandidateLoss
+    from msp_plugin.exchange import CandidateWeights
+    from msp_plugin.plugins import Plugins
+
+    result, record = measurements.allocate(Plugins().build("allocators", spec), problem, seed)
+    with CandidateWeights(measurements.model, measurements.database, problem) as weights:
+        loss = CandidateLoss(weights, unseen, reuse=False).prepare()
+        held = {choice: loss(choice) for choice in dict.fromkeys(c for _, c in result.incumbents)}
+        held.setdefault(result.choice, loss(result.choice))
+        uniform = loss(problem.uniform())
+    points = [(tokens, held[choice]) for tokens, choice in result.incumbents]
+    return [*points, (record["forward_tokens"], held[result.choice])], uniform, record["seconds"]
+
+
+def add_peers(record: dict, cell: tuple[str, str, str], seeds: list[int], cache: str | None) -> None:
+    """Add EvoPress' full schedule with further seeds to a record that has its first one."""
+    measurements, problem, unseen = bench_model(*cell, cache)
+    for seed in seeds:
+        trail, _, seconds = search_trail(measurements, problem, unseen, EVOPRESS, seed)
+        row = dict(zip(("model", "method", "sparsity"), cell, strict=True))
+        row |= {
+            "seed": seed,
+            "loss": trail[-1][1],
+            "tokens": trail[-1][0],
+            "seconds": seconds,
+            "trail": trail,
+        }
+        record.setdefault("peers", []).append(row)
+        print(json.dumps({key: value for key, value in row.items() if key != "trail"}), flush=True)
+
+
+def peer_lines(record: dict) -> list[str]:
+    """Return the table of the cells in which EvoPress has run with several seeds."""
+    cells = dict.fromkeys((e["model"], e["method"], e["sparsity"]) for e in record.get("peers", []))
+    if not cells:
+        return []
+    lines = [
+        "", "EvoPress with further seeds, and what our search needs to be as good as their mean (a fifth of its tokens "
+        "is the aim):", "",
+        "| model | method | zeros | EvoPress by seed | mean | search, seed | search | reached the mean | share |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for cell in cells:
+        same = [e for e in record["searches"] if (e["model"], e["method"], e["sparsity"]) == cell]
+        more = [e for e in record["peers"] if (e["model"], e["method"], e["sparsity"]) == cell]
+        finals = [same[0]["evopress"], *(e["loss"] for e in more)]
+        mean, tokens = statistics.mean(finals), same[0]["evopress_tokens"]
+        for e in same:
+            reached = next((at for at, value in e["trails"]["search"] if value <= mean), None)
+            lines.append(
+                f"| {cell[0]} | {cell[1]} | {100 * float(cell[2]):g} % | {', '.join(f'{v:.4f}' for v in finals)} "
+                f"| {mean:.4f} | {e['seed']} | {e['search']:.4f} "
+                f"| {'never' if reached is None else f'{reached:,}'} "
+                f"| {'' if reached is None else f'1/{tokens / reached:.1f}'} |"
+            )
+    return lines
+
+
 def search_cost(
     model: str, method: str, sparsity: str, seeds: list[int], cache: str | None, earlier: list[dict]
 ) -> list[dict]:
@@ -53,23 +115,10 @@ def search_cost(
     EvoPress runs with the first seed: its full schedule takes a quarter of an hour even here. Its trail is
     taken from an earlier record where there is one.
     """
-    from msp_plugin.candidates import CandidateLoss
-    from msp_plugin.exchange import CandidateWeights
-    from msp_plugin.plugins import Plugins
-
-    plugins = Plugins()
     measurements, problem, unseen = bench_model(model, method, sparsity, cache)
 
     def trail(spec: dict, seed: int) -> tuple[list[tuple[int, float]], float, float]:
-        """Return (forward tokens and loss on unseen text of each incumbent, that of uniform, seconds)."""
-        result, record = measurements.allocate(plugins.build("allocators", spec), problem, seed)
-        with CandidateWeights(measurements.model, measurements.database, problem) as weights:
-            loss = CandidateLoss(weights, unseen, reuse=False).prepare()
-            held = {choice: loss(choice) for choice in dict.fromkeys(c for _, c in result.incumbents)}
-            held.setdefault(result.choice, loss(result.choice))
-            uniform = loss(problem.uniform())
-        points = [(tokens, held[choice]) for tokens, choice in result.incumbents]
-        return [*points, (record["forward_tokens"], held[result.choice])], uniform, record["seconds"]
+        return search_trail(measurements, problem, unseen, spec, seed)
 
     known = [e for e in earlier if (e["model"], e["method"], e["sparsity"]) == (model, method, sparsity)]
     known = [e for e in known if e["seed"] == seeds[0] and "evopress" in e["trails"]]
@@ -189,6 +238,7 @@ def markdown(record: dict) -> str:
             f"| {e['evopress']:.4f} ({e['evopress_tokens']:,}) | {e['search']:.4f} ({e['search_tokens']:,}) "
             f"| {'never' if reached is None else f'{reached:,}'} | {share} |"
         )
+    lines += peer_lines(record)
     lines += ["", "Prefix reuse, candidates that move one random unit by one level, interleaved:", ""]
     for e in record["prefix"]:
         lines.append(
@@ -217,8 +267,21 @@ def main() -> int:
     parser.add_argument("--cache")
     parser.add_argument("--earlier", type=Path, help="search.json whose runs of EvoPress are taken over")
     parser.add_argument("--quick", action="store_true", help="prefix reuse and solver only")
+    parser.add_argument(
+        "--peer-seeds", nargs="+", type=int, help="only add EvoPress with these seeds to the record in --out"
+    )
     args = parser.parse_args()
     import torch
+
+    if args.peer_seeds:
+        path = args.out / "search.json"
+        record = json.loads(path.read_text())
+        for model in args.models:
+            for method in args.methods:
+                add_peers(record, (model, method, args.sparsity), args.peer_seeds, args.cache)
+                path.write_text(json.dumps(record, indent=1) + "\n")
+        (args.out / "search.md").write_text(markdown(record))
+        return 0
 
     earlier = json.loads(args.earlier.read_text())["searches"] if args.earlier else []
     record = {
