@@ -143,7 +143,7 @@ def run(size: str) -> dict[str, dict]:
     here, there = ({key: row[key] for key in ("choice", "loss", "forward_tokens")} for row in found.values())
     if here != there:
         raise SystemExit(f"{size}: the search found {there} offloaded, {here} in memory")
-    return found
+    return {way: {key: value for key, value in row.items() if key != "choice"} for way, row in found.items()}
 
 
 def main() -> int:
