@@ -234,7 +234,7 @@ class _Bench:
 
     def _pruned(self, plan: Plan, problem: AllocationProblem, choice: Choice) -> dict[str, torch.Tensor]:
         """Return the weights by layer that a run with this allocation gives."""
-        from msp_plugin.hosts.llm_compressor.run import run_oneshot
+        from msp_plugin.hosts.llm_compressor.run import forget, run_oneshot
 
         model = load(self.source, self.dtype, trust_remote_code=self.trust_remote_code)
         with tempfile.TemporaryDirectory() as folder:
@@ -246,6 +246,7 @@ class _Bench:
                 trust_remote_code=self.trust_remote_code, announce=False,
             )  # fmt: skip
         weights = {a.name: model.get_submodule(a.name).weight.detach() for a in self.table.layers}
+        forget()
         del model
         gc.collect()
         return weights

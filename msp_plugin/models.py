@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +17,12 @@ import torch
 
 from msp_plugin.checkpoint.tensors import TensorFiles, read_json
 from msp_plugin.errors import FormatError, ModelError, NumericsError, RecipeError, nearest, shown
+from msp_plugin.files import default_cache
 from msp_plugin.patterns import check_patterns, matches
 from msp_plugin.plan.bounds import Bounds
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable, group_layers
+from msp_plugin.writing import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +38,14 @@ _PACKED = 32
 
 
 def load_model(
-    source: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False
+    source: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False, offload: bool = False
 ) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU.
+
+    Args:
+        offload: leave the weights on disk, from where each layer's are read when it runs; where there are GPUs,
+            accelerate places on them what fits. Weights that it cannot read from the checkpoint, such as those of
+            another dtype, are written to the cache and removed with the model.
 
     Raises:
         RecipeError: an unknown dtype.
@@ -45,15 +55,21 @@ def load_model(
 
     target = check_dtype(dtype)
     check_source(source)
+    folder = _offload_folder() if offload else None
+    device_map = "auto" if torch.cuda.is_available() else {"": "disk"}
+    placement = {} if folder is None else {"device_map": device_map, "offload_folder": str(folder)}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=target or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+            source, dtype=target or "auto", trust_remote_code=trust_remote_code, output_loading_info=True,
+            **placement,
+        )  # fmt: skip
     except Exception as error:  # a config's values reach all of transformers
         raise ModelError(
             f"cannot load a causal language model from {source}: {error}",
             hint="give a directory with config.json and safetensors, or a hub id",
         ) from error
+    if folder is not None:
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random weights
         raise ModelError(
@@ -61,6 +77,18 @@ def load_model(
             hint="a file is missing or damaged, or config.json is from another model",
         )
     return model.eval()
+
+
+def _offload_folder() -> Path:
+    """Return a new directory in the cache.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    parent = Path(default_cache()) / "offload"
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=parent))
 
 
 def check_dtype(dtype: str) -> torch.dtype | None:

@@ -54,9 +54,10 @@ class _Source:
     name: str | Path
     dtype: str
     trust_remote_code: bool
+    offload: bool
 
     def load(self) -> PreTrainedModel:
-        return load(self.name, self.dtype, trust_remote_code=self.trust_remote_code)
+        return load(self.name, self.dtype, trust_remote_code=self.trust_remote_code, offload=self.offload)
 
 
 def run_recipe(
@@ -68,6 +69,7 @@ def run_recipe(
     dtype: str = "auto",
     baseline: bool = True,
     trust_remote_code: bool = False,
+    offload: bool = False,
     fresh: bool = False,
     progress: StepProgress = no_progress,
     ranks: Ranks = ALONE,
@@ -78,7 +80,8 @@ def run_recipe(
     uniform allocation, in memory only, so that run.json can compare the two. The files appear at the
     end, all of them; a run that fails or is interrupted leaves none. The same call goes on where such a run
     stopped, with what lies in the cache: sensitivities, level database, the search's measurements and the
-    perplexities of the dense and uniform models. ``fresh`` measures all of it anew.
+    perplexities of the dense and uniform models. ``fresh`` measures all of it anew. ``offload`` leaves the
+    weights on disk, for models larger than memory (see load_model).
 
     Several ranks share the search, of a recipe whose only modifier is ours; then rank 0 goes on alone, finds
     the search's measurements in the cache and prunes as llm-compressor does. The others return None.
@@ -100,7 +103,9 @@ def run_recipe(
     plan = None if line is None else resolve(Options.parse(_ours(line)), plugins)
     modifiers = build_recipe(steps).modifiers
     if ranks.size > 1:
-        _search_together(modifiers, plan, model, text, out, dtype, trust_remote_code, fresh, progress, ranks)
+        _search_together(
+            modifiers, plan, model, text, out, dtype, trust_remote_code, offload, fresh, progress, ranks
+        )
         if ranks.rank:
             return None
         fresh = False  # what the ranks have measured just now is used
@@ -108,7 +113,7 @@ def run_recipe(
         text = text.for_model(model, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         samples = load_samples(tokenizer, text, plan.search_tokens if plan else 0)
-        source = _Source(model, dtype, trust_remote_code)
+        source = _Source(model, dtype, trust_remote_code, offload)
         prune = partial(
             run_oneshot, data=samples.calibration, batch=text.batch, tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
@@ -134,7 +139,7 @@ def run_recipe(
 
 def _search_together(
     modifiers: Sequence[Any], plan: Plan | None, model: str | Path, text: Text, out: str | Path, dtype: str,
-    trust_remote_code: bool, fresh: bool, progress: StepProgress, ranks: Ranks,
+    trust_remote_code: bool, offload: bool, fresh: bool, progress: StepProgress, ranks: Ranks,
 ) -> None:  # fmt: skip
     """Search with all ranks, so that everything is in the cache; the ranks have parted afterwards.
 
@@ -149,7 +154,7 @@ def _search_together(
         )
     with ExitStack() as stack:
         ranks.first(lambda: stack.enter_context(sole_run(out, plan.cache, fresh=fresh, keep=True)) and None)
-        search(model, text, plan, dtype=dtype, trust_remote_code=trust_remote_code, fresh=fresh,
+        search(model, text, plan, dtype=dtype, trust_remote_code=trust_remote_code, offload=offload, fresh=fresh,
                progress=progress, ranks=ranks)  # fmt: skip
         ranks.leave()
 
@@ -163,6 +168,8 @@ def _reference(
     Raises:
         MSPError: what the model shows before anything is pruned, or the uniform pruning.
     """
+    from msp_plugin.hosts.llm_compressor.run import forget
+
     loaded = source.load()
     if plan is not None:
         check_model(loaded, plan)
@@ -171,7 +178,9 @@ def _reference(
     def uniform() -> float | None:
         model = source.load()
         prune(model, _uniform(steps, plan), progress=_prefixed("uniform, ", progress), announce=False)
-        return _measure("uniform", model, samples, progress)
+        measured = _measure("uniform", model, samples, progress)
+        forget()
+        return measured
 
     with closing(Journal(path, _identity(loaded, samples, text, steps, plan))) as journal:
         quality = {"dense": journal.get("dense", partial(_measure, "dense", loaded, samples, progress))}
@@ -274,6 +283,7 @@ def search_allocation(
     *,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    offload: bool = False,
     fresh: bool = False,
     progress: StepProgress = no_progress,
     ranks: Ranks = ALONE,
@@ -285,19 +295,19 @@ def search_allocation(
     """
     return search(
         model, text, resolve(options, Plugins()), dtype=dtype, trust_remote_code=trust_remote_code,
-        fresh=fresh, progress=progress, ranks=ranks,
+        offload=offload, fresh=fresh, progress=progress, ranks=ranks,
     )  # fmt: skip
 
 
 def search(
-    model: str | Path, text: Text, plan: Plan, *, dtype: str, trust_remote_code: bool, fresh: bool,
-    progress: StepProgress, ranks: Ranks,
+    model: str | Path, text: Text, plan: Plan, *, dtype: str, trust_remote_code: bool, offload: bool,
+    fresh: bool, progress: StepProgress, ranks: Ranks,
 ) -> Outcome:  # fmt: skip
     """Return the allocation that a plan asks for; see search_allocation."""
     text = text.for_model(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     samples = load_samples(tokenizer, text, plan.search_tokens)
-    loaded = load(model, dtype, trust_remote_code=trust_remote_code)
+    loaded = load(model, dtype, trust_remote_code=trust_remote_code, offload=offload)
     with on_best_device(loaded):
         return allocate(
             loaded, samples.calibration, plan, fresh=fresh, progress=progress, ranks=ranks

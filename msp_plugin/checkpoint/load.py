@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def load(
-    source: str | Path, dtype: str = "auto", *, checksums: bool = True, trust_remote_code: bool = False
+    source: str | Path,
+    dtype: str = "auto",
+    *,
+    checksums: bool = True,
+    trust_remote_code: bool = False,
+    offload: bool = False,
 ) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU, whatever its form.
 
@@ -27,23 +32,29 @@ def load(
     Args:
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         checksums: hold the files against the SHA-256 in export.json first, where there is one.
+        offload: leave the weights of a dense checkpoint on disk (see load_model).
 
     Raises:
-        ModelError: there is no such model, or transformers cannot load it.
+        ModelError: there is no such model, transformers cannot load it, or it is packed and to be offloaded.
         FormatError: files are damaged, or config and tensors contradict each other.
     """
     path = _local(source, trust_remote_code)
     if path is None:
-        return load_model(source, dtype, trust_remote_code=trust_remote_code)
+        return load_model(source, dtype, trust_remote_code=trust_remote_code, offload=offload)
     packed = is_packed(path)
     if packed or any(path.glob("*.safetensors")):  # a dense config over packed tensors is refused here
         checkpoint = Checkpoint.open(path)
         if checksums:
             checkpoint.check_files()
         check_source(path)
+        if packed and offload:
+            raise ModelError(
+                f"{source} is packed, and only dense checkpoints can stay on disk",
+                hint="msp export it --to dense first",
+            )
         if packed:
             return _unpacked(checkpoint, dtype, trust_remote_code)
-    return load_model(path, dtype, trust_remote_code=trust_remote_code)
+    return load_model(path, dtype, trust_remote_code=trust_remote_code, offload=offload)
 
 
 def is_packed(source: str | Path) -> bool:

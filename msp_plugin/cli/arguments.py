@@ -48,6 +48,9 @@ Column = Annotated[str, typer.Option("--text-column", help="of jsonl files and d
 Batch = Annotated[int, typer.Option("--batch", help="samples per forward pass of the host")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="run the model repository's code")]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="leave weights on disk: for models larger than memory, slower")
+]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="measure anew what an earlier or stopped run left in the cache")
 ]

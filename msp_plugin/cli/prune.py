@@ -26,6 +26,7 @@ from msp_plugin.cli.arguments import (
     Levels,
     Method,
     Model,
+    Offload,
     Out,
     Protect,
     Remote,
@@ -109,6 +110,7 @@ def run_command(
     dtype: Dtype = "auto",
     baseline: Annotated[bool, typer.Option(help="also prune uniformly, to compare")] = True,
     trust_remote_code: Remote = False,
+    offload: Offload = False,
     fresh: Fresh = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -129,7 +131,7 @@ def run_command(
     with progress_bars(not as_json and not ranks.rank) as progress:
         run = run_recipe(
             recipe, resolve_model(model), text, out, dtype=dtype, baseline=baseline,
-            trust_remote_code=trust_remote_code, fresh=fresh, progress=progress, ranks=ranks,
+            trust_remote_code=trust_remote_code, offload=offload, fresh=fresh, progress=progress, ranks=ranks,
         )  # fmt: skip
     _show_run(run, as_json, f"{recipe.name} on {model}")
 
@@ -163,6 +165,7 @@ def prune(
     dtype: Dtype = "auto",
     baseline: Annotated[bool, typer.Option(help="also prune uniformly, to compare")] = True,
     trust_remote_code: Remote = False,
+    offload: Offload = False,
     fresh: Fresh = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -189,6 +192,6 @@ def prune(
     with progress_bars(not as_json and not ranks.rank) as progress:
         run = run_recipe(
             recipe, resolve_model(model), text, out, dtype=dtype, baseline=baseline,
-            trust_remote_code=trust_remote_code, fresh=fresh, progress=progress, ranks=ranks,
+            trust_remote_code=trust_remote_code, offload=offload, fresh=fresh, progress=progress, ranks=ranks,
         )  # fmt: skip
     _show_run(run, as_json, f"{model}, method {method}")

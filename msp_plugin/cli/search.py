@@ -24,6 +24,7 @@ from msp_plugin.cli.arguments import (
     Levels,
     Method,
     Model,
+    Offload,
     Protect,
     Remote,
     SearchData,
@@ -63,6 +64,7 @@ def allocate_command(
     text_column: Column = "text",
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
+    offload: Offload = False,
     fresh: Fresh = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -94,7 +96,7 @@ def allocate_command(
     with console.progress_bars(not as_json and not ranks.rank) as progress:
         outcome = search_allocation(
             chosen, resolve_model(model), text, dtype=dtype, trust_remote_code=trust_remote_code,
-            fresh=fresh, progress=progress, ranks=ranks,
+            offload=offload, fresh=fresh, progress=progress, ranks=ranks,
         )  # fmt: skip
     ranks.leave()
     if ranks.rank:
@@ -130,6 +132,7 @@ def sensitivity(
     text_column: Column = "text",
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
+    offload: Offload = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -157,7 +160,7 @@ def sensitivity(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     wanted = Text(data, samples=samples, length=length, test_samples=0, column=text_column)
     text = load_samples(tokenizer, wanted.for_model(source, trust_remote_code=trust_remote_code))
-    loaded = load_model(source, dtype, trust_remote_code=trust_remote_code)
+    loaded = load_model(source, dtype, trust_remote_code=trust_remote_code, offload=offload)
     units = prunable_layers(loaded, target or ("Linear",), ignore or ())
     with console.progress_bars(not as_json) as progress, on_best_device(loaded):
         values = unit_sensitivities(

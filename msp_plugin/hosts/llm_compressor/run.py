@@ -47,7 +47,7 @@ def run_oneshot(
     for modifier in ours:
         modifier.report_to(progress, announce=announce, fresh=fresh)
     loader = DataLoader([{"input_ids": sample} for sample in data.samples], batch_size=batch)
-    with _cleaned_up(recipe.modifiers):
+    with _traces_forgotten(), _cleaned_up(recipe.modifiers):
         oneshot(
             model=model, recipe=recipe, dataset=loader, processor=tokenizer,
             trust_remote_code_model=trust_remote_code,
@@ -55,6 +55,31 @@ def run_oneshot(
     if not ours:
         return {"schema": RUN_SCHEMA, "version": RUN_VERSION, "versions": versions()}
     return run_record(ours[0].outcome, ours[0].stats, ours[0].seed)
+
+
+def forget() -> None:
+    """Let the host's session go of the last model; its ``save_pretrained`` writes no recipe.yaml afterwards."""
+    from llmcompressor.core import reset_session
+
+    reset_session()
+
+
+@contextmanager
+def _traces_forgotten() -> Iterator[None]:
+    """Let torch.fx go of what the host traces in the block.
+
+    The host wraps functions in a namespace that holds the model, and torch keeps such namespaces for ever:
+    every model that was ever pruned would stay in memory.
+    """
+    from torch.fx import _symbolic_trace
+
+    held = getattr(_symbolic_trace, "_wrapped_fns_to_patch", {})
+    before = set(held)
+    try:
+        yield
+    finally:
+        for key in set(held) - before:
+            del held[key]
 
 
 @contextmanager

@@ -1,0 +1,53 @@
+"""The host keeps hold of the models that it pruned; commands must not, or each costs a model's memory."""
+
+import gc
+import weakref
+
+import pytest
+
+import msp_plugin.compare
+import msp_plugin.pipeline
+from msp_plugin.checkpoint.load import load
+
+SMALL = ["--samples", "6", "--length", "64", "--test-samples", "4", "--dtype", "float32"]
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """For every model that a command loads, how many of those before are in memory then."""
+    seen, models = [], []
+
+    def recorded(*args, **options):
+        seen.append(sum(model() is not None for model in models))
+        models.append(weakref.ref(model := load(*args, **options)))
+        return model
+
+    monkeypatch.setattr(msp_plugin.pipeline, "load", recorded)
+    monkeypatch.setattr(msp_plugin.compare, "load", recorded)
+    gc.collect()
+    return seen
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"def function_{i}(a, b):\n    return a * {i} + b\n" for i in range(800)))
+    return path
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_run_holds_one_model_at_a_time(method, alive, msp, text_file, tmp_path):
+    msp(
+        "prune", "demo:qwen2", "-s", "0.75", "--method", method, "--allocator", "owl", "--data", text_file, *SMALL,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert alive == [0, 0, 0]  # dense, uniform, mixed
+    assert (tmp_path / "out" / "recipe.yaml").exists()
+
+
+def test_a_comparison_holds_the_dense_model_and_the_one_that_is_pruned(alive, msp, text_file, tmp_path):
+    msp(
+        "compare", "demo:qwen2", "-s", "0.75", "--methods", "wanda", "--allocators", "uniform,owl,alphapruning",
+        "--data", text_file, *SMALL, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert alive == [0, 1, 1, 1]

@@ -1,0 +1,85 @@
+"""``--offload``: commands on models whose weights stay on disk."""
+
+import gc
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from msp_plugin.demo import demo_model_path
+from msp_plugin.models import load_model, load_tokenizer, prunable_layers
+
+SMALL = ["--samples", "6", "--length", "64", "--dtype", "float32"]
+SEARCH = [
+    "--set", "allocator.rounds=1", "--set", "allocator.seeds=3", "--set", "allocator.tokens=128",
+    "--set", "allocator.holdout=64", "--set", "fisher.samples=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"def function_{i}(a, b):\n    return a * {i} + b\n" for i in range(800)))
+    return path
+
+
+@pytest.fixture
+def half(tmp_path):
+    """The demo model in bfloat16, so that float32 weights cannot be read from the checkpoint as they are."""
+    path = tmp_path / "half"
+    source = demo_model_path("qwen2")
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(path)
+    load_tokenizer(source).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("command", ["prune", "run"])
+def test_a_pruned_model_is_that_of_a_run_in_memory(command, msp, half, text_file, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "sparsity_stage:\n  sparsity_modifiers:\n    MixedSparsityModifier:\n      {sparsity: 0.75, method: wanda, "
+        "estimators: {fisher: {samples: 2}}, "
+        "allocator: {name: search, rounds: 1, seeds: 3, tokens: 128, holdout: 64}}\n"
+    )
+    what = {
+        "prune": ["prune", half, "-s", "0.75", "--method", "wanda", *SEARCH],
+        "run": ["run", tmp_path / "recipe.yaml", "--model", half],
+    }[command]
+    found = []
+    for name, offload in (("memory", []), ("disk", ["--offload"])):
+        out = tmp_path / name
+        more = [*SMALL, "--test-samples", "4", "--data", text_file, "--out", out, "--fresh", *offload]
+        msp(*what, *more)
+        record = json.loads((out / "run.json").read_text())
+        found.append(
+            (
+                (out / "model.safetensors").read_bytes(),
+                (out / "allocation.json").read_bytes(),
+                record["perplexity"],
+            )
+        )
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_no_weight_of_a_layer_is_in_memory_after_loading(half, dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("MSP_CACHE", str(tmp_path / "cache"))
+    model = load_model(half, dtype, offload=True)
+    for layer in prunable_layers(model).layers:
+        assert model.get_submodule(layer.name).weight.is_meta
+    del model
+    gc.collect()
+    assert list((tmp_path / "cache" / "offload").iterdir()) == []
+
+
+def test_sensitivities_are_those_in_memory(msp, half, text_file):
+    arguments = ["sensitivity", half, *SMALL, "--data", text_file, "--set", "estimator.samples=2", "--json"]
+    assert msp(*arguments).out == msp(*arguments, "--offload").out
+
+
+def test_a_packed_checkpoint_is_refused(msp, packed_dir, text_file, tmp_path):
+    ran = msp(
+        "allocate", packed_dir, "-s", "0.5", "--method", "magnitude", "--data", text_file, *SMALL, "--out",
+        tmp_path / "a.json", "--offload", code=2,
+    )  # fmt: skip
+    assert "is packed, and only dense checkpoints can stay on disk" in ran.err and "--to dense" in ran.err
