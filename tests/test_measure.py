@@ -465,7 +465,7 @@ def test_a_search_that_is_read_from_its_journal_has_the_time_that_it_had_taken(m
 
     taken = []
     for _ in range(2):
-        held, allocator = make(), Timed(errors=())
+        held, allocator = make(), Timed(errors=(), sensitivities=())
         held.allocate(allocator, problem_of(held), 0)
         taken += allocator.seen
     assert late == [1000.0] and [round(seconds, -3) for seconds in taken] == [1000.0, 1000.0]
