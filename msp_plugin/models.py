@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +16,11 @@ import torch
 
 from msp_plugin.checkpoint.tensors import TensorFiles, read_json
 from msp_plugin.errors import FormatError, ModelError, NumericsError, RecipeError, nearest, shown
-from msp_plugin.files import default_cache
+from msp_plugin.files import scratch_directory
 from msp_plugin.patterns import check_patterns, matches
 from msp_plugin.plan.bounds import Bounds
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable, group_layers
-from msp_plugin.writing import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +53,7 @@ def load_model(
 
     target = check_dtype(dtype)
     check_source(source)
-    folder = _offload_folder() if offload else None
+    folder = scratch_directory("offload") if offload else None
     device_map = "auto" if torch.cuda.is_available() else {"": "disk"}
     placement = {} if folder is None else {"device_map": device_map, "offload_folder": str(folder)}
     try:
@@ -77,18 +75,6 @@ def load_model(
             hint="a file is missing or damaged, or config.json is from another model",
         )
     return model.eval()
-
-
-def _offload_folder() -> Path:
-    """Return a new directory in the cache.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    parent = Path(default_cache()) / "offload"
-    with writing(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=parent))
 
 
 def check_dtype(dtype: str) -> torch.dtype | None:
