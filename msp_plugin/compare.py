@@ -37,6 +37,7 @@ from msp_plugin.pipeline import describe_text, prune_recipe
 from msp_plugin.plan.allocation import make_allocation
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plugins import Plugins, spec_of
+from msp_plugin.ranks import ALONE, LostError, Ranks
 from msp_plugin.samples import Samples, Text, load_samples
 
 if TYPE_CHECKING:
@@ -58,11 +59,15 @@ def compare(
     fresh: bool = False,
     finals: Path | None = None,
     progress: StepProgress = no_progress,
-) -> dict[str, Any]:
+    ranks: Ranks = ALONE,
+) -> dict[str, Any] | None:
     """Return the record of a comparison, the contents of compare.json.
 
     All allocators get the same calibration, search, stopping and test samples. A cell that fails is a
     row with its error; the others go on. A comparison that was stopped goes on with what lies in the cache.
+
+    Several ranks find the allocations together; then rank 0 goes on alone, finds them in the cache, prunes to
+    each of them and measures the result. The others return None.
 
     Args:
         fresh: measure anew what lies in the cache.
@@ -89,11 +94,17 @@ def compare(
     model = load(source, dtype, trust_remote_code=trust_remote_code)
     for plan in plans:
         check_model(model, plan)
+    parts = calibration, search, holdout
+    bench = _Bench(
+        source, dtype, trust_remote_code, model, tokenizer, text, samples, parts, matrix, plugins, fresh, progress,
+        ranks,
+    )  # fmt: skip
     with on_best_device(model):
+        if ranks.size > 1:
+            bench.allocate_together()
+            if ranks.rank:
+                return None
         dense = perplexity(model, samples.test, progress=partial(progress, "perplexity, dense"))
-        bench = _Bench(
-            source, dtype, trust_remote_code, model, tokenizer, text, samples, matrix, plugins, fresh
-        )  # fmt: skip
         identity = {
             "model": fingerprint(model), "calibration": samples.calibration.fingerprint, "batch": text.batch,
             "test": samples.test.fingerprint, "holdout": holdout.fingerprint, "prune": matrix.prune,
@@ -101,7 +112,7 @@ def compare(
             "versions": versions(),
         }  # fmt: skip
         with closing(Journal(finals, identity)) as journal:
-            rows = list(bench.rows(calibration, search, holdout, journal, progress))
+            rows = [bench.row(*cell, journal) for cell in bench.cells()]
     return {
         "schema": SCHEMA,
         "version": VERSION,
@@ -129,7 +140,8 @@ def compare(
         "sensitivities": {name: list(values) for name, values in bench.sensitivities.items()},
         "rows": rows,
         "versions": versions(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+        + (f", {ranks.size} ranks" if ranks.size > 1 else ""),
     }  # fmt: skip
 
 
@@ -144,49 +156,58 @@ class _Bench:
     tokenizer: PreTrainedTokenizerBase
     text: Text
     samples: Samples
+    #: Samples of calibration, search and hold-out.
+    parts: tuple[CalibrationSet, CalibrationSet, CalibrationSet]
     matrix: Matrix
     plugins: Plugins
     fresh: bool
+    progress: StepProgress
+    ranks: Ranks
     table: Any = None
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
-    def rows(
-        self,
-        calibration: CalibrationSet,
-        search: CalibrationSet,
-        holdout: CalibrationSet,
-        finals: Journal,
-        progress: StepProgress,
-    ) -> Iterator[dict[str, Any]]:
-        """Yield the rows, method by method, so that each method's database is built once."""
+    def cells(self) -> Iterator[tuple[Measurements, Plan, str, int]]:
+        """Yield measurements, plan, label and seed of each row, method by method; each method's database is built once."""
         for method in self.matrix.methods:
             plans = [self._plan(method, self.matrix.sparsities[0], label) for label in self.matrix.allocators]
             first = plans[0]
             estimators = {name: built for plan in plans for name, built in plan.estimators.items()}
             self.table = self.table or check_model(self.model, first)
             held = Measurements(
-                self.model, self.table, first.menu, first.pruner, calibration, search, holdout, estimators,
-                first.cache, progress=progress, fresh=self.fresh, sensitivities=self.sensitivities,
+                self.model, self.table, first.menu, first.pruner, *self.parts, estimators, first.cache,
+                fresh=self.fresh, ranks=self.ranks, sensitivities=self.sensitivities,
             )  # fmt: skip
             for sparsity in self.matrix.sparsities:
                 for label in self.matrix.allocators:
                     plan = self._plan(method, sparsity, label)
+                    what = f"{plan.pruner.name} {float(plan.sparsity):g} {label}"
+                    held.progress = _prefixed(what, self.progress)
                     seeds = self.matrix.seeds if plan.allocator.seeded else self.matrix.seeds[:1]
                     for seed in seeds:
-                        yield self._row(held, plan, label, seed, finals, progress)
+                        yield held, plan, label, seed
+
+    def allocate_together(self) -> None:
+        """Find all allocations with all ranks, so that they are in the cache; the ranks have parted afterwards.
+
+        Raises:
+            LostError: a rank has ended.
+            HostError: the ranks hold different models or texts.
+        """
+        for held, plan, _, seed in self.cells():
+            _ = held.model_id
+            try:
+                held.allocate(plan.allocator, make_problem(self.model, self.table, plan), seed)
+            except LostError:
+                raise
+            except MSPError:  # rank 0 meets it again, for its row
+                continue
+        self.ranks.leave()
+        self.ranks, self.fresh = ALONE, False
 
     def _plan(self, method: Any, sparsity: str, label: str) -> Plan:
         return self.matrix.plan(self.plugins, method, sparsity, self.matrix.allocators[label])
 
-    def _row(
-        self,
-        held: Measurements,
-        plan: Plan,
-        label: str,
-        seed: int,
-        finals: Journal,
-        progress: StepProgress,
-    ) -> dict[str, Any]:
+    def row(self, held: Measurements, plan: Plan, label: str, seed: int, finals: Journal) -> dict[str, Any]:
         """Return one row: the allocation, what it cost, and how the pruned model does on the test text."""
         problem = make_problem(self.model, self.table, plan)
         row: dict[str, Any] = {
@@ -195,7 +216,6 @@ class _Bench:
         }  # fmt: skip
         began = time.monotonic()
         try:
-            held.progress = _prefixed(f"{plan.pruner.name} {float(plan.sparsity):g} {label}", progress)
             result, record = held.allocate(plan.allocator, problem, seed)
             make_allocation(problem, result.choice)  # raises if it is off the budget
             del record["allocator"]

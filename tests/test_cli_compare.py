@@ -1,6 +1,9 @@
 """``msp compare`` in one process, on a tiny model."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -190,3 +193,25 @@ def test_a_table_is_ordered_by_mean_kl_and_a_seed_without_a_finite_loss_comes_la
         "3.00", "1.5000", "0.7071", "1,000", "0.2", "2",
     ]  # fmt: skip
     assert "inf" in next(line for line in printed.splitlines() if "broken" in line)
+
+
+def test_processes_of_torchrun_compare_as_one_does(msp_compare, llama_dir, text_file, tmp_path):
+    pytest.importorskip("llmcompressor", reason="it prunes to each allocation")
+    pruned = [argument for argument in SMALL if argument != "--no-prune"]
+    what = ["--allocators", "uniform,search", "--set", "search.rounds=2", "--set", "search.tokens=40",
+            "--set", "search.holdout=20"]  # fmt: skip
+    msp_compare(*what, "--cache", tmp_path / "alone", small=pruned, out=tmp_path / "one")
+    command = ["compare", llama_dir, "--data", text_file, "--out", tmp_path / "two", *pruned, *what]
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "msp_plugin",
+         *command, "--cache", tmp_path / "shared"],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, two = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("one", "two"))
+    for record in (one, two):
+        del record["machine"]
+        for row in record["rows"]:
+            del row["seconds"], row["total_seconds"]
+    assert one == two and run.stdout.count("Results:") == 1
+    assert not list(tmp_path.glob(".*.lock"))

@@ -1,5 +1,6 @@
 """Comparisons on a tiny model, most of them with the level database's weights alone."""
 
+import copy
 import json
 import math
 import types
@@ -20,6 +21,7 @@ from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
 from msp_plugin.plugins import Plugins
 from msp_plugin.pruning.masks import nm_mask
+from msp_plugin.ranks import ALONE, LostError
 from msp_plugin.samples import Text, load_samples
 from msp_plugin.sensitivity.base import Estimator
 
@@ -43,9 +45,9 @@ def run(llama_dir, text, tmp_path):
 
     def run(allocators, sparsities=("3/4",), methods=("magnitude",), seeds=(0,), prune=False, **options):
         shared = {"cache": str(tmp_path / "cache"), **FISHER, **options}
-        finals = shared.pop("finals", None)
+        finals, ranks = shared.pop("finals", None), shared.pop("ranks", ALONE)
         matrix = Matrix(sparsities, methods, allocators, seeds, shared, prune)
-        return compare(llama_dir, text, matrix, dtype="float32", finals=finals)
+        return compare(llama_dir, text, matrix, dtype="float32", finals=finals, ranks=ranks)
 
     return run
 
@@ -332,3 +334,45 @@ def test_what_a_stopped_comparison_left_serves_the_same_layers_and_no_others(run
     assert kl("q_proj", finals=finals) == first and len(measured) == 1
     other = kl("o_proj", finals=finals)
     assert len(measured) == 2 and other == kl("o_proj") != first
+
+
+def without_times(record):
+    kept = {key: value for key, value in record.items() if key != "machine"}
+    timeless = [{k: v for k, v in row.items() if "seconds" not in k} for row in record["rows"]]
+    return {**kept, "rows": timeless}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_ranks_find_the_rows_of_one_process_and_the_first_of_them_has_the_record(
+    run, on_ranks, llama_dir, monkeypatch, tmp_path, with_plugins, size
+):
+    with_plugins(mine=allocators_plugin(Raises))
+    allocators = {"ours": "raises", "small": SEARCH, **by_name("owl", "uniform")}
+    expected = run(allocators, methods=("wanda", "magnitude"), cache=str(tmp_path / "alone"))
+    loaded = load_model(llama_dir, "float32")
+    monkeypatch.setattr("msp_plugin.compare.load", lambda *a, **b: copy.deepcopy(loaded))
+    met = []
+
+    def work(ranks):
+        monkeypatch.setattr(ranks, "leave", lambda: met.append(ranks.meetings))
+        return run(allocators, methods=("wanda", "magnitude"), cache=str(tmp_path / "shared"), ranks=ranks)
+
+    first, *others = on_ranks(size, work)
+    assert without_times(first) == without_times(expected) and others == [None] * (size - 1)
+    assert met == met[:1] * size and met[0] > 20, "they met for every measurement, and as often"
+    assert first["machine"].endswith(f", {size} ranks")
+    assert [row["error"] is None for row in first["rows"]] == [False, True, True, True] * 2
+
+
+def test_a_rank_that_ends_ends_the_comparison(run, on_ranks, llama_dir, monkeypatch):
+    loaded = load_model(llama_dir, "float32")
+    monkeypatch.setattr("msp_plugin.compare.load", lambda *a, **b: copy.deepcopy(loaded))
+
+    def work(ranks):
+        def lost(*a):
+            raise LostError("rank 0 lost the others")
+
+        monkeypatch.setattr(ranks, "spread", lost)
+        return run({"small": SEARCH}, ranks=ranks)
+
+    assert all(isinstance(error, LostError) for error in on_ranks(2, work))

@@ -154,7 +154,7 @@ def test_one_process_is_alone():
     assert ALONE.gather(lambda: 3) == [3] and ALONE.first(lambda: 4) == 4 and ALONE.leave() is None
 
 
-@pytest.mark.parametrize("command", ["compare", "verify", "export", "sensitivity", "eval"])
+@pytest.mark.parametrize("command", ["verify", "export", "sensitivity", "eval"])
 def test_commands_that_do_not_share_refuse_several_ranks(command, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

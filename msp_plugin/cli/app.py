@@ -133,11 +133,11 @@ def run() -> None:
     where = f"rank {os.environ.get('RANK')}: " if ranks > 1 else ""
     try:
         if ranks > 1 and not (
-            {"run", "prune", "demo", "allocate"} & set(sys.argv[1:2]) or "--help" in sys.argv
+            {"run", "prune", "demo", "allocate", "compare"} & set(sys.argv[1:2]) or "--help" in sys.argv
         ):
             raise HostError(
                 f"{' '.join(sys.argv[1:2]) or 'msp'} runs in one process, not in {ranks}",
-                hint="start it without torchrun; run, prune, demo and allocate share their search among ranks",
+                hint="start it without torchrun; run, prune, demo, allocate and compare share their search among ranks",
             )
         if not {"plugins", "doctor", "disable", "--version"} & set(sys.argv[1:2]):
             from msp_plugin.plugins import Plugins

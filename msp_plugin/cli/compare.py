@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,8 +82,10 @@ def compare_command(
     sparsegpt,wanda --allocators uniform,owl,evopress,search --data c4.jsonl --test-data wiki.txt --out cmp
     """
     from msp_plugin.cli import console
+    from msp_plugin.ranks import join
 
-    console.set_up_logs(verbose)
+    ranks = join()
+    console.set_up_logs(verbose, ranks.rank)
     from msp_plugin.compare import compare
     from msp_plugin.errors import MSPError, RecipeError
     from msp_plugin.files import output_directory, write_json
@@ -115,12 +118,21 @@ def compare_command(
         prune,
     )
     text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch)
-    with sole_run(out, cache, fresh=fresh) as (path, finals):
-        with console.progress_bars(not as_json) as progress:
+    with ExitStack() as stack:
+        path = finals = None
+
+        def begin() -> None:
+            nonlocal path, finals
+            path, finals = stack.enter_context(sole_run(out, cache, fresh=fresh))
+
+        ranks.first(begin)
+        with console.progress_bars(not as_json and not ranks.rank) as progress:
             record = compare(
                 resolve_model(model), text, matrix, dtype=dtype, trust_remote_code=trust_remote_code,
-                fresh=fresh, finals=finals, progress=progress,
+                fresh=fresh, finals=finals, progress=progress, ranks=ranks,
             )  # fmt: skip
+        if record is None:
+            return
         with writing(path), output_directory(path) as temporary:
             write_json(temporary / "compare.json", record)
             written = _write_report(temporary)
