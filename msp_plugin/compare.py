@@ -7,7 +7,7 @@ import logging
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -25,7 +25,7 @@ from msp_plugin.checkpoint.load import load
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import DataError, MSPError
 from msp_plugin.evaluation import perplexity
-from msp_plugin.exchange import CandidateWeights
+from msp_plugin.exchange import CandidateWeights, Weights
 from msp_plugin.files import finite, write_text
 from msp_plugin.identity import digest, versions
 from msp_plugin.journal import Journal
@@ -56,6 +56,7 @@ def compare(
     *,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    offload: bool = False,
     fresh: bool = False,
     finals: Path | None = None,
     progress: StepProgress = no_progress,
@@ -70,6 +71,7 @@ def compare(
     each of them and measures the result. The others return None.
 
     Args:
+        offload: leave the weights on disk, also those of the pruned models (see load_model).
         fresh: measure anew what lies in the cache.
         finals: journal of what the pruned models gave; None keeps none.
 
@@ -91,13 +93,13 @@ def compare(
         raise DataError("a comparison needs test text", hint="give test samples")
     calibration, rest = samples.calibration.split(search_tokens + stopping)
     search, holdout = rest.cut(stopping)
-    model = load(source, dtype, trust_remote_code=trust_remote_code)
+    reload = partial(load, source, dtype, trust_remote_code=trust_remote_code, offload=offload)
+    model = reload()
     for plan in plans:
         check_model(model, plan)
     parts = calibration, search, holdout
     bench = _Bench(
-        source, dtype, trust_remote_code, model, tokenizer, text, samples, parts, matrix, plugins, fresh, progress,
-        ranks,
+        reload, trust_remote_code, model, tokenizer, text, samples, parts, matrix, plugins, fresh, progress, ranks
     )  # fmt: skip
     with on_best_device(model):
         if ranks.size > 1:
@@ -149,8 +151,7 @@ def compare(
 class _Bench:
     """A loaded model with its text, and the results that several rows share."""
 
-    source: str | Path
-    dtype: str
+    reload: Callable[[], PreTrainedModel]
     trust_remote_code: bool
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -252,11 +253,12 @@ class _Bench:
             weights.put(self._pruned(plan, problem, choice))
             return {**found, **_named(test.quality())}
 
-    def _pruned(self, plan: Plan, problem: AllocationProblem, choice: Choice) -> dict[str, torch.Tensor]:
+    def _pruned(self, plan: Plan, problem: AllocationProblem, choice: Choice) -> Weights:
         """Return the weights by layer that a run with this allocation gives."""
         from msp_plugin.hosts.llm_compressor.run import forget, run_oneshot
 
-        model = load(self.source, self.dtype, trust_remote_code=self.trust_remote_code)
+        gc.collect()  # the last one's modules refer to each other
+        model = self.reload()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "allocation.json"
             write_text(path, make_allocation(problem, choice).to_json())
@@ -265,11 +267,8 @@ class _Bench:
                 model, recipe, data=self.samples.calibration, batch=self.text.batch, tokenizer=self.tokenizer,
                 trust_remote_code=self.trust_remote_code, announce=False,
             )  # fmt: skip
-        weights = {a.name: model.get_submodule(a.name).weight.detach() for a in self.table.layers}
         forget()
-        del model
-        gc.collect()
-        return weights
+        return Weights(model)
 
 
 def _named(quality: tuple[float, float]) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ import torch
 
 from msp_plugin.allocators.base import Choice
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.models import is_offloaded, offload_cache, offload_hook, weight_device
+from msp_plugin.models import is_offloaded, offload_cache, offload_hook, onloaded, weight_device
 from msp_plugin.plan.budget import AllocationProblem
 
 #: Pruned weights held in memory, so that a level that comes back is not read from disk again.
@@ -78,13 +78,18 @@ class CandidateWeights:
             return lambda: weight
         return give
 
-    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Let the model hold weights [out, in] from elsewhere, by layer name, until the next ``set``."""
+    def put(self, weights: Mapping[str, torch.Tensor] | Weights) -> None:
+        """Let the model hold weights [out, in] from elsewhere, by layer name, until the next ``set``.
+
+        An offloaded layer asks for its weight whenever it runs, the others at once.
+        """
         for u, unit in enumerate(self.problem.table):
             self._now[u] = ""
             for layer in unit.layers:
-                place = self._places[layer.name]
-                place.put(partial(weights[layer.name].to, place.at, place.dtype))
+                self._places[layer.name].put(partial(self._given, weights, layer.name))
+
+    def _given(self, weights: Mapping[str, torch.Tensor] | Weights, layer: str) -> torch.Tensor:
+        return weights[layer].to(self._places[layer].at, self._places[layer].dtype)
 
     def weight(self, layer: str, level: str) -> torch.Tensor:
         """Return the weight [out, in] of a layer at a level, on the device that the layer works on."""
@@ -104,6 +109,17 @@ class CandidateWeights:
                 self._bytes -= self._held.popitem(last=False)[1].nbytes
         self._held.move_to_end(key)
         return self._held[key]
+
+
+class Weights:
+    """The weights [out, in] of a model by layer name, read when they are asked for: they may be offloaded."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def __getitem__(self, layer: str) -> torch.Tensor:
+        with onloaded(self.model.get_submodule(layer)) as module:
+            return module.weight.detach()
 
 
 def _place(module: torch.nn.Module) -> _InMemory | _Hooked | _Cached:

@@ -77,6 +77,29 @@ def test_sensitivities_are_those_in_memory(msp, half, text_file):
     assert msp(*arguments).out == msp(*arguments, "--offload").out
 
 
+@pytest.mark.parametrize("prune", [[], ["--no-prune"]])
+def test_a_comparison_is_that_in_memory(prune, msp, half, text_file, tmp_path):
+    small = [
+        *(option.replace("allocator.", "search.") for option in SEARCH),
+        "--test-samples",
+        "4",
+        *SMALL,
+        *prune,
+    ]
+    found = []
+    for name, offload in (("memory", []), ("disk", ["--offload"])):
+        msp("compare", half, "--methods", "wanda", "--allocators", "uniform,search", "--data", text_file, *small,
+            "--cache", tmp_path / f"{name} cache", "--out", tmp_path / name, *offload)  # fmt: skip
+        record = json.loads((tmp_path / name / "compare.json").read_text())
+        for row in record["rows"]:
+            del row["seconds"], row["total_seconds"]
+        found.append(record)
+    assert found[0] == found[1] and not any(row["error"] for row in found[0]["rows"])
+    assert all((row["kl"] == row["database"]["kl"]) == bool(prune) for row in found[0]["rows"])
+    gc.collect()
+    assert not list(tmp_path.glob("cache/offload/*"))
+
+
 def test_a_packed_checkpoint_is_refused(msp, packed_dir, text_file, tmp_path):
     ran = msp(
         "allocate", packed_dir, "-s", "0.5", "--method", "magnitude", "--data", text_file, *SMALL, "--out",

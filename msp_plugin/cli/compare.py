@@ -24,6 +24,7 @@ from msp_plugin.cli.arguments import (
     Length,
     Levels,
     Model,
+    Offload,
     Out,
     Protect,
     Remote,
@@ -72,6 +73,7 @@ def compare_command(
     batch: Batch = 1,
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
+    offload: Offload = False,
     fresh: Fresh = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -129,7 +131,7 @@ def compare_command(
         with console.progress_bars(not as_json and not ranks.rank) as progress:
             record = compare(
                 resolve_model(model), text, matrix, dtype=dtype, trust_remote_code=trust_remote_code,
-                fresh=fresh, finals=finals, progress=progress, ranks=ranks,
+                offload=offload, fresh=fresh, finals=finals, progress=progress, ranks=ranks,
             )  # fmt: skip
         if record is None:
             return
