@@ -1,11 +1,13 @@
-"""What `msp prune --offload` saves in memory: the whole command on a model in memory and on disk.
+"""What `--offload` saves in memory, step by step of a whole run.
 
     python integration/offload_command.py                  # a Llama of 300 M random weights
     python integration/offload_command.py --size "11 M"    # writes nothing
 
-Wanda at 75 % with four levels and a search that stops after its seeds and one round, on the demo corpus; the model has
-the demo's tokenizer. Anonymous memory of the process, sampled every 20 ms, without what importing everything takes
-(`msp plugins`): mapped files, which the system may drop, are not in it. Both must write the same bytes.
+What `msp prune` does, in float32 with Wanda at 75 %, four levels and a search that stops after its seeds and one
+round, on the demo corpus; the model has the demo's tokenizer. What a run may hold of pruned weights and of Fisher
+diagonals, and what it writes into one file, 4 GiB each, is set to an eighth of the model for both, so that it matters at this size. Each way is a process
+of its own. Anonymous memory beyond its imports, sampled every 10 ms: mapped files, which the system may drop, are not
+in it, so in memory the weights are copied from the mapped checkpoint. Both must write the same bytes.
 """
 
 from __future__ import annotations
@@ -13,50 +15,93 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import subprocess
+import os
 import sys
 import tempfile
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from database_cost import RESULTS, machine, make_model
+from database_cost import RESULTS, in_process, machine, make_model
 from growth import SIZES
+from offload_bench import memory
 
-OPTIONS = [
-    "-s", "0.75", "-m", "wanda", "--levels", "3:4,2:4,1:4,1:8", "--dtype", "float32", "--data", "demo:calibration",
-    "--search-data", "demo:search", "--test-data", "demo:test", "--samples", "8", "--length", "256", "--test-samples", "2",
-    "--set", "allocator.tokens=1024", "--set", "allocator.holdout=1024", "--set", "allocator.max_tokens=1",
-    "--set", "allocator.seeds=4", "--set", "fisher.samples=2",
-]  # fmt: skip
+WAYS = ("in memory", "on disk")
+LINE = {
+    "sparsity": 0.75, "method": "wanda", "levels": ["3:4", "2:4", "1:4", "1:8"],
+    "estimators": {"fisher": {"samples": 2}},
+    "allocator": {"name": "search", "tokens": 1024, "holdout": 1024, "max_tokens": 1, "seeds": 4},
+}  # fmt: skip
+STEPS = ("perplexity, saving", "pruning", "sensitivity", "level database", "Fisher-weighted error", "search")
 
 
-def run(*arguments: object) -> tuple[float, float]:
-    """Run ``msp`` and return (GB of anonymous memory at its peak, seconds)."""
-    began, peak = time.monotonic(), 0
-    command = [sys.executable, "-m", "msp_plugin", *map(str, arguments)]
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
-        status = Path(f"/proc/{process.pid}/status")
-        while process.poll() is None:
-            for line in status.read_text().splitlines():
-                if line.startswith("RssAnon"):
-                    peak = max(peak, int(line.split()[1]))
-            time.sleep(0.02)
-        if process.returncode:
-            said.seek(0)
-            raise SystemExit(said.read()[-2000:])
-    return peak * 1024 / 1e9, time.monotonic() - began
+class Steps:
+    """The most anonymous memory of the process in each step, in bytes; called with what a run reports."""
+
+    def __init__(self) -> None:
+        self.now, self.peaks = "", {}
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        self.now = next((name for name in STEPS if name.partition(",")[0] in step), "others")
+
+    def _watch(self) -> None:
+        while True:
+            step, anonymous = self.now, memory()[0]
+            self.peaks[step] = max(self.peaks.get(step, 0), anonymous)
+            time.sleep(0.01)
+
+
+def prune(way: str, source: Path, folder: Path) -> dict[str, object]:
+    """Return seconds, a digest of the results, and the anonymous memory [GB] of each step of a run."""
+    os.environ["MSP_CACHE"] = str(folder / f"{way} cache")
+    import llmcompressor  # noqa: F401
+    import torch
+
+    from msp_plugin import measure, pipeline
+    from msp_plugin.samples import Text
+
+    torch.set_num_threads(2)
+    own, held = pipeline.load, sum(file.stat().st_size for file in source.glob("*.safetensors")) // 8
+
+    def load(*arguments, **options):
+        model = own(*arguments, **options)
+        if way == "in memory":
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+        return model
+
+    pipeline.load = load
+    pipeline.SHARD_BYTES = held
+    measure.CandidateWeights = partial(measure.CandidateWeights, held_bytes=held)
+    measure.fisher_errors = partial(measure.fisher_errors, diagonal_bytes=held)
+    before, began, steps, out = memory()[0], time.perf_counter(), Steps(), folder / way
+    text = Text("demo:calibration", "demo:search", "demo:test", 8, 256, 2)
+    pipeline.run_recipe(
+        pipeline.prune_recipe(LINE), source, text, out, dtype="float32", offload=way == "on disk", progress=steps
+    )  # fmt: skip
+    digest = hashlib.sha256()
+    for file in (*sorted(out.glob("*.safetensors")), out / "allocation.json"):
+        digest.update(file.read_bytes())
+    gb = {step: (peak - before) / 1e9 for step, peak in steps.peaks.items() if step}
+    return {"seconds": time.perf_counter() - began, "digest": digest.hexdigest(), "anonymous_gb": gb}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="300 M", choices=list(SIZES))
-    size = parser.parse_args().size
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        print(json.dumps(prune(args.way, args.folder / "model", args.folder)))
+        return 0
+    size = args.size
     from msp_plugin.demo import demo_model_path
     from msp_plugin.models import load_tokenizer
 
-    before, rows, written = run("plugins", "--json")[0], {}, set()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model"
         model = make_model(*SIZES[size])
@@ -64,28 +109,28 @@ def main() -> int:
         load_tokenizer(demo_model_path("llama")).save_pretrained(source)
         weights = sum(p.numel() for p in model.parameters())
         del model
-        for way, more in (("in memory", []), ("--offload", ["--offload"])):
-            out = Path(folder) / way
-            peak, seconds = run("prune", source, *OPTIONS, "--cache", f"{out} cache", "--out", out, *more)
-            rows[way] = {"anonymous_gb": peak - before, "seconds": seconds}
-            digest = hashlib.sha256()
-            for file in (*sorted(out.glob("*.safetensors")), out / "allocation.json"):
-                digest.update(file.read_bytes())
-            written.add(digest.hexdigest())
+        rows = {way: in_process(__file__, ["--way", way, "--in", folder]) for way in WAYS}
+    equal = len({row["digest"] for row in rows.values()}) == 1
+    peak = {way: max(row["anonymous_gb"].values()) for way, row in rows.items()}
     lines = [
-        f"| `msp prune`, {weights / 1e6:.0f} M weights, {4 * weights / 1e9:.2f} GB | anonymous GB at the peak | seconds |",
-        "|---|---|---|",
-        *(f"| {way} | {row['anonymous_gb']:.2f} | {row['seconds']:.0f} |" for way, row in rows.items()),
-        "", f"Weights and allocation.json: {'equal to the byte' if len(written) == 1 else 'NOT EQUAL'}.",
+        f"Anonymous GB at the peak of each step, {weights / 1e6:.0f} M weights of {4 * weights / 1e9:.2f} GB:", "",
+        "| step | in memory | on disk |", "|---|---|---|",
+        *(
+            f"| {step} | " + " | ".join(f"{rows[way]['anonymous_gb'].get(step, 0):.2f}" for way in WAYS) + " |"
+            for step in STEPS
+        ),
+        f"| all | {peak[WAYS[0]]:.2f} | {peak[WAYS[1]]:.2f} |",
+        f"| seconds | {rows[WAYS[0]]['seconds']:.0f} | {rows[WAYS[1]]['seconds']:.0f} |",
+        "", f"Weights and allocation.json: {'equal to the byte' if equal else 'NOT EQUAL'}.",
     ]  # fmt: skip
     print("\n".join(lines))
     if size == "300 M":
-        record = {"machine": machine(), "weights": weights, "rows": rows, "equal": len(written) == 1}
+        record = {"machine": machine(), "weights": weights, "rows": rows, "equal": equal}
         (RESULTS / "offload_command.json").write_text(json.dumps(record, indent=1) + "\n")
-        head = ["# What --offload saves", "", "Made by `python integration/offload_command.py`:"]
-        head += [" ".join(__doc__.split("\n\n")[-1].split()), "", f"{record['machine']}", ""]
+        about = " ".join(__doc__.split("\n\n")[-1].split())
+        head = ["# What --offload saves", "", f"Made by `python integration/offload_command.py`: {about}", ""]
         (RESULTS / "offload_command.md").write_text("\n".join([*head, *lines]) + "\n")
-    return 0 if len(written) == 1 else 1
+    return 0 if equal else 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+#: Of one file of a checkpoint; what is offloaded is read again for one file at a time.
+SHARD_BYTES = 4 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,9 @@ def run_recipe(
             quality["uniform"] = quality[name]
         record |= _provenance(source, text, samples, quality)
         with writing(path), output_directory(path) as temporary:
-            loaded.save_pretrained(temporary, save_compressed=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+                loaded.save_pretrained(temporary, save_compressed=True, max_shard_size=SHARD_BYTES)
             tokenizer.save_pretrained(temporary)
             write_json(temporary / "run.json", record)
     plugins.hook.msp_run_finished(record=record)

@@ -35,7 +35,8 @@ def half(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["prune", "run"])
-def test_a_pruned_model_is_that_of_a_run_in_memory(command, msp, half, text_file, tmp_path):
+def test_a_pruned_model_is_that_of_a_run_in_memory(command, msp, half, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("msp_plugin.pipeline.SHARD_BYTES", 4_000_000)
     (tmp_path / "recipe.yaml").write_text(
         "sparsity_stage:\n  sparsity_modifiers:\n    MixedSparsityModifier:\n      {sparsity: 0.75, method: wanda, "
         "estimators: {fisher: {samples: 2}}, "
@@ -53,12 +54,14 @@ def test_a_pruned_model_is_that_of_a_run_in_memory(command, msp, half, text_file
         record = json.loads((out / "run.json").read_text())
         found.append(
             (
-                (out / "model.safetensors").read_bytes(),
+                {file.name: file.read_bytes() for file in out.glob("*.safetensors")},
                 (out / "allocation.json").read_bytes(),
                 record["perplexity"],
             )
         )
-    assert found[0] == found[1]
+    assert found[0] == found[1] and len(found[0][0]) > 1
+    tensors = load_model(tmp_path / "disk").state_dict()
+    assert all(not tensor.is_meta and tensor.isfinite().all() for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])

@@ -399,4 +399,6 @@ def test_the_weights_are_those_of_the_choice_wherever_they_are(pair, measured):
             assert torch.equal(weights.weight(name, "1:4"), held[0].weight(name, "1:4"))
             with pytest.raises(KeyError):
                 weights.put({name: dense})
-                its(torch.zeros(1, 4, dtype=torch.long))  # an offloaded layer asks for its weight when it runs
+                its(
+                    torch.zeros(1, 4, dtype=torch.long)
+                )  # an offloaded layer asks for its weight when it runs
