@@ -7,7 +7,8 @@ A Llama of 97 M random weights and 64 x 512 random tokens, float32, two threads.
 levels, written to disk. Theirs: one uniform SparseGPT 2:4 `oneshot`, nothing saved, with samples one by one, which is
 llm-compressor's default (with --batched, in batches of eight too). The floor: what no database can do without, one forward pass
 over the blocks and the products of the Hessians. Each in a process of its own; CPU and wall seconds are those of
-the work, after imports and the making of the model, peak memory is that of the process.
+the work, after imports and the making of the model, peak memory is that of the process. The parts run in turn,
+--repeats times (3); the figures are medians, the ratios' ranges are over the turns.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -160,22 +162,28 @@ def machine() -> dict[str, str]:
     }
 
 
-def table(found: dict[str, dict[str, float]]) -> list[str]:
-    """Return the lines of the result: seconds, memory, and each over ours' peers."""
+def table(turns: list[dict[str, dict[str, float]]]) -> list[str]:
+    """Return the lines of the result: seconds, memory, and ours over each of the others."""
     lines = ["| | CPU s | wall s | peak GB | of it before the work |", "|---|---|---|---|---|"]
-    for part, row in found.items():
+    for part in turns[0]:
+        row = {key: statistics.median(turn[part][key] for turn in turns) for key in turns[0][part]}
         lines.append(
             f"| {part} | {row['cpu']:.1f} | {row['wall']:.1f} | {row['peak_gb']:.2f} | {row['before_gb']:.2f} |"
         )
-    ours = found[PARTS[0]]
+
+    def over(key: str, *parts: str) -> str:
+        ratios = sorted(turn[PARTS[0]][key] / sum(turn[part][key] for part in parts) for turn in turns)
+        spread = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if len(ratios) > 1 else ""
+        return f"{statistics.median(ratios):.2f}{spread}"
+
     lines.append("")
-    for part in [part for part in PARTS[1:3] if part in found]:
-        peer = found[part]
-        ratios = [f"{name} {ours[key] / peer[key]:.2f}" for name, key in
-                  (("CPU", "cpu"), ("wall", "wall"), ("peak memory", "peak_gb"))]  # fmt: skip
-        lines.append(f"Database of {len(LEVELS)} levels over one {part}: {', '.join(ratios)}.")
-    floor = sum(found[part]["cpu"] for part in PARTS[3:])
-    lines.append(f"Database over the floor: CPU {ours['cpu'] / floor:.2f}.")
+    for part in PARTS[1:3]:
+        if part in turns[0]:
+            lines.append(
+                f"Database of {len(LEVELS)} levels over one {part}: CPU {over('cpu', part)}, wall {over('wall', part)}, "
+                f"peak memory {over('peak_gb', part)}."
+            )
+    lines.append(f"Database over the floor: CPU {over('cpu', *PARTS[3:])}.")
     return lines
 
 
@@ -186,19 +194,22 @@ def main() -> int:
     )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--batched", action="store_true", help="oneshot in batches of eight samples too")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--samples", type=int, default=64)
     args = parser.parse_args()
     if args.quick:
-        args.blocks, args.samples = 2, 8
+        args.blocks, args.samples, args.repeats = 2, 8, 1
     if args.part:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measured(work_of(args.part, args.blocks, args.samples, folder))))
         return 0
     size = ["--blocks", str(args.blocks), "--samples", str(args.samples)]
     parts = [part for part in PARTS if args.batched or part != PARTS[2]]
-    found = {part: in_process(__file__, ["--part", part, *size]) for part in parts}
-    lines = table(found)
+    turns = [
+        {part: in_process(__file__, ["--part", part, *size]) for part in parts} for _ in range(args.repeats)
+    ]
+    lines = table(turns)
     print("\n".join(lines))
     if not args.quick:
         record = {
@@ -206,7 +217,7 @@ def main() -> int:
             "blocks": args.blocks,
             "samples": args.samples,
             "levels": LEVELS,
-            **found,
+            "turns": turns,
         }
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "database_cost.json").write_text(json.dumps(record, indent=1) + "\n")
