@@ -13,7 +13,7 @@ import torch
 
 from msp_plugin.activations import EnoughError, all_finite, check_reached, observed
 from msp_plugin.calibration import CalibrationSet
-from msp_plugin.errors import MSPError, NumericsError
+from msp_plugin.errors import NumericsError
 from msp_plugin.memory import is_out_of_memory
 from msp_plugin.models import decoder_blocks, input_device
 from msp_plugin.plan.units import Unit
@@ -127,7 +127,7 @@ class BlockPass:
             raise
         except LostError:  # there is nobody to tell
             raise
-        except MSPError:
+        except Exception:
             self._send(None)
             with suppress(ElsewhereError):
                 while self.block <= last:

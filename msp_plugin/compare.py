@@ -21,9 +21,9 @@ from msp_plugin.allocate import check_model, make_problem
 from msp_plugin.allocators.base import Choice
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss
-from msp_plugin.checkpoint.load import load
+from msp_plugin.checkpoint.load import is_packed, load
 from msp_plugin.device import on_best_device
-from msp_plugin.errors import DataError, MSPError
+from msp_plugin.errors import DataError, ModelError, MSPError
 from msp_plugin.evaluation import perplexity
 from msp_plugin.exchange import CandidateWeights, Weights
 from msp_plugin.files import finite, write_text
@@ -32,6 +32,7 @@ from msp_plugin.journal import Journal
 from msp_plugin.matrix import Matrix
 from msp_plugin.measure import Measurements, StepProgress, no_progress
 from msp_plugin.models import fingerprint, input_device, load_tokenizer
+from msp_plugin.offloaded import check_room
 from msp_plugin.options import Plan
 from msp_plugin.pipeline import describe_text, prune_recipe
 from msp_plugin.plan.allocation import make_allocation
@@ -84,6 +85,11 @@ def compare(
         from msp_plugin.hosts.llm_compressor import require_host
 
         require_host()
+        if is_packed(source):  # the host reads the source's config.json again
+            raise ModelError(
+                f"{source} is packed; llm-compressor takes dense models",
+                hint="msp export it --to dense first, or compare with --no-prune",
+            )
     text = text.for_model(source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     search_tokens = max(plan.allocator.held_out_tokens for plan in plans)
@@ -93,8 +99,12 @@ def compare(
         raise DataError("a comparison needs test text", hint="give test samples")
     calibration, rest = samples.calibration.split(search_tokens + stopping)
     search, holdout = rest.cut(stopping)
-    reload = partial(load, source, dtype, trust_remote_code=trust_remote_code, offload=offload)
+    reload = partial(
+        load, source, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=plans[0].cache
+    )  # fmt: skip
     model = reload()
+    if matrix.prune:
+        check_room(model, plans[0].cache)
     for plan in plans:
         check_model(model, plan)
     parts = calibration, search, holdout
@@ -197,13 +207,17 @@ class _Bench:
         for held, plan, _, seed in self.cells():
             _ = held.model_id
             try:
-                held.allocate(plan.allocator, make_problem(self.model, self.table, plan), seed)
-            except LostError:
+                self.ranks.together(partial(self._find, held, plan, seed))
+            except (LostError, OSError):
                 raise
-            except MSPError:  # rank 0 meets it again, for its row
-                continue
+            except Exception as error:  # rank 0 meets it again, for its row
+                log.info("%s at %s: %s", plan.allocator.name, plan.sparsity, error)
         self.ranks.leave()
         self.ranks, self.fresh = ALONE, False
+
+    def _find(self, held: Measurements, plan: Plan, seed: int) -> None:
+        _ = held.database  # each row is measured with its weights, whatever the allocator needs
+        held.allocate(plan.allocator, make_problem(self.model, self.table, plan), seed)
 
     def _plan(self, method: Any, sparsity: str, label: str) -> Plan:
         return self.matrix.plan(self.plugins, method, sparsity, self.matrix.allocators[label])

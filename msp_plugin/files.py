@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import socket
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,30 +110,3 @@ def output_directory(path: Path) -> Iterator[Path]:
         raise OutputError(
             f"cannot move the finished run to {path}: {error}", hint=f"it is whole in {temporary}"
         ) from error
-
-
-def scratch_directory(name: str) -> Path:
-    """Return a new directory in a part of the cache; those that dead processes of this machine left go.
-
-    Whoever asks for it removes it.
-    """
-    parent = Path(default_cache()) / name
-    parent.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
-    for left in parent.glob(f"{host}-*"):
-        number = left.name[len(host) + 1 :].partition("-")[0]
-        if number.isdigit() and not _lives(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{host}-{os.getpid()}-", dir=parent))
-
-
-def _lives(process: int) -> bool:
-    if os.name != "posix":  # elsewhere the question would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,13 @@ import torch
 
 from msp_plugin.checkpoint.tensors import TensorFiles, read_json
 from msp_plugin.errors import FormatError, ModelError, NumericsError, RecipeError, nearest, shown
-from msp_plugin.files import scratch_directory
+from msp_plugin.memory import is_out_of_memory
 from msp_plugin.patterns import check_patterns, matches
 from msp_plugin.plan.bounds import Bounds
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable, group_layers
+from msp_plugin.resume import scratch_directory
+from msp_plugin.writing import FULL, cannot_write, of_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,45 +37,73 @@ _PACKED = 32
 
 
 def load_model(
-    source: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False, offload: bool = False
+    source: str | Path,
+    dtype: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    offload: bool = False,
+    cache: str | None = None,
 ) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU.
 
     Args:
         offload: leave the weights on disk, from where each layer's are read when it runs; where there are GPUs,
-            accelerate places on them what fits. Weights that it cannot read from the checkpoint, such as those of
-            another dtype, are written to the cache and removed with the model.
+            accelerate places on them what fits. Weights that change, such as pruned ones, are written to the
+            cache, and removed with the model.
+        cache: that cache; None is the default one.
 
     Raises:
         RecipeError: an unknown dtype.
         ModelError: there is no such model, or transformers cannot load it.
+        OutputError: the cache cannot be written.
     """
     from transformers import AutoModelForCausalLM
 
     target = check_dtype(dtype)
     check_source(source)
-    folder = scratch_directory("offload") if offload else None
-    device_map = "auto" if torch.cuda.is_available() else {"": "disk"}
-    placement = {} if folder is None else {"device_map": device_map, "offload_folder": str(folder)}
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=target or "auto", trust_remote_code=trust_remote_code, output_loading_info=True,
-            **placement,
-        )  # fmt: skip
-    except Exception as error:  # a config's values reach all of transformers
-        raise ModelError(
-            f"cannot load a causal language model from {source}: {error}",
-            hint="give a directory with config.json and safetensors, or a hub id",
-        ) from error
-    if folder is not None:
-        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would go on with random weights
-        raise ModelError(
-            f"{source} lacks {len(missing)} tensors of {type(model).__name__}, e.g. {', '.join(missing[:3])}",
-            hint="a file is missing or damaged, or config.json is from another model",
-        )
+    with ExitStack() as stack:
+        placement: dict[str, Any] = {}
+        if offload:
+            _check_safetensors(source)
+            folder = stack.enter_context(scratch_directory("offload", cache))
+            device_map = "auto" if torch.cuda.is_available() else {"": "disk"}
+            placement = {"device_map": device_map, "offload_folder": str(folder), "use_safetensors": True}
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=target or "auto", trust_remote_code=trust_remote_code, output_loading_info=True,
+                **placement,
+            )  # fmt: skip
+        except Exception as error:  # a config's values reach all of transformers
+            if is_out_of_memory(error):
+                raise
+            if offload and of_disk(error) in FULL:
+                raise cannot_write(folder, error) from error
+            raise ModelError(
+                f"cannot load a causal language model from {source}: {error}",
+                hint="give a directory with config.json and safetensors, or a hub id",
+            ) from error
+        missing = sorted(report["missing_keys"])
+        if missing:  # transformers would go on with random weights
+            raise ModelError(
+                f"{source} lacks {len(missing)} tensors of {type(model).__name__}, e.g. {', '.join(missing[:3])}",
+                hint="a file is missing or damaged, or config.json is from another model",
+            )
+        weakref.finalize(model, stack.pop_all().close)
     return model.eval()
+
+
+def _check_safetensors(source: str | Path) -> None:
+    """Raise if a directory has weights in another form only, which offloading cannot read one by one.
+
+    Raises:
+        ModelError: it has.
+    """
+    path = Path(source)
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        raise ModelError(
+            f"{path} has no safetensors files, and only those can stay on disk",
+            hint="load it and save it again with save_pretrained, or leave out --offload",
+        )
 
 
 def check_dtype(dtype: str) -> torch.dtype | None:

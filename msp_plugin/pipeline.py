@@ -27,6 +27,7 @@ from msp_plugin.files import finite, output_directory, write_json
 from msp_plugin.identity import versions
 from msp_plugin.journal import Journal
 from msp_plugin.models import fingerprint, load_tokenizer
+from msp_plugin.offloaded import check_room, quantized_forward
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
 from msp_plugin.ranks import ALONE, Ranks
@@ -59,9 +60,12 @@ class _Source:
     dtype: str
     trust_remote_code: bool
     offload: bool
+    cache: str | None
 
     def load(self) -> PreTrainedModel:
-        return load(self.name, self.dtype, trust_remote_code=self.trust_remote_code, offload=self.offload)
+        return load(
+            self.name, self.dtype, trust_remote_code=self.trust_remote_code, offload=self.offload, cache=self.cache
+        )  # fmt: skip
 
 
 def run_recipe(
@@ -117,7 +121,7 @@ def run_recipe(
         text = text.for_model(model, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         samples = load_samples(tokenizer, text, plan.search_tokens if plan else 0)
-        source = _Source(model, dtype, trust_remote_code, offload)
+        source = _Source(model, dtype, trust_remote_code, offload, plan and plan.cache)
         prune = partial(
             run_oneshot, data=samples.calibration, batch=text.batch, tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
@@ -177,6 +181,7 @@ def _reference(
     from msp_plugin.hosts.llm_compressor.run import forget
 
     loaded = source.load()
+    check_room(loaded, source.cache)
     if plan is not None:
         check_model(loaded, plan)
         samples.calibration.split(plan.search_tokens)
@@ -217,7 +222,7 @@ def _measure(name: str, model: PreTrainedModel, samples: Samples, progress: Step
     if samples.test is None:
         return None
     try:
-        with on_best_device(model):
+        with on_best_device(model), quantized_forward(model):
             return perplexity(model, samples.test, progress=partial(progress, f"perplexity, {name}"))
     except NumericsError:
         if name == "dense":
@@ -313,7 +318,7 @@ def search(
     text = text.for_model(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     samples = load_samples(tokenizer, text, plan.search_tokens)
-    loaded = load(model, dtype, trust_remote_code=trust_remote_code, offload=offload)
+    loaded = load(model, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=plan.cache)
     with on_best_device(loaded):
         return allocate(
             loaded, samples.calibration, plan, fresh=fresh, progress=progress, ranks=ranks

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from msp_plugin.errors import HostError, MSPError
@@ -36,6 +37,8 @@ class Ranks:
 
     rank = 0
     size = 1
+    #: What the last failed gather raised here, as on all other ranks.
+    raised: MSPError | None = None
 
     def share(self, items: Sequence[T]) -> list[T]:
         """Return this rank's items: every ``size``-th."""
@@ -65,6 +68,28 @@ class Ranks:
         """
         return self.gather(lambda: make() if self.rank == 0 else None)[0]
 
+    def together(self, work: Callable[[], object]) -> None:
+        """Do work that meets the other ranks, so that it succeeds or fails on all of them.
+
+        What fails on one rank alone is told in its part of the others' next gather. So all ranks have met equally
+        often afterwards, and may go on with the next work.
+
+        Raises:
+            MSPError: this rank's or another's; what is none, such as a plugin's bug, is told as one.
+            LostError: a rank has ended.
+            OSError: not told: this rank must end.
+        """
+        try:
+            work()
+        except (LostError, OSError):
+            raise
+        except Exception as error:
+            if error is not self.raised:
+                told = error if isinstance(error, MSPError) else MSPError(f"{type(error).__name__}: {error}")
+                self.gather(partial(_raise, told))
+            raise
+        self.gather(lambda: None)
+
     @property
     def next(self) -> int:
         """The rank after this one; the first after the last."""
@@ -91,6 +116,10 @@ class Ranks:
 
     def leave(self) -> None:
         """End the sharing: rank 0 goes on alone."""
+
+
+def _raise(error: MSPError) -> None:
+    raise error
 
 
 ALONE = Ranks()
@@ -125,9 +154,11 @@ class TorchRanks(Ranks):
         if failed:
             _, rank, (message, hint, code) = min(failed)
             if rank == self.rank and own is not None:
+                self.raised = own
                 raise own
             other = MSPError(f"rank {rank}: {message}", hint=hint)
             other.exit_code = code
+            self.raised = other
             raise other
         return [value for value, _ in found]
 

@@ -6,13 +6,15 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from msp_plugin.errors import OutputError
 from msp_plugin.files import check_output, default_cache
 from msp_plugin.identity import digest
+from msp_plugin.writing import writing
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,27 @@ def sole_run(
         yield path, journal
         if not keep:
             journal.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_directory(name: str, cache: str | None = None) -> Iterator[Path]:
+    """Yield a new directory in a part of the cache, which goes with the block; what killed processes left goes first.
+
+    Raises:
+        OutputError: the cache cannot be written or locked.
+    """
+    parent = Path(cache or default_cache()) / name
+    for lock in parent.glob("*.lock"):  # whoever holds it lives, on whatever machine
+        with suppress(OutputError), alone(lock, "it uses it", remove=True):
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+    folder = parent / uuid.uuid4().hex
+    with alone(folder.with_suffix(".lock"), "it uses it", remove=True):
+        try:
+            with writing(folder):
+                folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_partial(out: Path) -> None:

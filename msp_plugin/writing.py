@@ -22,6 +22,8 @@ DISK = {
     errno.ENOTDIR: "a part of the path is a file: give another place",
     errno.EROFS: "give a place on a disk that is not read-only",
 }
+#: Those that no read gives.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
@@ -39,7 +41,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def cannot_write(path: Path | None, error: Exception) -> OutputError:
     """Return the error for a failed write to ``path``; without one, of what the error itself names."""
-    number = getattr(error, "errno", None) or next((n for n in DISK if f"(os error {n})" in str(error)), None)
+    number = of_disk(error)
     what = (
         f"write {path}"
         if path is not None
@@ -47,6 +49,14 @@ def cannot_write(path: Path | None, error: Exception) -> OutputError:
     )
     hint = DISK.get(number, "is the disk full, or the place read-only?")
     return OutputError(f"cannot {what}: {getattr(error, 'strerror', None) or error}", hint=hint)
+
+
+def of_disk(error: BaseException) -> int | None:
+    """Return the number in DISK of an error of a disk, also one that safetensors wraps; None for any other."""
+    number = getattr(error, "errno", None)
+    if number in DISK:
+        return number
+    return next((n for n in DISK if f"(os error {n})" in str(error)), None)
 
 
 def check_new(path: Path) -> None:

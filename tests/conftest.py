@@ -339,6 +339,7 @@ class ThreadRanks(Ranks):
         self.barrier.wait()
         errors = [error for _, error in found if error is not None]
         for error in sorted(errors, key=lambda error: isinstance(error, ElsewhereError)):
+            self.raised = error
             raise error
         return [copy.deepcopy(value) for value, _ in found]
 

@@ -1,12 +1,17 @@
 """``--offload``: commands on models whose weights stay on disk."""
 
+import errno
 import gc
 import json
+import types
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from msp_plugin import pipeline
 from msp_plugin.demo import demo_model_path
 from msp_plugin.models import load_model, load_tokenizer, prunable_layers
 
@@ -109,3 +114,94 @@ def test_a_packed_checkpoint_is_refused(msp, packed_dir, text_file, tmp_path):
         tmp_path / "a.json", "--offload", code=2,
     )  # fmt: skip
     assert "is packed, and only dense checkpoints can stay on disk" in ran.err and "--to dense" in ran.err
+
+
+def test_a_quantized_model_is_measured_with_the_weights_that_are_saved(msp, half, text_file, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "quant_stage:\n  quant_modifiers:\n    QuantizationModifier:\n"
+        "      {targets: [Linear], scheme: W4A16, ignore: [lm_head]}\n"
+    )
+    found = {}
+    for name, offload in (("memory", []), ("disk", ["--offload"])):
+        out = tmp_path / name
+        msp("run", tmp_path / "recipe.yaml", "--model", half, "--data", text_file, "--samples", "6", "--length", "64",
+            "--test-samples", "4", "--out", out, *offload)  # fmt: skip
+        found[name] = json.loads((out / "run.json").read_text())["perplexity"]
+    assert found["memory"] == found["disk"] and found["disk"]["result"] != found["disk"]["dense"]
+
+
+def test_changed_weights_go_to_the_cache_that_is_asked_for(msp, half, text_file, tmp_path, monkeypatch):
+    seen = []
+    real = pipeline._measure
+
+    def look(*arguments):
+        seen.append(sorted(path.name for path in (tmp_path / "mine" / "offload").glob("*/*")))
+        return real(*arguments)
+
+    monkeypatch.setattr(pipeline, "_measure", look)
+    msp("prune", half, "-s", "0.5", "--method", "magnitude", "--allocator", "uniform", "--data", text_file, *SMALL,
+        "--test-samples", "4", "--out", tmp_path / "out", "--cache", tmp_path / "mine", "--offload")  # fmt: skip
+    assert not seen[0] and seen[-1], "pruned weights are on disk"
+    assert not (tmp_path / "cache" / "offload").exists()
+
+
+def test_a_disk_without_room_for_the_pruned_weights_is_found_before_any_work(
+    msp, half, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "msp_plugin.offloaded.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000)
+    )
+    monkeypatch.setattr(pipeline, "_measure", lambda *a: pytest.fail("work was done"))
+    ran = msp("prune", half, "-s", "0.5", "--method", "magnitude", "--data", text_file, *SMALL, "--out",
+              tmp_path / "out", "--offload", code=2)  # fmt: skip
+    assert "need 0.0 GiB on disk when they are pruned" in ran.err and "MSP_CACHE" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "free some space"),
+        (MemoryError(), "memory does not suffice"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "memory does not suffice"),
+        (KeyboardInterrupt(), ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_failed_load_says_what_was_short_and_leaves_nothing(
+    error, said, msp, half, text_file, tmp_path, monkeypatch
+):
+    def fail(*arguments, offload_folder, **options):
+        Path(offload_folder, "weight.dat").write_text("half of it")
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setenv("MSP_CACHE", str(tmp_path / "cache"))
+    if said:
+        ran = msp(
+            "sensitivity", half, "--data", text_file, *SMALL, "--offload", code=2 if "space" in said else 1
+        )
+        assert said in ran.err and "config.json" not in ran.err
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            load_model(half, offload=True)
+    assert list((tmp_path / "cache" / "offload").iterdir()) == []
+
+
+def test_weights_that_are_not_in_safetensors_are_refused(msp, half, text_file, tmp_path):
+    state = load_model(half).state_dict()
+    (half / "model.safetensors").unlink()
+    torch.save(state, half / "pytorch_model.bin")
+    ran = msp("sensitivity", half, "--data", text_file, *SMALL, "--offload", code=2)
+    assert "has no safetensors files" in ran.err and "save_pretrained" in ran.err
+
+
+def test_the_default_comparison_has_only_what_runs_with_weights_on_disk(msp, half, text_file, tmp_path):
+    msp("compare", half, "--methods", "magnitude", "--data", text_file, *SMALL, "--test-samples", "2", "--no-prune",
+        "--set", "search.rounds=1", "--set", "search.tokens=64", "--set", "search.holdout=64", "--set",
+        "fisher.samples=2", "--out", tmp_path / "compared", "--offload")  # fmt: skip
+    rows = json.loads((tmp_path / "compared" / "compare.json").read_text())["rows"]
+    assert {row["allocator"]: row["error"] for row in rows} == dict.fromkeys(
+        ["uniform", "owl", "alphapruning", "dlp", "lsa", "knapsack", "search"]
+    )

@@ -13,7 +13,7 @@ import torch
 from msp_plugin import compare as compare_module
 from msp_plugin.allocators.base import AllocationResult, Allocator
 from msp_plugin.compare import cells, compare, spread
-from msp_plugin.errors import BudgetError, DataError, MSPError
+from msp_plugin.errors import BudgetError, DataError, ModelError, MSPError
 from msp_plugin.hookspecs import hookimpl
 from msp_plugin.matrix import Matrix
 from msp_plugin.models import fingerprint, load_model, prunable_layers
@@ -21,7 +21,7 @@ from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
 from msp_plugin.plugins import Plugins
 from msp_plugin.pruning.masks import nm_mask
-from msp_plugin.ranks import ALONE, LostError
+from msp_plugin.ranks import LostError
 from msp_plugin.samples import Text, load_samples
 from msp_plugin.sensitivity.base import Estimator
 
@@ -45,9 +45,9 @@ def run(llama_dir, text, tmp_path):
 
     def run(allocators, sparsities=("3/4",), methods=("magnitude",), seeds=(0,), prune=False, **options):
         shared = {"cache": str(tmp_path / "cache"), **FISHER, **options}
-        finals, ranks = shared.pop("finals", None), shared.pop("ranks", ALONE)
+        own = {name: shared.pop(name) for name in ("finals", "ranks", "fresh") if name in shared}
         matrix = Matrix(sparsities, methods, allocators, seeds, shared, prune)
-        return compare(llama_dir, text, matrix, dtype="float32", finals=finals, ranks=ranks)
+        return compare(llama_dir, text, matrix, dtype="float32", **own)
 
     return run
 
@@ -347,7 +347,8 @@ def test_several_ranks_find_the_rows_of_one_process_and_the_first_of_them_has_th
     run, on_ranks, llama_dir, monkeypatch, tmp_path, with_plugins, size
 ):
     with_plugins(mine=allocators_plugin(Raises))
-    allocators = {"ours": "raises", "small": SEARCH, **by_name("owl", "uniform")}
+    bug = {"name": "raises", "how": "bug"}
+    allocators = {"ours": "raises", "bug": bug, "small": SEARCH, **by_name("owl", "uniform")}
     expected = run(allocators, methods=("wanda", "magnitude"), cache=str(tmp_path / "alone"))
     loaded = load_model(llama_dir, "float32")
     monkeypatch.setattr("msp_plugin.compare.load", lambda *a, **b: copy.deepcopy(loaded))
@@ -361,7 +362,54 @@ def test_several_ranks_find_the_rows_of_one_process_and_the_first_of_them_has_th
     assert without_times(first) == without_times(expected) and others == [None] * (size - 1)
     assert met == met[:1] * size and met[0] > 20, "they met for every measurement, and as often"
     assert first["machine"].endswith(f", {size} ranks")
-    assert [row["error"] is None for row in first["rows"]] == [False, True, True, True] * 2
+    assert [row["error"] is None for row in first["rows"]] == [False, False, True, True, True] * 2
+
+
+def test_what_fails_on_the_first_rank_alone_is_a_row_and_the_ranks_go_on_together(
+    run, on_ranks, llama_dir, monkeypatch, tmp_path
+):
+    loaded = load_model(llama_dir, "float32")
+    monkeypatch.setattr("msp_plugin.compare.load", lambda *a, **b: copy.deepcopy(loaded))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "sensitivity").write_text("in the way of the journals that rank 0 writes")
+    allocators = {"small": SEARCH, **by_name("owl", "uniform"), "again": {**SEARCH, "rounds": 1}}
+
+    def work(ranks):
+        monkeypatch.setattr(ranks, "leave", lambda: None)
+        return run(allocators, ranks=ranks)
+
+    first, other = on_ranks(2, work)
+    assert other is None
+    errors = {row["allocator"]: row["error"] for row in first["rows"]}
+    assert "sensitivity" in errors["owl"] and errors["uniform"] is None
+    assert without_times(run(allocators)) == without_times(first)
+
+
+def test_several_ranks_build_a_database_anew_if_asked_whatever_the_allocators_need(
+    run, on_ranks, llama_dir, monkeypatch, tmp_path
+):
+    loaded = load_model(llama_dir, "float32")
+    monkeypatch.setattr("msp_plugin.compare.load", lambda *a, **b: copy.deepcopy(loaded))
+
+    def written():
+        found = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("cache/**/*.safetensors")}
+        assert found
+        return found
+
+    def work(ranks):
+        monkeypatch.setattr(ranks, "leave", lambda: None)
+        return run(by_name("uniform"), methods=("wanda",), ranks=ranks, fresh=True)
+
+    run(by_name("uniform"), methods=("wanda",))
+    before = written()
+    assert on_ranks(2, work)[1] is None
+    assert before.keys() == written().keys() and all(before[name] < at for name, at in written().items())
+
+
+def test_a_packed_model_is_refused_before_it_is_loaded_where_it_is_to_be_pruned(packed_dir, text, no_model):
+    with pytest.raises(ModelError, match="is packed") as error:
+        compare(packed_dir, text, Matrix(("3/4",), ("magnitude",), by_name("uniform"), (0,), {}, True))
+    assert "--no-prune" in error.value.hint
 
 
 def test_a_rank_that_ends_ends_the_comparison(run, on_ranks, llama_dir, monkeypatch):

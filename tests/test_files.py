@@ -2,9 +2,6 @@ import json
 import math
 import os
 import stat
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +13,6 @@ from msp_plugin.files import (
     finite,
     output_directory,
     replacing,
-    scratch_directory,
     write_json,
     write_text,
 )
@@ -185,18 +181,3 @@ def test_the_cache_follows_the_environment(tmp_path, monkeypatch):
     assert default_cache() == tmp_path / "xdg" / "msp_plugin"
     monkeypatch.setenv("MSP_CACHE", "~/mine")
     assert default_cache() == tmp_path / "mine"
-
-
-def test_a_scratch_directory_is_new_and_those_of_dead_processes_go(tmp_path, monkeypatch):
-    monkeypatch.setenv("MSP_CACHE", str(tmp_path))
-    script = "from msp_plugin.files import scratch_directory\nprint(scratch_directory('offload'))"
-    dead = Path(
-        subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
-    (dead / "weights").write_text("left")
-    other = dead.parent / f"another-host-{dead.name.rpartition('-')[0].rpartition('-')[2]}-x"
-    other.mkdir()
-    mine = [scratch_directory("offload"), scratch_directory("offload")]
-    assert not dead.exists() and other.exists() and len({*mine}) == 2 and all(path.is_dir() for path in mine)

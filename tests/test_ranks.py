@@ -69,6 +69,42 @@ def test_an_error_of_one_rank_is_raised_on_all(on_ranks):
     assert [str(error) for error in on_ranks(3, work)] == ["rank one\n  -> as it is"] * 3
 
 
+@pytest.mark.parametrize("error", [NumericsError("rank one"), ZeroDivisionError("rank one"), None])
+@pytest.mark.parametrize("where", ["before", "between", "in", "after"])
+def test_works_that_fail_on_one_rank_alone_leave_the_ranks_in_step(on_ranks, error, where):
+    """As a lock or a journal does, which the first rank alone holds."""
+
+    def work(ranks):
+        def part(number, place):
+            if error and number == 1 and place == where and ranks.rank == 1:
+                raise error
+            return number, place, ranks.rank
+
+        seen, ends = [], []
+        for number in range(3):
+
+            def measure(number=number):
+                part(number, "before")
+                seen.append(ranks.gather(lambda: part(number, "in")))
+                part(number, "between")
+                seen.append(ranks.gather(lambda: (number, "second", ranks.rank)))
+                part(number, "after")
+
+            try:
+                ranks.together(measure)
+                ends.append("done")
+            except Exception as found:
+                ends.append(str(found).partition(": ")[2] or str(found))
+        return ends, seen, ranks.meetings
+
+    found = on_ranks(3, work)
+    assert [ends for ends, _, _ in found] == [["done", "rank one" if error else "done", "done"]] * 3
+    assert len({meetings for *_, meetings in found}) == 1
+    for _, seen, _ in found:
+        assert all([value[:2] for value in values] == [values[0][:2]] * 3 for values in seen)
+        assert seen[-1] == [(2, "second", rank) for rank in range(3)]
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_losses_and_slopes_are_those_of_one_process_bit_for_bit(on_ranks, measured, size):
     def work(ranks):

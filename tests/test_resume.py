@@ -1,12 +1,15 @@
 import json
+import subprocess
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from msp_plugin import pipeline
 from msp_plugin.errors import OutputError
 from msp_plugin.pipeline import prune_recipe, run_recipe
-from msp_plugin.resume import sole_run
+from msp_plugin.resume import scratch_directory, sole_run
 from msp_plugin.samples import Text
 
 
@@ -128,4 +131,43 @@ def test_runs_with_other_caches_keep_off_each_others_directory(tmp_path):
         refused,
         sole_run(tmp_path / "out", str(tmp_path / "b")),
     ):
+        pass
+
+
+HOLDER = """
+import sys
+from msp_plugin.resume import scratch_directory
+with scratch_directory("offload", sys.argv[1]) as folder:
+    (folder / "weights").write_text("of a model")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_scratch_directory_stays_while_its_process_lives_and_what_a_killed_one_left_goes(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    theirs = Path(process.stdout.readline().strip())
+    with (
+        scratch_directory("offload", str(tmp_path)) as mine,
+        scratch_directory("offload", str(tmp_path)) as more,
+    ):
+        assert (theirs / "weights").is_file() and len({theirs, mine, more}) == 3
+        assert {theirs.parent, mine.parent} == {tmp_path / "offload"}
+    assert not mine.exists() and not more.exists() and theirs.exists()
+    process.kill()
+    process.communicate()
+    assert theirs.exists()
+    with scratch_directory("offload", str(tmp_path)) as mine:
+        assert not theirs.exists() and mine.is_dir()
+    assert list((tmp_path / "offload").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "offload").write_text("a file")
+    with pytest.raises(OutputError, match="offload"), scratch_directory("offload", str(tmp_path)):
         pass

@@ -24,6 +24,7 @@ def load(
     checksums: bool = True,
     trust_remote_code: bool = False,
     offload: bool = False,
+    cache: str | None = None,
 ) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU, whatever its form.
 
@@ -33,6 +34,7 @@ def load(
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         checksums: hold the files against the SHA-256 in export.json first, where there is one.
         offload: leave the weights of a dense checkpoint on disk (see load_model).
+        cache: where those that change go; None is the default cache.
 
     Raises:
         ModelError: there is no such model, transformers cannot load it, or it is packed and to be offloaded.
@@ -40,7 +42,7 @@ def load(
     """
     path = _local(source, trust_remote_code)
     if path is None:
-        return load_model(source, dtype, trust_remote_code=trust_remote_code, offload=offload)
+        return load_model(source, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=cache)
     packed = is_packed(path)
     if packed or any(path.glob("*.safetensors")):  # a dense config over packed tensors is refused here
         checkpoint = Checkpoint.open(path)
@@ -54,7 +56,7 @@ def load(
             )
         if packed:
             return _unpacked(checkpoint, dtype, trust_remote_code)
-    return load_model(path, dtype, trust_remote_code=trust_remote_code, offload=offload)
+    return load_model(path, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=cache)
 
 
 def is_packed(source: str | Path) -> bool:

@@ -149,24 +149,28 @@ def run() -> None:
             raise
         typer.echo(f"{where}error: {error}", err=True)
         sys.exit(error.exit_code)
-    except OSError as error:  # of a cache or of stdout, which no command writes as its result
-        from msp_plugin.writing import DISK, cannot_write
-
-        if debug or error.errno not in DISK:
-            raise
-        typer.echo(f"{where}error: {cannot_write(None, error)}", err=True)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        from msp_plugin.memory import is_out_of_memory
-
-        if debug or not is_out_of_memory(error):
-            raise
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hint = "give shorter samples (--length), a smaller dtype, or more memory; what was measured is kept"
-        typer.echo(f"{where}error: memory does not suffice: {said}\n  -> {hint}", err=True)
-        sys.exit(1)
     except Stopped:
         typer.echo(
             "stopped; nothing half-written is left. The same command goes on with what was measured", err=True
         )
         raise
+    except Exception as error:
+        said, code = _cause(error)
+        if debug or said is None:
+            raise
+        typer.echo(f"{where}error: {said}", err=True)
+        sys.exit(code)
+
+
+def _cause(error: Exception) -> tuple[str | None, int]:
+    """Return what to say of an error of a disk or of memory, None for a bug, and the exit code."""
+    from msp_plugin.memory import is_out_of_memory
+    from msp_plugin.writing import cannot_write, of_disk
+
+    if of_disk(error):  # of a cache or of stdout, which no command writes as its result
+        return str(cannot_write(None, error)), 2
+    if not is_out_of_memory(error):
+        return None, 1
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    hint = "give shorter samples (--length), a smaller dtype, or more memory; what was measured is kept"
+    return f"memory does not suffice: {first}\n  -> {hint}", 1

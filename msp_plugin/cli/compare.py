@@ -50,7 +50,11 @@ def compare_command(
     sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="comma list of shares of zeros")] = "0.75",
     methods: Annotated[str, typer.Option("--methods", "-m", help="comma list")] = "sparsegpt",
     allocators: Annotated[
-        str, typer.Option("--allocators", help="comma list; options in brackets: knapsack[surrogate=kl]")
+        str,
+        typer.Option(
+            "--allocators",
+            help="comma list; options in brackets: knapsack[surrogate=kl]; the default has no one_shot with --offload",
+        ),
     ] = DEFAULT,
     seeds: Annotated[str, typer.Option("--seeds", help="comma list; of allocators that use one")] = "0",
     prune: Annotated[
@@ -97,6 +101,8 @@ def compare_command(
     from msp_plugin.samples import Text
     from msp_plugin.writing import writing
 
+    if offload and allocators == DEFAULT:  # its sensitivity needs the whole model in memory
+        allocators = DEFAULT.replace("one_shot,", "")
     names = parse_allocators(allocators)
     roles = {spec if isinstance(spec, str) else spec["name"] for spec in names.values()}
     pruners = [part.strip() for part in methods.split(",") if part.strip()]

@@ -145,8 +145,9 @@ def sensitivity(
     from msp_plugin.cli import console
 
     console.set_up_logs(verbose)
+    from msp_plugin.checkpoint.load import load
     from msp_plugin.device import on_best_device
-    from msp_plugin.models import load_model, load_tokenizer, prunable_layers
+    from msp_plugin.models import load_tokenizer, prunable_layers
     from msp_plugin.plugins import Plugins, spec_of
     from msp_plugin.samples import Text, load_samples
     from msp_plugin.sensitivity.base import unit_sensitivities
@@ -160,7 +161,7 @@ def sensitivity(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     wanted = Text(data, samples=samples, length=length, test_samples=0, column=text_column)
     text = load_samples(tokenizer, wanted.for_model(source, trust_remote_code=trust_remote_code))
-    loaded = load_model(source, dtype, trust_remote_code=trust_remote_code, offload=offload)
+    loaded = load(source, dtype, trust_remote_code=trust_remote_code, offload=offload)
     units = prunable_layers(loaded, target or ("Linear",), ignore or ())
     with console.progress_bars(not as_json) as progress, on_best_device(loaded):
         values = unit_sensitivities(
