@@ -5,7 +5,7 @@
     python integration/growth.py --quick                  # a model of 11 M, writes nothing
 
 Llamas of random weights in float32, 8 x 256 random tokens for the SparseGPT database and as many for the search,
-which stops after its seeds and one round. Each case is a process of its own; seconds are those of the work, peak
+which stops after its seeds. Each case is a process of its own; seconds are those of the work, peak
 memory is that of the process.
 """
 
@@ -32,7 +32,7 @@ Time is linear in the weights. It is not in the levels: statistics and factors s
 take about half as long again. Memory of the search grows less than in proportion: beside the model, Fisher diagonals
 and held weights take at most 4 GiB each. CPU seconds and memory compare; wall seconds of some rows were taken beside other work.
 """
-SEARCH = {"name": "search", "tokens": 1024, "holdout": 1024, "max_tokens": 1, "seeds": 2}
+SEARCH = {"name": "search", "tokens": 1024, "holdout": 1024, "rounds": 0, "seeds": 2}
 
 
 def grow(size: str, levels: int, folder: str) -> dict[str, float]:

@@ -19,6 +19,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+#: Kills of which a record is written.
+ENOUGH = 50
 TIMES = ("seconds", "total_seconds")
 OPTIONS = (
     "-s", "0.75", "--length", "64", "--samples", "24", "--test-samples", "4", "--levels", "dense,2:4,1:4,1:8",
@@ -100,8 +102,20 @@ def main() -> int:
             )
             if differ or beside:
                 return 1
-    print(f"{kills} kills in {rounds} rounds, every run ended with the bytes of the undisturbed one.")
-    print("killed during:", ", ".join(f"{step} {count}" for step, count in steps.most_common()))
+    lines = [
+        f"{kills} kills in {rounds} rounds, every run ended with the bytes of the undisturbed one.",
+        "Killed during: " + ", ".join(f"{step} {count}" for step, count in steps.most_common()) + ".",
+    ]
+    print(*lines, sep="\n")
+    if kills >= ENOUGH:
+        about = " ".join(__doc__.split("\n\n")[1].split())
+        head = [
+            "# Kills",
+            "",
+            f"Made by `python integration/kill_test.py`, {args.model} with {args.method}: {about}",
+            "",
+        ]
+        (Path(__file__).parent / "results" / "kills.md").write_text("\n".join([*head, *lines]) + "\n")
     return 0
 
 

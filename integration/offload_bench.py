@@ -4,7 +4,7 @@
     python integration/offload_bench.py --quick    # a model of 11 M, writes nothing
 
 Llamas of random weights in float32, 8 x 256 random tokens for a Wanda database of four levels and as many for the
-search, which stops after its seeds and one round. Offloaded, all but the last norm is on disk: transformers'
+search, which stops after its seeds. Offloaded, all but the last norm is on disk: transformers'
 device_map, whose hooks read each weight from the checkpoint when its layer runs. What a search may hold of pruned
 weights and of Fisher diagonals, 4 GiB each, is set to an eighth of the model for both, so that it matters at these
 sizes. Each case is a process of its own that loads the model from disk. Memory is what the process has beyond its
@@ -28,7 +28,7 @@ from database_cost import RESULTS, in_process, machine, make_data, make_model
 from growth import SIZES
 
 LEVELS = ("3:4", "2:4", "1:4", "1:8")
-SEARCH = {"name": "search", "tokens": 1024, "holdout": 1024, "max_tokens": 1, "seeds": 4}
+SEARCH = {"name": "search", "tokens": 1024, "holdout": 1024, "rounds": 0, "seeds": 4}
 WAYS = ("in memory", "on disk")
 PLACES = {
     "model.embed_tokens": "disk", "model.layers": "disk", "lm_head": "disk", "model.norm": "cpu",

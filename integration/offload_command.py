@@ -32,7 +32,7 @@ WAYS = ("in memory", "on disk")
 LINE = {
     "sparsity": 0.75, "method": "wanda", "levels": ["3:4", "2:4", "1:4", "1:8"],
     "estimators": {"fisher": {"samples": 2}},
-    "allocator": {"name": "search", "tokens": 1024, "holdout": 1024, "max_tokens": 1, "seeds": 4},
+    "allocator": {"name": "search", "tokens": 1024, "holdout": 1024, "rounds": 1, "seeds": 4},
 }  # fmt: skip
 STEPS = ("perplexity, saving", "pruning", "sensitivity", "level database", "Fisher-weighted error", "search")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -35,7 +36,8 @@ class Options(BaseModel):
             the others make up for them. With bounds and protect, a unit takes those of all its layers.
         allocator: chooses a level per unit: search, uniform, or any other of `msp plugins`.
         estimators: overrides of the sensitivity estimators' options, by their name.
-        allocation: path of a finished allocation.json; nothing is searched then.
+        allocation: path of a finished allocation.json; nothing is searched then, and what is said of layers, levels
+            and the search is refused, because the file says it.
         seed: of every random choice.
         cache: directory of the level database; default $MSP_CACHE or ~/.cache/msp_plugin.
     """
@@ -67,6 +69,11 @@ class Options(BaseModel):
             if isinstance(data.get("levels"), int | float):
                 parse_menu([data["levels"]])  # an unquoted 2:4 is explained
                 data["levels"] = [data["levels"]]
+            given = data.get("allocation")
+            if isinstance(given, str) and given and not given.startswith("~"):
+                data["allocation"] = str(
+                    Path.cwd() / given
+                )  # recipe.yaml says it, and runs again from elsewhere
             for key in ("targets", "ignore", "levels", "protect"):
                 if isinstance(data.get(key), str):
                     data[key] = [part.strip() for part in data[key].split(",") if part.strip()]
@@ -129,12 +136,27 @@ class Plan:
         return self.allocator.needs_database or any(e.needs_data for e in self.estimators.values())
 
 
+#: What a finished allocation has decided.
+_DECIDED = ("levels", "targets", "ignore", "granularity", "bounds", "protect", "allocator", "estimators")
+
+
+def _plain(value: Any) -> Any:
+    """Return the short form of a component without options."""
+    return value["name"] if isinstance(value, Mapping) and value.keys() == {"name"} else value
+
+
 def _target(options: Options, given: Allocation | None) -> tuple[Fraction, tuple[Level, ...]]:
     """Return the asked sparsity and the menu, of the recipe or of a finished allocation."""
     if given is None:
         if options.sparsity is None:
             raise RecipeError("sparsity is missing", hint="say e.g. sparsity: 0.75, or give an allocation")
         return parse_sparsity(options.sparsity), parse_menu(options.levels)
+    idle = [key for key in _DECIDED if _plain(getattr(options, key)) != Options.model_fields[key].default]
+    if idle:
+        raise RecipeError(
+            f"{', '.join(idle)} would have no effect: {options.allocation} has decided the level of each layer",
+            hint="leave that out, or leave the allocation out and allocate anew",
+        )
     if options.sparsity is not None and parse_sparsity(options.sparsity) != given.target:
         raise RecipeError(
             f"sparsity {shown(options.sparsity)} contradicts {options.allocation}, made for {given.target}",
@@ -148,7 +170,7 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
 
     Raises:
         RecipeError: an unknown name or option, a level that is none, a sparsity or bounds out of range, a
-            method that cannot make a level, a missing or damaged allocation file.
+            method that cannot make a level, a missing or damaged allocation file, options that it contradicts.
     """
     pruner = plugins.build("pruners", options.method)
     allocator = plugins.build("allocators", options.allocator)

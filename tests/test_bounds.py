@@ -73,7 +73,7 @@ def test_no_layer_leaves_its_bounds(llama, data, plan, allocator):
 
 
 def test_a_budget_that_bounds_put_out_of_reach_is_refused_before_any_work(llama, plan):
-    with pytest.raises(BudgetError, match="within the bounds reach 0 to 0.25"):
+    with pytest.raises(BudgetError, match="within bounds and protect, reach 0 to 0.25"):
         check_model(llama, plan(bounds={"Linear": [0, 0.25]}))
 
 

@@ -69,18 +69,26 @@ def test_run_takes_any_recipe_of_the_host(msp, text_file, tmp_path):
     assert not (out / "allocation.json").exists()
 
 
-def test_an_allocation_made_once_prunes_later(msp, text_file, tmp_path):
+def test_an_allocation_made_once_prunes_later(msp, text_file, tmp_path, monkeypatch):
     path, out = tmp_path / "allocation.json", tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
     shown = msp(
         "allocate", "demo:qwen2", "-s", "5/8", "--method", "magnitude", "--data", text_file, "--out", path,
         *SMALL, *SEARCH, "--dtype", "float32",
     )  # fmt: skip
     assert "model.layers.0.self_attn.qkv_proj" in shown.out
     msp(
-        "prune", "demo:qwen2", "--allocation", path, "--method", "magnitude", "--data", text_file,
+        "prune", "demo:qwen2", "--allocation", path.name, "--method", "magnitude", "--data", text_file,
         "--out", out, *SMALL, "--test-samples", "4", "--dtype", "float32", "--no-baseline",
     )  # fmt: skip
     assert Allocation.read(out / "allocation.json") == Allocation.read(path)
+    monkeypatch.chdir("/")  # the recipe runs again from anywhere
+    again = (
+        "run", out / "recipe.yaml", "--model", "demo:qwen2", "--data", text_file, *SMALL, "--test-samples", "4",
+        "--dtype", "float32", "--no-baseline", "--out", tmp_path / "again",
+    )  # fmt: skip
+    msp(*again)
+    assert (tmp_path / "again" / "allocation.json").read_bytes() == (out / "allocation.json").read_bytes()
 
 
 def test_sensitivity_prints_one_row_per_unit(msp, text_file):

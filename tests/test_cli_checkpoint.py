@@ -246,3 +246,11 @@ def test_the_table_survives_markup_in_what_it_shows(msp, run_dir, copied, edit_j
 def test_the_results_of_an_export_survive_markup_too(msp, run_dir, tmp_path):
     printed = msp("export", run_dir, "--to", "dense", "--out", tmp_path / "out[bold]")
     assert f"Results: {tmp_path / 'out[bold]'} (" in printed.out
+
+
+def test_sensitivities_of_a_packed_checkpoint_are_those_of_the_dense_one(msp, packed_dir, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat, and the dog sat on the log\n" * 200)
+    model_dir = tmp_path / "dense"
+    msp("export", packed_dir, "--to", "dense", "--out", model_dir)
+    asked = ["--data", tmp_path / "text.txt", "--samples", "2", "--length", "24", "--json"]
+    assert msp("sensitivity", packed_dir, *asked).out == msp("sensitivity", model_dir, *asked).out

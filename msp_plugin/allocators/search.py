@@ -5,6 +5,7 @@ Shape legend: U units, K levels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,6 +16,10 @@ from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Alloc
 from msp_plugin.allocators.msp import fisher_seeds
 from msp_plugin.errors import NumericsError, RecipeError
 
+log = logging.getLogger(__name__)
+
+#: Forward passes that the slopes of a token cost: one, and two backward passes that count as two each.
+SLOPES_COST = 5
 #: Most of the search text that slopes are taken from in one round: they cost five forward passes a token,
 #: and their means run over several rounds anyway.
 MOST_SLOPES = 0.5
@@ -42,7 +47,8 @@ class Search(Allocator):
     the one with the lowest mean loss over search text and hold-out: the hold-out refuses what only fits the
     search text, and both together are less noisy than either. Each round in which that mean does not fall
     doubles the samples of the next one's slopes (up to half of them) and first measurements; once all are
-    measured on, ``patience`` such rounds end the search. It also ends when its budget is spent.
+    measured on, ``patience`` such rounds end the search. It also ends before the measurement that its budget does
+    not allow; only uniform is measured in any case.
 
     The method is ours. What it rests on: EvoPress (arXiv 2410.14649) for the level database, the true KL
     and few samples first; the Gauss-Newton curvature of KL from sampled labels (Martens, arXiv 1412.1193);
@@ -52,9 +58,9 @@ class Search(Allocator):
     Args:
         rounds: most rounds.
         patience: rounds on all samples without improvement after which the search ends.
-        max_tokens: forward tokens after which no new round starts; 0 sets no limit. A backward pass
+        max_tokens: most forward tokens, beside those that measure uniform; 0 sets no limit. A backward pass
             counts as two forward passes.
-        seconds: time after which no new round starts; 0 sets no limit. With a limit in seconds, equal
+        seconds: time after which nothing more is measured; 0 sets no limit. With a limit in seconds, equal
             runs may differ.
         seeds: allocations that the search may start from.
         screen: share of the search text that slopes are taken from and proposals are first measured on,
@@ -103,19 +109,25 @@ class Search(Allocator):
 
     def allocate(self, inputs: AllocationInputs) -> AllocationResult:
         state = _State(self, inputs)
-        state.start(list(_seeds(inputs, self.seeds)))
-        share, idle = self.screen, 0
-        for turn in range(self.rounds):
-            if state.spent() or idle >= self.patience:
-                break
-            inputs.progress(turn, self.rounds)
-            state.round(share)
-            if state.check():
-                idle = 0
-            else:
-                idle, share = idle + (share == 1), min(1.0, 2 * share)
+        try:
+            state.start(list(_seeds(inputs, self.seeds)))
+            share, idle = self.screen, 0
+            while state.rounds < self.rounds and idle < self.patience:
+                inputs.progress(state.rounds, self.rounds)
+                state.rounds += 1
+                state.round(share)
+                if state.check():
+                    idle = 0
+                else:
+                    idle, share = idle + (share == 1), min(1.0, 2 * share)
+        except _SpentError:
+            state.end_early()
         inputs.progress(self.rounds, self.rounds)
         return state.result()
+
+
+class _SpentError(Exception):
+    """The budget does not allow the next measurement."""
 
 
 class _Local:
@@ -185,6 +197,8 @@ class _State:
     predictions: list[tuple[float, float]] = field(default_factory=list)
     best: Choice = ()
     incumbents: list[tuple[int, Choice]] = field(default_factory=list)
+    rounds: int = 0
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.began = self.inputs.clock() if self.options.seconds else 0.0
@@ -198,17 +212,19 @@ class _State:
             self.inputs.holdout.forward_tokens if self.inputs.holdout else 0
         )
 
-    def spent(self) -> bool:
-        """True if the budget in tokens or seconds is used up."""
+    def afford(self, tokens: int) -> None:
+        """Raise _SpentError if a measurement of so many forward tokens is beyond the budget in tokens or seconds."""
         limit, seconds = self.options.max_tokens, self.options.seconds
-        return bool(
-            (limit and self.forward_tokens >= limit)
-            or (seconds and self.inputs.clock() - self.began >= seconds)
-        )  # fmt: skip
+        if limit and self.forward_tokens + tokens > limit:
+            raise _SpentError
+        if seconds and self.inputs.clock() - self.began >= seconds:
+            raise _SpentError
 
-    def full(self, choice: Choice) -> float:
+    def full(self, choice: Choice, *, free: bool = False) -> float:
         """Return the loss on the whole search text; a new best becomes a point of the curve."""
         if choice not in self.scores:
+            if not free:
+                self.afford(sum(self.inputs.loss.lengths))
             best = min(self.scores.values(), default=np.inf)
             self.scores[choice] = self.inputs.loss(choice)
             if self.scores[choice] < best:
@@ -220,8 +236,12 @@ class _State:
         if len(samples) == len(self.inputs.loss.lengths):
             return self.full(choice)
         if (choice, samples) not in self.screened:
+            self.afford(self.tokens(samples))
             self.screened[choice, samples] = self.inputs.loss(choice, samples)
         return self.screened[choice, samples]
+
+    def tokens(self, samples: tuple[int, ...]) -> int:
+        return sum(self.inputs.loss.lengths[i] for i in samples)
 
     def draw(self, share: float) -> tuple[int, ...]:
         """Return the numbers of a random share of the samples, sorted."""
@@ -246,8 +266,10 @@ class _State:
     def round(self, share: float) -> None:
         """Propose around the incumbent; the best proposal takes its place if its loss is lower."""
         inputs, now = self.inputs, self.full(self.incumbent)
+        samples = self.draw(min(share, MOST_SLOPES))
+        self.afford(SLOPES_COST * self.tokens(samples))
         self.local.add(self.incumbent, *inputs.loss.slopes(
-            self.incumbent, self.draw(min(share, MOST_SLOPES)), self.options.reach, int(self.rng.integers(2**31))
+            self.incumbent, samples, self.options.reach, int(self.rng.integers(2**31))
         ))  # fmt: skip
         samples = self.draw(share)
         inputs.loss.keep(self.incumbent)
@@ -289,10 +311,12 @@ class _State:
             drawn[rows, list(self.incumbent)] = 0.0
             yield drawn + 10 ** -self.rng.uniform(0, 1.5) * price
 
-    def _hold(self, choice: Choice) -> float:
+    def _hold(self, choice: Choice, *, free: bool = False) -> float:
         """Return the loss on the hold-out, on the search text where there is none."""
         if choice not in self.holdout:
             measure = self.inputs.holdout
+            if measure and not free:
+                self.afford(sum(measure.lengths))
             self.holdout[choice] = measure(choice) if measure else self.full(choice)
             self.holdout_curve.append((self.forward_tokens, self.holdout[choice]))
         return self.holdout[choice]
@@ -316,12 +340,27 @@ class _State:
             self.incumbents.append((self.forward_tokens, self.best))
         return better
 
+    def end_early(self) -> None:
+        """Note that the budget ended the search; uniform is measured if that has not been done."""
+        said = f"its budget ended the search in round {self.rounds}"
+        if not self.rounds:
+            said = "its budget ended the search among its seeds, before the first round"
+            uniform = self.inputs.problem.uniform()
+            self.full(uniform, free=True)
+            self._hold(uniform, free=True)
+            if not self.incumbents:
+                self.best = uniform
+                self.incumbents.append((self.forward_tokens, self.best))
+            if self.best == uniform:
+                log.warning("%s: uniform is returned; give max_tokens or seconds more", said)
+        self.notes = (said,)
+
     def result(self) -> AllocationResult:
         uniform = next(iter(self.holdout))
         return AllocationResult(
             self.best, self.scores[self.best], self.scores[uniform], len(self.scores) + len(self.screened),
             tuple(self.curve), tuple(self.holdout_curve), tuple(self.predictions),
-            incumbents=tuple(self.incumbents),
+            self.notes, tuple(self.incumbents),
         )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def recipe_options(
     estimators = {role: spec for role, spec in specs.items() if role not in ("method", "allocator")}
     given = {
         "sparsity": sparsity, "method": specs.get("method"), "allocator": specs.get("allocator"),
-        "levels": levels.split(",") if levels else None, "targets": targets or None,
+        "levels": None if levels is None else levels.split(","), "targets": targets or None,
         "ignore": ignore or None, "seed": seed, "cache": cache, "estimators": estimators or None,
     }  # fmt: skip
     return {key: value for key, value in given.items() if value is not None}

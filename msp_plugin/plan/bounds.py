@@ -77,7 +77,9 @@ class Bounds:
         if low > high:
             raise RecipeError(
                 f"the bounds of {unit.name} contradict each other: {'; '.join(said)}",
-                hint="the layers of a unit share a level and take the bounds of each; granularity: layer "
+                hint="several patterns match it, and all of them count: leave one out, or name the layers more narrowly"
+                if len(names) == 1
+                else "the layers of a unit share a level and take the bounds of each; granularity: layer "
                 "gives each its own",
             )
         spare = self.dense_for_protected and not guards

@@ -145,12 +145,16 @@ class AllocationProblem:
         wanted = (1 - self.target) * weights
         if not low <= wanted <= max(high, self._nominal):
             names = ", ".join(menu_names(self.menu))
-            bounds = "" if self.allowed is None else " within the bounds"
+            bounds = "" if self.allowed is None else ", within bounds and protect,"
             raise BudgetError(
                 f"sparsity {float(self.target):g} is out of reach: the levels {names}{bounds} reach "
                 f"{_exactly(1 - Fraction(high, weights))} to {_exactly(1 - Fraction(low, weights))}",
                 hint="add sparser or denser levels, "
-                + ("" if self.allowed is None else "widen the bounds, ")
+                + (
+                    ""
+                    if self.allowed is None
+                    else "widen the bounds, protect fewer layers (one makes its unit dense), "
+                )
                 + "or change the sparsity",
             )
         at, sums = max(0, math.floor((wanted - low) / self._quantum)), self._sums()

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
-from msp_plugin.allocators.search import Search
+from msp_plugin.allocators.search import SLOPES_COST, Search
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu
+from msp_plugin.slopes import FORWARD_EQUIVALENT
 
 SHORT = Search(rounds=4, seeds=5)
 AWKWARD = ["dense", "4:8", "2:4", "3:8 in 2:4", "2:8", "1:12", "0.7"]
@@ -106,11 +107,10 @@ def test_another_seed_draws_other_samples():
     assert first.loss.asked != second.loss.asked
 
 
-@pytest.mark.parametrize("options", [{"rounds": 0}, {"max_tokens": 1}])
-def test_without_a_round_the_best_seed_is_the_result(options):
+def test_without_a_round_the_best_seed_is_the_result():
     problem = problem_of(SHAPES)
     given_inputs = inputs_of(problem)
-    found = Search(**options).allocate(given_inputs)
+    found = Search(rounds=0).allocate(given_inputs)
     loss = given_inputs.loss
     assert not loss.asked and len(loss.full) == len(set(loss.full)) <= 4
     assert (
@@ -120,17 +120,30 @@ def test_without_a_round_the_best_seed_is_the_result(options):
     assert len(loss.few) == len(set(loss.few)) == 10 and found.predictions == ()
 
 
-def test_max_tokens_lets_no_round_start_beyond_it():
-    problem, at = problem_of(SHAPES), []
-    counted = inputs_of(problem, progress=lambda *_: at.append(spent(counted)))
-    Search(rounds=6, patience=9).allocate(counted)
-    for limit, rounds in ((at[3], 3), (at[3] + 1, 4), (at[0] + 1, 1)):
-        limited, short = inputs_of(problem), inputs_of(problem)
+def test_a_search_takes_no_more_tokens_than_it_may_and_returns_what_it_had_found(caplog):
+    problem = problem_of(SHAPES)
+    free = inputs_of(problem)
+    whole = Search(rounds=6, patience=9).allocate(free)
+    uniform = sum(free.loss.lengths) + sum(free.holdout.lengths)
+    ends = set()
+    for limit in [1, *range(uniform - 1, spent(free) + 2, 7), spent(free)]:
+        limited = inputs_of(problem)
         found = Search(rounds=6, patience=9, max_tokens=limit).allocate(limited)
-        assert (
-            found == Search(rounds=rounds, patience=9).allocate(short) and len(limited.loss.asked) == rounds
-        )
+        # a few seeds may have been measured before there was no more for uniform
+        assert spent(limited) <= (limit if found.incumbents[0][0] <= limit else limit + uniform)
         assert problem.total_kept(found.choice) == problem.budget.kept
+        assert found.choice == found.incumbents[-1][1] and found.loss == limited.loss.exact(found.choice)
+        assert found.uniform_loss == limited.loss.exact(problem.uniform())
+        chosen = [[choice for _, choice in result.incumbents] for result in (found, whole)]
+        assert chosen[0] == chosen[1][: len(chosen[0])]
+        assert bool(found.notes) == (limit < spent(free))
+        ends.update(found.notes)
+    assert {"its budget ended the search in round 3", "its budget ended the search in round 6"} <= ends
+    assert "before the first round: uniform is returned; give max_tokens" in caplog.text
+
+
+def test_the_cost_of_slopes_is_that_which_is_counted():
+    assert SLOPES_COST == FORWARD_EQUIVALENT
 
 
 def spent(inputs):

@@ -219,7 +219,9 @@ def test_bounds_narrow_the_range_that_is_named(make_problem):
     problem = AllocationProblem(free.table, free.menu, free.target, np.array(allowed))
     with pytest.raises(BudgetError) as error:
         _ = problem.budget
-    assert error.value.message.endswith("the levels dense, 4:8, 2:8 within the bounds reach 0 to 0.25")
+    assert error.value.message.endswith(
+        "the levels dense, 4:8, 2:8, within bounds and protect, reach 0 to 0.25"
+    )
     assert "widen the bounds" in error.value.hint
     within = AllocationProblem(free.table, free.menu, Fraction(1, 6), np.array(allowed))
     assert within.budget.exact and within.uniform() == (0, 1)

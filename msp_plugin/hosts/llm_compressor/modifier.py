@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -109,13 +110,9 @@ class MixedSparsityModifier(Options, Modifier):
                 "the recipe holds more than one MixedSparsityModifier",
                 hint="one line covers all layers: give it several levels, or an allocation",
             )
-        if (
-            torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-            and torch.distributed.get_world_size() > 1
-        ):
+        if (ranks := _ranks()) > 1:
             raise HostError(
-                f"torch.distributed runs {torch.distributed.get_world_size()} ranks",
+                f"there are {ranks} ranks, and each would prune the whole model",
                 hint="llm-compressor's pruning does not reduce its statistics over ranks: start it in one process. "
                 "`torchrun ... -m msp_plugin allocate` shares the search; give the recipe its allocation",
             )
@@ -191,3 +188,11 @@ class MixedSparsityModifier(Options, Modifier):
         except BaseException:
             self.abort()
             raise
+
+
+def _ranks() -> int:
+    """Return how many processes run this script: those that have met, or those that torchrun started."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    # other launchers set WORLD_SIZE for jobs that have nothing in common
+    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
