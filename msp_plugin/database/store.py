@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 SCHEMA = "msp_plugin/level-database"
 VERSION = "4"
+#: Layers whose files stay open, and so mapped into memory.
+OPEN_FILES = 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class LevelDatabase:
         self.identity = dict(identity, levels=[level.name for level in menu], version=VERSION)
         self.key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         self.path = root / "database" / self.key[:24]
-        self._open: dict[str, Any] = {}
+        self._open: OrderedDict[str, Any] = OrderedDict()
         self._whole: set[str] = set()
         self._damaged: set[str] = set()
 
@@ -190,9 +193,13 @@ class LevelDatabase:
         return json.loads(text)
 
     def _handle(self, layer: str) -> Any:
-        if layer not in self._open:
-            self._open[layer] = safe_open(self.file(layer), framework="pt")
-        return self._open[layer]
+        if layer in self._open:
+            self._open.move_to_end(layer)
+            return self._open[layer]
+        handle = self._open[layer] = safe_open(self.file(layer), framework="pt")
+        while len(self._open) > OPEN_FILES:
+            self._open.popitem(last=False)
+        return handle
 
 
 def _crc32(tensor: torch.Tensor) -> int:

@@ -1,12 +1,13 @@
 import json
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from msp_plugin.database.bitmask import pack_bitmask
-from msp_plugin.database.store import LayerErrors, LevelDatabase
+from msp_plugin.database.store import OPEN_FILES, LayerErrors, LevelDatabase
 from msp_plugin.errors import VerificationError
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.plan.units import Layer, Unit, UnitTable
@@ -47,6 +48,21 @@ def about(store, held, **changes):
 
 
 ERRORS = {"dense": LayerErrors(0.0, 0.0), "2:4": LayerErrors(0.1, 1 / 3), "1:4": LayerErrors(2.0, 1e-300)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux' list of mapped files")
+def test_few_of_the_files_are_mapped_at_a_time(tmp_path):
+    layers = [Layer(f"l.{i}.up_proj", 4, 8) for i in range(OPEN_FILES + 20)]
+    store = database(tmp_path)
+    for layer in layers:
+        store.write(layer, weights(), ERRORS)
+    held = {(layer.name, name): store.weight(layer.name, name) for layer in layers for name in ("2:4", "1:4")}
+    mapped = {
+        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line
+    }
+    assert len(mapped) <= OPEN_FILES and len(held) == 2 * len(layers)
+    for (layer, name), weight in held.items():  # and none of the weights is a view of a file that was closed
+        assert torch.equal(store.weight(layer, name), weight)
 
 
 def test_a_weight_comes_back_bit_for_bit(tmp_path):
