@@ -39,18 +39,9 @@ def half(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["prune", "run"])
-def test_a_pruned_model_is_that_of_a_run_in_memory(command, msp, half, text_file, tmp_path, monkeypatch):
+def test_a_pruned_model_is_that_of_a_run_in_memory(msp, half, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr("msp_plugin.pipeline.SHARD_BYTES", 4_000_000)
-    (tmp_path / "recipe.yaml").write_text(
-        "sparsity_stage:\n  sparsity_modifiers:\n    MixedSparsityModifier:\n      {sparsity: 0.75, method: wanda, "
-        "estimators: {fisher: {samples: 2}}, "
-        "allocator: {name: search, rounds: 1, seeds: 3, tokens: 128, holdout: 64}}\n"
-    )
-    what = {
-        "prune": ["prune", half, "-s", "0.75", "--method", "wanda", *SEARCH],
-        "run": ["run", tmp_path / "recipe.yaml", "--model", half],
-    }[command]
+    what = ["prune", half, "-s", "0.75", "--method", "wanda", *SEARCH]
     found = []
     for name, offload in (("memory", []), ("disk", ["--offload"])):
         out = tmp_path / name
@@ -199,6 +190,7 @@ def test_weights_that_are_not_in_safetensors_are_refused(msp, half, text_file, t
 
 def test_the_default_comparison_has_only_what_runs_with_weights_on_disk(msp, half, text_file, tmp_path):
     msp("compare", half, "--methods", "magnitude", "--data", text_file, *SMALL, "--test-samples", "2", "--no-prune",
+        "--target", "down_proj",
         "--set", "search.rounds=1", "--set", "search.tokens=64", "--set", "search.holdout=64", "--set",
         "fisher.samples=2", "--out", tmp_path / "compared", "--offload")  # fmt: skip
     rows = json.loads((tmp_path / "compared" / "compare.json").read_text())["rows"]

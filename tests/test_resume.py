@@ -104,7 +104,7 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_pat
     for other in others:
         other.mkdir()
     with sole_run(out, str(tmp_path / "cache")) as (path, journal):
-        assert path == out and not list(folder.glob(".out.0*"))
+        assert path == out and not list(folder.glob(".out.0*.partial"))
         journal.parent.mkdir(parents=True, exist_ok=True)
         journal.write_text("x")
     assert (

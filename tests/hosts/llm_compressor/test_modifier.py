@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from msp_plugin import MixedSparsityModifier
 from msp_plugin.calibration import load_texts, tokenize
 from msp_plugin.demo import demo_model_path
-from msp_plugin.errors import NumericsError, RecipeError, VerificationError
+from msp_plugin.errors import HostError, NumericsError, RecipeError, VerificationError
 from msp_plugin.models import load_model, load_tokenizer
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
@@ -319,11 +319,10 @@ def test_a_target_that_the_levels_cannot_meet_exactly_is_met_to_the_nearest_coun
     assert abs(float(budget.sparsity) - 0.7) < 1e-3
 
 
-@pytest.mark.parametrize("meet", ["import torch.distributed as dist; dist.init_process_group('gloo')\n", ""])
-def test_two_ranks_are_refused_with_a_reason(tmp_path, meet):
+def test_two_ranks_are_refused_with_a_reason(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(
-        f"{meet}"
+        "import torch.distributed as dist; dist.init_process_group('gloo')\n"
         "from torch.utils.data import DataLoader; import torch\n"
         "from llmcompressor import oneshot\n"
         "from msp_plugin import MixedSparsityModifier\n"
@@ -339,6 +338,19 @@ def test_two_ranks_are_refused_with_a_reason(tmp_path, meet):
     )  # fmt: skip
     assert done.returncode != 0
     assert "there are 2 ranks, and each would prune the whole model" in done.stderr
+
+
+def test_processes_of_torchrun_that_have_not_met_are_refused_as_well(model, calibration, monkeypatch):
+    def modifier():
+        return MixedSparsityModifier(
+            sparsity=0.5, method="magnitude", allocator="uniform", targets=["q_proj"]
+        )
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run(model, [modifier()], calibration)  # another launcher's count, of jobs that have nothing in common
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(HostError, match="there are 2 ranks"):
+        run(model, [modifier()], calibration)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
