@@ -10,6 +10,7 @@ import time
 import pytest
 
 from msp_plugin.cli.stopping import Stopped, stopping
+from msp_plugin.errors import VerificationError
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +77,29 @@ def test_the_handlers_are_put_back_and_an_ignored_signal_stays_ignored():
     finally:
         signal.signal(signal.SIGINT, first)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "made", [VerificationError("cannot read a level"), TypeError("no shape"), OSError(28, "full")]
+)
+def test_what_compiled_code_makes_of_a_stop_is_a_stop(made, msp, monkeypatch):
+    def load(*arguments, **options):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Stopped:
+            raise made from None
+
+    monkeypatch.setattr("msp_plugin.models.load_tokenizer", load)
+    ran = msp("sensitivity", "demo:qwen2", "--data", "demo:calibration", code=143)
+    assert ran.err.startswith("stopped; nothing half-written is left") and "error" not in ran.err
+
+
+def test_an_error_without_a_stop_is_an_error(msp, monkeypatch):
+    def load(*arguments, **options):
+        raise VerificationError("cannot read a level")
+
+    monkeypatch.setattr("msp_plugin.models.load_tokenizer", load)
+    assert (
+        "error: cannot read a level"
+        in msp("sensitivity", "demo:qwen2", "--data", "demo:calibration", code=1).err
+    )

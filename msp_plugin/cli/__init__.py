@@ -22,7 +22,7 @@ def main() -> None:
             os.environ.setdefault(name, value)
     from msp_plugin.cli.stopping import stopping
 
-    with stopping():
+    with stopping() as stopped:
         from msp_plugin.cli.app import run
 
-        run()
+        run(stopped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -126,8 +127,8 @@ def _root(
     pass
 
 
-def run() -> None:
-    """Run the command line with the commands that plugins add."""
+def run(stopped: Callable[[], int] = lambda: 0) -> None:
+    """Run the command line with the commands that plugins add; ``stopped`` is that of ``stopping``."""
     debug = bool(os.environ.get("MSP_DEBUG"))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     where = f"rank {os.environ.get('RANK')}: " if ranks > 1 else ""
@@ -143,7 +144,12 @@ def run() -> None:
             from msp_plugin.plugins import Plugins
 
             Plugins().hook.msp_register_commands(app=app)
-        app()
+        try:
+            app()
+        except Exception as error:
+            if code := stopped():  # the error is what something made of it
+                raise Stopped(code) from error
+            raise
     except MSPError as error:
         if debug:
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -18,8 +18,12 @@ class Stopped(SystemExit):
 
 
 @contextmanager
-def stopping() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise Stopped in the block until it leaves the block; ignored ones stay ignored."""
+def stopping() -> Iterator[Callable[[], int]]:
+    """Let SIGINT and SIGTERM raise Stopped in the block until it leaves the block; ignored ones stay ignored.
+
+    Yields what returns the exit code once a signal has come, 0 before: compiled code that calls Python may turn a
+    Stopped into an error of its own.
+    """
     code = 0
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -33,7 +37,7 @@ def stopping() -> Iterator[None]:
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in (*numbers, signal.SIGALRM)}
     try:
-        yield
+        yield lambda: code
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
