@@ -7,6 +7,7 @@ cell has already is not run again, so that the table can be made in pieces:
     python integration/allocator_table.py --work cells --models llama     # and, beside it, --models qwen2
     python integration/allocator_table.py --work cells --allocators search evopress --seeds 3 4
     python integration/allocator_table.py --work cells --join
+    python integration/allocator_table.py --work new --allocators search --earlier integration/results/allocators.json
 """
 
 from __future__ import annotations
@@ -173,9 +174,30 @@ def verdicts(entries: list[dict]) -> tuple[list[str], list[str]]:
     return behind_best, behind_uniform
 
 
-def write(cells: dict[tuple[str, str, str], dict], out: Path) -> int:
+def taken_over(entries: list[dict], cells: dict[tuple[str, str, str], dict], earlier: dict) -> list[dict]:
+    """Return the entries with those of an earlier table whose cell is measured and whose allocator is not.
+
+    Raises:
+        ValueError: a cell's texts are not those of the earlier table.
+    """
+    for cell, record in cells.items():
+        if record["texts"] != earlier["texts"]:
+            raise ValueError(f"{cell}: other texts than those of the earlier table")
+    known = {(e["model"], e["method"], e["sparsity"]) for e in entries}
+    have = {(e["model"], e["method"], e["sparsity"], e["allocator"]) for e in entries}
+    return entries + [
+        e for e in earlier["cells"]
+        if (cell := (e["model"], e["method"], e["sparsity"])) in known and (*cell, e["allocator"]) not in have
+    ]  # fmt: skip
+
+
+def write(cells: dict[tuple[str, str, str], dict], out: Path, earlier: dict | None = None) -> int:
     """Write allocators.json and allocators.md; return 1 if search is behind uniform anywhere."""
-    entries = summary(cells)
+    entries, said = summary(cells), ""
+    if earlier:
+        own = ", ".join(dict.fromkeys(e["allocator"] for e in entries))
+        said = f" Rows but those of {own} are an earlier run's, on the same texts ({earlier['machine']})."
+        entries = taken_over(entries, cells, earlier)
     behind_best, behind_uniform = verdicts(entries)
     lines = [
         "# Allocators on one level database",
@@ -189,7 +211,7 @@ def write(cells: dict[tuple[str, str, str], dict], out: Path) -> int:
         "beside the default levels, whose sparsest is 1:8. Bold: "
         "least KL of the cell; `=`: within twice the spread of it. Forward tokens: what the allocator put "
         "through the model to measure candidates, mean over the cells; sensitivities and the level database, "
-        "which read the calibration samples, are not in it.",
+        "which read the calibration samples, are not in it." + said,
         "",
         markdown(entries),
         "",
@@ -242,6 +264,9 @@ def main() -> int:
         "--join", action="store_true", help="run nothing: make the table of all cells in --work"
     )
     parser.add_argument(
+        "--earlier", type=Path, help="allocators.json whose rows of allocators that --work lacks are taken over"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="qwen2, every method, 75 %%, one seed, three allocators"
     )
     args = parser.parse_args()
@@ -266,7 +291,7 @@ def main() -> int:
         for model in MODELS for method in (*METHODS, "magnitude") for sparsity in SPARSITIES
         if (model, method, sparsity) in paths
     }  # fmt: skip
-    return write(cells, args.out)
+    return write(cells, args.out, json.loads(args.earlier.read_text()) if args.earlier else None)
 
 
 if __name__ == "__main__":

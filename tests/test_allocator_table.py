@@ -145,3 +145,21 @@ def test_the_files_say_what_was_found(table, tmp_path, capsys, uniform, code):
     assert "| llama wanda 75 % | 17 | 1.000 |" in text and "| llama sparsegpt 62.5 % | 17 | 1.000 |" in text
     saved = json.loads((tmp_path / "allocators.json").read_text())
     assert len(saved["cells"]) == 2 * 15 and [c["allocations"] for c in saved["correlations"]] == [17, 17]
+
+
+def test_rows_of_an_earlier_table_stand_beside_new_ones_of_the_same_texts(table, tmp_path):
+    cell = ("llama", "wanda", "0.75")
+    both = {cell: made_up(table), ("qwen2", *cell[1:]): made_up(table)}
+    table.write(both, tmp_path)
+    earlier = json.loads((tmp_path / "allocators.json").read_text())
+    again = {cell: record([row("search", 0.5, seed) for seed in range(3)])}
+    table.write(again, tmp_path, earlier)
+    saved = json.loads((tmp_path / "allocators.json").read_text())["cells"]
+    assert {e["allocator"]: e["kl"] for e in saved} == {
+        e["allocator"]: 0.5 if e["allocator"] == "search" else e["kl"]
+        for e in earlier["cells"] if e["model"] == "llama"
+    }  # fmt: skip
+    assert "Rows but those of search are an earlier run's" in (tmp_path / "allocators.md").read_text()
+    again[cell]["texts"] = {"test": "another"}
+    with pytest.raises(ValueError, match="other texts"):
+        table.write(again, tmp_path, earlier)

@@ -21,8 +21,9 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("step", ["sensitivity", "search"])
+@pytest.mark.parametrize(
+    ("stop", "code", "step"), [(signal.SIGINT, 130, "sensitivity"), (signal.SIGTERM, 143, "search")]
+)  # every command, step and signal: integration/signals.py
 def test_a_stopped_run_leaves_nothing_behind_but_its_cache(stop, code, step, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("while True:\n    x = x + 1\n" * 300)

@@ -13,6 +13,7 @@ from itertools import chain
 import numpy as np
 
 from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator, Choice
+from msp_plugin.allocators.local_model import LocalModel, Move
 from msp_plugin.allocators.msp import fisher_seeds
 from msp_plugin.errors import NumericsError, RecipeError
 
@@ -31,17 +32,19 @@ class Search(Allocator):
 
     It starts from the best of several cheap allocations: uniform, the exact minima of additive surrogates
     (Fisher-weighted and output error, the weight error by the Fisher trace), and rankings by the Fisher
-    trace. Each round
-    measures by gradients what a move of any unit by one or two levels would do to the loss of the incumbent
-    (slopes.py: the linear term, and the Gauss-Newton curvature), averages that with what the last rounds
-    found for units that did not move since, and solves the allocation exactly for this additive model with a
-    price on every unit that moves. Falling prices give proposals from two moves to many: the fewer units move,
-    the better the sum predicts, because moves of several units interact. The proposals are measured on a
-    few samples, against the incumbent on the same ones, and the best on all; it becomes the incumbent only
-    if its measured loss is lower. If none is, the search has learned where the additive model errs: what a
-    proposal did beyond its prediction is charged to its moves, so that the next proposals avoid moves that
-    disappointed; and where the model sees too few ways to gain, it is also solved with costs drawn from their
-    standard errors.
+    trace. Each round measures by gradients what a move of any unit by one or two levels would do to the loss of
+    the incumbent (slopes.py: the linear term, and the Gauss-Newton curvature), averages that with what the last
+    rounds found for units that did not move since, and solves the allocation exactly for this additive model
+    with a price on every unit that moves. Falling prices give proposals from two moves to many: the fewer units
+    move, the better the sum predicts, because moves of several units interact. The proposals are measured on a
+    few samples, against the incumbent on the same ones, and the best on all; it becomes the incumbent only if
+    its measured loss is lower.
+
+    If none is, the model errs, and mostly by an amount for each move, which gradients do not see. So the moves
+    of the refused proposals are measured alone, on the samples of the slopes, which replaces what was predicted
+    of them, and what follows from that is proposed as well. What proposals did beyond their prediction is
+    charged to their moves, so that the next ones avoid moves that disappointed; and where the model sees too
+    few ways to gain, it is also solved with costs drawn from their standard errors.
 
     Each incumbent is measured on hold-out text that no proposal was measured on, and the choice returned is
     the one with the lowest mean loss over search text and hold-out: the hold-out refuses what only fits the
@@ -66,7 +69,8 @@ class Search(Allocator):
         screen: share of the search text that slopes are taken from and proposals are first measured on,
             at the start.
         reach: most levels that a unit moves in one round.
-        proposals: most proposals of one round.
+        proposals: most proposals of one round, and as many after moves were measured alone.
+        probes: most moves that are measured alone in a round whose proposals were no better.
         decay: weight of what earlier rounds found of a unit's slopes, per round.
         loss: ``kl`` (to the dense model, nats per token) or ``perplexity`` (its logarithm).
         tokens: held-out calibration tokens that measure candidates.
@@ -87,6 +91,7 @@ class Search(Allocator):
     screen: float = 0.25
     reach: int = 2
     proposals: int = 5
+    probes: int = 12
     decay: float = 0.7
     loss: str = "kl"
     tokens: int = 24576
@@ -95,7 +100,7 @@ class Search(Allocator):
     def __post_init__(self) -> None:
         for option, least in (
             ("rounds", 0), ("patience", 1), ("max_tokens", 0), ("seconds", 0), ("seeds", 1), ("reach", 1),
-            ("proposals", 1), ("tokens", 1), ("holdout", 1),
+            ("proposals", 1), ("probes", 0), ("tokens", 1), ("holdout", 1),
         ):  # fmt: skip
             if not getattr(self, option) >= least:
                 raise RecipeError(f"search: {option} = {getattr(self, option)} must be at least {least}")
@@ -130,58 +135,6 @@ class _SpentError(Exception):
     """The budget does not allow the next measurement."""
 
 
-class _Local:
-    """What is known of single moves around the incumbent: means over rounds, newer ones counting more.
-
-    A unit that moved starts anew; for the others the gradients of the last rounds still say much.
-    """
-
-    def __init__(self, units: int, levels: int, decay: float):
-        self.decay = decay
-        self.at: Choice | None = None
-        self.linear, self.quadratic, self.square = np.zeros((3, units, levels))
-        self.surprise, self.weight = np.zeros((2, units, levels))
-
-    def add(self, choice: Choice, slopes: np.ndarray, draws: np.ndarray) -> None:
-        """Add slopes and draws float64[S, U, K], taken at ``choice``; NaN and inf say nothing of a level."""
-        if self.at is not None:
-            moved = np.not_equal(self.at, choice)
-            self.weight[moved] = self.surprise[moved] = 0.0
-        self.at = choice
-        known = np.isfinite(slopes) & np.isfinite(draws)
-        slopes, curvature = np.where(known, slopes, 0.0), 0.5 * np.where(known, draws, 0.0) ** 2
-        old, new = self.decay * self.weight, known.sum(axis=0)
-        total = np.maximum(old + new, 1e-12)
-        self.linear = (old * self.linear + slopes.sum(axis=0)) / total
-        self.quadratic = (old * self.quadratic + curvature.sum(axis=0)) / total
-        self.square = (old * self.square + ((slopes + curvature) ** 2).sum(axis=0)) / total
-        self.weight, self.surprise = old + new, self.decay * self.surprise
-
-    def cost(self) -> np.ndarray:
-        """Return float64[U, K]: the predicted change of the loss, inf where nothing is known."""
-        total = self.linear + self.quadratic + self.surprise
-        cost = np.where((self.weight > 0) & np.isfinite(total), total, np.inf)
-        cost[np.arange(len(self.at)), list(self.at)] = 0.0
-        return cost
-
-    def deviation(self) -> np.ndarray:
-        """Return float64[U, K]: the standard error of :meth:`cost`, from the spread over samples."""
-        variance = np.maximum(self.square - (self.linear + self.quadratic) ** 2, 0.0)
-        return np.sqrt(variance / np.maximum(self.weight, 1.0))
-
-    def learn(self, choice: Choice, change: float) -> None:
-        """Take in that a move from the incumbent to ``choice`` changed the loss by ``change``.
-
-        What it did beyond the prediction is shared out among its moves in proportion to their terms.
-        """
-        rows = np.flatnonzero(np.not_equal(self.at, choice))
-        levels = np.array(choice)[rows]
-        terms = np.abs(self.linear[rows, levels]) + self.quadratic[rows, levels]
-        beyond = change - self.cost()[rows, levels].sum()
-        if np.isfinite(beyond) and terms.sum() > 0:
-            self.surprise[rows, levels] += beyond * terms / terms.sum()
-
-
 @dataclass
 class _State:
     """The incumbent, what is known of it, and what was measured on the way."""
@@ -198,13 +151,14 @@ class _State:
     best: Choice = ()
     incumbents: list[tuple[int, Choice]] = field(default_factory=list)
     rounds: int = 0
+    probed: int = 0
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.began = self.inputs.clock() if self.options.seconds else 0.0
         self.rng = np.random.default_rng(self.inputs.seed)
         problem = self.inputs.problem
-        self.local = _Local(len(problem.table), len(problem.menu), self.options.decay)
+        self.local = LocalModel(len(problem.table), len(problem.menu), self.options.decay)
 
     @property
     def forward_tokens(self) -> int:
@@ -264,34 +218,58 @@ class _State:
         self.check()
 
     def round(self, share: float) -> None:
-        """Propose around the incumbent; the best proposal takes its place if its loss is lower."""
-        inputs, now = self.inputs, self.full(self.incumbent)
-        samples = self.draw(min(share, MOST_SLOPES))
-        self.afford(SLOPES_COST * self.tokens(samples))
+        """Propose around the incumbent; the best proposal takes its place if its loss is lower.
+
+        If none is, moves of the proposals are measured alone, and what follows from that is proposed.
+        """
+        inputs = self.inputs
+        few = self.draw(min(share, MOST_SLOPES))
+        self.afford(SLOPES_COST * self.tokens(few))
         self.local.add(self.incumbent, *inputs.loss.slopes(
-            self.incumbent, samples, self.options.reach, int(self.rng.integers(2**31))
+            self.incumbent, few, self.options.reach, int(self.rng.integers(2**31))
         ))  # fmt: skip
         samples = self.draw(share)
         inputs.loss.keep(self.incumbent)
-        base = self.few(self.incumbent, samples)
-        proposals = dict(self._proposals())
+        if (refused := self._try(samples)) and self.options.probes:
+            self._probe(refused, few)
+            self._try(samples)
+
+    def _try(self, samples: tuple[int, ...]) -> list[Choice]:
+        """Measure proposals; return them if the incumbent stays, none if the best one takes its place."""
+        now, base = self.full(self.incumbent), self.few(self.incumbent, samples)
+        proposals = dict(self._proposals(samples))
         ranked = sorted(proposals, key=lambda c: (self.few(c, samples), c))
         for choice in [c for c in ranked[:2] if self.few(c, samples) < base]:
             loss = self.full(choice)
             self.predictions.append((proposals[choice], loss - now))
             if loss < now:
                 self.incumbent = choice
-                return
+                return []
         for choice in proposals:
             whole = choice in self.scores
             self.local.learn(choice, self.scores[choice] - now if whole else self.few(choice, samples) - base)
+        return list(proposals)
 
-    def _proposals(self) -> Iterator[tuple[Choice, float]]:
+    def _probe(self, proposals: Sequence[Choice], samples: tuple[int, ...]) -> None:
+        """Measure moves of the proposals alone, off the budget; those of the proposals with few moves first."""
+        here = self.incumbent
+        moves: dict[Move, None] = dict.fromkeys(
+            (u, k) for choice in proposals for u, k in enumerate(choice) if k != here[u]
+        )
+        base = self.few(here, samples)
+        for u, k in [move for move in moves if move not in self.local.alone][: self.options.probes]:
+            self.afford(self.tokens(samples))
+            change = self.inputs.loss((*here[:u], k, *here[u + 1 :]), samples) - base
+            self.probed += 1
+            self.local.learn_alone({(u, k): change})
+
+    def _proposals(self, samples: tuple[int, ...]) -> Iterator[tuple[Choice, float]]:
         """Yield distinct new choices with their predicted change: from few moves to many, then as drawn."""
         problem, rows = self.inputs.problem, np.arange(len(self.incumbent))
         cost = self.local.cost()
         moved = np.arange(len(problem.menu))[None, :] != np.array(self.incumbent)[:, None]
-        seen, found = set(self.scores), 0
+        seen = set(self.scores) | {choice for choice, on in self.screened if on == samples}
+        found = 0
         top = -float(cost[np.isfinite(cost)].min())
         falling = (cost + top / 1.5**n * moved for n in range(24))
         for prices in chain(falling, self._drawn(cost, top * moved)):
@@ -358,7 +336,7 @@ class _State:
     def result(self) -> AllocationResult:
         uniform = next(iter(self.holdout))
         return AllocationResult(
-            self.best, self.scores[self.best], self.scores[uniform], len(self.scores) + len(self.screened),
+            self.best, self.scores[self.best], self.scores[uniform], len(self.scores) + len(self.screened) + self.probed,
             tuple(self.curve), tuple(self.holdout_curve), tuple(self.predictions),
             self.notes, tuple(self.incumbents),
         )  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
-from msp_plugin.allocators.search import Search, _Local
+from msp_plugin.allocators.search import Search
 from msp_plugin.errors import NumericsError
 
 
@@ -140,19 +140,51 @@ def test_rounds_without_a_move_look_at_more_samples():
     assert [len(samples) for _, samples, *_ in loss.asked] == [4, 8, 10, *[10] * 4]
 
 
-def test_known_slopes_fade_and_a_unit_that_moved_starts_anew():
-    local = _Local(2, 3, decay=0.5)
-    slopes, draws = np.ones((4, 2, 3)), np.full((4, 2, 3), 2.0)
-    slopes[:, :, 0] = draws[:, :, 0] = np.nan
-    local.add((0, 0), slopes, draws)
-    assert local.cost().tolist() == [[0, 3, 3], [0, 3, 3]]
-    local.add((0, 1), np.full((1, 2, 3), 7.0), np.zeros((1, 2, 3)))
-    old = (0.5 * 4 * 3 + 7) / (0.5 * 4 + 1)
-    assert local.cost() == pytest.approx(np.array([[0, old, old], [7, 0, 7]]))
+def distorted(problem, number):
+    """A loss whose slopes err for every move by a factor of its own, the same in every round."""
+    loss = QuadraticLoss(problem, number, cross=0.3, noise=0.05)
+    measure = loss.slopes
+    factors = 1 + np.random.default_rng(number).normal(0, 1, loss.change.shape[:2])
+
+    def slopes(choice, samples, reach, seed):
+        found, draws = measure(choice, samples, reach, seed)
+        return found * np.where(found > 0, factors, 2 - factors), draws
+
+    loss.slopes = slopes
+    return loss
 
 
-def test_a_level_without_a_finite_slope_is_unknown_and_one_that_changes_nothing_costs_nothing():
-    local = _Local(1, 4, decay=0.5)
-    slopes = np.array([[[np.inf, np.nan, 0.0, 2.0]], [[1.0, np.nan, 0.0, np.nan]]])
-    local.add((1,), slopes, np.array([[[0.0, np.nan, 0.0, np.inf]], [[2.0, np.nan, 0.0, 1.0]]]))
-    assert local.cost().tolist() == [[3.0, 0.0, 0.0, np.inf]]
+def test_moves_measured_alone_find_what_wrong_slopes_hide():
+    problem = problem_of(SHAPES * 2)
+    for number in range(4):
+        with_probes, without = (
+            Search(probes=probes).allocate(inputs_of(problem, distorted(problem, number), holdout=None)).loss
+            for probes in (12, 0)
+        )
+        assert with_probes < 0.995 * without
+
+
+def test_what_is_measured_off_the_budget_is_one_move_and_never_a_result():
+    problem, seen = problem_of(SHAPES), 0
+    for number in range(4):
+        given_inputs = inputs_of(problem, distorted(problem, number))
+        found = Search(probes=3, proposals=2).allocate(given_inputs)
+        loss = given_inputs.loss
+        off = [c for c in {*loss.few, *loss.full} if problem.total_kept(c) != problem.budget.kept]
+        seen += len(off)
+        for choice in off:
+            assert min(np.not_equal(choice, kept).sum() for kept in loss.kept) == 1
+        results = {found.choice, *(choice for _, choice in found.incumbents), *loss.kept}
+        assert not results & set(off)
+        assert {value for _, value in found.curve} <= {loss.exact(c) for c in loss.full if c not in off}
+    assert seen
+
+
+def test_no_more_moves_are_measured_alone_than_asked_for():
+    problem = problem_of(SHAPES)
+    for probes in (0, 2):
+        given_inputs = inputs_of(problem, distorted(problem, 0))
+        Search(probes=probes, rounds=5, patience=9).allocate(given_inputs)
+        loss = given_inputs.loss
+        off = [c for c in loss.few if problem.total_kept(c) != problem.budget.kept]
+        assert len(off) <= 5 * probes and (off or not probes)
