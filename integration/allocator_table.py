@@ -21,7 +21,7 @@ from pathlib import Path
 MODELS, METHODS, SPARSITIES = ("llama", "qwen2"), ("sparsegpt", "wanda"), ("0.625", "0.75", "0.875")
 #: EvoPress: 400 generations of 64 for the 224 layers of a 7B model are 57 for the 32 units of a demo model; the
 #: table runs a quarter of them (integration/search_bench.py runs all), with its token ladder divided by 8, as
-#: the samples are. MSP: the budget of `msp demo` up to version 0.2.
+#: the samples are. MSP: about as many forward tokens.
 EVOPRESS = {
     "name": "evopress", "generations": 14, "tokens_per_selection": [256, 2048, 8192], "tokens": 12288,
 }  # fmt: skip
@@ -33,8 +33,8 @@ ALLOCATORS = {
     "knapsack, weight error": {"name": "knapsack", "surrogate": "weight"},
     "knapsack, output error": {"name": "knapsack", "surrogate": "output"},
     "knapsack, Fisher": {"name": "knapsack", "surrogate": "fisher"},
-    "knapsack, replace-one KL": {"name": "knapsack", "surrogate": "kl"},
-    "msp": {"name": "msp", "population": 12, "generations": 12, "offspring": 10, "tokens": 4096},
+    "knapsack, replace-one KL": {"name": "knapsack", "surrogate": "kl", "tokens": 4096},
+    "msp": {"name": "msp", "population": 12, "generations": 6, "offspring": 9, "tokens": 12288},
     "evopress": EVOPRESS,
     "search": {"name": "search", "tokens": 12288, "holdout": 4096},
 }  # fmt: skip
@@ -86,30 +86,28 @@ def summary(cells: dict[tuple[str, str, str], dict]) -> list[dict]:
                 "seeds": len(rows), "errors": [row["error"] for row in rows if row["error"]],
             }  # fmt: skip
             done = [row for row in rows if not row["error"]]
-            for key in ("perplexity", "kl", "holdout_loss", "forward_tokens", "seconds"):
-                values = [row[key] for row in done if row[key] is not None]
-                entry[key] = statistics.mean(values) if values else None
-                entry[f"{key}_spread"] = statistics.stdev(values) if len(values) > 1 else None
+            for key in (
+                "perplexity",
+                "kl",
+                "holdout_loss",
+                "forward_tokens",
+                "sensitivity_tokens",
+                "seconds",
+            ):
+                values = [row[key] for row in done]
+                known = values and None not in values  # a seed whose loss is not finite is no part of a mean
+                entry[key] = statistics.mean(values) if known else None
+                entry[f"{key}_spread"] = statistics.stdev(values) if known and len(values) > 1 else None
             entry["pairs"] = [[row["database"]["kl"], row["kl"]] for row in done]
             found.append(entry)
     return found
 
 
-def ranks(values: list[float]) -> list[float]:
-    """Return ranks from 0; equal values share the mean of theirs."""
-    ordered = sorted(values)
-    return [(2 * ordered.index(v) + ordered.count(v) - 1) / 2 for v in values]
+def is_tie(entry: dict, best: dict) -> bool:
+    """True if the KL is no further from the best than the noise."""
+    from msp_plugin.report.statistics import within_noise
 
-
-def spearman(pairs: list[list[float]]) -> float:
-    """Return Spearman's rank correlation of pairs."""
-    return statistics.correlation(ranks([a for a, _ in pairs]), ranks([b for _, b in pairs]))
-
-
-def within_noise(entry: dict, best: dict) -> bool:
-    """True if the KL is no further from the best than twice the larger spread over seeds."""
-    spread = max(entry["kl_spread"] or 0.0, best["kl_spread"] or 0.0)
-    return entry["kl"] <= best["kl"] + 2 * spread
+    return within_noise(entry["kl"], entry["kl_spread"], best["kl"], best["kl_spread"])
 
 
 def by_cell(entries: list[dict]) -> dict[tuple[str, str, float], dict[str, dict]]:
@@ -134,7 +132,10 @@ def markdown(entries: list[dict]) -> str:
             "|---|" + "---|" * (len(own) + 1),
         ]
         for allocator in [name for name in ALLOCATORS if any(e["allocator"] == name for e in entries)]:
-            tokens = [rows[allocator]["forward_tokens"] for rows in own.values() if allocator in rows]
+            tokens = [
+                rows[allocator]["forward_tokens"] + rows[allocator]["sensitivity_tokens"]
+                for rows in own.values() if allocator in rows
+            ]  # fmt: skip
             mean = f"{statistics.mean(tokens):,.0f}" if tokens else ""
             lines.append(
                 f"| {allocator} | "
@@ -145,6 +146,12 @@ def markdown(entries: list[dict]) -> str:
     return "\n\n".join(tables)
 
 
+def _options(spec: str | dict) -> str:
+    """Return the options of an allocator but those that only say what it is."""
+    named = {} if isinstance(spec, str) else {k: v for k, v in spec.items() if k not in ("name", "surrogate")}
+    return ", ".join(f"{key} {value}" for key, value in named.items())
+
+
 def _text(rows: dict[str, dict], allocator: str) -> str:
     if allocator not in rows:
         return "failed"
@@ -153,7 +160,7 @@ def _text(rows: dict[str, dict], allocator: str) -> str:
     text = f"{entry['kl']:.3f}{spread} ({entry['perplexity']:.2f})"
     if entry is best:
         return f"**{text}**"
-    return text + (" =" if within_noise(entry, best) else "")
+    return text + (" =" if is_tie(entry, best) else "")
 
 
 def verdicts(entries: list[dict]) -> tuple[list[str], list[str]]:
@@ -165,13 +172,28 @@ def verdicts(entries: list[dict]) -> tuple[list[str], list[str]]:
             behind_best.append(f"{name}: search failed")
             continue
         best = min(rows.values(), key=lambda e: e["kl"])
-        if not within_noise(rows["search"], best):
+        if not is_tie(rows["search"], best):
             behind_best.append(
                 f"{name}: search {rows['search']['kl']:.4f}, {best['allocator']} {best['kl']:.4f}"
             )
         if "uniform" in rows and rows["search"]["kl"] > rows["uniform"]["kl"]:
             behind_uniform.append(name)
     return behind_best, behind_uniform
+
+
+def sensitivity_tokens(allocator: str, texts: dict) -> int:
+    """Return the forward tokens of the sensitivities that an allocator of the table reads, of all calibration samples."""
+    import torch
+
+    from msp_plugin.calibration import CalibrationSet
+    from msp_plugin.plugins import Plugins
+    from msp_plugin.sensitivity.fisher import BACKWARD
+
+    count, plugins = texts["calibration"]["samples"], Plugins()
+    one = torch.zeros(texts["calibration"]["tokens"] // count, dtype=torch.int64)
+    data, built = CalibrationSet((one,) * count, ""), plugins.build("allocators", ALLOCATORS[allocator])
+    read = (plugins.build("estimators", name).forward_tokens(data) for name in built.sensitivities)
+    return sum(read) + (BACKWARD * data.tokens if "fisher" in built.errors else 0)
 
 
 def taken_over(entries: list[dict], cells: dict[tuple[str, str, str], dict], earlier: dict) -> list[dict]:
@@ -186,13 +208,15 @@ def taken_over(entries: list[dict], cells: dict[tuple[str, str, str], dict], ear
     known = {(e["model"], e["method"], e["sparsity"]) for e in entries}
     have = {(e["model"], e["method"], e["sparsity"], e["allocator"]) for e in entries}
     return entries + [
-        e for e in earlier["cells"]
+        {"sensitivity_tokens": sensitivity_tokens(e["allocator"], earlier["texts"]), **e} for e in earlier["cells"]
         if (cell := (e["model"], e["method"], e["sparsity"])) in known and (*cell, e["allocator"]) not in have
     ]  # fmt: skip
 
 
 def write(cells: dict[tuple[str, str, str], dict], out: Path, earlier: dict | None = None) -> int:
     """Write allocators.json and allocators.md; return 1 if search is behind uniform anywhere."""
+    from msp_plugin.report.statistics import rank_correlation
+
     entries, said = summary(cells), ""
     if earlier:
         own = ", ".join(dict.fromkeys(e["allocator"] for e in entries))
@@ -210,8 +234,13 @@ def write(cells: dict[tuple[str, str, str], dict], out: Path, earlier: dict | No
         "ladder divided by 8. At 87.5 % the menu has 1:16 and 1:32 "
         "beside the default levels, whose sparsest is 1:8. Bold: "
         "least KL of the cell; `=`: within twice the spread of it. Forward tokens: what the allocator put "
-        "through the model to measure candidates, mean over the cells; sensitivities and the level database, "
-        "which read the calibration samples, are not in it." + said,
+        "through the model, mean over the cells: candidates, and the sensitivities that it reads, a backward pass "
+        "counting as two forward passes; the level database, which all measure with, is not in it. The search text "
+        "has 12,288 tokens, on which atp, msp, evopress and search measure candidates, the replace-one KL on 4,096 "
+        "of them; search looks at 4,096 more, its hold-out. Options: "
+        + "; ".join(f"{name} {_options(spec)}" for name, spec in ALLOCATORS.items() if _options(spec))
+        + "; all others are the defaults."
+        + said,
         "",
         markdown(entries),
         "",
@@ -224,14 +253,15 @@ def write(cells: dict[tuple[str, str, str], dict], out: Path, earlier: dict | No
         "cell, of the test KL with the level database's weights (what a search measures) and after the final "
         "pruning:",
         "",
-        "| cell | allocations | correlation |",
+        "| cell | different allocations | correlation |",
         "|---|---|---|",
     ]
     correlations = []
     for cell in cells:
         pairs = [p for e in entries if (e["model"], e["method"], f"{e['sparsity']:g}") == (cell[0], cell[1], f"{float(cell[2]):g}")
                  for p in e["pairs"]]  # fmt: skip
-        rho = spearman(pairs)
+        pairs = sorted(set(map(tuple, pairs)))  # allocations that several found count once
+        rho = rank_correlation(pairs)
         correlations.append({"cell": cell, "allocations": len(pairs), "spearman": rho})
         lines.append(f"| {cell[0]} {cell[1]} {100 * float(cell[2]):g} % | {len(pairs)} | {rho:.3f} |")
     wanted = [(m, p, s) for m in MODELS for p in METHODS for s in SPARSITIES]
@@ -264,7 +294,9 @@ def main() -> int:
         "--join", action="store_true", help="run nothing: make the table of all cells in --work"
     )
     parser.add_argument(
-        "--earlier", type=Path, help="allocators.json whose rows of allocators that --work lacks are taken over"
+        "--earlier",
+        type=Path,
+        help="allocators.json whose rows of allocators that --work lacks are taken over",
     )
     parser.add_argument(
         "--quick", action="store_true", help="qwen2, every method, 75 %%, one seed, three allocators"

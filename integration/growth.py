@@ -30,7 +30,8 @@ CASES = ("100 M, 2 levels", "100 M, 4 levels", "300 M, 2 levels", "300 M, 4 leve
 WHY = """
 Time is linear in the weights. It is not in the levels: statistics and factors serve all of them, so twice the levels
 take about half as long again. Memory of the search grows less than in proportion: beside the model, Fisher diagonals
-and held weights take at most 4 GiB each. CPU seconds and memory compare; wall seconds of some rows were taken beside other work.
+take at most 4 GiB, and pruned weights as much as the model's own or 4 GiB, whichever is more. CPU seconds and memory
+compare; wall seconds of some rows were taken beside other work.
 """
 SEARCH = {"name": "search", "tokens": 1024, "holdout": 1024, "rounds": 0, "seeds": 2}
 
@@ -52,7 +53,7 @@ def grow(size: str, levels: int, folder: str) -> dict[str, float]:
     table, menu, plugins = prunable_layers(model), parse_menu(["dense", *LEVELS[levels]]), Plugins()
     measurements = Measurements(
         model, table, menu, plugins.build("pruners", "sparsegpt"), calibration, search, holdout,
-        {"fisher": plugins.build("estimators", {"name": "fisher", "samples": 2})}, folder, fisher_samples=2,
+        {"fisher": plugins.build("estimators", {"name": "fisher", "samples": 2})}, folder,
     )  # fmt: skip
     found: dict[str, float] = {"parameters": sum(p.numel() for p in model.parameters())}
 

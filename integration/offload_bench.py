@@ -96,7 +96,7 @@ def search(way: str, model: Path, folder: str) -> dict[str, object]:
     table, menu = prunable_layers(loaded), parse_menu(["dense", *LEVELS])
     measurements = Measurements(
         loaded, table, menu, pruner, calibration, part, holdout,
-        {"fisher": plugins.build("estimators", {"name": "fisher", "samples": 2})}, folder, fisher_samples=2,
+        {"fisher": plugins.build("estimators", {"name": "fisher", "samples": 2})}, folder,
     )  # fmt: skip
     found: dict[str, object] = {"parameters": size // 4, "model_gb": size / 1e9}
 

@@ -16,6 +16,8 @@ import statistics
 import time
 from pathlib import Path
 
+#: Of 64 calibration samples: the seeds of a search need no more, and each counts as three forward passes, twice.
+FISHER = {"name": "fisher", "samples": 16}
 EVOPRESS = {"name": "evopress", "generations": 57, "tokens_per_selection": (256, 2048, 8192), "tokens": 12288}
 SEARCH = {"name": "search", "tokens": 12288, "holdout": 4096}
 
@@ -40,7 +42,7 @@ def bench_model(model_name: str, method: str, sparsity: str, cache: str | None):
     plugins = Plugins()
     measurements = Measurements(
         model, table, menu, plugins.build("pruners", method), type(samples)(calibration, "calibration"),
-        search, holdout, {"fisher": plugins.build("estimators", "fisher")}, cache,
+        search, holdout, {"fisher": plugins.build("estimators", FISHER)}, cache,
     )  # fmt: skip
     return measurements, AllocationProblem(table, menu, parse_sparsity(sparsity)), unseen
 
@@ -48,7 +50,10 @@ def bench_model(model_name: str, method: str, sparsity: str, cache: str | None):
 def search_trail(
     measurements, problem, unseen, spec: dict, seed: int
 ) -> tuple[list[tuple[int, float]], float, float]:
-    """Return (forward tokens and loss on unseen text of each incumbent, that of uniform, seconds)."""
+    """Return (forward tokens and loss on unseen text of each incumbent, that of uniform, seconds).
+
+    The tokens are those that measured candidates and, before them, those of the sensitivities.
+    """
     from msp_plugin.candidates import CandidateLoss
     from msp_plugin.exchange import CandidateWeights
     from msp_plugin.plugins import Plugins
@@ -59,8 +64,9 @@ def search_trail(
         held = {choice: loss(choice) for choice in dict.fromkeys(c for _, c in result.incumbents)}
         held.setdefault(result.choice, loss(result.choice))
         uniform = loss(problem.uniform())
-    points = [(tokens, held[choice]) for tokens, choice in result.incumbents]
-    return [*points, (record["forward_tokens"], held[result.choice])], uniform, record["seconds"]
+    before = record["sensitivity_tokens"]
+    points = [(before + tokens, held[choice]) for tokens, choice in result.incumbents]
+    return [*points, (before + record["forward_tokens"], held[result.choice])], uniform, record["seconds"]
 
 
 def add_peers(record: dict, cell: tuple[str, str, str], seeds: list[int], cache: str | None) -> None:
@@ -243,7 +249,8 @@ def markdown(record: dict) -> str:
         f"Made by `python integration/search_bench.py`; {record['machine']}. KL in nats per token on text that "
         "neither search saw. *Reached*: forward tokens after which what our search would have returned was as "
         "good as EvoPress' final allocation; a backward pass counts as two forward passes, the tokens that only "
-        "tell when to stop are counted, sensitivities from calibration samples are not.",
+        "tell when to stop are counted, and so are the sensitivities that it starts from (of 16 samples); the level "
+        "database, which both need, is not." + record.get("said", ""),
         "",
         "| model | method | zeros | seed | uniform | EvoPress (tokens) | search (tokens) | reached | share |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -301,8 +308,12 @@ def main() -> int:
         (args.out / "search.md").write_text(markdown(record))
         return 0
 
-    earlier = json.loads(args.earlier.read_text())["searches"] if args.earlier else []
+    before = json.loads(args.earlier.read_text()) if args.earlier else {"searches": []}
+    earlier = before["searches"]
+    said = f" EvoPress' runs are an earlier record's ({before['machine']})." if earlier else ""
     record = {
+        "said": said,
+        "peers": before.get("peers", []),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "solver": solver(),
         "prefix": [prefix_reuse(model, args.cache) for model in args.models],

@@ -21,9 +21,9 @@ from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
 from msp_plugin.evaluation import summed_cross_entropy, summed_kl
 from msp_plugin.exchange import CandidateWeights
-from msp_plugin.memory import in_parts, is_out_of_memory, short_of_memory
+from msp_plugin.memory import Part, cache_bytes, free_cached, in_parts, is_out_of_memory, short_of_memory
 from msp_plugin.models import input_device, onloaded
-from msp_plugin.prefix import Prefix
+from msp_plugin.prefix import Prefix, last_outputs, run_tail, tail_is_exact
 from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.slopes import FORWARD_EQUIVALENT, measure_slopes
 
@@ -39,7 +39,8 @@ SHARES = 8
 class _Reference:
     """What the KL to the dense model needs of one sample.
 
-    ``kept`` is the dense input of the head where the head is a plain linear, else the logits. With a plain
+    ``kept`` is the dense input of the head where the head is a plain linear; else the output of the last block
+    where the model makes the same logits of it again, e.g. if it scales or caps them; else the logits. With a plain
     head in float32 the KL needs only the entropy [T] and the expected row of the head [T, D],
     e_t = sum_v p_tv w_v, because sum_v p_tv z_tv = h_t . e_t for any candidate's head input h and logits z.
     Where the head has a bias, its expectation sum_v p_tv b_v is added to the entropy.
@@ -59,6 +60,7 @@ class CandidateLoss:
     Args:
         weights: an entered CandidateWeights.
         reuse: run a candidate from the first block that differs from the kept choice.
+        activation_bytes: of the kept choice's activations; None: ACTIVATION_BYTES, or what memory.cache_bytes gives.
         ranks: share the batches; each has the model, the data and the database.
     """
 
@@ -70,7 +72,7 @@ class CandidateLoss:
         batch_tokens: int = 4096,
         *,
         reuse: bool = True,
-        activation_bytes: int = ACTIVATION_BYTES,
+        activation_bytes: int | None = None,
         ranks: Ranks = ALONE,
     ):
         self.weights, self.data, self.objective, self.ranks = weights, data, objective, ranks
@@ -80,7 +82,11 @@ class CandidateLoss:
         self.forward_tokens = 0
         self._ids = [s.to(input_device(self.model)) for s in data.samples]
         self._head: torch.nn.Module | None = None
+        #: True if logits are made of the last block's output again.
+        self._tail = False
         self._reference: list[_Reference] = []
+        if activation_bytes is None:
+            activation_bytes = cache_bytes(input_device(self.model), ACTIVATION_BYTES)
         self._prefix = Prefix(self.model, activation_bytes // max(data.tokens, 1)) if reuse else None
         self._kept: Choice | None = None
         #: Tokens of a batch that fit into memory; batches stay as they are, so that ranks have the same ones.
@@ -99,9 +105,11 @@ class CandidateLoss:
         Raises:
             NumericsError: its logits are not finite.
         """
-        self.weights.set(None)
+        self._set(None)
         if self.objective == "kl":
             (self._head,) = self._fitting([0], lambda _: self._plain_head())
+            if self._head is None:
+                (self._tail,) = self._fitting([0], lambda _: tail_is_exact(self.model, self._ids[0][None]))
             self._reference = [None] * len(self._ids)  # type: ignore[list-item]
             for group in self._batches(range(len(self._ids))):
                 self._fitting(group, self._prepare)
@@ -112,7 +120,10 @@ class CandidateLoss:
         return self
 
     def _prepare(self, group: list[int]) -> None:
-        hidden, logits = self._forward(group)
+        with last_outputs(self.model) as outputs:
+            hidden, logits = self._forward(group)
+        if self._tail:
+            hidden = outputs[0]
         if not torch.isfinite(logits).all():
             raise NumericsError(
                 "the dense model's logits on the search text are not finite",
@@ -131,7 +142,7 @@ class CandidateLoss:
     @torch.no_grad()
     def __call__(self, choice: Choice, samples: Sequence[int] | None = None) -> float:
         """Return the mean loss of a choice over the samples (default: all); ``inf`` if it is not a number."""
-        self.weights.set(choice)
+        self._set(choice)
         first = self._first_difference(choice)
         samples = range(len(self._ids)) if samples is None else samples
 
@@ -153,6 +164,40 @@ class CandidateLoss:
             hidden, logits = self._forward(group)
         return self._loss(group, hidden, logits)
 
+    def _set(self, choice: Choice | None) -> None:
+        """Let the model hold the weights of a choice.
+
+        Raises:
+            ModelError: they do not fit beside the model's own.
+        """
+        try:
+            self._relieved(lambda: self.weights.set(choice))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise short_of_memory("a candidate's weights do", "--offload", error) from error
+
+    def _relieved(self, work: Callable[[], Part]) -> Part:
+        """Return what ``work`` does; where memory does not suffice, after letting go of what is held for later.
+
+        That is pruned weights and activations, and none are held any more then.
+        """
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or not self._hold_nothing():
+                raise
+        free_cached()  # here, where no traceback holds the tensors of what failed
+        return work()
+
+    def _hold_nothing(self) -> bool:
+        activations = self._prefix is not None and self._prefix.holds
+        if activations:
+            self._prefix = None
+        if held := self.weights.hold_nothing() or activations:
+            log.warning("memory is short: no weights or activations are held for later candidates any more")
+        return held
+
     def _fitting(self, group: list[int], measure: Callable[[list[int]], Any]) -> list[Any]:
         """Return what ``measure`` gives for a batch, or for the parts of it that fit into memory, then and later.
 
@@ -164,7 +209,7 @@ class CandidateLoss:
         found: list[Any] = []
         for first in range(0, len(group), size):
             batch = group[first : first + size]
-            parts = in_parts(measure, batch, length)
+            parts = in_parts(lambda some: self._relieved(lambda: measure(some)), batch, length)
             found += parts
             if len(parts) > 1:
                 self._fits = -(-len(batch) // len(parts)) * length
@@ -199,7 +244,7 @@ class CandidateLoss:
         self, choice: Choice, samples: Sequence[int], reach: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return how the loss changes when one unit moves by up to ``reach`` levels (see TrueLoss.slopes)."""
-        self.weights.set(choice)
+        self._set(choice)
         units = {layer.name: u for u, unit in enumerate(self.problem.table) for layer in unit.layers}
 
         def changes(layer: str) -> tuple[int, dict[int, torch.Tensor]]:
@@ -216,18 +261,17 @@ class CandidateLoss:
             return self._graph_loss(samples[number], logits)
 
         def measure(number: int) -> tuple[np.ndarray, np.ndarray]:
-            try:
-                return measure_slopes(
-                    self.model, list(units), [self._ids[samples[number]]], lambda _, logits: loss(number, logits),
-                    changes, (len(choice), len(self.problem.menu)), _generator(seed, number),
-                )  # fmt: skip
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise short_of_memory(self.lengths[samples[number]], error) from error
+            return measure_slopes(
+                self.model, list(units), [self._ids[samples[number]]], lambda _, logits: loss(number, logits),
+                changes, (len(choice), len(self.problem.menu)), _generator(seed, number),
+            )  # fmt: skip
+
+        def alone(number: int) -> tuple[np.ndarray, np.ndarray]:
+            length = self.lengths[samples[number]]
+            return in_parts(lambda some: self._relieved(lambda: measure(*some)), [number], length)[0]
 
         self.forward_tokens += FORWARD_EQUIVALENT * sum(self.lengths[i] for i in samples)
-        parts = self.ranks.spread(range(len(samples)), measure)
+        parts = self.ranks.spread(range(len(samples)), alone)
         slopes, draws = (np.concatenate(found) for found in zip(*parts, strict=True))
         # Where a sample does not reach a unit that others do, e.g. an expert, its loss does not change.
         missed, asked = np.isnan(slopes).all(axis=2), ~np.isnan(slopes).all(axis=0)
@@ -283,7 +327,7 @@ class CandidateLoss:
 
     def _refer(self, hidden: torch.Tensor | None, logits: torch.Tensor) -> _Reference:
         if self._head is None:
-            return _Reference(logits.clone())
+            return _Reference((hidden if self._tail else logits).clone())
         if not logits.dtype == self._head.weight.dtype == torch.float32:
             return _Reference(hidden.clone())
         logp = logits.log_softmax(-1)
@@ -294,9 +338,14 @@ class CandidateLoss:
         return _Reference(hidden.clone(), entropy, p @ self._head.weight)
 
     def _dense_logp(self, i: int) -> torch.Tensor:
-        kept = self._reference[i].kept
         with torch.no_grad():
-            return (kept if self._head is None else self._head(kept)).float().log_softmax(-1)
+            return self._logits(self._reference[i].kept[None])[0].float().log_softmax(-1)
+
+    def _logits(self, kept: torch.Tensor) -> torch.Tensor:
+        """Return the dense logits [B, T, V] of what was kept of them."""
+        if self._tail:
+            return run_tail(self.model, kept)
+        return kept if self._head is None else self._head(kept)
 
     def _loss(self, group: list[int], hidden: torch.Tensor | None, logits: torch.Tensor) -> tuple[float, int]:
         """Return the summed loss of a batch and the count of positions that it sums over."""
@@ -313,8 +362,7 @@ class CandidateLoss:
             dot = (hidden * expected).sum(-1, dtype=torch.float64)
             kl = logits.logsumexp(-1).double() - dot - entropy
             return float(kl.sum()), kl.numel()
-        kept = torch.stack([r.kept for r in references])
-        dense = kept if self._head is None else self._head(kept)
+        dense = self._logits(torch.stack([r.kept for r in references]))
         return summed_kl(dense.flatten(0, 1), logits.flatten(0, 1)), logits[..., 0].numel()
 
 

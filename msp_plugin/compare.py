@@ -40,6 +40,7 @@ from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plugins import Plugins, spec_of
 from msp_plugin.ranks import ALONE, LostError, Ranks
 from msp_plugin.samples import Samples, Text, load_samples
+from msp_plugin.writing import is_full
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -211,6 +212,8 @@ class _Bench:
             except (LostError, OSError):
                 raise
             except Exception as error:  # rank 0 meets it again, for its row
+                if is_full(error):
+                    raise
                 log.info("%s at %s: %s", plan.allocator.name, plan.sparsity, error)
         self.ranks.leave()
         self.ranks, self.fresh = ALONE, False
@@ -240,11 +243,13 @@ class _Bench:
             units = [[layer.name for layer in unit.layers] for unit in self.table]
             key = f"{held.database.key} {digest(units)[:16]} {','.join(row['levels'])}"
             row |= finals.get(key, partial(self._final, held, plan, problem, result.choice))
+        except OSError:
+            raise
         except MSPError as error:
+            if is_full(error):
+                raise
             log.warning("%s at %s: %s", label, plan.sparsity, error)
             row["error"] = str(error)
-        except OSError:  # a full disk
-            raise
         except Exception as error:  # a plugin's bug must not cost the rows of all others
             log.exception("%s at %s", label, plan.sparsity)
             row["error"] = f"{type(error).__name__}: {error}"
@@ -292,12 +297,6 @@ def _named(quality: tuple[float, float]) -> dict[str, float | None]:
 
 def _prefixed(prefix: str, progress: StepProgress) -> StepProgress:
     return lambda step, done, total: progress(f"{prefix}: {step}", done, total)
-
-
-def spread(values: Sequence[float]) -> float:
-    """Return the sample standard deviation; 0.0 for one value."""
-    mean = sum(values) / len(values)
-    return (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)) ** 0.5
 
 
 def cells(

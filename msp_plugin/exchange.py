@@ -10,7 +10,8 @@ import torch
 
 from msp_plugin.allocators.base import Choice
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.models import is_offloaded, offload_cache, offload_hook, onloaded, weight_device
+from msp_plugin.memory import cache_bytes
+from msp_plugin.models import input_device, is_offloaded, offload_cache, offload_hook, onloaded, weight_device
 from msp_plugin.plan.budget import AllocationProblem
 
 #: Pruned weights held in memory, so that a level that comes back is not read from disk again.
@@ -25,7 +26,8 @@ class CandidateWeights:
     more than ``held_bytes`` of pruned weights are in memory, and nothing of the dense ones.
 
     Args:
-        held_bytes: of pruned weights that are kept for the next candidates.
+        held_bytes: of pruned weights that are kept for the next candidates, beside those of the present one;
+            None: WEIGHT_BYTES, or what memory.cache_bytes gives.
     """
 
     def __init__(
@@ -33,10 +35,10 @@ class CandidateWeights:
         model: torch.nn.Module,
         database: LevelDatabase,
         problem: AllocationProblem,
-        held_bytes: int = WEIGHT_BYTES,
+        held_bytes: int | None = None,
     ):
         self.model, self.database, self.problem = model, database, problem
-        self._limit = held_bytes
+        self._limit = cache_bytes(input_device(model), WEIGHT_BYTES) if held_bytes is None else held_bytes
         self._held: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
         self._bytes = 0
         self._places: dict[str, _InMemory | _Hooked | _Cached] = {}
@@ -78,6 +80,14 @@ class CandidateWeights:
             return lambda: weight
         return give
 
+    def hold_nothing(self) -> bool:
+        """Hold no pruned weights for later from now on; return False, and change nothing, if none are held."""
+        if not self._held:
+            return False
+        self._held.clear()
+        self._bytes = self._limit = 0
+        return True
+
     def put(self, weights: Mapping[str, torch.Tensor] | Weights) -> None:
         """Let the model hold weights [out, in] from elsewhere, by layer name, until the next ``set``.
 
@@ -105,8 +115,9 @@ class CandidateWeights:
             weight = self.database.weight(layer, level).to(place.at, place.dtype)
             self._held[key] = weight
             self._bytes += weight.nbytes
-            while self._bytes > self._limit and len(self._held) > 1:
+            while self._bytes > self._limit and (len(self._held) > 1 or not self._limit):
                 self._bytes -= self._held.popitem(last=False)[1].nbytes
+            return weight
         self._held.move_to_end(key)
         return self._held[key]
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ def default_cache() -> Path:
     if base:
         return Path(base).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "msp_plugin"
+
+
+def cache_directory(cache: str | None) -> Path:
+    """Return the cache that was asked for, ``~`` being the user's home, or the default one."""
+    return Path(cache).expanduser() if cache else default_cache()
 
 
 @contextmanager
@@ -48,7 +53,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write sorted, indented JSON whole or not at all."""
-    write_text(path, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    text = json.dumps(_finite(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def _finite(data: Any) -> Any:
+    """Return JSON data with null for numbers that are infinite or none, which JSON cannot say."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return finite(data) if isinstance(data, float) else data
 
 
 def check_output(path: str | Path) -> Path:
@@ -107,6 +122,9 @@ def output_directory(path: Path) -> Iterator[Path]:
         else:
             temporary.rename(path)
     except OSError as error:
+        whole = temporary.with_suffix(".whole")  # what ends in .partial the next run to this path removes
+        with suppress(OSError):
+            temporary = temporary.rename(whole)
         raise OutputError(
             f"cannot move the finished run to {path}: {error}", hint=f"it is whole in {temporary}"
         ) from error

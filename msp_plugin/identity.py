@@ -6,7 +6,10 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+from abc import ABC
+from collections.abc import Iterable
 from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
 
@@ -15,18 +18,29 @@ def digest(key: Any) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def source_digest(component: object) -> str:
-    """Return the SHA-256 of the source of a component's classes and their modules, in hex.
+def source_digest(*classes: type, modules: Iterable[ModuleType] = ()) -> str:
+    """Return the SHA-256 of the source of classes, with that of the modules that define them, in hex.
 
     A class that was typed at a prompt has no source and counts by its name alone.
+
+    Args:
+        modules: further ones.
     """
     found = hashlib.sha256()
-    for cls in type(component).__mro__:
-        if cls is not object:
-            found.update(cls.__qualname__.encode())
-            with suppress(OSError, TypeError):
-                found.update(inspect.getsource(inspect.getmodule(cls)).encode())
+    owners = [inspect.getmodule(cls) for cls in classes]
+    for cls in classes:
+        found.update(cls.__qualname__.encode())
+    for module in dict.fromkeys([*owners, *modules]):  # each once, in the order given
+        with suppress(OSError, TypeError):
+            found.update(inspect.getsource(module).encode())
     return found.hexdigest()
+
+
+def component_digest(component: object, modules: Iterable[ModuleType] = ()) -> str:
+    """Return the source_digest of a component's class and its bases."""
+    return source_digest(
+        *(cls for cls in type(component).__mro__ if cls not in (object, ABC)), modules=modules
+    )
 
 
 def versions() -> dict[str, str]:

@@ -15,12 +15,14 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from msp_plugin.allocators.base import Choice, TrueLoss
+from msp_plugin.errors import OutputError
 from msp_plugin.files import replacing
 from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.writing import writing
@@ -47,8 +49,11 @@ class Journal:
         self.identity = json.loads(json.dumps({"schema": SCHEMA, **identity}, default=str))
         self._values: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
-        if self.path is not None and self.path.exists():
-            self._read()
+        if self.path is not None:
+            for left in self.path.parent.glob(f".{self.path.name}.*.partial"):  # by a process that was killed
+                left.unlink(missing_ok=True)
+            if self.path.exists():
+                self._read()
         self._values = ranks.first(lambda: self._values)
 
     def _read(self) -> None:
@@ -87,14 +92,19 @@ class Journal:
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
         line = _line(record)
-        with writing(self.path):
-            self._write(line)
+        try:
+            with writing(self.path):
+                self._write(line)
+        except OutputError:
+            with suppress(OSError):  # what could not be written it tries again
+                self.close()
+            raise
 
     def _write(self, line: bytes) -> None:
         if self._file is None:
@@ -129,7 +139,34 @@ def _record(line: bytes) -> Any:
     return json.loads(text)
 
 
-class RecordedLoss:
+class _Recorded:
+    """Values of a journal with what they cost: forward tokens, and seconds of those that another process measured."""
+
+    def __init__(self, journal: Journal):
+        self.forward_tokens = 0
+        #: What the values that were read had taken to measure, in another process.
+        self.saved_seconds = 0.0
+        self._journal = journal
+        self._mine: set[str] = set()
+
+    def _get(self, key: str, measure: Callable[[], tuple[Any, int]]) -> Any:
+        """Return the value of a key; ``measure`` returns it with its forward tokens where it is missing."""
+
+        def measured() -> dict[str, Any]:
+            began = time.monotonic()
+            value, tokens = measure()
+            self._mine.add(key)
+            return {"value": value, "tokens": tokens, "seconds": round(time.monotonic() - began, 4)}
+
+        held = self._journal.get(key, measured)
+        self.forward_tokens += held["tokens"]
+        if key not in self._mine:
+            self._mine.add(key)
+            self.saved_seconds += held["seconds"]
+        return held["value"]
+
+
+class RecordedLoss(_Recorded):
     """A true loss (see allocators.base.TrueLoss) whose values are in a journal.
 
     The model is not touched before a value is missing: ``make`` is called then.
@@ -141,25 +178,25 @@ class RecordedLoss:
     """
 
     def __init__(self, make: Callable[[], TrueLoss], data: CalibrationSet, journal: Journal, name: str):
+        super().__init__(journal)
         self.data, self.lengths = data, tuple(len(sample) for sample in data.samples)
-        self.forward_tokens = 0
-        #: What the values that were read had taken to measure, in another process.
-        self.saved_seconds = 0.0
-        self._make, self._journal, self._name = make, journal, name
+        self._make, self._name = make, name
         self._loss: TrueLoss | None = None
         self._kept: Choice | None = None
-        self._mine: set[str] = set()
 
     def __call__(self, choice: Choice, samples: Sequence[int] | None = None) -> float:
         key = f"{self._name} {_text(choice)} {'all' if samples is None else _text(samples)}"
-        return self._get(key, lambda loss: loss(choice, samples))
+        return self._get(key, lambda: self._measure(lambda loss: loss(choice, samples)))
 
     def slopes(
         self, choice: Choice, samples: Sequence[int], reach: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
         key = f"{self._name} slopes {_text(choice)} {_text(samples)} {reach} {seed}"
-        found = self._get(key, lambda loss: packed(np.stack(loss.slopes(choice, samples, reach, seed))))
-        slopes, draws = unpacked(found)
+
+        def measure(loss: TrueLoss) -> dict[str, Any]:
+            return packed(np.stack(loss.slopes(choice, samples, reach, seed)))
+
+        slopes, draws = unpacked(self._get(key, lambda: self._measure(measure)))
         return slopes, draws
 
     def keep(self, choice: Choice) -> None:
@@ -167,24 +204,33 @@ class RecordedLoss:
         if self._loss is not None:
             self._loss.keep(choice)
 
-    def _get(self, key: str, measure: Callable[[TrueLoss], Any]) -> Any:
-        def measured() -> dict[str, Any]:
-            if self._loss is None:
-                self._loss = self._make()
-                if self._kept is not None:
-                    self._loss.keep(self._kept)
-            before, began = self._loss.forward_tokens, time.monotonic()
-            value = measure(self._loss)
-            tokens, seconds = self._loss.forward_tokens - before, time.monotonic() - began
-            self._mine.add(key)
-            return {"value": value, "tokens": tokens, "seconds": round(seconds, 4)}
+    def _measure(self, measure: Callable[[TrueLoss], Any]) -> tuple[Any, int]:
+        if self._loss is None:
+            self._loss = self._make()
+            if self._kept is not None:
+                self._loss.keep(self._kept)
+        before = self._loss.forward_tokens
+        value = measure(self._loss)
+        return value, self._loss.forward_tokens - before
 
-        held = self._journal.get(key, measured)
-        self.forward_tokens += held["tokens"]
-        if key not in self._mine:
-            self._mine.add(key)
-            self.saved_seconds += held["seconds"]
-        return held["value"]
+
+class RecordedEstimate(_Recorded):
+    """Sensitivities of pruned models (see allocators.base.AllocationInputs.estimate) that are in a journal.
+
+    Args:
+        measure: returns float64[U] of a name and a choice, and its forward tokens.
+    """
+
+    def __init__(self, measure: Callable[[str, Choice], tuple[Sequence[float], int]], journal: Journal):
+        super().__init__(journal)
+        self._measure = measure
+
+    def __call__(self, name: str, choice: Choice) -> np.ndarray:
+        def measure() -> tuple[dict[str, Any], int]:
+            values, tokens = self._measure(name, choice)
+            return packed(np.array(values)), tokens
+
+        return unpacked(self._get(f"{name} {_text(choice)}", measure))
 
 
 def _text(numbers: Sequence[int]) -> str:

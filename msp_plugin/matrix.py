@@ -34,12 +34,18 @@ class Matrix:
     prune: bool = True
 
     def plan(self, plugins: Plugins, method: Any, sparsity: str, allocator: Any) -> Plan:
-        """Return the plan of one cell.
+        """Return the plan of one cell; of the estimators' options it has those that the allocator reads.
 
         Raises:
             RecipeError: see options.resolve.
         """
         given = {**self.options, "method": method, "sparsity": sparsity, "allocator": allocator}
+        if self.options.get("estimators"):
+            reads, known = plugins.build("allocators", allocator).estimators, plugins.components["estimators"]
+            given["estimators"] = {  # what nobody knows is left for resolve to refuse
+                name: options for name, options in self.options["estimators"].items()
+                if name in reads or name not in known
+            }  # fmt: skip
         return resolve(Options.parse(given), plugins)
 
     def check(self, plugins: Plugins) -> list[Plan]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,13 +18,13 @@ import torch
 from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator, Choice
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss
-from msp_plugin.database.build import build_database, check_space
+from msp_plugin.database.build import BATCH_TOKENS, build_database, check_space
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import HostError, RecipeError, nearest
 from msp_plugin.exchange import CandidateWeights
-from msp_plugin.files import default_cache, finite
-from msp_plugin.identity import digest, source_digest, versions
-from msp_plugin.journal import Journal, RecordedLoss, packed, unpacked
+from msp_plugin.files import cache_directory, finite
+from msp_plugin.identity import component_digest, digest, versions
+from msp_plugin.journal import Journal, RecordedEstimate, RecordedLoss
 from msp_plugin.models import check_loadable, fingerprint, input_device
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DENSE, Level
@@ -34,6 +34,7 @@ from msp_plugin.pruning.base import Pruner
 from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.resume import alone
 from msp_plugin.sensitivity.base import Estimator, unit_sensitivities
+from msp_plugin.sensitivity.fisher import BACKWARD, FisherTrace
 from msp_plugin.sensitivity.fisher_error import fisher_errors
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,13 @@ StepProgress = Callable[[str, int, int], None]
 
 #: Of what is measured and how; a journal of another number is begun anew.
 MEASUREMENT = 1
+
+
+class _Paid(Protocol):
+    """What measured values for an allocator: what that cost."""
+
+    forward_tokens: int
+    saved_seconds: float
 
 
 def no_progress(step: str, done: int, total: int) -> None:
@@ -58,11 +66,12 @@ class Measurements:
     errors are measured when the first of them asks.
 
     Args:
+        pruner: None where nothing asks for the level database.
         calibration: samples of the sensitivities and of the pruning statistics.
         search, holdout: samples that measure candidates, and that tell a search when to stop; None where
             no allocator asks for them.
-        estimators: by name, those that allocators may ask for.
-        fisher_samples: calibration samples of the Fisher-weighted error.
+        estimators: by name, those that allocators may ask for. The Fisher-weighted error is of as many samples
+            as ``fisher`` is.
         fresh: measure anew what the cache holds of this model, method and text.
         ranks: share the measurements; each has the model, the text and the cache.
     """
@@ -70,18 +79,18 @@ class Measurements:
     model: torch.nn.Module
     table: UnitTable
     menu: tuple[Level, ...]
-    pruner: Pruner
+    pruner: Pruner | None
     calibration: CalibrationSet | None
     search: CalibrationSet | None
     holdout: CalibrationSet | None
     estimators: Mapping[str, Estimator]
     cache: str | None = None
-    batch_tokens: int = 4096
-    fisher_samples: int = 128
+    batch_tokens: int = BATCH_TOKENS
     progress: StepProgress = no_progress
     fresh: bool = False
     ranks: Ranks = ALONE
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    _renewed: set[Path] = field(default_factory=set)
 
     @cached_property
     def model_id(self) -> str:
@@ -107,11 +116,14 @@ class Measurements:
         Raises:
             MSPError: see build_database and check_space.
         """
-        database = open_database(self.model_id, self.calibration, self.pruner, self.menu, self.cache)
+        database = open_database(
+            self.model_id, self.calibration, self.pruner, self.menu, self.cache,
+            batch_tokens=self.batch_tokens, device=input_device(self.model).type,
+        )  # fmt: skip
 
         def prepare() -> None:
             if self.fresh:
-                database.clear()
+                database.renew()
             database.tidy()
             check_space(database, self.model, self.table)
 
@@ -140,12 +152,12 @@ class Measurements:
                 raise RecipeError(f"there is no estimator {name!r} here", hint=nearest(name, self.estimators))
             estimator = self.estimators[name]
             key = {
-                "model": self.model_id, "estimator": spec_of(estimator), "code": source_digest(estimator),
+                "model": self.model_id, "estimator": spec_of(estimator), "code": component_digest(estimator),
                 "data": self.calibration.fingerprint if self.calibration and estimator.needs_data else None,
                 "units": [[layer.name for layer in unit.layers] for unit in self.table],
             }  # fmt: skip
-            folder = Path(self.cache or default_cache()) / "sensitivity"
-            with self._journal(folder, name, key, fresh=self.fresh) as journal:
+            folder = cache_directory(self.cache) / "sensitivity"
+            with self._journal(folder, name, key) as journal:
                 began = time.monotonic()
                 report = partial(self.progress, f"sensitivity, {name}")
                 self.sensitivities[name] = self._estimate(name, report, journal)
@@ -177,10 +189,10 @@ class Measurements:
             f"there is no error {name!r}", hint=nearest(name, ("weight", "output", "fisher", "kl"))
         )
 
-    def replace_one(self, tokens: int) -> tuple[np.ndarray, int]:
-        """Return float64[U, K], the KL divergence with one unit pruned and all others dense, and its cost.
+    def replace_one(self, tokens: int) -> tuple[np.ndarray, RecordedLoss]:
+        """Return float64[U, K], the KL divergence with one unit pruned and all others dense, and what measured it.
 
-        Measured on about ``tokens`` tokens of the search text; the cost is in forward tokens.
+        Measured on about ``tokens`` tokens of the search text.
 
         Raises:
             RecipeError: there is no search text.
@@ -204,11 +216,21 @@ class Measurements:
                 for k in range(len(dense)):
                     if k != none[u]:
                         found[u, k] = loss((*none[:u], k, *none[u + 1 :]))
-        return found[:, : len(self.menu)], loss.forward_tokens
+        return found[:, : len(self.menu)], loss
+
+    def _fisher_data(self) -> CalibrationSet:
+        most = getattr(self.estimators.get("fisher"), "samples", FisherTrace.samples)
+        return CalibrationSet(self.calibration.samples[:most], "")
+
+    def sensitivity_tokens(self, allocator: Allocator) -> int:
+        """Return the forward tokens of the sensitivities and errors that an allocator reads, whoever measured them."""
+        data = self.calibration or CalibrationSet((), "none")
+        total = sum(self.estimators[name].forward_tokens(data) for name in allocator.sensitivities)
+        return total + (BACKWARD * self._fisher_data().tokens if "fisher" in allocator.errors else 0)
 
     @cached_property
     def _fisher_error(self) -> np.ndarray:
-        data = CalibrationSet(self.calibration.samples[: self.fisher_samples], "")
+        data = self._fisher_data()
         names = [level.name for level in self.menu if not level.is_dense]
         layers = [layer.name for layer in self.table.layers]
         key = {"data": data.fingerprint, "layers": layers, "database": self.database.key, "version": 1}
@@ -242,53 +264,46 @@ class Measurements:
         if allocator.needs_database and exchanges:
             check_loadable(self.model)
         values = {name: np.array(self.sensitivity(name)) for name in allocator.sensitivities}
-        errors, paid = {}, 0
-        for name in allocator.errors:
-            if name == "kl":
-                errors[name], paid = self.replace_one(allocator.tokens)
-            else:
-                errors[name] = self.error(name)
+        errors = {name: self.error(name) for name in allocator.errors if name != "kl"}
         if allocator.needs_database:
             _ = self.database
         began = time.monotonic()
+        paid: list[_Paid] = []
+        if "kl" in allocator.errors:
+            errors["kl"], part = self.replace_one(allocator.tokens)
+            paid.append(part)
         with self._measured(allocator, problem, seed) as (loss, holdout, estimate):
+            paid += [part for part in (loss, holdout, estimate) if part is not None]
             result = allocator.allocate(
                 AllocationInputs(
-                    problem,
-                    values,
-                    errors,
-                    loss,
-                    seed,
-                    partial(self.progress, "search"),
-                    holdout,
-                    estimate,
-                    lambda: self._clock(loss, holdout),
+                    problem, values, errors, loss, seed, partial(self.progress, "search"), holdout, estimate,
+                    lambda: self._clock(paid),
                 )
-            )
+            )  # fmt: skip
         now = time.monotonic()
         log.info("%s: %d candidates, %.1f s", allocator.name, result.evaluations, now - began)
         for note in result.notes:
-            log.info("%s: %s", allocator.name, note)
-        measured = [part for part in (loss, holdout) if part is not None]
-        read = sum(part.saved_seconds for part in measured)
+            log.warning("%s: %s", allocator.name, note)
+        read = sum(part.saved_seconds for part in paid)
         search = {
             "allocator": allocator.name,
-            "forward_tokens": paid + sum(part.forward_tokens for part in measured),
+            "forward_tokens": sum(part.forward_tokens for part in paid),
+            "sensitivity_tokens": self.sensitivity_tokens(allocator),
             "evaluations": result.evaluations,
             "seconds": round(now - began + read, 3),
             "total_seconds": round(now - start + read, 3),
             "loss": finite(result.loss),
             "uniform_loss": finite(result.uniform_loss),
-            "curve": [list(point) for point in result.curve],
+            "curve": [[tokens, finite(value)] for tokens, value in result.curve],
             "holdout": [[tokens, finite(value)] for tokens, value in result.holdout],
             "predictions": [[finite(value) for value in pair] for pair in result.predictions],
             "notes": list(result.notes),
         }
         return result, search
 
-    def _clock(self, *losses: RecordedLoss | None) -> float:
+    def _clock(self, paid: Sequence[_Paid]) -> float:
         """Return the seconds of rank 0, with those that values had taken which a stopped search left."""
-        read = sum(loss.saved_seconds for loss in losses if loss is not None)
+        read = sum(part.saved_seconds for part in paid)
         return self.ranks.first(lambda: time.monotonic() + read)
 
     @contextmanager
@@ -305,11 +320,11 @@ class Measurements:
         if allocator.stopping_tokens and self.holdout is not None:
             holdout = self.holdout.cut(allocator.stopping_tokens)[1] or None
         about = {
-            "allocator": spec_of(allocator), "code": source_digest(allocator), "seed": seed,
+            "allocator": spec_of(allocator), "code": component_digest(allocator), "seed": seed,
             "search": search and search.fingerprint, "holdout": holdout and holdout.fingerprint,
             "calibration": self.calibration and self.calibration.fingerprint,
             "estimators": [
-                [spec_of(estimator), source_digest(estimator)]
+                [spec_of(estimator), component_digest(estimator)]
                 for name, estimator in sorted(self.estimators.items()) if name in allocator.sensitivities
             ],
         }  # fmt: skip
@@ -321,26 +336,23 @@ class Measurements:
             def loss_on(data: CalibrationSet | None, name: str) -> RecordedLoss | None:
                 return data and self._recorded(weights, data, allocator.objective, journal, name)
 
-            def estimate(name: str, choice: Choice) -> np.ndarray:
-                def measure() -> Any:
-                    weights.set(choice)
-                    return packed(np.array(self._estimate(name, lambda done, total: None)))
+            def measure(name: str, choice: Choice) -> tuple[tuple[float, ...], int]:
+                weights.set(choice)
+                tokens = self.estimators[name].forward_tokens(self.calibration or CalibrationSet((), "none"))
+                return self._estimate(name, lambda done, total: None), tokens
 
-                return unpacked(journal.get(f"{name} {' '.join(map(str, choice))}", measure))
-
-            remeasured = estimate if allocator.remeasures else None
+            remeasured = RecordedEstimate(measure, journal) if allocator.remeasures else None
             yield loss_on(search, "search"), loss_on(holdout, "holdout"), remeasured
 
     @contextmanager
-    def _journal(
-        self, folder: Path, name: str, identity: Mapping[str, Any], *, fresh: bool = False
-    ) -> Iterator[Journal]:
+    def _journal(self, folder: Path, name: str, identity: Mapping[str, Any]) -> Iterator[Journal]:
         """Yield the journal of what the identity names; another process that has it is waited for."""
         device = input_device(self.model).type
         identity = {**identity, "device": device, "measurement": MEASUREMENT, "versions": versions()}
         path = folder / f"{name}-{digest(identity)[:16]}.jsonl"
         with self._alone(path.with_suffix(".lock"), f"it measures {name} of this model and text", wait=True):
-            if fresh:
+            if self.fresh and path not in self._renewed:
+                self._renewed.add(path)
                 self.ranks.first(lambda: path.unlink(missing_ok=True))
             with closing(Journal(path, identity, self.ranks)) as journal:
                 yield journal
@@ -369,14 +381,20 @@ class Measurements:
 
 
 def open_database(
-    model_id: str, data: CalibrationSet | None, pruner: Pruner, menu: tuple[Level, ...], cache: str | None
-) -> LevelDatabase:
-    """Return the level database of a model (its fingerprint), samples, method and levels, built or not."""
+    model_id: str, data: CalibrationSet | None, pruner: Pruner, menu: tuple[Level, ...], cache: str | None,
+    *, batch_tokens: int = BATCH_TOKENS, device: str = "cpu",
+) -> LevelDatabase:  # fmt: skip
+    """Return the level database of a model (its fingerprint), samples, method and levels, built or not.
+
+    How statistics are added up rounds by ``batch_tokens`` and the device.
+    """
     identity = {
         "model": model_id,
         "calibration": data.fingerprint if pruner.needs_statistics else None,
         "method": {**spec_of(pruner), "host": pruner.host, "version": pruner.version()},
         "code": pruner.code(),
-        "torch": torch.__version__,
+        "batch_tokens": batch_tokens if pruner.needs_statistics else None,
+        "device": device,
+        "versions": versions(),
     }
-    return LevelDatabase(Path(cache or default_cache()), identity, menu)
+    return LevelDatabase(cache_directory(cache), identity, menu)

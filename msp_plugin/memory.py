@@ -38,20 +38,26 @@ def in_parts(measure: Callable[[list[int]], Part], group: list[int], tokens: int
         if not is_out_of_memory(error):
             raise
         if len(group) == 1:
-            raise short_of_memory(tokens, error) from error
+            raise short_of_memory(
+                f"one sample of {tokens:,} tokens does", "shorter samples (--length)", error
+            ) from error
     free_cached()  # here, where no traceback holds the tensors of the pass that failed
     half = len(group) // 2
     return in_parts(measure, group[:half], tokens) + in_parts(measure, group[half:], tokens)
 
 
-def short_of_memory(tokens: int, error: BaseException) -> ModelError:
-    """Return the error for a sample that does not fit into memory beside the model."""
+def short_of_memory(what: str, remedy: str, error: BaseException) -> ModelError:
+    """Return the error for what does not fit into memory beside the model, e.g. ``one sample does``."""
     lines = str(error).strip().splitlines()
     return ModelError(
-        f"one sample of {tokens:,} tokens does not fit into memory beside the model{_free()}: "
-        f"{lines[0] if lines else type(error).__name__}",
-        hint="give shorter samples (--length), a smaller dtype, or a device with more memory",
+        f"{what} not fit into memory beside the model{_free()}: {lines[0] if lines else type(error).__name__}",
+        hint=f"give {remedy}, a smaller dtype, or a device with more memory",
     )
+
+
+def cache_bytes(device: torch.device, most: int) -> int:
+    """Return how much may be held for later on a device: ``most``, on a GPU at most an eighth of what is free."""
+    return most if device.type != "cuda" else min(most, torch.cuda.mem_get_info(device)[0] // 8)
 
 
 def free_cached() -> None:

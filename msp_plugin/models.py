@@ -15,6 +15,7 @@ import torch
 
 from msp_plugin.checkpoint.tensors import TensorFiles, read_json
 from msp_plugin.errors import FormatError, ModelError, NumericsError, RecipeError, nearest, shown
+from msp_plugin.identity import source_digest
 from msp_plugin.memory import is_out_of_memory
 from msp_plugin.patterns import check_patterns, matches
 from msp_plugin.plan.bounds import Bounds
@@ -32,6 +33,8 @@ _SIZES = (
     "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "num_hidden_layers",
 )  # fmt: skip
+#: Packages whose version is recorded with whatever depends on it.
+_VERSIONED = ("torch", "transformers", "accelerate", "compressed_tensors", "llmcompressor")
 #: How much longer than the longest stored tensor a size may be: quantized weights hold eight or more in one number.
 _PACKED = 32
 
@@ -405,18 +408,39 @@ def check_finite_weights(model: torch.nn.Module, table: UnitTable) -> None:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Return a hex digest of the model's config and of every parameter's name, dtype, shape and bytes."""
+    """Return a hex digest of the model: its config, code, and every tensor's name, dtype, shape and bytes.
+
+    The tensors are the parameters and the buffers that a checkpoint holds; the code is that of classes that are
+    not from a package whose version is recorded, e.g. a repository's own.
+    """
     digest = hashlib.sha256()
     config: dict[str, Any] = model.config.to_diff_dict()
     for volatile in ("architectures", "_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(_own_code(model).encode())
     tied = model.get_output_embeddings() if getattr(model.config, "tie_word_embeddings", False) else None
     for name, module, parameter in sorted(named_parameters(model), key=lambda named: named[0]):
         if module is tied and is_offloaded(module) and name.endswith(".weight"):
             continue  # in memory it is the embeddings' own and does not come twice
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         with onloaded(module):
-            flat = getattr(module, name.rpartition(".")[2]).detach().contiguous().reshape(-1).cpu()
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(_bytes_of(getattr(module, name.rpartition(".")[2])))
+    for prefix, module in sorted(model.named_modules()):
+        with onloaded(module):
+            for name, buffer in sorted(module._buffers.items()):
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    digest.update(f"{prefix}.{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
+                    digest.update(_bytes_of(buffer))
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().reshape(-1).cpu().view(torch.uint8).numpy()
+
+
+def _own_code(model: torch.nn.Module) -> str:
+    """Return a digest of the code of the model's classes that no recorded version stands for."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__ if cls is not object}
+    own = [cls for cls in classes if cls.__module__.partition(".")[0] not in _VERSIONED]
+    return source_digest(*sorted(own, key=lambda cls: (cls.__module__, cls.__qualname__)))

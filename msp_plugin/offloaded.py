@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from msp_plugin.errors import OutputError
-from msp_plugin.files import default_cache
+from msp_plugin.files import cache_directory
 from msp_plugin.models import named_parameters, offload_cache, offloaded_module, onloaded
+from msp_plugin.writing import check_free
 
 
 def check_room(model: torch.nn.Module, cache: str | None) -> None:
@@ -25,15 +23,8 @@ def check_room(model: torch.nn.Module, cache: str | None) -> None:
     if offloaded_module(model) is None:
         return
     need = sum(p.numel() * p.element_size() for _, _, p in named_parameters(model))
-    wanted = Path(cache or default_cache()).absolute()
-    where = next(p for p in (wanted, *wanted.parents) if p.exists())
-    free = shutil.disk_usage(where).free
-    if need > free:
-        raise OutputError(
-            f"the weights of an offloaded model need {need / 2**30:.1f} GiB on disk when they are pruned, "
-            f"{where} has {free / 2**30:.1f} GiB free",
-            hint="set cache (or MSP_CACHE) to a larger disk",
-        )
+    what = "the pruned weights of an offloaded model need"
+    check_free(cache_directory(cache), need, what, "set cache (or MSP_CACHE) to a larger disk")
 
 
 @contextmanager

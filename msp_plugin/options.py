@@ -192,9 +192,14 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
             raise RecipeError(f"there is no estimator called {shown(name)}", hint=nearest(name, known))
     built = {
         name: plugins.build("estimators", {**options.estimators.get(name, {}), "name": name})
-        for name in {*allocator.sensitivities, *options.estimators}
+        for name in {*allocator.estimators, *options.estimators}
     }
-    estimators = {name: built[name] for name in allocator.sensitivities}
+    if idle := sorted(set(options.estimators) - set(allocator.estimators)):
+        raise RecipeError(
+            f"options of {', '.join(idle)} would have no effect: allocator {allocator.name!r} does not read it",
+            hint=f"it reads {', '.join(allocator.estimators) or 'no estimator'}",
+        )
+    estimators = {name: built[name] for name in allocator.estimators}
     return Plan(
         sparsity, pruner, bounds.menu(menu), tuple(options.targets), tuple(options.ignore), allocator,
         estimators, given, options.seed, options.cache, options.granularity, bounds,

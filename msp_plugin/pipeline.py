@@ -245,6 +245,7 @@ def _uniform(steps: dict[str, Any], plan: Plan) -> dict[str, Any]:
             "targets": [layer.name for layer in plan.given.table.layers],
         }  # fmt: skip
     line["allocator"] = "uniform"
+    line.pop("estimators", None)  # it reads none
     return plain
 
 

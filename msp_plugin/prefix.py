@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from msp_plugin.memory import is_out_of_memory
-from msp_plugin.models import decoder_blocks, is_offloaded
+from msp_plugin.models import decoder_blocks, input_device, is_offloaded
 
 
 class Prefix:
@@ -40,6 +40,11 @@ class Prefix:
     def saved_tokens(self) -> int:
         """Tokens times the share of the blocks that was skipped, so far."""
         return self._skipped // len(self.blocks)
+
+    @property
+    def holds(self) -> bool:
+        """True if any activations are kept."""
+        return any(self._inputs.values())
 
     def forget(self, first: int) -> None:
         """Drop what is beyond block ``first``: the inputs of later blocks are out of date."""
@@ -144,6 +149,47 @@ def skip(block: torch.nn.Module, given: torch.Tensor | None = None) -> Callable[
             block.forward = own
 
     return undo
+
+
+@contextmanager
+def last_outputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Yield a list that receives the last block's output [B, T, D] of each forward pass."""
+    outputs: list[torch.Tensor] = []
+
+    def take(module: torch.nn.Module, args: object, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = decoder_blocks(model)[1][-1].register_forward_hook(take)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def run_tail(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, T, V] that a model makes of the last block's output [B, T, D]; no block runs."""
+    blocks = decoder_blocks(model)[1]
+    undo = [skip(block, hidden) for block in blocks]
+    undo.append(without_embeddings(model, hidden))
+    try:
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=input_device(model))
+        return model(ids, use_cache=False).logits
+    finally:
+        for call in reversed(undo):
+            call()
+
+
+@torch.no_grad()
+def tail_is_exact(model: torch.nn.Module, ids: torch.Tensor) -> bool:
+    """Return True if run_tail gives a model's own logits, bit for bit, for ids int64[1, T]."""
+    with last_outputs(model) as outputs:
+        logits = model(ids, use_cache=False).logits
+    try:
+        return torch.equal(run_tail(model, outputs[0]), logits)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return False  # another calling convention
 
 
 def without_embeddings(model: torch.nn.Module, given: torch.Tensor) -> Callable[[], None]:

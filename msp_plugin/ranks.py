@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from msp_plugin.errors import HostError, MSPError
+from msp_plugin.writing import is_full
 
 if TYPE_CHECKING:
     import torch
@@ -77,13 +78,15 @@ class Ranks:
         Raises:
             MSPError: this rank's or another's; what is none, such as a plugin's bug, is told as one.
             LostError: a rank has ended.
-            OSError: not told: this rank must end.
+            OSError, or what is made of that of a full disk: not told: this rank must end.
         """
         try:
             work()
         except (LostError, OSError):
             raise
         except Exception as error:
+            if is_full(error):
+                raise
             if error is not self.raised:
                 told = error if isinstance(error, MSPError) else MSPError(f"{type(error).__name__}: {error}")
                 self.gather(partial(_raise, told))
@@ -118,6 +121,13 @@ class Ranks:
         """End the sharing: rank 0 goes on alone."""
 
 
+def _said(error: Exception) -> tuple[str, str, int]:
+    """Return message, hint and exit code of an error, as other ranks tell them."""
+    if isinstance(error, MSPError):
+        return error.message, error.hint, error.exit_code
+    return f"{type(error).__name__}: {error}", "its own output says more", MSPError.exit_code
+
+
 def _raise(error: MSPError) -> None:
     raise error
 
@@ -140,20 +150,22 @@ class TorchRanks(Ranks):
     def gather(self, make: Callable[[], T]) -> list[T]:
         import torch.distributed as dist
 
-        value, own = None, None
+        value, own, told = None, None, None
         try:
             value = make()
-        except MSPError as error:
+        except LostError:
+            raise
+        except Exception as error:
             own = error
+            told = (isinstance(own, ElsewhereError), *_said(own))
         self._meetings += 1
         found: list = [None] * self.size
-        told = own and (isinstance(own, ElsewhereError), own.message, own.hint, own.exit_code)
         with self._alive():
             dist.all_gather_object(found, (value, told))
         failed = [(error[0], rank, error[1:]) for rank, (_, error) in enumerate(found) if error is not None]
         if failed:
             _, rank, (message, hint, code) = min(failed)
-            if rank == self.rank and own is not None:
+            if rank == self.rank:
                 self.raised = own
                 raise own
             other = MSPError(f"rank {rank}: {message}", hint=hint)
@@ -202,8 +214,8 @@ class TorchRanks(Ranks):
             yield
         except RuntimeError as error:
             raise LostError(
-                f"rank {self.rank} lost the others: {str(error).splitlines()[0]}",
-                hint="a rank has ended; its own error says why. The same command goes on where it stopped",
+                f"rank {self.rank} stops, because another rank has ended",
+                hint="that one's own error says why. The same command goes on where it stopped",
             ) from error
 
     def leave(self) -> None:

@@ -8,13 +8,13 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from msp_plugin.errors import OutputError
-from msp_plugin.files import check_output, default_cache
+from msp_plugin.files import cache_directory, check_output
 from msp_plugin.identity import digest
-from msp_plugin.writing import writing
+from msp_plugin.writing import check_new, writing
 
 log = logging.getLogger(__name__)
 
@@ -59,32 +59,53 @@ def alone(path: Path, what: str, *, wait: bool = False, remove: bool = False) ->
 
 
 @contextmanager
+def sole_output(out: str | Path, cache: str | None = None, *, file: bool = False) -> Iterator[Path]:
+    """Keep other processes off an output for the block, and yield its path; what killed ones left there goes.
+
+    Args:
+        out: a directory, new or empty, or, with ``file``, a file that is not there.
+        cache: where the lock lies if the output's own place cannot be written.
+
+    Raises:
+        OutputError: another process writes there, or see check_output and check_new.
+    """
+    path = Path(out).expanduser().resolve()
+    made = [folder for folder in path.parents if not folder.exists()]
+    with suppress(OSError):  # check_output will say why
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, because runs to it may have different caches; and not in it, because it must be empty.
+    # Always in the same place: the directory is made for the lock if it has to be.
+    folder = path.parent if os.access(path.parent, os.W_OK) else cache_directory(cache) / "runs"
+    try:
+        lock = folder / f".{path.name}.{digest(str(path))[:8]}.lock"
+        with alone(lock, f"it writes to {path}", remove=True):
+            _remove_partial(path)
+            check_new(path) if file else check_output(path)
+            yield path
+    finally:
+        for folder in made:  # from the inside out, those that nothing was written to
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
 def sole_run(
     out: str | Path, cache: str | None, *, fresh: bool = False, keep: bool = False
 ) -> Iterator[tuple[Path, Path]]:
-    """Keep other processes off an output directory for the block.
+    """Keep other processes off an output directory for the block (see sole_output).
 
     Yields the directory's path and that of a journal, which lies in the cache, is there if an earlier run to
-    this directory was stopped, and is removed if the block succeeds. What a killed run left half-written is
-    removed.
+    this directory was stopped, and is removed if the block succeeds.
 
     Args:
         fresh: forget what an earlier run had measured.
         keep: leave the journal where it is: the block is not all of the run.
 
     Raises:
-        OutputError: another process writes there, or see check_output.
+        OutputError: see sole_output.
     """
-    path = Path(out).expanduser().resolve()
-    name = digest(str(path))[:24]
-    journal = Path(cache or default_cache()) / "runs" / f"{name}.jsonl"
-    # Beside the directory, because runs to it may have different caches; and not in it, because it must be empty.
-    beside = next((p for p in path.parents if p.is_dir()), path.parent)
-    folder = beside if os.access(beside, os.W_OK) else journal.parent
-    lock = folder / f".{path.name}.{name[:8]}.lock"
-    with alone(lock, f"a run that writes to {path}", remove=True):
-        _remove_partial(path)
-        check_output(path)
+    with sole_output(out, cache) as path:
+        journal = cache_directory(cache) / "runs" / f"{digest(str(path))[:24]}.jsonl"
         if fresh:
             journal.unlink(missing_ok=True)
         yield path, journal
@@ -99,12 +120,16 @@ def scratch_directory(name: str, cache: str | None = None) -> Iterator[Path]:
     Raises:
         OutputError: the cache cannot be written or locked.
     """
-    parent = Path(cache or default_cache()) / name
-    for lock in parent.glob("*.lock"):  # whoever holds it lives, on whatever machine
-        with suppress(OutputError), alone(lock, "it uses it", remove=True):
-            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+    parent = cache_directory(cache) / name
     folder = parent / uuid.uuid4().hex
-    with alone(folder.with_suffix(".lock"), "it uses it", remove=True):
+    with ExitStack() as stack:
+        with alone(
+            parent.with_name(f"{name}.lock"), "it tidies up", wait=True
+        ):  # so that a lock is not found before it is held
+            for lock in parent.glob("*.lock"):  # whoever holds it lives, on whatever machine
+                with suppress(OutputError), alone(lock, "it uses it", remove=True):
+                    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            stack.enter_context(alone(folder.with_suffix(".lock"), "it uses it", remove=True))
         try:
             with writing(folder):
                 folder.mkdir()
@@ -114,10 +139,10 @@ def scratch_directory(name: str, cache: str | None = None) -> Iterator[Path]:
 
 
 def _remove_partial(out: Path) -> None:
-    """Remove the temporary directories of output_directory(out) that a killed process left."""
+    """Remove what output_directory(out) and replacing(out) wrote in a process that was killed."""
     name = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{32}}\.partial")
     for folder in (out.parent, out):
         if folder.is_dir():
             for entry in folder.iterdir():
-                if name.fullmatch(entry.name) and entry.is_dir():
-                    shutil.rmtree(entry)
+                if name.fullmatch(entry.name):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

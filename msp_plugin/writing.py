@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,29 @@ def of_disk(error: BaseException) -> int | None:
     if number in DISK:
         return number
     return next((n for n in DISK if f"(os error {n})" in str(error)), None)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Return True if an error, or what it was made of, is that of a disk which takes nothing more."""
+    while error is not None:
+        if of_disk(error) in FULL:
+            return True
+        error = error.__cause__
+    return False
+
+
+def check_free(path: Path, need: int, what: str, hint: str) -> None:
+    """Raise if the disk of a path, which need not exist yet, has less room than ``need`` bytes.
+
+    Raises:
+        OutputError: it has; the need, what is free and where are named.
+    """
+    where = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(where).free
+    if need > free:
+        raise OutputError(
+            f"{what} {need / 2**30:.2f} GiB, {where} has {free / 2**30:.2f} GiB free", hint=hint
+        )
 
 
 def check_new(path: Path) -> None:

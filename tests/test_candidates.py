@@ -421,6 +421,61 @@ def test_a_sample_that_does_not_fit_is_an_error_that_says_what_to_do(llama, make
             loss.slopes(A, [0, 1], 1, 0)
 
 
+@pytest.mark.parametrize("where", ["weights", "pass"])
+def test_what_is_held_for_later_goes_before_a_candidate_fails(
+    llama, data, measured, where, caplog, monkeypatch
+):
+    database, problem = held = measured(llama)
+    with loss_of(llama, held, data) as loss:
+        expected = [loss(A), loss(B), loss(A)]
+    failing, read = [], database.weight
+
+    def full() -> None:
+        if failing and weights._held:  # as long as anything is held
+            raise NO_MEMORY[0]
+
+    def weight(layer, level):
+        if where == "weights":
+            full()
+        return read(layer, level)
+
+    monkeypatch.setattr(database, "weight", weight)
+    with CandidateWeights(llama, database, problem) as weights:
+        loss = CandidateLoss(weights, data).prepare()
+        loss.keep(A)
+        found = [loss(A)]
+        failing.append(True)
+        handle = llama.model.layers[0].register_forward_pre_hook(
+            lambda *at: full() if where == "pass" else None
+        )
+        found += [loss(B), loss(A)]
+        handle.remove()
+        assert found == expected and not weights._held and loss._prefix is None
+    assert caplog.text.count("memory is short") == 1
+
+
+def test_weights_that_do_not_fit_are_an_error_that_says_what_to_do(llama, data, measured, monkeypatch):
+    database, problem = measured(llama)
+
+    def weight(layer, level):
+        raise NO_MEMORY[0]
+
+    with CandidateWeights(llama, database, problem) as weights:
+        loss = CandidateLoss(weights, data).prepare()
+        monkeypatch.setattr(database, "weight", weight)
+        with pytest.raises(ModelError, match="a candidate's weights do not fit into memory") as error:
+            loss(A)
+        assert "--offload" in error.value.hint
+
+
+def test_what_scales_or_caps_logits_is_run_again_instead_of_holding_them(make_samples, measured):
+    for model in (gemma2(), granite()):
+        data = make_samples(3, 16)
+        with loss_of(model, measured(model), data) as loss:
+            kept = [reference.kept for reference in loss._reference]
+            assert loss._tail and all(k.shape == (16, model.config.hidden_size) for k in kept)
+
+
 def test_any_other_error_of_a_model_comes_through(llama, make_samples, measured, monkeypatch):
     monkeypatch.setattr(candidates, "SHARES", 1)
     held = measured(llama)

@@ -12,7 +12,7 @@ import torch
 
 from msp_plugin import compare as compare_module
 from msp_plugin.allocators.base import AllocationResult, Allocator
-from msp_plugin.compare import cells, compare, spread
+from msp_plugin.compare import cells, compare
 from msp_plugin.errors import BudgetError, DataError, ModelError, MSPError
 from msp_plugin.hookspecs import hookimpl
 from msp_plugin.matrix import Matrix
@@ -303,10 +303,6 @@ def test_replace_one_measurements_are_paid_for(run):
     assert row_of(record, "kl")["forward_tokens"] == 40 * (8 * 7 + 1)
     assert row_of(record, "uniform")["forward_tokens"] == 0
     assert row_of(record, "kl")["kl"] < row_of(record, "uniform")["kl"]
-
-
-def test_the_spread_is_the_sample_standard_deviation():
-    assert spread([1.0, 2.0, 4.0]) == pytest.approx(math.sqrt(7 / 3)) and spread([5.0]) == 0.0
 
 
 def test_cells_gather_the_rows_that_have_a_result():

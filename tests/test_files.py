@@ -2,6 +2,7 @@ import json
 import math
 import os
 import stat
+from contextlib import suppress
 
 import pytest
 
@@ -16,6 +17,7 @@ from msp_plugin.files import (
     write_json,
     write_text,
 )
+from msp_plugin.resume import sole_run
 
 
 class Interrupted(BaseException):
@@ -104,6 +106,12 @@ def test_an_output_directory_may_be_read_by_whom_the_umask_lets(tmp_path, umask,
     assert stat.S_IMODE((tmp_path / "out" / "a.txt").stat().st_mode) == file
 
 
+def test_json_is_json_whatever_a_record_holds(tmp_path):
+    write_json(tmp_path / "a.json", {"curve": [[1, math.inf], (2, math.nan)], "b": 0.5, "c": True})
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"curve": [[1, None], [2, None]], "b": 0.5, "c": True}
+
+
 def test_what_json_cannot_say_becomes_none():
     assert [finite(v) for v in (None, 1.5, math.inf, -math.inf, math.nan)] == [None, 1.5, None, None, None]
 
@@ -129,6 +137,9 @@ def test_a_directory_that_was_filled_in_the_meantime_is_kept(tmp_path):
     assert names(path) == ["b.txt"]
     (kept,) = [p for p in tmp_path.iterdir() if p != path]
     assert names(kept) == ["a.txt"] and str(kept) in error.value.hint
+    with suppress(OutputError), sole_run(path, str(tmp_path / "cache")):
+        pass
+    assert kept.exists()  # the next command does not take it for what a killed one left
 
 
 def test_an_empty_directory_whose_parent_may_not_be_written_can_be_filled(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from msp_plugin.errors import OutputError
-from msp_plugin.identity import digest, source_digest
+from msp_plugin.identity import component_digest, digest
 from msp_plugin.resume import alone
 from msp_plugin.sensitivity.fisher import FisherTrace
 from msp_plugin.sensitivity.outliers import Outliers
@@ -51,6 +51,8 @@ def test_a_lock_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_a_source_digest_tells_components_apart():
-    assert source_digest(FisherTrace()) == source_digest(FisherTrace(samples=3))  # options are not source
-    assert source_digest(FisherTrace()) != source_digest(Outliers())
+    assert component_digest(FisherTrace()) == component_digest(
+        FisherTrace(samples=3)
+    )  # options are not source
+    assert component_digest(FisherTrace()) != component_digest(Outliers())
     assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1}) != digest({"a": 2, "b": 2})

@@ -190,8 +190,8 @@ def test_the_record_counts_every_token_and_is_json(make):
 def test_the_replace_one_kl_is_that_of_one_pruned_unit(make, bits):
     held = make()
     before = bits(held.model)
-    found, tokens = held.replace_one(48)
-    assert bits(held.model) == before and tokens == 17 * 48
+    found, measured = held.replace_one(48)
+    assert bits(held.model) == before and measured.forward_tokens == 17 * 48
     part = CalibrationSet(held.search.samples[-2:], "")
     for u in range(8):
         for k in range(3):
@@ -220,7 +220,9 @@ def test_errors_by_layer_are_summed_over_the_unit(make):
         )
 
     assert held.error("fisher") == pytest.approx(expected(4), rel=1e-6)
-    assert make(fisher_samples=2).error("fisher") == pytest.approx(expected(2), rel=1e-6)
+    assert make(estimators={"fisher": FisherTrace(samples=2)}).error("fisher") == pytest.approx(
+        expected(2), rel=1e-6
+    )
     assert not np.allclose(expected(2), expected(4), rtol=1e-3)
     weight, output = held.database.errors(held.table)
     assert np.array_equal(held.error("weight"), weight) and np.array_equal(held.error("output"), output)
@@ -243,7 +245,8 @@ def passes(monkeypatch):
 
 def test_a_second_object_reads_from_disk_what_the_first_measured(make, count, passes, tmp_path):
     def ask(held):
-        return held.error("fisher"), *held.replace_one(48), held.sensitivity("fisher")
+        kl, measured = held.replace_one(48)
+        return held.error("fisher"), kl, measured.forward_tokens, held.sensitivity("fisher")
 
     expected, files = ask(make()), times(tmp_path)
     passes.clear()
@@ -301,7 +304,7 @@ def test_other_text_units_or_method_are_measured_on_their_own(make, count, make_
     make().error("fisher")
     other = make_samples(4, seed=3)
     changes = [
-        {"fisher_samples": 3}, {"calibration": other}, {"pruner": Magnitude()},
+        {"estimators": {"fisher": FisherTrace(samples=3)}}, {"calibration": other}, {"pruner": Magnitude()},
         {"pruner": Magnitude(), "calibration": other}, {"menu": MENU[1:]},
     ]  # fmt: skip
     for number, change in enumerate(changes, 2):
@@ -418,6 +421,13 @@ def test_a_database_is_named_by_what_its_weights_depend_on(llama, qwen2, make_sa
     def key(model=llama, samples=data, pruner=SparseGPT(), menu=MENU):
         return open_database(fingerprint(model), samples, pruner, menu, cache).key
 
+    def held(batch_tokens=64, device="cpu"):
+        made = open_database(
+            fingerprint(llama), data, SparseGPT(), MENU, cache, batch_tokens=batch_tokens, device=device
+        )
+        return made.key
+
+    assert len({held(), held(128), held(device="cuda")}) == 3  # sums of other batches round otherwise
     keys = [
         key(), key(qwen2), key(samples=other), key(pruner=replace(SparseGPT(), dampening_frac=0.02)),
         key(pruner=Wanda()), key(menu=MENU[:2]),

@@ -306,3 +306,26 @@ def test_a_share_that_keeps_nothing_of_a_row_names_the_layers(llama):
     check_widths(table, parse_menu(["0.7", "63/64", "3:8 in 2:4"]))
     with pytest.raises(RecipeError, match="level 99/100 keeps nothing of the width of 12 layers"):
         check_widths(table, parse_menu(["0.99"]))
+
+
+def test_the_fingerprint_follows_buffers_that_a_checkpoint_holds_and_no_others(llama):
+    block = llama.model.layers[0]
+    block.register_buffer("saved", torch.zeros(3))
+    block.register_buffer("passing", torch.zeros(3), persistent=False)
+    before = fingerprint(llama)
+    block.passing += 1
+    assert fingerprint(llama) == before
+    block.saved += 1
+    assert fingerprint(llama) != before
+
+
+def test_the_fingerprint_follows_code_that_no_version_stands_for(llama):
+    before = fingerprint(llama)
+    mlp = llama.model.layers[0].mlp
+
+    class Doubled(type(mlp)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    mlp.__class__ = Doubled
+    assert fingerprint(llama) != before

@@ -141,7 +141,6 @@ def allocate(tmp_path, make_samples):
         held = Measurements(
             model, table, MENU, Magnitude(), make_samples(2), make_samples(4, seed=1),
             make_samples(2, seed=2), ESTIMATORS, str(tmp_path / f"cache {len(calls)}"), batch_tokens=48,
-            fisher_samples=2,
         )  # fmt: skip
         problem = AllocationProblem(table, MENU, parse_sparsity("0.6"))
         result, record = held.allocate(ALLOCATORS[allocator], problem, 0)

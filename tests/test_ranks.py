@@ -227,6 +227,8 @@ try:
     assert ranks.spread(range(5), lambda i: (i, os.getpid()))[3][0] == 3
     if sys.argv[1] == "error" and ranks.rank == 1:
         ranks.gather(lambda: (_ for _ in ()).throw(NumericsError("no number", hint="none")))
+    if sys.argv[1] == "bug" and ranks.rank == 1:
+        ranks.gather(lambda: {}["no number"])
     if sys.argv[1] == "post":
         import torch
         sent = [ranks.send(ranks.next, torch.full((3, 2), ranks.rank + i, dtype=torch.bfloat16)) for i in range(4)]
@@ -281,13 +283,14 @@ def test_processes_of_torchrun_share_and_part(tmp_path):
     assert run.returncode == 0 and run.stdout == "2 ranks False\n"
 
 
-def test_processes_of_torchrun_end_with_the_error_of_one(tmp_path):
-    run, _ = torchrun(tmp_path, "error")
-    assert run.returncode == 1 and run.stdout.count("no number") >= 1
+@pytest.mark.parametrize("how", ["error", "bug"])
+def test_processes_of_torchrun_end_with_the_error_of_one(how, tmp_path):
+    run, _ = torchrun(tmp_path, how)
+    assert run.returncode == 1 and "rank 0 rank 1: " in run.stdout and "no number" in run.stdout
 
 
 @pytest.mark.parametrize("how", ["kill", "await"])
 def test_a_rank_that_is_killed_ends_the_others_within_seconds(how, tmp_path):
     run, seconds = torchrun(tmp_path, how)
     assert run.returncode == 1 and seconds < 60
-    assert "rank 0 lost the others" in run.stdout or "SIGKILL" in run.stderr
+    assert "rank 0 stops, because another rank has ended" in run.stdout or "SIGKILL" in run.stderr

@@ -9,7 +9,7 @@ import pytest
 from msp_plugin import pipeline
 from msp_plugin.errors import OutputError
 from msp_plugin.pipeline import prune_recipe, run_recipe
-from msp_plugin.resume import scratch_directory, sole_run
+from msp_plugin.resume import scratch_directory, sole_output, sole_run
 from msp_plugin.samples import Text
 
 
@@ -89,7 +89,7 @@ def test_a_directory_that_another_run_writes_to_is_refused_before_any_work(run, 
     monkeypatch.setattr(pipeline, "load_samples", None)
     with (
         sole_run(tmp_path / "out", None),
-        pytest.raises(OutputError, match="another process holds .*a run that writes to .*out"),
+        pytest.raises(OutputError, match="another process holds .*it writes to .*out"),
     ):
         run()
 
@@ -171,3 +171,53 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "offload").write_text("a file")
     with pytest.raises(OutputError, match="offload"), scratch_directory("offload", str(tmp_path)):
         pass
+
+
+def test_a_run_into_directories_that_another_one_makes_meanwhile_is_refused(tmp_path):
+    refused = pytest.raises(OutputError, match="another process holds")
+    out = tmp_path / "runs" / "a"
+    with sole_run(out, str(tmp_path / "cache")):
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        with refused, sole_run(out, str(tmp_path / "cache")):
+            pass
+    assert not (tmp_path / "runs").exists()  # nothing was written to it
+
+
+def test_a_file_is_kept_to_one_writer_and_what_a_killed_one_left_goes(tmp_path):
+    out = tmp_path / "new" / "allocation.json"
+    with sole_output(out, file=True) as path:
+        left = path.parent / f".{path.name}.{'0a' * 16}.partial"
+        left.write_text("half")
+        with pytest.raises(OutputError, match="another process holds"), sole_output(out, file=True):
+            pass
+    with sole_output(out, file=True) as path:
+        assert not left.exists()
+        path.write_text("whole")
+    with pytest.raises(OutputError, match="exists"), sole_output(out, file=True):
+        pass
+    assert [p.name for p in out.parent.iterdir()] == ["allocation.json"]
+
+
+STARTER = """
+import sys
+from msp_plugin.resume import scratch_directory
+for _ in range(40):
+    with scratch_directory("offload", sys.argv[1]) as folder:
+        assert folder.is_dir()
+"""
+
+
+def test_processes_that_start_together_have_scratch_directories_of_their_own(tmp_path):
+    started = [
+        subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * 3, said
+    assert list((tmp_path / "offload").iterdir()) == []
+
+
+def test_a_cache_in_the_users_home_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with sole_run(tmp_path / "out", "~/mine") as (_, journal):
+        assert journal.is_relative_to(tmp_path / "mine")

@@ -68,7 +68,7 @@ def measurements_of(model, data, method: str, levels: tuple[str, ...], cache: st
     search, holdout = rest.cut(2048)
     return Measurements(
         model, prunable_layers(model), parse_menu(["dense", *levels]), plugins.build("pruners", method), calibration,
-        search, holdout, {"fisher": plugins.build("estimators", FISHER)}, cache, fisher_samples=8,
+        search, holdout, {"fisher": plugins.build("estimators", FISHER)}, cache,
     )  # fmt: skip
 
 

@@ -91,8 +91,8 @@ class AllocationResult:
 
     Args:
         evaluations: candidates measured.
-        curve: (forward tokens, loss) whenever the incumbent improved; on the whole search text, or on the
-            samples that a search in stages measured it on.
+        curve: (forward tokens, loss) whenever the least loss so far fell, on the whole search text; of a search
+            in stages, the parent's on the samples that it was chosen on.
         holdout: (forward tokens, hold-out loss of the incumbent) whenever it was measured.
         predictions: (predicted, measured) change of the loss, nats per token, of proposals that a
             surrogate made.
@@ -133,6 +133,11 @@ class Allocator(ABC):
     remeasures: ClassVar[bool] = False
     #: False if its choice does not depend on the seed.
     seeded: ClassVar[bool] = True
+
+    @property
+    def estimators(self) -> tuple[str, ...]:
+        """Names of the estimators that it reads; the Fisher-weighted error goes by the options of ``fisher``."""
+        return tuple(dict.fromkeys([*self.sensitivities, *(["fisher"] if "fisher" in self.errors else [])]))
 
     @property
     def held_out_tokens(self) -> int:

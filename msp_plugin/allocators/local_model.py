@@ -5,8 +5,6 @@ Shape legend: S samples, U units, K levels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from msp_plugin.allocators.base import Choice
@@ -25,7 +23,7 @@ class LocalModel:
     moved starts anew, for the others what the last rounds found still says much.
 
     Args:
-        decay: weight of what earlier rounds found, per round.
+        decay: weight of what earlier rounds found, per round, but for moves that were measured alone.
     """
 
     def __init__(self, units: int, levels: int, decay: float):
@@ -33,15 +31,15 @@ class LocalModel:
         self.at: Choice | None = None
         self.linear, self.quadratic, self.square = np.zeros((3, units, levels))
         self.surprise, self.weight = np.zeros((2, units, levels))
-        #: The change of the loss by moves that were measured alone, while the incumbent stays.
-        self.alone: dict[Move, float] = {}
+        #: Moves that were measured alone since their unit moved last.
+        self.alone = np.zeros((units, levels), dtype=bool)
 
     def add(self, choice: Choice, slopes: np.ndarray, draws: np.ndarray) -> None:
         """Add slopes and draws float64[S, U, K], taken at ``choice``; NaN and inf say nothing of a level."""
-        if self.at is not None and self.at != choice:
+        if self.at is not None:
             moved = np.not_equal(self.at, choice)
             self.weight[moved] = self.surprise[moved] = 0.0
-            self.alone.clear()
+            self.alone[moved] = False
         self.at = choice
         known = np.isfinite(slopes) & np.isfinite(draws)
         slopes, curvature = np.where(known, slopes, 0.0), 0.5 * np.where(known, draws, 0.0) ** 2
@@ -50,8 +48,8 @@ class LocalModel:
         self.linear = (old * self.linear + slopes.sum(axis=0)) / total
         self.quadratic = (old * self.quadratic + curvature.sum(axis=0)) / total
         self.square = (old * self.square + ((slopes + curvature) ** 2).sum(axis=0)) / total
-        self.weight, self.surprise = old + new, self.decay * self.surprise
-        self.learn_alone(self.alone)
+        self.weight = old + new
+        self.surprise = np.where(self.alone, 1.0, self.decay) * self.surprise
 
     def cost(self) -> np.ndarray:
         """Return float64[U, K]: the predicted change of the loss, inf where nothing is known."""
@@ -65,11 +63,10 @@ class LocalModel:
         variance = np.maximum(self.square - (self.linear + self.quadratic) ** 2, 0.0)
         return np.sqrt(variance / np.maximum(self.weight, 1.0))
 
-    def learn_alone(self, changes: Mapping[Move, float]) -> None:
-        """Take in what moves change that were measured alone: it replaces what was predicted; inf rules one out."""
-        for move, change in changes.items():
-            self.surprise[move] = change - self.linear[move] - self.quadratic[move]
-        self.alone |= changes
+    def learn_alone(self, move: Move, change: float) -> None:
+        """Take in what a move changes that was measured alone: it replaces what was predicted; inf rules it out."""
+        self.surprise[move] = change - self.linear[move] - self.quadratic[move]
+        self.alone[move] = True
 
     def learn(self, choice: Choice, change: float) -> None:
         """Take in that the moves from the incumbent to ``choice`` changed the loss by ``change``, together.
@@ -80,8 +77,7 @@ class LocalModel:
         rows = np.flatnonzero(np.not_equal(self.at, choice))
         levels = np.array(choice)[rows]
         terms = np.abs(self.linear[rows, levels]) + self.quadratic[rows, levels]
-        for i, move in enumerate(zip(rows.tolist(), levels.tolist(), strict=True)):
-            terms[i] *= MEASURED_SHARE if move in self.alone else 1.0
+        terms *= np.where(self.alone[rows, levels], MEASURED_SHARE, 1.0)
         beyond = change - self.cost()[rows, levels].sum()
         if np.isfinite(beyond) and terms.sum() > 0:
             self.surprise[rows, levels] += beyond * terms / terms.sum()

@@ -13,7 +13,7 @@ from itertools import chain
 import numpy as np
 
 from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator, Choice
-from msp_plugin.allocators.local_model import LocalModel, Move
+from msp_plugin.allocators.local_model import LocalModel
 from msp_plugin.allocators.msp import fisher_seeds
 from msp_plugin.errors import NumericsError, RecipeError
 
@@ -41,8 +41,8 @@ class Search(Allocator):
     its measured loss is lower.
 
     If none is, the model errs, and mostly by an amount for each move, which gradients do not see. So the moves
-    of the refused proposals are measured alone, on the samples of the slopes, which replaces what was predicted
-    of them, and what follows from that is proposed as well. What proposals did beyond their prediction is
+    of the refused proposals are measured alone, which replaces what was predicted of them until their units
+    move, and what follows from that is proposed as well. What proposals did beyond their prediction is
     charged to their moves, so that the next ones avoid moves that disappointed; and where the model sees too
     few ways to gain, it is also solved with costs drawn from their standard errors.
 
@@ -61,10 +61,10 @@ class Search(Allocator):
     Args:
         rounds: most rounds.
         patience: rounds on all samples without improvement after which the search ends.
-        max_tokens: most forward tokens, beside those that measure uniform; 0 sets no limit. A backward pass
-            counts as two forward passes.
-        seconds: time after which nothing more is measured; 0 sets no limit. With a limit in seconds, equal
-            runs may differ.
+        max_tokens: most forward tokens of the search, beside those that measure uniform; 0 sets no limit. A
+            backward pass counts as two forward passes.
+        seconds: of the search, after which nothing more is measured; 0 sets no limit. With a limit in seconds,
+            equal runs may differ. Neither limit counts the sensitivities and the level database.
         seeds: allocations that the search may start from.
         screen: share of the search text that slopes are taken from and proposals are first measured on,
             at the start.
@@ -223,15 +223,15 @@ class _State:
         If none is, moves of the proposals are measured alone, and what follows from that is proposed.
         """
         inputs = self.inputs
-        few = self.draw(min(share, MOST_SLOPES))
-        self.afford(SLOPES_COST * self.tokens(few))
+        samples = self.draw(min(share, MOST_SLOPES))
+        self.afford(SLOPES_COST * self.tokens(samples))
         self.local.add(self.incumbent, *inputs.loss.slopes(
-            self.incumbent, few, self.options.reach, int(self.rng.integers(2**31))
+            self.incumbent, samples, self.options.reach, int(self.rng.integers(2**31))
         ))  # fmt: skip
         samples = self.draw(share)
         inputs.loss.keep(self.incumbent)
         if (refused := self._try(samples)) and self.options.probes:
-            self._probe(refused, few)
+            self._probe(refused, samples)
             self._try(samples)
 
     def _try(self, samples: tuple[int, ...]) -> list[Choice]:
@@ -252,16 +252,14 @@ class _State:
 
     def _probe(self, proposals: Sequence[Choice], samples: tuple[int, ...]) -> None:
         """Measure moves of the proposals alone, off the budget; those of the proposals with few moves first."""
-        here = self.incumbent
-        moves: dict[Move, None] = dict.fromkeys(
-            (u, k) for choice in proposals for u, k in enumerate(choice) if k != here[u]
+        here, base = self.incumbent, self.few(self.incumbent, samples)
+        moves = dict.fromkeys(
+            (u, k) for c in proposals for u, k in enumerate(c) if k != here[u] and not self.local.alone[u, k]
         )
-        base = self.few(here, samples)
-        for u, k in [move for move in moves if move not in self.local.alone][: self.options.probes]:
+        for u, k in list(moves)[: self.options.probes]:
             self.afford(self.tokens(samples))
-            change = self.inputs.loss((*here[:u], k, *here[u + 1 :]), samples) - base
+            self.local.learn_alone((u, k), self.inputs.loss((*here[:u], k, *here[u + 1 :]), samples) - base)
             self.probed += 1
-            self.local.learn_alone({(u, k): change})
 
     def _proposals(self, samples: tuple[int, ...]) -> Iterator[tuple[Choice, float]]:
         """Yield distinct new choices with their predicted change: from few moves to many, then as drawn."""

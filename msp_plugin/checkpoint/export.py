@@ -20,12 +20,13 @@ from msp_plugin.checkpoint.packing import pack_layer, sparsity_config
 from msp_plugin.checkpoint.sidecar import RUN_FILE
 from msp_plugin.checkpoint.tensors import INDEX, ShardWriter
 from msp_plugin.errors import FormatError, ModelError, OutputError, RecipeError
-from msp_plugin.files import check_output, output_directory, write_json, write_text
+from msp_plugin.files import output_directory, write_json, write_text
 from msp_plugin.formats.sparse24 import packed_bytes
 from msp_plugin.identity import versions
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.progress import Progress, silent
-from msp_plugin.writing import writing
+from msp_plugin.resume import sole_output
+from msp_plugin.writing import check_free, writing
 
 log = logging.getLogger(__name__)
 
@@ -61,22 +62,16 @@ def export_checkpoint(
     Raises:
         MSPError: the source is damaged, cannot be exported so, or the output cannot be written.
     """
-    path = check_output(out)
-    opened = Checkpoint.open(source)
-    if path.is_relative_to(opened.path.resolve()):
-        raise OutputError(f"{path} is inside {opened.path}", hint="give a directory outside of it")
-    opened.check_files()
-    exporter.check(opened)
-    needed = exporter.size(opened)
-    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-    if free < needed:
-        raise OutputError(
-            f"the export takes {needed / 2**30:.2f} GiB, {path} has {free / 2**30:.2f} GiB free",
-            hint="give a directory on another disk",
-        )
-    with writing(path), output_directory(path) as temporary:
-        manifest = exporter.write(opened, temporary, progress)
-        manifest.write(temporary)
+    with sole_output(out) as path:
+        opened = Checkpoint.open(source)
+        if path.is_relative_to(opened.path.resolve()):
+            raise OutputError(f"{path} is inside {opened.path}", hint="give a directory outside of it")
+        opened.check_files()
+        exporter.check(opened)
+        check_free(path, exporter.size(opened), "the export takes", "give a directory on another disk")
+        with writing(path), output_directory(path) as temporary:
+            manifest = exporter.write(opened, temporary, progress)
+            manifest.write(temporary)
     log.info("export %s: %d files in %s", exporter.name, len(manifest.files), path)
     return manifest
 

@@ -21,6 +21,10 @@ from msp_plugin.cli.search import allocate_command, sensitivity
 from msp_plugin.cli.stopping import Stopped
 from msp_plugin.errors import HostError, MSPError
 
+#: Commands that share their search among ranks, and those that go on where they were stopped.
+SHARED = {"run", "prune", "demo", "allocate", "compare"}
+RESUMED = SHARED | {"sensitivity"}
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -46,6 +50,8 @@ def plugins(as_json: AsJson = False) -> None:
 
     Example: msp plugins --json
     """
+    from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     from msp_plugin.cli import console
@@ -62,13 +68,15 @@ def plugins(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table()
-    for heading in ("kind", "name", "what it does", "options", "from"):
-        table.add_column(heading)
-    for row in rows:
-        options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-        table.add_row(row["kind"], row["name"], row["summary"], options, row["owner"])
-    console.out.print(table)
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        table = Table(title=f"{kind}s", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("name", no_wrap=True)
+        table.add_column("what it does, and its options", overflow="fold")
+        table.add_column("from", overflow="fold")
+        for row in (row for row in rows if row["kind"] == kind):
+            options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+            table.add_row(row["name"], escape(f"{row['summary']}\n{options}".strip()), row["owner"])
+        console.table.print(table)
 
 
 @app.command()
@@ -133,9 +141,7 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     where = f"rank {os.environ.get('RANK')}: " if ranks > 1 else ""
     try:
-        if ranks > 1 and not (
-            {"run", "prune", "demo", "allocate", "compare"} & set(sys.argv[1:2]) or "--help" in sys.argv
-        ):
+        if ranks > 1 and not (SHARED & set(sys.argv[1:2]) or "--help" in sys.argv):
             raise HostError(
                 f"{' '.join(sys.argv[1:2]) or 'msp'} runs in one process, not in {ranks}",
                 hint="start it without torchrun; run, prune, demo, allocate and compare share their search among ranks",
@@ -156,9 +162,7 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
         typer.echo(f"{where}error: {error}", err=True)
         sys.exit(error.exit_code)
     except Stopped:
-        typer.echo(
-            "stopped; nothing half-written is left. The same command goes on with what was measured", err=True
-        )
+        typer.echo(f"stopped; nothing half-written is left. {_again(sys.argv)}".strip(), err=True)
         raise
     except Exception as error:
         said, code = _cause(error)
@@ -166,6 +170,14 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
             raise
         typer.echo(f"{where}error: {said}", err=True)
         sys.exit(code)
+
+
+def _again(command: list[str]) -> str:
+    """Return what the user may do after a command was stopped."""
+    if not RESUMED & set(command[1:2]):
+        return ""
+    more = " without --fresh" if "--fresh" in command else ""
+    return f"The same command{more} goes on with what was measured"
 
 
 def _cause(error: Exception) -> tuple[str | None, int]:

@@ -185,7 +185,8 @@ def comparison_tables(record: dict[str, Any], title: str) -> list[Any]:
     from rich.markup import escape  # a label may have brackets
     from rich.table import Table
 
-    from msp_plugin.compare import cells, spread
+    from msp_plugin.compare import cells
+    from msp_plugin.report.statistics import deviation
 
     tables = []
     for (method, sparsity), allocators in cells(record["rows"]).items():
@@ -203,8 +204,9 @@ def comparison_tables(record: dict[str, Any], title: str) -> list[Any]:
             kl = [row["kl"] for row in rows if row["kl"] is not None]
             table.add_row(
                 escape(label), f"{mean(rows, 'perplexity'):.2f}", f"{mean(rows, 'kl'):.4f}",
-                f"{spread(kl):.4f}" if len(kl) > 1 else "",
-                f"{mean(rows, 'forward_tokens'):,.0f}", f"{mean(rows, 'seconds'):.1f}", str(len(rows)),
+                "" if deviation(kl) is None else f"{deviation(kl):.4f}",
+                f"{mean(rows, 'forward_tokens') + mean(rows, 'sensitivity_tokens'):,.0f}",
+                f"{mean(rows, 'seconds'):.1f}", str(len(rows)),
             )  # fmt: skip
         tables.append(table)
     return tables

@@ -75,6 +75,11 @@ def number(value: float | None) -> str:
     return f"{value:,.3f}" if value < 1000 else f"{value:,.0f}"
 
 
+def nats(value: float | None) -> str:
+    """Return a loss as people read it; None is one that is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
 def quality_table(record: dict[str, Any], title: str) -> Table:
     """Return the table of a run: zeros and test perplexity of dense, uniform and mixed."""
     table = Table(title=title, title_justify="left")

@@ -91,18 +91,17 @@ def _show(record: dict[str, Any]) -> None:
     if compared:
         title += f" against {record['reference']['source']}"
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("task", overflow="fold")
+    table.add_column("task and metric", overflow="fold", min_width=20)
     for heading in (
-        "metric",
         "value",
         "stderr",
         *(("reference", "difference", "stderr") if compared else ()),
         "samples",
     ):
-        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
-    for row in [*_task_rows(record), *_text_rows(record)]:
-        cells = row if compared else [*row[:4], row[-1]]
-        table.add_row(*map(escape, cells))
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, metric, *numbers in [*_task_rows(record), *_text_rows(record)]:
+        cells = numbers if compared else [*numbers[:2], numbers[-1]]
+        table.add_row(escape(f"{name}\n  {metric}"), *(f"\n{cell}" for cell in cells))
     console.table.print(table)
 
 

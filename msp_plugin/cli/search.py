@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -84,25 +85,27 @@ def allocate_command(
     from msp_plugin.options import Options
     from msp_plugin.pipeline import search_allocation
     from msp_plugin.plugins import Plugins
+    from msp_plugin.resume import sole_output
     from msp_plugin.samples import Text
-    from msp_plugin.writing import check_new, writing
+    from msp_plugin.writing import writing
 
-    check_new(out)
     estimators = Plugins().components["estimators"]
     specs = component_options(options, estimators, method=method, allocator=allocator)
     given = recipe_options(sparsity, levels, target, ignore, seed, cache, specs)
     chosen = Options.parse(given | layer_options(granularity, bounds, protect))
     text = Text(data, search_data, None, samples, length, 0, text_column)
-    with console.progress_bars(not as_json and not ranks.rank) as progress:
+    with ExitStack() as stack:
+        ranks.first(lambda: stack.enter_context(sole_output(out, cache, file=True)) and None)
+        progress = stack.enter_context(console.progress_bars(not as_json and not ranks.rank))
         outcome = search_allocation(
             chosen, resolve_model(model), text, dtype=dtype, trust_remote_code=trust_remote_code,
             offload=offload, fresh=fresh, progress=progress, ranks=ranks,
         )  # fmt: skip
-    ranks.leave()
-    if ranks.rank:
-        return
-    with writing(out):
-        write_text(out, outcome.allocation.to_json())
+        ranks.leave()
+        if ranks.rank:
+            return
+        with writing(out):
+            write_text(out, outcome.allocation.to_json())
     if as_json:
         typer.echo(
             json.dumps({"allocation": outcome.allocation.to_dict(), "search": outcome.search}, indent=2)
@@ -114,9 +117,9 @@ def allocate_command(
     for unit, level in zip(outcome.allocation.table, outcome.allocation.levels, strict=True):
         table.add_row(unit.name, level.name, f"{unit.weights:,}")
     console.out.print(table)
-    loss, uniform = outcome.search.get("loss"), outcome.search.get("uniform_loss")
-    if loss is not None:
-        console.out.print(f"search loss {loss:.4f} (uniform {uniform:.4f}) nats per token")
+    if outcome.search.get("loss") is not None:
+        loss, uniform = (console.nats(outcome.search[name]) for name in ("loss", "uniform_loss"))
+        console.out.print(f"search loss {loss} (uniform {uniform}) nats per token")
     console.out.print(f"Written: {out}")
 
 
@@ -133,10 +136,12 @@ def sensitivity(
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
     offload: Offload = False,
+    cache: Cache = None,
+    fresh: Fresh = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure the sensitivity of every unit.
+    """Measure the sensitivity of every unit; what the cache holds of it is not measured again.
 
     Example: msp sensitivity Qwen/Qwen2.5-7B --data c4.jsonl --json > fisher.json
     """
@@ -147,10 +152,10 @@ def sensitivity(
     console.set_up_logs(verbose)
     from msp_plugin.checkpoint.load import load
     from msp_plugin.device import on_best_device
+    from msp_plugin.measure import Measurements
     from msp_plugin.models import load_tokenizer, prunable_layers
     from msp_plugin.plugins import Plugins, spec_of
     from msp_plugin.samples import Text, load_samples
-    from msp_plugin.sensitivity.base import unit_sensitivities
 
     plugins = Plugins()
     spec = component_options(options, estimator=estimator)["estimator"]
@@ -161,12 +166,14 @@ def sensitivity(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     wanted = Text(data, samples=samples, length=length, test_samples=0, column=text_column)
     text = load_samples(tokenizer, wanted.for_model(source, trust_remote_code=trust_remote_code))
-    loaded = load(source, dtype, trust_remote_code=trust_remote_code, offload=offload)
+    loaded = load(source, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=cache)
     units = prunable_layers(loaded, target or ("Linear",), ignore or ())
     with console.progress_bars(not as_json) as progress, on_best_device(loaded):
-        values = unit_sensitivities(
-            built, loaded, text.calibration, units, lambda d, t: progress("sensitivity", d, t)
-        )
+        held = Measurements(
+            loaded, units, (), None, text.calibration, None, None, {estimator: built}, cache, progress=progress,
+            fresh=fresh,
+        )  # fmt: skip
+        values = held.sensitivity(estimator)
     rows = [
         {"unit": u.name, "weights": u.weights, "sensitivity": v, "per_weight": v / u.weights}
         for u, v in zip(units, values, strict=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -18,12 +17,13 @@ from msp_plugin.blockwise import BlockPass, runs_by_block
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.database.bitmask import bitmask_bytes
 from msp_plugin.database.store import LayerErrors, LevelDatabase
-from msp_plugin.errors import NumericsError, OutputError
+from msp_plugin.errors import NumericsError
 from msp_plugin.models import onloaded
 from msp_plugin.plan.units import Layer, Unit, UnitTable, shared_inputs
 from msp_plugin.progress import Progress, silent
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.ranks import ALONE, Ranks
+from msp_plugin.writing import check_free
 
 log = logging.getLogger(__name__)
 
@@ -170,13 +170,8 @@ def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTabl
                 for level in database.menu
                 if not level.is_dense
             )
-    where = next(p for p in (database.path, *database.path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(where).free
-    if need > free:
-        raise OutputError(
-            f"the level database needs {need / 2**30:.1f} GiB, {where} has {free / 2**30:.1f} GiB free",
-            hint="set cache (or MSP_CACHE) to a larger disk, or use fewer levels",
-        )
+    hint = "set cache (or MSP_CACHE) to a larger disk, or use fewer levels"
+    check_free(database.path, need, "the level database needs", hint)
 
 
 @torch.no_grad()

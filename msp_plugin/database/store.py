@@ -10,14 +10,13 @@ finds its files; a run with any other never does.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from safetensors.torch import save_file
 from msp_plugin.database.bitmask import bitmask_bytes, pack_bitmask, unpack_bitmask
 from msp_plugin.errors import FormatError, VerificationError
 from msp_plugin.files import replacing
+from msp_plugin.identity import digest
+from msp_plugin.memory import is_out_of_memory
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable
 from msp_plugin.writing import writing
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 SCHEMA = "msp_plugin/level-database"
 VERSION = "4"
+#: What comes of a file that is not there, or holds something else; torch maps files too, and says RuntimeError.
+UNREADABLE = (SafetensorError, FormatError, OSError, KeyError, ValueError, RuntimeError)
 #: Layers whose files stay open, and so mapped into memory.
 OPEN_FILES = 16
 
@@ -61,24 +64,24 @@ class LevelDatabase:
     def __init__(self, root: Path, identity: Mapping[str, Any], menu: Sequence[Level]):
         self.menu = tuple(menu)
         self.identity = dict(identity, levels=[level.name for level in menu], version=VERSION)
-        self.key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        self.key = digest(self.identity)
         self.path = root / "database" / self.key[:24]
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._whole: set[str] = set()
         self._damaged: set[str] = set()
+        self._renewing = False
 
     @property
     def lock(self) -> Path:
         """Return the lock file of whoever builds this database."""
         return self.path.with_name(f"{self.path.name}.lock")
 
-    def clear(self) -> None:
-        """Remove the layers and the journals; locks that others may hold stay."""
-        self._open.clear()
-        self._whole.clear()
-        for kind in ("*.safetensors", "*.jsonl"):
-            for file in self.path.glob(kind):
-                file.unlink(missing_ok=True)
+    def renew(self) -> None:
+        """Take no layer for built that this object has not written: each is written anew, in the old one's place.
+
+        Nothing is removed, because other processes may read it.
+        """
+        self._renewing = True
 
     def tidy(self) -> None:
         """Remove what writers left behind that were killed; for the holder of the lock."""
@@ -120,11 +123,13 @@ class LevelDatabase:
         """
         if layer.name in self._whole:
             return True
-        if not self.file(layer.name).exists():
+        if self._renewing or not self.file(layer.name).exists():
             return False
         try:
             wrong = self._damage(layer)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except (*UNREADABLE, TypeError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             wrong = str(error)
         if wrong:
             self._open.pop(layer.name, None)
@@ -162,29 +167,36 @@ class LevelDatabase:
         Raises:
             VerificationError: the database does not hold it.
         """
-        try:
+        with self._readable(f"{layer} at {level}"):
             handle = self._handle(layer)
             values, mask = (handle.get_tensor(f"{level}.{part}") for part in ("values", "bitmask"))
             return unpack_bitmask(values, mask, tuple(self._about(layer)["shape"]))
-        except (FileNotFoundError, SafetensorError, OSError, KeyError, ValueError, FormatError) as error:
-            raise VerificationError(
-                f"the level database at {self.path} cannot give {layer} at {level}: {error}",
-                hint="remove that directory; it is built anew",
-            ) from error
 
     def errors(self, table: UnitTable) -> tuple[np.ndarray, np.ndarray]:
-        """Return (weight_error, output_error), each float64[U, K] summed over the unit's layers."""
+        """Return (weight_error, output_error), each float64[U, K] summed over the unit's layers.
+
+        Raises:
+            VerificationError: the database does not hold them.
+        """
         result = np.zeros((2, len(table), len(self.menu)))
         for u, unit in enumerate(table):
             for layer in unit.layers:
-                held = self._about(layer.name)["errors"]
+                with self._readable(f"the errors of {layer.name}"):
+                    held = self._about(layer.name)["errors"]
                 result[:, u, :] += np.array([held[level.name] for level in self.menu]).T
         return result[0], result[1]
 
-    @cached_property
-    def description(self) -> dict[str, Any]:
-        """What the weights depend on, with the key."""
-        return dict(self.identity, key=self.key)
+    @contextmanager
+    def _readable(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except UNREADABLE as error:
+            if is_out_of_memory(error):
+                raise
+            raise VerificationError(
+                f"the level database at {self.path} cannot give {what}: {error}",
+                hint="remove that directory; it is built anew",
+            ) from error
 
     def _about(self, layer: str) -> dict[str, Any]:
         crc, _, text = (self._handle(layer).metadata() or {})["about"].partition(" ")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.metadata
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 
 from msp_plugin.errors import NumericsError
+from msp_plugin.identity import component_digest
 from msp_plugin.plan.levels import Level
+from msp_plugin.pruning import masks
 from msp_plugin.pruning.masks import nm_mask
 
 
@@ -28,6 +28,8 @@ class Pruner(ABC):
     name: ClassVar[str]
     host: ClassVar[str] = "msp_plugin"
     needs_statistics: ClassVar[bool] = True
+    #: Modules whose functions do its arithmetic, beside those that its class and its bases are from.
+    arithmetic: ClassVar[tuple[ModuleType, ...]] = (masks,)
 
     def version(self) -> str:
         """The version of the distribution that brings the method; part of every file's key."""
@@ -36,13 +38,8 @@ class Pruner(ABC):
         return importlib.metadata.version(owners[0]) if owners else "unversioned"
 
     def code(self) -> str:
-        """Hex digest of the source of the method's classes, so that an edited method is another one."""
-        digest = hashlib.sha256()
-        for cls in type(self).__mro__:
-            if cls not in (object, ABC, Pruner):
-                with contextlib.suppress(OSError, TypeError):  # typed at a prompt: no source to read
-                    digest.update(inspect.getsource(cls).encode())
-        return digest.hexdigest()
+        """Hex digest of the source that the weights depend on, so that an edited method is another one."""
+        return component_digest(self, self.arithmetic)
 
     def check_level(self, level: Level) -> None:  # noqa: B027 - optional to override
         """Raise RecipeError if the method cannot produce ``level``."""

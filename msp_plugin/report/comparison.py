@@ -11,7 +11,7 @@ from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.report.records import ComparedRow, Comparison
-from msp_plugin.report.statistics import deviation, finite_values, mean, pooled_deviation
+from msp_plugin.report.statistics import deviation, finite_values, mean, within_noise
 
 UNIFORM = "uniform"
 
@@ -40,14 +40,24 @@ class Entry:
         return deviation(self.perplexities)
 
     @property
+    def kls(self) -> list[float]:
+        """Divergence from the dense model of every seed that has one."""
+        return finite_values(row.kl for row in self.rows)
+
+    @property
     def kl(self) -> float | None:
-        """Mean divergence from the dense model."""
-        return mean(row.kl for row in self.rows)
+        """Mean divergence from the dense model; None if a seed's is missing or infinite."""
+        return mean(self.kls) if len(self.kls) == len(self.rows) else None
+
+    @property
+    def kl_spread(self) -> float | None:
+        """Standard deviation of the divergence over seeds."""
+        return deviation(self.kls)
 
     @property
     def tokens(self) -> float | None:
-        """Mean forward tokens."""
-        return mean(row.forward_tokens for row in self.rows)
+        """Mean forward tokens: of candidates and of sensitivities."""
+        return mean(row.tokens for row in self.rows)
 
     @property
     def seconds(self) -> float | None:
@@ -62,7 +72,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cell:
-    """All that was compared at one sparsity with one method, best perplexity first."""
+    """All that was compared at one sparsity with one method, least divergence first."""
 
     method: str
     sparsity: Fraction
@@ -70,25 +80,21 @@ class Cell:
 
     @property
     def best(self) -> Entry | None:
-        """The entry of least mean perplexity."""
-        found = [entry for entry in self.entries if entry.perplexity is not None]
-        return min(found, key=lambda entry: entry.perplexity or 0.0, default=None)
+        """The entry of least mean divergence."""
+        found = [entry for entry in self.entries if entry.kl is not None]
+        return min(found, key=lambda entry: entry.kl or 0.0, default=None)
 
     @property
-    def noise(self) -> float | None:
-        """Standard deviation of the perplexity over seeds, pooled over the allocators; None with one seed."""
-        return pooled_deviation([entry.perplexities for entry in self.entries])
+    def has_spread(self) -> bool:
+        """True if an entry has several seeds."""
+        return any(entry.kl_spread is not None for entry in self.entries)
 
     @property
     def ties(self) -> list[Entry]:
-        """Entries that are no further from the best one than the noise."""
-        best, noise = self.best, self.noise
-        if best is None or best.perplexity is None or noise is None:
-            return []
-        limit = best.perplexity + noise
-        return [
-            e for e in self.entries if e is not best and e.perplexity is not None and e.perplexity <= limit
-        ]
+        """Entries that are no further from the best one than twice the larger spread over seeds of the two."""
+        best = self.best
+        others = [e for e in self.entries if best is not None and e is not best and e.kl is not None]
+        return [e for e in others if within_noise(e.kl, e.kl_spread, best.kl, best.kl_spread)]
 
     @property
     def uniform(self) -> Entry | None:
@@ -130,7 +136,7 @@ def cells(comparison: Comparison) -> list[Cell]:
             Entry(label, slots.get(label, -1), tuple(sorted(rows, key=lambda row: row.seed)))
             for label, rows in groups[method, sparsity].items()
         ]
-        entries.sort(key=lambda e: (e.perplexity is None, e.perplexity or 0.0, e.label))
+        entries.sort(key=lambda e: (e.kl is None, e.kl or 0.0, e.label))
         found.append(Cell(method, sparsity, tuple(entries)))
     return found
 

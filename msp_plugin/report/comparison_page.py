@@ -61,6 +61,7 @@ class CellView:
     note: str
     curves: Chart | None
     cost: Chart | None
+    predictions: Chart | None
     ranking: Chart | None
 
 
@@ -129,7 +130,7 @@ def _cell(i: int, cell: Cell, comparison: Comparison, layout: Layout) -> CellVie
         )
     return CellView(
         cell, name, f"{cell.method}, {rounded_percent(cell.sparsity)}", entries, _note(cell),
-        _curves(cell, name), _cost(cell, name, comparison), _ranking(cell, name),
+        _curves(cell, name), _cost(cell, name, comparison), _predictions(cell, name), _ranking(cell, name),
     )  # fmt: skip
 
 
@@ -150,14 +151,10 @@ def _dtype_note(views: list[CellView]) -> str:
 def _note(cell: Cell) -> str:
     """Return what the marks of a cell's table mean."""
     if cell.best is None:
-        return "No perplexity was measured."
-    noise = cell.noise
-    if noise is None:
-        return "Best in bold. One seed: no spread, so that small differences mean nothing."
-    return (
-        f"Best in bold; ≈ is no further from it than the noise, {number(noise)} (standard deviation over seeds, "
-        "pooled over the allocators)."
-    )
+        return "No divergence was measured."
+    if not cell.has_spread:
+        return "Least KL in bold. One seed: no spread, so that small differences mean nothing."
+    return "Least KL in bold; ≈ is no further from it than twice the larger spread over seeds of the two."
 
 
 def _curves(cell: Cell, name: str) -> Chart | None:
@@ -197,7 +194,7 @@ def _curves(cell: Cell, name: str) -> Chart | None:
 def _cost(cell: Cell, name: str, comparison: Comparison) -> Chart | None:
     series = []
     for entry in cell.entries:
-        points = [(row.forward_tokens or 0.0, row.perplexity) for row in entry.rows]
+        points = [(row.tokens or 0.0, row.perplexity) for row in entry.rows]
         if len(points) > 1:
             series.append(Series(entry.label, points, entry.slot))
         if entry.perplexity is not None:
@@ -210,14 +207,37 @@ def _cost(cell: Cell, name: str, comparison: Comparison) -> Chart | None:
         Chart(
             f"{name}-cost",
             f"Test perplexity against forward tokens, {cell.method} at {rounded_percent(cell.sparsity)}",
-            "forward tokens of the search",
+            "forward tokens",
             "test perplexity",
             tuple(series),
             tuple((value, "dense") for value in dense),
             log_x=True,
             log_y=bool(values) and max([*values, *dense]) > _LOG_FROM * max(min([*values, *dense]), 1e-9),
-            caption="Test perplexity after the final pruning against what the search put through the model. "
+            caption="Test perplexity after the final pruning against what candidates and sensitivities put "
+            "through the model. "
             "Large marks are means over seeds, with one standard deviation.",
+        )
+    )
+
+
+def _predictions(cell: Cell, name: str) -> Chart | None:
+    series, pairs = [], []
+    for entry in cell.entries:
+        found = [(a, b) for row in entry.rows for a, b in row.predictions if len(finite_values((a, b))) == 2]
+        pairs += found
+        series.append(Series(entry.label, found, entry.slot))
+    rho = rank_correlation(pairs)
+    said = f" Spearman's rho {number(rho, 2)}." if rho is not None else ""
+    return draw(
+        Chart(
+            f"{name}-predictions",
+            f"Measured against predicted change of the loss, {cell.method} at {rounded_percent(cell.sparsity)}",
+            "predicted change, nats per token",
+            "measured change, nats per token",
+            tuple(series),
+            diagonal=True,
+            caption=f"{len(pairs)} proposals that a surrogate made. On the dashed line the prediction is what was "
+            f"measured.{said}",
         )
     )
 
@@ -227,7 +247,7 @@ def _ranking(cell: Cell, name: str) -> Chart | None:
     for entry in cell.entries:
         found = [(row.database.kl, row.kl) for row in entry.rows if row.database is not None]
         whole = [(a, b) for a, b in found if len(finite_values((a, b))) == 2]
-        pairs += whole
+        pairs += [pair for pair in whole if pair not in pairs]  # allocations that several found count once
         series.append(Series(entry.label, whole, entry.slot, strong=True))
     rho = rank_correlation(pairs)
     said = f"Spearman's rho {number(rho, 2)}" if rho is not None else "too few for a rank correlation"
@@ -240,7 +260,7 @@ def _ranking(cell: Cell, name: str) -> Chart | None:
             "KL after the final pruning",
             tuple(series),
             diagonal=True,
-            caption=f"Both on the test text, {len(pairs)} allocations: {said}. "
+            caption=f"Both on the test text, {len(pairs)} different allocations: {said}. "
             "Below the dashed line the final pruning does better than the database's weights.",
         )
     )

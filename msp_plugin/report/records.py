@@ -102,6 +102,7 @@ class ComparedRow(Quality):
     uniform_loss: float | None = None
     holdout_loss: float | None = None
     forward_tokens: float | None = None
+    sensitivity_tokens: float | None = None
     seconds: float | None = None
     evaluations: float | None = None
     curve: list[Point] = []
@@ -110,6 +111,11 @@ class ComparedRow(Quality):
     levels: list[str] = []
     notes: list[str] = []
     error: str | None = None
+
+    @property
+    def tokens(self) -> float | None:
+        """Forward tokens of candidates and of sensitivities; None where the first are not known."""
+        return None if self.forward_tokens is None else self.forward_tokens + (self.sensitivity_tokens or 0.0)
 
     @field_validator("sparsity", mode="before")
     @classmethod

@@ -165,16 +165,17 @@ def _curve(search: Search, given: Any) -> Chart | None:
     return draw(
         Chart(
             "curve",
-            "Loss of the best allocation found against forward tokens",
+            "Loss against forward tokens",
             "forward tokens",
             _LOSSES.get(str(kind), str(kind)),
             (
-                Series("search text, best so far", curve, 0, "steps"),
-                Series("hold-out text", search.holdout, 1, "line"),
+                Series("search text, least so far", curve, 0, "steps"),
+                Series("hold-out text, incumbents", search.holdout, 1, "line"),
             ),
             tuple((value, "uniform") for value in uniform),
             log_x=True,
-            caption="Loss of the best allocation so far, with the level database's weights. "
+            caption="The least loss on the search text so far, and that of the incumbents on the hold-out, with the "
+            "level database's weights. What is returned may be another one: see the allocator. "
             "The dashed line is the uniform allocation on the search text.",
         )
     )

@@ -25,15 +25,9 @@ def deviation(values: Iterable[float | None]) -> float | None:
     return float(np.std(found, ddof=1)) if len(found) > 1 else None
 
 
-def pooled_deviation(groups: Iterable[Sequence[float | None]]) -> float | None:
-    """Return the standard deviation within groups, pooled by degrees of freedom; None if no group has two."""
-    squares = freedom = 0.0
-    for group in groups:
-        found = finite_values(group)
-        if len(found) > 1:
-            squares += (len(found) - 1) * float(np.var(found, ddof=1))
-            freedom += len(found) - 1
-    return math.sqrt(squares / freedom) if freedom else None
+def within_noise(value: float, spread: float | None, best: float, best_spread: float | None) -> bool:
+    """Return True if a mean is no further from the best one than twice the larger of their spreads over seeds."""
+    return value <= best + 2 * max(spread or 0.0, best_spread or 0.0)
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:

@@ -44,6 +44,10 @@ class Estimator(ABC):
         ``models.onloaded``, and gradients taken under ``fisher.activation_gradients``: the model may be offloaded.
         """
 
+    def forward_tokens(self, data: CalibrationSet) -> int:
+        """Return the tokens that a measurement puts through the model, a backward pass counting as two forward ones."""
+        return data.tokens if self.needs_data else 0
+
     def parts(self, data: CalibrationSet) -> Sequence[CalibrationSet]:
         """Return sets of samples whose sensitivities have those of ``data`` as their mean.
 

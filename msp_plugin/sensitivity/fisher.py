@@ -18,6 +18,9 @@ from msp_plugin.models import input_device, named_parameters, own_parameters
 from msp_plugin.recompute import recomputed
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 
+#: Forward passes that one with its backward pass counts as.
+BACKWARD = 3
+
 
 @dataclass(frozen=True)
 class FisherTrace(Estimator):
@@ -37,6 +40,9 @@ class FisherTrace(Estimator):
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise RecipeError(f"fisher: samples = {self.samples} must be at least 1")
+
+    def forward_tokens(self, data: CalibrationSet) -> int:
+        return BACKWARD * sum(map(len, data.samples[: self.samples]))
 
     def parts(self, data: CalibrationSet) -> tuple[CalibrationSet, ...]:
         return tuple(CalibrationSet((sample,), data.source) for sample in data.samples[: self.samples])

@@ -18,6 +18,7 @@ from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models import offloaded_module
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
+from msp_plugin.sensitivity.fisher import BACKWARD
 
 #: Attention whose backward pass torch can differentiate; flash attention's would be taken as constant.
 DIFFERENTIABLE = ("eager", "sdpa")
@@ -57,6 +58,11 @@ class HessianTrace(Estimator):
                 raise RecipeError(
                     f"hessian_trace: {option} = {getattr(self, option)} must be at least {least}"
                 )
+
+    def forward_tokens(self, data: CalibrationSet) -> int:
+        """See Estimator. A probe runs the forward and the backward pass backwards. For weights of PROBED_BYTES."""
+        passes = BACKWARD + 2 * BACKWARD * self.probes
+        return passes * sum(map(len, data.samples[: self.samples]))
 
     def layer_sensitivities(
         self,

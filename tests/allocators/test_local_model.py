@@ -31,25 +31,26 @@ def test_a_level_without_a_finite_slope_is_unknown_and_one_that_changes_nothing_
     assert local.cost().tolist() == [[3.0, 0.0, 0.0, np.inf]]
 
 
-def test_what_a_move_changes_alone_replaces_its_prediction_as_long_as_the_incumbent_stays():
+def test_what_a_move_changes_alone_replaces_its_prediction_until_its_unit_moves():
     local = known()
-    local.learn_alone({(0, 1): 7.0, (1, 2): -1.0})
+    local.learn_alone((0, 1), 7.0)
+    local.learn_alone((1, 2), -1.0)
     assert local.cost().tolist() == [[0, 7, 3], [0, 3, -1], [0, 3, 3]]
-    local.add((0, 0, 0), np.full((4, 3, 3), 5.0), np.zeros((4, 3, 3)))
-    assert local.cost()[0, 1] == 7 and local.cost()[1, 2] == -1 and local.cost()[2, 1] != 3
-
-
-def test_where_another_unit_moved_half_of_a_surprise_stays_and_where_the_unit_itself_moved_none():
-    local = known()
-    local.learn_alone({(0, 1): 7.0, (1, 2): 7.0})
     local.add((0, 1, 0), np.ones((4, 3, 3)), np.full((4, 3, 3), 2.0))
-    assert local.cost()[0, 1] == 3 + (7 - 3) / 2 and local.cost()[1, 2] == 3
-    assert local.alone == {}
+    assert local.cost()[0, 1] == 7 and local.cost()[1, 2] == 3
+    assert np.argwhere(local.alone).tolist() == [[0, 1]]
+
+
+def test_what_moves_changed_together_fades():
+    local = known(decay=0.5)
+    local.learn((1, 1, 0), 16.0)
+    local.add((0, 0, 0), np.ones((4, 3, 3)), np.full((4, 3, 3), 2.0))
+    assert local.cost()[:2, 1].tolist() == [3 + 5 / 2] * 2
 
 
 def test_a_move_whose_loss_is_infinite_is_ruled_out():
     local = known()
-    local.learn_alone({(0, 1): np.inf})
+    local.learn_alone((0, 1), np.inf)
     assert local.cost()[0, 1] == np.inf and np.isfinite(local.cost()).sum() == 8
 
 
@@ -58,7 +59,7 @@ def test_what_moves_change_together_is_charged_to_them_less_to_those_measured_al
     local.learn((1, 1, 0), 16.0)  # 10 beyond 3 + 3
     assert local.cost().tolist() == [[0, 8, 3], [0, 8, 3], [0, 3, 3]]
     local = known()
-    local.learn_alone({(0, 1): 3.0})
+    local.learn_alone((0, 1), 3.0)
     local.learn((1, 1, 0), 16.0)
     assert local.cost()[:2, 1] == pytest.approx([3 + 10 / 5, 3 + 10 * 4 / 5])
 

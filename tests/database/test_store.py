@@ -103,7 +103,7 @@ def test_the_key_names_everything_the_weights_depend_on(tmp_path):
     ]
     assert len(set(keys)) == len(keys)
     assert database(tmp_path, {"options": {"x": 1}, "model": "a"}).key == keys[0]
-    assert database(tmp_path).description["key"] == keys[0] and database(tmp_path).path.name == keys[0][:24]
+    assert database(tmp_path).key == keys[0] and database(tmp_path).path.name == keys[0][:24]
 
 
 def test_what_is_not_there_is_not_had(tmp_path):
@@ -181,7 +181,7 @@ def test_one_wrong_character_of_what_a_file_says_of_its_weights_is_found(tmp_pat
         assert not database(tmp_path).has(LAYER), old
 
 
-def test_what_a_killed_writer_left_is_removed_and_all_is_on_demand(tmp_path):
+def test_what_a_killed_writer_left_is_removed(tmp_path):
     store = database(tmp_path)
     store.write(LAYER, weights(), ERRORS)
     left, journal = store.path / f".{LAYER.name}.safetensors.0f.partial", store.path / ".a.jsonl.0f.partial"
@@ -189,11 +189,25 @@ def test_what_a_killed_writer_left_is_removed_and_all_is_on_demand(tmp_path):
     journal.write_bytes(b"of another process")
     store.tidy()
     assert not left.exists() and journal.exists()
-    journal.unlink()
-    assert database(tmp_path).has(LAYER)
-    store.clear()
-    assert not list(store.path.iterdir()) and not store.has(LAYER)
-    store.clear()
+
+
+def test_a_database_that_is_renewed_is_written_anew_and_stays_readable_for_others_meanwhile(tmp_path):
+    store, other = database(tmp_path), database(tmp_path)
+    store.write(LAYER, weights(), ERRORS)
+    again = database(tmp_path)
+    again.renew()
+    assert not again.has(LAYER) and other.has(LAYER) and other.weight(LAYER.name, "2:4").shape
+    again.write(LAYER, weights(), ERRORS)
+    assert again.has(LAYER) and database(tmp_path).has(LAYER)
+
+
+def test_errors_of_a_file_that_is_gone_are_named_with_the_way_out(tmp_path):
+    from msp_plugin.plan.units import Unit, UnitTable
+
+    table = UnitTable((Unit(LAYER.name, 0, (LAYER,)),))
+    with pytest.raises(VerificationError, match=f"the errors of {LAYER.name}") as error:
+        database(tmp_path).errors(table)
+    assert "built anew" in error.value.hint
 
 
 def test_a_bitmask_that_does_not_fit_its_values_is_named_with_the_way_out(tmp_path):

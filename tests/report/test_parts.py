@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import msp_plugin.report
 from msp_plugin.plan.units import Layer, Unit, UnitTable
@@ -25,7 +27,7 @@ from msp_plugin.report.palette import (
     luminance,
     ramp,
 )
-from msp_plugin.report.statistics import deviation, mean, pooled_deviation, rank_correlation, taken_back
+from msp_plugin.report.statistics import deviation, mean, rank_correlation, taken_back, within_noise
 from msp_plugin.report.text import (
     count,
     mebibytes,
@@ -88,9 +90,22 @@ def test_rank_correlation_is_pearsons_of_the_ranks():
 def test_means_and_deviations_are_of_what_is_finite():
     assert mean([1.0, None, 3.0, float("inf")]) == 2.0 and mean([None]) is None
     assert deviation([1.0, 3.0]) == pytest.approx(2**0.5) and deviation([1.0]) is None
-    assert pooled_deviation([[1.0, 3.0], [5.0], [2.0, 2.0]]) == 1.0 and pooled_deviation([[1.0]]) is None
     assert taken_back(1.0, 4.0, 2.0) == pytest.approx(0.5)
     assert taken_back(1.0, 1.0, 2.0) is None and taken_back(1.0, None, 2.0) is None
+
+
+def test_noise_is_twice_the_larger_spread():
+    assert within_noise(1.2, 0.05, 1.0, 0.1) and within_noise(1.2, 0.1, 1.0, None)
+    assert not within_noise(1.21, 0.1, 1.0, 0.05)
+    assert within_noise(1.0, None, 1.0, None) and not within_noise(1.001, None, 1.0, None)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=12))
+def test_the_rank_correlation_is_scipys(pairs):
+    stats = pytest.importorskip("scipy.stats", reason="the rank correlation is not compared with scipy's")
+    if min(len({a for a, _ in pairs}), len({b for _, b in pairs})) > 1:
+        expected = stats.spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic
+        assert rank_correlation(pairs) == pytest.approx(expected, abs=1e-12)
 
 
 def test_numbers_are_written_as_people_read_them():

@@ -8,9 +8,7 @@ functions; where those are ours, they give what the host gives, bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import torch
 from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.llm_compressor import require_host
 from msp_plugin.plan.levels import Kind, Level
+from msp_plugin.pruning import masks, sparsegpt
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.pruning.masks import least, nm_mask
 from msp_plugin.pruning.sparsegpt import InverseFactor, factor_inverse, quadratic_form, sparsegpt_levels
@@ -90,6 +89,7 @@ class SparseGPT(HostPruner):
 
     name = "sparsegpt"
     modifier = "SparseGPTModifier"
+    arithmetic = (masks, sparsegpt)
 
     block_size: int = 128
     dampening_frac: float = 0.01
@@ -97,11 +97,6 @@ class SparseGPT(HostPruner):
     def __post_init__(self) -> None:
         if self.block_size < 1 or not self.dampening_frac >= 0:
             raise RecipeError("sparsegpt: block_size must be at least 1 and dampening_frac at least 0")
-
-    def code(self) -> str:
-        """The digest covers the column loop too."""
-        loop = inspect.getsource(inspect.getmodule(sparsegpt_levels))
-        return hashlib.sha256((super().code() + loop).encode()).hexdigest()
 
     def check_level(self, level: Level) -> None:
         if level.kind is not Kind.SHARE and self.block_size % level.m:

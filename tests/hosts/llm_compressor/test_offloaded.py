@@ -65,7 +65,7 @@ def test_a_search_finds_what_it_finds_in_memory(tmp_path, pair, make_samples):
         held = Measurements(
             its, table, MENU, Wanda(), make_samples(2), make_samples(4, seed=1), make_samples(2, seed=2),
             {e.name: e for e in (FisherTrace(samples=2), HeavyTail())}, str(tmp_path / str(number)),
-            batch_tokens=48, fisher_samples=2,
+            batch_tokens=48,
         )  # fmt: skip
         problem = AllocationProblem(table, MENU, parse_sparsity("0.6"))
         result, _ = held.allocate(Search(rounds=2, tokens=96, holdout=48), problem, 0)
