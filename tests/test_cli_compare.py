@@ -171,7 +171,7 @@ def test_a_model_that_is_not_there_is_explained(msp_compare, tmp_path):
 def made_up(allocator, kl, seed=0, **more):
     return {
         "method": "wanda", "sparsity": "3/4", "allocator": allocator, "seed": seed, "kl": kl, "error": None,
-        "perplexity": None if kl is None else 2 * kl, "forward_tokens": 1000, "seconds": 0.25, **more,
+        "perplexity": None if kl is None else 2 * kl, "forward_tokens": 1000, "sensitivity_tokens": 500, "seconds": 0.25, **more,
     }  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def test_a_table_is_ordered_by_mean_kl_and_a_seed_without_a_finite_loss_comes_la
     assert "a [b] model, wanda, 0.75 zeros" in printed
     good = next(line for line in printed.splitlines() if "good" in line)
     assert [cell.strip() for cell in good.strip("│ ").split("│")][1:] == [
-        "3.00", "1.5000", "0.7071", "1,000", "0.2", "2",
+        "3.00", "1.5000", "0.7071", "1,500", "0.2", "2",
     ]  # fmt: skip
     assert "inf" in next(line for line in printed.splitlines() if "broken" in line)
 

@@ -14,7 +14,7 @@ from msp_plugin.errors import NumericsError
 from msp_plugin.identity import component_digest
 from msp_plugin.plan.levels import Level
 from msp_plugin.pruning import masks
-from msp_plugin.pruning.masks import nm_mask
+from msp_plugin.pruning.masks import nm_masks
 
 
 class Pruner(ABC):
@@ -125,8 +125,8 @@ class LayerwisePruner(Pruner):
         score = self.score(weight.float(), norm)
         if not torch.isfinite(score).all():
             raise NumericsError(f"method {self.name!r} gives scores that are not finite for {layer}")
-        for level in levels:
-            yield weight.masked_fill(~nm_mask(score, level), 0)
+        for mask in nm_masks(score, levels):
+            yield weight.masked_fill(~mask, 0)
 
     def output_error(self, delta: torch.Tensor, statistic: InputNorm) -> float:
         """The diagonal of the input's second moment only: features are taken as uncorrelated."""

@@ -6,7 +6,7 @@ of scores that are compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,34 +14,54 @@ import torch
 from msp_plugin.errors import NumericsError
 from msp_plugin.plan.levels import Kind, Level
 
+#: Of scores [M, N] and a count bool[M, N], True for so many least of each column, whatever is equal.
+Settle = Callable[[torch.Tensor, int], torch.Tensor]
 #: So many extremes are found one by one; for more, sorting is faster.
 _EXTREMES = 4
 
 
 def nm_mask(score: torch.Tensor, level: Level) -> torch.Tensor:
-    """Return bool[O, I], True where a weight is kept: the N best of every M along in_features.
+    """Return bool[O, I], True where a weight is kept (see nm_masks)."""
+    return nm_masks(score, [level])[0]
 
-    Exactly N are kept in every group; among equal scores the one further left is kept. ``N:M in 2:4``
-    takes the two best of every four, and the N best of M among those. A share of zeros takes the best of
-    each row.
+
+def nm_masks(
+    score: torch.Tensor, levels: Sequence[Level], settle: Settle | None = None
+) -> list[torch.Tensor]:
+    """Return bool[O, I] for each level, True where a weight is kept: the N best of every M along in_features.
+
+    Exactly N are kept in every group. ``N:M in 2:4`` takes the two best of every four, and the N best of M among
+    those. A share of zeros takes the best of each row. Plain ``N:M`` levels of one M are made in one pass.
 
     Args:
         score: float[O, I]; higher is more worth keeping.
+        settle: decides among equal scores at plain ``N:M`` levels (see ``least``); by default, and at all other
+            levels, the one further left is kept.
 
     Raises:
         NumericsError: a score is not finite.
     """
-    n, m = level.group(score.shape[1])
     if not torch.isfinite(score).all():
         raise NumericsError(f"{int((~torch.isfinite(score)).sum())} scores are not finite")
-    if level.kind is Kind.NM_IN_24:
-        score = score.masked_fill(~_best(score, 2, 4), -torch.inf)
-    return _best(score, n, m)
+    found: dict[Level, torch.Tensor] = {}
+    width = score.shape[1]
+    for m in dict.fromkeys(level.m for level in levels if level.kind is Kind.NM):
+        same = [level for level in dict.fromkeys(levels) if level.kind is Kind.NM and level.m == m]
+        kept = [level.group(width)[0] for level in same]
+        found |= zip(same, _best(score, kept, m, settle or _leftmost_kept), strict=True)
+    for level in levels:
+        if level.kind is not Kind.NM:
+            n, m = level.group(width)
+            own = score
+            if level.kind is Kind.NM_IN_24:
+                own = score.masked_fill(~_best(score, [2], 4, _leftmost_kept)[0], -torch.inf)
+            found[level] = _best(own, [n], m, _leftmost_kept)[0]
+    return [found[level] for level in levels]
 
 
-def _best(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    gone = least(score.reshape(-1, m).t(), m - n, _leftmost_kept)
-    return ~gone.t().reshape(score.shape)
+def _best(score: torch.Tensor, counts: Sequence[int], m: int, settle: Settle) -> list[torch.Tensor]:
+    gone = least_of_each(score.reshape(-1, m).t(), [m - n for n in counts], settle)
+    return [~own.t().reshape(score.shape) for own in gone]
 
 
 def _leftmost_kept(score: torch.Tensor, worst: int) -> torch.Tensor:
@@ -60,32 +80,52 @@ def least_by_topk(score: torch.Tensor, worst: int) -> torch.Tensor:
     return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, found, True).t()
 
 
-def least(
-    score: torch.Tensor, worst: int, settle: Callable[[torch.Tensor, int], torch.Tensor] = least_by_topk
-) -> torch.Tensor:
-    """Return bool like ``score`` [M, N], True for the ``worst`` least of each column.
+def least(score: torch.Tensor, worst: int, settle: Settle = least_by_topk) -> torch.Tensor:
+    """Return bool like ``score`` [M, N], True for the ``worst`` least of each column (see least_of_each)."""
+    return least_of_each(score, [worst], settle)[0]
+
+
+def least_of_each(
+    score: torch.Tensor, counts: Sequence[int], settle: Settle = least_by_topk
+) -> list[torch.Tensor]:
+    """Return bool like ``score`` [M, N] for each count, True for so many least of each column.
 
     On a CPU, by as many extremes as there are to find of the kept or of the others, whichever are fewer: several
-    times faster than sorting each column for a small M.
+    times faster than sorting each column for a small M. One pass from either end serves all counts.
 
     Args:
         settle: decides the columns in which equal scores, or NaN, leave more than one answer.
     """
-    few = min(worst, len(score) - worst)
-    if score.is_cuda or not 0 < few <= _EXTREMES:
-        return settle(score, worst)
-    keep, score = few < worst, score.contiguous()
-    hit = torch.zeros_like(score, dtype=torch.bool)
-    rest = score
-    for step in range(few):
+    sides: dict[bool, dict[int, int]] = {True: {}, False: {}}
+    for worst in counts:
+        few = min(worst, len(score) - worst)
+        if 0 < few <= _EXTREMES and not score.is_cuda:
+            sides[few < worst][few] = worst
+    found: dict[int, torch.Tensor] = {}
+    for keep, wanted in sides.items():
+        found |= _by_extremes(score.contiguous(), wanted, keep, settle)
+    return [found[worst] if worst in found else settle(score, worst) for worst in counts]
+
+
+def _by_extremes(
+    score: torch.Tensor, wanted: Mapping[int, int], keep: bool, settle: Settle
+) -> dict[int, torch.Tensor]:
+    """Return by count of least ones bool like ``score`` [M, N], from the greatest (``keep``) or the least found in turn.
+
+    Args:
+        wanted: by count of extremes that of the least ones.
+    """
+    hit, rest, found = torch.zeros_like(score, dtype=torch.bool), score, {}
+    for few in range(1, max(wanted, default=0) + 1):
         now = rest == (rest.amax(dim=0) if keep else rest.amin(dim=0))
+        rest = rest.masked_fill(now, -torch.inf if keep else torch.inf) if few < max(wanted) else rest
         hit |= now
-        if step + 1 < few:
-            rest = rest.masked_fill(now, -torch.inf if keep else torch.inf)
-    found = ~hit if keep else hit
-    tied = hit.sum(dim=0, dtype=torch.int32) != few
-    if tied.any():
-        found[:, tied] = settle(score[:, tied], worst)
+        if few in wanted:
+            own = ~hit if keep else hit.clone()
+            tied = hit.sum(dim=0, dtype=torch.int32) != few
+            if tied.any():
+                own[:, tied] = settle(score[:, tied], wanted[few])
+            found[wanted[few]] = own
     return found
 
 

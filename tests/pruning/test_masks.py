@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.levels import DENSE, Kind, Level
-from msp_plugin.pruning.masks import least, least_by_topk, nm_mask, recount
+from msp_plugin.pruning.masks import least, least_by_topk, nm_mask, nm_masks, recount
 
 LEVELS = [Level(n, m) for m in (2, 3, 4, 8, 16) for n in range(1, m)]
 INSIDE = [Level(n, m, Kind.NM_IN_24) for m in (4, 8, 12, 16) for n in range(1, m // 2 + 1)]
@@ -52,6 +52,14 @@ def test_inside_2_4_and_shares_take_the_best_and_ties_go_to_the_left(level, rows
     assert recount(torch.ones_like(score) * mask, level).broken is None
     if level.kind is Kind.NM_IN_24:
         assert (mask.reshape(rows, -1, 4).sum(-1) <= 2).all()
+
+
+@given(st.lists(st.sampled_from([DENSE, *LEVELS, *INSIDE, *SHARES]), max_size=9), st.integers(0, 2**31))
+def test_levels_made_together_are_those_made_alone(levels, seed):
+    score = torch.randint(0, 9, (3, 48), generator=torch.Generator().manual_seed(seed)).float()
+    for settle in (None, least_by_topk):
+        alone = [nm_masks(score, [level], settle)[0] for level in levels]
+        assert all(map(torch.equal, nm_masks(score, levels, settle), alone))
 
 
 def test_a_level_inside_2_4_keeps_the_best_of_a_four_before_the_best_of_the_group():

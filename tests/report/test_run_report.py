@@ -128,7 +128,7 @@ def test_head_search_quality_and_provenance_say_what_the_records_say(records, re
         assert text in found.text, text
     assert found.row("Seed") == ["Seed", "0"] and found.row("torch") == ["torch", "2.13.0"]
     assert len(found.of("svg")) == 2 and all(svg["role"] == "img" for svg in found.of("svg"))
-    assert found.row("hold-out text")[1:] == ["40,960", "0.47"]
+    assert found.row("hold-out text, incumbents")[1:] == ["40,960", "0.47"]
 
 
 def test_charts_take_their_colours_from_the_page_and_share_no_id(records, compared, report):

@@ -21,7 +21,7 @@ from msp_plugin.hosts.llm_compressor import require_host
 from msp_plugin.plan.levels import Kind, Level
 from msp_plugin.pruning import masks, sparsegpt
 from msp_plugin.pruning.base import Pruner
-from msp_plugin.pruning.masks import least, nm_mask
+from msp_plugin.pruning.masks import least_by_topk, nm_masks
 from msp_plugin.pruning.sparsegpt import InverseFactor, factor_inverse, quadratic_form, sparsegpt_levels
 
 
@@ -185,12 +185,8 @@ class Wanda(HostPruner):
     ) -> Iterator[torch.Tensor]:
         weight = module.weight.detach()
         score = weight.float().abs() * statistic[0].sqrt()
-        for level in levels:
-            if level.kind is Kind.NM and not level.is_dense:  # among equals as the host: by topk
-                gone = least(score.reshape(-1, level.m).t(), level.m - level.n).t().reshape(score.shape)
-            else:
-                gone = ~nm_mask(score, level)
-            yield weight.masked_fill(gone, 0)
+        for mask in nm_masks(score, levels, settle=least_by_topk):  # among equals as the host
+            yield weight.masked_fill(~mask, 0)
 
     def output_error(self, delta: torch.Tensor, statistic: list[Any]) -> float:
         """The diagonal of the input's second moment only: features are taken as uncorrelated."""
