@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from msp_plugin import pipeline
+from msp_plugin import pipeline, writing
 from msp_plugin.demo import demo_model_path
 from msp_plugin.models import load_model, load_tokenizer, prunable_layers
 
@@ -139,13 +139,11 @@ def test_changed_weights_go_to_the_cache_that_is_asked_for(msp, half, text_file,
 def test_a_disk_without_room_for_the_pruned_weights_is_found_before_any_work(
     msp, half, text_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(
-        "msp_plugin.offloaded.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000)
-    )
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     monkeypatch.setattr(pipeline, "_measure", lambda *a: pytest.fail("work was done"))
     ran = msp("prune", half, "-s", "0.5", "--method", "magnitude", "--data", text_file, *SMALL, "--out",
               tmp_path / "out", "--offload", code=2)  # fmt: skip
-    assert "need 0.0 GiB on disk when they are pruned" in ran.err and "MSP_CACHE" in ran.err
+    assert "pruned weights of an offloaded model need 0.00 GiB" in ran.err and "MSP_CACHE" in ran.err
     assert not (tmp_path / "out").exists()
 
 

@@ -10,6 +10,7 @@ ALLOCATORS = {
     "alphapruning": {}, "atp": {"tokens": 48, "step": 0.05}, "dlp": {}, "lsa": {}, "mrp": {"start": 0.7},
     "one_shot": {}, "owl": {},
 }  # fmt: skip
+ESTIMATORS = {"one_shot": {"hessian_trace": {"samples": 1, "probes": 1}}}
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
@@ -20,8 +21,7 @@ def test_a_run_is_on_the_budget_repeats_and_leaves_the_model(
     before, hooks = bits(llama), count_hooks(llama)
     options = Options(
         sparsity=0.75, method="magnitude", allocator={"name": name, **ALLOCATORS[name]},
-        granularity=granularity, cache=str(tmp_path),
-        estimators={"hessian_trace": {"samples": 1, "probes": 1}},
+        granularity=granularity, cache=str(tmp_path), estimators=ESTIMATORS.get(name, {}),
     )  # fmt: skip
     plan = resolve(options, Plugins(entry_points=False))
     first, second = (allocate(llama, data, plan).allocation for _ in range(2))
