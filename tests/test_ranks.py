@@ -252,7 +252,8 @@ try:
     if ranks.rank == 0:
         print(len(set(pids)), "ranks", "WORLD_SIZE" in os.environ)
 except MSPError as error:
-    print("rank", ranks.rank, str(error).splitlines()[0], flush=True)
+    sys.stdout.write(f"rank {ranks.rank} {str(error).splitlines()[0]}\\n")  # at once: ranks share the pipe
+    sys.stdout.flush()
     sys.exit(3)
 """
 

@@ -49,8 +49,8 @@ class Search(Allocator):
     Each incumbent is measured on hold-out text that no proposal was measured on, and the choice returned is
     the one with the lowest mean loss over search text and hold-out: the hold-out refuses what only fits the
     search text, and both together are less noisy than either. Each round in which that mean does not fall
-    doubles the samples of the next one's slopes (up to half of them) and first measurements; once all are
-    measured on, ``patience`` such rounds end the search. It also ends before the measurement that its budget does
+    doubles the samples of the next one's slopes (up to half of them) and first measurements; once proposals are
+    measured on all, ``patience`` such rounds end the search. It also ends before the measurement that its budget does
     not allow; only uniform is measured in any case.
 
     The method is ours. What it rests on: EvoPress (arXiv 2410.14649) for the level database, the true KL
@@ -60,7 +60,8 @@ class Search(Allocator):
 
     Args:
         rounds: most rounds.
-        patience: rounds on all samples without improvement after which the search ends.
+        patience: rounds on all samples without improvement after which the search ends. More than one seldom
+            finds more: integration/results/search.md has the figures.
         max_tokens: most forward tokens of the search, beside those that measure uniform; 0 sets no limit. A
             backward pass counts as two forward passes.
         seconds: of the search, after which nothing more is measured; 0 sets no limit. With a limit in seconds,
@@ -84,7 +85,7 @@ class Search(Allocator):
     measures = True
 
     rounds: int = 30
-    patience: int = 3
+    patience: int = 1
     max_tokens: int = 0
     seconds: float = 0.0
     seeds: int = 10
