@@ -5,7 +5,8 @@
 
 `msp prune` in float32 with SparseGPT at 62.5 %, the levels 2:4 and 1:4, 8 calibration samples of 256 tokens of the
 demo corpus, a search of at most two rounds, and perplexities before and after; no uniform run beside it. The model
-has the demo's tokenizer. Peak memory is the largest resident set of the process, mapped files with it.
+has the demo's tokenizer. Peak memory is the largest resident set of the process, mapped files with it; by step,
+sampled every 50 ms, what of it is anonymous and what is pages of mapped files, which the system may drop.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +33,43 @@ OPTIONS = (
     "--set", "allocator.rounds=2", "--data", "demo:calibration", "--search-data", "demo:search", "--test-data",
     "demo:test", "--no-baseline",
 )  # fmt: skip
+
+
+class Steps:
+    """A command that runs, and the most memory that each of its steps took, in bytes: anonymous, of mapped files.
+
+    A step ends with its line of progress; what follows the last one is ``end``.
+    """
+
+    def __init__(self, command: list[str], env: dict[str, str]):
+        self.peaks: dict[str, list[int]] = {}
+        self._now = [0, 0]
+        self._process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._process.stderr:
+            sys.stderr.write(line)
+            if step := re.fullmatch(r"(\w[^%|]*): \d+", line.strip()):
+                self._end(step[1])
+
+    def _end(self, step: str) -> None:
+        now, self._now = self._now, [0, 0]
+        before = self.peaks.get(step, [0, 0])
+        self.peaks[step] = [max(pair) for pair in zip(before, now, strict=True)]
+
+    def wait(self) -> tuple[int, resource.struct_rusage]:
+        """Return the exit status and what the process used."""
+        status = Path(f"/proc/{self._process.pid}/status")
+        while True:
+            ended, code, used = os.wait4(self._process.pid, os.WNOHANG)
+            if ended:
+                self._end("end")
+                return code, used
+            held = dict(re.findall(r"(Rss(?:Anon|File)):\s+(\d+)", status.read_text()))
+            found = [1024 * int(held.get(name, 0)) for name in ("RssAnon", "RssFile")]
+            self._now = [max(pair) for pair in zip(self._now, found, strict=True)]
+            time.sleep(0.05)
 
 
 def main() -> int:
@@ -47,8 +88,8 @@ def main() -> int:
         del model
         command = [sys.executable, "-m", "msp_plugin", "prune", str(source), *OPTIONS, "--out", str(out)]
         began = time.perf_counter()
-        process = subprocess.Popen(command, env={**os.environ, "MSP_CACHE": str(Path(folder) / "cache")})
-        _, status, used = os.wait4(process.pid, 0)
+        steps = Steps(command, {**os.environ, "MSP_CACHE": str(Path(folder) / "cache")})
+        status, used = steps.wait()
         wall = time.perf_counter() - began
         if status:
             return 1
@@ -63,12 +104,15 @@ def main() -> int:
         "disk_gb": {name: size / 1e9 for name, size in bytes_of.items()},
         "pruning_seconds": run["seconds"], "search_seconds": run["search"]["seconds"],
         "sparsity": run["sparsity"], "forward_tokens": run["search"]["forward_tokens"],
+        "steps_gb": {step: [size / 1e9 for size in pair] for step, pair in steps.peaks.items()},
     }  # fmt: skip
     disk = ", ".join(f"{name} {size:.1f}" for name, size in record["disk_gb"].items())
     lines = [
         f"{weights / 1e6:.0f} M weights of {4 * weights / 1e9:.2f} GB: {wall:.0f} s, {record['cpu']:.0f} CPU s, "
         f"peak {record['peak_gb']:.2f} GB; on disk in GB: {disk}. "
         f"The search measured {record['forward_tokens']:,} forward tokens in {record['search_seconds']:.0f} s.",
+        "", "| step | anonymous GB | mapped GB |", "|---|---|---|",
+        *(f"| {step} | {pair[0]:.2f} | {pair[1]:.2f} |" for step, pair in record["steps_gb"].items()),
     ]  # fmt: skip
     print(*lines, sep="\n")
     if args.size == "1 B":
