@@ -25,6 +25,7 @@ from msp_plugin.exchange import CandidateWeights
 from msp_plugin.files import cache_directory, finite
 from msp_plugin.identity import component_digest, digest, versions
 from msp_plugin.journal import Journal, RecordedEstimate, RecordedLoss
+from msp_plugin.memory import free_cached
 from msp_plugin.models import check_loadable, fingerprint, input_device
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DENSE, Level
@@ -136,9 +137,14 @@ class Measurements:
             )  # fmt: skip
         return database
 
-    def _alone(self, path: Path, what: str, *, wait: bool = False) -> AbstractContextManager[None]:
-        """Lock a file for all ranks: rank 0 holds it."""
-        return alone(path, what, wait=wait) if self.ranks.rank == 0 else nullcontext()
+    @contextmanager
+    def _alone(self, path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+        """Lock a file for all ranks while something is measured: rank 0 holds it; all give its memory back."""
+        try:
+            with alone(path, what, wait=wait) if self.ranks.rank == 0 else nullcontext():
+                yield
+        finally:
+            free_cached()
 
     def sensitivity(self, name: str) -> tuple[float, ...]:
         """Return one number per unit of the dense model.
