@@ -73,6 +73,12 @@ class Matrix:
         _refuse_twice("sparsity", [plan.sparsity for plan in plans[: each * len(self.sparsities) : each]])
         _refuse_twice("method", [plan.pruner.name for plan in plans[:: each * len(self.sparsities)]])
         _refuse_twice("seed", self.seeds)
+        read = {name for plan in plans for name in plan.allocator.estimators}
+        if unread := sorted(set(self.options.get("estimators") or {}) - read):
+            raise RecipeError(
+                f"options of {', '.join(unread)}, which no allocator of this comparison reads",
+                hint="leave them out, or compare an allocator that does (see `msp plugins`)",
+            )
         return plans
 
 

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from msp_plugin import activations, blockwise, candidates, evaluation, exchange, prefix, recompute, slopes
 from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator, Choice
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss
+from msp_plugin.database import bitmask, build
 from msp_plugin.database.build import BATCH_TOKENS, build_database, check_space
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.errors import HostError, RecipeError, nearest
+from msp_plugin.errors import HostError, NumericsError, RecipeError, nearest
 from msp_plugin.exchange import CandidateWeights
 from msp_plugin.files import cache_directory, finite
-from msp_plugin.identity import component_digest, digest, versions
+from msp_plugin.identity import component_digest, digest, source_digest, versions
 from msp_plugin.journal import Journal, RecordedEstimate, RecordedLoss
 from msp_plugin.memory import free_cached
 from msp_plugin.models import check_loadable, fingerprint, input_device
@@ -34,9 +37,10 @@ from msp_plugin.plugins import spec_of
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.resume import alone
+from msp_plugin.sensitivity import fisher_error
 from msp_plugin.sensitivity.base import Estimator, unit_sensitivities
 from msp_plugin.sensitivity.fisher import BACKWARD, FisherTrace
-from msp_plugin.sensitivity.fisher_error import fisher_errors
+from msp_plugin.sensitivity.fisher_error import diagonal_groups, fisher_errors
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +48,16 @@ log = logging.getLogger(__name__)
 StepProgress = Callable[[str, int, int], None]
 
 
-#: Of what is measured and how; a journal of another number is begun anew.
-MEASUREMENT = 1
+#: What measures beside methods and estimators, which have keys of their own.
+_MEASURING = (
+    activations, bitmask, blockwise, build, candidates, evaluation, exchange, fisher_error, prefix, recompute, slopes,
+)  # fmt: skip
+
+
+@cache
+def _code() -> str:
+    """Return a digest of the code that measures: what other code has measured is measured anew."""
+    return source_digest(modules=_MEASURING)
 
 
 class _Paid(Protocol):
@@ -232,15 +244,17 @@ class Measurements:
         """Return the forward tokens of the sensitivities and errors that an allocator reads, whoever measured them."""
         data = self.calibration or CalibrationSet((), "none")
         total = sum(self.estimators[name].forward_tokens(data) for name in allocator.sensitivities)
-        return total + (BACKWARD * self._fisher_data().tokens if "fisher" in allocator.errors else 0)
+        if "fisher" in allocator.errors:
+            layers = [layer.name for layer in self.table.layers]
+            total += BACKWARD * self._fisher_data().tokens * len(diagonal_groups(self.model, layers))
+        return total
 
     @cached_property
     def _fisher_error(self) -> np.ndarray:
         data = self._fisher_data()
         names = [level.name for level in self.menu if not level.is_dense]
         layers = [layer.name for layer in self.table.layers]
-        key = {"data": data.fingerprint, "layers": layers, "database": self.database.key, "version": 1}
-
+        key = {"data": data.fingerprint, "layers": layers, "database": self.database.key}
         with self._journal(self.database.path, "fisher-error", key) as journal:
             began = time.monotonic()
             by_layer = fisher_errors(
@@ -248,6 +262,12 @@ class Measurements:
                 progress=partial(self.progress, "Fisher-weighted error"), journal=journal, ranks=self.ranks,
             )  # fmt: skip
             log.info("Fisher-weighted error: %.1f s", time.monotonic() - began)
+        bad = [name for name, errors in by_layer.items() if not all(map(math.isfinite, errors.values()))]
+        if bad:
+            raise NumericsError(
+                f"the Fisher-weighted error is not finite for {len(bad)} layers, e.g. {bad[0]}",
+                hint="the model's loss or activations overflow: try dtype float32",
+            )
         return np.array(
             [
                 [sum(by_layer[a.name].get(level.name, 0.0) for a in unit.layers) for level in self.menu]
@@ -354,7 +374,7 @@ class Measurements:
     def _journal(self, folder: Path, name: str, identity: Mapping[str, Any]) -> Iterator[Journal]:
         """Yield the journal of what the identity names; another process that has it is waited for."""
         device = input_device(self.model).type
-        identity = {**identity, "device": device, "measurement": MEASUREMENT, "versions": versions()}
+        identity = {**identity, "device": device, "measurement": _code(), "versions": versions()}
         path = folder / f"{name}-{digest(identity)[:16]}.jsonl"
         with self._alone(path.with_suffix(".lock"), f"it measures {name} of this model and text", wait=True):
             if self.fresh and path not in self._renewed:
@@ -398,7 +418,7 @@ def open_database(
         "model": model_id,
         "calibration": data.fingerprint if pruner.needs_statistics else None,
         "method": {**spec_of(pruner), "host": pruner.host, "version": pruner.version()},
-        "code": pruner.code(),
+        "code": [pruner.code(), _code()],
         "batch_tokens": batch_tokens if pruner.needs_statistics else None,
         "device": device,
         "versions": versions(),

@@ -33,7 +33,7 @@ _SIZES = (
     "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "num_hidden_layers",
 )  # fmt: skip
-#: Packages whose version is recorded with whatever depends on it.
+#: Packages whose classes are known by their version or, accelerate's hooks, do not compute.
 _VERSIONED = ("torch", "transformers", "accelerate", "compressed_tensors", "llmcompressor")
 #: How much longer than the longest stored tensor a size may be: quantized weights hold eight or more in one number.
 _PACKED = 32
@@ -427,9 +427,12 @@ def fingerprint(model: torch.nn.Module) -> str:
         with onloaded(module):
             digest.update(_bytes_of(getattr(module, name.rpartition(".")[2])))
     for prefix, module in sorted(model.named_modules()):
+        held = sorted(name for name in module._buffers if name not in module._non_persistent_buffers_set)
+        if not held:
+            continue  # loading an offloaded module reads its weights too
         with onloaded(module):
-            for name, buffer in sorted(module._buffers.items()):
-                if buffer is not None and name not in module._non_persistent_buffers_set:
+            for name in held:
+                if (buffer := module._buffers[name]) is not None:
                     digest.update(f"{prefix}.{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
                     digest.update(_bytes_of(buffer))
     return digest.hexdigest()

@@ -39,7 +39,7 @@ class Ranks:
     rank = 0
     size = 1
     #: What the last failed gather raised here, as on all other ranks.
-    raised: MSPError | None = None
+    raised: Exception | None = None
 
     def share(self, items: Sequence[T]) -> list[T]:
         """Return this rank's items: every ``size``-th."""
@@ -200,10 +200,11 @@ class TorchRanks(Ranks):
         header = torch.empty_like(_header(None))
         with self._alive():
             dist.recv(header, rank, tag=self._meetings)
-            comes, dtype, dims, *shape = header.tolist()
-            if not comes:
-                raise ElsewhereError(f"rank {rank} failed")
-            found = torch.empty(shape[:dims], dtype=_dtypes()[dtype])
+        comes, dtype, dims, *shape = header.tolist()
+        if not comes:
+            raise ElsewhereError(f"rank {rank} failed")
+        found = torch.empty(shape[:dims], dtype=_dtypes()[dtype])
+        with self._alive():
             dist.recv(found.view(-1).view(torch.uint8), rank, tag=self._meetings)
         return found
 
@@ -213,8 +214,9 @@ class TorchRanks(Ranks):
         try:
             yield
         except RuntimeError as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LostError(
-                f"rank {self.rank} stops, because another rank has ended",
+                f"rank {self.rank} stops, because another rank has ended ({said})",
                 hint="that one's own error says why. The same command goes on where it stopped",
             ) from error
 

@@ -75,7 +75,8 @@ def sole_output(out: str | Path, cache: str | None = None, *, file: bool = False
         path.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, because runs to it may have different caches; and not in it, because it must be empty.
     # Always in the same place: the directory is made for the lock if it has to be.
-    folder = path.parent if os.access(path.parent, os.W_OK) else cache_directory(cache) / "runs"
+    beside = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    folder = path.parent if beside else cache_directory(cache) / "runs"
     try:
         lock = folder / f".{path.name}.{digest(str(path))[:8]}.lock"
         with alone(lock, f"it writes to {path}", remove=True):

@@ -27,8 +27,6 @@ from msp_plugin.sensitivity.base import Estimator
 
 MSP = {"name": "msp", "population": 3, "generations": 1, "offspring": 2, "tokens": 40}
 SEARCH = {"name": "search", "rounds": 2, "seeds": 3, "tokens": 40, "holdout": 20}
-FISHER = {"estimators": {"fisher": {"samples": 2}}}
-
 
 @pytest.fixture
 def text(tmp_path):
@@ -44,7 +42,7 @@ def run(llama_dir, text, tmp_path):
     """Compare on the tiny Llama by magnitude, without the final pruning unless asked for."""
 
     def run(allocators, sparsities=("3/4",), methods=("magnitude",), seeds=(0,), prune=False, **options):
-        shared = {"cache": str(tmp_path / "cache"), **FISHER, **options}
+        shared = {"cache": str(tmp_path / "cache"), **options}
         own = {name: shared.pop(name) for name in ("finals", "ranks", "fresh") if name in shared}
         matrix = Matrix(sparsities, methods, allocators, seeds, shared, prune)
         return compare(llama_dir, text, matrix, dtype="float32", **own)
@@ -212,6 +210,7 @@ ALL_WRONG = [
     ({"allocators": {"a": {**SEARCH, "screen": 2}}}, "screen = 2"), ({"levels": ["4:3"]}, "4:3"),
     ({"granularity": "row"}, "granularity 'row'"),
     ({"estimators": {"fish": {}}}, "no estimator called 'fish'"),
+    ({"estimators": {"fisher": {"samples": 2}}}, "options of fisher, which no allocator of this comparison reads"),
     ({"nonsense": 1}, "unknown key 'nonsense'"), ({"seed": 3}, "seed is no option"),
     ({"allocation": "a.json"}, "allocation is no option"),
     ({"allocators": {"a": {**SEARCH, "tokens": 10_000}}}, "held-out tokens"),

@@ -13,7 +13,7 @@ from msp_plugin import measure
 from msp_plugin.allocators.base import AllocationResult, Allocator
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss
-from msp_plugin.errors import ModelError, RecipeError
+from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.evaluation import mean_kl
 from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
 from msp_plugin.measure import Measurements, open_database
@@ -25,7 +25,7 @@ from msp_plugin.sensitivity import fisher as fisher_module
 from msp_plugin.sensitivity import fisher_error
 from msp_plugin.sensitivity.base import Estimator, silent
 from msp_plugin.sensitivity.fisher import FisherTrace, backward_passes
-from msp_plugin.sensitivity.fisher_error import fisher_errors
+from msp_plugin.sensitivity.fisher_error import diagonal_groups, fisher_errors
 
 MENU = parse_menu(["dense", "2:4", "1:4"])
 
@@ -185,6 +185,35 @@ def test_the_record_counts_every_token_and_is_json(make):
     assert record["forward_tokens"] == (1 + 8 * 2) * 48 + 48 + 24  # replace-one, search, hold-out
     assert record["holdout"] == [[1, None]] and record["predictions"] == [[0.5, None]]
     assert json.loads(json.dumps(record, allow_nan=False)) == record
+
+
+def test_every_pass_for_the_fisher_weighted_error_is_counted(make, monkeypatch):
+    held = make()
+    once = held.sensitivity_tokens(Asking(sensitivities=()))
+    monkeypatch.setattr(measure, "diagonal_groups", lambda model, layers: diagonal_groups(model, layers, 20_000))
+    groups = len(measure.diagonal_groups(held.model, [layer.name for layer in held.table.layers]))
+    assert groups > 3 and held.sensitivity_tokens(Asking(sensitivities=())) == groups * once
+
+
+def test_a_fisher_weighted_error_that_is_not_finite_is_named(make, monkeypatch):
+    def errors(*args, **kwargs):
+        found = fisher_errors(*args, **kwargs)
+        return {**found, "model.layers.1.mlp.down_proj": {"2:4": float("nan"), "1:4": 1.0}}
+
+    monkeypatch.setattr(measure, "fisher_errors", errors)
+    with pytest.raises(NumericsError, match=r"not finite for 1 layers, e\.g\. model\.layers\.1\.mlp\.down_proj"):
+        make().error("fisher")
+
+
+def test_code_that_measures_differently_reads_nothing_of_the_old(make, count, monkeypatch):
+    calls = count("fisher_errors")
+    for code in ("", "edited", "edited"):
+        if code:
+            monkeypatch.setattr(measure, "_code", lambda: "edited")
+        make().error("fisher")
+    assert len(calls) == 3 and measure._MEASURING  # each object asks; what is measured is in the journals
+    keys = {path.name for path in measure.cache_directory(make().cache).rglob("fisher-error-*.jsonl")}
+    assert len(keys) == 2
 
 
 def test_the_replace_one_kl_is_that_of_one_pruned_unit(make, bits):
@@ -415,7 +444,7 @@ def test_the_objective_is_the_allocators(make):
     assert loss > 3 > kl.seen[0][1] and holdout > 3 > kl.seen[0][2]  # of 128 tokens, one takes about log(128)
 
 
-def test_a_database_is_named_by_what_its_weights_depend_on(llama, qwen2, make_samples, tmp_path):
+def test_a_database_is_named_by_what_its_weights_depend_on(llama, qwen2, make_samples, tmp_path, monkeypatch):
     data, other, cache = make_samples(), make_samples(seed=1), str(tmp_path)
 
     def key(model=llama, samples=data, pruner=SparseGPT(), menu=MENU):
@@ -428,6 +457,10 @@ def test_a_database_is_named_by_what_its_weights_depend_on(llama, qwen2, make_sa
         return made.key
 
     assert len({held(), held(128), held(device="cuda")}) == 3  # sums of other batches round otherwise
+    before = held()
+    monkeypatch.setattr(measure, "_code", lambda: "other code")
+    assert held() != before
+    monkeypatch.undo()
     keys = [
         key(), key(qwen2), key(samples=other), key(pruner=replace(SparseGPT(), dampening_frac=0.02)),
         key(pruner=Wanda()), key(menu=MENU[:2]),

@@ -183,6 +183,14 @@ def test_a_run_into_directories_that_another_one_makes_meanwhile_is_refused(tmp_
     assert not (tmp_path / "runs").exists()  # nothing was written to it
 
 
+def test_an_output_below_a_file_is_refused_for_what_it_is(tmp_path):
+    (tmp_path / "afile").write_text("mine")
+    for file in (False, True):
+        with pytest.raises(OutputError, match="afile"), sole_output(tmp_path / "afile" / "run", str(tmp_path), file=file):
+            pass
+    assert (tmp_path / "afile").read_text() == "mine"
+
+
 def test_a_file_is_kept_to_one_writer_and_what_a_killed_one_left_goes(tmp_path):
     out = tmp_path / "new" / "allocation.json"
     with sole_output(out, file=True) as path:

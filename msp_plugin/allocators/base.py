@@ -38,7 +38,7 @@ class TrueLoss(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return how the loss changes when one unit of ``choice`` moves by up to ``reach`` levels.
 
-        (slopes, draws), each float64[S, U, K] for S samples, 0 for the present level and beyond reach. The
+        (slopes, draws), each float64[S, U, K] for S samples, NaN for the present level and beyond reach. The
         mean of the slopes and half the mean square of the draws are the change to second order, nats per
         token; both add up over units before the square is taken. One forward and two backward passes,
         counted as five forward passes. ``seed`` draws the labels that the draws are taken with.

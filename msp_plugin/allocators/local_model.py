@@ -23,7 +23,8 @@ class LocalModel:
     moved starts anew, for the others what the last rounds found still says much.
 
     Args:
-        decay: weight of what earlier rounds found, per round, but for moves that were measured alone.
+        decay: weight of what earlier rounds found, per round. The surprise of a move that was measured alone
+            stays whole while its slopes go on: newer ones move its cost too.
     """
 
     def __init__(self, units: int, levels: int, decay: float):
@@ -64,7 +65,7 @@ class LocalModel:
         return np.sqrt(variance / np.maximum(self.weight, 1.0))
 
     def learn_alone(self, move: Move, change: float) -> None:
-        """Take in what a move changes that was measured alone: it replaces what was predicted; inf rules it out."""
+        """Take in what a move changes that was measured alone: its cost is that until new slopes; inf rules it out."""
         self.surprise[move] = change - self.linear[move] - self.quadratic[move]
         self.alone[move] = True
 

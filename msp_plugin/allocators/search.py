@@ -41,8 +41,8 @@ class Search(Allocator):
     its measured loss is lower.
 
     If none is, the model errs, and mostly by an amount for each move, which gradients do not see. So the moves
-    of the refused proposals are measured alone, which replaces what was predicted of them until their units
-    move, and what follows from that is proposed as well. What proposals did beyond their prediction is
+    of the refused proposals are measured alone; what that finds beyond the gradients' prediction is added to theirs
+    until their units move, and what follows is proposed as well. What proposals did beyond their prediction is
     charged to their moves, so that the next ones avoid moves that disappointed; and where the model sees too
     few ways to gain, it is also solved with costs drawn from their standard errors.
 

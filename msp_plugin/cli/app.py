@@ -176,8 +176,12 @@ def _again(command: list[str]) -> str:
     """Return what the user may do after a command was stopped."""
     if not RESUMED & set(command[1:2]):
         return ""
-    more = " without --fresh" if "--fresh" in command else ""
-    return f"The same command{more} goes on with what was measured"
+    if "--fresh" in command:
+        return (
+            "The same command without --fresh goes on with what was measured, "
+            "and takes from the cache what older runs had measured of the rest"
+        )
+    return "The same command goes on with what was measured"
 
 
 def _cause(error: Exception) -> tuple[str | None, int]:

@@ -65,6 +65,7 @@ def evaluate_command(
         data=tuple(data or ()), samples=samples, length=length, column=text_column,
     )  # fmt: skip
     if out is not None:
+        out = out.expanduser()
         check_new(out)
     with progress_bars(not as_json) as progress:
         record = evaluate(request, quiet=not verbose, progress=progress)

@@ -94,6 +94,7 @@ def allocate_command(
     given = recipe_options(sparsity, levels, target, ignore, seed, cache, specs)
     chosen = Options.parse(given | layer_options(granularity, bounds, protect))
     text = Text(data, search_data, None, samples, length, 0, text_column)
+    out = out.expanduser()
     with ExitStack() as stack:
         ranks.first(lambda: stack.enter_context(sole_output(out, cache, file=True)) and None)
         progress = stack.enter_context(console.progress_bars(not as_json and not ranks.rank))

@@ -155,21 +155,25 @@ def _by_group(
 
 
 def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTable) -> None:
-    """Raise if the disk cannot hold the layers that are still missing.
+    """Raise if the disk cannot hold the layers that are still missing; an old file's room is its new one's.
 
     Raises:
         OutputError: it cannot; the need, what is free and where are named.
     """
-    need = 0
+    need = most = 0
     for layer in table.layers:
         if not database.has(layer):
             size = model.get_submodule(layer.name).weight.element_size()
             out, into = layer.out_features, layer.in_features
-            need += sum(
+            own = sum(
                 level.kept(out, into) * size + bitmask_bytes(out, into)
                 for level in database.menu
                 if not level.is_dense
             )
+            old = database.file(layer.name)
+            replaced = min(own, old.stat().st_size) if old.exists() else 0
+            need, most = need + own - replaced, max(most, replaced)
+    need += most  # old and new lie side by side, one layer at a time
     hint = "set cache (or MSP_CACHE) to a larger disk, or use fewer levels"
     check_free(database.path, need, "the level database needs", hint)
 

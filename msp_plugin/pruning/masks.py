@@ -103,6 +103,8 @@ def least_of_each(
             sides[few < worst][few] = worst
     found: dict[int, torch.Tensor] = {}
     for keep, wanted in sides.items():
+        if not wanted:
+            continue
         found |= _by_extremes(score.contiguous(), wanted, keep, settle)
     return [found[worst] if worst in found else settle(score, worst) for worst in counts]
 
@@ -116,7 +118,7 @@ def _by_extremes(
         wanted: by count of extremes that of the least ones.
     """
     hit, rest, found = torch.zeros_like(score, dtype=torch.bool), score, {}
-    for few in range(1, max(wanted, default=0) + 1):
+    for few in range(1, max(wanted) + 1):
         now = rest == (rest.amax(dim=0) if keep else rest.amin(dim=0))
         rest = rest.masked_fill(now, -torch.inf if keep else torch.inf) if few < max(wanted) else rest
         hit |= now

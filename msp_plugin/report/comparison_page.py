@@ -247,7 +247,7 @@ def _ranking(cell: Cell, name: str) -> Chart | None:
     for entry in cell.entries:
         found = [(row.database.kl, row.kl) for row in entry.rows if row.database is not None]
         whole = [(a, b) for a, b in found if len(finite_values((a, b))) == 2]
-        pairs += [pair for pair in whole if pair not in pairs]  # allocations that several found count once
+        pairs = list(dict.fromkeys([*pairs, *whole]))  # allocations that several found count once
         series.append(Series(entry.label, whole, entry.slot, strong=True))
     rho = rank_correlation(pairs)
     said = f"Spearman's rho {number(rho, 2)}" if rho is not None else "too few for a rank correlation"

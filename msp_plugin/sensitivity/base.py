@@ -45,7 +45,10 @@ class Estimator(ABC):
         """
 
     def forward_tokens(self, data: CalibrationSet) -> int:
-        """Return the tokens that a measurement puts through the model, a backward pass counting as two forward ones."""
+        """Return the tokens that a measurement puts through the model, a backward pass counting as two forward ones.
+
+        Of one pass over the samples: where an estimator has to hold more than it says, it takes several.
+        """
         return data.tokens if self.needs_data else 0
 
     def parts(self, data: CalibrationSet) -> Sequence[CalibrationSet]:

@@ -48,9 +48,7 @@ def fisher_errors(
     """
     journal = Journal(None, {}) if journal is None else journal
     result: dict[str, dict[str, float]] = {}
-    groups = list(
-        in_groups(layers, lambda layer: 4 * model.get_submodule(layer).weight.numel(), diagonal_bytes)
-    )
+    groups = diagonal_groups(model, layers, diagonal_bytes)
     for done, group in enumerate(groups):
 
         def measure(group: list[str] = group, done: int = done) -> dict[str, dict[str, float]]:
@@ -60,6 +58,15 @@ def fisher_errors(
 
         result |= journal.get(" ".join(group), measure)
     return result
+
+
+def diagonal_groups(
+    model: torch.nn.Module, layers: Sequence[str], diagonal_bytes: int = DIAGONAL_BYTES
+) -> list[list[str]]:
+    """Return the layers in groups whose diagonals are held at once; each costs a pass over all samples."""
+    return list(
+        in_groups(layers, lambda layer: 4 * model.get_submodule(layer).weight.numel(), diagonal_bytes)
+    )
 
 
 def _errors(

@@ -1,10 +1,14 @@
+import types
+from contextlib import nullcontext
+
 import pytest
 import torch
 from safetensors import safe_open
 
-from msp_plugin.database.build import build_database, collect
+from msp_plugin import writing
+from msp_plugin.database.build import build_database, check_space, collect
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.errors import MSPError, NumericsError
+from msp_plugin.errors import MSPError, NumericsError, OutputError
 from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
 from msp_plugin.models import prunable_layers
 from msp_plugin.plan.levels import parse_menu
@@ -127,6 +131,19 @@ def test_only_missing_and_truncated_layers_are_built_again(tmp_path, llama, data
     assert build_database(again, llama, table, pruner, data, progress=lambda *at: seen.append(at)) == 2
     assert contents(again) == before and seen == [(1, 2), (2, 2)]
     assert sum(files(again)[name] == content for name, content in untouched.items()) >= len(table.layers) - 2
+
+
+def test_a_database_that_is_built_anew_takes_the_room_of_the_old_one(tmp_path, llama, data, monkeypatch):
+    table = prunable_layers(llama)
+    built = make(tmp_path, Wanda())
+    build_database(built, llama, table, Wanda(), data)
+    sizes = [built.file(layer.name).stat().st_size for layer in table.layers]
+    again = make(tmp_path, Wanda())
+    again.renew()
+    for room, enough in ((max(sizes) + 4096, True), (max(sizes) // 2, False)):
+        monkeypatch.setattr(writing.shutil, "disk_usage", lambda path, room=room: types.SimpleNamespace(free=room))
+        with nullcontext() if enough else pytest.raises(OutputError, match="the level database needs"):
+            check_space(again, llama, table)
 
 
 def test_many_groups_give_the_weights_of_one(tmp_path, model, data, pruner):

@@ -46,6 +46,19 @@ def test_the_fingerprint_is_that_of_the_model_in_memory_and_the_weights_go_away_
     assert all(p.device.type == "meta" for p in away.get_submodule(name).parameters(recurse=False))
 
 
+def test_the_fingerprint_reads_each_offloaded_weight_once(llama, monkeypatch):
+    accelerate.cpu_offload(llama, execution_device=torch.device("cpu"))
+    llama.model.layers[0].register_buffer("saved", torch.zeros(3))
+    hooks = [getattr(module, "_hf_hook", None) for module in llama.modules()]
+    maps = {type(hook.weights_map) for hook in hooks if getattr(hook, "weights_map", None) is not None}
+    read = []
+    for cls in maps:
+        own = cls.__getitem__
+        monkeypatch.setattr(cls, "__getitem__", lambda self, key, own=own: read.append(key) or own(self, key))
+    fingerprint(llama)
+    assert read and len(read) <= len(list(llama.parameters())) + 2  # tied embeddings, and the block's buffer
+
+
 def test_offloaded_embeddings_are_read_for_the_first_block_only(tmp_path, llama, data, monkeypatch):
     accelerate.cpu_offload(llama, execution_device=torch.device("cpu"))
     read, own = [], llama.model.embed_tokens._hf_hook.pre_forward

@@ -1,5 +1,6 @@
 """The report of a comparison. Its numbers are made up: see conftest.py."""
 
+import json
 import math
 
 import pytest
@@ -33,6 +34,21 @@ def rows_of(numbers, **more):
 
 def comparison_of(rows):
     return Comparison.model_validate({"units": [], "rows": rows})
+
+
+def test_an_allocation_that_several_seeds_found_is_ranked_once(comparison_dir, report, edit_json):
+    path = comparison_dir(**ONE_CELL, seeds=3)
+
+    def same(record):
+        for row in record["rows"]:
+            if row["allocator"] == "evolution":
+                row |= {"kl": 0.5, "database": {"perplexity": 15.0, "kl": 0.6}}
+
+    edit_json(path / "compare.json", same)
+    rows = [r for r in json.loads((path / "compare.json").read_text())["rows"] if r["database"]]
+    different = {(row["database"]["kl"], row["kl"]) for row in rows if row["kl"] is not None}
+    assert len(rows) > len(different)
+    assert f"Both on the test text, {len(different)} different allocations" in report(path).text
 
 
 def test_mean_spread_best_and_ties_are_those_of_the_definition():
