@@ -249,10 +249,11 @@ def markdown(record: dict) -> str:
     lines = [
         "# What a search costs",
         "",
-        f"Made by `python integration/search_bench.py`; {record['machine']}. KL in nats per token on text that "
+        "Made by `python integration/search_bench.py`, then, for the second table, with `--peer-seeds 1 2`; "
+        f"{record['machine']}. KL in nats per token on text that "
         "neither search saw. *Reached*: forward tokens after which what our search would have returned was as "
         "good as EvoPress' final allocation; a backward pass counts as two forward passes, the tokens that only "
-        "tell when to stop are counted, and so are the sensitivities that it starts from (of 16 samples); the level "
+        "tell when to stop are counted, and so are the sensitivities that it starts from (of 16 samples, where the default is 128); the level "
         "database, which both need, is not. *Patience 3*: the same search with `patience: 3` instead of 1."
         + record.get("said", ""),
         "",

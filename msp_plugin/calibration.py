@@ -71,7 +71,8 @@ class CalibrationSet:
             raise DataError(
                 f"the search asks for {tail_tokens:,} held-out tokens, but {len(self)} calibration samples "
                 f"with {self.tokens:,} tokens leave at most {self.tokens // 2:,} for it",
-                hint="give more or longer samples, or set a smaller number of search tokens",
+                hint="give more or longer samples or --search-data, or fewer tokens to the allocator: "
+                "--set allocator.tokens=8192 --set allocator.holdout=4096",
             )
         return head, tail
 

@@ -26,8 +26,8 @@ class CandidateWeights:
     more than ``held_bytes`` of pruned weights are in memory, and nothing of the dense ones.
 
     Args:
-        held_bytes: of pruned weights that are kept for the next candidates, beside those of the present one;
-            None: WEIGHT_BYTES, or what memory.cache_bytes gives.
+        held_bytes: of pruned weights that are kept for the next candidates, those of the present one among them;
+            what it needs beyond that is held as well, until it goes. None: WEIGHT_BYTES, or what memory.cache_bytes gives.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from msp_plugin.cli.compare import comparison_tables
 
 SMALL = (
     "-m", "magnitude", "--samples", "8", "--length", "20", "--test-samples", "3", "--dtype", "float32",
-    "--set", "fisher.samples=2", "--no-prune",
+    "--no-prune",
 )  # fmt: skip
 
 

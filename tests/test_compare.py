@@ -28,6 +28,7 @@ from msp_plugin.sensitivity.base import Estimator
 MSP = {"name": "msp", "population": 3, "generations": 1, "offspring": 2, "tokens": 40}
 SEARCH = {"name": "search", "rounds": 2, "seeds": 3, "tokens": 40, "holdout": 20}
 
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"

@@ -190,7 +190,9 @@ def test_the_record_counts_every_token_and_is_json(make):
 def test_every_pass_for_the_fisher_weighted_error_is_counted(make, monkeypatch):
     held = make()
     once = held.sensitivity_tokens(Asking(sensitivities=()))
-    monkeypatch.setattr(measure, "diagonal_groups", lambda model, layers: diagonal_groups(model, layers, 20_000))
+    monkeypatch.setattr(
+        measure, "diagonal_groups", lambda model, layers: diagonal_groups(model, layers, 20_000)
+    )
     groups = len(measure.diagonal_groups(held.model, [layer.name for layer in held.table.layers]))
     assert groups > 3 and held.sensitivity_tokens(Asking(sensitivities=())) == groups * once
 
@@ -201,7 +203,9 @@ def test_a_fisher_weighted_error_that_is_not_finite_is_named(make, monkeypatch):
         return {**found, "model.layers.1.mlp.down_proj": {"2:4": float("nan"), "1:4": 1.0}}
 
     monkeypatch.setattr(measure, "fisher_errors", errors)
-    with pytest.raises(NumericsError, match=r"not finite for 1 layers, e\.g\. model\.layers\.1\.mlp\.down_proj"):
+    with pytest.raises(
+        NumericsError, match=r"not finite for 1 layers, e\.g\. model\.layers\.1\.mlp\.down_proj"
+    ):
         make().error("fisher")
 
 

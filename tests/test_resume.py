@@ -186,7 +186,10 @@ def test_a_run_into_directories_that_another_one_makes_meanwhile_is_refused(tmp_
 def test_an_output_below_a_file_is_refused_for_what_it_is(tmp_path):
     (tmp_path / "afile").write_text("mine")
     for file in (False, True):
-        with pytest.raises(OutputError, match="afile"), sole_output(tmp_path / "afile" / "run", str(tmp_path), file=file):
+        with (
+            pytest.raises(OutputError, match="afile"),
+            sole_output(tmp_path / "afile" / "run", str(tmp_path), file=file),
+        ):
             pass
     assert (tmp_path / "afile").read_text() == "mine"
 

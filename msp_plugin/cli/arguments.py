@@ -21,7 +21,10 @@ Levels = Annotated[
 AllocatorName = Annotated[str, typer.Option("--allocator", help="allocator; see `msp plugins`")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="component option, e.g. allocator.generations=20 or method.block_size=64"),
+    typer.Option(
+        "--set",
+        help="option of allocator, method or an estimator, e.g. allocator.tokens=8192 or fisher.samples=64",
+    ),
 ]
 Targets = Annotated[list[str] | None, typer.Option("--target", help="layers to prune (repeatable)")]
 Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="layers to leave alone (repeatable)")]

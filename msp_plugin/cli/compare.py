@@ -29,7 +29,6 @@ from msp_plugin.cli.arguments import (
     Protect,
     Remote,
     SearchData,
-    Set,
     Targets,
     TestCount,
     TestData,
@@ -60,7 +59,12 @@ def compare_command(
     prune: Annotated[
         bool, typer.Option(help="prune to each allocation, or measure the level database's weights only")
     ] = True,
-    options: Set = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="option by component name, e.g. search.tokens=8192 or sparsegpt.block_size=64"
+        ),
+    ] = None,
     levels: Levels = None,
     target: Targets = None,
     ignore: Ignore = None,
@@ -193,7 +197,7 @@ def comparison_tables(record: dict[str, Any], title: str) -> list[Any]:
         title_of_cell = escape(f"{title}, {method}, {float(sparsity):.4g} zeros")
         table = Table(title=title_of_cell, title_justify="left")
         table.add_column("allocator", overflow="fold")  # a label that is cut could be another's
-        for heading in ("perplexity", "KL, nats", "+-", "forward tokens", "seconds", "seeds"):
+        for heading in ("perplexity", "KL, nats", "+-", "tokens, with sensitivities", "seconds", "seeds"):
             table.add_column(heading, justify="right")
 
         def mean(rows: Any, key: str) -> float:

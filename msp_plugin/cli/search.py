@@ -128,7 +128,9 @@ def sensitivity(
     model: Model,
     data: Data,
     estimator: Annotated[str, typer.Option("--estimator", help="see `msp plugins`")] = "fisher",
-    options: Set = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="option of the estimator, e.g. estimator.samples=32")
+    ] = None,
     target: Targets = None,
     ignore: Ignore = None,
     samples: Count = 128,

@@ -141,7 +141,9 @@ def test_a_database_that_is_built_anew_takes_the_room_of_the_old_one(tmp_path, l
     again = make(tmp_path, Wanda())
     again.renew()
     for room, enough in ((max(sizes) + 4096, True), (max(sizes) // 2, False)):
-        monkeypatch.setattr(writing.shutil, "disk_usage", lambda path, room=room: types.SimpleNamespace(free=room))
+        monkeypatch.setattr(
+            writing.shutil, "disk_usage", lambda path, room=room: types.SimpleNamespace(free=room)
+        )
         with nullcontext() if enough else pytest.raises(OutputError, match="the level database needs"):
             check_space(again, llama, table)
 
