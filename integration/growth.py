@@ -30,8 +30,8 @@ CASES = ("100 M, 2 levels", "100 M, 4 levels", "300 M, 2 levels", "300 M, 4 leve
 WHY = """
 Time is linear in the weights. It is not in the levels: statistics and factors serve all of them, so twice the levels
 take about half as long again. Memory of the search grows less than in proportion: beside the model, Fisher diagonals
-take at most 4 GiB, and so do pruned weights, those of the present candidate among them unless they are more. CPU seconds
-and memory compare; wall seconds of some rows were taken beside other work.
+take at most 4 GiB, and so do the pruned weights that are held beside the present candidate's. CPU seconds and memory
+compare; wall seconds of some rows were taken beside other work.
 """
 SEARCH = {"name": "search", "tokens": 1024, "holdout": 1024, "rounds": 0, "seeds": 2}
 

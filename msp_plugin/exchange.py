@@ -10,12 +10,14 @@ import torch
 
 from msp_plugin.allocators.base import Choice
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.memory import cache_bytes
+from msp_plugin.memory import cache_bytes, free_cached
 from msp_plugin.models import input_device, is_offloaded, offload_cache, offload_hook, onloaded, weight_device
 from msp_plugin.plan.budget import AllocationProblem
 
 #: Pruned weights held in memory, so that a level that comes back is not read from disk again.
 WEIGHT_BYTES = 4 * 1024**3
+#: Pruned weights that are unpacked before what that has freed goes back to the system.
+UNPACKED_BYTES = 256 * 1024**2
 
 
 class CandidateWeights:
@@ -26,8 +28,8 @@ class CandidateWeights:
     more than ``held_bytes`` of pruned weights are in memory, and nothing of the dense ones.
 
     Args:
-        held_bytes: of pruned weights that are kept for the next candidates, those of the present one among them;
-            what it needs beyond that is held as well, until it goes. None: WEIGHT_BYTES, or what memory.cache_bytes gives.
+        held_bytes: of pruned weights that are kept for the next candidates, beside those of the present one that have
+            made way; None: WEIGHT_BYTES, or what memory.cache_bytes gives.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class CandidateWeights:
         self.model, self.database, self.problem = model, database, problem
         self._limit = cache_bytes(input_device(model), WEIGHT_BYTES) if held_bytes is None else held_bytes
         self._held: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
-        self._bytes = 0
+        self._bytes = self._unpacked = 0
         self._places: dict[str, _InMemory | _Hooked | _Cached] = {}
         self._now: list[str] = []
 
@@ -115,6 +117,10 @@ class CandidateWeights:
             weight = self.database.weight(layer, level).to(place.at, place.dtype)
             self._held[key] = weight
             self._bytes += weight.nbytes
+            self._unpacked += weight.nbytes
+            if self._unpacked > UNPACKED_BYTES:
+                free_cached()
+                self._unpacked = 0
             while self._bytes > self._limit and (len(self._held) > 1 or not self._limit):
                 self._bytes -= self._held.popitem(last=False)[1].nbytes
             return weight
