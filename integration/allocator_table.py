@@ -200,17 +200,31 @@ def taken_over(entries: list[dict], cells: dict[tuple[str, str, str], dict], ear
     """Return the entries with those of an earlier table whose cell is measured and whose allocator is not.
 
     Raises:
-        ValueError: a cell's texts are not those of the earlier table.
+        ValueError: a cell's texts are not those that the earlier table has of its model.
     """
     for cell, record in cells.items():
-        if record["texts"] != earlier["texts"]:
+        if record["texts"] != earlier["texts"][cell[0]]:
             raise ValueError(f"{cell}: other texts than those of the earlier table")
     known = {(e["model"], e["method"], e["sparsity"]) for e in entries}
     have = {(e["model"], e["method"], e["sparsity"], e["allocator"]) for e in entries}
     return entries + [
-        {"sensitivity_tokens": sensitivity_tokens(e["allocator"], earlier["texts"]), **e} for e in earlier["cells"]
+        {"sensitivity_tokens": sensitivity_tokens(e["allocator"], earlier["texts"][e["model"]]), **e, "earlier": True}
+        for e in earlier["cells"]
         if (cell := (e["model"], e["method"], e["sparsity"])) in known and (*cell, e["allocator"]) not in have
     ]  # fmt: skip
+
+
+def apart(entries: list[dict], earlier: dict) -> float | None:
+    """Return the median difference of the KL of rows that were measured again from what they were, as a share.
+
+    Of allocators that have no seed, as the others' rows are means; None if there is none.
+    """
+    before = {(e["model"], e["method"], e["sparsity"], e["allocator"]): e for e in earlier["cells"]}
+    pairs = [
+        (e["kl"], before[key]["kl"]) for e in entries
+        if e["kl_spread"] is None and (key := (e["model"], e["method"], e["sparsity"], e["allocator"])) in before
+    ]  # fmt: skip
+    return statistics.median(abs(now / then - 1) for now, then in pairs) if pairs else None
 
 
 def write(cells: dict[tuple[str, str, str], dict], out: Path, earlier: dict | None = None) -> int:
@@ -219,9 +233,16 @@ def write(cells: dict[tuple[str, str, str], dict], out: Path, earlier: dict | No
 
     entries, said = summary(cells), ""
     if earlier:
-        own = ", ".join(dict.fromkeys(e["allocator"] for e in entries))
-        said = f" Rows but those of {own} are an earlier run's, on the same texts ({earlier['machine']})."
+        change = apart(entries, earlier)
         entries = taken_over(entries, cells, earlier)
+        kept = ", ".join(dict.fromkeys(e["allocator"] for e in entries if e.get("earlier")))
+        said = (
+            f" The rows of {kept} are an earlier run's, on the same texts and maybe another CPU, where products round "
+            "otherwise"
+        )
+        if change is not None:
+            said += f"; rows of allocators without a seed that were measured again changed by {100 * change:.1f} % (median)"
+        said += "."
     behind_best, behind_uniform = verdicts(entries)
     lines = [
         "# Allocators on one level database",
@@ -272,7 +293,8 @@ def write(cells: dict[tuple[str, str, str], dict], out: Path, earlier: dict | No
     out.mkdir(parents=True, exist_ok=True)
     (out / "allocators.md").write_text("\n".join(lines) + "\n")
     payload = {
-        "machine": first["machine"], "versions": first["versions"], "texts": first["texts"],
+        "machine": first["machine"], "versions": first["versions"],
+        "texts": {model: record["texts"] for (model, _, _), record in cells.items()},
         "cells": entries, "correlations": correlations,
     }  # fmt: skip
     (out / "allocators.json").write_text(json.dumps(payload, indent=1, sort_keys=True) + "\n")

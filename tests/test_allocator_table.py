@@ -130,7 +130,12 @@ def test_rows_of_an_earlier_table_stand_beside_new_ones_of_the_same_texts(table,
         e["allocator"]: 0.5 if e["allocator"] == "search" else e["kl"]
         for e in earlier["cells"] if e["model"] == "llama"
     }  # fmt: skip
-    assert "Rows but those of search are an earlier run's" in (tmp_path / "allocators.md").read_text()
+    text = (tmp_path / "allocators.md").read_text()
+    assert "The rows of uniform, atp," in text and "measured again" not in text
+    again[cell]["rows"].append(row("uniform", 1.1 * made_up(table)["rows"][0]["kl"]))
+    table.write(again, tmp_path, earlier)
+    text = (tmp_path / "allocators.md").read_text()
+    assert "The rows of atp," in text and "measured again changed by 10.0 % (median)" in text
     again[cell]["texts"] = {"test": "another"}
     with pytest.raises(ValueError, match="other texts"):
         table.write(again, tmp_path, earlier)
