@@ -70,7 +70,7 @@ def free_cached() -> None:
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with suppress(AttributeError, OSError):  # another C library
+    with suppress(AttributeError, OSError, TypeError):  # another C library, or Windows
         ctypes.CDLL(None).malloc_trim(0)
 
 
