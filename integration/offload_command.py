@@ -44,7 +44,7 @@ class Steps:
         self.now, self.peaks = "", {}
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def __call__(self, step: str, done: int, total: int) -> None:
+    def __call__(self, step: str, done: int, total: int, note: str = "") -> None:
         self.now = next((name for name in STEPS if name.partition(",")[0] in step), "others")
 
     def _watch(self) -> None:

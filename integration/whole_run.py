@@ -50,7 +50,7 @@ class Steps:
     def _read(self) -> None:
         for line in self._process.stderr:
             sys.stderr.write(line)
-            if step := re.fullmatch(r"(\w[^%|]*): \d+", line.strip()):
+            if step := re.fullmatch(r"(\w[^%|]*): \d+ of \d+ done in .*", line.strip()):
                 self._end(step[1])
 
     def _end(self, step: str) -> None:

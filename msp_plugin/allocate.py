@@ -13,7 +13,7 @@ from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import RecipeError
 from msp_plugin.files import finite
 from msp_plugin.identity import versions
-from msp_plugin.measure import Measurements, StepProgress, no_progress
+from msp_plugin.measure import Measurements
 from msp_plugin.models import (
     allowed_levels,
     check_finite_weights,
@@ -25,6 +25,7 @@ from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins import spec_of
+from msp_plugin.progress import StepProgress, no_progress
 from msp_plugin.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from msp_plugin.files import finite, write_text
 from msp_plugin.identity import digest, versions
 from msp_plugin.journal import Journal
 from msp_plugin.matrix import Matrix
-from msp_plugin.measure import Measurements, StepProgress, no_progress
+from msp_plugin.measure import Measurements
 from msp_plugin.models import fingerprint, input_device, load_tokenizer
 from msp_plugin.offloaded import check_room
 from msp_plugin.options import Plan
@@ -38,6 +38,7 @@ from msp_plugin.pipeline import describe_text, prune_recipe
 from msp_plugin.plan.allocation import make_allocation
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plugins import Plugins, spec_of
+from msp_plugin.progress import StepProgress, no_progress, prefixed
 from msp_plugin.ranks import ALONE, LostError, Ranks
 from msp_plugin.samples import Samples, Text, load_samples
 from msp_plugin.writing import is_full
@@ -193,7 +194,7 @@ class _Bench:
                 for label in self.matrix.allocators:
                     plan = self._plan(method, sparsity, label)
                     what = f"{plan.pruner.name} {float(plan.sparsity):g} {label}"
-                    held.progress = _prefixed(what, self.progress)
+                    held.progress = prefixed(f"{what}: ", self.progress)
                     seeds = self.matrix.seeds if plan.allocator.seeded else self.matrix.seeds[:1]
                     for seed in seeds:
                         yield held, plan, label, seed
@@ -293,10 +294,6 @@ class _Bench:
 def _named(quality: tuple[float, float]) -> dict[str, float | None]:
     kl, perplexity = quality
     return {"kl": finite(kl), "perplexity": finite(perplexity)}
-
-
-def _prefixed(prefix: str, progress: StepProgress) -> StepProgress:
-    return lambda step, done, total: progress(f"{prefix}: {step}", done, total)
 
 
 def cells(

@@ -10,8 +10,8 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from msp_plugin.allocate import StepProgress, no_progress
 from msp_plugin.errors import HostError, NumericsError
+from msp_plugin.progress import StepProgress, no_progress
 from msp_plugin.tasks import Suite, off_console
 
 if TYPE_CHECKING:

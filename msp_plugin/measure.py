@@ -34,6 +34,7 @@ from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins import spec_of
+from msp_plugin.progress import StepProgress, no_progress
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.resume import alone
@@ -43,10 +44,6 @@ from msp_plugin.sensitivity.fisher import BACKWARD, FisherTrace
 from msp_plugin.sensitivity.fisher_error import diagonal_groups, fisher_errors
 
 log = logging.getLogger(__name__)
-
-#: Called with (step, done, total), step being a few words such as "sensitivity".
-StepProgress = Callable[[str, int, int], None]
-
 
 #: What measures beside methods and estimators, which have keys of their own.
 _MEASURING = (
@@ -65,10 +62,6 @@ class _Paid(Protocol):
 
     forward_tokens: int
     saved_seconds: float
-
-
-def no_progress(step: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress
+from msp_plugin.allocate import Outcome, allocate, check_model
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.load import is_packed, load
 from msp_plugin.device import on_best_device
@@ -30,6 +30,7 @@ from msp_plugin.models import fingerprint, load_tokenizer
 from msp_plugin.offloaded import check_room, quantized_forward
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
+from msp_plugin.progress import StepProgress, no_progress, prefixed
 from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.resume import sole_run
 from msp_plugin.samples import Samples, Text, load_samples
@@ -188,7 +189,7 @@ def _reference(
 
     def uniform() -> float | None:
         model = source.load()
-        prune(model, _uniform(steps, plan), progress=_prefixed("uniform, ", progress), announce=False)
+        prune(model, _uniform(steps, plan), progress=prefixed("uniform, ", progress), announce=False)
         measured = _measure("uniform", model, samples, progress)
         forget()
         return measured
@@ -247,10 +248,6 @@ def _uniform(steps: dict[str, Any], plan: Plan) -> dict[str, Any]:
     line["allocator"] = "uniform"
     line.pop("estimators", None)  # it reads none
     return plain
-
-
-def _prefixed(prefix: str, progress: StepProgress) -> StepProgress:
-    return lambda step, done, total: progress(prefix + step, done, total)
 
 
 def _provenance(

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msp_plugin.allocate import StepProgress, no_progress
 from msp_plugin.calibration import CalibrationSet, load_texts, tokenize
 from msp_plugin.checkpoint.load import load
 from msp_plugin.device import on_best_device
@@ -29,6 +28,7 @@ from msp_plugin.harness import (
 )
 from msp_plugin.identity import versions
 from msp_plugin.models import check_dtype, fingerprint, load_tokenizer, max_length
+from msp_plugin.progress import StepProgress, no_progress, prefixed
 from msp_plugin.samples import Text
 from msp_plugin.tasks import Suite, find_tasks, local_tasks
 
@@ -179,9 +179,7 @@ def _measure(
     source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, suite: Suite | None,
     texts: Sequence[CalibrationSet], quiet: bool, progress: StepProgress,
 ) -> _Measured:  # fmt: skip
-    def step(what: str, done: int, total: int) -> None:
-        progress(f"{source.name}, {what}", done, total)
-
+    step = prefixed(f"{source.name}, ", progress)
     about = {
         "source": source.name, "dtype": str(model.dtype).removeprefix("torch."), "fingerprint": fingerprint(model),
     }  # fmt: skip

@@ -225,7 +225,7 @@ def test_steps_report_their_progress(llama, data, plan):
         llama,
         data,
         plan(),
-        progress=lambda step, done, total: seen.setdefault(step, []).append((done, total)),
+        progress=lambda step, done, total, note="": seen.setdefault(step, []).append((done, total)),
     )
     assert list(seen) == ["sensitivity, fisher", "level database", "search"]
     assert [at[-1] for at in seen.values()] == [(4, 4), (14, 14), (10, 10)]

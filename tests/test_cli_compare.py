@@ -183,7 +183,7 @@ def test_a_table_is_ordered_by_mean_kl_and_a_seed_without_a_finite_loss_comes_la
     (table,) = comparison_tables({"rows": rows}, "a [b] model")
     from rich.console import Console
 
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=120, markup=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(table)
     printed = console.export_text()
     assert lines_of(printed, "best", "good[x=1]", "broken", "failed") == ["best", "good[x=1]", "broken"]

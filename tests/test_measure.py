@@ -427,7 +427,7 @@ def test_weights_that_no_hook_loads_are_refused_before_any_work(make):
 
 def test_steps_report_their_progress(make):
     seen = {}
-    held = make(progress=lambda step, done, total: seen.setdefault(step, []).append((done, total)))
+    held = make(progress=lambda step, done, total, note="": seen.setdefault(step, []).append((done, total)))
     held.allocate(Asking(), problem_of(held), 0)
     assert {step: at[-1] for step, at in seen.items()} == {
         "sensitivity, zeros": (1, 1), "sensitivity, fisher": (4, 4), "level database": (14, 14),

@@ -151,7 +151,7 @@ def test_a_search_that_two_ranks_began_is_ended_by_one_and_the_other_way_round(o
         held = measured(ranks, cache)
         steps = []
 
-        def progress(step, done, total):
+        def progress(step, done, total, note=""):
             steps.append(step)
             if step == "search" and done == stop:
                 raise NumericsError("stopped")

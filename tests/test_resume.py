@@ -31,7 +31,7 @@ def run(llama_dir, tmp_path, monkeypatch):
     def run(out="out", stop=None, **options):
         steps = []
 
-        def progress(step, done, total):
+        def progress(step, done, total, note=""):
             steps.append(step)
             if stop == step:
                 raise StopError(step)

@@ -51,7 +51,6 @@ def plugins(as_json: AsJson = False) -> None:
     Example: msp plugins --json
     """
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     from msp_plugin.cli import console
@@ -75,7 +74,7 @@ def plugins(as_json: AsJson = False) -> None:
         table.add_column("from", overflow="fold")
         for row in (row for row in rows if row["kind"] == kind):
             options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-            table.add_row(row["name"], escape(f"{row['summary']}\n{options}".strip()), row["owner"])
+            table.add_row(row["name"], f"{row['summary']}\n{options}".strip(), row["owner"])
         console.table.print(table)
 
 
@@ -85,6 +84,8 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: msp doctor
     """
+    from rich.text import Text
+
     from msp_plugin.cli import console
     from msp_plugin.cli.doctor import examine
 
@@ -93,10 +94,10 @@ def doctor(as_json: AsJson = False) -> None:
         typer.echo(json.dumps([vars(check) for check in checks], indent=2))
     else:
         for check in checks:
-            mark = {"ok": "[green]ok[/]  ", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}[check.state]
-            console.out.print(f"{mark} {check.name}: {check.found}", highlight=False)
+            mark = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}[check.state]
+            console.out.print(Text.assemble(mark, f" {check.name}: {check.found}"))
             if check.advice:
-                console.out.print(f"     -> {check.advice}", markup=False)
+                console.out.print(f"     -> {check.advice}")
     raise typer.Exit(1 if any(check.state == "fail" for check in checks) else 0)
 
 

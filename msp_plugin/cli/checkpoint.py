@@ -72,11 +72,11 @@ def _show_export(manifest: Manifest, out: Path) -> None:
             f"{ratio:.4f} of {manifest.dense_bytes:,} dense"
         )
     for layer, reason in manifest.kept_dense.items():
-        console.out.print(f"dense: {layer}: {reason}", markup=False)
+        console.out.print(f"dense: {layer}: {reason}")
     if manifest.negative_zeros:
         console.out.print(f"{sum(manifest.negative_zeros.values()):,} negative zeros became positive")
     total = sum(entry["bytes"] for entry in manifest.files.values())
-    console.out.print(f"Results: {out} ({len(manifest.files)} files, {total:,} bytes)", markup=False)
+    console.out.print(f"Results: {out} ({len(manifest.files)} files, {total:,} bytes)")
 
 
 def verify(
@@ -176,21 +176,21 @@ def _text(
 
 
 def _show_checks(results: list[CheckResult], path: Path) -> None:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from msp_plugin.cli import console
 
-    marks = {"ok": "[green]ok[/]", "fail": "[red]FAIL[/]", "skip": "[yellow]skip[/]"}
-    table = Table(title=escape(f"Verification of {path}"), title_justify="left")
+    marks = {"ok": Text("ok", "green"), "fail": Text("FAIL", "red"), "skip": Text("skip", "yellow")}
+    table = Table(title=f"Verification of {path}", title_justify="left")
     for heading in ("check", "what", "", "found", "expected"):
         table.add_column(heading, overflow="fold")
     for result in results:
         for i, row in enumerate(result.findings):
             name = result.check if i == 0 else ""
-            table.add_row(name, escape(row.item), marks[row.state], escape(row.found), escape(row.expected))
+            table.add_row(name, row.item, marks[row.state], row.found, row.expected)
     console.table.print(table)
     failed = [result.check for result in results if not result.passed]
     skipped = [result.check for result in results if all(row.state == "skip" for row in result.findings)]
-    verdict = f"[red]failed: {', '.join(failed)}[/]" if failed else "[green]passed[/]"
-    console.out.print(verdict + (f" (not checked: {', '.join(skipped)})" if skipped else ""))
+    verdict = (f"failed: {', '.join(failed)}", "red") if failed else ("passed", "green")
+    console.out.print(Text.assemble(verdict, f" (not checked: {', '.join(skipped)})" if skipped else ""))

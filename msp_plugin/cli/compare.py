@@ -161,11 +161,9 @@ def compare_command(
     if as_json:
         return
     if errors:
-        console.err.print(
-            f"{len(errors)} of {len(record['rows'])} rows failed; see {out}/compare.json", markup=False
-        )
+        console.err.print(f"{len(errors)} of {len(record['rows'])} rows failed; see {out}/compare.json")
     missing = "" if written else " (no report: pip install 'msp_plugin[report]')"
-    console.out.print(f"Results: {out}{missing}", markup=False)
+    console.out.print(f"Results: {out}{missing}")
 
 
 def _spec(spec: str | dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +184,6 @@ def _write_report(folder: Path) -> bool:
 
 def comparison_tables(record: dict[str, Any], title: str) -> list[Any]:
     """Return one table per method and sparsity: the allocators in the order of their KL."""
-    from rich.markup import escape  # a label may have brackets
     from rich.table import Table
 
     from msp_plugin.compare import cells
@@ -194,8 +191,7 @@ def comparison_tables(record: dict[str, Any], title: str) -> list[Any]:
 
     tables = []
     for (method, sparsity), allocators in cells(record["rows"]).items():
-        title_of_cell = escape(f"{title}, {method}, {float(sparsity):.4g} zeros")
-        table = Table(title=title_of_cell, title_justify="left")
+        table = Table(title=f"{title}, {method}, {float(sparsity):.4g} zeros", title_justify="left")
         table.add_column("allocator", overflow="fold")  # a label that is cut could be another's
         for heading in ("perplexity", "KL, nats", "+-", "tokens, with sensitivities", "seconds", "seeds"):
             table.add_column(heading, justify="right")
@@ -207,7 +203,7 @@ def comparison_tables(record: dict[str, Any], title: str) -> list[Any]:
         for label, rows in sorted(allocators.items(), key=lambda item: mean(item[1], "kl")):
             kl = [row["kl"] for row in rows if row["kl"] is not None]
             table.add_row(
-                escape(label), f"{mean(rows, 'perplexity'):.2f}", f"{mean(rows, 'kl'):.4f}",
+                label, f"{mean(rows, 'perplexity'):.2f}", f"{mean(rows, 'kl'):.4f}",
                 "" if deviation(kl) is None else f"{deviation(kl):.4f}",
                 f"{mean(rows, 'forward_tokens') + mean(rows, 'sensitivity_tokens'):,.0f}",
                 f"{mean(rows, 'seconds'):.1f}", str(len(rows)),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -22,13 +24,17 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from msp_plugin.allocate import StepProgress
+from msp_plugin.progress import StepProgress, no_progress
 
+#: What is printed is never markup: paths and names may have brackets. Colour comes with rich's Text.
+_PLAIN = {"highlight": False, "markup": False, "emoji": False}
 #: Results go to stdout, everything about the way there to stderr.
-out = Console(highlight=False, soft_wrap=True)
+out = Console(soft_wrap=True, **_PLAIN)
 #: For tables with long cells: these are folded at the terminal's width.
-table = Console(highlight=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+table = Console(**_PLAIN)
+err = Console(stderr=True, soft_wrap=True, **_PLAIN)
+#: Seconds between two lines on one step where stderr is no terminal.
+_EVERY = 30.0
 
 
 def set_up_logs(verbose: bool, rank: int = 0) -> None:
@@ -44,26 +50,71 @@ def set_up_logs(verbose: bool, rank: int = 0) -> None:
 
 @contextmanager
 def progress_bars(show: bool = True) -> Iterator[StepProgress]:
-    """Yield a StepProgress: a bar per step on a terminal, else a line when a step is done."""
+    """Yield a StepProgress: a bar per step on a terminal, else lines; see ProgressLines."""
     if not show:
-        yield lambda step, done, total: None
+        yield no_progress
         return
     if not err.is_terminal:
-        yield lambda step, done, total: err.print(f"{step}: {total}") if done == total else None
+        yield ProgressLines(err.print)
         return
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TimeRemainingColumn(),
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=err) as bars:
         tasks: dict[str, Any] = {}
 
-        def report(step: str, done: int, total: int) -> None:
+        def report(step: str, done: int, total: int, note: str = "") -> None:
             if step not in tasks:
-                tasks[step] = bars.add_task(step, total=total)
-            bars.update(tasks[step], completed=done, total=total)
+                tasks[step] = bars.add_task(step, total=total, note=note)
+            bars.update(tasks[step], completed=done, total=total, note=note)
 
         yield report
+
+
+@dataclass
+class _Running:
+    """A step that is not done: when it began, when it was last printed, and its first report."""
+
+    began: float
+    printed: float
+    first: int
+    reported: float
+
+
+class ProgressLines:
+    """A StepProgress that prints a line every half minute of a step, and one when it is done.
+
+    A step begins with the last report of the one before it.
+    """
+
+    def __init__(self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic):
+        self._write, self._clock = write, clock
+        self._steps: dict[str, _Running] = {}
+        self._last = clock()
+
+    def __call__(self, step: str, done: int, total: int, note: str = "") -> None:
+        now = self._clock()
+        running = self._steps.setdefault(step, _Running(self._last, self._last, done, now))
+        self._last = now
+        after = f"; {note}" if note else ""
+        if done >= total:
+            del self._steps[step]
+            self._write(f"{step}: {done} of {total} done in {_minutes(now - running.began)}{after}")
+        elif now - running.printed >= _EVERY:
+            running.printed = now
+            left = ""
+            if done > running.first:  # what a stopped run left in the cache took no time: count from there
+                seconds = (now - running.reported) * (total - done) / (done - running.first)
+                left = f", about {_minutes(seconds)} left"
+            self._write(f"{step}: {done} of {total}, {100 * done // total} %{left}{after}")
+
+
+def _minutes(seconds: float) -> str:
+    """Return a duration as people read it: 0:07, 12:30, 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def number(value: float | None) -> str:

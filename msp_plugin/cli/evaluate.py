@@ -82,7 +82,6 @@ def evaluate_command(
 
 def _show(record: dict[str, Any]) -> None:
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     from msp_plugin.cli import console
@@ -91,7 +90,7 @@ def _show(record: dict[str, Any]) -> None:
     title = f"Evaluation of {record['model']['source']}"
     if compared:
         title += f" against {record['reference']['source']}"
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("task and metric", overflow="fold", min_width=20)
     for heading in (
         "value",
@@ -102,7 +101,7 @@ def _show(record: dict[str, Any]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, metric, *numbers in [*_task_rows(record), *_text_rows(record)]:
         cells = numbers if compared else [*numbers[:2], numbers[-1]]
-        table.add_row(escape(f"{name}\n  {metric}"), *(f"\n{cell}" for cell in cells))
+        table.add_row(f"{name}\n  {metric}", *(f"\n{cell}" for cell in cells))
     console.table.print(table)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,11 +13,9 @@ from typing import Any, ClassVar
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.errors import MSPError
+from msp_plugin.progress import StepProgress, no_progress
 
 log = logging.getLogger(__name__)
-
-#: Called with (step, done, total).
-StepProgress = Callable[[str, int, int], None]
 
 OK, FAIL, SKIP = "ok", "fail", "skip"
 
@@ -112,7 +110,7 @@ def missing_needs(check: Check, subject: Subject) -> list[str]:
 
 
 def run_checks(
-    subject: Subject, checks: Sequence[Check], progress: StepProgress = lambda step, done, total: None
+    subject: Subject, checks: Sequence[Check], progress: StepProgress = no_progress
 ) -> list[CheckResult]:
     """Return the result of every check, in order; one that fails does not stop the others."""
     results = []

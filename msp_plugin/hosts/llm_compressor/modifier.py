@@ -13,7 +13,7 @@ from llmcompressor.modifiers import Modifier
 from pydantic import ConfigDict, PrivateAttr, model_validator
 from torch.utils.data import RandomSampler, SequentialSampler
 
-from msp_plugin.allocate import Outcome, StepProgress, allocate, check_model, no_progress
+from msp_plugin.allocate import Outcome, allocate, check_model
 from msp_plugin.calibration import CalibrationSet, from_dataloader
 from msp_plugin.checkpoint.recount import PruneStats, count_zeros, recount_model
 from msp_plugin.checkpoint.sidecar import attach_files
@@ -23,6 +23,7 @@ from msp_plugin.hosts.llm_compressor.engines import make_engine
 from msp_plugin.models import decoder_blocks
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
+from msp_plugin.progress import StepProgress, no_progress
 
 log = logging.getLogger(__name__)
 

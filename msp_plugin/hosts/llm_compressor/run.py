@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from msp_plugin.allocate import StepProgress, no_progress
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.sidecar import RUN_SCHEMA, RUN_VERSION, run_record
 from msp_plugin.errors import MSPError
 from msp_plugin.hosts.llm_compressor.recipe import build_recipe
 from msp_plugin.identity import versions
+from msp_plugin.progress import StepProgress, no_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
