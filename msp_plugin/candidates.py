@@ -19,7 +19,7 @@ import torch
 from msp_plugin.allocators.base import Choice
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
-from msp_plugin.evaluation import summed_cross_entropy, summed_kl
+from msp_plugin.evaluation import expected_rows, summed_cross_entropy, summed_exponentials, summed_kl
 from msp_plugin.exchange import CandidateWeights
 from msp_plugin.memory import Part, cache_bytes, free_cached, in_parts, is_out_of_memory, short_of_memory
 from msp_plugin.models import input_device, onloaded
@@ -41,13 +41,13 @@ class _Reference:
 
     ``kept`` is the dense input of the head where the head is a plain linear; else the output of the last block
     where the model makes the same logits of it again, e.g. if it scales or caps them; else the logits. With a plain
-    head in float32 the KL needs only the entropy [T] and the expected row of the head [T, D],
-    e_t = sum_v p_tv w_v, because sum_v p_tv z_tv = h_t . e_t for any candidate's head input h and logits z.
-    Where the head has a bias, its expectation sum_v p_tv b_v is added to the entropy.
+    head no dense logits are made again: with h the input of the head, z the logits, w_v the rows of the head and
+    e_t = sum_v p_tv w_v of the dense model,
+    KL_t = logsumexp z_t - logsumexp z_t(dense) - (h_t - h_t(dense)) . e_t; a bias of the head cancels.
     """
 
     kept: torch.Tensor
-    entropy: torch.Tensor | None = None
+    logsumexp: torch.Tensor | None = None
     expected: torch.Tensor | None = None
 
 
@@ -252,7 +252,7 @@ class CandidateLoss:
             now = self.weights.weight(layer, self.problem.menu[choice[u]].name)
             near = range(max(0, choice[u] - reach), min(len(self.problem.menu), choice[u] + reach + 1))
             return u, {
-                k: self.weights.weight(layer, self.problem.menu[k].name).float() - now.float()
+                k: self.weights.weight(layer, self.problem.menu[k].name) - now
                 for k in near
                 if k != choice[u]
             }
@@ -328,14 +328,7 @@ class CandidateLoss:
     def _refer(self, hidden: torch.Tensor | None, logits: torch.Tensor) -> _Reference:
         if self._head is None:
             return _Reference((hidden if self._tail else logits).clone())
-        if not logits.dtype == self._head.weight.dtype == torch.float32:
-            return _Reference(hidden.clone())
-        logp = logits.log_softmax(-1)
-        p = logp.exp()
-        entropy = -(p * logp).sum(-1, dtype=torch.float64)
-        if self._head.bias is not None:  # a part of sum_v p_tv z_tv too
-            entropy = entropy + (p @ self._head.bias).double()
-        return _Reference(hidden.clone(), entropy, p @ self._head.weight)
+        return _Reference(hidden.clone(), summed_exponentials(logits), expected_rows(logits, self._head.weight))
 
     def _dense_logp(self, i: int) -> torch.Tensor:
         with torch.no_grad():
@@ -358,9 +351,9 @@ class CandidateLoss:
         references = [self._reference[i] for i in group]
         if references[0].expected is not None:
             expected = torch.stack([r.expected for r in references])
-            entropy = torch.stack([r.entropy for r in references])
-            dot = (hidden * expected).sum(-1, dtype=torch.float64)
-            kl = logits.logsumexp(-1).double() - dot - entropy
+            moved = hidden.float() - torch.stack([r.kept for r in references]).float()
+            grown = summed_exponentials(logits) - torch.stack([r.logsumexp for r in references])
+            kl = grown.double() - (moved * expected).sum(-1, dtype=torch.float64)
             return float(kl.sum()), kl.numel()
         dense = self._logits(torch.stack([r.kept for r in references]))
         return summed_kl(dense.flatten(0, 1), logits.flatten(0, 1)), logits[..., 0].numel()

@@ -13,6 +13,8 @@ from msp_plugin.progress import Progress, silent
 
 #: Logits compared at once, in numbers; bounds the float32 copies of [tokens, V].
 _LOGITS = 2**23
+#: Rows of an output head that are turned into float32 at once.
+_ROWS = 2**14
 
 
 @torch.no_grad()
@@ -58,6 +60,23 @@ def summed_kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
         p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
         total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
     return total
+
+
+def summed_exponentials(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of the summed exponentials of logits [..., V], float32[...], made in float32 pieces."""
+    flat = logits.flatten(0, -2)
+    parts = flat.split(max(1, _LOGITS // flat.shape[-1]))
+    return torch.cat([part.float().logsumexp(-1) for part in parts]).view(logits.shape[:-1])
+
+
+def expected_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return the mean row of ``rows`` [V, D] under the distributions of logits [T, V], float32[T, D]."""
+    found = []
+    for part in logits.split(max(1, _LOGITS // logits.shape[-1])):
+        p = part.float().softmax(-1)
+        pieces = zip(p.split(_ROWS, -1), rows.split(_ROWS), strict=True)
+        found.append(sum(share @ some.float() for share, some in pieces))
+    return torch.cat(found)
 
 
 @torch.no_grad()

@@ -80,6 +80,8 @@ class Measurements:
             as ``fisher`` is.
         fresh: measure anew what the cache holds of this model, method and text.
         ranks: share the measurements; each has the model, the text and the cache.
+        prefix: the name of a level by unit, the pruned blocks that the level database's statistics are taken behind
+            (see build_database); None: dense ones.
     """
 
     model: torch.nn.Module
@@ -95,6 +97,7 @@ class Measurements:
     progress: StepProgress = no_progress
     fresh: bool = False
     ranks: Ranks = ALONE
+    prefix: tuple[str, ...] | None = None
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
     _renewed: set[Path] = field(default_factory=set)
 
@@ -124,7 +127,7 @@ class Measurements:
         """
         database = open_database(
             self.model_id, self.calibration, self.pruner, self.menu, self.cache,
-            batch_tokens=self.batch_tokens, device=input_device(self.model).type,
+            prefix=self._by_layer, batch_tokens=self.batch_tokens, device=input_device(self.model).type,
         )  # fmt: skip
 
         def prepare() -> None:
@@ -136,11 +139,18 @@ class Measurements:
         with self._alone(database.lock, "it builds the level database", wait=True):
             self.ranks.first(prepare)
             build_database(
-                database, self.model, self.table, self.pruner, self.calibration,
+                database, self.model, self.table, self.pruner, self.calibration, prefix=self._by_layer,
                 batch_tokens=self.batch_tokens, progress=partial(self.progress, "level database"),
                 ranks=self.ranks,
             )  # fmt: skip
         return database
+
+    @property
+    def _by_layer(self) -> dict[str, str] | None:
+        """The prefix by layer; None where the method does not look at inputs."""
+        if self.prefix is None or not self.pruner.needs_statistics:
+            return None
+        return {a.name: level for unit, level in zip(self.table, self.prefix, strict=True) for a in unit.layers}
 
     @contextmanager
     def _alone(self, path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
@@ -301,6 +311,8 @@ class Measurements:
             )  # fmt: skip
         now = time.monotonic()
         log.info("%s: %d candidates, %.1f s", allocator.name, result.evaluations, now - began)
+        if result.ended:
+            log.info("%s ended %s", allocator.name, result.ended)
         for note in result.notes:
             log.warning("%s: %s", allocator.name, note)
         read = sum(part.saved_seconds for part in paid)
@@ -317,6 +329,7 @@ class Measurements:
             "holdout": [[tokens, finite(value)] for tokens, value in result.holdout],
             "predictions": [[finite(value) for value in pair] for pair in result.predictions],
             "notes": list(result.notes),
+            "ended": result.ended,
         }
         return result, search
 
@@ -401,7 +414,7 @@ class Measurements:
 
 def open_database(
     model_id: str, data: CalibrationSet | None, pruner: Pruner, menu: tuple[Level, ...], cache: str | None,
-    *, batch_tokens: int = BATCH_TOKENS, device: str = "cpu",
+    *, prefix: Mapping[str, str] | None = None, batch_tokens: int = BATCH_TOKENS, device: str = "cpu",
 ) -> LevelDatabase:  # fmt: skip
     """Return the level database of a model (its fingerprint), samples, method and levels, built or not.
 
@@ -413,6 +426,7 @@ def open_database(
         "method": {**spec_of(pruner), "host": pruner.host, "version": pruner.version()},
         "code": [pruner.code(), _code()],
         "batch_tokens": batch_tokens if pruner.needs_statistics else None,
+        "prefix": prefix and dict(prefix),
         "device": device,
         "versions": versions(),
     }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -15,6 +15,10 @@ Part = TypeVar("Part")
 
 #: What torch says in a plain RuntimeError: its allocator on the CPU, CUDA before 2.0's own type, cuBLAS.
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+#: Options of glibc's mallopt: bytes from which on a block is mapped by itself, and of free memory at the heap's end
+#: from which on it is given back. _GLIBC is what it comes to by itself in a process that has freed large tensors.
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
+_KEPT, _GLIBC = 2**30, (2**25, 2**26)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -60,6 +64,28 @@ def short_of_memory(what: str, remedy: str, error: BaseException) -> ModelError:
 def cache_bytes(device: torch.device, most: int) -> int:
     """Return how much may be held for later on a device: ``most``, on a GPU at most an eighth of what is free."""
     return most if device.type != "cuda" else min(most, torch.cuda.mem_get_info(device)[0] // 8)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Let glibc keep what is freed for the next tensor of that size; it goes back to the system at the end.
+
+    Else it maps each tensor beyond 32 MiB, such as logits, anew, and the system clears every page of it again: of a
+    forward pass of a model with 49,152 tokens that is almost half of the seconds.
+    """
+    _set_malloc(_KEPT, _KEPT)
+    try:
+        yield
+    finally:
+        _set_malloc(*_GLIBC)
+        free_cached()
+
+
+def _set_malloc(mapped: int, trimmed: int) -> None:
+    with suppress(AttributeError, OSError, TypeError):  # another C library, or Windows
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, mapped)
+        mallopt(_M_TRIM_THRESHOLD, trimmed)
 
 
 def free_cached() -> None:

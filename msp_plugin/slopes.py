@@ -17,7 +17,7 @@ from msp_plugin.sensitivity.fisher import activation_gradients
 #: (the gradients of the activations, and those of the weights).
 FORWARD_EQUIVALENT = 5
 
-#: Of a layer's name: its unit, and the change of its weight [O, I] for each level that is asked about.
+#: Of a layer's name: its unit, and the change of its weight [O, I], in its dtype, for each level that is asked about.
 Changes = Callable[[str], tuple[int, Mapping[int, torch.Tensor]]]
 
 
@@ -48,10 +48,9 @@ def measure_slopes(
     into, asked = slopes[0], np.zeros(shape, dtype=bool)
 
     def add(name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
-        gradient = dy.float().T @ x.float()
         unit, wanted = changes(name)
-        for level, change in wanted.items():
-            into[unit, level] += float((gradient * change).sum())
+        for level, change in wanted.items():  # <dY^T X, D> = <dY, X D^T>: no gradient of a weight is made
+            into[unit, level] += float((dy.float() * (x @ change.T)).sum())
             asked[unit, level] = True
 
     with activation_gradients(model, layers, add):

@@ -100,6 +100,7 @@ class AllocationResult:
         incumbents: (forward tokens, choice) of each choice that would have been returned, had the allocator
             been stopped then, from the first.
         notes: what a reader of the result should know, e.g. constant scores.
+        ended: why the allocator stopped where it did, e.g. "after 9 rounds: no proposal was better".
     """
 
     choice: Choice
@@ -111,6 +112,7 @@ class AllocationResult:
     predictions: tuple[tuple[float, float], ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
     incumbents: tuple[tuple[int, Choice], ...] = field(default=())
+    ended: str = ""
 
 
 class Allocator(ABC):

@@ -24,6 +24,10 @@ SLOPES_COST = 5
 #: Most of the search text that slopes are taken from in one round: they cost five forward passes a token,
 #: and their means run over several rounds anyway.
 MOST_SLOPES = 0.5
+#: Forward tokens of a search by default, for each unit.
+TOKENS_PER_UNIT = 8192
+#: Rounds whose mean gain is what the next one promises.
+GAIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,10 @@ class Search(Allocator):
     the one with the lowest mean loss over search text and hold-out: the hold-out refuses what only fits the
     search text, and both together are less noisy than either. Each round in which that mean does not fall
     doubles the samples of the next one's slopes (up to half of them) and first measurements; once proposals are
-    measured on all, ``patience`` such rounds end the search. It also ends before the measurement that its budget does
-    not allow; only uniform is measured in any case.
+    measured on all, ``patience`` such rounds end the search. It also ends when the next round promises less than
+    ``least_gain`` of what was won over uniform so far (the mean gain of the last ``GAIN_ROUNDS`` rounds is what the
+    next one promises), and before the measurement that its budget does not allow; only uniform is measured in any
+    case. The result says which it was.
 
     The method is ours. What it rests on: EvoPress (arXiv 2410.14649) for the level database, the true KL
     and few samples first; the Gauss-Newton curvature of KL from sampled labels (Martens, arXiv 1412.1193);
@@ -62,8 +68,10 @@ class Search(Allocator):
         rounds: most rounds.
         patience: rounds on all samples without improvement after which the search ends. More than one seldom
             finds more: integration/results/search.md has the figures.
-        max_tokens: most forward tokens of the search, beside those that measure uniform; 0 sets no limit. A
-            backward pass counts as two forward passes.
+        least_gain: share of the gain over uniform that a round must promise for the search to go on; 0 ends it by
+            ``patience`` and budget alone.
+        max_tokens: most forward tokens of the search, beside those that measure uniform; None: TOKENS_PER_UNIT for
+            each unit of the model; 0 sets no limit. A backward pass counts as two forward passes.
         seconds: of the search, after which nothing more is measured; 0 sets no limit. With a limit in seconds,
             equal runs may differ. Neither limit counts the sensitivities and the level database.
         seeds: allocations that the search may start from.
@@ -86,7 +94,8 @@ class Search(Allocator):
 
     rounds: int = 30
     patience: int = 1
-    max_tokens: int = 0
+    least_gain: float = 0.02
+    max_tokens: int | None = None
     seconds: float = 0.0
     seeds: int = 10
     screen: float = 0.25
@@ -95,16 +104,18 @@ class Search(Allocator):
     probes: int = 12
     decay: float = 0.7
     loss: str = "kl"
-    tokens: int = 24576
+    tokens: int = 16384
     holdout: int = 8192
 
     def __post_init__(self) -> None:
         for option, least in (
-            ("rounds", 0), ("patience", 1), ("max_tokens", 0), ("seconds", 0), ("seeds", 1), ("reach", 1),
+            ("rounds", 0), ("patience", 1), ("least_gain", 0), ("seconds", 0), ("seeds", 1), ("reach", 1),
             ("proposals", 1), ("probes", 0), ("tokens", 1), ("holdout", 1),
         ):  # fmt: skip
             if not getattr(self, option) >= least:
                 raise RecipeError(f"search: {option} = {getattr(self, option)} must be at least {least}")
+        if self.max_tokens is not None and not self.max_tokens >= 0:
+            raise RecipeError(f"search: max_tokens = {self.max_tokens} must be at least 0")
         if not 0 < self.screen <= 1 or not 0 <= self.decay <= 1:
             raise RecipeError(
                 f"search: screen = {self.screen}, decay = {self.decay}",
@@ -118,8 +129,8 @@ class Search(Allocator):
         try:
             state.start(list(_seeds(inputs, self.seeds)))
             share, idle = self.screen, 0
-            while state.rounds < self.rounds and idle < self.patience:
-                inputs.progress(state.rounds, self.rounds)
+            while state.goes_on(idle):
+                inputs.progress(state.rounds, self.rounds, state.note())
                 state.rounds += 1
                 state.round(share)
                 if state.check():
@@ -128,7 +139,7 @@ class Search(Allocator):
                     idle, share = idle + (share == 1), min(1.0, 2 * share)
         except _SpentError:
             state.end_early()
-        inputs.progress(self.rounds, self.rounds)
+        inputs.progress(self.rounds, self.rounds, state.note())
         return state.result()
 
 
@@ -151,8 +162,10 @@ class _State:
     predictions: list[tuple[float, float]] = field(default_factory=list)
     best: Choice = ()
     incumbents: list[tuple[int, Choice]] = field(default_factory=list)
+    judged: list[float] = field(default_factory=list)
     rounds: int = 0
     probed: int = 0
+    ended: str = ""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -170,6 +183,8 @@ class _State:
     def afford(self, tokens: int) -> None:
         """Raise _SpentError if a measurement of so many forward tokens is beyond the budget in tokens or seconds."""
         limit, seconds = self.options.max_tokens, self.options.seconds
+        if limit is None:
+            limit = TOKENS_PER_UNIT * len(self.inputs.problem.table)
         if limit and self.forward_tokens + tokens > limit:
             raise _SpentError
         if seconds and self.inputs.clock() - self.began >= seconds:
@@ -205,10 +220,10 @@ class _State:
         return tuple(int(i) for i in np.sort(self.rng.choice(count, take, replace=False)))
 
     def start(self, seeds: Sequence[Choice]) -> None:
-        """Measure the seeds on a few samples and the best three, and uniform, on all."""
-        samples = self.draw(self.options.screen)
+        """Measure the seeds on a few samples and the best two, and uniform, on all."""
+        samples = self.draw(self.options.screen / 2)
         order = sorted(range(len(seeds)), key=lambda i: (self.few(seeds[i], samples), i))
-        for i in sorted({0, *order[:3]}):
+        for i in sorted({0, *order[:2]}):
             self.full(seeds[i])
         self.incumbent = min(self.scores, key=lambda c: (self.scores[c], c))
         if not np.isfinite(self.scores[self.incumbent]):
@@ -315,10 +330,51 @@ class _State:
         if better := self._judge(self.incumbent) < self._judge(self.best):
             self.best = self.incumbent
             self.incumbents.append((self.forward_tokens, self.best))
+        self.judged.append(self._judge(self.best)[0])
         return better
+
+    def goes_on(self, idle: int) -> bool:
+        """Return True if another round is worth its cost; say why if not.
+
+        Args:
+            idle: rounds on all samples without improvement.
+        """
+        options = self.options
+        if self.rounds >= options.rounds:
+            why = f"after all of its {options.rounds} rounds"
+        elif idle >= options.patience:
+            why = f"after {self.rounds} rounds: no proposal was better"
+        elif self._promise() < options.least_gain:
+            why = (
+                f"after {self.rounds} rounds: the next one promises {100 * self._promise():.1f} % of what was won, "
+                f"less than least_gain = {options.least_gain:g}"
+            )
+        else:
+            return True
+        self.ended = why
+        return False
+
+    def _promise(self) -> float:
+        """Return the gain that the next round promises as a share of what was won over uniform; inf if nobody knows."""
+        if len(self.judged) <= GAIN_ROUNDS:
+            return np.inf
+        won, last = self.judged_uniform() - self.judged[-1], self.judged[-1 - GAIN_ROUNDS] - self.judged[-1]
+        return last / GAIN_ROUNDS / won if won > 0 and np.isfinite(won) else np.inf
+
+    def judged_uniform(self) -> float:
+        """Return the mean loss of uniform over search text and hold-out."""
+        return self._judge(next(iter(self.holdout)))[0]
+
+    def note(self) -> str:
+        """Return how far the search is: round, loss of the best choice, and what that is below uniform's."""
+        if not self.judged:
+            return ""
+        best = self.judged[-1]
+        return f"round {self.rounds}, loss {best:.4f}, uniform {self.judged_uniform():.4f}"
 
     def end_early(self) -> None:
         """Note that the budget ended the search; uniform is measured if that has not been done."""
+        self.ended = f"in round {self.rounds}: its budget is spent"
         said = f"its budget ended the search in round {self.rounds}"
         if not self.rounds:
             said = "its budget ended the search among its seeds, before the first round"
@@ -337,7 +393,7 @@ class _State:
         return AllocationResult(
             self.best, self.scores[self.best], self.scores[uniform], len(self.scores) + len(self.screened) + self.probed,
             tuple(self.curve), tuple(self.holdout_curve), tuple(self.predictions),
-            self.notes, tuple(self.incumbents),
+            self.notes, tuple(self.incumbents), self.ended,
         )  # fmt: skip
 
 

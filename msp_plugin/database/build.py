@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from fractions import Fraction
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +20,9 @@ from msp_plugin.calibration import CalibrationSet
 from msp_plugin.database.bitmask import bitmask_bytes
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError
+from msp_plugin.exchange import CandidateWeights
 from msp_plugin.models import onloaded
+from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.units import Layer, Unit, UnitTable, shared_inputs
 from msp_plugin.progress import Progress, silent
 from msp_plugin.pruning.base import Pruner
@@ -43,6 +47,7 @@ def build_database(
     pruner: Pruner,
     data: CalibrationSet,
     *,
+    prefix: Mapping[str, str] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     statistics_bytes: int = STATISTICS_BYTES,
     progress: Progress = silent,
@@ -50,18 +55,24 @@ def build_database(
 ) -> int:
     """Write the missing layers of the database and return how many were written, by all ranks.
 
-    The layers are pruned from the dense model's inputs, each on its own. Layers that inference fuses have
-    the same input, so they share one statistic. The samples go through the model once, block by block, and a
-    block's layers are pruned as soon as it has run. Memory beyond the model: the hidden states of all
+    With a ``prefix``, a block's layers are pruned from the inputs that they get when all blocks before it are pruned
+    to the levels that it names, as a pruning of the whole model does it, one block after the other; without one,
+    from the dense model's. Layers that inference fuses have
+    the same input, so they share one statistic. The samples go through the model block by block, and a
+    block's layers are pruned as soon as it has run; with a prefix it runs once more with what they have become. Memory beyond the model: the hidden states of all
     samples (tokens * hidden size * bytes of a number), one block's statistics and one layer's levels. A block
     whose statistics take more than ``statistics_bytes`` is run once per group of its layers.
 
     In a model that hands more than the hidden state from block to block, the layers are taken in groups
-    of ``statistics_bytes``, each of which costs a forward pass up to its last block.
+    of ``statistics_bytes``, each of which costs a forward pass up to its last block, and the inputs are the
+    dense model's.
 
     Ranks share the blocks, and hand the samples on from one to the next (see BlockPass): each layer's inputs
     are added up by one rank in the order of the samples, so the weights are those of one process, bit for bit.
     Where a model does not run block by block, or the method needs no inputs, they share the layers.
+
+    Args:
+        prefix: the name of a level by layer, for all layers of the table; the menu holds it.
 
     Raises:
         NumericsError: an activation is not finite, or the method fails on a layer.
@@ -89,9 +100,10 @@ def build_database(
     elif all(ranks.gather(lambda: runs_by_block(model, data.samples[0][:CHECKED_TOKENS]))):
         mine = [unit for unit in missing if unit.block % ranks.size == ranks.rank]
         walk = BlockPass(model, data, batch_tokens, ranks)
-        statistics = _by_block(walk, mine, groups, pruner, last=missing[-1].block)
+        pruned = partial(_pruned_block, database, model, table, prefix) if prefix else None
+        statistics = _by_block(walk, mine, groups, pruner, pruned, last=missing[-1].block)
     else:
-        log.info("%s does not run block by block: whole forward passes", type(model).__name__)
+        log.info("%s does not run block by block: whole forward passes, of the dense model", type(model).__name__)
         mine = ranks.share(missing)
         statistics = _by_group(model, groups(mine), pruner, data, batch_tokens)
     total = sum(len(unit.layers) for unit in mine)
@@ -120,12 +132,14 @@ def _by_block(
     units: Sequence[Unit],
     groups: Callable[[Iterable[Unit]], list[list[Unit]]],
     pruner: Pruner,
+    pruned: Callable[[int], AbstractContextManager[None]] | None,
     last: int,
 ) -> Iterator[tuple[Unit, Any]]:
     """Yield the units by block, each with its statistic, which nothing else holds then.
 
     Args:
         groups: of units those whose statistics are held at once.
+        pruned: lets a block, by its number, hold the weights that the next block's inputs come from; None: its own.
         last: the last block of any rank's units.
     """
     by_block = {number: list(own) for number, own in groupby(units, key=lambda unit: unit.block)}
@@ -136,9 +150,26 @@ def _by_block(
         parts = groups(by_block.get(number, ())) or [[]]
         for part in parts:
             found, add = _collector(walk.model, part, pruner)
-            if part or number < last:
-                walk.run(part, add, advance=part is parts[-1] and number < last)
+            advance = pruned is None and part is parts[-1] and number < last
+            if part or advance:
+                walk.run(part, add, advance=advance)
             yield from ((unit, found.pop(unit.name)) for unit in part)
+        if pruned is not None and number < last:
+            with pruned(number):
+                walk.run()
+
+
+@contextmanager
+def _pruned_block(
+    database: LevelDatabase, model: torch.nn.Module, table: UnitTable, prefix: Mapping[str, str], number: int
+) -> Iterator[None]:
+    """Let a block's layers hold their weights of the database at the levels of ``prefix``, then their own again."""
+    units = UnitTable(tuple(unit for unit in table if unit.block == number))
+    names = [level.name for level in database.menu]
+    problem = AllocationProblem(units, database.menu, Fraction(0))
+    with CandidateWeights(model, database, problem, held_bytes=0) as weights:
+        weights.set(tuple(names.index(prefix[unit.layers[0].name]) for unit in units))
+        yield
 
 
 def _by_group(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
-from msp_plugin.allocators.search import SLOPES_COST, Search
+from msp_plugin.allocators.search import GAIN_ROUNDS, SLOPES_COST, TOKENS_PER_UNIT, Search
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu
@@ -123,12 +123,12 @@ def test_without_a_round_the_best_seed_is_the_result():
 def test_a_search_takes_no_more_tokens_than_it_may_and_returns_what_it_had_found(caplog):
     problem = problem_of(SHAPES)
     free = inputs_of(problem)
-    whole = Search(rounds=6, patience=9).allocate(free)
+    whole = Search(rounds=6, patience=9, least_gain=0).allocate(free)
     uniform = sum(free.loss.lengths) + sum(free.holdout.lengths)
     ends = set()
     for limit in [1, *range(uniform - 1, spent(free) + 2, 31), spent(free)]:
         limited = inputs_of(problem)
-        found = Search(rounds=6, patience=9, max_tokens=limit).allocate(limited)
+        found = Search(rounds=6, patience=9, least_gain=0, max_tokens=limit).allocate(limited)
         # a few seeds may have been measured before there was no more for uniform
         assert spent(limited) <= (limit if found.incumbents[0][0] <= limit else limit + uniform)
         assert problem.total_kept(found.choice) == problem.budget.kept
@@ -161,7 +161,7 @@ def test_seconds_let_no_round_start_after_them():
     for seconds, rounds in ((25, 3), (9, 1), (0, 6)):
         clock[0] = 1e6
         given_inputs = replace(inputs_of(problem, Slow(problem)), clock=lambda: clock[0])
-        found = Search(rounds=6, patience=9, seconds=seconds).allocate(given_inputs)
+        found = Search(rounds=6, patience=9, least_gain=0, seconds=seconds).allocate(given_inputs)
         assert len(given_inputs.loss.asked) == rounds
         assert found.loss <= found.uniform_loss
 
@@ -182,7 +182,7 @@ def test_the_holdout_decides_of_no_proposal_only_of_how_many_samples_measure_the
     usual, other = inputs_of(problem), inputs_of(problem)
     plain = other.holdout.exact
     other.holdout.exact = lambda choice, samples=None: sign * plain(choice) + 0.5 * hash(choice) % 7
-    options = Search(rounds=6, patience=7, screen=1.0)
+    options = Search(rounds=6, patience=7, least_gain=0, screen=1.0)
     first, second = options.allocate(usual), options.allocate(other)
     assert (usual.loss.full, usual.loss.few, usual.loss.asked) == (
         other.loss.full, other.loss.few, other.loss.asked,
@@ -238,12 +238,36 @@ def test_a_problem_with_one_choice_gives_that_choice(shapes, levels):
 def test_progress_rises_to_its_total():
     seen = []
     Search(rounds=5).allocate(inputs_of(problem_of(SHAPES), progress=lambda *at: seen.append(at)))
-    done = [at for at, _ in seen]
-    assert {total for _, total in seen} == {5} and done == sorted(done) and done[-1] == 5
+    done = [at for at, *_ in seen]
+    assert {total for _, total, _ in seen} == {5} and done == sorted(done) and done[-1] == 5
+    assert all(note.startswith(f"round {at}, loss ") for at, _, note in seen[:-1])
+
+
+def test_a_search_ends_when_a_round_promises_too_little_and_says_why():
+    problem = problem_of(SHAPES + SHAPES[:6])
+    ends, counts = [], []
+    for least_gain in (0.0, 0.02, 0.5):
+        given_inputs = inputs_of(problem)
+        found = Search(least_gain=least_gain, patience=3, screen=1.0).allocate(given_inputs)
+        ends.append(found.ended)
+        counts.append(len(given_inputs.loss.asked))
+    assert counts == sorted(counts, reverse=True) and counts[-1] == GAIN_ROUNDS < counts[0]
+    assert "no proposal was better" in ends[0] and "least_gain = 0.5" in ends[2]
+
+
+def test_the_default_budget_grows_with_the_units():
+    tokens = []
+    for shapes in (SHAPES[:4], SHAPES):
+        given_inputs = inputs_of(problem_of(shapes))
+        given_inputs.loss.lengths = tuple(100 * n for n in given_inputs.loss.lengths)
+        Search(least_gain=0, patience=99).allocate(given_inputs)
+        tokens.append(given_inputs.loss.forward_tokens)
+        assert tokens[-1] <= TOKENS_PER_UNIT * len(shapes)
+    assert tokens[1] > TOKENS_PER_UNIT * 4 > 0.5 * tokens[0] > 0
 
 
 @pytest.mark.parametrize("option, value", [
-    ("rounds", -1), ("patience", 0), ("max_tokens", -1), ("seconds", -0.1), ("seconds", math.nan),
+    ("rounds", -1), ("patience", 0), ("max_tokens", -1), ("least_gain", -0.1), ("seconds", -0.1), ("seconds", math.nan),
     ("seeds", 0),
     ("reach", 0), ("proposals", 0), ("tokens", 0), ("holdout", 0), ("screen", 0.0), ("screen", 1.1),
     ("screen", math.nan), ("decay", -0.1), ("decay", 1.1), ("decay", math.nan), ("loss", "mse"),

@@ -33,7 +33,7 @@ def test_a_candidate_that_only_all_samples_show_to_be_infinite_is_not_accepted()
     plain, given_inputs = inputs_of(problem), inputs_of(problem)
     Search().allocate(plain)
     measure = given_inputs.loss.exact
-    bad = set(plain.loss.full[4:])
+    bad = set(plain.loss.full[3:])
     given_inputs.loss.exact = lambda c, samples=None: (
         np.inf if c in bad and samples is None else measure(c, samples)
     )
@@ -63,7 +63,7 @@ def test_a_proposal_that_was_measured_and_refused_is_no_point_of_the_curve():
     problem, refused = problem_of(SHAPES), 0
     for number in range(4):
         given_inputs = inputs_of(problem, QuadraticLoss(problem, number, noise=3.0, lengths=(4,) * 12))
-        found = Search(screen=0.1, patience=9, rounds=9).allocate(given_inputs)
+        found = Search(screen=0.1, patience=9, least_gain=0, rounds=9).allocate(given_inputs)
         losses = [loss for _, loss in found.curve]
         assert losses == sorted(set(losses), reverse=True)
         refused += sum(measured >= 0 for _, measured in found.predictions)
@@ -116,7 +116,7 @@ def test_a_prediction_stands_beside_the_change_that_was_measured():
 def test_no_unit_moves_further_than_the_reach_in_a_round(reach):
     problem = problem_of(SHAPES)
     given_inputs = inputs_of(problem)
-    Search(reach=reach, patience=9, rounds=6).allocate(given_inputs)
+    Search(reach=reach, patience=9, least_gain=0, rounds=6).allocate(given_inputs)
     loss = given_inputs.loss
     steps = [
         np.abs(np.subtract(a, b)).max()
@@ -136,7 +136,7 @@ def test_rounds_without_a_move_look_at_more_samples():
         return np.zeros_like(slopes), draws
 
     loss.slopes = useless
-    Search(patience=4, screen=0.2).allocate(inputs_of(problem, loss))
+    Search(patience=4, least_gain=0, screen=0.2).allocate(inputs_of(problem, loss))
     assert [len(samples) for _, samples, *_ in loss.asked] == [4, 8, 10, *[10] * 4]
 
 
@@ -184,7 +184,7 @@ def test_no_more_moves_are_measured_alone_than_asked_for():
     problem = problem_of(SHAPES)
     for probes in (0, 2):
         given_inputs = inputs_of(problem, distorted(problem, 0))
-        Search(probes=probes, rounds=5, patience=9).allocate(given_inputs)
+        Search(probes=probes, rounds=5, patience=9, least_gain=0).allocate(given_inputs)
         loss = given_inputs.loss
         off = [c for c in loss.few if problem.total_kept(c) != problem.budget.kept]
         assert len(off) <= 5 * probes and (off or not probes)
