@@ -1,11 +1,9 @@
-import json
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msp_plugin.calibration import CalibrationSet, from_dataloader, join, load_texts, tokenize
+from msp_plugin.calibration import CalibrationSet, from_dataloader, join, tokenize
 from msp_plugin.errors import DataError
 
 
@@ -58,140 +56,6 @@ def test_parts_are_joined_in_order():
     a, b = of_lengths([3]), CalibrationSet((torch.arange(4),), "other")
     joined = join([a, b])
     assert joined.samples == a.samples + b.samples and joined.source == "made + other" and joined.tokens == 7
-
-
-def test_a_text_file_is_one_document(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("one\ntwo ü\n", encoding="utf-8")
-    assert load_texts(str(path)) == ["one\ntwo ü\n"]
-
-
-def test_a_jsonl_file_holds_a_document_a_line(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one", "id": 1}\n\n"two"\n{"text": "thrée"}\n', encoding="utf-8")
-    assert load_texts(str(path)) == ["one", "two", "thrée"]
-
-
-@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
-def test_a_jsonl_line_ends_at_a_newline_only(tmp_path, mark):
-    path = tmp_path / "a.jsonl"
-    row = json.dumps({"text": f"one{mark}two"}, ensure_ascii=False)
-    path.write_text(f"{row}\n{row}\n", encoding="utf-8")
-    assert load_texts(str(path)) == [f"one{mark}two"] * 2
-
-
-def test_another_column_is_read_when_asked_for(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "no", "content": "yes"}\n')
-    assert load_texts(str(path), "content") == ["yes"]
-
-
-def test_a_jsonl_line_that_is_no_json_is_named_by_its_number(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n\n{"text": two}\n')
-    with pytest.raises(DataError, match="a.jsonl, line 3 is not JSON") as error:
-        load_texts(str(path))
-    assert "one JSON object a line" in error.value.hint
-
-
-@pytest.mark.parametrize("line", ["1" * 5000, "[" * 100_000], ids=["too long a number", "too deep"])
-def test_a_jsonl_line_beyond_pythons_limits_is_named_too(tmp_path, line):
-    path = tmp_path / "a.jsonl"
-    path.write_text(f'{{"text": "one"}}\n{line}\n')
-    with pytest.raises(DataError, match="a.jsonl, line 2 is not JSON"):
-        load_texts(str(path))
-
-
-@pytest.mark.parametrize("line, hint", [
-    ('{"texts": "two", "id": 1}', "did you mean 'texts'?"), ('{"text": 5, "body": "x"}', "known: body"),
-    ("[1, 2]", "known: (none)"), ("5", "known: (none)"),
-])  # fmt: skip
-def test_a_jsonl_line_without_the_column_names_the_nearest(tmp_path, line, hint):
-    path = tmp_path / "a.jsonl"
-    path.write_text(f'{{"text": "one"}}\n{line}\n')
-    with pytest.raises(DataError, match="a.jsonl, line 2 has no text in 'text'") as error:
-        load_texts(str(path))
-    assert hint in error.value.hint
-
-
-def test_a_directory_is_read_in_the_order_of_its_names(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.md").write_text("b")
-    (tmp_path / "a.jsonl").write_text('{"text": "a1"}\n{"text": "a2"}\n')
-    (tmp_path / "sub" / "c.py").write_text("c")
-    (tmp_path / "image.png").write_bytes(b"\xff\x00")
-    assert load_texts(str(tmp_path)) == ["a1", "a2", "b", "c"]
-
-
-def test_a_directory_without_text_says_what_it_looked_for(tmp_path):
-    (tmp_path / "image.png").write_bytes(b"\xff\x00")
-    with pytest.raises(DataError, match=r"holds no .txt, .md, .* or .jsonl file"):
-        load_texts(str(tmp_path))
-
-
-@pytest.mark.parametrize("source", ["/nowhere/a.jsonl", "a.txt", "./nowhere", "~/nowhere-at-all", "x.json"])
-def test_a_missing_file_is_no_hub_dataset(source):
-    with pytest.raises(DataError, match="there is no data file at") as error:
-        load_texts(source)
-    assert (
-        source.removeprefix("./").removeprefix("~/") in error.value.message and "dataset" in error.value.hint
-    )
-
-
-@pytest.mark.parametrize(
-    "name, content", [("a.txt", ""), ("a.txt", " \n\t\n"), ("a.jsonl", ""), ("a.jsonl", '{"text": " "}\n')]
-)
-def test_a_source_without_text_is_refused(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=f"{name} holds no text"):
-        load_texts(str(tmp_path / name))
-
-
-def test_a_file_that_is_not_utf8_is_named(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"caf\xe9")
-    with pytest.raises(DataError, match="a.txt is not UTF-8"):
-        load_texts(str(path))
-
-
-@pytest.fixture(scope="module")
-def saved_datasets(tmp_path_factory):
-    from datasets import Dataset, DatasetDict
-
-    root = tmp_path_factory.mktemp("datasets")
-    rows = Dataset.from_dict({"text": ["one", "two"], "id": [1, 2]})
-    rows.save_to_disk(str(root / "rows"))
-    DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(str(root / "splits"))
-    DatasetDict({"first": rows}).save_to_disk(str(root / "odd"))
-    return root
-
-
-@pytest.mark.parametrize("name", ["rows", "splits"])
-def test_a_saved_dataset_is_read_from_its_train_split(saved_datasets, name):
-    assert list(load_texts(str(saved_datasets / name))) == ["one", "two"]
-
-
-def test_a_dataset_without_the_column_names_the_nearest(saved_datasets):
-    with pytest.raises(DataError, match="has no column 'txt'") as error:
-        load_texts(str(saved_datasets / "rows"), "txt")
-    assert "did you mean 'text'?" in error.value.hint
-
-
-def test_a_dataset_without_a_train_split_lists_its_splits(saved_datasets):
-    with pytest.raises(DataError, match="has the splits first and no train") as error:
-        load_texts(str(saved_datasets / "odd"))
-    assert "directory" in error.value.hint
-
-
-@pytest.mark.parametrize("source", ["no-such-data", "nobody/nothing", "nobody/nothing:config:test"])
-def test_a_hub_dataset_that_cannot_be_loaded_is_explained(source):
-    with pytest.raises(DataError, match="is neither a file nor a dataset that can be loaded") as error:
-        load_texts(source)
-    assert repr(source) in error.value.message and "id[:config][:split]" in error.value.hint
-
-
-def test_the_embedded_corpus_is_a_source():
-    assert any("def " in text for text in load_texts("demo:search"))
 
 
 def test_samples_are_cut_from_the_joined_documents(tokenizer):
