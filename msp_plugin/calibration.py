@@ -19,7 +19,9 @@ from msp_plugin.sources import Document, Documents, load_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CalibrationSet", "Reading", "from_dataloader", "join", "leading_tokens", "load_texts", "tokenize"]
+__all__ = [
+    "CalibrationSet", "Reading", "check_ids", "from_dataloader", "join", "leading_tokens", "load_texts", "tokenize",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -269,6 +271,23 @@ def from_dataloader(
     if not samples:
         raise DataError("the calibration data holds no sample of two tokens or more")
     return CalibrationSet(tuple(samples), source)
+
+
+def check_ids(data: CalibrationSet, vocabulary: int) -> None:
+    """Raise unless a model with embeddings for ``vocabulary`` tokens knows every token.
+
+    Raises:
+        DataError: it does not.
+    """
+    largest = max(int(sample.max()) for sample in data.samples)
+    least = min(int(sample.min()) for sample in data.samples)
+    if largest >= vocabulary or least < 0:
+        raise DataError(
+            f"{data.source} has token {least if least < 0 else largest:,}, and the model has embeddings for "
+            f"{vocabulary:,} tokens, 0 to {vocabulary - 1:,}",
+            hint="use the tokenizer that belongs to the model; tokens that were added to it need "
+            "model.resize_token_embeddings",
+        )
 
 
 def join(parts: Sequence[CalibrationSet]) -> CalibrationSet:

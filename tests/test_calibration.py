@@ -1,10 +1,15 @@
+import copy
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msp_plugin.calibration import CalibrationSet, from_dataloader, join, tokenize
+from msp_plugin.calibration import CalibrationSet, check_ids, from_dataloader, join, leading_tokens, tokenize
+from msp_plugin.chats import Chat
 from msp_plugin.errors import DataError
+from msp_plugin.sources import load_texts
 
 
 def of_lengths(lengths):
@@ -118,6 +123,107 @@ def test_too_short_a_text_says_how_much_there_is(tokenizer):
 def test_no_sample_or_one_token_is_refused(tokenizer, samples, length):
     with pytest.raises(DataError, match=f"{samples} samples of {length} tokens"):
         tokenize(tokenizer, ["text"], samples=samples, length=length, source="x")
+
+
+def stream_of(tokenizer, *texts):
+    """The joined tokens of texts, each closed by the end-of-text token."""
+    found = []
+    for text in texts:
+        found += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return found
+
+
+def cut_samples(tokenizer, texts, length=6, **options):
+    data = tokenize(tokenizer, texts, samples=999, length=length, source="x", at_least=1, **options)
+    assert all(len(sample) == length for sample in data.samples)
+    return data
+
+
+TEXTS = ["the cat sat on the mat", "and the dog sat on the log"]
+
+
+def test_each_sample_starts_as_the_tokenizer_starts_a_text(bos_tokenizer):
+    data = cut_samples(bos_tokenizer, TEXTS)
+    assert all(sample[0] == bos_tokenizer.bos_token_id for sample in data.samples)
+    stream = stream_of(bos_tokenizer, *TEXTS)
+    rest = [token for sample in data.samples for token in sample[1:].tolist()]
+    assert rest == stream[: len(rest)] and len(stream) - len(rest) < 5
+    assert data.readings[0].bos == "<s>"
+
+
+def test_a_tokenizer_that_starts_no_text_adds_nothing(tokenizer, bos_tokenizer):
+    for made, bos in ((tokenizer, None), (tokenizer, False), (bos_tokenizer, False)):
+        data = cut_samples(made, TEXTS, bos=bos)
+        stream = stream_of(tokenizer, *TEXTS)
+        assert torch.cat(data.samples).tolist() == stream[: data.tokens]
+        assert data.readings[0].bos is None
+
+
+def test_a_start_that_the_tokenizer_does_not_add_can_be_asked_for(tokenizer, bos_tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    never = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token="</s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
+    )
+    assert leading_tokens(never) == () and leading_tokens(never, True) == (never.eos_token_id,)
+    assert (
+        leading_tokens(bos_tokenizer, True) == leading_tokens(bos_tokenizer) == (bos_tokenizer.bos_token_id,)
+    )
+    with pytest.raises(DataError, match="no beginning-of-text token"):
+        leading_tokens(tokenizer, True)
+
+
+def test_a_sample_is_longer_than_its_start(bos_tokenizer):
+    assert len(cut_samples(bos_tokenizer, TEXTS, length=2)) == len(stream_of(bos_tokenizer, *TEXTS))
+
+
+USER, REPLY = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}
+
+
+@pytest.mark.parametrize("bos", [None, False])
+def test_a_conversation_is_what_the_chat_template_writes_with_one_start(bos_tokenizer, bos):
+    data = cut_samples(bos_tokenizer, [Chat((USER, REPLY), "here")] * 2, bos=bos)
+    written = "user: the cat</s>assistant: sat on</s>"
+    stream = bos_tokenizer(written * 2, add_special_tokens=False).input_ids
+    rest = [token for sample in data.samples for token in sample[bos is None :].tolist()]
+    assert rest == stream[: len(rest)]
+
+
+def test_a_conversation_without_a_chat_template_is_refused(tokenizer):
+    with pytest.raises(DataError, match="a.jsonl, line 1 is a conversation, and .* no chat template"):
+        cut_samples(tokenizer, [Chat((USER,), "a.jsonl, line 1")])
+
+
+def test_a_conversation_that_the_template_refuses_is_named(bos_tokenizer):
+    strict = copy.deepcopy(bos_tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must [red]alternate') }}"
+    with pytest.raises(DataError, match="line 3: .*refuses the conversation.*must .red.alternate"):
+        cut_samples(strict, [Chat((USER,), "a.jsonl, line 3")])
+
+
+def test_samples_say_what_was_read_for_them(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"text": "the cat sat on the mat"},
+        {"text": None},
+        {"text": ""},
+        {"text": "the dog sat on the log"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = tokenize(tokenizer, load_texts(str(path)), samples=2, length=4, source="mine")
+    assert [reading.to_dict() for reading in join([data, data]).readings] == 2 * [
+        {"source": "mine", "samples": 2, "columns": ["text"], "rows": 4, "skipped": 2, "bos": None}
+    ]
+
+
+@pytest.mark.parametrize("token, known", [(96, 96), (-1, 96)])
+def test_tokens_that_the_model_has_no_embedding_for_are_refused(token, known):
+    data = CalibrationSet((torch.tensor([1, 2]), torch.tensor([95, token])), "mine")
+    with pytest.raises(DataError, match=f"mine has token {token}, .* embeddings for {known} tokens, 0 to 95"):
+        check_ids(data, known)
+    check_ids(CalibrationSet((torch.tensor([0, 95]),), "mine"), 96)
 
 
 def test_a_loaders_padding_is_removed_on_either_side():
