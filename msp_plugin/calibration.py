@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "CalibrationSet", "Reading", "check_ids", "from_dataloader", "join", "leading_tokens", "load_texts", "tokenize",
+    "CalibrationSet", "Reading", "check_ids", "from_dataloader", "join", "leading_tokens", "load_texts",
+    "padding_mask", "tokenize",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -253,17 +254,16 @@ def from_dataloader(
     shuffle them, and the last ones, which are held out, must be typical and the same in every run.
 
     Raises:
-        DataError: a batch has no ``input_ids``, or there is no token at all.
+        DataError: a batch has no ``input_ids`` of samples of equal length, or there is no token at all.
     """
     samples = []
     for batch in batches:
         if not hasattr(batch, "keys") or "input_ids" not in batch:
             keys = sorted(batch.keys()) if hasattr(batch, "keys") else type(batch).__name__
             raise DataError(f"a calibration batch has no input_ids: {keys}", hint="tokenize the dataset")
-        ids = torch.as_tensor(batch["input_ids"]).cpu()
-        mask = batch.get("attention_mask")
+        ids, mask = _token_ids(batch), padding_mask(batch)
         for i, row in enumerate(ids):
-            kept = row if mask is None else row[torch.as_tensor(mask)[i].cpu().bool()]
+            kept = row if mask is None else row[mask[i]]
             if len(kept) > 1:
                 samples.append(kept.to(torch.int64))
     if not keep_order:
@@ -271,6 +271,32 @@ def from_dataloader(
     if not samples:
         raise DataError("the calibration data holds no sample of two tokens or more")
     return CalibrationSet(tuple(samples), source)
+
+
+def _token_ids(batch: Any) -> torch.Tensor:
+    """Return a batch's token ids, [B, T]."""
+    try:
+        ids = torch.as_tensor(batch["input_ids"]).cpu()
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"the input_ids of a calibration batch are no table of numbers: {error}",
+            hint="give batches of samples of equal length, or pad them and pass attention_mask",
+        ) from None
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise DataError(
+            f"the input_ids of a calibration batch are {str(ids.dtype).removeprefix('torch.')}{list(ids.shape)}",
+            hint="give integers [samples, tokens], also for a single sample",
+        )
+    return ids
+
+
+def padding_mask(batch: Any) -> torch.Tensor | None:
+    """Return bool[B, T], False where a host's batch is padded; None where no mask says so for each token."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return None
+    mask = torch.as_tensor(mask).cpu()  # of other shapes are masks of who sees whom
+    return mask.bool() if mask.shape == torch.as_tensor(batch["input_ids"]).shape else None
 
 
 def check_ids(data: CalibrationSet, vocabulary: int) -> None:

@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,12 +163,13 @@ def _text(
         DataError: it is missing, empty or too short.
         ModelError: the reference reads it as other tokens, so that there is no KL.
     """
-    sizes = [size for size in (source.vocabulary() for source in request.sources) if size]
     asked = Text(
-        data, samples=request.samples, length=request.length, column=request.column, bos=request.bos,
-        vocabulary=min(sizes, default=None),
+        data, samples=request.samples, length=request.length, column=request.column, bos=request.bos
     ).within(most)  # fmt: skip
-    found = [asked.read(tokenizer, data, asked.samples, at_least=1) for tokenizer in tokenizers]
+    found = [
+        replace(asked, vocabulary=source.vocabulary()).read(tokenizer, data, asked.samples, at_least=1)
+        for source, tokenizer in zip(request.sources, tokenizers, strict=True)
+    ]
     if len({samples.fingerprint for samples in found}) > 1:
         raise ModelError(
             f"{request.reference.name} and {request.model.name} read {data} as different tokens",

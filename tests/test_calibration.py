@@ -246,3 +246,17 @@ def test_a_batch_without_token_ids_is_named(batch, found):
 def test_a_loader_without_a_usable_sample_is_refused(batches):
     with pytest.raises(DataError, match="no sample of two tokens"):
         from_dataloader(batches)
+
+
+@pytest.mark.parametrize("ids, found", [
+    ([[1, 2], [3]], "no table of numbers"), (torch.tensor([1, 2, 3]), r"int64\[3\]"),
+    (torch.ones(2, 3), r"float32\[2, 3\]"), (torch.ones(1, 2, 3, dtype=torch.int64), r"int64\[1, 2, 3\]"),
+])  # fmt: skip
+def test_token_ids_that_are_no_table_are_refused(ids, found):
+    with pytest.raises(DataError, match=f"the input_ids of a calibration batch are {found}"):
+        from_dataloader([{"input_ids": ids}])
+
+
+def test_a_mask_of_who_sees_whom_is_no_padding():
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 1, 3, 3).tril()}
+    assert [s.tolist() for s in from_dataloader([batch]).samples] == [[1, 2, 3]]
