@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msp_plugin.calibration import CalibrationSet, check_ids, join, load_texts, tokenize
-from msp_plugin.errors import DataError
+from msp_plugin.errors import DataError, plain
 from msp_plugin.models import max_length, vocabulary
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Text:
             DataError: it is missing, empty or too short, or has tokens that the model does not know.
         """
         found = tokenize(
-            tokenizer, load_texts(source, self.column), samples=samples, length=self.length, source=source,
+            tokenizer, load_texts(source, self.column), samples=samples, length=self.length, source=plain(source),
             at_least=at_least, seed=seed, bos=self.bos,
         )  # fmt: skip
         if self.vocabulary is not None:
@@ -113,8 +113,8 @@ def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: 
     reserved = 0 if text.test else text.test_samples
     found = text.read(tokenizer, text.data, text.samples + reserved, seed=text.seed)
     cut = len(found) - reserved
-    parts = [_part(found, text.data, 0, cut)]
-    test = _part(found, f"{text.data} [{cut}:]", cut, len(found)) if reserved else None
+    parts = [_part(found, found.source, 0, cut)]
+    test = _part(found, f"{found.source} [{cut}:]", cut, len(found)) if reserved else None
     if held_out:
         parts.append(text.read(tokenizer, text.search, held_out, seed=text.seed))
     if text.test and text.test_samples:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msp_plugin.chats import Chat, as_messages
-from msp_plugin.errors import DataError, nearest, shown
+from msp_plugin.errors import DataError, nearest, plain, shown
 from msp_plugin.text_files import (
     DEFAULT_COLUMN,
     FORMS,
@@ -35,7 +35,7 @@ class Documents:
     """
 
     def __init__(self, source: str, read: Callable[[], Iterator[Row]], column: str = DEFAULT_COLUMN):
-        self.source, self._read, self._column = source, read, column
+        self.source, self._read, self._column = plain(source), read, column
         self.rows = self.skipped = 0
         self.columns: tuple[str, ...] = ()
 
@@ -68,13 +68,13 @@ class Documents:
             raise DataError(f"{where} has no text in {self._column!r}", hint=near(self._column, known))
         if columns != self.columns:
             self.columns = columns
-            log.info("%s: the text is in column %s", self.source, " and ".join(columns))
+            log.info("%s: the text is in column %s", self.source, " and ".join(map(plain, columns)))
         return _of_columns([row[name] for name in columns], columns, where)
 
 
 def near(column: str, columns: Iterable[object]) -> str:
     """Return a hint that names the column nearest to ``column``, or some of them."""
-    return nearest(column, [str(name)[:60] for name in itertools.islice(columns, 50)])
+    return nearest(column, [plain(name)[:60] for name in itertools.islice(columns, 50)])
 
 
 def _is_text(value: object) -> bool:
@@ -130,26 +130,28 @@ def load_texts(source: str, text_column: str = DEFAULT_COLUMN) -> Documents:
     if path.is_dir():
         return _directory(path, source, text_column)
     if is_known(path) or source.startswith((".", "/", "~")):
-        raise DataError(f"there is no data file at {path}", hint="give a text or jsonl file, or a dataset")
+        raise DataError(
+            f"there is no data file at {plain(path)}", hint="give a text or jsonl file, or a dataset"
+        )
     return _dataset(_hub_dataset(source), text_column, source)
 
 
 def _directory(path: Path, source: str, column: str) -> Documents:
     names = {entry.name for entry in path.iterdir()}
     if {"dataset_info.json", "state.json"} <= names or "dataset_dict.json" in names:
-        datasets = need("datasets", f"{path}, a saved dataset,", "datasets")
+        datasets = need("datasets", f"{plain(path)}, a saved dataset,", "datasets")
         try:
             return _dataset(datasets.load_from_disk(str(path)), column, source)
         except DataError:
             raise
         except Exception as error:  # datasets raises many types
             raise DataError(
-                f"{path} is a saved dataset that cannot be loaded: {type(error).__name__}: {error}",
+                f"{plain(path)} is a saved dataset that cannot be loaded: {type(error).__name__}: {error}",
                 hint="a file is missing or damaged",
             ) from error
     files = data_files(path)
     if not files:
-        raise DataError(f"{path} holds no text, no table and no saved dataset", hint=FORMS)
+        raise DataError(f"{plain(path)} holds no text, no table and no saved dataset", hint=FORMS)
     return Documents(source, lambda: (row for file in files for row in file_rows(file, column)), column)
 
 
@@ -163,7 +165,7 @@ def _hub_dataset(source: str) -> Any:
         return load_dataset(name, config, split=split, streaming=True)
     except ImportError:
         raise DataError(
-            f"there is no file {source}, and hub datasets need the datasets package",
+            f"there is no file {plain(source)}, and hub datasets need the datasets package",
             hint="pip install datasets, or give a file",
         ) from None
     except Exception as error:  # datasets raises many types, and a connection many more
@@ -178,13 +180,14 @@ def _dataset(data: Any, column: str, source: str) -> Documents:
     if isinstance(data, dict):
         if "train" not in data:
             raise DataError(
-                f"{source} has the splits {', '.join(data)} and no train", hint="give one split's directory"
+                f"{plain(source)} has the splits {', '.join(map(plain, data))} and no train",
+                hint="give one split's directory",
             )
         data = data["train"]
     names = data.column_names or list(next(iter(data), {}))
     columns = text_columns(names, column)
     if not columns:
-        raise DataError(f"{source} has no column {column!r}", hint=near(column, names))
+        raise DataError(f"{plain(source)} has no column {column!r}", hint=near(column, names))
     return Documents(source, lambda: _dataset_rows(data.select_columns(list(columns)), source), column)
 
 
@@ -193,9 +196,9 @@ def _dataset_rows(data: Any, source: str) -> Iterator[Row]:
     try:
         for row in data:
             number += 1
-            yield f"{source}, row {number}", row
+            yield f"{plain(source)}, row {number}", row
     except Exception as error:  # datasets raises many types, and a connection many more
         raise DataError(
-            f"cannot read {source} after row {number:,}: {type(error).__name__}: {error}",
+            f"cannot read {plain(source)} after row {number:,}: {type(error).__name__}: {error}",
             hint="the data is damaged, or the connection was lost: try again",
         ) from error

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from msp_plugin.errors import DataError
+from msp_plugin.errors import DataError, plain
 from msp_plugin.plan.document import parse_json
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def data_files(path: Path) -> list[Path]:
     if any("train" in named for named in words.values()):
         others = {p for p, named in words.items() if "train" not in named and named & _NOT_TRAIN}
         if others:
-            log.info("%s: %d files of other splits than train are not read", path, len(others))
+            log.info("%s: %d files of other splits than train are not read", plain(path), len(others))
         files = [p for p in files if p not in others]
     return files
 
@@ -105,7 +105,7 @@ def file_rows(path: Path, column: str) -> Iterator[Row]:
         return _csv_rows(path, _TABLES[kind])
     if kind in _ARROW and not packing:
         return _arrow_rows(path, kind, column)
-    return iter([(str(path), _pieces(path))])
+    return iter([(plain(path), _pieces(path))])
 
 
 def _open(path: Path, newline: str | None = None) -> IO[str]:
@@ -120,9 +120,11 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}", hint=FORMS) from None
+        raise DataError(f"{plain(path)} is not UTF-8 text: {error}", hint=FORMS) from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError, *_zstd_errors()) as error:
-        raise DataError(f"cannot read {path}: {error}", hint="the file is damaged or incomplete") from None
+        raise DataError(
+            f"cannot read {plain(path)}: {error}", hint="the file is damaged or incomplete"
+        ) from None
 
 
 def _zstd_errors() -> tuple[type[Exception], ...]:
@@ -140,7 +142,7 @@ def need(module: str, source: object, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise DataError(
-            f"{source} cannot be read without the package {package}", hint=f"pip install {package}"
+            f"{plain(source)} cannot be read without the package {package}", hint=f"pip install {package}"
         ) from None
 
 
@@ -166,19 +168,19 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 row = parse_json(line)
             except ValueError as error:
                 raise DataError(
-                    f"{path}, line {number} is not JSON: {error}",
+                    f"{plain(path)}, line {number} is not JSON: {error}",
                     hint="jsonl holds one JSON object a line, or one array of objects",
                 ) from None
-            yield f"{path}, line {number}", row
+            yield f"{plain(path)}, line {number}", row
 
 
 def _array_rows(path: Path, text: str) -> Iterator[Row]:
     try:
         rows = parse_json(text)
     except ValueError as error:
-        raise DataError(f"{path} is not a JSON array: {error}", hint="the file is damaged") from None
+        raise DataError(f"{plain(path)} is not a JSON array: {error}", hint="the file is damaged") from None
     for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
+        yield f"{plain(path)}, row {number}", row
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
@@ -187,10 +189,10 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
             for row in reader:
-                yield f"{path}, line {reader.line_num}", row
+                yield f"{plain(path)}, line {reader.line_num}", row
         except csv.Error as error:
             raise DataError(
-                f"{path} is damaged after line {reader.line_num}: {error}",
+                f"{plain(path)} is damaged after line {reader.line_num}: {error}",
                 hint="quotes must be closed and doubled",
             ) from None
 
@@ -204,10 +206,11 @@ def _arrow_rows(path: Path, kind: str, column: str) -> Iterator[Row]:
             names = text_columns(batch.schema.names, column)
             for row in (batch.select(names) if names else batch).to_pylist():
                 number += 1
-                yield f"{path}, row {number}", row
+                yield f"{plain(path)}, row {number}", row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"cannot read {path} after row {number:,}: {error}", hint="the file is damaged or incomplete"
+            f"cannot read {plain(path)} after row {number:,}: {error}",
+            hint="the file is damaged or incomplete",
         ) from None
 
 

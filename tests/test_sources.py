@@ -379,3 +379,16 @@ def test_settings_beside_texts_are_no_data(tmp_path):
     (tmp_path / "a.py").write_text("code")
     (tmp_path / "package.json").write_text('{\n "name": "x"\n}')
     assert read(str(tmp_path)) == ["code"]
+
+
+def test_a_name_that_no_terminal_should_see_is_written_with_escapes(tmp_path):
+    name = "a\x1b[31m\n\udcff [red].jsonl"
+    (tmp_path / name).write_text("damaged")
+    with pytest.raises(DataError) as error:
+        read(str(tmp_path / name))
+    assert r"a\x1b[31m\n\udcff [red].jsonl, line 1 is not JSON" in error.value.message
+    for path in (tmp_path / name, tmp_path / "gone" / name):
+        with pytest.raises(DataError) as error:
+            read(str(path), "x\x1b")
+        str(error.value).encode()
+        assert "\x1b" not in str(error.value)
