@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from msp_plugin.allocators.base import AllocationResult
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.calibration import CalibrationSet, check_ids
 from msp_plugin.errors import RecipeError
 from msp_plugin.files import finite
 from msp_plugin.identity import versions
@@ -18,6 +18,7 @@ from msp_plugin.models import (
     allowed_levels,
     check_finite_weights,
     check_widths,
+    own_parameters,
     prunable_layers,
 )
 from msp_plugin.options import Plan
@@ -85,9 +86,11 @@ def allocate(
     and method is taken from there, unless ``fresh``; so a search that was stopped goes on.
 
     Raises:
-        MSPError: see check_model, CalibrationSet.split, build_database and the components.
+        MSPError: see check_model, check_ids, CalibrationSet.split, build_database and the components.
     """
     table = check_model(model, plan)
+    if data is not None:
+        check_ids(data, own_parameters(model.get_input_embeddings())["weight"].shape[0])
     if plan.given is not None:
         return Outcome(plan.given)
     problem = make_problem(model, table, plan)

@@ -1,34 +1,70 @@
-"""Calibration text: from a file, a directory or a dataset to samples of token ids with provenance."""
+"""Calibration samples: from documents, or a host's DataLoader, to token ids with provenance."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from msp_plugin.errors import DataError, nearest
-from msp_plugin.plan.document import parse_json
+from msp_plugin.chats import Chat
+from msp_plugin.errors import DataError
+from msp_plugin.sources import Document, Documents, load_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = [
+    "CalibrationSet", "Reading", "check_ids", "from_dataloader", "join", "leading_tokens", "load_texts",
+    "padding_mask", "tokenize",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
 #: Text read beyond what is asked for, so that a large corpus does not cost hours of tokenizing.
 _READ = 32
-_TEXT = (".txt", ".md", ".py", ".text")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read of one source for samples.
+
+    Args:
+        source: as the user named it.
+        samples: how many of the samples came from it.
+        columns: of a table, those that held the text.
+        rows: documents, or rows of a table, that were read: all, or until there was text enough.
+        skipped: of these, null or empty ones.
+        bos: the tokens that each sample starts with, as the tokenizer writes them; None if there are none.
+    """
+
+    source: str
+    samples: int
+    columns: tuple[str, ...] = ()
+    rows: int | None = None
+    skipped: int = 0
+    bos: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {**asdict(self), "columns": list(self.columns)}
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Samples of token ids, each int64[T], and where they came from."""
+    """Samples of token ids, each int64[T], and where they came from.
+
+    ``readings`` say what was read for them; a part of a set has none.
+    """
 
     samples: tuple[torch.Tensor, ...]
     source: str
+    readings: tuple[Reading, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -88,113 +124,6 @@ class CalibrationSet:
         )
 
 
-def load_texts(source: str, text_column: str = "text") -> Iterable[str]:
-    """Return the documents of a source.
-
-    A source is ``demo:SPLIT`` (the embedded corpus), a text file, a ``.jsonl`` file, a directory of
-    such files or of a saved dataset, or a hub dataset ``id[:config][:split]``.
-
-    Raises:
-        DataError: it is missing, empty or unreadable; a jsonl line or column that does not fit is named.
-    """
-    if source.startswith("demo:"):
-        from msp_plugin.demo.corpus import library_texts
-
-        return library_texts(source[5:])
-    path = Path(source).expanduser()
-    if path.is_file():
-        texts = _file_texts(path, text_column)
-    elif path.is_dir():
-        texts = _directory_texts(path, text_column)
-    elif path.suffix in (*_TEXT, ".jsonl", ".json") or source.startswith((".", "/", "~")):
-        raise DataError(f"there is no data file at {path}", hint="give a text or jsonl file, or a dataset")
-    else:
-        return _hub_texts(source, text_column)
-    if isinstance(texts, list) and not any(text.strip() for text in texts):
-        raise DataError(f"{source} holds no text", hint="give a file with text in it")
-    return texts
-
-
-def _file_texts(path: Path, column: str) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    if path.suffix not in (".jsonl", ".json"):
-        return [content]
-    texts = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise DataError(
-                f"{path}, line {number} is not JSON: {error}", hint="jsonl holds one JSON object a line"
-            ) from None
-        texts.append(_column(row, column, f"{path}, line {number}"))
-    return texts
-
-
-def _column(row: Any, column: str, where: str) -> str:
-    if isinstance(row, str):
-        return row
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        known = [k for k, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
-        raise DataError(f"{where} has no text in {column!r}", hint=nearest(column, known))
-    return row[column]
-
-
-def _directory_texts(path: Path, column: str) -> Iterable[str]:
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        try:
-            from datasets import load_from_disk
-        except ImportError:
-            raise DataError(f"{path} is a saved dataset", hint="pip install datasets to read it") from None
-        return _dataset_texts(load_from_disk(str(path)), column, str(path))
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in (*_TEXT, ".jsonl"))
-    if not files:
-        raise DataError(f"{path} holds no {', '.join(_TEXT)} or .jsonl file and no saved dataset")
-    return [text for file in files for text in _file_texts(file, column)]
-
-
-def _hub_texts(source: str, column: str) -> Iterator[str]:
-    """Stream a hub dataset: only the shards that are read are downloaded."""
-    name, *rest = source.split(":")
-    config, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
-    try:
-        from datasets import load_dataset
-
-        data = load_dataset(name, config, split=split, streaming=True)
-    except ImportError:
-        raise DataError(
-            f"there is no file {source}, and hub datasets need the datasets package",
-            hint="pip install datasets, or give a file",
-        ) from None
-    except Exception as error:  # datasets raises many types, and a connection many more
-        raise DataError(
-            f"{source!r} is neither a file nor a dataset that can be loaded: {type(error).__name__}: {error}",
-            hint="give a path, or id[:config][:split] of a hub dataset",
-        ) from error
-    return _dataset_texts(data, column, source)
-
-
-def _dataset_texts(data: Any, column: str, source: str) -> Iterator[str]:
-    """Return the texts of a dataset's column, of its train split if it has several."""
-    if isinstance(data, dict):
-        if "train" not in data:
-            raise DataError(
-                f"{source} has the splits {', '.join(data)} and no train", hint="give one split's directory"
-            )
-        data = data["train"]
-    columns = data.column_names or list(next(iter(data), {}))
-    if column not in columns:
-        raise DataError(f"{source} has no column {column!r}", hint=nearest(column, columns))
-    return (str(row[column]) for row in data)
-
-
 def _pieces(text: str, size: int = 2**20) -> Iterator[str]:
     """Yield a text in pieces of about ``size`` characters that end with a line."""
     start = 0
@@ -204,19 +133,72 @@ def _pieces(text: str, size: int = 2**20) -> Iterator[str]:
         start = cut
 
 
+def leading_tokens(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> tuple[int, ...]:
+    """Return the tokens that a sample starts with.
+
+    Args:
+        bos: None for those that the tokenizer itself puts before a text, if any; True for these, or else its
+            beginning-of-text token; False for none.
+
+    Raises:
+        DataError: there is no such token.
+    """
+    if bos is False:
+        return ()
+    plain = tokenizer("a", add_special_tokens=False, verbose=False).input_ids
+    whole = tokenizer("a", verbose=False).input_ids
+    starts = (i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain)
+    own = tuple(whole[: next(starts, 0)])
+    if own or not bos:
+        return own
+    if tokenizer.bos_token_id is None:
+        raise DataError(
+            "the tokenizer has no beginning-of-text token to start samples with", hint="leave out --bos"
+        )
+    return (tokenizer.bos_token_id,)
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    return "".join(tokenizer.convert_ids_to_tokens(list(tokens)))
+
+
+def _stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Document], enough: int) -> list[int]:
+    """Return the tokens of documents, a little more than ``enough`` of them or all that there are.
+
+    The end-of-text token closes each document; a conversation ends as its template has it, and what the tokenizer
+    puts before a text does not start it, because that starts every sample.
+    """
+    end, start = tokenizer.eos_token_id, _written(tokenizer, leading_tokens(tokenizer))
+    stream: list[int] = []
+    for document in texts:
+        chat = isinstance(document, Chat)
+        text = document.text(tokenizer).removeprefix(start) if chat else document
+        for piece in _pieces(text) if isinstance(text, str) else text:
+            if len(stream) > enough:
+                break
+            stream += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+        if text and not chat and end is not None:
+            stream.append(end)
+        if len(stream) > enough:
+            break
+    return stream
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: Iterable[Document],
     *,
     samples: int,
     length: int,
     source: str,
     at_least: int | None = None,
     seed: int = 0,
+    bos: bool | None = None,
 ) -> CalibrationSet:
     """Return up to ``samples`` samples of exactly ``length`` tokens, cut from the joined documents.
 
-    Documents are closed by the end-of-text token and joined in their order. When there is more text
+    Documents are closed by the end-of-text token and joined in their order. Each sample starts with the tokens
+    that ``bos`` asks for (see leading_tokens), and they are part of its length. When there is more text
     than asked for, the samples are spread evenly over it, so that a corpus is not judged by its first
     document; a ``seed`` other than 0 moves each at random within its share. At most ``_READ`` times the
     asked tokens are read.
@@ -226,19 +208,15 @@ def tokenize(
     """
     if samples < 1 or length < 2:
         raise DataError(f"asked for {samples} samples of {length} tokens", hint="ask for at least 1 x 2")
-    end = tokenizer.eos_token_id
-    stream: list[int] = []
-    enough = _READ * samples * length
-    for text in texts:
-        for piece in _pieces(text):
-            if len(stream) > enough:
-                break
-            stream += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-        if text and end is not None:
-            stream.append(end)
-        if len(stream) > enough:
-            break
-    found = len(stream) // length
+    start = leading_tokens(tokenizer, bos)
+    if len(start) >= length:
+        raise DataError(
+            f"asked for samples of {length} tokens, and {len(start)} of them start every text",
+            hint="ask for longer samples, or --no-bos",
+        )
+    own = length - len(start)
+    stream = _stream(tokenizer, texts, _READ * samples * length)
+    found = len(stream) // own
     if found < (samples if at_least is None else at_least):
         raise DataError(
             f"{source} has {len(stream):,} tokens: {found} samples of {length}, {samples} were asked for",
@@ -250,8 +228,21 @@ def tokenize(
     if seed:
         rng = np.random.default_rng(seed)
         starts = [int(rng.integers(low, high)) for low, high in pairwise(edges)]
-    ids = torch.tensor(stream[: found * length], dtype=torch.int64).view(found, length)
-    return CalibrationSet(tuple(ids[i].clone() for i in starts), source)
+    ids = torch.tensor(stream[: found * own], dtype=torch.int64).view(found, own)
+    head = torch.tensor(start, dtype=torch.int64)
+    reading = _reading(texts, source, take, _written(tokenizer, start) or None)
+    return CalibrationSet(tuple(torch.cat([head, ids[i]]) for i in starts), source, (reading,))
+
+
+def _reading(texts: Iterable[Document], source: str, samples: int, bos: str | None) -> Reading:
+    """Return what was read of the documents, and say so."""
+    if bos is not None:
+        log.info("%s: each sample starts with %s", source, bos)
+    if not isinstance(texts, Documents):
+        return Reading(source, samples, bos=bos)
+    if texts.skipped:
+        log.info("%s: %d of %d rows are null or empty", source, texts.skipped, texts.rows)
+    return Reading(source, samples, texts.columns, texts.rows, texts.skipped, bos)
 
 
 def from_dataloader(
@@ -263,17 +254,16 @@ def from_dataloader(
     shuffle them, and the last ones, which are held out, must be typical and the same in every run.
 
     Raises:
-        DataError: a batch has no ``input_ids``, or there is no token at all.
+        DataError: a batch has no ``input_ids`` of samples of equal length, or there is no token at all.
     """
     samples = []
     for batch in batches:
         if not hasattr(batch, "keys") or "input_ids" not in batch:
             keys = sorted(batch.keys()) if hasattr(batch, "keys") else type(batch).__name__
             raise DataError(f"a calibration batch has no input_ids: {keys}", hint="tokenize the dataset")
-        ids = torch.as_tensor(batch["input_ids"]).cpu()
-        mask = batch.get("attention_mask")
+        ids, mask = _token_ids(batch), padding_mask(batch)
         for i, row in enumerate(ids):
-            kept = row if mask is None else row[torch.as_tensor(mask)[i].cpu().bool()]
+            kept = row if mask is None else row[mask[i]]
             if len(kept) > 1:
                 samples.append(kept.to(torch.int64))
     if not keep_order:
@@ -283,8 +273,53 @@ def from_dataloader(
     return CalibrationSet(tuple(samples), source)
 
 
+def _token_ids(batch: Any) -> torch.Tensor:
+    """Return a batch's token ids, [B, T]."""
+    try:
+        ids = torch.as_tensor(batch["input_ids"]).cpu()
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"the input_ids of a calibration batch are no table of numbers: {error}",
+            hint="give batches of samples of equal length, or pad them and pass attention_mask",
+        ) from None
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise DataError(
+            f"the input_ids of a calibration batch are {str(ids.dtype).removeprefix('torch.')}{list(ids.shape)}",
+            hint="give integers [samples, tokens], also for a single sample",
+        )
+    return ids
+
+
+def padding_mask(batch: Any) -> torch.Tensor | None:
+    """Return bool[B, T], False where a host's batch is padded; None where no mask says so for each token."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return None
+    mask = torch.as_tensor(mask).cpu()  # of other shapes are masks of who sees whom
+    return mask.bool() if mask.shape == torch.as_tensor(batch["input_ids"]).shape else None
+
+
+def check_ids(data: CalibrationSet, vocabulary: int) -> None:
+    """Raise unless a model with embeddings for ``vocabulary`` tokens knows every token.
+
+    Raises:
+        DataError: it does not.
+    """
+    largest = max(int(sample.max()) for sample in data.samples)
+    least = min(int(sample.min()) for sample in data.samples)
+    if largest >= vocabulary or least < 0:
+        raise DataError(
+            f"{data.source} has token {least if least < 0 else largest:,}, and the model has embeddings for "
+            f"{vocabulary:,} tokens, 0 to {vocabulary - 1:,}",
+            hint="use the tokenizer that belongs to the model; tokens that were added to it need "
+            "model.resize_token_embeddings",
+        )
+
+
 def join(parts: Sequence[CalibrationSet]) -> CalibrationSet:
     """Return the samples of all parts, one part after the other."""
     return CalibrationSet(
-        tuple(sample for part in parts for sample in part.samples), " + ".join(p.source for p in parts)
+        tuple(sample for part in parts for sample in part.samples),
+        " + ".join(p.source for p in parts),
+        tuple(reading for part in parts for reading in part.readings),
     )

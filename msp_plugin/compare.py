@@ -138,11 +138,14 @@ def compare(
         "granularity": plans[0].granularity,
         **plans[0].bounds.to_dict(),
         "texts": {
-            name: describe_text(part)
+            name: {key: value for key, value in describe_text(part).items() if key != "sources"}
             for name, part in (
                 ("calibration", calibration), ("search", search), ("holdout", holdout), ("test", samples.test)
             )
         },
+        "sources": [
+            reading.to_dict() for part in (samples.calibration, samples.test) for reading in part.readings
+        ],
         "units": [
             {
                 "name": unit.name, "block": unit.block, "weights": unit.weights,

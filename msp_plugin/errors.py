@@ -101,6 +101,11 @@ def shown(value: object) -> str:
     return _Short().repr(value)
 
 
+def plain(name: object) -> str:
+    """Return a name or path on one line: what cannot be printed, or is no character, is written as an escape."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(name))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint that names the known word nearest to ``name``, or all known words."""
     known = sorted(known)

@@ -33,6 +33,11 @@ _SIZES = (
     "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "num_hidden_layers",
 )  # fmt: skip
+#: What the configs of model families call the longest sequence.
+_POSITIONS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length", "n_ctx",
+    "seq_length",
+)  # fmt: skip
 #: Packages whose classes are known by their version or, accelerate's hooks, do not compute.
 _VERSIONED = ("torch", "transformers", "accelerate", "compressed_tensors", "llmcompressor")
 #: How much longer than the longest stored tensor a size may be: quantized weights hold eight or more in one number.
@@ -357,17 +362,32 @@ def check_loadable(model: torch.nn.Module) -> None:
 
 def max_length(source: str | Path, *, trust_remote_code: bool = False) -> int | None:
     """Return the longest sequence that a model's config allows, None if it does not say."""
+    return _count_of(source, _POSITIONS, trust_remote_code)
+
+
+def vocabulary(source: str | Path, *, trust_remote_code: bool = False) -> int | None:
+    """Return how many tokens a model's config has embeddings for, None if it does not say."""
+    return _count_of(source, ("vocab_size",), trust_remote_code)
+
+
+def _count_of(source: str | Path, keys: Sequence[str], trust_remote_code: bool) -> int | None:
+    """Return the first of the config's values that is there.
+
+    Raises:
+        ModelError: the config cannot be read, or the value is no count.
+    """
     from transformers import AutoConfig
 
     check_source(source)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).get_text_config()
+        found = {key: getattr(config, key, None) for key in keys}
     except Exception as error:  # a config's values reach all of transformers
         raise ModelError(f"cannot read the config of {source}: {error}") from error
-    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-        raise ModelError(f"{source}: max_position_embeddings is {shown(most)}, no count")
-    return most
+    for key, value in found.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ModelError(f"{source}: {key} is {shown(value)}, no count")
+    return next((value for value in found.values() if value is not None), None)
 
 
 def check_widths(table: UnitTable, menu: Iterable[Level]) -> None:

@@ -270,12 +270,13 @@ def _ours(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_text(data: CalibrationSet) -> dict[str, Any]:
-    """Return what run.json says of a set of samples."""
+    """Return what run.json says of a set of samples: ``sources`` has a Reading for each source, none for parts."""
     return {
         "source": data.source,
         "samples": len(data),
         "tokens": data.tokens,
         "fingerprint": data.fingerprint,
+        "sources": [reading.to_dict() for reading in data.readings],
     }
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msp_plugin.calibration import CalibrationSet, join, load_texts, tokenize
-from msp_plugin.errors import DataError
-from msp_plugin.models import max_length
+from msp_plugin.calibration import CalibrationSet, check_ids, join, load_texts, tokenize
+from msp_plugin.errors import DataError, plain
+from msp_plugin.models import max_length, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,9 +25,11 @@ class Text:
         samples: calibration samples.
         length: tokens of a sample; None takes 2,048, or the model's maximum if that is less.
         test_samples: samples of the perplexity; 0 measures none.
-        column: of the text in jsonl files and datasets.
+        column: of the text, or of a conversation's messages, in tables and datasets.
         batch: samples per forward pass of the host's calibration.
         seed: of the choice of calibration and search samples; 0 spaces them evenly.
+        bos: start each sample with the beginning-of-text token; None does what the tokenizer does by itself.
+        vocabulary: ids of the model's embeddings, beyond which no token may be; None does not look.
     """
 
     data: str
@@ -39,6 +41,8 @@ class Text:
     column: str = "text"
     batch: int = 1
     seed: int = 0
+    bos: bool | None = None
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         for option, least in (("samples", 1), ("length", 2), ("test_samples", 0), ("batch", 1), ("seed", 0)):
@@ -47,12 +51,13 @@ class Text:
                 raise DataError(f"{option} = {value}", hint=f"give at least {least}")
 
     def for_model(self, source: str | Path, *, trust_remote_code: bool = False) -> Text:
-        """Return this text with a length that the model can take.
+        """Return this text with a length and a vocabulary that the model can take.
 
         Raises:
             DataError: the asked length is beyond the model's maximum.
         """
-        return self.within(max_length(source, trust_remote_code=trust_remote_code))
+        known = replace(self, vocabulary=vocabulary(source, trust_remote_code=trust_remote_code))
+        return known.within(max_length(source, trust_remote_code=trust_remote_code))
 
     def within(self, most: int | None) -> Text:
         """Return this text with a length of at most ``most`` tokens, where a model has a maximum.
@@ -68,6 +73,23 @@ class Text:
                 hint="give a smaller length",
             )
         return self
+
+    def read(
+        self, tokenizer: PreTrainedTokenizerBase, source: str, samples: int, *, at_least: int | None = None,
+        seed: int = 0,
+    ) -> CalibrationSet:  # fmt: skip
+        """Return the samples of one source; the ``length`` must be known (see ``for_model``).
+
+        Raises:
+            DataError: it is missing, empty or too short, or has tokens that the model does not know.
+        """
+        found = tokenize(
+            tokenizer, load_texts(source, self.column), samples=samples, length=self.length, source=plain(source),
+            at_least=at_least, seed=seed, bos=self.bos,
+        )  # fmt: skip
+        if self.vocabulary is not None:
+            check_ids(found, self.vocabulary)
+        return found
 
 
 @dataclass(frozen=True)
@@ -89,26 +111,14 @@ def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: 
     """
     held_out = -(-search_tokens // text.length) if text.search and search_tokens else 0
     reserved = 0 if text.test else text.test_samples
-    documents = load_texts(text.data, text.column)
-    found = tokenize(
-        tokenizer, documents, samples=text.samples + reserved, length=text.length, source=text.data,
-        seed=text.seed,
-    )  # fmt: skip
+    found = text.read(tokenizer, text.data, text.samples + reserved, seed=text.seed)
     cut = len(found) - reserved
-    parts = [CalibrationSet(found.samples[:cut], text.data)]
-    test = CalibrationSet(found.samples[cut:], f"{text.data} [{cut}:]") if reserved else None
+    parts = [_part(found, found.source, 0, cut)]
+    test = _part(found, f"{found.source} [{cut}:]", cut, len(found)) if reserved else None
     if held_out:
-        parts.append(
-            tokenize(
-                tokenizer, load_texts(text.search, text.column), samples=held_out, length=text.length,
-                source=text.search, seed=text.seed,
-            )
-        )  # fmt: skip
+        parts.append(text.read(tokenizer, text.search, held_out, seed=text.seed))
     if text.test and text.test_samples:
-        test = tokenize(
-            tokenizer, load_texts(text.test, text.column), samples=text.test_samples,
-            length=text.length, source=text.test, at_least=1,
-        )  # fmt: skip
+        test = text.read(tokenizer, text.test, text.test_samples, at_least=1)
     if text.test and test is not None:
         known = {tuple(s.tolist()) for part in parts for s in part.samples}
         shared = sum(tuple(s.tolist()) in known for s in test.samples)
@@ -118,3 +128,8 @@ def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: 
                 hint="give another text with --test-data",
             )
     return Samples(join(parts), test)
+
+
+def _part(data: CalibrationSet, source: str, start: int, end: int) -> CalibrationSet:
+    readings = tuple(replace(reading, samples=end - start) for reading in data.readings)
+    return CalibrationSet(data.samples[start:end], source, readings)

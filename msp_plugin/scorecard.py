@@ -7,12 +7,12 @@ import importlib.metadata
 import logging
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msp_plugin.calibration import CalibrationSet, load_texts, tokenize
+from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.load import load
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import ModelError, RecipeError
@@ -27,7 +27,7 @@ from msp_plugin.harness import (
     difference,
 )
 from msp_plugin.identity import versions
-from msp_plugin.models import check_dtype, fingerprint, load_tokenizer, max_length
+from msp_plugin.models import check_dtype, fingerprint, load_tokenizer, max_length, vocabulary
 from msp_plugin.progress import StepProgress, no_progress, prefixed
 from msp_plugin.samples import Text
 from msp_plugin.tasks import Suite, find_tasks, local_tasks
@@ -52,6 +52,9 @@ class Source:
     def max_length(self) -> int | None:
         return max_length(self.path, trust_remote_code=self.trust_remote_code)
 
+    def vocabulary(self) -> int | None:
+        return vocabulary(self.path, trust_remote_code=self.trust_remote_code)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
@@ -67,7 +70,7 @@ class Request:
         reference: a model that is asked the same, to compare with.
         tasks, task_dir, limit, num_fewshot, batch: see tasks.find_tasks and tasks.Suite.
         data: sources of text for the perplexity (see calibration.load_texts).
-        samples, length, column: of that text (see samples.Text).
+        samples, length, column, bos: of that text (see samples.Text).
 
     Raises:
         RecipeError: neither tasks nor data, tasks that are not named, an unknown dtype, a number out of range.
@@ -84,6 +87,7 @@ class Request:
     samples: int = 32
     length: int | None = None
     column: str = "text"
+    bos: bool | None = None
 
     def __post_init__(self) -> None:
         for option, least in (("limit", 1), ("num_fewshot", 0), ("batch", 1), ("samples", 1), ("length", 2)):
@@ -159,14 +163,13 @@ def _text(
         DataError: it is missing, empty or too short.
         ModelError: the reference reads it as other tokens, so that there is no KL.
     """
-    asked = Text(data, samples=request.samples, length=request.length, column=request.column).within(most)
+    asked = Text(
+        data, samples=request.samples, length=request.length, column=request.column, bos=request.bos
+    ).within(most)  # fmt: skip
     found = [
-        tokenize(
-            tokenizer, load_texts(data, asked.column), samples=asked.samples, length=asked.length, source=data,
-            at_least=1,
-        )
-        for tokenizer in tokenizers
-    ]  # fmt: skip
+        replace(asked, vocabulary=source.vocabulary()).read(tokenizer, data, asked.samples, at_least=1)
+        for source, tokenizer in zip(request.sources, tokenizers, strict=True)
+    ]
     if len({samples.fingerprint for samples in found}) > 1:
         raise ModelError(
             f"{request.reference.name} and {request.model.name} read {data} as different tokens",
@@ -214,7 +217,7 @@ def _record(
     found["perplexity"] = [
         {
             "source": text.source, "samples": len(text), "length": len(text.samples[0]), "tokens": text.tokens,
-            "fingerprint": text.fingerprint, "value": finite(own.perplexities[i]),
+            "fingerprint": text.fingerprint, "read": text.readings[0].to_dict(), "value": finite(own.perplexities[i]),
             "reference": finite(other.perplexities[i]) if other else None, "kl": finite(kls[i]) if other else None,
         }
         for i, text in enumerate(texts)

@@ -124,6 +124,22 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def bos_tokenizer(tokenizer):
+    """The tiny tokenizer with a token that it puts before every text, and a chat template that writes it."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"bos_token": "<s>"})
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
+    )
+    made.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    )
+    return made
+
+
+@pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("models") / "llama"
     _llama().save_pretrained(path)

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -5,8 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msp_plugin.calibration import CalibrationSet, from_dataloader, join, load_texts, tokenize
+from msp_plugin.calibration import CalibrationSet, check_ids, from_dataloader, join, leading_tokens, tokenize
+from msp_plugin.chats import Chat
 from msp_plugin.errors import DataError
+from msp_plugin.sources import load_texts
 
 
 def of_lengths(lengths):
@@ -58,140 +61,6 @@ def test_parts_are_joined_in_order():
     a, b = of_lengths([3]), CalibrationSet((torch.arange(4),), "other")
     joined = join([a, b])
     assert joined.samples == a.samples + b.samples and joined.source == "made + other" and joined.tokens == 7
-
-
-def test_a_text_file_is_one_document(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("one\ntwo ü\n", encoding="utf-8")
-    assert load_texts(str(path)) == ["one\ntwo ü\n"]
-
-
-def test_a_jsonl_file_holds_a_document_a_line(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one", "id": 1}\n\n"two"\n{"text": "thrée"}\n', encoding="utf-8")
-    assert load_texts(str(path)) == ["one", "two", "thrée"]
-
-
-@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
-def test_a_jsonl_line_ends_at_a_newline_only(tmp_path, mark):
-    path = tmp_path / "a.jsonl"
-    row = json.dumps({"text": f"one{mark}two"}, ensure_ascii=False)
-    path.write_text(f"{row}\n{row}\n", encoding="utf-8")
-    assert load_texts(str(path)) == [f"one{mark}two"] * 2
-
-
-def test_another_column_is_read_when_asked_for(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "no", "content": "yes"}\n')
-    assert load_texts(str(path), "content") == ["yes"]
-
-
-def test_a_jsonl_line_that_is_no_json_is_named_by_its_number(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n\n{"text": two}\n')
-    with pytest.raises(DataError, match="a.jsonl, line 3 is not JSON") as error:
-        load_texts(str(path))
-    assert "one JSON object a line" in error.value.hint
-
-
-@pytest.mark.parametrize("line", ["1" * 5000, "[" * 100_000], ids=["too long a number", "too deep"])
-def test_a_jsonl_line_beyond_pythons_limits_is_named_too(tmp_path, line):
-    path = tmp_path / "a.jsonl"
-    path.write_text(f'{{"text": "one"}}\n{line}\n')
-    with pytest.raises(DataError, match="a.jsonl, line 2 is not JSON"):
-        load_texts(str(path))
-
-
-@pytest.mark.parametrize("line, hint", [
-    ('{"texts": "two", "id": 1}', "did you mean 'texts'?"), ('{"text": 5, "body": "x"}', "known: body"),
-    ("[1, 2]", "known: (none)"), ("5", "known: (none)"),
-])  # fmt: skip
-def test_a_jsonl_line_without_the_column_names_the_nearest(tmp_path, line, hint):
-    path = tmp_path / "a.jsonl"
-    path.write_text(f'{{"text": "one"}}\n{line}\n')
-    with pytest.raises(DataError, match="a.jsonl, line 2 has no text in 'text'") as error:
-        load_texts(str(path))
-    assert hint in error.value.hint
-
-
-def test_a_directory_is_read_in_the_order_of_its_names(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.md").write_text("b")
-    (tmp_path / "a.jsonl").write_text('{"text": "a1"}\n{"text": "a2"}\n')
-    (tmp_path / "sub" / "c.py").write_text("c")
-    (tmp_path / "image.png").write_bytes(b"\xff\x00")
-    assert load_texts(str(tmp_path)) == ["a1", "a2", "b", "c"]
-
-
-def test_a_directory_without_text_says_what_it_looked_for(tmp_path):
-    (tmp_path / "image.png").write_bytes(b"\xff\x00")
-    with pytest.raises(DataError, match=r"holds no .txt, .md, .* or .jsonl file"):
-        load_texts(str(tmp_path))
-
-
-@pytest.mark.parametrize("source", ["/nowhere/a.jsonl", "a.txt", "./nowhere", "~/nowhere-at-all", "x.json"])
-def test_a_missing_file_is_no_hub_dataset(source):
-    with pytest.raises(DataError, match="there is no data file at") as error:
-        load_texts(source)
-    assert (
-        source.removeprefix("./").removeprefix("~/") in error.value.message and "dataset" in error.value.hint
-    )
-
-
-@pytest.mark.parametrize(
-    "name, content", [("a.txt", ""), ("a.txt", " \n\t\n"), ("a.jsonl", ""), ("a.jsonl", '{"text": " "}\n')]
-)
-def test_a_source_without_text_is_refused(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=f"{name} holds no text"):
-        load_texts(str(tmp_path / name))
-
-
-def test_a_file_that_is_not_utf8_is_named(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"caf\xe9")
-    with pytest.raises(DataError, match="a.txt is not UTF-8"):
-        load_texts(str(path))
-
-
-@pytest.fixture(scope="module")
-def saved_datasets(tmp_path_factory):
-    from datasets import Dataset, DatasetDict
-
-    root = tmp_path_factory.mktemp("datasets")
-    rows = Dataset.from_dict({"text": ["one", "two"], "id": [1, 2]})
-    rows.save_to_disk(str(root / "rows"))
-    DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(str(root / "splits"))
-    DatasetDict({"first": rows}).save_to_disk(str(root / "odd"))
-    return root
-
-
-@pytest.mark.parametrize("name", ["rows", "splits"])
-def test_a_saved_dataset_is_read_from_its_train_split(saved_datasets, name):
-    assert list(load_texts(str(saved_datasets / name))) == ["one", "two"]
-
-
-def test_a_dataset_without_the_column_names_the_nearest(saved_datasets):
-    with pytest.raises(DataError, match="has no column 'txt'") as error:
-        load_texts(str(saved_datasets / "rows"), "txt")
-    assert "did you mean 'text'?" in error.value.hint
-
-
-def test_a_dataset_without_a_train_split_lists_its_splits(saved_datasets):
-    with pytest.raises(DataError, match="has the splits first and no train") as error:
-        load_texts(str(saved_datasets / "odd"))
-    assert "directory" in error.value.hint
-
-
-@pytest.mark.parametrize("source", ["no-such-data", "nobody/nothing", "nobody/nothing:config:test"])
-def test_a_hub_dataset_that_cannot_be_loaded_is_explained(source):
-    with pytest.raises(DataError, match="is neither a file nor a dataset that can be loaded") as error:
-        load_texts(source)
-    assert repr(source) in error.value.message and "id[:config][:split]" in error.value.hint
-
-
-def test_the_embedded_corpus_is_a_source():
-    assert any("def " in text for text in load_texts("demo:search"))
 
 
 def test_samples_are_cut_from_the_joined_documents(tokenizer):
@@ -256,6 +125,107 @@ def test_no_sample_or_one_token_is_refused(tokenizer, samples, length):
         tokenize(tokenizer, ["text"], samples=samples, length=length, source="x")
 
 
+def stream_of(tokenizer, *texts):
+    """The joined tokens of texts, each closed by the end-of-text token."""
+    found = []
+    for text in texts:
+        found += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return found
+
+
+def cut_samples(tokenizer, texts, length=6, **options):
+    data = tokenize(tokenizer, texts, samples=999, length=length, source="x", at_least=1, **options)
+    assert all(len(sample) == length for sample in data.samples)
+    return data
+
+
+TEXTS = ["the cat sat on the mat", "and the dog sat on the log"]
+
+
+def test_each_sample_starts_as_the_tokenizer_starts_a_text(bos_tokenizer):
+    data = cut_samples(bos_tokenizer, TEXTS)
+    assert all(sample[0] == bos_tokenizer.bos_token_id for sample in data.samples)
+    stream = stream_of(bos_tokenizer, *TEXTS)
+    rest = [token for sample in data.samples for token in sample[1:].tolist()]
+    assert rest == stream[: len(rest)] and len(stream) - len(rest) < 5
+    assert data.readings[0].bos == "<s>"
+
+
+def test_a_tokenizer_that_starts_no_text_adds_nothing(tokenizer, bos_tokenizer):
+    for made, bos in ((tokenizer, None), (tokenizer, False), (bos_tokenizer, False)):
+        data = cut_samples(made, TEXTS, bos=bos)
+        stream = stream_of(tokenizer, *TEXTS)
+        assert torch.cat(data.samples).tolist() == stream[: data.tokens]
+        assert data.readings[0].bos is None
+
+
+def test_a_start_that_the_tokenizer_does_not_add_can_be_asked_for(tokenizer, bos_tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    never = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token="</s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
+    )
+    assert leading_tokens(never) == () and leading_tokens(never, True) == (never.eos_token_id,)
+    assert (
+        leading_tokens(bos_tokenizer, True) == leading_tokens(bos_tokenizer) == (bos_tokenizer.bos_token_id,)
+    )
+    with pytest.raises(DataError, match="no beginning-of-text token"):
+        leading_tokens(tokenizer, True)
+
+
+def test_a_sample_is_longer_than_its_start(bos_tokenizer):
+    assert len(cut_samples(bos_tokenizer, TEXTS, length=2)) == len(stream_of(bos_tokenizer, *TEXTS))
+
+
+USER, REPLY = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}
+
+
+@pytest.mark.parametrize("bos", [None, False])
+def test_a_conversation_is_what_the_chat_template_writes_with_one_start(bos_tokenizer, bos):
+    data = cut_samples(bos_tokenizer, [Chat((USER, REPLY), "here")] * 2, bos=bos)
+    written = "user: the cat</s>assistant: sat on</s>"
+    stream = bos_tokenizer(written * 2, add_special_tokens=False).input_ids
+    rest = [token for sample in data.samples for token in sample[bos is None :].tolist()]
+    assert rest == stream[: len(rest)]
+
+
+def test_a_conversation_without_a_chat_template_is_refused(tokenizer):
+    with pytest.raises(DataError, match="a.jsonl, line 1 is a conversation, and .* no chat template"):
+        cut_samples(tokenizer, [Chat((USER,), "a.jsonl, line 1")])
+
+
+def test_a_conversation_that_the_template_refuses_is_named(bos_tokenizer):
+    strict = copy.deepcopy(bos_tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must [red]alternate') }}"
+    with pytest.raises(DataError, match="line 3: .*refuses the conversation.*must .red.alternate"):
+        cut_samples(strict, [Chat((USER,), "a.jsonl, line 3")])
+
+
+def test_samples_say_what_was_read_for_them(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"text": "the cat sat on the mat"},
+        {"text": None},
+        {"text": ""},
+        {"text": "the dog sat on the log"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = tokenize(tokenizer, load_texts(str(path)), samples=2, length=4, source="mine")
+    assert [reading.to_dict() for reading in join([data, data]).readings] == 2 * [
+        {"source": "mine", "samples": 2, "columns": ["text"], "rows": 4, "skipped": 2, "bos": None}
+    ]
+
+
+@pytest.mark.parametrize("token, known", [(96, 96), (-1, 96)])
+def test_tokens_that_the_model_has_no_embedding_for_are_refused(token, known):
+    data = CalibrationSet((torch.tensor([1, 2]), torch.tensor([95, token])), "mine")
+    with pytest.raises(DataError, match=f"mine has token {token}, .* embeddings for {known} tokens, 0 to 95"):
+        check_ids(data, known)
+    check_ids(CalibrationSet((torch.tensor([0, 95]),), "mine"), 96)
+
+
 def test_a_loaders_padding_is_removed_on_either_side():
     batch = {"input_ids": torch.tensor([[9, 9, 1, 2], [3, 4, 5, 9], [9, 9, 9, 7]]),
              "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 1]])}  # fmt: skip
@@ -276,3 +246,17 @@ def test_a_batch_without_token_ids_is_named(batch, found):
 def test_a_loader_without_a_usable_sample_is_refused(batches):
     with pytest.raises(DataError, match="no sample of two tokens"):
         from_dataloader(batches)
+
+
+@pytest.mark.parametrize("ids, found", [
+    ([[1, 2], [3]], "no table of numbers"), (torch.tensor([1, 2, 3]), r"int64\[3\]"),
+    (torch.ones(2, 3), r"float32\[2, 3\]"), (torch.ones(1, 2, 3, dtype=torch.int64), r"int64\[1, 2, 3\]"),
+])  # fmt: skip
+def test_token_ids_that_are_no_table_are_refused(ids, found):
+    with pytest.raises(DataError, match=f"the input_ids of a calibration batch are {found}"):
+        from_dataloader([{"input_ids": ids}])
+
+
+def test_a_mask_of_who_sees_whom_is_no_padding():
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 1, 3, 3).tril()}
+    assert [s.tolist() for s in from_dataloader([batch]).samples] == [[1, 2, 3]]

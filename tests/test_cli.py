@@ -214,3 +214,51 @@ def test_memory_that_does_not_suffice_ends_a_command_with_one_error(
     )  # fmt: skip
     assert "error: memory does not suffice: CUDA out of memory. Tried to allocate 20.00 GiB." in ran.err
     assert "--length" in ran.err and "Traceback" not in ran.err and not (tmp_path / "a.json").exists()
+
+
+@pytest.fixture
+def bos_model(llama_dir, bos_tokenizer, copied):
+    path = copied(llama_dir, "bos")
+    bos_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("options, bos", [((), "<s>"), (("--no-bos",), None)])
+def test_a_run_says_what_it_read_and_how_samples_start(msp, bos_model, tmp_path, options, bos):
+    pytest.importorskip("llmcompressor")
+    rows = [{"messages": [{"role": "user", "content": "The cat sat on the mat. " * 3}]}] * 60 + [
+        {"messages": None}
+    ]
+    data = tmp_path / "chats\udcff.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    common = ("--data", data, "--samples", 8, "--length", 16, *options)
+    run = ("prune", bos_model, "-s", "0.5", "-m", "magnitude", "--allocator", "uniform", "--levels", "2:4")
+    msp(*run, *common, "--test-samples", 4, "--out", tmp_path / "out", "--json")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    read = {
+        "source": str(tmp_path / r"chats\udcff.jsonl"),
+        "columns": ["messages"],
+        "rows": 61,
+        "skipped": 1,
+        "bos": bos,
+    }
+    assert record["calibration"]["sources"] == [{**read, "samples": 8}]
+    assert record["test"]["sources"] == [{**read, "samples": 4}]
+    found = json.loads(msp("eval", tmp_path / "out", *common, "--json").out)["perplexity"][0]
+    assert found["read"] == {**read, "samples": 8}
+    verified = msp("verify", tmp_path / "out", "--check", "quality", *common, "--json")
+    assert json.loads(verified.out)[0]["passed"]
+
+
+@pytest.mark.parametrize("command", ["allocate", "sensitivity", "prune", "compare", "eval", "verify"])
+def test_every_command_that_reads_text_can_start_samples(
+    msp, llama_dir, run_dir, tmp_path, text_file, command
+):
+    more = {
+        "allocate": ("-s", "0.5"),
+        "prune": ("-s", "0.5", "--out", tmp_path / "out"),
+        "compare": ("--out", tmp_path / "out"),
+    }
+    model = run_dir if command == "verify" else llama_dir
+    shown = msp(command, model, "--data", text_file, "--length", 16, *more.get(command, ()), "--bos", code=2)
+    assert "the tokenizer has no beginning-of-text token" in shown.err

@@ -329,3 +329,22 @@ def test_the_fingerprint_follows_code_that_no_version_stands_for(llama):
 
     mlp.__class__ = Doubled
     assert fingerprint(llama) != before
+
+
+@pytest.mark.parametrize("config, most", [
+    ({"model_type": "llama", "max_position_embeddings": 77}, 77),
+    ({"model_type": "gpt2", "n_positions": 77}, 77),
+    ({"model_type": "mpt", "max_seq_len": 77}, 77),
+    ({"model_type": "ctrl", "n_positions": 77}, 77),
+    ({"model_type": "gpt_neo", "max_position_embeddings": 77}, 77),
+    ({"model_type": "bloom"}, None),
+    ({"model_type": "bloom", "seq_length": 77}, 77),
+    ({"model_type": "mpt", "max_seq_len": 0}, "max_seq_len is 0, no count"),
+])  # fmt: skip
+def test_the_longest_sequence_has_a_name_in_each_family(config, most, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if isinstance(most, str):
+        with pytest.raises(ModelError, match=most):
+            max_length(tmp_path)
+    else:
+        assert max_length(tmp_path) == most

@@ -1,8 +1,10 @@
 import random
 
 import pytest
+import torch
 
 from msp_plugin.errors import DataError
+from msp_plugin.options import Options
 from msp_plugin.samples import Text, load_samples
 
 
@@ -77,3 +79,31 @@ def test_the_length_follows_the_model(llama_dir):
     assert Text("x", length=7).for_model(llama_dir).length == 7
     with pytest.raises(DataError, match=f"the model takes {most} at most"):
         Text("x", length=most + 1).for_model(llama_dir)
+
+
+def test_a_token_beyond_the_models_embeddings_fails_before_the_weights_are_read(
+    tokenizer, text_file, llama_dir, copied, edit_json
+):
+    from msp_plugin.pipeline import search_allocation
+
+    path = copied(llama_dir)
+    edit_json(path / "config.json", lambda config: config.update(vocab_size=50))
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(DataError, match="has token [5-9][0-9], and the model has embeddings for 50 tokens"):
+        search_allocation(Options(sparsity=0.5), path, Text(text_file, samples=16, length=16))
+
+
+def test_search_and_test_samples_start_as_the_calibration_samples(bos_tokenizer, text_file, tmp_path):
+    other = write_text(tmp_path / "other.txt", 1)
+    for test in (None, write_text(tmp_path / "test.txt", 2)):
+        text = Text(text_file, search=other, test=test, samples=4, length=16, test_samples=2)
+        found = load_samples(bos_tokenizer, text, search_tokens=33)
+        samples = [*found.calibration.samples, *found.test.samples]
+        assert len(samples) == 4 + 3 + 2 and {int(s[0]) for s in samples} == {bos_tokenizer.bos_token_id}
+    readings = [*found.calibration.readings, *found.test.readings]
+    assert [(r.source, r.samples, r.bos) for r in readings] == [
+        (text_file, 4, "<s>"), (other, 3, "<s>"), (test, 2, "<s>"),
+    ]  # fmt: skip
+    plain = load_samples(bos_tokenizer, Text(text_file, samples=4, length=16, test_samples=0, bos=False))
+    assert bos_tokenizer.bos_token_id not in torch.cat(plain.calibration.samples)

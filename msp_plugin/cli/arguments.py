@@ -10,7 +10,10 @@ import typer
 
 Model = Annotated[str, typer.Argument(help="model directory, hub id, or demo:llama / demo:qwen2")]
 Data = Annotated[
-    str, typer.Option("--data", "-d", help="calibration text: file, jsonl, directory or dataset")
+    str,
+    typer.Option(
+        "--data", "-d", help="calibration text: file, table (jsonl, parquet, csv, ...), directory or dataset"
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="directory for the results; must be empty or new")]
 Sparsity = Annotated[str, typer.Option("--sparsity", "-s", help="share of zeros among prunable weights")]
@@ -47,7 +50,15 @@ Length = Annotated[
     int | None, typer.Option("--length", help="tokens per sample; default 2048, or the model's maximum")
 ]
 TestCount = Annotated[int, typer.Option("--test-samples", help="samples of the perplexity; 0: none")]
-Column = Annotated[str, typer.Option("--text-column", help="of jsonl files and datasets")]
+Column = Annotated[
+    str, typer.Option("--text-column", help="of tables and datasets: text, or a conversation's messages")
+]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos", help="start each sample with the beginning-of-text token; default: as the tokenizer does"
+    ),
+]
 Batch = Annotated[int, typer.Option("--batch", help="samples per forward pass of the host")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="run the model repository's code")]

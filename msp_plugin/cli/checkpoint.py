@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msp_plugin.cli.arguments import AsJson, Out, Remote, Verbose, component_options, resolve_model
+from msp_plugin.cli.arguments import (
+    AsJson,
+    Bos,
+    Column,
+    Out,
+    Remote,
+    Verbose,
+    component_options,
+    resolve_model,
+)
 
 if TYPE_CHECKING:
-    from msp_plugin.calibration import CalibrationSet
-    from msp_plugin.checkpoint.checkpoint import Checkpoint
     from msp_plugin.checkpoint.manifest import Manifest
     from msp_plugin.plugins import Plugins
     from msp_plugin.verify.base import Check, CheckResult
@@ -90,7 +97,8 @@ def verify(
     data: Annotated[str | None, typer.Option("--data", "-d", help="test text, for perplexity and KL")] = None,
     samples: Annotated[int, typer.Option("--samples", help="test samples")] = 32,
     length: Annotated[int | None, typer.Option("--length", help="tokens per sample")] = None,
-    text_column: Annotated[str, typer.Option("--text-column", help="of jsonl files and datasets")] = "text",
+    text_column: Column = "text",
+    bos: Bos = None,
     vllm: Annotated[
         Path | None,
         typer.Option("--vllm", help="virtual environment with vLLM and msp_plugin, to serve it in"),
@@ -113,13 +121,20 @@ def verify(
 
     set_up_logs(verbose)
     from msp_plugin.checkpoint.checkpoint import Checkpoint
+    from msp_plugin.models import load_tokenizer
     from msp_plugin.plugins import Plugins
+    from msp_plugin.samples import Text
     from msp_plugin.verify.base import Subject, run_checks
     from msp_plugin.verify.server import vllm_executable
 
     chosen = _build_checks(Plugins(), check, options)
     opened = Checkpoint.open(checkpoint)
-    text = _text(opened, data, samples, length, text_column, trust_remote_code) if data else None
+    text = None
+    if data:
+        asked = Text(data, samples=samples, length=length, column=text_column, bos=bos)
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+        asked = asked.for_model(checkpoint, trust_remote_code=trust_remote_code)
+        text = asked.read(tokenizer, data, samples, at_least=1)
     if vllm is not None:
         vllm_executable(vllm)
     subject = Subject(
@@ -158,21 +173,6 @@ def _require_needs(checks: list[Check], subject: Any, asked: list[str] | None) -
             raise RecipeError(
                 f"check {check.name!r} needs {', '.join(lacking)}", hint="give it, or leave the check out"
             )
-
-
-def _text(
-    checkpoint: Checkpoint, data: str, samples: int, length: int | None, column: str, trust_remote_code: bool
-) -> CalibrationSet:
-    from msp_plugin.calibration import load_texts, tokenize
-    from msp_plugin.models import load_tokenizer
-    from msp_plugin.samples import Text
-
-    most = checkpoint.config.get("max_position_embeddings")
-    asked = Text(data, samples=samples, length=length, column=column).within(most)
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
-    return tokenize(
-        tokenizer, load_texts(data, column), samples=samples, length=asked.length, source=data, at_least=1
-    )
 
 
 def _show_checks(results: list[CheckResult], path: Path) -> None:

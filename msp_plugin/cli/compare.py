@@ -12,6 +12,7 @@ import typer
 from msp_plugin.cli.arguments import (
     AsJson,
     Batch,
+    Bos,
     BoundsOf,
     Cache,
     Column,
@@ -78,6 +79,7 @@ def compare_command(
     length: Length = None,
     test_samples: TestCount = 32,
     text_column: Column = "text",
+    bos: Bos = None,
     batch: Batch = 1,
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
@@ -129,7 +131,7 @@ def compare_command(
         | layer_options(granularity, bounds, protect),
         prune,
     )
-    text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch)
+    text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch, bos=bos)
     with ExitStack() as stack:
         path = finals = None
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from msp_plugin.cli.arguments import AsJson, Column, Dtype, Length, Model, Remote, Verbose, resolve_model
+from msp_plugin.cli.arguments import AsJson, Bos, Column, Dtype, Length, Model, Remote, Verbose, resolve_model
 
 
 def evaluate_command(
@@ -35,6 +35,7 @@ def evaluate_command(
     samples: Annotated[int, typer.Option("--samples", help="samples of each text")] = 32,
     length: Length = None,
     text_column: Column = "text",
+    bos: Bos = None,
     dtype: Dtype = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="file for the results, e.g. eval.json")
@@ -62,7 +63,7 @@ def evaluate_command(
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     request = Request(
         *models, tasks=names, task_dir=task_dir, limit=limit, num_fewshot=num_fewshot, batch=batch,
-        data=tuple(data or ()), samples=samples, length=length, column=text_column,
+        data=tuple(data or ()), samples=samples, length=length, column=text_column, bos=bos,
     )  # fmt: skip
     if out is not None:
         out = out.expanduser()

@@ -13,6 +13,7 @@ from msp_plugin.cli.arguments import (
     AllocatorName,
     AsJson,
     Batch,
+    Bos,
     BoundsOf,
     Cache,
     Column,
@@ -106,6 +107,7 @@ def run_command(
     length: Length = None,
     test_samples: TestCount = 32,
     text_column: Column = "text",
+    bos: Bos = None,
     batch: Batch = 1,
     dtype: Dtype = "auto",
     baseline: Annotated[bool, typer.Option(help="also prune uniformly, to compare")] = True,
@@ -127,7 +129,7 @@ def run_command(
     from msp_plugin.pipeline import run_recipe
     from msp_plugin.samples import Text
 
-    text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch)
+    text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch, bos=bos)
     with progress_bars(not as_json and not ranks.rank) as progress:
         run = run_recipe(
             recipe, resolve_model(model), text, out, dtype=dtype, baseline=baseline,
@@ -161,6 +163,7 @@ def prune(
     length: Length = None,
     test_samples: TestCount = 32,
     text_column: Column = "text",
+    bos: Bos = None,
     batch: Batch = 1,
     dtype: Dtype = "auto",
     baseline: Annotated[bool, typer.Option(help="also prune uniformly, to compare")] = True,
@@ -188,7 +191,7 @@ def prune(
     given = recipe_options(sparsity, levels, target, ignore, seed, cache, specs)
     given |= layer_options(granularity, bounds, protect)
     recipe = prune_recipe({**given, "allocation": allocation})
-    text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch)
+    text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch, bos=bos)
     with progress_bars(not as_json and not ranks.rank) as progress:
         run = run_recipe(
             recipe, resolve_model(model), text, out, dtype=dtype, baseline=baseline,

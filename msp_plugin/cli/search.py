@@ -12,6 +12,7 @@ import typer
 from msp_plugin.cli.arguments import (
     AllocatorName,
     AsJson,
+    Bos,
     BoundsOf,
     Cache,
     Column,
@@ -63,6 +64,7 @@ def allocate_command(
     samples: Count = 128,
     length: Length = None,
     text_column: Column = "text",
+    bos: Bos = None,
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
     offload: Offload = False,
@@ -93,7 +95,7 @@ def allocate_command(
     specs = component_options(options, estimators, method=method, allocator=allocator)
     given = recipe_options(sparsity, levels, target, ignore, seed, cache, specs)
     chosen = Options.parse(given | layer_options(granularity, bounds, protect))
-    text = Text(data, search_data, None, samples, length, 0, text_column)
+    text = Text(data, search_data, None, samples, length, 0, text_column, bos=bos)
     out = out.expanduser()
     with ExitStack() as stack:
         ranks.first(lambda: stack.enter_context(sole_output(out, cache, file=True)) and None)
@@ -136,6 +138,7 @@ def sensitivity(
     samples: Count = 128,
     length: Length = None,
     text_column: Column = "text",
+    bos: Bos = None,
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
     offload: Offload = False,
@@ -167,7 +170,7 @@ def sensitivity(
     built = plugins.build("estimators", spec)
     source = resolve_model(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    wanted = Text(data, samples=samples, length=length, test_samples=0, column=text_column)
+    wanted = Text(data, samples=samples, length=length, test_samples=0, column=text_column, bos=bos)
     text = load_samples(tokenizer, wanted.for_model(source, trust_remote_code=trust_remote_code))
     loaded = load(source, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=cache)
     units = prunable_layers(loaded, target or ("Linear",), ignore or ())

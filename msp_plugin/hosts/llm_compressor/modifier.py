@@ -20,6 +20,7 @@ from msp_plugin.checkpoint.sidecar import attach_files
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import HostError, RecipeError, nearest
 from msp_plugin.hosts.llm_compressor.engines import make_engine
+from msp_plugin.hosts.llm_compressor.padding import Padding
 from msp_plugin.models import decoder_blocks
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
@@ -65,6 +66,7 @@ class MixedSparsityModifier(Options, Modifier):
     _announce: bool = PrivateAttr(default=True)
     _fresh: bool = PrivateAttr(default=False)
     _steps: int = PrivateAttr(default=0)
+    _padding: Padding | None = PrivateAttr(default=None)
     _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
 
     @model_validator(mode="before")
@@ -144,15 +146,21 @@ class MixedSparsityModifier(Options, Modifier):
                 "pruning see different ones, and no two runs are equal. Pass "
                 "shuffle_calibration_samples=False to oneshot to avoid that"
             )
-        return from_dataloader(state.data.calib, keep_order=isinstance(sampler, SequentialSampler))
+        padding, loader = Padding(), state.data.calib
+        data = from_dataloader(padding.noted(loader), keep_order=isinstance(sampler, SequentialSampler))
+        self._padding = padding if padding.warn_unless_hidden(loader) else None
+        return data
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
+        if event.type_ == EventType.CALIBRATION_START and self._padding is not None:
+            self._padding.hide(state, self._outcome.allocation.by_layer, self)
         self._guarded(self._engine.event, state, event, **kwargs)
         if event.type_ == EventType.SEQUENTIAL_EPOCH_END:
             self._steps += 1
             total = len(decoder_blocks(state.model)[1]) + 1  # the head is the pipeline's last step
             self._progress("pruning", min(self._steps, total), total)
         if event.type_ == EventType.CALIBRATION_END:
+            self.remove_hooks()
             self._stats = recount_model(state.model, self._outcome.allocation, before=self._zeros_before)
             for layer, level in self._outcome.allocation.by_layer.items() if self._announce else ():
                 self._plugins.hook.msp_layer_pruned(

@@ -374,3 +374,66 @@ def test_a_datasets_dataset_of_ragged_padded_samples_calibrates(
         )  # fmt: skip
     assert modifier.stats.sparsity == 0.75 and modifier.outcome.search["loss"] > 0
     assert ("at random" in caplog.text) == shuffle
+
+
+def ragged(calibration, side="right", batch_size=4, **options):
+    """A loader of samples of several lengths, each padded to 64 tokens, and one of the same samples without padding."""
+    lengths = [64, 40, 52, 64, 33, 20, 64, 48]
+    padded, plain = [], []
+    for sample, length in zip(calibration.samples, lengths, strict=True):
+        empty = torch.full((64 - length,), 7)
+        mask = [torch.ones(length, dtype=torch.int64), torch.zeros(64 - length, dtype=torch.int64)]
+        parts = [sample[:length], empty]
+        if side == "left":
+            parts, mask = parts[::-1], mask[::-1]
+        padded.append({"input_ids": torch.cat(parts), "attention_mask": torch.cat(mask)})
+        plain.append({"input_ids": sample[:length]})
+    return DataLoader(padded, batch_size=batch_size, **options), DataLoader(plain)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("method", "level", "pipeline"),
+    [("sparsegpt", "2:4", "sequential"), ("wanda", "2:4", "sequential"), ("wanda", "0.5", "sequential"),
+     ("sparsegpt", "2:4", "basic")],
+)  # fmt: skip
+def test_padding_counts_for_nothing(side, method, level, pipeline, model, calibration):
+    from llmcompressor import oneshot
+
+    pruned = []
+    for loader in ragged(calibration, side):
+        copied = load_model(demo_model_path("qwen2"), "float32")
+        modifier = MixedSparsityModifier(sparsity=0.5, levels=[level], method=method, allocator="uniform")
+        oneshot(model=copied, recipe=[modifier], dataset=loader, pipeline=pipeline)
+        assert hooks(copied) == 0
+        pruned.append(linears(copied))
+    # SparseGPT decides near ties by the last digit, and what follows from one grows from block to block; with
+    # padding in its statistics the weights are 0.23 apart or more, by either method and in every layer.
+    most, where = (0.1, "layers.0.") if method == "sparsegpt" else (1e-4, "layers.")
+    for name, module in linears(model).items():
+        ours, plain = (found[name].weight for found in pruned)
+        apart = float((ours - plain).norm() / (module.weight - plain).norm())
+        assert apart < most or where not in name, name
+
+
+def test_padding_that_is_shuffled_is_said(model, calibration, caplog):
+    from llmcompressor import oneshot
+
+    modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="wanda", allocator="uniform")
+    loader, _ = ragged(calibration, shuffle=True)
+    with caplog.at_level("WARNING", logger="msp_plugin"):
+        oneshot(model=model, recipe=[modifier], dataset=loader)
+    assert "24.8 % of the calibration batches is padding" in caplog.text and "does not shuffle" in caplog.text
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused(model, calibration):
+    from llmcompressor import oneshot
+
+    from msp_plugin.errors import DataError
+
+    data = [{"input_ids": sample.clone()} for sample in calibration.samples]
+    data[5]["input_ids"][9] = 2048
+    modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="wanda", allocator="uniform")
+    with pytest.raises(DataError, match="has token 2,048, and the model has embeddings for 2,048 tokens"):
+        oneshot(model=model, recipe=[modifier], dataset=DataLoader(data))
+    assert hooks(model) == 0

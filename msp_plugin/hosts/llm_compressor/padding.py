@@ -1,0 +1,82 @@
+"""Padding in the batches of a user's DataLoader: noted, and kept out of what the host counts.
+
+Shape legend: B samples of a batch, T tokens with padding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+from msp_plugin.calibration import padding_mask
+from msp_plugin.models import decoder_blocks
+
+if TYPE_CHECKING:
+    from llmcompressor.core import State
+    from llmcompressor.modifiers import Modifier
+
+log = logging.getLogger(__name__)
+
+
+class Padding:
+    """Which positions of which batch are padding.
+
+    The host's hooks see every position of a batch, the search sees samples without padding. ``hide`` makes the
+    layers' inputs zero there: zeros add nothing to a Hessian or a norm, and no other position looks at them.
+    """
+
+    def __init__(self) -> None:
+        self._masks: list[torch.Tensor | None] = []
+
+    def noted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield the batches; what is padding in them is known afterwards."""
+        self._masks = []
+        for batch in batches:
+            yield batch
+            self._masks.append(padding_mask(batch))
+
+    @property
+    def share(self) -> float:
+        """Padded positions among all positions of the batches that have a mask."""
+        masks = [mask for mask in self._masks if mask is not None]
+        return sum(int((~m).sum()) for m in masks) / max(1, sum(m.numel() for m in masks))
+
+    def warn_unless_hidden(self, loader: DataLoader) -> bool:
+        """Return True if there is padding that can be hidden; say how much there is."""
+        if not self.share:
+            return False
+        sampler, batches = loader.sampler, loader.batch_sampler
+        repeats = isinstance(sampler, SequentialSampler) or type(sampler).__name__ == "LengthAwareSampler"
+        if repeats and (batches is None or type(batches) is BatchSampler):
+            log.info("%.1f %% of the calibration batches is padding; no statistic counts it", 100 * self.share)
+            return True
+        log.warning(
+            "%.1f %% of the calibration batches is padding. The search leaves it out; llm-compressor's statistics "
+            "count it, because the batches come in another order each time. Pass batch_size=1, samples of one "
+            "length, or a DataLoader that does not shuffle",
+            100 * self.share,
+        )  # fmt: skip
+        return False
+
+    def hide(self, state: State, layers: Iterable[str], owner: Modifier) -> None:
+        """Make inputs zero at padded positions, of the layers and of the parts of each decoder block.
+
+        The parts are for experts, which get tokens without their positions. The owner's ``remove_hooks`` ends it.
+        """
+
+        def zero(module: torch.nn.Module, args: tuple) -> tuple | None:
+            number = state.current_batch_idx
+            mask = self._masks[number] if 0 <= number < len(self._masks) else None
+            x = args[0] if args else None
+            if mask is None or not isinstance(x, torch.Tensor) or x.dim() != 3 or x.shape[:2] != mask.shape:
+                return None
+            return (x.masked_fill(~mask.to(x.device)[..., None], 0), *args[1:])
+
+        modules = [state.model.get_submodule(name) for name in layers]
+        modules += [part for block in decoder_blocks(state.model)[1] for part in block.children()]
+        for module in dict.fromkeys(modules):
+            owner.register_hook(module, zero, "forward_pre")

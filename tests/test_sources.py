@@ -1,0 +1,394 @@
+import bz2
+import gzip
+import json
+import lzma
+import sys
+
+import pytest
+
+from msp_plugin.chats import Chat
+from msp_plugin.errors import DataError
+from msp_plugin.sources import load_texts
+
+
+def read(source, column="text"):
+    """The documents of a source: texts, and messages of conversations."""
+    found = []
+    for document in load_texts(source, column):
+        chat = isinstance(document, Chat)
+        found.append(list(document.messages) if chat else "".join(document))
+    return found
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo ü\n", encoding="utf-8")
+    assert read(str(path)) == ["one\ntwo ü\n"]
+
+
+def test_a_jsonl_file_holds_a_document_a_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "id": 1}\n\n"two"\n{"text": "thrée"}\n', encoding="utf-8")
+    assert read(str(path)) == ["one", "two", "thrée"]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_a_jsonl_line_ends_at_a_newline_only(tmp_path, mark):
+    path = tmp_path / "a.jsonl"
+    row = json.dumps({"text": f"one{mark}two"}, ensure_ascii=False)
+    path.write_text(f"{row}\n{row}\n", encoding="utf-8")
+    assert read(str(path)) == [f"one{mark}two"] * 2
+
+
+def test_another_column_is_read_when_asked_for(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "no", "content": "yes"}\n')
+    assert read(str(path), "content") == ["yes"]
+
+
+def test_a_jsonl_line_that_is_no_json_is_named_by_its_number(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": two}\n')
+    with pytest.raises(DataError, match="a.jsonl, line 3 is not JSON") as error:
+        read(str(path))
+    assert "one JSON object a line" in error.value.hint
+
+
+@pytest.mark.parametrize("line", ["1" * 5000, "[" * 100_000], ids=["too long a number", "too deep"])
+def test_a_jsonl_line_beyond_pythons_limits_is_named_too(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "one"}}\n{line}\n')
+    with pytest.raises(DataError, match="a.jsonl, line 2 is not JSON"):
+        read(str(path))
+
+
+@pytest.mark.parametrize("line, hint", [
+    ('{"texts": "two", "id": 1}', "did you mean 'texts'?"), ('{"tag": 5, "body": "x"}', "known: body"),
+    ("[1, 2]", "known: (none)"), ("5", "known: (none)"),
+])  # fmt: skip
+def test_a_jsonl_line_without_the_column_names_the_nearest(tmp_path, line, hint):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "one"}}\n{line}\n')
+    with pytest.raises(DataError, match="a.jsonl, line 2 has no text in 'text'") as error:
+        read(str(path))
+    assert hint in error.value.hint
+
+
+def test_a_directory_is_read_in_the_order_of_its_names(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.md").write_text("b")
+    (tmp_path / "a.jsonl").write_text('{"text": "a1"}\n{"text": "a2"}\n')
+    (tmp_path / "sub" / "c.py").write_text("c")
+    (tmp_path / "image.png").write_bytes(b"\xff\x00")
+    assert read(str(tmp_path)) == ["a1", "a2", "b", "c"]
+
+
+def test_a_directory_without_text_says_what_it_looked_for(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\xff\x00")
+    with pytest.raises(DataError, match="holds no text, no table and no saved dataset"):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["/nowhere/a.jsonl", "a.txt", "./nowhere", "~/nowhere-at-all", "x.json"])
+def test_a_missing_file_is_no_hub_dataset(source):
+    with pytest.raises(DataError, match="there is no data file at") as error:
+        read(source)
+    assert (
+        source.removeprefix("./").removeprefix("~/") in error.value.message and "dataset" in error.value.hint
+    )
+
+
+@pytest.mark.parametrize(
+    "name, content", [("a.txt", ""), ("a.txt", " \n\t\n"), ("a.jsonl", ""), ("a.jsonl", '{"text": " "}\n')]
+)
+def test_a_source_without_text_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"{name} holds no text"):
+        read(str(tmp_path / name))
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="a.txt is not UTF-8"):
+        read(str(path))
+
+
+@pytest.fixture(scope="module")
+def saved_datasets(tmp_path_factory):
+    from datasets import Dataset, DatasetDict
+
+    root = tmp_path_factory.mktemp("datasets")
+    rows = Dataset.from_dict({"text": ["one", "two"], "id": [1, 2]})
+    rows.save_to_disk(str(root / "rows"))
+    DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(str(root / "splits"))
+    DatasetDict({"first": rows}).save_to_disk(str(root / "odd"))
+    return root
+
+
+@pytest.mark.parametrize("name", ["rows", "splits"])
+def test_a_saved_dataset_is_read_from_its_train_split(saved_datasets, name):
+    assert read(str(saved_datasets / name)) == ["one", "two"]
+
+
+def test_a_dataset_without_the_column_names_the_nearest(saved_datasets):
+    with pytest.raises(DataError, match="has no column 'txt'") as error:
+        read(str(saved_datasets / "rows"), "txt")
+    assert "did you mean 'text'?" in error.value.hint
+
+
+def test_a_dataset_without_a_train_split_lists_its_splits(saved_datasets):
+    with pytest.raises(DataError, match="has the splits first and no train") as error:
+        read(str(saved_datasets / "odd"))
+    assert "directory" in error.value.hint
+
+
+@pytest.mark.parametrize("source", ["no-such-data", "nobody/nothing", "nobody/nothing:config:test"])
+def test_a_hub_dataset_that_cannot_be_loaded_is_explained(source):
+    with pytest.raises(DataError, match="is neither a file nor a dataset that can be loaded") as error:
+        read(source)
+    assert repr(source) in error.value.message and "id[:config][:split]" in error.value.hint
+
+
+def test_the_embedded_corpus_is_a_source():
+    assert any("def " in text for text in read("demo:search"))
+
+
+ROWS = [{"text": "one", "id": 1}, {"text": "zwei\nü", "id": 2}]
+
+
+def write_rows(path, rows=ROWS):
+    """Write rows in the form and the compression that a file's name tells."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = path.name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
+    table = pa.Table.from_pylist(rows) if name.endswith(("parquet", "arrow")) else None
+    if name.endswith(".parquet"):
+        pq.write_table(table, path)
+    elif name.endswith(".stream.arrow"):
+        with pa.ipc.new_stream(path, table.schema) as out:
+            out.write_table(table)
+    elif name.endswith(".arrow"):
+        with pa.ipc.new_file(path, table.schema) as out:
+            out.write_table(table)
+    else:
+        if name.endswith("array.json"):
+            text = json.dumps(rows, indent=1)
+        elif name.endswith((".csv", ".tsv")):
+            mark = "," if name.endswith(".csv") else "\t"
+            text = "".join(
+                f'"{a}"{mark}{b}\n' for a, b in [("text", "id"), *((r["text"], r["id"]) for r in rows)]
+            )
+        else:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+        pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+        path.write_bytes(pack(text.encode()))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", [
+    "a.jsonl", "a.json", "array.json", "a.ndjson", "a.jsonl.gz", "c4-train.00000-of-01024.json.gz", "array.json.bz2",
+    "a.jsonl.xz", "a.parquet", "a.arrow", "a.stream.arrow", "a.csv", "a.csv.gz", "a.tsv", "data [1] *.parquet",
+])  # fmt: skip
+def test_a_table_is_read_in_every_form(tmp_path, name):
+    documents = load_texts(write_rows(tmp_path / name))
+    assert list(documents) == ["one", "zwei\nü"]
+    assert documents.rows == 2 and documents.skipped == 0 and documents.columns == ("text",)
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.xz", "a.md.bz2"])
+def test_a_compressed_text_is_one_document(tmp_path, name):
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[name[name.rindex(".") :]]
+    (tmp_path / name).write_bytes(pack("one\ntwo ü\n".encode()))
+    assert read(str(tmp_path / name)) == ["one\ntwo ü\n"]
+
+
+def test_a_long_text_comes_in_pieces_that_end_with_a_line(tmp_path):
+    text = "a line of a long text\n" * 100_000
+    (tmp_path / "a.txt").write_text(text)
+    (document,) = [list(pieces) for pieces in load_texts(str(tmp_path / "a.txt"))]
+    assert len(document) == 3 and "".join(document) == text and all(p.endswith("\n") for p in document)
+
+
+def test_rows_are_read_as_far_as_they_are_asked_for(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 3 + "damaged")
+    documents = iter(load_texts(str(tmp_path / "a.jsonl")))
+    assert [next(documents) for _ in range(3)] == ["one"] * 3
+    with pytest.raises(DataError, match="line 4 is not JSON"):
+        next(documents)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "array.json", "a.parquet", "a.arrow"])
+def test_null_and_empty_rows_are_skipped_and_counted(tmp_path, name):
+    texts = ["one", None, "", "None", " \n", "two"]
+    documents = load_texts(write_rows(tmp_path / name, [{"text": text} for text in texts]))
+    assert list(documents) == ["one", "None", "two"] and (documents.rows, documents.skipped) == (6, 3)
+
+
+def test_rows_that_are_all_null_are_no_text(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": None}] * 3)
+    with pytest.raises(DataError, match="a.jsonl holds no text: all 3 rows are null or empty"):
+        read(path)
+
+
+def test_null_rows_of_a_dataset_are_skipped(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": ["one", None, "two"]}).save_to_disk(str(tmp_path / "saved"))
+    documents = load_texts(str(tmp_path / "saved"))
+    assert list(documents) == ["one", "two"] and (documents.rows, documents.skipped) == (3, 1)
+
+
+@pytest.mark.parametrize("value", [5, 1.5, True, [1, 2], ["a"], {"a": 1}, [{"role": "user"}], [[]]])
+def test_a_column_of_another_type_is_named_with_its_value(tmp_path, value):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"text": value}])
+    with pytest.raises(DataError, match="a.jsonl, line 2: 'text' is .*neither text nor messages") as error:
+        read(path)
+    assert "--text-column" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "saved"])
+def test_a_column_of_numbers_or_bytes_is_named(tmp_path, name):
+    from datasets import Dataset
+
+    rows = [{"text": "one", "id": 7, "raw": b"xyz"}]
+    if name == "saved":
+        Dataset.from_list(rows).save_to_disk(str(tmp_path / name))
+    else:
+        write_rows(tmp_path / name, rows)
+    for column, value in (("id", "7"), ("raw", "b'xyz'")):
+        with pytest.raises(DataError, match=f"row 1: '{column}' is {value}"):
+            read(str(tmp_path / name), column)
+
+
+USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("row, columns", [
+    ({"messages": [USER, REPLY]}, ("messages",)),
+    ({"messages": [{**USER, "tool_calls": None}, {**REPLY, "tool_calls": None}]}, ("messages",)),
+    ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}, ("conversations",)),
+    ({"prompt": [USER], "completion": [REPLY]}, ("prompt", "completion")),
+    ({"messages": {"role": ["user", "assistant"], "content": ["hi", "hello"]}}, ("messages",)),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]},
+                   {"role": "assistant", "content": [{"type": "text", "text": "hello"}]}]}, ("messages",)),
+])  # fmt: skip
+def test_conversations_are_messages_with_role_and_content(tmp_path, name, row, columns):
+    documents = load_texts(write_rows(tmp_path / name, [{**row, "id": 1}]))
+    (chat,) = documents
+    assert list(chat.messages) == [USER, REPLY] and documents.columns == columns
+
+
+def test_an_asked_column_of_messages_goes_before_a_text(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "one", "talk": [USER, REPLY]}])
+    assert read(path, "talk") == [[USER, REPLY]] and read(path) == ["one"]
+
+
+def test_a_prompt_and_completion_of_text_are_joined(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "one ", "completion": "two"}])
+    assert read(path) == ["one two"] and read(path, "prompt") == ["one "]
+
+
+def test_usual_columns_are_not_looked_for_when_another_one_is_asked_for(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": [USER, REPLY]}])
+    with pytest.raises(DataError, match="has no text in 'message'") as error:
+        read(path, "message")
+    assert "did you mean 'messages'?" in error.value.hint
+
+
+def test_empty_conversations_are_skipped(tmp_path):
+    rows = [{"messages": m} for m in ([], None, [{"role": "user", "content": ""}], [USER])]
+    documents = load_texts(write_rows(tmp_path / "a.jsonl", rows))
+    assert len(list(documents)) == 1 and documents.skipped == 3
+
+
+def test_a_picture_in_a_message_is_refused(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}]
+    with pytest.raises(DataError, match="neither text nor messages"):
+        read(write_rows(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize(
+    "name, cut", [("a.jsonl.gz", 9), ("a.json.xz", 9), ("a.parquet", 30), ("a.arrow", 30)]
+)
+def test_a_file_that_was_cut_off_is_named(tmp_path, name, cut):
+    path = write_rows(tmp_path / name, ROWS * 100)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:-cut])
+    with pytest.raises(DataError, match=f"cannot read .*{name}") as error:
+        read(path)
+    assert "damaged or incomplete" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet", "a.arrow"])
+def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("just text")
+    with pytest.raises(DataError, match=f"cannot read .*{name}"):
+        read(str(tmp_path / name))
+
+
+def test_a_damaged_array_and_csv_are_named(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "one"},\n')
+    with pytest.raises(DataError, match="a.json is not a JSON array"):
+        read(str(tmp_path / "a.json"))
+    (tmp_path / "a.csv").write_text('text\n"one"\n"two\n')
+    with pytest.raises(DataError, match="a.csv is damaged after line 2"):
+        read(str(tmp_path / "a.csv"))
+
+
+def test_a_binary_file_hears_which_forms_there_are(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"\x93\xff")
+    with pytest.raises(DataError, match="is not UTF-8 text") as error:
+        read(str(tmp_path / "a.bin"))
+    assert ".parquet" in error.value.hint and ".gz" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "name, module", [("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("saved", "datasets")]
+)
+def test_a_missing_package_is_named_and_text_needs_none(tmp_path, monkeypatch, name, module):
+    from datasets import Dataset
+
+    if name == "saved":
+        Dataset.from_list(ROWS).save_to_disk(str(tmp_path / name))
+    else:
+        write_rows(tmp_path / name)
+    write_rows(tmp_path / "a.jsonl.gz")
+    for missing in ("pyarrow", "datasets"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(DataError, match="without the package datasets") as error:
+        read(str(tmp_path / name))
+    assert error.value.hint == "pip install datasets"
+    assert read(str(tmp_path / "a.jsonl.gz")) == ["one", "zwei\nü"]
+
+
+@pytest.mark.parametrize("form", ["{}.parquet", "{}.jsonl", "{}.json.gz", "{}.csv"])
+def test_a_directory_of_tables_is_read_from_its_training_split(tmp_path, form):
+    for split in ("train-00000-of-00002", "train-00001-of-00002", "test-00000", "validation"):
+        write_rows(tmp_path / form.format(split), [{"text": split, "id": 1}])
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "a.json").write_text("{}")
+    assert read(str(tmp_path)) == ["train-00000-of-00002", "train-00001-of-00002"]
+
+
+def test_settings_beside_texts_are_no_data(tmp_path):
+    (tmp_path / "a.py").write_text("code")
+    (tmp_path / "package.json").write_text('{\n "name": "x"\n}')
+    assert read(str(tmp_path)) == ["code"]
+
+
+def test_a_name_that_no_terminal_should_see_is_written_with_escapes(tmp_path):
+    name = "a\x1b[31m\n\udcff [red].jsonl"
+    (tmp_path / name).write_text("damaged")
+    with pytest.raises(DataError) as error:
+        read(str(tmp_path / name))
+    assert r"a\x1b[31m\n\udcff [red].jsonl, line 1 is not JSON" in error.value.message
+    for path in (tmp_path / name, tmp_path / "gone" / name):
+        with pytest.raises(DataError) as error:
+            read(str(path), "x\x1b")
+        str(error.value).encode()
+        assert "\x1b" not in str(error.value)
