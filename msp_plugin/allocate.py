@@ -14,6 +14,7 @@ from msp_plugin.errors import RecipeError
 from msp_plugin.files import finite
 from msp_plugin.identity import versions
 from msp_plugin.measure import Measurements
+from msp_plugin.memory import freed_memory_kept
 from msp_plugin.models import (
     allowed_levels,
     check_finite_weights,
@@ -100,9 +101,10 @@ def allocate(
     head, search, holdout = parts(data, plan)
     measurements = Measurements(
         model, table, plan.menu, plan.pruner, head, search, holdout, plan.estimators, plan.cache,
-        batch_tokens, progress=progress, fresh=fresh, ranks=ranks,
+        batch_tokens, progress=progress, fresh=fresh, ranks=ranks, prefix=uniform_levels(problem),
     )  # fmt: skip
-    result, record = measurements.allocate(allocator, problem, plan.seed)
+    with freed_memory_kept():
+        result, record = measurements.allocate(allocator, problem, plan.seed)
     used = data if plan.allocation_needs_data else None
     allocation = _finish(
         model, measurements.model_id, used, plan, problem, result, measurements.sensitivities
@@ -121,24 +123,51 @@ def make_problem(model: torch.nn.Module, table: UnitTable, plan: Plan) -> Alloca
     return AllocationProblem(table, plan.menu, plan.sparsity, allowed)
 
 
-def parts(
-    data: CalibrationSet | None, plan: Plan
-) -> tuple[CalibrationSet | None, CalibrationSet | None, CalibrationSet | None]:
+def uniform_levels(problem: AllocationProblem) -> tuple[str, ...]:
+    """Return the name of each unit's level in the uniform allocation."""
+    return tuple(problem.menu[k].name for k in problem.uniform())
+
+
+Parts = tuple[CalibrationSet, CalibrationSet, CalibrationSet]
+
+
+def parts(data: CalibrationSet | None, plan: Plan) -> Parts | tuple[None, None, None]:
+    """Return the samples that calibrate, that measure candidates, and that tell when to stop (see hold_out)."""
+    if data is None:
+        return None, None, None
+    allocator = plan.allocator
+    if plan.given is not None:
+        return hold_out(data, 0, 0)
+    return hold_out(data, allocator.held_out_tokens, allocator.stopping_tokens, fit=plan.fits)
+
+
+def hold_out(data: CalibrationSet, tokens: int, stopping: int, *, fit: bool = False) -> Parts:
     """Return the samples that calibrate, that measure candidates, and that tell when to stop.
 
-    The last samples measure, as many as the allocator's ``tokens`` ask for, and the last of all tell when
-    to stop; all others give sensitivities and statistics.
+    The last samples measure, of ``tokens`` tokens, and the last of all tell when to stop, of ``stopping``; all others
+    give sensitivities and statistics.
+
+    Args:
+        fit: take half of the samples where the text is too short for that, and say so.
 
     Raises:
         DataError: see CalibrationSet.split.
     """
-    if data is None:
-        return None, None, None
-    head, held_out = data.split(plan.search_tokens)
-    search, holdout = held_out.cut(plan.allocator.stopping_tokens)
-    if search.tokens < plan.allocator.held_out_tokens:  # the hold-out, in whole samples, took from it
-        head, held_out = data.split(holdout.tokens + plan.allocator.held_out_tokens)
-        search, holdout = held_out.cut(plan.allocator.stopping_tokens)
+    head, held_out = data.split(tokens + stopping, fit=fit)
+    if held_out.tokens < tokens + stopping:
+        search, holdout = held_out.cut(held_out.tokens * stopping // (tokens + stopping))
+        if not search:
+            search, holdout = holdout, search
+        log.warning(
+            "%d samples with %d tokens: candidates are measured on %d tokens, and %d tell when to stop, instead of %d "
+            "and %d; with more or longer samples the choice is surer",
+            len(data), data.tokens, search.tokens, holdout.tokens, tokens, stopping,
+        )  # fmt: skip
+        return head, search, holdout
+    search, holdout = held_out.cut(stopping)
+    if search.tokens < tokens:  # the hold-out, in whole samples, took from it
+        head, held_out = data.split(holdout.tokens + tokens, fit=fit)
+        search, holdout = held_out.cut(stopping)
     return head, search, holdout
 
 

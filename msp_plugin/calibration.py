@@ -95,15 +95,21 @@ class CalibrationSet:
         if rows:
             yield torch.stack(rows)
 
-    def split(self, tail_tokens: int) -> tuple[CalibrationSet, CalibrationSet]:
+    def split(self, tail_tokens: int, *, fit: bool = False) -> tuple[CalibrationSet, CalibrationSet]:
         """Return (head, tail): the tail holds at least ``tail_tokens`` tokens from the end.
 
+        Args:
+            fit: let the tail hold less, half of the samples, where more would leave less than half for the head.
+
         Raises:
-            DataError: less than half of the samples would be left for the head.
+            DataError: less than half of the samples would be left for the head; or there is one sample only.
         """
         head, tail = self.cut(tail_tokens)
         count, cut = tail.tokens, len(head)
-        if count < tail_tokens or cut < (len(self.samples) + 1) // 2:
+        least = (len(self.samples) + 1) // 2
+        if fit and len(self) > 1 and (count < tail_tokens or cut < least):
+            return self._at(least)
+        if count < tail_tokens or cut < least:
             raise DataError(
                 f"the search asks for {tail_tokens:,} held-out tokens, but {len(self)} calibration samples "
                 f"with {self.tokens:,} tokens leave at most {self.tokens // 2:,} for it",
@@ -118,6 +124,9 @@ class CalibrationSet:
         while cut > 0 and count < tail_tokens:
             cut -= 1
             count += len(self.samples[cut])
+        return self._at(cut)
+
+    def _at(self, cut: int) -> tuple[CalibrationSet, CalibrationSet]:
         return (
             CalibrationSet(self.samples[:cut], f"{self.source} [:{cut}]"),
             CalibrationSet(self.samples[cut:], f"{self.source} [{cut}:]"),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from msp_plugin.allocate import check_model, make_problem
+from msp_plugin.allocate import check_model, hold_out, make_problem, uniform_levels
 from msp_plugin.allocators.base import Choice
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss
@@ -96,11 +96,11 @@ def compare(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     search_tokens = max(plan.allocator.held_out_tokens for plan in plans)
     stopping = max(plan.allocator.stopping_tokens for plan in plans)
-    samples = load_samples(tokenizer, text, search_tokens + stopping)
+    fit = all(plan.fits for plan in plans)
+    samples = load_samples(tokenizer, text, search_tokens + stopping, fit=fit)
     if samples.test is None:
         raise DataError("a comparison needs test text", hint="give test samples")
-    calibration, rest = samples.calibration.split(search_tokens + stopping)
-    search, holdout = rest.cut(stopping)
+    calibration, search, holdout = hold_out(samples.calibration, search_tokens, stopping, fit=fit)
     reload = partial(
         load, source, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=plans[0].cache
     )  # fmt: skip
@@ -183,17 +183,19 @@ class _Bench:
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def cells(self) -> Iterator[tuple[Measurements, Plan, str, int]]:
-        """Yield measurements, plan, label and seed of each row, method by method; each method's database is built once."""
+        """Yield measurements, plan, label and seed of each row; a method's database at a sparsity is built once."""
+        first_label = next(iter(self.matrix.allocators))
         for method in self.matrix.methods:
             plans = [self._plan(method, self.matrix.sparsities[0], label) for label in self.matrix.allocators]
             first = plans[0]
             estimators = {name: built for plan in plans for name, built in plan.estimators.items()}
             self.table = self.table or check_model(self.model, first)
-            held = Measurements(
-                self.model, self.table, first.menu, first.pruner, *self.parts, estimators, first.cache,
-                fresh=self.fresh, ranks=self.ranks, sensitivities=self.sensitivities,
-            )  # fmt: skip
             for sparsity in self.matrix.sparsities:
+                of = make_problem(self.model, self.table, self._plan(method, sparsity, first_label))
+                held = Measurements(
+                    self.model, self.table, first.menu, first.pruner, *self.parts, estimators, first.cache,
+                    fresh=self.fresh, ranks=self.ranks, sensitivities=self.sensitivities, prefix=uniform_levels(of),
+                )  # fmt: skip
                 for label in self.matrix.allocators:
                     plan = self._plan(method, sparsity, label)
                     what = f"{plan.pruner.name} {float(plan.sparsity):g} {label}"

@@ -119,6 +119,11 @@ class Plan:
         return self.allocator.held_out_tokens + self.allocator.stopping_tokens
 
     @property
+    def fits(self) -> bool:
+        """True if the search makes do with less text than ``search_tokens``, as nobody asked for just that."""
+        return self.given is not None or not self.allocator.asks_for_text
+
+    @property
     def is_uniform(self) -> bool:
         """True if the outcome is the uniform allocation without a search."""
         return self.given is None and self.allocator.name == "uniform"

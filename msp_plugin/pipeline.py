@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from msp_plugin.allocate import Outcome, allocate, check_model
+from msp_plugin.allocate import Outcome, allocate, check_model, parts
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.load import is_packed, load
 from msp_plugin.device import on_best_device
@@ -121,7 +121,7 @@ def run_recipe(
     with sole_run(out, plan and plan.cache, fresh=fresh) as (path, journal):
         text = text.for_model(model, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        samples = load_samples(tokenizer, text, plan.search_tokens if plan else 0)
+        samples = load_samples(tokenizer, text, plan.search_tokens if plan else 0, fit=plan is not None and plan.fits)
         source = _Source(model, dtype, trust_remote_code, offload, plan and plan.cache)
         prune = partial(
             run_oneshot, data=samples.calibration, batch=text.batch, tokenizer=tokenizer,
@@ -185,7 +185,7 @@ def _reference(
     check_room(loaded, source.cache)
     if plan is not None:
         check_model(loaded, plan)
-        samples.calibration.split(plan.search_tokens)
+        parts(samples.calibration, plan)
 
     def uniform() -> float | None:
         model = source.load()
@@ -316,7 +316,7 @@ def search(
     """Return the allocation that a plan asks for; see search_allocation."""
     text = text.for_model(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    samples = load_samples(tokenizer, text, plan.search_tokens)
+    samples = load_samples(tokenizer, text, plan.search_tokens, fit=plan.fits)
     loaded = load(model, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=plan.cache)
     with on_best_device(loaded):
         return allocate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,13 @@ from msp_plugin.models import max_length, vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
+#: Calibration samples where nobody says how many, and how few do if the text holds no more.
+SAMPLES, LEAST = 128, 8
+#: Of a short text, one sample in so many tests.
+TEST_SHARE = 4
+
 
 @dataclass(frozen=True)
 class Text:
@@ -22,7 +30,7 @@ class Text:
         data: source of the calibration samples (see calibration.load_texts).
         search: source of the samples that measure candidates; None takes them from the end of ``data``.
         test: source of the perplexity's samples; None sets samples of ``data`` aside for it.
-        samples: calibration samples.
+        samples: calibration samples; None takes SAMPLES, or fewer where the text is short.
         length: tokens of a sample; None takes 2,048, or the model's maximum if that is less.
         test_samples: samples of the perplexity; 0 measures none.
         column: of the text, or of a conversation's messages, in tables and datasets.
@@ -35,7 +43,7 @@ class Text:
     data: str
     search: str | None = None
     test: str | None = None
-    samples: int = 128
+    samples: int | None = None
     length: int | None = None
     test_samples: int = 32
     column: str = "text"
@@ -100,23 +108,40 @@ class Samples:
     test: CalibrationSet | None
 
 
-def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: int = 0) -> Samples:
+def load_samples(
+    tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: int = 0, *, fit: bool = False
+) -> Samples:
     """Return the tokenized samples of a run.
 
     The search's samples are the last ones of ``calibration``, where the modifier looks for them. The
     text's ``length`` must be known (see ``Text.for_model``).
+
+    Args:
+        fit: make do with fewer samples for the search than ``search_tokens`` asks for, two at least.
 
     Raises:
         DataError: a source is missing, empty or too short.
     """
     held_out = -(-search_tokens // text.length) if text.search and search_tokens else 0
     reserved = 0 if text.test else text.test_samples
-    found = text.read(tokenizer, text.data, text.samples + reserved, seed=text.seed)
+    wanted = (text.samples or SAMPLES) + reserved
+    least = None if text.samples else min(wanted, LEAST)
+    found = text.read(tokenizer, text.data, wanted, at_least=least, seed=text.seed)
+    if len(found) < wanted:
+        reserved = min(reserved, len(found) // TEST_SHARE)
+        log.warning(
+            "%s has %d samples of %d tokens, fewer than the default of %d: %d calibrate%s",
+            found.source, len(found), text.length, wanted, len(found) - reserved, f", {reserved} test" if reserved else "",
+        )  # fmt: skip
     cut = len(found) - reserved
     parts = [_part(found, found.source, 0, cut)]
     test = _part(found, f"{found.source} [{cut}:]", cut, len(found)) if reserved else None
     if held_out:
-        parts.append(text.read(tokenizer, text.search, held_out, seed=text.seed))
+        least = min(held_out, 2) if fit else None
+        parts.append(text.read(tokenizer, text.search, held_out, at_least=least, seed=text.seed))
+        if len(parts[-1]) < held_out:
+            log.warning("%s has %d samples of %d tokens for the search, fewer than %d", parts[-1].source,
+                        len(parts[-1]), text.length, held_out)  # fmt: skip
     if text.test and text.test_samples:
         test = text.read(tokenizer, text.test, text.test_samples, at_least=1)
     if text.test and test is not None:

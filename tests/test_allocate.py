@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from msp_plugin import measure
-from msp_plugin.allocate import allocate, check_model, make_problem, parts
+from msp_plugin.allocate import allocate, check_model, make_problem, parts, uniform_levels
 from msp_plugin.allocators.base import AllocationResult
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import BudgetError, DataError, NumericsError, RecipeError, VerificationError
@@ -37,8 +37,15 @@ def plan(tmp_path):
     return make
 
 
-def database_of(model_id, data, made):
-    return open_database(model_id, data, made.pruner, made.menu, made.cache)
+def key_of(model_id, data, made):
+    return open_database(model_id, data, made.pruner, made.menu, made.cache).key
+
+
+def database_of(model, data, made):
+    table = check_model(model, made)
+    levels = uniform_levels(make_problem(model, table, made))
+    prefix = {layer.name: level for unit, level in zip(table, levels) for layer in unit.layers}
+    return open_database(fingerprint(model), data, made.pruner, made.menu, made.cache, prefix=prefix)
 
 
 def cache_files(tmp_path):
@@ -80,7 +87,7 @@ def test_the_file_says_where_it_came_from_without_times_or_paths(llama, data, pl
     told = found.provenance
     assert told["model"] == {"architecture": "LlamaForCausalLM", "fingerprint": fingerprint(llama)}
     assert told["allocator"]["population"] == 4 and told["method"]["name"] == "magnitude"
-    assert told["estimators"] == {"fisher": {"name": "fisher", "samples": 128}}
+    assert told["estimators"] == {"fisher": {"name": "fisher", "samples": 16}}
     assert (told["seed"], told["ignore"], told["levels"][0]) == (3, ["o_proj"], "dense")
     assert told["calibration"]["samples"] == 6 and told["versions"]["torch"] == torch.__version__
     assert str(tmp_path) not in found.to_json()
@@ -167,9 +174,9 @@ def test_the_held_out_samples_do_not_calibrate(llama, data, plan, tmp_path):
     made = plan(method="wanda")
     head, tail = data.split(48)
     allocate(llama, data, made)
-    database = database_of(fingerprint(llama), head, made)
+    database = database_of(llama, head, made)
     assert database.path.is_dir() and len(tail) == 2
-    assert not database_of(fingerprint(llama), data, made).path.exists()
+    assert not database_of(llama, data, made).path.exists()
 
 
 @pytest.mark.parametrize("lengths, tokens, holdout, expected", [
@@ -233,7 +240,7 @@ def test_steps_report_their_progress(llama, data, plan):
 
 def test_every_input_of_the_weights_changes_the_databases_key(llama, qwen2, data, make_samples, plan):
     def key(model=llama, samples=data, **options):
-        return database_of(fingerprint(model), samples, plan(**options)).key
+        return key_of(fingerprint(model), samples, plan(**options))
 
     sparsegpt = {"method": "sparsegpt"}
     keys = [
@@ -247,7 +254,7 @@ def test_every_input_of_the_weights_changes_the_databases_key(llama, qwen2, data
 
 def test_a_method_without_statistics_has_one_database_for_all_samples(llama, data, make_samples, plan):
     made = plan(method="magnitude")
-    assert database_of("m", data, made).key == database_of("m", make_samples(seed=1), made).key
+    assert key_of("m", data, made) == key_of("m", make_samples(seed=1), made)
 
 
 def test_a_finished_allocation_is_taken_as_it_is(llama, data, plan, tmp_path):

@@ -25,6 +25,7 @@ class ATP(Allocator):
 
     Args:
         step: of the grid of b.
+        max_tokens: most forward tokens; 0 measures the whole grid, else as many of its b, spread over it, as that allows.
         loss: ``perplexity`` (its logarithm), which the authors compare, or ``kl`` to the dense model.
         tokens: held-out calibration tokens that measure a candidate.
     """
@@ -35,13 +36,16 @@ class ATP(Allocator):
     measures = True
 
     step: float = 0.002
+    max_tokens: int = 0
     loss: str = "perplexity"
     tokens: int = 16384
 
     def __post_init__(self) -> None:
         check_within("atp", "step", self.step, 1e-6, 2)
-        if self.tokens < 1:
-            raise RecipeError(f"atp: tokens = {self.tokens} must be at least 1")
+        if self.tokens < 1 or self.max_tokens < 0:
+            raise RecipeError(
+                f"atp: tokens = {self.tokens}, max_tokens = {self.max_tokens}", hint="give at least 1 and 0"
+            )
         if self.loss not in ("kl", "perplexity"):
             raise RecipeError(f"atp: loss {self.loss!r} is unknown", hint="use kl or perplexity")
 
@@ -52,6 +56,7 @@ class ATP(Allocator):
         for b in differences(float(problem.target), len(weights), self.step):
             sparsity = progression(float(problem.target), len(weights), b)
             found.setdefault(nearest_choice(problem, 1 - sparsity[positions]).choice, b)
+        found = self._within_budget(found, sum(inputs.loss.lengths) if self.max_tokens else 1)
         scores: dict[Choice, float] = {}
         curve: list[tuple[int, float]] = []
         for done, choice in enumerate(found, 1):
@@ -66,6 +71,15 @@ class ATP(Allocator):
             )
         note = f"common difference {found[best]:g} of {len(found)} that differ in their levels"
         return AllocationResult(best, scores[best], scores[uniform], len(scores), tuple(curve), notes=(note,))
+
+    def _within_budget(self, found: dict[Choice, float], tokens: int) -> dict[Choice, float]:
+        """Return the choices, uniform first, that ``max_tokens`` allows to measure with ``tokens`` each."""
+        most = max(1, self.max_tokens // tokens) if self.max_tokens else len(found)
+        if len(found) <= most:
+            return found
+        choices = list(found)
+        kept = {0, *(round(i * (len(choices) - 1) / max(most - 1, 1)) for i in range(most))}
+        return {choices[i]: found[choices[i]] for i in sorted(kept)[:most]}
 
 
 def differences(target: float, blocks: int, step: float) -> list[float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -52,6 +52,10 @@ class TrueLoss(Protocol):
         """
 
 
+class SpentError(Exception):
+    """A budget in forward tokens does not allow the next measurement."""
+
+
 @dataclass(frozen=True)
 class AllocationInputs:
     """Everything that an allocator may look at.
@@ -84,6 +88,16 @@ class AllocationInputs:
     holdout: TrueLoss | None = None
     estimate: Callable[[str, Choice], np.ndarray] | None = None
     clock: Callable[[], float] = time.monotonic
+
+    def measure(self, choice: Choice, *, max_tokens: int = 0) -> float:
+        """Return ``loss`` of a choice, if that stays within ``max_tokens`` forward tokens; 0 sets no limit.
+
+        Raises:
+            SpentError: it does not; nothing was measured.
+        """
+        if max_tokens and self.loss.forward_tokens + sum(self.loss.lengths) > max_tokens:
+            raise SpentError
+        return self.loss(choice)
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,12 @@ class Allocator(ABC):
     def stopping_tokens(self) -> int:
         """How many more calibration tokens are held out to know when to stop; 0 if none are."""
         return getattr(self, "holdout", 0) if self.measures else 0
+
+    @property
+    def asks_for_text(self) -> bool:
+        """True if ``tokens`` or ``holdout`` is not the default, so that less text will not do."""
+        options = {f.name: f.default for f in fields(self) if f.name in ("tokens", "holdout")}
+        return any(getattr(self, name) != default for name, default in options.items())
 
     @property
     def objective(self) -> str:

@@ -34,6 +34,8 @@ class EvoPress(Allocator):
     Args:
         tokens_per_selection: forward tokens of one candidate in each stage.
         max_swaps: m, most swaps of a mutation.
+        max_tokens: most forward tokens, beside those that measure uniform and the result; 0 sets no limit. The
+            generation that it does not allow is left out.
         tokens: held-out calibration tokens, the text that the stages draw from.
     """
 
@@ -46,10 +48,11 @@ class EvoPress(Allocator):
     survivors: tuple[int, ...] = (8, 2, 1)
     tokens_per_selection: tuple[int, ...] = (2048, 16384, 65536)
     max_swaps: int = 3
+    max_tokens: int = 0
     tokens: int = 65536
 
     def __post_init__(self) -> None:
-        for option, least in (("generations", 0), ("offspring", 1), ("max_swaps", 1), ("tokens", 1)):
+        for option, least in (("generations", 0), ("offspring", 1), ("max_swaps", 1), ("max_tokens", 0), ("tokens", 1)):
             if getattr(self, option) < least:
                 raise RecipeError(f"evopress: {option} = {getattr(self, option)} must be at least {least}")
         stages, falling = len(self.survivors), (self.offspring, *self.survivors)
@@ -73,8 +76,13 @@ class EvoPress(Allocator):
         uniform_loss = loss(parent)
         curve, evaluations = [(loss.forward_tokens, uniform_loss)], 1
         incumbents = [(loss.forward_tokens, parent)]
+        least, ended = 0, f"after all of its {self.generations} generations"
         for generation in range(self.generations):
             inputs.progress(generation, self.generations)
+            began = loss.forward_tokens
+            if self.max_tokens and began + max(least, sum(loss.lengths)) > self.max_tokens:
+                ended = "because its budget is spent"
+                break
             loss.keep(parent)
             mutants = [swapped(problem, parent, self.max_swaps, rng) for _ in range(self.offspring)]
             alive = list(dict.fromkeys(mutants))
@@ -87,6 +95,7 @@ class EvoPress(Allocator):
                 scores = {choice: loss(choice, samples) for choice in alive}
                 evaluations += len(alive)
                 alive = sorted(alive, key=lambda c: (scores[c], c))[:count]
+            least = loss.forward_tokens - began
             if alive[0] != parent and np.isfinite(scores[alive[0]]):
                 parent = alive[0]
                 curve.append((loss.forward_tokens, scores[parent]))
@@ -97,8 +106,9 @@ class EvoPress(Allocator):
             raise NumericsError("no candidate has a finite loss", hint="try dtype float32")
         curve.append((loss.forward_tokens, final))
         return AllocationResult(
-            parent, final, uniform_loss, evaluations + 1, tuple(curve), incumbents=tuple(incumbents)
-        )
+            parent, final, uniform_loss, evaluations + 1, tuple(curve), incumbents=tuple(incumbents),
+            ended=ended,
+        )  # fmt: skip
 
 
 def swapped(problem: AllocationProblem, parent: Choice, most: int, rng: np.random.Generator) -> Choice:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator, Choice
+from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator, Choice, SpentError
 from msp_plugin.errors import BudgetError, NumericsError, RecipeError
 from msp_plugin.plan.budget import AllocationProblem
 
@@ -31,6 +31,7 @@ class MSP(Allocator):
         amplitude: largest deviation of a unit's sparsity from the target in the Fisher seeds.
         crossover: share of the offspring that has two parents.
         max_moves: most units that a mutation moves on its own account.
+        max_tokens: most forward tokens, beside those that measure uniform; 0 sets no limit.
         loss: ``kl`` (to the dense model, nats per token) or ``perplexity`` (its logarithm).
         tokens: held-out calibration tokens that measure a candidate.
     """
@@ -47,12 +48,14 @@ class MSP(Allocator):
     amplitude: float = 0.25
     crossover: float = 0.5
     max_moves: int = 3
+    max_tokens: int = 0
     loss: str = "kl"
     tokens: int = 16384
 
     def __post_init__(self) -> None:
         for option, least in (
-            ("population", 2), ("generations", 0), ("offspring", 1), ("max_moves", 1), ("tokens", 1),
+            ("population", 2), ("generations", 0), ("offspring", 1), ("max_moves", 1), ("max_tokens", 0),
+            ("tokens", 1),
         ):  # fmt: skip
             if getattr(self, option) < least:
                 raise RecipeError(f"msp: {option} = {getattr(self, option)} must be at least {least}")
@@ -73,28 +76,34 @@ class MSP(Allocator):
             if choice in scores:
                 return
             best = min(scores.values(), default=np.inf)
-            scores[choice] = inputs.loss(choice)
+            scores[choice] = inputs.measure(choice, max_tokens=self.max_tokens if scores else 0)
             if scores[choice] < best:
                 curve.append((inputs.loss.forward_tokens, scores[choice]))
 
+        def evolve() -> None:
+            for done, choice in enumerate(fisher_seeds(inputs, self.population, self.amplitude, rng), 1):
+                measure(choice)
+                inputs.progress(done, total)
+            weight = _relative(inputs.sensitivities["fisher"])
+            for generation in range(self.generations):
+                alive = _fittest(scores, self.population)
+                for child in range(self.offspring):
+                    measure(self._child(problem, alive, scores, weight, rng))
+                    inputs.progress(self.population + generation * self.offspring + child + 1, total)
+
         uniform = problem.uniform()
-        seeds = fisher_seeds(inputs, self.population, self.amplitude, rng)
-        for done, choice in enumerate(seeds, 1):
-            measure(choice)
-            inputs.progress(done, total)
-        weight = _relative(inputs.sensitivities["fisher"])
-        alive = _fittest(scores, self.population)
-        for generation in range(self.generations):
-            for child in range(self.offspring):
-                measure(self._child(problem, alive, scores, weight, rng))
-                inputs.progress(self.population + generation * self.offspring + child + 1, total)
-            alive = _fittest(scores, self.population)
-        best = alive[0]
+        ended = f"after all of its {self.generations} generations"
+        try:
+            evolve()
+        except SpentError:
+            ended = "because its budget is spent"
+            inputs.progress(total, total)
+        best = _fittest(scores, 1)[0]
         if not np.isfinite(scores[best]):
             raise NumericsError(
                 f"none of {len(scores)} candidates has a finite loss", hint="try dtype float32"
             )
-        return AllocationResult(best, scores[best], scores[uniform], len(scores), tuple(curve))
+        return AllocationResult(best, scores[best], scores[uniform], len(scores), tuple(curve), ended=ended)
 
     def _child(
         self,

@@ -45,7 +45,9 @@ Seed = Annotated[int, typer.Option("--seed")]
 Cache = Annotated[str | None, typer.Option("--cache", help="where the level database lives")]
 SearchData = Annotated[str | None, typer.Option("--search-data", help="text that measures candidates")]
 TestData = Annotated[str | None, typer.Option("--test-data", help="text of the perplexity")]
-Count = Annotated[int, typer.Option("--samples", help="calibration samples")]
+Count = Annotated[
+    int | None, typer.Option("--samples", help="calibration samples; default 128, or what the text holds")
+]
 Length = Annotated[
     int | None, typer.Option("--length", help="tokens per sample; default 2048, or the model's maximum")
 ]

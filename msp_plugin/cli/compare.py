@@ -75,7 +75,7 @@ def compare_command(
     cache: Cache = None,
     search_data: SearchData = None,
     test_data: TestData = None,
-    samples: Count = 128,
+    samples: Count = None,
     length: Length = None,
     test_samples: TestCount = 32,
     text_column: Column = "text",

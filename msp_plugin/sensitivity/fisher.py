@@ -35,7 +35,7 @@ class FisherTrace(Estimator):
     """
 
     name = "fisher"
-    samples: int = 128
+    samples: int = 16
 
     def __post_init__(self) -> None:
         if self.samples < 1:

@@ -1,5 +1,6 @@
 """The pass block by block against whole forward passes, which are the definition."""
 
+import copy
 import gc
 import logging
 from dataclasses import dataclass
@@ -120,13 +121,43 @@ def test_a_build_goes_on_after_half_of_the_layers(tmp_path, any_model, mixed):
     assert same(whole, cut, table)
 
 
+def test_behind_a_prefix_layers_see_what_a_pruning_of_the_whole_model_shows_them(tmp_path, llama, mixed):
+    """Each block is pruned by hand, with statistics of a model whose earlier blocks are pruned already."""
+    pruner, table = SparseGPT(), prunable_layers(llama)
+    dense = database(tmp_path / "dense", pruner)
+    build_database(dense, llama, table, pruner, mixed)
+    behind = database(tmp_path / "behind", pruner)
+    names = [level.name for level in behind.menu if not level.is_dense]
+    prefix = {a.name: names[u % len(names)] for u, unit in enumerate(table) for a in unit.layers}
+    before = {name: p.clone() for name, p in llama.named_parameters()}
+    build_database(behind, llama, table, pruner, mixed, prefix=prefix)
+    assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
+    by_hand, differ = copy.deepcopy(llama), 0
+    for number in sorted({unit.block for unit in table}):
+        units = [unit for unit in table if unit.block == number]
+        statistics = collect(by_hand, units, pruner, mixed, 4096)
+        for unit in units:
+            for layer in unit.layers:
+                module = by_hand.get_submodule(layer.name)
+                levels = [level for level in behind.menu if not level.is_dense]
+                weights = dict(zip(names, pruner.prune_levels(module, statistics[unit.name], levels, layer.name)))
+                for level, weight in weights.items():
+                    torch.testing.assert_close(behind.weight(layer.name, level), weight, rtol=1e-4, atol=1e-5)
+                    differ += not torch.equal(weight, dense.weight(layer.name, level))
+        for unit in units:
+            for layer in unit.layers:
+                module = by_hand.get_submodule(layer.name)
+                module.weight.data.copy_(behind.weight(layer.name, prefix[layer.name]))
+    assert differ >= len(table.layers) // 2  # those of the second block
+
+
 def test_a_model_that_hands_over_more_is_run_as_a_whole(tmp_path, llama, mixed, caplog):
     model, pruner = handing_over(llama), SparseGPT()
     table = prunable_layers(model)
     assert not runs_by_block(model, mixed.samples[0])
     with caplog.at_level(logging.INFO, logger="msp_plugin"):
         build_database(database(tmp_path, pruner), model, table, pruner, mixed)
-    assert "LlamaForCausalLM does not run block by block: whole forward passes" in caplog.messages
+    assert "LlamaForCausalLM does not run block by block: whole forward passes, of the dense model" in caplog.messages
     held, expected = database(tmp_path, pruner), collect(model, list(table), pruner, mixed, 4096)
     for unit in table:
         for layer in unit.layers:
