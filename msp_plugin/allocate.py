@@ -28,6 +28,7 @@ from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins import spec_of
 from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.quantized import check_unquantized
 from msp_plugin.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def check_model(model: torch.nn.Module, plan: Plan) -> UnitTable:
     Raises:
         RecipeError, ModelError, BudgetError, VerificationError, NumericsError: see the functions called.
     """
+    check_unquantized(model)
     if plan.given is not None:  # its layers are the targets
         plan.given.check_matches(prunable_layers(model))
         table = plan.given.table

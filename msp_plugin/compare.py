@@ -39,6 +39,7 @@ from msp_plugin.plan.allocation import make_allocation
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plugins import Plugins, spec_of
 from msp_plugin.progress import StepProgress, no_progress, prefixed
+from msp_plugin.quantized import check_source_unquantized
 from msp_plugin.ranks import ALONE, LostError, Ranks
 from msp_plugin.samples import Samples, Text, load_samples
 from msp_plugin.writing import is_full
@@ -92,6 +93,7 @@ def compare(
                 f"{source} is packed; llm-compressor takes dense models",
                 hint="msp export it --to dense first, or compare with --no-prune",
             )
+    check_source_unquantized(source, trust_remote_code=trust_remote_code)
     text = text.for_model(source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     search_tokens = max(plan.allocator.held_out_tokens for plan in plans)

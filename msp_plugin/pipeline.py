@@ -31,6 +31,7 @@ from msp_plugin.offloaded import check_room, quantized_forward
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
 from msp_plugin.progress import StepProgress, no_progress, prefixed
+from msp_plugin.quantized import check_source_unquantized
 from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.resume import sole_run
 from msp_plugin.samples import Samples, Text, load_samples
@@ -107,6 +108,7 @@ def run_recipe(
         raise ModelError(
             f"{model} is packed; llm-compressor takes dense models", hint="msp export it --to dense first"
         )
+    check_source_unquantized(model, trust_remote_code=trust_remote_code)
     steps = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else read_recipe(recipe)
     plugins, line = Plugins(), our_line(steps)
     plan = None if line is None else resolve(Options.parse(_ours(line)), plugins)
@@ -314,6 +316,7 @@ def search(
     fresh: bool, progress: StepProgress, ranks: Ranks,
 ) -> Outcome:  # fmt: skip
     """Return the allocation that a plan asks for; see search_allocation."""
+    check_source_unquantized(model, trust_remote_code=trust_remote_code)
     text = text.for_model(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     samples = load_samples(tokenizer, text, plan.search_tokens, fit=plan.fits)

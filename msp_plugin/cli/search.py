@@ -161,6 +161,7 @@ def sensitivity(
     from msp_plugin.measure import Measurements
     from msp_plugin.models import load_tokenizer, prunable_layers
     from msp_plugin.plugins import Plugins, spec_of
+    from msp_plugin.quantized import check_source_unquantized
     from msp_plugin.samples import Text, load_samples
 
     plugins = Plugins()
@@ -169,6 +170,7 @@ def sensitivity(
         spec = {"samples": samples, **spec}
     built = plugins.build("estimators", spec)
     source = resolve_model(model)
+    check_source_unquantized(source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     wanted = Text(data, samples=samples, length=length, test_samples=0, column=text_column, bos=bos)
     text = load_samples(tokenizer, wanted.for_model(source, trust_remote_code=trust_remote_code))
