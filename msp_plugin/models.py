@@ -384,10 +384,10 @@ def _count_of(source: str | Path, keys: Sequence[str], trust_remote_code: bool) 
         found = {key: getattr(config, key, None) for key in keys}
     except Exception as error:  # a config's values reach all of transformers
         raise ModelError(f"cannot read the config of {source}: {error}") from error
-    for key, value in found.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ModelError(f"{source}: {key} is {shown(value)}, no count")
-    return next((value for value in found.values() if value is not None), None)
+    key, value = next(((k, v) for k, v in found.items() if v is not None), (None, None))
+    if key is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ModelError(f"{source}: {key} is {shown(value)}, no count")
+    return value
 
 
 def check_widths(table: UnitTable, menu: Iterable[Level]) -> None:

@@ -337,6 +337,7 @@ def test_the_fingerprint_follows_code_that_no_version_stands_for(llama):
     ({"model_type": "mpt", "max_seq_len": 77}, 77),
     ({"model_type": "ctrl", "n_positions": 77}, 77),
     ({"model_type": "gpt_neo", "max_position_embeddings": 77}, 77),
+    ({"model_type": "llama", "max_position_embeddings": 77, "seq_length": -1}, 77),
     ({"model_type": "bloom"}, None),
     ({"model_type": "bloom", "seq_length": 77}, 77),
     ({"model_type": "mpt", "max_seq_len": 0}, "max_seq_len is 0, no count"),

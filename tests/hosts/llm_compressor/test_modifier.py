@@ -416,6 +416,28 @@ def test_padding_counts_for_nothing(side, method, level, pipeline, model, calibr
         assert apart < most or where not in name, name
 
 
+def test_padding_counts_for_nothing_in_experts_either(calibration, tmp_path):
+    from llmcompressor import oneshot
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=2048, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    MixtralForCausalLM(config).float().save_pretrained(tmp_path)
+    load_tokenizer(demo_model_path("qwen2")).save_pretrained(tmp_path)
+    pruned = []
+    for loader in ragged(calibration):
+        copied = load_model(tmp_path, "float32")
+        modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="wanda", allocator="uniform")
+        oneshot(model=copied, recipe=[modifier], dataset=loader, pipeline="basic")
+        pruned.append({name: module for name, module in linears(copied).items() if "expert" in name})
+    assert len(pruned[0]) == 2 * 4 * 3
+    for name, module in pruned[0].items():
+        assert ((module.weight == 0) == (pruned[1][name].weight == 0)).float().mean() > 0.999, name
+
+
 def test_padding_that_is_shuffled_is_said(model, calibration, caplog):
     from llmcompressor import oneshot
 
