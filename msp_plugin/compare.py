@@ -8,7 +8,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -19,12 +19,15 @@ import torch
 
 from msp_plugin.allocate import check_model, hold_out, make_problem, uniform_levels
 from msp_plugin.allocators.base import Choice
+from msp_plugin.blockwise import runs_by_block
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss
 from msp_plugin.checkpoint.load import is_packed, load
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import DataError, ModelError, MSPError
 from msp_plugin.evaluation import perplexity
+from msp_plugin.database.build import CHECKED_TOKENS, build_database
+from msp_plugin.database.store import LevelDatabase
 from msp_plugin.exchange import CandidateWeights, Weights
 from msp_plugin.files import finite, write_text
 from msp_plugin.identity import digest, versions
@@ -275,13 +278,37 @@ class _Bench:
                 stop = CandidateLoss(weights, held.holdout, reuse=False).prepare()(choice)
             weights.set(choice)
             found = {"holdout_loss": finite(stop), "database": _named(test.quality())}
-            if not self.matrix.prune:
-                return {**found, **found["database"]}
-            weights.put(self._pruned(plan, problem, choice))
+        if not self.matrix.prune:
+            return {**found, **found["database"]}
+        with tempfile.TemporaryDirectory() as folder, self._pruned(held, plan, problem, choice, Path(folder)):
             return {**found, **_named(test.quality())}
 
-    def _pruned(self, plan: Plan, problem: AllocationProblem, choice: Choice) -> Weights:
-        """Return the weights by layer that a run with this allocation gives."""
+    @contextmanager
+    def _pruned(
+        self, held: Measurements, plan: Plan, problem: AllocationProblem, choice: Choice, folder: Path
+    ) -> Iterator[None]:
+        """Let the model hold the weights that a run with this allocation gives, block after block, of all samples.
+
+        Our own pass makes them, or llm-compressor where the model does not run block by block.
+        """
+        data = self.samples.calibration
+        if not runs_by_block(self.model, data.samples[0][:CHECKED_TOKENS]):
+            with CandidateWeights(self.model, held.database, problem) as weights:
+                weights.put(self._pruned_by_host(plan, problem, choice))
+                yield
+            return
+        levels = {a.name: problem.menu[k].name for unit, k in zip(self.table, choice, strict=True) for a in unit.layers}
+        final = LevelDatabase(folder, {"levels": levels}, problem.menu)
+        build_database(
+            final, self.model, self.table, plan.pruner, data, prefix=levels, only_prefix=True,
+            progress=partial(held.progress, "pruning"),
+        )  # fmt: skip
+        with CandidateWeights(self.model, final, problem) as weights:
+            weights.set(choice)
+            yield
+
+    def _pruned_by_host(self, plan: Plan, problem: AllocationProblem, choice: Choice) -> Weights:
+        """Return the weights by layer that llm-compressor gives."""
         from msp_plugin.hosts.llm_compressor.run import forget, run_oneshot
 
         gc.collect()  # the last one's modules refer to each other

@@ -23,6 +23,7 @@ from msp_plugin.errors import NumericsError
 from msp_plugin.exchange import CandidateWeights
 from msp_plugin.models import onloaded
 from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, Unit, UnitTable, shared_inputs
 from msp_plugin.progress import Progress, silent
 from msp_plugin.pruning.base import Pruner
@@ -48,6 +49,7 @@ def build_database(
     data: CalibrationSet,
     *,
     prefix: Mapping[str, str] | None = None,
+    only_prefix: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     statistics_bytes: int = STATISTICS_BYTES,
     progress: Progress = silent,
@@ -73,11 +75,17 @@ def build_database(
 
     Args:
         prefix: the name of a level by layer, for all layers of the table; the menu holds it.
+        only_prefix: write of each layer its level of the prefix only, and nothing of one that stays dense: what a
+            pruning of the whole model to those levels leaves.
 
     Raises:
         NumericsError: an activation is not finite, or the method fails on a layer.
     """
     start = time.monotonic()
+
+    def wanted(layer: Layer) -> list[Level]:
+        names = {prefix[layer.name]} if only_prefix else {level.name for level in database.menu}
+        return [level for level in database.menu if level.name in names and not level.is_dense]
 
     def find() -> list[Unit]:
         return [u for u in shared_inputs(table) if not all(database.has(layer) for layer in u.layers)]
@@ -113,7 +121,8 @@ def build_database(
         with walk.shared(missing[-1].block) if walk else nullcontext():
             for unit, statistic in statistics:
                 for layer in unit.layers:
-                    _write_layer(database, model, layer, pruner, statistic)
+                    if levels := wanted(layer):
+                        _write_layer(database, model, layer, pruner, statistic, levels)
                     written += 1
                     progress(written, total)
         return written
@@ -248,11 +257,11 @@ def _new_statistic(pruner: Pruner, module: torch.nn.Module) -> Any:
 
 @torch.no_grad()
 def _write_layer(
-    database: LevelDatabase, model: torch.nn.Module, layer: Layer, pruner: Pruner, statistic: Any
-) -> None:
+    database: LevelDatabase, model: torch.nn.Module, layer: Layer, pruner: Pruner, statistic: Any,
+    levels: Sequence[Level],
+) -> None:  # fmt: skip
     with onloaded(model.get_submodule(layer.name)) as module:
         dense = module.weight.detach()
-        levels = [level for level in database.menu if not level.is_dense]
         weights, errors = {}, {"dense": LayerErrors(0.0, 0.0)}
         for level, pruned in zip(
             levels, pruner.prune_levels(module, statistic, levels, layer.name), strict=True
