@@ -1,0 +1,110 @@
+"""Compare allocators on SmolLM2-135M: test perplexity and KL after the final pruning, at equal forward tokens.
+
+    python integration/smollm2.py --out smollm2 --text wiki.valid.tokens
+    python integration/smollm2_table.py --model smollm2 --work compared                      # all cells, hours
+    python integration/smollm2_table.py --model smollm2 --work compared --cells sparsegpt:0.625
+
+A cell is one method and sparsity, and one ``msp compare``: stopped, it goes on with the same command. The figures go to
+results/smollm2.json and smollm2.md beside those of the cells that were measured before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+CELLS = ("sparsegpt:0.5", "sparsegpt:0.625", "sparsegpt:0.75", "wanda:0.625")
+#: Forward tokens of atp, msp, evopress and search each, beside what measures uniform.
+TOKENS = 400_000
+ALLOCATORS = ("uniform", "owl", "atp", "knapsack", "msp", "evopress", "search")
+#: EvoPress' and MSP's authors spend hundreds of times as much: with their own counts one generation would be all.
+OPTIONS = (
+    f"atp.max_tokens={TOKENS}", f"msp.max_tokens={TOKENS}", f"evopress.max_tokens={TOKENS}", f"search.max_tokens={TOKENS}",
+    "msp.tokens=4096", "msp.generations=1000", "evopress.tokens=16384", "evopress.offspring=16",
+    "evopress.survivors=[4,1]", "evopress.tokens_per_selection=[512,4096]",
+)  # fmt: skip
+
+
+def run_cell(cell: str, model: Path, work: Path) -> dict[str, Any]:
+    """Return the record of one cell, measured or, if it is there, read."""
+    method, sparsity = cell.split(":")
+    out, text = work / cell.replace(":", "-"), model / "text"
+    if not (out / "compare.json").exists():
+        command = [
+            sys.executable, "-m", "msp_plugin", "compare", str(model / "model"), "-s", sparsity, "--methods", method,
+            "--allocators", ",".join(ALLOCATORS), "--data", str(text / "calibration.txt"),
+            "--search-data", str(text / "search.txt"), "--test-data", str(text / "test.txt"),
+            "--samples", "64", "--length", "512", "--test-samples", "32", "--cache", str(work / "cache"),
+            "--out", str(out), "--verbose",
+        ]  # fmt: skip
+        for option in OPTIONS:
+            command += ["--set", option]
+        subprocess.run(command, check=True)
+    return json.loads((out / "compare.json").read_text(encoding="utf-8"))
+
+
+def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return of each allocator what the table shows."""
+    dense, uniform = record["dense"]["perplexity"], record["rows"][0]["perplexity"]
+    found = []
+    for row in record["rows"]:
+        share = 1 - math.log(row["perplexity"] / dense) / math.log(uniform / dense)
+        found.append({
+            "allocator": row["allocator"], "perplexity": row["perplexity"], "kl": row["kl"],
+            "database_kl": row["database"]["kl"], "taken_back": share,
+            "tokens": row["forward_tokens"] + row["sensitivity_tokens"], "seconds": row["seconds"],
+        })  # fmt: skip
+    return found
+
+
+def markdown(cells: dict[str, Any]) -> str:
+    """Return the tables of all cells."""
+    lines = ["# Allocators on SmolLM2-135M-Instruct", ""]
+    lines += [
+        "Pruned for good, block by block, on 64 samples of 512 tokens and those of the search; 32 test samples of 512 tokens.",
+        f"`atp`, `msp`, `evopress` and `search` may each use {TOKENS:,} forward tokens. *Taken back* is the share of what",
+        "uniform adds to the loss (the logarithm of the perplexity) over dense that the allocation saves. *KL, database* is",
+        "measured with the level database's weights, as the search sees them, *KL* after the final pruning. Tokens count",
+        "the sensitivities; seconds are of the allocator alone. `python integration/smollm2_table.py` makes this page.",
+    ]
+    for cell, entry in cells.items():
+        lines += ["", f"## {cell.replace(':', ' at ')}, dense perplexity {entry['dense']:.2f}", ""]
+        lines += [
+            "| allocator | test perplexity | taken back | KL | KL, database | tokens | seconds |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        best = min(row["perplexity"] for row in entry["rows"])
+        for row in entry["rows"]:
+            shown = f"{row['perplexity']:.2f}"
+            shown = f"**{shown}**" if row["perplexity"] == best else shown
+            lines.append(
+                f"| {row['allocator']} | {shown} | {100 * row['taken_back']:.0f} % | {row['kl']:.3f} | "
+                f"{row['database_kl']:.3f} | {row['tokens']:,} | {row['seconds']:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("smollm2"), help="directory that smollm2.py made")
+    parser.add_argument("--work", type=Path, default=Path("smollm2/compared"), help="where the comparisons lie")
+    parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS)
+    options = parser.parse_args()
+    known = RESULTS / "smollm2.json"
+    cells = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
+    for name in options.cells:
+        record = run_cell(name, options.model, options.work)
+        cells[name] = {
+            "dense": record["dense"]["perplexity"], "rows": rows_of(record), "machine": record["machine"],
+            "versions": record["versions"],
+        }  # fmt: skip
+        cells = {cell: cells[cell] for cell in CELLS if cell in cells}
+        known.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
+        (RESULTS / "smollm2.md").write_text(markdown(cells), encoding="utf-8")
+    print(markdown(cells))
