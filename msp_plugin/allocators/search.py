@@ -24,8 +24,8 @@ SLOPES_COST = 5
 #: Most of the search text that slopes are taken from in one round: they cost five forward passes a token,
 #: and their means run over several rounds anyway.
 MOST_SLOPES = 0.5
-#: Forward tokens of a search by default, for each unit.
-TOKENS_PER_UNIT = 8192
+#: Forward tokens of a search by default: for each unit, and at least, as those of a small model cost little.
+TOKENS_PER_UNIT, LEAST_TOKENS = 8192, 2**19
 #: Rounds whose mean gain is what the next one promises.
 GAIN_ROUNDS = 3
 
@@ -71,7 +71,7 @@ class Search(Allocator):
         least_gain: share of the gain over uniform that a round must promise for the search to go on; 0 ends it by
             ``patience`` and budget alone.
         max_tokens: most forward tokens of the search, beside those that measure uniform; None: TOKENS_PER_UNIT for
-            each unit of the model; 0 sets no limit. A backward pass counts as two forward passes.
+            each unit of the model, LEAST_TOKENS at least; 0 sets no limit. A backward pass counts as two forward passes.
         seconds: of the search, after which nothing more is measured; 0 sets no limit. With a limit in seconds,
             equal runs may differ. Neither limit counts the sensitivities and the level database.
         seeds: allocations that the search may start from.
@@ -130,7 +130,7 @@ class Search(Allocator):
             state.start(list(_seeds(inputs, self.seeds)))
             share, idle = self.screen, 0
             while state.goes_on(idle):
-                inputs.progress(state.rounds, self.rounds, state.note())
+                state.report()
                 state.rounds += 1
                 state.round(share)
                 if state.check():
@@ -139,7 +139,7 @@ class Search(Allocator):
                     idle, share = idle + (share == 1), min(1.0, 2 * share)
         except _SpentError:
             state.end_early()
-        inputs.progress(self.rounds, self.rounds, state.note())
+        inputs.progress(100, 100, state.note())
         return state.result()
 
 
@@ -180,11 +180,23 @@ class _State:
             self.inputs.holdout.forward_tokens if self.inputs.holdout else 0
         )
 
+    @property
+    def limit(self) -> int:
+        """Most forward tokens; 0 is no limit."""
+        if self.options.max_tokens is not None:
+            return self.options.max_tokens
+        return max(LEAST_TOKENS, TOKENS_PER_UNIT * len(self.inputs.problem.table))
+
+    def report(self) -> None:
+        """Say how far the search is: the larger share of its rounds and of its budget in tokens, in percent."""
+        share = self.rounds / max(self.options.rounds, 1)
+        if self.limit:
+            share = max(share, self.forward_tokens / self.limit)
+        self.inputs.progress(min(99, int(100 * share)), 100, self.note())
+
     def afford(self, tokens: int) -> None:
         """Raise _SpentError if a measurement of so many forward tokens is beyond the budget in tokens or seconds."""
-        limit, seconds = self.options.max_tokens, self.options.seconds
-        if limit is None:
-            limit = TOKENS_PER_UNIT * len(self.inputs.problem.table)
+        limit, seconds = self.limit, self.options.seconds
         if limit and self.forward_tokens + tokens > limit:
             raise _SpentError
         if seconds and self.inputs.clock() - self.began >= seconds:
@@ -376,6 +388,7 @@ class _State:
         """Note that the budget ended the search; uniform is measured if that has not been done."""
         self.ended = f"in round {self.rounds}: its budget is spent"
         said = f"its budget ended the search in round {self.rounds}"
+        log.info(said)
         if not self.rounds:
             said = "its budget ended the search among its seeds, before the first round"
             uniform = self.inputs.problem.uniform()
@@ -386,7 +399,7 @@ class _State:
                 self.incumbents.append((self.forward_tokens, self.best))
             if self.best == uniform:
                 log.warning("%s: uniform is returned; give max_tokens or seconds more", said)
-        self.notes = (said,)
+        self.notes = (said,) if self.options.max_tokens or self.options.seconds else ()
 
     def result(self) -> AllocationResult:
         uniform = next(iter(self.holdout))
