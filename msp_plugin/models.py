@@ -182,7 +182,8 @@ def _check_sizes(path: Path) -> None:
     except FormatError:  # whoever reads the damaged file says so
         return
     text = config.get("text_config")
-    part = text if isinstance(text, dict) else config  # beside a text_config, sizes outside of it stand for nothing
+    # Beside a text_config, sizes outside of it stand for nothing.
+    part = text if isinstance(text, dict) else config
     longest = max((length for info in tensors.values() for length in info.shape), default=2**24)
     for key in _SIZES:
         most = _PACKED * longest if key != "num_hidden_layers" else len(tensors) or 2**14
@@ -211,7 +212,8 @@ def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     config = text_config(model)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{type(model).__name__} is an encoder and a decoder", hint="only decoder-only models can be pruned"
+            f"{type(model).__name__} is an encoder and a decoder",
+            hint="only decoder-only models can be pruned",
         )
     depth = getattr(config, "num_hidden_layers", None)
     find = getattr(model, "get_decoder", None)
@@ -229,7 +231,8 @@ def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
 def fused_experts(model: torch.nn.Module) -> list[str]:
     """Return the names of parameters that hold one matrix for each expert, which no linear does."""
     _, blocks = decoder_blocks(model)
-    counts = {n for key, n in text_config(model).to_dict().items() if "expert" in key and type(n) is int and n > 1}
+    sizes = vars(text_config(model))
+    counts = {n for key, n in sizes.items() if "expert" in key and type(n) is int and n > 1}
     within = {id(module) for module in blocks.modules()}
     return [
         name
@@ -281,7 +284,7 @@ def prunable_layers(
         layers.append((block, Layer(name, module.out_features, module.in_features)))
     if not layers:
         if not any(isinstance(module, torch.nn.Linear) for module in blocks.modules()):
-            kinds = sorted({type(m).__name__ for m in blocks.modules() if getattr(m, "weight", None) is not None})
+            kinds = sorted({type(m).__name__ for m in blocks.modules() if own_parameters(m)})
             raise ModelError(
                 f"the blocks of {type(model).__name__} under {prefix!r} hold no linear; their weights are in "
                 f"{', '.join(kinds)}",
@@ -475,9 +478,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     not from a package whose version is recorded, e.g. a repository's own.
     """
     digest = hashlib.sha256()
-    config: dict[str, Any] = model.config.to_diff_dict()
-    for volatile in ("architectures", "_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        config.pop(volatile, None)
+    config = _lasting(model.config.to_diff_dict())
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(_own_code(model).encode())
     tied = model.get_output_embeddings() if getattr(model.config, "tie_word_embeddings", False) else None
@@ -497,6 +498,15 @@ def fingerprint(model: torch.nn.Module) -> str:
                     digest.update(f"{prefix}.{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
                     digest.update(_bytes_of(buffer))
     return digest.hexdigest()
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without what saving and loading change, in the configs of its parts too."""
+    return {
+        key: _lasting(value) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in config.items()
+        if key not in ("architectures", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    }
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:

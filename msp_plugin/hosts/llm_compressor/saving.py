@@ -63,9 +63,7 @@ def _of_experts(conversion: Any) -> list[WeightRenaming]:
     found = []
     for source, leaf in zip(sources, leaves, strict=True):
         parent, _, stored = source.removesuffix(".weight").partition("*")
-        one = WeightRenaming(
-            rf"{re.escape(parent)}(\d+){re.escape(stored)}\.", rf"{parent}\1.{leaf}."
-        )
+        one = WeightRenaming(rf"{re.escape(parent)}(\d+){re.escape(stored)}\.", rf"{parent}\1.{leaf}.")
         one.scope_prefix, one.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
         found.append(one)
     return found
