@@ -126,6 +126,11 @@ def check_reached(units: Sequence[Unit], reached: Collection[str]) -> None:
         )
 
 
+def as_samples(inputs: torch.Tensor) -> torch.Tensor:
+    """Return a layer's inputs as [B, T, I] or [N, I]; DeepSeek's attention gives some of its layers [B, 1, T, I]."""
+    return inputs.flatten(1, -2) if inputs.dim() > 3 else inputs
+
+
 @contextmanager
 def observed(
     model: torch.nn.Module, units: Sequence[Unit], add: Callable[[str, torch.Tensor], None]
@@ -136,14 +141,15 @@ def observed(
 
     def hook_for(unit: Unit):
         def hook(module: torch.nn.Linear, args: tuple) -> None:
-            if args[0].numel() == 0:
+            inputs = as_samples(args[0])
+            if inputs.numel() == 0:
                 return
-            if not all_finite(args[0]):
+            if not all_finite(inputs):
                 raise NumericsError(
                     f"the input of {unit.layers[0].name} is not finite",
                     hint="the activations overflow: try dtype float32 or bfloat16",
                 )
-            add(unit.name, args[0])
+            add(unit.name, inputs)
             seen.add(unit.name)
 
         return hook

@@ -25,7 +25,7 @@ from msp_plugin.resume import scratch_directory
 from msp_plugin.writing import FULL, cannot_write, of_disk
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: Sizes of a config that become modules and memory before a tensor is looked at.
@@ -54,6 +54,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU.
 
+    A model that reads images too comes whole; without images it is a causal language model.
+
     Args:
         offload: leave the weights on disk, from where each layer's are read when it runs; where there are GPUs,
             accelerate places on them what fits. Weights that change, such as pruned ones, are written to the
@@ -65,7 +67,7 @@ def load_model(
         ModelError: there is no such model, or transformers cannot load it.
         OutputError: the cache cannot be written.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     target = check_dtype(dtype)
     check_source(source)
@@ -77,7 +79,8 @@ def load_model(
             device_map = "auto" if torch.cuda.is_available() else {"": "disk"}
             placement = {"device_map": device_map, "offload_folder": str(folder), "use_safetensors": True}
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            model, report = auto_class(config).from_pretrained(
                 source, dtype=target or "auto", trust_remote_code=trust_remote_code, output_loading_info=True,
                 **placement,
             )  # fmt: skip
@@ -98,6 +101,26 @@ def load_model(
             )
         weakref.finalize(model, stack.pop_all().close)
     return model.eval()
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return transformers' class that loads a model: the one for images and text where config.json names such a model.
+
+    A model may be known for both, e.g. Llama 4, and then the class for text alone would leave the vision tower out.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):  # the repository's own
+        return AutoModelForCausalLM
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    named = whole in (config.architectures or ())
+    if named or (whole is not None and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _check_safetensors(source: str | Path) -> None:
@@ -163,35 +186,67 @@ def _check_sizes(path: Path) -> None:
         tensors = TensorFiles(path) if any(path.glob("*.safetensors")) else {}
     except FormatError:  # whoever reads the damaged file says so
         return
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    text = config.get("text_config")
+    # Beside a text_config, sizes outside of it stand for nothing.
+    part = text if isinstance(text, dict) else config
     longest = max((length for info in tensors.values() for length in info.shape), default=2**24)
-    for part in parts:
-        for key in _SIZES:
-            most = _PACKED * longest if key != "num_hidden_layers" else len(tensors) or 2**14
-            value = part.get(key)
-            sizes = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= most for n in sizes):
-                raise ModelError(
-                    f"{path / 'config.json'}: {key} = {shown(value)} is no size of the tensors beside it",
-                    hint="config.json is damaged or from another model",
-                )
+    for key in _SIZES:
+        most = _PACKED * longest if key != "num_hidden_layers" else len(tensors) or 2**14
+        value = part.get(key)
+        sizes = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= most for n in sizes):
+            raise ModelError(
+                f"{path / 'config.json'}: {key} = {shown(value)} is no size of the tensors beside it",
+                hint="config.json is damaged or from another model",
+            )
+
+
+def text_config(model: torch.nn.Module) -> PreTrainedConfig:
+    """Return the config of a model's language part, which is the whole config where there is no other part."""
+    config = model.config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """Return the name and the list of the decoder blocks.
+    """Return the name and the list of the decoder blocks: those of the language model, whatever else there is.
 
     Raises:
-        ModelError: no list of modules is as long as the config's ``num_hidden_layers``.
+        ModelError: the model has an encoder that its decoder reads, or its decoder holds no list of modules as
+            long as the config's ``num_hidden_layers``.
     """
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = text_config(model)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder and a decoder",
+            hint="only decoder-only models can be pruned",
+        )
     depth = getattr(config, "num_hidden_layers", None)
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if find is not None else None
+    inside = set((decoder if isinstance(decoder, torch.nn.Module) else model).modules())
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and module in inside:
             return name, module
     raise ModelError(
         f"{type(model).__name__} has no list of {depth} decoder blocks",
         hint="only decoder-only language models with one list of blocks can be allocated",
     )
+
+
+def fused_experts(model: torch.nn.Module) -> list[str]:
+    """Return the names of parameters that hold one matrix for each expert, which no linear does."""
+    _, blocks = decoder_blocks(model)
+    sizes = vars(text_config(model))
+    counts = {n for key, n in sizes.items() if "expert" in key and type(n) is int and n > 1}
+    within = {id(module) for module in blocks.modules()}
+    return [
+        name
+        for name, module, parameter in named_parameters(model)
+        if id(module) in within
+        and not isinstance(module, torch.nn.Linear | torch.nn.modules.conv._ConvNd)
+        and ((parameter.dim() == 3 and parameter.shape[0] in counts)
+             or (parameter.dim() > 1 and "experts" in name.split(".")))
+    ]  # fmt: skip
 
 
 def prunable_layers(
@@ -211,12 +266,11 @@ def prunable_layers(
         ModelError: nothing is left to prune.
     """
     prefix, blocks = decoder_blocks(model)
-    fused = [name for name, _, p in named_parameters(blocks) if p.dim() == 3]
-    if fused:
+    if fused := fused_experts(model):
         raise ModelError(
-            f"{type(model).__name__} holds fused experts, e.g. {prefix}.{fused[0]}",
-            hint="only linears can be pruned; llm-compressor's oneshot splits experts into linears first: "
-            "run MixedSparsityModifier there",
+            f"{type(model).__name__} holds fused experts, e.g. {fused[0]}",
+            hint="only linears can be pruned; llm-compressor's oneshot splits most models' experts into linears "
+            "first: run MixedSparsityModifier there; where that is what failed, it does not split these",
         )
     named = {name: module for name, module in model.named_modules() if name}
     check_patterns(model, "target", targets)
@@ -225,6 +279,8 @@ def prunable_layers(
     for name, module in named.items():
         if not isinstance(module, torch.nn.Linear) or not name.startswith(prefix + "."):
             continue
+        if "Router" in type(module).__name__:  # Phi-3.5-MoE's is a linear that returns the choice of experts
+            continue
         if not any(matches(p, name, module) for p in targets):
             continue
         if any(matches(p, name, module) for p in ignore):
@@ -232,6 +288,14 @@ def prunable_layers(
         block = int(name[len(prefix) + 1 :].split(".", 1)[0])
         layers.append((block, Layer(name, module.out_features, module.in_features)))
     if not layers:
+        if not any(isinstance(module, torch.nn.Linear) for module in blocks.modules()):
+            kinds = sorted({type(m).__name__ for m in blocks.modules() if own_parameters(m)})
+            raise ModelError(
+                f"the blocks of {type(model).__name__} under {prefix!r} hold no linear; their weights are in "
+                f"{', '.join(kinds)}",
+                hint="only torch.nn.Linear can be pruned, and GPT-2's Conv1D of transformers is none: take "
+                "another model",
+            )
         raise ModelError(
             f"{type(model).__name__} has no prunable linear under {prefix!r} for targets {list(targets)} "
             f"and ignore {list(ignore)}",
@@ -434,9 +498,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     not from a package whose version is recorded, e.g. a repository's own.
     """
     digest = hashlib.sha256()
-    config: dict[str, Any] = model.config.to_diff_dict()
-    for volatile in ("architectures", "_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        config.pop(volatile, None)
+    config = _lasting(model.config.to_diff_dict())
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(_own_code(model).encode())
     tied = model.get_output_embeddings() if getattr(model.config, "tie_word_embeddings", False) else None
@@ -456,6 +518,15 @@ def fingerprint(model: torch.nn.Module) -> str:
                     digest.update(f"{prefix}.{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
                     digest.update(_bytes_of(buffer))
     return digest.hexdigest()
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without what saving and loading change, in the configs of its parts too."""
+    return {
+        key: _lasting(value) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in config.items()
+        if key not in ("architectures", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    }
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from msp_plugin.memory import is_out_of_memory
-from msp_plugin.models import decoder_blocks, input_device, is_offloaded
+from msp_plugin.models import decoder_blocks, input_device, is_offloaded, text_config
 
 
 class Prefix:
@@ -30,7 +30,8 @@ class Prefix:
         self.model = model
         self.blocks = decoder_blocks(model)[1]
         embeddings = model.get_input_embeddings().weight
-        fit = bytes_per_token // (embeddings.shape[1] * embeddings.element_size())
+        width = getattr(text_config(model), "hidden_size", embeddings.shape[1])  # OPT's embeddings may be narrower
+        fit = bytes_per_token // (width * embeddings.element_size())
         stride = -(-len(self.blocks) // (fit + 1)) if fit else len(self.blocks)
         self._starts = tuple(range(stride, len(self.blocks), stride))
         self._inputs: dict[int, dict[tuple[int, ...], torch.Tensor]] = {start: {} for start in self._starts}
@@ -102,6 +103,8 @@ class Prefix:
         try:
             with self.use([0], 0, record=True):
                 whole = self.model(ids, use_cache=False).logits
+            if any(given.dim() != 3 for held in self._inputs.values() for given in held.values()):
+                raise ValueError("the blocks hand on more than one stream of hidden states")
             self.model(ids.flip(-1), use_cache=False)  # overwrites what blocks leave in attributes
             saved = self._skipped
             same = True
@@ -184,6 +187,8 @@ def tail_is_exact(model: torch.nn.Module, ids: torch.Tensor) -> bool:
     """Return True if run_tail gives a model's own logits, bit for bit, for ids int64[1, T]."""
     with last_outputs(model) as outputs:
         logits = model(ids, use_cache=False).logits
+    if outputs[0].dim() != 3:
+        return False  # several streams of hidden states, such as Gemma 3n's [streams, B, T, D]
     try:
         return torch.equal(run_tail(model, outputs[0]), logits)
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:

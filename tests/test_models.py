@@ -5,11 +5,22 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models import (
     allowed_levels,
+    auto_class,
     check_finite_weights,
     check_loadable,
     check_widths,
@@ -83,8 +94,9 @@ def test_nothing_left_to_prune_is_an_error(llama):
 
 def test_a_model_whose_blocks_hold_no_linear_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=32, n_positions=16))
-    with pytest.raises(ModelError, match="GPT2LMHeadModel has no prunable linear under 'transformer.h'"):
+    with pytest.raises(ModelError, match="blocks of GPT2LMHeadModel under 'transformer.h' hold no linear") as error:
         prunable_layers(model)
+    assert "Conv1D" in error.value.message and "take another model" in error.value.hint
 
 
 def test_the_blocks_are_the_list_as_long_as_the_config_says(llama):
@@ -349,3 +361,75 @@ def test_the_longest_sequence_has_a_name_in_each_family(config, most, tmp_path):
             max_length(tmp_path)
     else:
         assert max_length(tmp_path) == most
+
+
+TEXT = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 32,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+
+def seeing(kind, text, vision):
+    config = AutoConfig.for_model(
+        kind, text_config={**TEXT, "model_type": text}, vision_config={**VISION, "model_type": vision}
+    )
+    return AutoModelForImageTextToText.from_config(config)
+
+
+@pytest.mark.parametrize("kind, text, vision", [
+    ("llava", "llama", "clip_vision_model"), ("gemma3", "gemma3_text", "siglip_vision_model"),
+])  # fmt: skip
+def test_the_blocks_are_the_language_models_where_the_vision_tower_is_as_deep(kind, text, vision):
+    model = seeing(kind, text, vision)
+    deep = [name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2]
+    assert len(deep) == 2 and deep[0] != "model.language_model.layers"
+    assert decoder_blocks(model)[0] == "model.language_model.layers"
+    assert all(name.startswith("model.language_model.") for name in layer_names(prunable_layers(model)))
+
+
+def test_a_model_of_images_and_text_loads_whole(tmp_path):
+    model = seeing("llava", "llama", "clip_vision_model")
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert type(loaded) is type(model) and fingerprint(loaded) == fingerprint(model)
+
+
+@pytest.mark.parametrize("named, expected", [
+    ("Llama4ForConditionalGeneration", AutoModelForImageTextToText), ("Llama4ForCausalLM", AutoModelForCausalLM),
+])  # fmt: skip
+def test_the_class_is_the_one_that_the_config_names_where_transformers_knows_two(named, expected):
+    assert auto_class(AutoConfig.for_model("llama4", architectures=[named])) is expected
+    assert auto_class(AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"])) is AutoModelForCausalLM
+
+
+def test_sizes_outside_of_the_language_models_config_stand_for_nothing(tmp_path):
+    seeing("llava", "llama", "clip_vision_model").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "vocab_size": 257152}), encoding="utf-8")  # as PaliGemma's have it
+    load_model(tmp_path)
+    config["text_config"]["vocab_size"] = 10**9
+    file.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ModelError, match="vocab_size = 1000000000 is no size"):
+        load_model(tmp_path)
+
+
+def test_an_encoder_and_a_decoder_are_refused():
+    model = T5ForConditionalGeneration(T5Config(d_model=32, d_ff=32, d_kv=16, num_layers=2, num_heads=2, vocab_size=64))
+    with pytest.raises(ModelError, match="T5ForConditionalGeneration is an encoder and a decoder"):
+        prunable_layers(model)
+
+
+def test_a_convolution_is_no_expert_and_stays_as_it_is():
+    config = AutoConfig.for_model(
+        "mamba2", vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=2, num_heads=4, head_dim=16,
+        n_groups=1, chunk_size=16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.backbone.layers[0].mixer.conv1d.weight.dim() == 3
+    leaves = {name.rpartition(".")[2] for name in layer_names(prunable_layers(model))}
+    assert leaves == {"in_proj", "out_proj"}

@@ -6,9 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from msp_plugin import candidates
+from msp_plugin.blockwise import runs_by_block
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss
 from msp_plugin.database.build import build_database
@@ -17,7 +25,7 @@ from msp_plugin.exchange import CandidateWeights
 from msp_plugin.models import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
-from msp_plugin.prefix import Prefix
+from msp_plugin.prefix import Prefix, last_outputs, tail_is_exact
 from msp_plugin.pruning.magnitude import Magnitude
 
 MENU = parse_menu(["dense", "2:4", "1:4"])
@@ -391,3 +399,20 @@ def test_every_start_counts_the_blocks_before_it(setting):
         with prefix.use([0, 1], 4, record=False):
             assert torch.equal(model(ids, use_cache=False).logits, whole)
         assert prefix.saved_tokens - before == pytest.approx(24 * 2 / BLOCKS, abs=1)
+
+
+def test_several_streams_of_hidden_states_are_not_taken_for_samples():
+    """Gemma 3n's blocks hand on [streams, B, T, D]; the last blocks also read keys of earlier ones."""
+    config = AutoConfig.for_model(
+        "gemma3n_text", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=64, num_kv_shared_layers=0, layer_types=["full_attention"] * 2, laurel_rank=8,
+        activation_sparsity_pattern=[0.0, 0.0], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.arange(8)[None]
+    with last_outputs(model) as outputs, torch.no_grad():
+        model(ids)
+    assert outputs[0].dim() == 4
+    with torch.no_grad():
+        assert not tail_is_exact(model, ids) and not Prefix(model, 1 << 30).is_exact(ids)
+    assert not runs_by_block(model, ids[0])

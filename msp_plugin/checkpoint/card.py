@@ -23,12 +23,19 @@ def model_card(source: Checkpoint, manifest: Manifest) -> str:
         _FRONT.format(tag='"2:4"' if packed else '"N:M"'),
         f"# {(source.config.get('architectures') or ['A model'])[0]}, pruned with mixed N:M sparsity\n",
         _what(source, manifest),
-        _PACKED_USE if packed else _DENSE_USE if source.quantization is None else "",
+        _use(source, packed),
         _levels(source),
         "Files: `allocation.json` says which layer has which level, `export.json` what the files must hold "
         "(`msp verify` checks both), `run.json` how the run that pruned it went, where they are there.\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _use(source: Checkpoint, packed: bool) -> str:
+    if packed or source.quantization is not None:
+        return _PACKED_USE if packed else ""
+    kind = "ImageTextToText" if "vision_config" in source.config else "CausalLM"
+    return _DENSE_USE.replace("AUTO_CLASS", f"AutoModelFor{kind}")
 
 
 def _what(source: Checkpoint, manifest: Manifest) -> str:
@@ -84,8 +91,8 @@ msp export THIS_DIRECTORY --to dense --out dense
 _DENSE_USE = """## Use it
 
 ```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")
+from transformers import AUTO_CLASS
+model = AUTO_CLASS.from_pretrained("THIS_DIRECTORY")
 ```
 
 vLLM serves it as any dense model. With `msp_plugin` installed beside it, `vllm serve THIS_DIRECTORY --quantization

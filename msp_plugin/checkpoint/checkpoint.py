@@ -71,6 +71,8 @@ class Checkpoint:
     def allocation(self) -> Allocation | None:
         """The allocation beside the tensors, checked against them; None if there is none.
 
+        Its layers have the names of the tensors, which may differ from those of a model's modules.
+
         Raises:
             RecipeError: it is damaged.
             VerificationError: it is for another model.
@@ -78,7 +80,7 @@ class Checkpoint:
         file = self.path / ALLOCATION_FILE
         if not file.is_file():
             return None
-        found = Allocation.read(file)
+        found = Allocation.read(file).as_stored()
         if self.quantization is not None:  # its weights have other names and shapes
             return found
         odd = []

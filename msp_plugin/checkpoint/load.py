@@ -11,7 +11,7 @@ import torch
 from msp_plugin.checkpoint.checkpoint import Checkpoint, packed_layers
 from msp_plugin.checkpoint.tensors import read_json
 from msp_plugin.errors import FormatError, ModelError, MSPError
-from msp_plugin.models import check_dtype, check_source, load_model
+from msp_plugin.models import auto_class, check_dtype, check_source, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -93,7 +93,7 @@ def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
 
 
 def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     target = check_dtype(dtype)
     try:
@@ -103,7 +103,7 @@ def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Pr
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):  # for the class alone, which may be the repository's own
-            cls = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+            cls = type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
         model, report = cls.from_pretrained(
             None, config=config, state_dict=_in_memory(checkpoint), output_loading_info=True,
             dtype=target if target is not None else _dtype_of(checkpoint, config),

@@ -3,7 +3,9 @@ restores the source's config.json when it saves)."""
 
 from __future__ import annotations
 
+import logging
 import platform
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +13,22 @@ from msp_plugin.allocate import Outcome
 from msp_plugin.checkpoint.recount import PruneStats
 from msp_plugin.files import write_json, write_text
 from msp_plugin.identity import versions
+from msp_plugin.models import text_config
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 RUN_FILE = "run.json"
 RUN_SCHEMA = "msp_plugin/run"
 RUN_VERSION = 1
+#: What transformers' processors are made of, beside the tokenizer's files.
+PROCESSOR_FILES = (
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 
 def run_record(outcome: Outcome, stats: PruneStats, seed: int) -> dict[str, Any]:
@@ -60,13 +70,46 @@ def write_files(directory: Path, outcome: Outcome, record: dict[str, Any]) -> No
 
 
 def attach_files(model: PreTrainedModel, outcome: Outcome, stats: PruneStats, seed: int) -> None:
-    """Make ``model.save_pretrained`` write the files too."""
+    """Make ``model.save_pretrained`` write the files too, and those of the processor of a model that reads images."""
     save = model.save_pretrained
     record = run_record(outcome, stats, seed)
 
     def save_with_files(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         save(save_directory, *args, **kwargs)
+        copy_processor(model, Path(save_directory))
         write_files(Path(save_directory), outcome, record)
 
     save_with_files._overridden = True  # llm-compressor's mark for "already wrapped"
     model.save_pretrained = save_with_files
+
+
+def copy_processor(model: PreTrainedModel, directory: Path) -> None:
+    """Copy the processor's files beside a model that reads more than text, which is of no use without them.
+
+    A file that is there already stays. What cannot be fetched from the hub is named in a warning.
+    """
+    source = getattr(model.config, "_name_or_path", "")
+    if text_config(model) is model.config or not source:
+        return
+    for name in PROCESSOR_FILES:
+        if not (directory / name).exists():
+            found = _file_of(source, name, getattr(model.config, "_commit_hash", None))
+            if found is not None:
+                shutil.copyfile(found, directory / name)
+
+
+def _file_of(source: str, name: str, revision: str | None) -> Path | None:
+    """Return a file of a model's directory or hub id, None if it has no such file or it cannot be fetched."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if Path(source).is_dir():
+        return Path(source) / name if (Path(source) / name).is_file() else None
+    try:
+        return Path(hf_hub_download(source, name, revision=revision))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):  # no network; the file may exist
+            log.warning("cannot fetch %s of %s: copy it beside the checkpoint", name, source)
+    except (OSError, ValueError) as error:  # what the hub's client raises, HTTP errors included
+        log.warning("cannot fetch %s of %s: %s", name, source, error)
+    return None

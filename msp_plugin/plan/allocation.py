@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Allocation:
         sensitivities: by estimator name, one float per unit (may be empty).
         provenance: where it came from: model, calibration, method, allocator, versions. JSON values
             without times or paths of this machine, so that equal runs give equal bytes.
+        stored: by layer, its name in the checkpoint's files, for layers that are called otherwise there.
     """
 
     table: UnitTable
@@ -43,6 +44,7 @@ class Allocation:
     target: Fraction
     sensitivities: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def budget(self) -> Budget:
@@ -63,13 +65,26 @@ class Allocation:
             for layer in unit.layers
         }
 
+    def as_stored(self) -> Allocation:
+        """Return the same allocation with every layer under its name in the checkpoint's files."""
+        units = tuple(
+            replace(
+                unit,
+                name=self.stored.get(unit.name, unit.name),
+                layers=tuple(replace(a, name=self.stored.get(a.name, a.name)) for a in unit.layers),
+            )
+            for unit in self.table
+        )
+        return replace(self, table=UnitTable(units), stored={})
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form.
 
         ``schema``, ``version``; ``budget`` {target, weights, kept, zeros, sparsity}; ``units``, a
         list in the model's order of {name, block, level, weights, zeros, sensitivity: {estimator:
-        value}, layers: [{name, shape: [out, in]}]}; ``provenance``. Exact shares are written as
-        fractions ("3/4") beside their decimal value.
+        value}, layers: [{name, shape: [out, in]}]}; ``provenance``; ``stored`` {layer: its name in the
+        checkpoint's files}, only where a name differs there. Exact shares are written as fractions ("3/4")
+        beside their decimal value.
         """
         budget = self.budget
         units = []
@@ -100,6 +115,7 @@ class Allocation:
             },
             "units": units,
             "provenance": dict(self.provenance),
+            **({"stored": dict(self.stored)} if self.stored else {}),
         }
 
     def to_json(self) -> str:
@@ -151,13 +167,20 @@ class Allocation:
             raise RecipeError(f"{source} is damaged: no units, or a sensitivity for some of them only")
         if not isinstance(data.get("provenance", {}), dict):
             raise RecipeError(f"{source} is damaged: its provenance is no mapping")
+        stored = data.get("stored", {})
+        if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored.values()):
+            raise RecipeError(f"{source} is damaged: stored is no mapping from layers to names in files")
         allocation = cls(
             UnitTable(tuple(units)),
             tuple(levels),
             target,
             {name: tuple(values) for name, values in sensitivities.items()},
             data.get("provenance", {}),
+            stored,
         )
+        places = allocation.as_stored().by_layer
+        if set(stored) - set(allocation.by_layer) or len(places) < len(allocation.by_layer):
+            raise RecipeError(f"{source} is damaged: stored names other layers, or two layers have one place")
         if allocation.budget.kept != kept:
             raise RecipeError(
                 f"{source}: its levels keep {allocation.budget.kept:,} weights, its budget says {kept:,}",

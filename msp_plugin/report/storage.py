@@ -80,6 +80,7 @@ def storage(
         checkpoint: the model itself. It then says the dtypes, and which layers were left out of the
             allocation; without one, no layer is taken to be left out.
     """
+    allocation = allocation.as_stored()
     quantized = checkpoint is not None and checkpoint.quantization is not None
     if quantized:
         checkpoint = None  # its weights have other dtypes and names

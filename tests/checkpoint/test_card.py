@@ -91,3 +91,11 @@ def test_a_config_without_architectures_has_a_card_too(run_dir, copied, tmp_path
     edit_json(path / "config.json", lambda data: data.pop("architectures") and None)
     export_checkpoint(path, Sparse24(), tmp_path / "out")
     assert "# A model, pruned with mixed N:M sparsity" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_of_images_and_text_is_loaded_as_one(run_dir, copied, edit_json, tmp_path):
+    source = copied(run_dir)
+    edit_json(source / "config.json", lambda config: {**config, "vision_config": {}})
+    export_checkpoint(source, Dense(), tmp_path / "dense")
+    card = (tmp_path / "dense" / "README.md").read_text(encoding="utf-8")
+    assert "from transformers import AutoModelForImageTextToText\nmodel = AutoModelForImageTextToText." in card

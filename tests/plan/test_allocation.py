@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -296,3 +297,26 @@ def test_a_choice_that_the_bounds_forbid_is_the_allocators_bug():
     with pytest.raises(VerificationError, match="took 6:8 for l.0.o_proj") as error:
         make_allocation(AllocationProblem(TABLE, PROBLEM.menu, Fraction(1, 4), allowed), (1, 1, 1))
     assert "bug of the allocator" in error.value.hint
+
+
+STORED = {"l.0.q_proj": "text.l.0.q_proj", "l.1.down_proj": "text.l.1.w2"}
+
+
+def test_names_in_files_are_written_where_they_differ_and_read_again():
+    assert "stored" not in document()
+    given = replace(allocation(), stored=STORED)
+    again = Allocation.from_dict(json.loads(given.to_json()))
+    assert again == given and again.stored == STORED
+    found = again.as_stored()
+    assert list(found.by_layer) == ["text.l.0.q_proj", "l.0.k_proj", "l.0.o_proj", "text.l.1.w2"]
+    assert list(found.table.names) == ["l.0.qkv_proj", "l.0.o_proj", "text.l.1.w2"]
+    assert (found.levels, found.budget, found.stored) == (given.levels, given.budget, {})
+
+
+@pytest.mark.parametrize("stored, message", [
+    (["l.0.q_proj"], "stored is no mapping"), ({"l.0.q_proj": 1}, "stored is no mapping"),
+    ({"nobody": "x"}, "names other layers"), ({"l.0.q_proj": "l.0.k_proj"}, "two layers have one place"),
+])  # fmt: skip
+def test_names_in_files_that_cannot_be_are_refused(stored, message):
+    with pytest.raises(RecipeError, match=message):
+        Allocation.from_dict({**document(), "stored": stored})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from msp_plugin.activations import as_samples
 from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.llm_compressor.methods import HostPruner
 from msp_plugin.plan.allocation import Allocation
@@ -74,6 +75,7 @@ class HostEngine:
                 **self.pruner.modifier_arguments(level),
             )
             self.instances.append(instance)
+            _flatten_inputs(instance)
             instance.initialize(state, **kwargs)
 
     def event(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -95,12 +97,24 @@ class HostEngine:
         self.instances, self.names = [], {}
 
 
+def _flatten_inputs(instance: Modifier) -> None:
+    """Let the host's modifier see inputs of more than three dimensions as [B, T, I]; it fails on others."""
+    own = getattr(instance, "calibrate_module", None)
+    if own is not None:
+
+        def calibrate(module: torch.nn.Module, args: tuple, output: Any) -> Any:
+            return own(module, (as_samples(args[0]), *args[1:]), output)
+
+        object.__setattr__(instance, "calibrate_module", calibrate)  # it is no field of the modifier
+
+
 class LayerwiseEngine:
     """Statistics by forward hooks; each layer is pruned when the pipeline has calibrated its block."""
 
     def __init__(self, pruner: Pruner, levels: Mapping[str, Level], owner: Modifier):
         self.pruner, self.levels, self.owner = pruner, levels, owner
         self.statistics: dict[torch.nn.Module, Any] = {}
+        self.pruned: set[torch.nn.Module] = set()
         self.names: dict[torch.nn.Module, str] = {}
 
     def initialize(self, state: State, **kwargs: Any) -> None:
@@ -115,12 +129,14 @@ class LayerwiseEngine:
         elif event.type_ == EventType.SEQUENTIAL_EPOCH_END:
             self._prune(kwargs.get("modules") or ())
         elif event.type_ == EventType.CALIBRATION_END:
+            if not self.pruner.needs_statistics:
+                self._prune(self.names)  # modules that no step of the pipeline ran
             self.owner.remove_hooks()
 
     def _observe(self, module: torch.nn.Linear, args: tuple, output: torch.Tensor) -> None:
         if module not in self.statistics:
             self.statistics[module] = self.pruner.new_statistic(module)
-        self.statistics[module] = self.pruner.observe(module, args[0], self.statistics[module])
+        self.statistics[module] = self.pruner.observe(module, as_samples(args[0]), self.statistics[module])
 
     @torch.no_grad()
     def _prune(self, modules: Iterable[torch.nn.Module]) -> None:
@@ -129,20 +145,21 @@ class LayerwiseEngine:
         if self.pruner.needs_statistics:
             ready = list(self.statistics)
         else:
-            ready = [module for module in modules if module in self.names]
+            ready = [module for module in modules if module in self.names and module not in self.pruned]
         for module in ready:
             name = self.names[module]
             with align_module_device(module):
                 statistic = self.statistics.pop(module, None)
                 (pruned,) = self.pruner.prune_levels(module, statistic, [self.levels[name]], name)
             update_offload_parameter(module, "weight", pruned)
+            self.pruned.add(module)
 
     def finalize(self, state: State) -> None:
         self.abort()
 
     def abort(self) -> None:
         self.owner.remove_hooks()
-        self.statistics, self.names = {}, {}
+        self.statistics, self.names, self.pruned = {}, {}, set()
 
 
 @dataclass(frozen=True)

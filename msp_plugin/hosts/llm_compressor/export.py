@@ -94,7 +94,7 @@ def _allocation(source: Checkpoint) -> Allocation:
         raise RecipeError(
             f"{source.path} has no {ALLOCATION_FILE}", hint="give the directory of a run of `msp prune`"
         )
-    return source.allocation
+    return Allocation.read(source.path / ALLOCATION_FILE)  # with the names of a model's modules
 
 
 def _pruner(allocation: Allocation) -> HostPruner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from msp_plugin.device import on_best_device
 from msp_plugin.errors import HostError, RecipeError, nearest
 from msp_plugin.hosts.llm_compressor.engines import make_engine
 from msp_plugin.hosts.llm_compressor.padding import Padding
+from msp_plugin.hosts.llm_compressor.passes import check_by_block, check_called
+from msp_plugin.hosts.llm_compressor.saving import name_experts, saved_names
 from msp_plugin.models import decoder_blocks
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
@@ -65,6 +68,7 @@ class MixedSparsityModifier(Options, Modifier):
     _zeros_before: dict[str, int] = PrivateAttr(default_factory=dict)
     _announce: bool = PrivateAttr(default=True)
     _fresh: bool = PrivateAttr(default=False)
+    _one_pass: bool = PrivateAttr(default=False)
     _steps: int = PrivateAttr(default=0)
     _padding: Padding | None = PrivateAttr(default=None)
     _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
@@ -99,12 +103,14 @@ class MixedSparsityModifier(Options, Modifier):
         """The recounted zeros, once the model is pruned."""
         return self._stats
 
-    def report_to(self, progress: StepProgress, *, announce: bool = True, fresh: bool = False) -> None:
+    def report_to(
+        self, progress: StepProgress, *, announce: bool = True, fresh: bool = False, one_pass: bool = False
+    ) -> None:
         """Report the steps to ``progress``; ``announce=False`` keeps a baseline from the plugins' observers.
 
-        ``fresh`` measures anew what the cache holds of this run.
+        ``fresh`` measures anew what the cache holds of this run. ``one_pass``: the host runs the model whole.
         """
-        self._progress, self._announce, self._fresh = progress, announce, fresh
+        self._progress, self._announce, self._fresh, self._one_pass = progress, announce, fresh, one_pass
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         recipe = active_session().lifecycle.recipe
@@ -120,10 +126,17 @@ class MixedSparsityModifier(Options, Modifier):
                 "`torchrun ... -m msp_plugin allocate` shares the search; give the recipe its allocation",
             )
         model = state.model
-        check_model(model, self._plan)
+        table = check_model(model, self._plan)
+        if self._plan.needs_data and not self._one_pass:
+            check_by_block(model)
+        name_experts(model)
+        stored = saved_names(model, (layer.name for layer in table.layers))
         data = self._calibration(state)
         with on_best_device(model):
-            self._outcome = allocate(model, data, self._plan, fresh=self._fresh, progress=self._progress)
+            if self._plan.pruner.needs_statistics:
+                check_called(model, table, data)
+            found = allocate(model, data, self._plan, fresh=self._fresh, progress=self._progress)
+        self._outcome = replace(found, allocation=replace(found.allocation, stored=stored))
         allocation = self._outcome.allocation
         self._zeros_before = count_zeros(model, allocation)
         if self._announce:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.sidecar import RUN_SCHEMA, RUN_VERSION, run_record
 from msp_plugin.errors import MSPError
+from msp_plugin.hosts.llm_compressor.passes import shares_keys
 from msp_plugin.hosts.llm_compressor.recipe import build_recipe
 from msp_plugin.identity import versions
 from msp_plugin.progress import StepProgress, no_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 def run_oneshot(
@@ -44,13 +48,19 @@ def run_oneshot(
 
     recipe = build_recipe(copy.deepcopy(steps))
     ours = [m for m in recipe.modifiers if isinstance(m, MixedSparsityModifier)]
+    one_pass = bool(ours) and shares_keys(model)
+    if one_pass:
+        log.warning(
+            "%s is calibrated in one pass of the whole model, because its later blocks read keys and values of earlier "
+            "ones: no block sees what pruning the blocks before it changes", type(model).__name__,
+        )  # fmt: skip
     for modifier in ours:
-        modifier.report_to(progress, announce=announce, fresh=fresh)
+        modifier.report_to(progress, announce=announce, fresh=fresh, one_pass=one_pass)
     loader = DataLoader([{"input_ids": sample} for sample in data.samples], batch_size=batch)
     with _traces_forgotten(), _cleaned_up(recipe.modifiers):
         oneshot(
             model=model, recipe=recipe, dataset=loader, processor=tokenizer,
-            trust_remote_code_model=trust_remote_code,
+            trust_remote_code_model=trust_remote_code, pipeline="basic" if one_pass else "independent",
         )  # fmt: skip
     if not ours:
         return {"schema": RUN_SCHEMA, "version": RUN_VERSION, "versions": versions()}
