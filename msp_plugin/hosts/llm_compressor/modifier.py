@@ -18,12 +18,13 @@ from msp_plugin.calibration import CalibrationSet, from_dataloader
 from msp_plugin.checkpoint.recount import PruneStats, count_zeros, recount_model
 from msp_plugin.checkpoint.sidecar import attach_files
 from msp_plugin.device import on_best_device
-from msp_plugin.errors import HostError, RecipeError, nearest
+from msp_plugin.errors import HostError, ModelError, RecipeError, nearest
 from msp_plugin.hosts.llm_compressor.engines import make_engine
 from msp_plugin.models import decoder_blocks
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
 from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.saving import check_savable
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class MixedSparsityModifier(Options, Modifier):
     _zeros_before: dict[str, int] = PrivateAttr(default_factory=dict)
     _announce: bool = PrivateAttr(default=True)
     _fresh: bool = PrivateAttr(default=False)
+    _alone: bool = PrivateAttr(default=True)
     _steps: int = PrivateAttr(default=0)
     _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
 
@@ -100,9 +102,10 @@ class MixedSparsityModifier(Options, Modifier):
     def report_to(self, progress: StepProgress, *, announce: bool = True, fresh: bool = False) -> None:
         """Report the steps to ``progress``; ``announce=False`` keeps a baseline from the plugins' observers.
 
-        ``fresh`` measures anew what the cache holds of this run.
+        ``fresh`` measures anew what the cache holds of this run. The caller sees to the saving of the model: that
+        nothing will be refused, and that it is kept if that fails.
         """
-        self._progress, self._announce, self._fresh = progress, announce, fresh
+        self._progress, self._announce, self._fresh, self._alone = progress, announce, fresh, False
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         recipe = active_session().lifecycle.recipe
@@ -119,6 +122,11 @@ class MixedSparsityModifier(Options, Modifier):
             )
         model = state.model
         check_model(model, self._plan)
+        if self._alone:
+            try:
+                check_savable(model)
+            except ModelError as error:  # who called oneshot may not want to save it
+                log.warning("%s", error)
         data = self._calibration(state)
         with on_best_device(model):
             self._outcome = allocate(model, data, self._plan, fresh=self._fresh, progress=self._progress)
@@ -170,7 +178,7 @@ class MixedSparsityModifier(Options, Modifier):
         self._stats = recount_model(
             state.model, self._outcome.allocation, exact=False, after="a later modifier"
         )
-        attach_files(state.model, self._outcome, self._stats, self._plan.seed)
+        attach_files(state.model, self._outcome, self._stats, self._plan.seed, keep=self._alone)
         log.info(
             "mixed sparsity: %d of %d weights are zero (%.4f %%)",
             self._stats.total_zeros, self._stats.total_weights, 100 * self._stats.sparsity,
