@@ -115,6 +115,6 @@ def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: 
         if 2 * shared > len(test):
             raise DataError(
                 f"{shared} of {len(test)} test samples are calibration samples too",
-                hint="give another text with --test-data",
+                hint="give another test text",
             )
     return Samples(join(parts), test)
