@@ -175,7 +175,7 @@ class CandidateLoss:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise short_of_memory("a candidate's weights do", "--offload", error) from error
+            raise short_of_memory("a candidate's weights do", "offloaded weights", error) from error
 
     def _relieved(self, work: Callable[[], Part]) -> Part:
         """Return what ``work`` does; where memory does not suffice, after letting go of what is held for later.

@@ -94,7 +94,7 @@ def compare(
         if is_packed(source):  # the host reads the source's config.json again
             raise ModelError(
                 f"{source} is packed; llm-compressor takes dense models",
-                hint="msp export it --to dense first, or compare with --no-prune",
+                hint="msp export it --to dense first, or compare without pruning",
             )
     check_source_unquantized(source, trust_remote_code=trust_remote_code)
     text = text.for_model(source, trust_remote_code=trust_remote_code)

@@ -104,7 +104,7 @@ def _reporting(
         def add_partial(self, kind: str, request: Any, answer: Any) -> None:  # called for each answer
             value = answer[0] if isinstance(answer, tuple) else answer
             if isinstance(value, float) and math.isnan(value):
-                raise NumericsError("a log-likelihood is not a number", hint="try --dtype float32")
+                raise NumericsError("a log-likelihood is not a number", hint="try dtype float32")
             self.done += 1
             progress(kind, self.done, self.total)
 

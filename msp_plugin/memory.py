@@ -45,7 +45,7 @@ def in_parts(measure: Callable[[list[int]], Part], group: list[int], tokens: int
             raise
         if len(group) == 1:
             raise short_of_memory(
-                f"one sample of {tokens:,} tokens does", "shorter samples (--length)", error
+                f"one sample of {tokens:,} tokens does", "shorter samples (a smaller length)", error
             ) from error
     free_cached()  # here, where no traceback holds the tensors of the pass that failed
     half = len(group) // 2

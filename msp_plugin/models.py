@@ -133,7 +133,7 @@ def _check_safetensors(source: str | Path) -> None:
     if path.is_dir() and not any(path.glob("*.safetensors")):
         raise ModelError(
             f"{path} has no safetensors files, and only those can stay on disk",
-            hint="load it and save it again with save_pretrained, or leave out --offload",
+            hint="load it and save it again with save_pretrained, or do not offload it",
         )
 
 

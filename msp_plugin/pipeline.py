@@ -20,13 +20,14 @@ import torch
 from msp_plugin.allocate import Outcome, allocate, check_model, parts
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.load import is_packed, load
+from msp_plugin.checkpoint.sidecar import RUN_FILE, write_files
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.evaluation import perplexity
 from msp_plugin.files import finite, output_directory, write_json
 from msp_plugin.identity import versions
 from msp_plugin.journal import Journal
-from msp_plugin.models import fingerprint, load_tokenizer
+from msp_plugin.models import fingerprint, load_tokenizer, named_parameters
 from msp_plugin.offloaded import check_room, quantized_forward
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
@@ -35,15 +36,13 @@ from msp_plugin.quantized import check_source_unquantized
 from msp_plugin.ranks import ALONE, Ranks
 from msp_plugin.resume import sole_run
 from msp_plugin.samples import Samples, Text, load_samples
-from msp_plugin.writing import writing
+from msp_plugin.saving import SHARD_BYTES, check_savable, generation_config_kept, kept_if_it_fails
+from msp_plugin.writing import check_free, writing
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-#: Of one file of a checkpoint; what is offloaded is read again for one file at a time.
-SHARD_BYTES = 4 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -129,23 +128,29 @@ def run_recipe(
             run_oneshot, data=samples.calibration, batch=text.batch, tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        quality = _reference(source, steps, plan, samples, text, prune, baseline, journal, progress)
+        alone = plan is not None and len(modifiers) == 1  # others may quantize: then the model becomes smaller
+        check = partial(_check_output, tokenizer=tokenizer, out=path if alone else None)
+        quality = _reference(source, check, steps, plan, samples, text, prune, baseline, journal, progress)
         gc.collect()
         start = time.monotonic()
         loaded = source.load()
-        record = prune(loaded, steps, progress=progress, fresh=fresh)
+        record, outcome = prune(loaded, steps, progress=progress, fresh=fresh)
         record["seconds"] = round(time.monotonic() - start, 3)
         name = "mixed" if plan is not None else "result"
-        quality[name] = _measure(name, loaded, samples, progress)
+        kept = partial(
+            kept_if_it_fails, loaded, path, lambda folder: write_files(folder, outcome, record), source.cache
+        )
+        with kept():
+            quality[name] = _measure(name, loaded, samples, progress)
         if plan is not None and plan.is_uniform:
             quality["uniform"] = quality[name]
         record |= _provenance(source, text, samples, quality)
-        with writing(path), output_directory(path) as temporary:
-            with warnings.catch_warnings():
+        with writing(path), output_directory(path) as temporary, kept():
+            with warnings.catch_warnings(), generation_config_kept(loaded, temporary):
                 warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
                 loaded.save_pretrained(temporary, save_compressed=True, max_shard_size=SHARD_BYTES)
             tokenizer.save_pretrained(temporary)
-            write_json(temporary / "run.json", record)
+            write_json(temporary / RUN_FILE, record)
     plugins.hook.msp_run_finished(record=record)
     return Run(path, record)
 
@@ -173,8 +178,8 @@ def _search_together(
 
 
 def _reference(
-    source: _Source, steps: dict[str, Any], plan: Plan | None, samples: Samples, text: Text,
-    prune: Callable[..., Any], baseline: bool, path: Path, progress: StepProgress,
+    source: _Source, check: Callable[[PreTrainedModel], None], steps: dict[str, Any], plan: Plan | None,
+    samples: Samples, text: Text, prune: Callable[..., Any], baseline: bool, path: Path, progress: StepProgress,
 ) -> dict[str, float | None]:  # fmt: skip
     """Return the perplexities of the dense model and of uniform pruning, those in the journal without work.
 
@@ -185,6 +190,7 @@ def _reference(
 
     loaded = source.load()
     check_room(loaded, source.cache)
+    check(loaded)
     if plan is not None:
         check_model(loaded, plan)
         parts(samples.calibration, plan)
@@ -204,6 +210,18 @@ def _reference(
             wanted = baseline and samples.test is not None and not plan.is_uniform
             quality["uniform"] = journal.get("uniform", uniform) if wanted else None
     return quality
+
+
+def _check_output(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path | None) -> None:
+    """Raise if the model, once it is pruned, could not be saved, or not to ``out`` for want of room.
+
+    Raises:
+        ModelError, OutputError: see check_savable and check_free.
+    """
+    check_savable(model, tokenizer)
+    if out is not None:
+        need = sum(p.numel() * p.element_size() for _, _, p in named_parameters(model))
+        check_free(out, need, "the pruned model takes", "give an output directory on another disk")
 
 
 def _identity(

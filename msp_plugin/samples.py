@@ -150,7 +150,7 @@ def load_samples(
         if 2 * shared > len(test):
             raise DataError(
                 f"{shared} of {len(test)} test samples are calibration samples too",
-                hint="give another text with --test-data",
+                hint="give another test text",
             )
     return Samples(join(parts), test)
 

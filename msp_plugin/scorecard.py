@@ -100,12 +100,12 @@ class Request:
         if self.task_dir is not None:
             names = ", ".join(sorted(local_tasks(self.task_dir))[:10])
             raise RecipeError(
-                f"{self.task_dir} without a task to ask", hint=f"--tasks names it; there are {names}"
+                f"{self.task_dir} without a task to ask", hint=f"name the tasks; there are {names}"
             )
         if not self.data:
             raise RecipeError(
                 "nothing to evaluate on",
-                hint="name tasks with --tasks, or give text for the perplexity with --data",
+                hint="name tasks, or give data: text for the perplexity",
             )
 
     @property

@@ -50,7 +50,7 @@ def require_lm_eval() -> None:
     Raises:
         HostError: it is not; the extra that brings it is named.
     """
-    hint = "pip install 'msp_plugin[eval]'; perplexity and KL (--data) need no tasks"
+    hint = "pip install 'msp_plugin[eval]'; perplexity and KL, on data, need no tasks"
     if importlib.util.find_spec("lm_eval") is None:
         raise HostError("tasks need lm-eval, which is not installed", hint=hint)
     try:
@@ -138,7 +138,7 @@ def find_tasks(
     for leaf, task in _leaves(built).items():
         _check_askable(leaf, task)
         if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval never overrides that
-            log.warning("task %s takes no examples; --num-fewshot is ignored there", leaf)
+            log.warning("task %s takes no examples; num_fewshot is ignored there", leaf)
     return Suite(names, manager, limit, num_fewshot, batch)
 
 
@@ -146,7 +146,7 @@ def _near(name: str, manager: TaskManager, local: dict[str, str], directory: Pat
     close = difflib.get_close_matches(name, [*local, *manager.all_tasks], n=5, cutoff=0.6)
     near = f"near it: {', '.join(dict.fromkeys(close))}; " if close else ""
     if directory is None:
-        return f"{near}--task-dir DIR adds tasks of your own"
+        return f"{near}a task directory adds tasks of your own"
     return f"{near}{directory} defines {', '.join(sorted(local)[:10])}"
 
 
@@ -164,7 +164,7 @@ def _build(manager: TaskManager, name: str) -> dict[str, Any]:
             raise DataError(
                 f"the dataset of task {name!r} could not be loaded: {what}",
                 hint="it comes from the hub unless the task says otherwise: go online once, or give a task with "
-                "local data by --task-dir (relative data_files start at the working directory)",
+                "local data in a task directory (relative data_files start at the working directory)",
             ) from error
         raise DataError(f"lm-eval cannot build task {name!r}: {what}", hint="see its YAML file") from error
 

@@ -91,5 +91,5 @@ def check_new(path: Path) -> None:
     """
     with writing(path):
         if path.exists():
-            raise OutputError(f"{path} exists", hint="give another --out, or remove it")
+            raise OutputError(f"{path} exists", hint="give another file, or remove it")
     check_output(path)

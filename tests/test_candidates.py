@@ -415,7 +415,7 @@ def test_a_sample_that_does_not_fit_is_an_error_that_says_what_to_do(llama, make
     refused = pytest.raises(ModelError, match="one sample of 20 tokens")
     with memory_for(llama, 0, error), refused as found, loss_of(llama, held, make_samples(3, 20)):
         pass
-    assert "--length" in found.value.hint and len(str(found.value).splitlines()) == 2
+    assert "a smaller length" in found.value.hint and len(str(found.value).splitlines()) == 2
     with loss_of(llama, held, make_samples(3, 20)) as loss:
         loss(A)
         with memory_for(llama, 0, error), pytest.raises(ModelError, match="one sample of 20 tokens"):
@@ -466,7 +466,7 @@ def test_weights_that_do_not_fit_are_an_error_that_says_what_to_do(llama, data, 
         monkeypatch.setattr(database, "weight", weight)
         with pytest.raises(ModelError, match="a candidate's weights do not fit into memory") as error:
             loss(A)
-        assert "--offload" in error.value.hint
+        assert "offloaded weights" in error.value.hint
 
 
 def test_what_scales_or_caps_logits_is_run_again_instead_of_holding_them(make_samples, measured):

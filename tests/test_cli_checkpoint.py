@@ -145,7 +145,12 @@ def test_verify_passes_and_its_json_holds_every_check(msp, packed_dir, run_dir, 
 def test_verify_without_anything_to_hold_against_says_what_was_not_checked(msp, packed_dir):
     printed = msp("verify", packed_dir)
     assert "passed (not checked: quality, served)" in printed.out
-    for words in ("--data TEXT", "--vllm ENV", "--reference RUN", "14 of 14 layers hold their level"):
+    for words in (
+        "data (test text)",
+        "vllm (an environment",
+        "give a reference",
+        "14 of 14 layers hold their level",
+    ):
         assert words in " ".join(printed.out.replace("│", " ").split())
 
 
@@ -179,8 +184,8 @@ def test_only_the_checks_that_are_named_run_once_each_and_in_order(msp, packed_d
     ("options", "words"),
     [
         (("--check", "structur"), ["no check called 'structur'", "did you mean 'structure'"]),
-        (("--check", "quality"), ["check 'quality' needs --data TEXT"]),
-        (("--check", "structure", "--check", "served"), ["check 'served' needs --vllm ENV"]),
+        (("--check", "quality"), ["check 'quality' needs data (test text)"]),
+        (("--check", "structure", "--check", "served"), ["check 'served' needs vllm (an environment"]),
         (("--set", "quality.max_k=1"), ["has no option 'max_k'", "did you mean 'max_kl'"]),
         (("--set", "qualty.max_kl=1"), ["no such role 'qualty'", "did you mean 'quality'"]),
         (("--check", "structure", "--set", "quality.max_kl=1"), ["no such role 'quality'"]),

@@ -215,3 +215,20 @@ def test_processes_of_torchrun_compare_as_one_does(msp_compare, llama_dir, text_
             del row["seconds"], row["total_seconds"]
     assert one == two and run.stdout.count("Results:") == 1
     assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_a_report_that_cannot_be_drawn_does_not_cost_the_comparison(msp_compare, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the report is not drawn")
+    pytest.importorskip("jinja2", reason="the report is not drawn")
+
+    def broken(source, plugins=None):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("msp_plugin.report.page.render", broken)
+    printed = msp_compare(
+        "--allocators", "uniform,knapsack[surrogate=weight]", out=tmp_path / "[1] out", code=1
+    )
+    (left,) = (tmp_path / "[1] out").iterdir()
+    assert len(json.loads(left.read_text())["rows"]) == 2 and "knapsack" in printed.out
+    assert f"error: {left} is whole, but no report could be drawn: 'a bug'" in printed.err
+    assert f"msp report '{tmp_path}/[1] out'" in printed.err

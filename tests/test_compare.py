@@ -405,7 +405,7 @@ def test_several_ranks_build_a_database_anew_if_asked_whatever_the_allocators_ne
 def test_a_packed_model_is_refused_before_it_is_loaded_where_it_is_to_be_pruned(packed_dir, text, no_model):
     with pytest.raises(ModelError, match="is packed") as error:
         compare(packed_dir, text, Matrix(("3/4",), ("magnitude",), by_name("uniform"), (0,), {}, True))
-    assert "--no-prune" in error.value.hint
+    assert "compare without pruning" in error.value.hint
 
 
 def test_a_rank_that_ends_ends_the_comparison(run, on_ranks, llama_dir, monkeypatch):

@@ -1,5 +1,10 @@
+import ast
+import re
+from pathlib import Path
+
 import pytest
 
+import msp_plugin
 from msp_plugin import errors
 from msp_plugin.errors import MSPError, nearest
 
@@ -43,3 +48,25 @@ def test_the_nearest_word_is_offered_beside_all_known_ones(typo, meant):
 def test_without_a_near_word_all_are_listed():
     assert nearest("zzzz", ["wanda", "sparsegpt"]) == "known: sparsegpt, wanda"
     assert nearest("zzzz", iter(())) == "known: (none)"
+
+
+def raised_texts(tree):
+    """The strings of every statement that raises or logs, and of every hint."""
+    for node in ast.walk(tree):
+        logs = isinstance(node, ast.Call) and ast.unparse(node.func).startswith("log.")
+        if isinstance(node, ast.Raise) or logs or (isinstance(node, ast.keyword) and node.arg == "hint"):
+            yield from (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
+
+
+def test_errors_outside_the_command_line_spell_no_option_of_it():
+    """They are raised in Python and in oneshot as well; a whole command, `msp export --to dense`, fits anywhere."""
+    package, odd = Path(msp_plugin.__file__).parent, []
+    for file in package.rglob("*.py"):
+        if (
+            file.is_relative_to(package / "cli") or file.name == "calibration.py"
+        ):  # its hint is being rewritten
+            continue
+        for text in raised_texts(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(text, str) and re.search(r"(?<![\w-])--[a-z]", text) and "msp " not in text:
+                odd.append(f"{file.relative_to(package)}: {text}")
+    assert not odd

@@ -183,7 +183,7 @@ def test_a_reference_with_another_tokenizer_has_no_kl(msp, no_model, run_dir, te
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["nothing to evaluate on", "--tasks", "--data"]),
+        ([], ["nothing to evaluate on", "name tasks", "give data"]),
         (["--tasks", "x", "--limit", "-1"], ["limit = -1"]),
         (["--tasks", "x", "--limit", "0"], ["limit = 0", "at least 1"]),
         (["--tasks", "x", "--num-fewshot", "-1"], ["num_fewshot = -1"]),
@@ -239,7 +239,7 @@ def test_a_missing_model_is_named_before_tasks_are_looked_for(msp, no_lm_eval):
 @needs_lm_eval
 def test_a_task_that_is_not_there_is_answered_with_near_ones(msp, no_model, llama_dir):
     said = msp("eval", llama_dir, "--tasks", "arc_eazy", code=2).err
-    assert "there is no task 'arc_eazy'" in said and "arc_easy" in said and "--task-dir DIR adds" in said
+    assert "there is no task 'arc_eazy'" in said and "arc_easy" in said and "a task directory adds" in said
 
 
 @needs_lm_eval
@@ -263,7 +263,7 @@ def test_a_task_that_is_not_in_the_directory_is_answered_with_those_that_are(
     ("text", "words"),
     [
         (MINE % "/nowhere/items.jsonl", ["dataset of task 'mine' could not be loaded", "/nowhere/items.jsonl"]),
-        ("task: mine\ndataset_path: nobody/nothing\n", ["dataset of task 'mine' could not be loaded", "--task-dir"]),
+        ("task: mine\ndataset_path: nobody/nothing\n", ["dataset of task 'mine' could not be loaded", "in a task directory"]),
         (MINE % "x" + "colour: red\n", ["cannot build task 'mine'", "colour"]),
         (MINE % "x" + "process_docs: !function absent.f\n", ["cannot build task 'mine'", "absent"]),
         (MINE % "x" + "metric_list: [{metric: acc}]\nunsafe_code: true\ncustom_dataset: !function mine.load\n",

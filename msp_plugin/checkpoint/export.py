@@ -134,7 +134,7 @@ class Sparse24(Sharded):
             reasons = sorted(set(source.packing.dense.values()))
             raise FormatError(
                 f"{source.path} has no layer that 2:4 kernels could run: {'; '.join(reasons[:3]) or 'no layers'}",
-                hint="prune with servable levels, e.g. --levels servable",
+                hint="prune with servable levels: levels servable, or names such as 2:4 and 2:8",
             )
 
     def size(self, source: Checkpoint) -> int:

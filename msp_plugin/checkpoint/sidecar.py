@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from msp_plugin.files import write_json, write_text
 from msp_plugin.identity import versions
 from msp_plugin.models import text_config
 from msp_plugin.plan.allocation import ALLOCATION_FILE
+from msp_plugin.saving import generation_config_kept, kept_if_it_fails
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,21 +66,32 @@ def run_record(outcome: Outcome, stats: PruneStats, seed: int) -> dict[str, Any]
     }
 
 
-def write_files(directory: Path, outcome: Outcome, record: dict[str, Any]) -> None:
-    """Write allocation.json and run.json into a checkpoint's directory."""
-    write_text(directory / ALLOCATION_FILE, outcome.allocation.to_json())
+def write_files(directory: Path, outcome: Outcome | None, record: dict[str, Any]) -> None:
+    """Write allocation.json, where there is an allocation, and run.json into a checkpoint's directory."""
+    if outcome is not None:
+        write_text(directory / ALLOCATION_FILE, outcome.allocation.to_json())
     write_json(directory / RUN_FILE, record)
 
 
-def attach_files(model: PreTrainedModel, outcome: Outcome, stats: PruneStats, seed: int) -> None:
-    """Make ``model.save_pretrained`` write the files too, and those of the processor of a model that reads images."""
+def attach_files(
+    model: PreTrainedModel, outcome: Outcome, stats: PruneStats, seed: int, *, keep: bool = True
+) -> None:
+    """Make ``model.save_pretrained`` write the files too, and those of the processor of a model that reads images.
+
+    Args:
+        keep: save the model elsewhere if that fails.
+    """
     save = model.save_pretrained
     record = run_record(outcome, stats, seed)
 
     def save_with_files(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        save(save_directory, *args, **kwargs)
-        copy_processor(model, Path(save_directory))
-        write_files(Path(save_directory), outcome, record)
+        path = Path(save_directory).absolute()
+        records = partial(write_files, outcome=outcome, record=record)
+        with kept_if_it_fails(model, path, records) if keep else nullcontext():
+            with generation_config_kept(model, path):
+                save(save_directory, *args, **kwargs)
+            copy_processor(model, path)
+            records(path)
 
     save_with_files._overridden = True  # llm-compressor's mark for "already wrapped"
     model.save_pretrained = save_with_files

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,7 +151,8 @@ def compare_command(
             return
         with writing(path), output_directory(path) as temporary:
             write_json(temporary / "compare.json", record)
-            written = _write_report(temporary)
+            has_report = all(map(importlib.util.find_spec, ("matplotlib", "jinja2")))
+            failure = _write_report(temporary) if has_report else None
     if as_json:
         typer.echo(json.dumps(record, indent=2, sort_keys=True))
     else:
@@ -160,11 +163,16 @@ def compare_command(
         raise MSPError(
             f"no row has a result; the first error: {errors[0]}", hint=f"all are in {out}/compare.json"
         )
+    if failure is not None:
+        raise MSPError(
+            f"{out}/compare.json is whole, but no report could be drawn: {failure}",
+            hint=f"once that is mended: msp report {shlex.quote(str(out))}",
+        ) from failure
     if as_json:
         return
     if errors:
         console.err.print(f"{len(errors)} of {len(record['rows'])} rows failed; see {out}/compare.json")
-    missing = "" if written else " (no report: pip install 'msp_plugin[report]')"
+    missing = "" if has_report else " (no report: pip install 'msp_plugin[report]')"
     console.out.print(f"Results: {out}{missing}")
 
 
@@ -172,16 +180,15 @@ def _spec(spec: str | dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return given[spec] if isinstance(spec, str) else {**given[spec["name"]], **spec}
 
 
-def _write_report(folder: Path) -> bool:
-    """Write report.html beside compare.json; False where the extra is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None or find_spec("jinja2") is None:
-        return False
+def _write_report(folder: Path) -> Exception | None:
+    """Write report.html beside compare.json, which must not be lost: return the error if that fails."""
     from msp_plugin.report import write_report
 
-    write_report(folder, folder / "report.html")
-    return True
+    try:
+        write_report(folder, folder / "report.html")
+    except Exception as error:  # a plugin's section, or a bug
+        return error
+    return None
 
 
 def comparison_tables(record: dict[str, Any], title: str) -> list[Any]:

@@ -55,7 +55,7 @@ def library_files(split: str) -> list[Path]:
     if not chosen:
         raise DataError(
             f"no standard-library source of split {split!r} under {root}",
-            hint="this interpreter ships without .py files; pass --data FILE instead",
+            hint="this interpreter ships without .py files; give a file of text instead",
         )
     return [root / name for name in chosen]
 

@@ -61,4 +61,4 @@ def _check_replaceable(path: Path) -> None:
     if path.exists():
         with path.open("rb") as file:
             if GENERATOR.encode() not in file.read(2048):
-                raise OutputError(f"{path} exists and is no report", hint="give another --out, or remove it")
+                raise OutputError(f"{path} exists and is no report", hint="give another file, or remove it")

@@ -127,7 +127,7 @@ def _check_in_memory(model: torch.nn.Module) -> None:
     if name is not None:
         raise ModelError(
             f"the weights of {name} are offloaded; hessian_trace needs the whole model in memory",
-            hint="load the model without --offload or device_map, or use an allocator that does not ask for hessian_trace",
+            hint="load the model without offloading or a device_map, or use an allocator that does not ask for hessian_trace",
         )
 
 

@@ -98,14 +98,15 @@ class CheckResult:
         }
 
 
-#: How a user gives what a check needs.
+#: What a check needs, by names that the command line and Python share.
 OPTIONS = {
-    "reference": "--reference RUN", "original": "--original MODEL", "text": "--data TEXT", "environment": "--vllm ENV",
+    "reference": "a reference", "original": "the original model", "text": "data (test text)",
+    "environment": "vllm (an environment that serves)",
 }  # fmt: skip
 
 
 def missing_needs(check: Check, subject: Subject) -> list[str]:
-    """Return the options that would give the check what it needs and has not."""
+    """Return what the check needs and has not."""
     return [OPTIONS[need] for need in check.needs if getattr(subject, need) is None]
 
 

@@ -22,7 +22,9 @@ class RoundTrip(Check):
         rows = [_packing(subject.checkpoint, progress)]
         if subject.reference is None:
             rows.append(
-                Finding("reference", SKIP, "not compared: give --reference RUN, what it was exported from")
+                Finding(
+                    "reference", SKIP, "not compared: give a reference, the run that it was exported from"
+                )
             )
         else:
             rows.append(_equality(subject.checkpoint, subject.reference, progress))

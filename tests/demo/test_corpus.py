@@ -58,4 +58,4 @@ def test_an_interpreter_without_sources_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(DataError, match="no standard-library source of split 'test'") as error:
         library_files("test")
-    assert "--data" in error.value.hint
+    assert "give a file of text" in error.value.hint

@@ -19,8 +19,9 @@ def test_what_lacks_its_inputs_is_skipped_and_says_which_option_gives_them(packe
     results = run_checks(Subject(Checkpoint.open(packed_dir)), [Quality(), Served()])
     assert all(result.passed for result in results)
     assert [[(row.state, row.found) for row in result.findings] for result in results] == [
-        [("skip", "not checked: give --data TEXT")], [("skip", "not checked: give --vllm ENV")],
-    ]  # fmt: skip
+        [("skip", "not checked: give data (test text)")],
+        [("skip", "not checked: give vllm (an environment that serves)")],
+    ]
 
 
 @dataclass(frozen=True)

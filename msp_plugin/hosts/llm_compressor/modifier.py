@@ -19,7 +19,7 @@ from msp_plugin.calibration import CalibrationSet, from_dataloader
 from msp_plugin.checkpoint.recount import PruneStats, count_zeros, recount_model
 from msp_plugin.checkpoint.sidecar import attach_files
 from msp_plugin.device import on_best_device
-from msp_plugin.errors import HostError, RecipeError, nearest
+from msp_plugin.errors import HostError, ModelError, RecipeError, nearest
 from msp_plugin.hosts.llm_compressor.engines import make_engine
 from msp_plugin.hosts.llm_compressor.padding import Padding
 from msp_plugin.hosts.llm_compressor.passes import check_by_block, check_called
@@ -28,6 +28,7 @@ from msp_plugin.models import decoder_blocks
 from msp_plugin.options import Options, Plan, resolve
 from msp_plugin.plugins import Plugins
 from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.saving import check_savable
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class MixedSparsityModifier(Options, Modifier):
     _announce: bool = PrivateAttr(default=True)
     _fresh: bool = PrivateAttr(default=False)
     _one_pass: bool = PrivateAttr(default=False)
+    _alone: bool = PrivateAttr(default=True)
     _steps: int = PrivateAttr(default=0)
     _padding: Padding | None = PrivateAttr(default=None)
     _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
@@ -108,9 +110,11 @@ class MixedSparsityModifier(Options, Modifier):
     ) -> None:
         """Report the steps to ``progress``; ``announce=False`` keeps a baseline from the plugins' observers.
 
-        ``fresh`` measures anew what the cache holds of this run. ``one_pass``: the host runs the model whole.
+        ``fresh`` measures anew what the cache holds of this run. ``one_pass``: the host runs the model whole. The
+        caller sees to the saving of the model: that nothing will be refused, and that it is kept if that fails.
         """
-        self._progress, self._announce, self._fresh, self._one_pass = progress, announce, fresh, one_pass
+        self._progress, self._announce, self._fresh, self._alone = progress, announce, fresh, False
+        self._one_pass = one_pass
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         recipe = active_session().lifecycle.recipe
@@ -131,6 +135,11 @@ class MixedSparsityModifier(Options, Modifier):
             check_by_block(model)
         name_experts(model)
         stored = saved_names(model, (layer.name for layer in table.layers))
+        if self._alone:
+            try:
+                check_savable(model)
+            except ModelError as error:  # who called oneshot may not want to save it
+                log.warning("%s", error)
         data = self._calibration(state)
         with on_best_device(model):
             if self._plan.pruner.needs_statistics:
@@ -191,7 +200,7 @@ class MixedSparsityModifier(Options, Modifier):
         self._stats = recount_model(
             state.model, self._outcome.allocation, exact=False, after="a later modifier"
         )
-        attach_files(state.model, self._outcome, self._stats, self._plan.seed)
+        attach_files(state.model, self._outcome, self._stats, self._plan.seed, keep=self._alone)
         log.info(
             "mixed sparsity: %d of %d weights are zero (%.4f %%)",
             self._stats.total_zeros, self._stats.total_weights, 100 * self._stats.sparsity,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from msp_plugin.allocate import Outcome
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.sidecar import RUN_SCHEMA, RUN_VERSION, run_record
 from msp_plugin.errors import MSPError
@@ -33,8 +34,8 @@ def run_oneshot(
     progress: StepProgress = no_progress,
     announce: bool = True,
     fresh: bool = False,
-) -> dict[str, Any]:
-    """Run a recipe on a loaded model and return the record of our line, if there is one.
+) -> tuple[dict[str, Any], Outcome | None]:
+    """Run a recipe on a loaded model and return its record, and the allocation of our line if there is one.
 
     ``fresh`` measures anew what the cache holds of this run.
 
@@ -63,8 +64,8 @@ def run_oneshot(
             trust_remote_code_model=trust_remote_code, pipeline="basic" if one_pass else "independent",
         )  # fmt: skip
     if not ours:
-        return {"schema": RUN_SCHEMA, "version": RUN_VERSION, "versions": versions()}
-    return run_record(ours[0].outcome, ours[0].stats, ours[0].seed)
+        return {"schema": RUN_SCHEMA, "version": RUN_VERSION, "versions": versions()}, None
+    return run_record(ours[0].outcome, ours[0].stats, ours[0].seed), ours[0].outcome
 
 
 def forget() -> None:

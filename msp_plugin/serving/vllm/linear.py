@@ -89,9 +89,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         if columns % 8:
             raise ServingError(
                 f"{self.prefix} has {columns} input columns in each process; a packed weight is cut at multiples of 8",
-                hint="use a smaller --tensor-parallel-size"
+                hint="use a smaller tensor parallel size"
                 if columns < input_size
-                else "export the model to dense, and serve that with --quantization sparse24",
+                else "export the model to dense, and serve that with quantization sparse24",
             )
         sizes = {"compressed": (columns // 2, params_dtype), "bitmask": (columns // 8, torch.uint8)}
         for suffix, (width, dtype) in sizes.items():
