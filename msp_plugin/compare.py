@@ -23,11 +23,11 @@ from msp_plugin.blockwise import runs_by_block
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.candidates import CandidateLoss
 from msp_plugin.checkpoint.load import is_packed, load
+from msp_plugin.database.build import CHECKED_TOKENS, build_database
+from msp_plugin.database.store import LevelDatabase
 from msp_plugin.device import on_best_device
 from msp_plugin.errors import DataError, ModelError, MSPError
 from msp_plugin.evaluation import perplexity
-from msp_plugin.database.build import CHECKED_TOKENS, build_database
-from msp_plugin.database.store import LevelDatabase
 from msp_plugin.exchange import CandidateWeights, Weights
 from msp_plugin.files import finite, write_text
 from msp_plugin.identity import digest, versions

@@ -44,7 +44,7 @@ def key_of(model_id, data, made):
 def database_of(model, data, made):
     table = check_model(model, made)
     levels = uniform_levels(make_problem(model, table, made))
-    prefix = {layer.name: level for unit, level in zip(table, levels) for layer in unit.layers}
+    prefix = {layer.name: level for unit, level in zip(table, levels, strict=True) for layer in unit.layers}
     return open_database(fingerprint(model), data, made.pruner, made.menu, made.cache, prefix=prefix)
 
 

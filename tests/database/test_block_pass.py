@@ -140,7 +140,7 @@ def test_behind_a_prefix_layers_see_what_a_pruning_of_the_whole_model_shows_them
             for layer in unit.layers:
                 module = by_hand.get_submodule(layer.name)
                 levels = [level for level in behind.menu if not level.is_dense]
-                weights = dict(zip(names, pruner.prune_levels(module, statistics[unit.name], levels, layer.name)))
+                weights = dict(zip(names, pruner.prune_levels(module, statistics[unit.name], levels, layer.name), strict=True))
                 for level, weight in weights.items():
                     torch.testing.assert_close(behind.weight(layer.name, level), weight, rtol=1e-4, atol=1e-5)
                     differ += not torch.equal(weight, dense.weight(layer.name, level))
