@@ -30,7 +30,9 @@ class Prefix:
         self.model = model
         self.blocks = decoder_blocks(model)[1]
         embeddings = model.get_input_embeddings().weight
-        width = getattr(text_config(model), "hidden_size", embeddings.shape[1])  # OPT's embeddings may be narrower
+        width = getattr(
+            text_config(model), "hidden_size", embeddings.shape[1]
+        )  # OPT's embeddings may be narrower
         fit = bytes_per_token // (width * embeddings.element_size())
         stride = -(-len(self.blocks) // (fit + 1)) if fit else len(self.blocks)
         self._starts = tuple(range(stride, len(self.blocks), stride))

@@ -94,7 +94,9 @@ def test_nothing_left_to_prune_is_an_error(llama):
 
 def test_a_model_whose_blocks_hold_no_linear_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=32, n_positions=16))
-    with pytest.raises(ModelError, match="blocks of GPT2LMHeadModel under 'transformer.h' hold no linear") as error:
+    with pytest.raises(
+        ModelError, match="blocks of GPT2LMHeadModel under 'transformer.h' hold no linear"
+    ) as error:
         prunable_layers(model)
     assert "Conv1D" in error.value.message and "take another model" in error.value.hint
 
@@ -403,7 +405,9 @@ def test_a_model_of_images_and_text_loads_whole(tmp_path):
 ])  # fmt: skip
 def test_the_class_is_the_one_that_the_config_names_where_transformers_knows_two(named, expected):
     assert auto_class(AutoConfig.for_model("llama4", architectures=[named])) is expected
-    assert auto_class(AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"])) is AutoModelForCausalLM
+    assert (
+        auto_class(AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"])) is AutoModelForCausalLM
+    )
 
 
 def test_sizes_outside_of_the_language_models_config_stand_for_nothing(tmp_path):
@@ -419,7 +423,9 @@ def test_sizes_outside_of_the_language_models_config_stand_for_nothing(tmp_path)
 
 
 def test_an_encoder_and_a_decoder_are_refused():
-    model = T5ForConditionalGeneration(T5Config(d_model=32, d_ff=32, d_kv=16, num_layers=2, num_heads=2, vocab_size=64))
+    model = T5ForConditionalGeneration(
+        T5Config(d_model=32, d_ff=32, d_kv=16, num_layers=2, num_heads=2, vocab_size=64)
+    )
     with pytest.raises(ModelError, match="T5ForConditionalGeneration is an encoder and a decoder"):
         prunable_layers(model)
 
