@@ -34,6 +34,7 @@ from msp_plugin.identity import digest, versions
 from msp_plugin.journal import Journal
 from msp_plugin.matrix import Matrix
 from msp_plugin.measure import Measurements
+from msp_plugin.memory import freed_memory_kept
 from msp_plugin.models import fingerprint, input_device, load_tokenizer
 from msp_plugin.offloaded import check_room
 from msp_plugin.options import Plan
@@ -118,7 +119,7 @@ def compare(
     bench = _Bench(
         reload, trust_remote_code, model, tokenizer, text, samples, parts, matrix, plugins, fresh, progress, ranks
     )  # fmt: skip
-    with on_best_device(model):
+    with freed_memory_kept(), on_best_device(model):
         if ranks.size > 1:
             bench.allocate_together()
             if ranks.rank:

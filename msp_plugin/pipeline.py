@@ -27,6 +27,7 @@ from msp_plugin.evaluation import perplexity
 from msp_plugin.files import finite, output_directory, write_json
 from msp_plugin.identity import versions
 from msp_plugin.journal import Journal
+from msp_plugin.memory import freed_memory_kept
 from msp_plugin.models import fingerprint, load_tokenizer, named_parameters
 from msp_plugin.offloaded import check_room, quantized_forward
 from msp_plugin.options import Options, Plan, resolve
@@ -243,7 +244,7 @@ def _measure(name: str, model: PreTrainedModel, samples: Samples, progress: Step
     if samples.test is None:
         return None
     try:
-        with on_best_device(model), quantized_forward(model):
+        with freed_memory_kept(), on_best_device(model), quantized_forward(model):
             return perplexity(model, samples.test, progress=partial(progress, f"perplexity, {name}"))
     except NumericsError:
         if name == "dense":
