@@ -63,6 +63,35 @@ def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def draw_levels(record: dict[str, Any], path: Path) -> None:
+    """Draw the level of each unit that ``search`` chose: blocks from left to right, a row for each kind of unit."""
+    import matplotlib.pyplot as plt
+
+    row = next(row for row in record["rows"] if row["allocator"] == "search")
+    kinds = list(dict.fromkeys(unit["name"].rpartition(".")[2] for unit in record["units"]))
+    names = [name for name in record["levels"] if name in row["levels"]]
+    blocks = 1 + max(unit["block"] for unit in record["units"])
+    grid = [[float("nan")] * blocks for _ in kinds]
+    for unit, level in zip(record["units"], row["levels"], strict=True):
+        grid[kinds.index(unit["name"].rpartition(".")[2])][unit["block"]] = names.index(level)
+    figure, axes = plt.subplots(figsize=(9, 2.2), layout="constrained")
+    colors = plt.get_cmap("viridis_r", len(names))
+    image = axes.imshow(grid, cmap=colors, vmin=-0.5, vmax=len(names) - 0.5, aspect="auto")
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xlabel("decoder block")
+    axes.set_xticks(range(0, blocks, 5))
+    bar = figure.colorbar(image, ticks=range(len(names)), label="weights kept")
+    bar.ax.set_yticklabels(names)
+    figure.savefig(path, dpi=120)
+
+
+def rank_correlation(rows: list[dict[str, Any]]) -> float:
+    """Return Spearman's rank correlation of the KL with the database's weights and of that after the final pruning."""
+    ranks = [[sorted(r[key] for r in rows).index(row[key]) for row in rows] for key in ("database_kl", "kl")]
+    n = len(rows)
+    return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (n * (n * n - 1))
+
+
 def markdown(cells: dict[str, Any]) -> str:
     """Return the tables of all cells."""
     lines = ["# Allocators on SmolLM2-135M-Instruct", ""]
@@ -87,6 +116,12 @@ def markdown(cells: dict[str, Any]) -> str:
                 f"| {row['allocator']} | {shown} | {100 * row['taken_back']:.0f} % | {row['kl']:.3f} | "
                 f"{row['database_kl']:.3f} | {row['tokens']:,} | {row['seconds']:.0f} |"
             )
+        first, last = entry["rows"][0], entry["rows"][-1]
+        survives = (first["kl"] - last["kl"]) / (first["database_kl"] - last["database_kl"])
+        lines += ["", (
+            f"Rank correlation of the two KLs {rank_correlation(entry['rows']):.2f}; of the gain in KL that `search` sees, "
+            f"{100 * survives:.0f} % is there after the final pruning."
+        )]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -105,6 +140,8 @@ if __name__ == "__main__":
             "versions": record["versions"],
         }  # fmt: skip
         cells = {cell: cells[cell] for cell in CELLS if cell in cells}
+        if name == "sparsegpt:0.625":
+            draw_levels(record, RESULTS / "smollm2_levels.png")
         known.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
         (RESULTS / "smollm2.md").write_text(markdown(cells), encoding="utf-8")
     print(markdown(cells))
