@@ -128,7 +128,7 @@ def run_recipe(
             run_oneshot, data=samples.calibration, batch=text.batch, tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        alone = plan is not None and len(modifiers) == 1  # others may quantize: then the model becomes smaller
+        alone = plan is not None and len(modifiers) == 1  # others may quantize: the model is smaller then
         check = partial(_check_output, tokenizer=tokenizer, out=path if alone else None)
         quality = _reference(source, check, steps, plan, samples, text, prune, baseline, journal, progress)
         gc.collect()
