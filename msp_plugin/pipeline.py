@@ -151,7 +151,7 @@ def run_recipe(
                 loaded.save_pretrained(temporary, save_compressed=True, max_shard_size=SHARD_BYTES)
             tokenizer.save_pretrained(temporary)
             write_json(temporary / RUN_FILE, record)
-    plugins.hook.msp_run_finished(record=record)
+    plugins.tell("msp_run_finished", record=record)
     return Run(path, record)
 
 
