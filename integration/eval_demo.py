@@ -60,7 +60,7 @@ def numbers(record: dict[str, Any]) -> dict[str, Any]:
 def make_run(path: Path) -> None:
     """Prune the demo model without a search and without calibration."""
     msp(
-        "prune", "demo:llama", "-s", "0.625", "--method", "magnitude", "--allocator", "uniform", "--levels",
+        "prune", "demo:qwen2", "-s", "0.625", "--method", "magnitude", "--allocator", "uniform", "--levels",
         "dense,2:4,2:8", "--data", "demo:calibration", "--samples", "4", "--length", "64", "--test-samples", "0",
         "--dtype", "float32", "--out", path,
     )  # fmt: skip
@@ -81,7 +81,8 @@ def show(record: dict[str, Any]) -> None:
 
 
 def check(run: Path, work: Path) -> None:
-    pruned = evaluated(run, "--reference", "demo:llama", *TEXT)
+    original = json.loads((run / "run.json").read_text())["model"]["source"]
+    pruned = evaluated(run, "--reference", original, *TEXT)
     show(pruned)
     dense = next(m for m in pruned["tasks"][TASK]["metrics"] if m["name"] == "acc")
     sigmas = (dense["reference"] - CHANCE) / dense["reference_stderr"]

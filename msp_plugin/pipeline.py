@@ -129,7 +129,7 @@ def run_recipe(
             run_oneshot, data=samples.calibration, batch=text.batch, tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        alone = plan is not None and len(modifiers) == 1  # others may quantize: then the model becomes smaller
+        alone = plan is not None and len(modifiers) == 1  # others may quantize: the model is smaller then
         check = partial(_check_output, tokenizer=tokenizer, out=path if alone else None)
         quality = _reference(source, check, steps, plan, samples, text, prune, baseline, journal, progress)
         gc.collect()
@@ -152,7 +152,7 @@ def run_recipe(
                 loaded.save_pretrained(temporary, save_compressed=True, max_shard_size=SHARD_BYTES)
             tokenizer.save_pretrained(temporary)
             write_json(temporary / RUN_FILE, record)
-    plugins.hook.msp_run_finished(record=record)
+    plugins.tell("msp_run_finished", record=record)
     return Run(path, record)
 
 

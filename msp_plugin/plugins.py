@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import inspect
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -15,7 +16,9 @@ import pluggy
 from pydantic import TypeAdapter, ValidationError
 
 from msp_plugin import hookspecs
-from msp_plugin.errors import PluginError, RecipeError, nearest, shown
+from msp_plugin.errors import MSPError, PluginError, RecipeError, nearest, shown
+
+log = logging.getLogger(__name__)
 
 KINDS = ("estimators", "allocators", "pruners", "exporters", "checks")
 BUILTIN = "msp_plugin.builtin"
@@ -76,8 +79,19 @@ class Plugins:
 
     @property
     def hook(self) -> Any:
-        """The pluggy hook relay, for observers."""
+        """The pluggy hook relay."""
         return self.manager.hook
+
+    def tell(self, event: str, **about: Any) -> None:
+        """Call the observers of an event, e.g. ``msp_run_finished``; a bug of one is a warning and ends no run."""
+        for observer in getattr(self.hook, event).get_hookimpls():
+            try:
+                observer.function(**{name: about[name] for name in observer.argnames})
+            except MSPError:  # meant for the user
+                raise
+            except Exception as error:
+                owner = self.owners[id(observer.plugin)]
+                log.warning("plugin %s: %s() raised %s: %s", owner, event, type(error).__name__, error)
 
     def _add(self, plugin: object, owner: str, name: str | None = None) -> None:
         for attribute in dir(plugin):

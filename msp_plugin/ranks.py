@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from msp_plugin.errors import HostError, MSPError
+from msp_plugin.errors import HostError, MSPError, shown
 from msp_plugin.writing import is_full
 
 if TYPE_CHECKING:
@@ -245,13 +245,25 @@ def _header(tensor: torch.Tensor | None) -> torch.Tensor:
     return torch.tensor([1, _dtypes().index(tensor.dtype), len(shape), *shape, *[0] * (8 - len(shape))])
 
 
+def world_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many ranks a launcher says that there are; 1 without one.
+
+    Raises:
+        HostError: what it says is no number.
+    """
+    size = environment.get("WORLD_SIZE", "1")
+    if not size.isdecimal():
+        raise HostError(f"WORLD_SIZE is {shown(size)}, no number of ranks", hint="unset it, or use torchrun")
+    return int(size)
+
+
 def join(environment: Mapping[str, str] = os.environ) -> Ranks:
     """Return the ranks of this process: those of ``torchrun`` where it was started by it, else itself.
 
     Raises:
         HostError: the ranks do not find each other.
     """
-    if int(environment.get("WORLD_SIZE", "1")) < 2:
+    if world_size(environment) < 2:
         return ALONE
     from datetime import timedelta
 

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.table import Table
@@ -132,3 +135,17 @@ def test_doctor_shows_what_it_found_as_it_is(msp, monkeypatch):
     monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check(ODD, "fail", ODD, ODD)])
     shown = msp("doctor", code=1).out
     assert shown == f"FAIL {ODD}: {ODD}\n     -> {ODD}\n" and json.loads(msp("doctor", "--json", code=1).out)
+
+
+def test_a_name_that_the_terminals_encoding_lacks_is_printed_with_escapes(copied, run_dir):
+    path = copied(run_dir, "modèle")
+    done = subprocess.run(
+        [sys.executable, "-m", "msp_plugin", "verify", path, "--check", "structure"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "1000"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "mod\\xe8le" in done.stdout
+
+
+def test_a_world_size_that_is_no_number_is_one_clear_error(msp, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "all")
+    assert msp("doctor", code=1).err.startswith("error: WORLD_SIZE is 'all', no number of ranks")

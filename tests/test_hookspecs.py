@@ -2,16 +2,19 @@
 
 from fractions import Fraction
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
-from msp_plugin import hookspecs
+from msp_plugin import hookimpl, hookspecs
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
+from msp_plugin.errors import RecipeError
 from msp_plugin.options import Options, resolve
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
+from msp_plugin.plugins import Plugins
 from msp_plugin.verify.base import Subject, run_checks
 
 SAMPLES = ("squared_norm", "least_error", "ria", "listing", "no_nan", "observer", "hello", "densest")
@@ -117,14 +120,36 @@ def test_observers_are_told_of_a_run(plugins_with, sample_plugin, make_problem):
     problem = make_problem([(4, 8)], ["4:8"], 0.5)
     allocation = Allocation(problem.table, problem.menu, Fraction(1, 2))
     events.clear()
-    plugins.hook.msp_run_started(allocation=allocation)
-    plugins.hook.msp_layer_pruned(layer="layers.0.proj", level=Level(4, 8), zeros=16, weights=32)
-    plugins.hook.msp_run_finished(record={"seed": 0})
+    plugins.tell("msp_run_started", allocation=allocation)
+    plugins.tell("msp_layer_pruned", layer="layers.0.proj", level=Level(4, 8), zeros=16, weights=32)
+    plugins.tell("msp_run_finished", record={"seed": 0})
     assert events == [
         ("started", allocation),
         ("pruned", "layers.0.proj", "4:8", 16, 32),
         ("finished", {"seed": 0}),
     ]
+
+
+def test_an_observer_with_a_bug_ends_no_run_and_the_others_are_told(sample_plugin, caplog):
+    class Broken:
+        @hookimpl
+        def msp_run_finished(self):
+            raise KeyError("a bug")
+
+        @hookimpl
+        def msp_run_started(self, allocation):
+            raise RecipeError("not this one")
+
+    events = sample_plugin("observer").events
+    events.clear()
+    for first, second in (("broken", "observer"), ("observer", "broken")):
+        extra = {"broken": Broken(), "observer": sample_plugin("observer")}
+        plugins = Plugins({name: extra[name] for name in (first, second)}, entry_points=False)
+        plugins.tell("msp_run_finished", record={})
+        with pytest.raises(RecipeError, match="not this one"):  # what is meant for the user
+            plugins.tell("msp_run_started", allocation=None)
+    assert events.count(("finished", {})) == 2
+    assert caplog.text.count("plugin broken: msp_run_finished() raised KeyError: 'a bug'") == 2
 
 
 def test_a_section_of_a_plugin_is_told_of_the_run(plugins_with, make_problem):

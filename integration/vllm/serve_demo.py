@@ -108,8 +108,9 @@ def msp(*arguments: str | Path, expect: int = 0) -> str:
 def verify(directory: Path, run: Path, environment: Path, *more: str) -> list[dict]:
     """Verify a checkpoint with every check, show the table's rows, and return the findings."""
     began = time.monotonic()
+    original = json.loads((run / "run.json").read_text())["model"]["source"]
     said = msp(
-        "verify", directory, "--reference", run, "--original", "demo:llama", "--data", "demo:test", "--samples", "128",
+        "verify", directory, "--reference", run, "--original", original, "--data", "demo:test", "--samples", "128",
         "--length", "256", "--vllm", environment, "--json", *more,
     )  # fmt: skip
     results = json.loads(said)

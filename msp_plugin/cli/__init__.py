@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -20,6 +21,9 @@ def main() -> None:
     if not {"-v", "--verbose"} & set(sys.argv):
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     from msp_plugin.cli.stopping import stopping
 
     with stopping() as stopped:

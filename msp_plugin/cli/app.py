@@ -20,6 +20,7 @@ from msp_plugin.cli.report import report
 from msp_plugin.cli.search import allocate_command, sensitivity
 from msp_plugin.cli.stopping import Stopped
 from msp_plugin.errors import HostError, MSPError
+from msp_plugin.ranks import world_size
 
 #: Commands that share their search among ranks, and those that go on where they were stopped.
 SHARED = {"run", "prune", "demo", "allocate", "compare"}
@@ -139,9 +140,10 @@ def _root(
 def run(stopped: Callable[[], int] = lambda: 0) -> None:
     """Run the command line with the commands that plugins add; ``stopped`` is that of ``stopping``."""
     debug = bool(os.environ.get("MSP_DEBUG"))
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    where = f"rank {os.environ.get('RANK')}: " if ranks > 1 else ""
+    where = ""
     try:
+        ranks = world_size()
+        where = f"rank {os.environ.get('RANK')}: " if ranks > 1 else ""
         if ranks > 1 and not (SHARED & set(sys.argv[1:2]) or "--help" in sys.argv):
             raise HostError(
                 f"{' '.join(sys.argv[1:2]) or 'msp'} runs in one process, not in {ranks}",

@@ -63,7 +63,7 @@ def _show_run(run: Any, as_json: bool, title: str) -> None:
 
 def demo(
     out: Out = Path("msp-demo"),
-    model: Annotated[str, typer.Option("--model", help="llama or qwen2")] = "llama",
+    model: Annotated[str, typer.Option("--model", help="qwen2 or llama")] = "qwen2",
     method: Method = "sparsegpt",
     levels: Levels = None,
     seed: Seed = 0,

@@ -149,7 +149,7 @@ class MixedSparsityModifier(Options, Modifier):
         allocation = self._outcome.allocation
         self._zeros_before = count_zeros(model, allocation)
         if self._announce:
-            self._plugins.hook.msp_run_started(allocation=allocation)
+            self._plugins.tell("msp_run_started", allocation=allocation)
         self._engine = make_engine(self._plan.pruner, allocation, self)
         self._guarded(self._engine.initialize, state, **kwargs)
         return True
@@ -185,8 +185,8 @@ class MixedSparsityModifier(Options, Modifier):
             self.remove_hooks()
             self._stats = recount_model(state.model, self._outcome.allocation, before=self._zeros_before)
             for layer, level in self._outcome.allocation.by_layer.items() if self._announce else ():
-                self._plugins.hook.msp_layer_pruned(
-                    layer=layer, level=level, zeros=self._stats.zeros[layer],
+                self._plugins.tell(
+                    "msp_layer_pruned", layer=layer, level=level, zeros=self._stats.zeros[layer],
                     weights=self._stats.weights[layer],
                 )  # fmt: skip
 
