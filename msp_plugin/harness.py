@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
@@ -66,6 +67,8 @@ def ask(
         NumericsError: a log-likelihood is not a number.
         HostError: lm-eval failed.
     """
+    # its resampling forks a pool of a process that has threads, and such a pool may never end
+    os.environ["DISABLE_MULTIPROC"] = "1"
     with off_console(quiet) as stderr:
         import lm_eval
 

@@ -92,7 +92,7 @@ def _of_columns(values: Sequence[object], columns: Sequence[str], where: str) ->
         if found is None:
             raise DataError(
                 f"{where}: {name!r} is {shown(value)}, neither text nor messages with role and content",
-                hint="name the column that holds the text with --text-column",
+                hint="name the column that holds the text",
             )
         messages += found
     return Chat(tuple(messages), where) if any(m["content"].strip() for m in messages) else None

@@ -166,7 +166,7 @@ def sensitivity(
 
     plugins = Plugins()
     spec = component_options(options, estimator=estimator)["estimator"]
-    if "samples" in plugins.options("estimators", estimator):
+    if samples and "samples" in plugins.options("estimators", estimator):
         spec = {"samples": samples, **spec}
     built = plugins.build("estimators", spec)
     source = resolve_model(model)
