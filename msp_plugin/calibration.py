@@ -113,8 +113,8 @@ class CalibrationSet:
             raise DataError(
                 f"the search asks for {tail_tokens:,} held-out tokens, but {len(self)} calibration samples "
                 f"with {self.tokens:,} tokens leave at most {self.tokens // 2:,} for it",
-                hint="give more or longer samples or --search-data, or fewer tokens to the allocator: "
-                "--set allocator.tokens=8192 --set allocator.holdout=4096",
+                hint="give more or longer samples, text of its own for the search, or the allocator's tokens and "
+                f"holdout less than {self.tokens // 2:,} together",
             )
         return head, tail
 
@@ -162,7 +162,7 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) 
         return own
     if tokenizer.bos_token_id is None:
         raise DataError(
-            "the tokenizer has no beginning-of-text token to start samples with", hint="leave out --bos"
+            "the tokenizer has no beginning-of-text token to start samples with", hint="leave bos to the tokenizer"
         )
     return (tokenizer.bos_token_id,)
 
@@ -221,7 +221,7 @@ def tokenize(
     if len(start) >= length:
         raise DataError(
             f"asked for samples of {length} tokens, and {len(start)} of them start every text",
-            hint="ask for longer samples, or --no-bos",
+            hint="ask for longer samples, or for none (bos off)",
         )
     own = length - len(start)
     stream = _stream(tokenizer, texts, _READ * samples * length)

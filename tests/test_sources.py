@@ -245,7 +245,7 @@ def test_a_column_of_another_type_is_named_with_its_value(tmp_path, value):
     path = write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"text": value}])
     with pytest.raises(DataError, match="a.jsonl, line 2: 'text' is .*neither text nor messages") as error:
         read(path)
-    assert "--text-column" in error.value.hint
+    assert "column that holds the text" in error.value.hint
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "saved"])

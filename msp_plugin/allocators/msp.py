@@ -71,6 +71,11 @@ class MSP(Allocator):
         scores: dict[Choice, float] = {}
         curve: list[tuple[int, float]] = []
         total = self.population + self.generations * self.offspring
+        if self.max_tokens:
+            total = min(total, max(1, self.max_tokens // sum(inputs.loss.lengths)))
+
+        def report(done: int) -> None:
+            inputs.progress(min(done, total), total)
 
         def measure(choice: Choice) -> None:
             if choice in scores:
@@ -83,13 +88,13 @@ class MSP(Allocator):
         def evolve() -> None:
             for done, choice in enumerate(fisher_seeds(inputs, self.population, self.amplitude, rng), 1):
                 measure(choice)
-                inputs.progress(done, total)
+                report(done)
             weight = _relative(inputs.sensitivities["fisher"])
             for generation in range(self.generations):
                 alive = _fittest(scores, self.population)
                 for child in range(self.offspring):
                     measure(self._child(problem, alive, scores, weight, rng))
-                    inputs.progress(self.population + generation * self.offspring + child + 1, total)
+                    report(self.population + generation * self.offspring + child + 1)
 
         uniform = problem.uniform()
         ended = f"after all of its {self.generations} generations"
