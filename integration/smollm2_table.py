@@ -126,9 +126,13 @@ def markdown(cells: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=Path("smollm2"), help="directory that smollm2.py made")
-    parser.add_argument("--work", type=Path, default=Path("smollm2/compared"), help="where the comparisons lie")
+    parser.add_argument(
+        "--work", type=Path, default=Path("smollm2/compared"), help="where the comparisons lie"
+    )
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS)
     options = parser.parse_args()
     known = RESULTS / "smollm2.json"

@@ -162,7 +162,8 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) 
         return own
     if tokenizer.bos_token_id is None:
         raise DataError(
-            "the tokenizer has no beginning-of-text token to start samples with", hint="leave bos to the tokenizer"
+            "the tokenizer has no beginning-of-text token to start samples with",
+            hint="leave bos to the tokenizer",
         )
     return (tokenizer.bos_token_id,)
 

@@ -252,9 +252,7 @@ class CandidateLoss:
             now = self.weights.weight(layer, self.problem.menu[choice[u]].name)
             near = range(max(0, choice[u] - reach), min(len(self.problem.menu), choice[u] + reach + 1))
             return u, {
-                k: self.weights.weight(layer, self.problem.menu[k].name) - now
-                for k in near
-                if k != choice[u]
+                k: self.weights.weight(layer, self.problem.menu[k].name) - now for k in near if k != choice[u]
             }
 
         def loss(number: int, logits: torch.Tensor) -> torch.Tensor:
@@ -328,7 +326,9 @@ class CandidateLoss:
     def _refer(self, hidden: torch.Tensor | None, logits: torch.Tensor) -> _Reference:
         if self._head is None:
             return _Reference((hidden if self._tail else logits).clone())
-        return _Reference(hidden.clone(), summed_exponentials(logits), expected_rows(logits, self._head.weight))
+        return _Reference(
+            hidden.clone(), summed_exponentials(logits), expected_rows(logits, self._head.weight)
+        )
 
     def _dense_logp(self, i: int) -> torch.Tensor:
         with torch.no_grad():

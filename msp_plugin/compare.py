@@ -298,7 +298,11 @@ class _Bench:
                 weights.put(self._pruned_by_host(plan, problem, choice))
                 yield
             return
-        levels = {a.name: problem.menu[k].name for unit, k in zip(self.table, choice, strict=True) for a in unit.layers}
+        levels = {
+            a.name: problem.menu[k].name
+            for unit, k in zip(self.table, choice, strict=True)
+            for a in unit.layers
+        }
         final = LevelDatabase(folder, {"levels": levels}, problem.menu)
         build_database(
             final, self.model, self.table, plan.pruner, data, prefix=levels, only_prefix=True,

@@ -150,7 +150,9 @@ class Measurements:
         """The prefix by layer; None where the method does not look at inputs."""
         if self.prefix is None or not self.pruner.needs_statistics:
             return None
-        return {a.name: level for unit, level in zip(self.table, self.prefix, strict=True) for a in unit.layers}
+        return {
+            a.name: level for unit, level in zip(self.table, self.prefix, strict=True) for a in unit.layers
+        }
 
     @contextmanager
     def _alone(self, path: Path, what: str, *, wait: bool = False) -> Iterator[None]:

@@ -123,7 +123,9 @@ def run_recipe(
     with sole_run(out, plan and plan.cache, fresh=fresh) as (path, journal):
         text = text.for_model(model, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        samples = load_samples(tokenizer, text, plan.search_tokens if plan else 0, fit=plan is not None and plan.fits)
+        samples = load_samples(
+            tokenizer, text, plan.search_tokens if plan else 0, fit=plan is not None and plan.fits
+        )
         source = _Source(model, dtype, trust_remote_code, offload, plan and plan.cache)
         prune = partial(
             run_oneshot, data=samples.calibration, batch=text.batch, tokenizer=tokenizer,

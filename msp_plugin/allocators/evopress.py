@@ -52,7 +52,13 @@ class EvoPress(Allocator):
     tokens: int = 65536
 
     def __post_init__(self) -> None:
-        for option, least in (("generations", 0), ("offspring", 1), ("max_swaps", 1), ("max_tokens", 0), ("tokens", 1)):
+        for option, least in (
+            ("generations", 0),
+            ("offspring", 1),
+            ("max_swaps", 1),
+            ("max_tokens", 0),
+            ("tokens", 1),
+        ):
             if getattr(self, option) < least:
                 raise RecipeError(f"evopress: {option} = {getattr(self, option)} must be at least {least}")
         stages, falling = len(self.survivors), (self.offspring, *self.survivors)

@@ -58,7 +58,8 @@ Column = Annotated[
 Bos = Annotated[
     bool | None,
     typer.Option(
-        "--bos/--no-bos", help="start each sample with the beginning-of-text token; default: as the tokenizer does"
+        "--bos/--no-bos",
+        help="start each sample with the beginning-of-text token; default: as the tokenizer does",
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch", help="samples per forward pass of the host")]

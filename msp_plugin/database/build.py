@@ -111,7 +111,9 @@ def build_database(
         pruned = partial(_pruned_block, database, model, table, prefix) if prefix else None
         statistics = _by_block(walk, mine, groups, pruner, pruned, last=missing[-1].block)
     else:
-        log.info("%s does not run block by block: whole forward passes, of the dense model", type(model).__name__)
+        log.info(
+            "%s does not run block by block: whole forward passes, of the dense model", type(model).__name__
+        )
         mine = ranks.share(missing)
         statistics = _by_group(model, groups(mine), pruner, data, batch_tokens)
     total = sum(len(unit.layers) for unit in mine)

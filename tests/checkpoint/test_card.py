@@ -98,4 +98,6 @@ def test_a_model_of_images_and_text_is_loaded_as_one(run_dir, copied, edit_json,
     edit_json(source / "config.json", lambda config: {**config, "vision_config": {}})
     export_checkpoint(source, Dense(), tmp_path / "dense")
     card = (tmp_path / "dense" / "README.md").read_text(encoding="utf-8")
-    assert "from transformers import AutoModelForImageTextToText\nmodel = AutoModelForImageTextToText." in card
+    assert (
+        "from transformers import AutoModelForImageTextToText\nmodel = AutoModelForImageTextToText." in card
+    )

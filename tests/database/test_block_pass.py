@@ -140,7 +140,13 @@ def test_behind_a_prefix_layers_see_what_a_pruning_of_the_whole_model_shows_them
             for layer in unit.layers:
                 module = by_hand.get_submodule(layer.name)
                 levels = [level for level in behind.menu if not level.is_dense]
-                weights = dict(zip(names, pruner.prune_levels(module, statistics[unit.name], levels, layer.name), strict=True))
+                weights = dict(
+                    zip(
+                        names,
+                        pruner.prune_levels(module, statistics[unit.name], levels, layer.name),
+                        strict=True,
+                    )
+                )
                 for level, weight in weights.items():
                     torch.testing.assert_close(behind.weight(layer.name, level), weight, rtol=1e-4, atol=1e-5)
                     differ += not torch.equal(weight, dense.weight(layer.name, level))
@@ -157,7 +163,10 @@ def test_a_model_that_hands_over_more_is_run_as_a_whole(tmp_path, llama, mixed, 
     assert not runs_by_block(model, mixed.samples[0])
     with caplog.at_level(logging.INFO, logger="msp_plugin"):
         build_database(database(tmp_path, pruner), model, table, pruner, mixed)
-    assert "LlamaForCausalLM does not run block by block: whole forward passes, of the dense model" in caplog.messages
+    assert (
+        "LlamaForCausalLM does not run block by block: whole forward passes, of the dense model"
+        in caplog.messages
+    )
     held, expected = database(tmp_path, pruner), collect(model, list(table), pruner, mixed, 4096)
     for unit in table:
         for layer in unit.layers:

@@ -52,7 +52,9 @@ class Padding:
         sampler, batches = loader.sampler, loader.batch_sampler
         repeats = isinstance(sampler, SequentialSampler) or type(sampler).__name__ == "LengthAwareSampler"
         if repeats and (batches is None or type(batches) is BatchSampler):
-            log.info("%.1f %% of the calibration batches is padding; no statistic counts it", 100 * self.share)
+            log.info(
+                "%.1f %% of the calibration batches is padding; no statistic counts it", 100 * self.share
+            )
             return True
         log.warning(
             "%.1f %% of the calibration batches is padding. The search leaves it out; llm-compressor's statistics "
