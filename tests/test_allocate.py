@@ -365,3 +365,24 @@ def test_an_allocator_that_misses_the_budget_is_caught(llama, plan):
 
     with pytest.raises(VerificationError, match="the allocator returned"):
         allocate(llama, None, dataclasses.replace(made, allocator=Greedy()))
+
+
+@pytest.mark.parametrize("count, expected", [(2, (1, 1, 0)), (6, (3, 2, 1)), (64, (32, 21, 11))])
+def test_a_search_whose_defaults_ask_for_more_text_than_there_is_takes_half(
+    plan, make_samples, caplog, count, expected
+):
+    made = plan(allocator="search")
+    found = parts(make_samples(count), made)
+    assert tuple(map(len, found)) == expected
+    assert f"candidates are measured on {24 * expected[1]} tokens" in caplog.text
+
+
+@pytest.mark.parametrize("option", [{"tokens": 8192}, {"holdout": 4096}])
+def test_text_that_was_asked_for_by_name_is_not_made_less(plan, make_samples, option):
+    with pytest.raises(DataError, match="held-out tokens"):
+        parts(make_samples(6), plan(allocator={"name": "search", **option}))
+
+
+def test_a_search_with_its_defaults_starts_on_a_few_short_samples(llama, plan, make_samples):
+    made = plan(method="magnitude", allocator={"name": "search", "rounds": 1})
+    assert allocate(llama, make_samples(4), made).allocation.budget.exact

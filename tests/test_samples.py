@@ -107,3 +107,26 @@ def test_search_and_test_samples_start_as_the_calibration_samples(bos_tokenizer,
     ]  # fmt: skip
     plain = load_samples(bos_tokenizer, Text(text_file, samples=4, length=16, test_samples=0, bos=False))
     assert bos_tokenizer.bos_token_id not in torch.cat(plain.calibration.samples)
+
+
+def test_without_a_count_a_short_text_gives_what_it_holds_and_says_so(tokenizer, text_file, caplog):
+    found = load_samples(tokenizer, Text(text_file, length=512))
+    calibration, test = len(found.calibration), len(found.test)
+    assert 8 < calibration + test < 128 + 32 and test == (calibration + test) // 4
+    assert f"fewer than the default of 160: {calibration} calibrate, {test} test" in caplog.text
+    with pytest.raises(DataError, match="128 were asked for"):
+        load_samples(tokenizer, Text(text_file, samples=128, length=512, test_samples=0))
+
+
+def test_a_search_text_that_is_short_is_used_whole_unless_tokens_were_asked_for(
+    tokenizer, text_file, tmp_path, caplog
+):
+    text = Text(
+        text_file, search=write_text(tmp_path / "other.txt", 1), samples=8, length=512, test_samples=0
+    )
+    with pytest.raises(DataError, match="were asked for"):
+        load_samples(tokenizer, text, 10**6)
+    found = load_samples(tokenizer, text, 10**6, fit=True)
+    assert (
+        len(found.calibration) > 8 + 2 and "samples of 512 tokens for the search, fewer than" in caplog.text
+    )
