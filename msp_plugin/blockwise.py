@@ -31,8 +31,8 @@ class BlockPass:
     Memory: tokens * D * bytes of a number. The weights that accelerate offloads are read anew for every batch.
 
     Ranks share the blocks: block b is that of rank b modulo their number. It gets each batch from the rank of the
-    block before as soon as that has run it, and hands it on; so all ranks are at work on neighbouring blocks,
-    and each holds what one process does; on a GPU also a copy in the CPU's memory until the next rank has read it.
+    block before as soon as that has run it, and hands it on; so all ranks are at work on neighbouring blocks
+    (unless what a block becomes must be known before the next one runs), and each holds what one process does; on a GPU also a copy in the CPU's memory until the next rank has read it.
 
     Args:
         batch_tokens: of one forward pass.

@@ -19,7 +19,7 @@ import torch
 from msp_plugin.allocators.base import Choice
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
-from msp_plugin.evaluation import expected_rows, summed_cross_entropy, summed_exponentials, summed_kl
+from msp_plugin.evaluation import likely_tokens, summed_cross_entropy, summed_exponentials, summed_kl
 from msp_plugin.exchange import CandidateWeights
 from msp_plugin.memory import Part, cache_bytes, free_cached, in_parts, is_out_of_memory, short_of_memory
 from msp_plugin.models import input_device, onloaded
@@ -41,14 +41,19 @@ class _Reference:
 
     ``kept`` is the dense input of the head where the head is a plain linear; else the output of the last block
     where the model makes the same logits of it again, e.g. if it scales or caps them; else the logits. With a plain
-    head no dense logits are made again: with h the input of the head, z the logits, w_v the rows of the head and
-    e_t = sum_v p_tv w_v of the dense model,
-    KL_t = logsumexp z_t - logsumexp z_t(dense) - (h_t - h_t(dense)) . e_t; a bias of the head cancels.
+    head no dense logits are made again. With h the input of the head, z the logits, p the dense model's probabilities,
+    K its likeliest tokens and w_v the rows of the head,
+    KL_t = logsumexp z_t - logsumexp z_t(dense) - sum_{v in K} p_tv (z_tv - z_tv(dense)) - (h_t - h_t(dense)) . e_t,
+    e_t = sum_{v not in K} p_tv w_v; a bias of the head cancels. The likely tokens come from the logits, because in 16
+    bits these are rounded, in the logsumexp as well; over the many others the rounding averages out.
     """
 
     kept: torch.Tensor
     logsumexp: torch.Tensor | None = None
     expected: torch.Tensor | None = None
+    likely: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 class CandidateLoss:
@@ -326,9 +331,9 @@ class CandidateLoss:
     def _refer(self, hidden: torch.Tensor | None, logits: torch.Tensor) -> _Reference:
         if self._head is None:
             return _Reference((hidden if self._tail else logits).clone())
-        return _Reference(
-            hidden.clone(), summed_exponentials(logits), expected_rows(logits, self._head.weight)
-        )
+        likely, shares, expected = likely_tokens(logits, self._head.weight)
+        own = logits.gather(-1, likely)
+        return _Reference(hidden.clone(), summed_exponentials(logits), expected, likely, shares, own)
 
     def _dense_logp(self, i: int) -> torch.Tensor:
         with torch.no_grad():
@@ -350,10 +355,15 @@ class CandidateLoss:
             )
         references = [self._reference[i] for i in group]
         if references[0].expected is not None:
-            expected = torch.stack([r.expected for r in references])
+            expected, shares = (
+                torch.stack([getattr(r, n) for r in references]) for n in ("expected", "shares")
+            )
             moved = hidden.float() - torch.stack([r.kept for r in references]).float()
+            own = logits.gather(-1, torch.stack([r.likely for r in references])).float()
+            own -= torch.stack([r.logits for r in references]).float()
             grown = summed_exponentials(logits) - torch.stack([r.logsumexp for r in references])
-            kl = grown.double() - (moved * expected).sum(-1, dtype=torch.float64)
+            kl = grown.double() - (shares * own).sum(-1, dtype=torch.float64)
+            kl -= (moved * expected).sum(-1, dtype=torch.float64)
             return float(kl.sum()), kl.numel()
         dense = self._logits(torch.stack([r.kept for r in references]))
         return summed_kl(dense.flatten(0, 1), logits.flatten(0, 1)), logits[..., 0].numel()

@@ -103,7 +103,7 @@ def compare(
     search_tokens = max(plan.allocator.held_out_tokens for plan in plans)
     stopping = max(plan.allocator.stopping_tokens for plan in plans)
     fit = all(plan.fits for plan in plans)
-    samples = load_samples(tokenizer, text, search_tokens + stopping, fit=fit)
+    samples = load_samples(tokenizer, text, search_tokens + stopping)
     if samples.test is None:
         raise DataError("a comparison needs test text", hint="give test samples")
     calibration, search, holdout = hold_out(samples.calibration, search_tokens, stopping, fit=fit)
@@ -187,6 +187,7 @@ class _Bench:
     ranks: Ranks
     table: Any = None
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    renewed: set[Path] = field(default_factory=set)
 
     def cells(self) -> Iterator[tuple[Measurements, Plan, str, int]]:
         """Yield measurements, plan, label and seed of each row; a method's database at a sparsity is built once."""
@@ -200,7 +201,7 @@ class _Bench:
                 of = make_problem(self.model, self.table, self._plan(method, sparsity, first_label))
                 held = Measurements(
                     self.model, self.table, first.menu, first.pruner, *self.parts, estimators, first.cache,
-                    fresh=self.fresh, ranks=self.ranks, sensitivities=self.sensitivities, prefix=uniform_levels(of),
+                    fresh=self.fresh, ranks=self.ranks, sensitivities=self.sensitivities, renewed=self.renewed, prefix=uniform_levels(of),
                 )  # fmt: skip
                 for label in self.matrix.allocators:
                     plan = self._plan(method, sparsity, label)
@@ -281,7 +282,10 @@ class _Bench:
             found = {"holdout_loss": finite(stop), "database": _named(test.quality())}
         if not self.matrix.prune:
             return {**found, **found["database"]}
-        with tempfile.TemporaryDirectory() as folder, self._pruned(held, plan, problem, choice, Path(folder)):
+        with (
+            tempfile.TemporaryDirectory(dir=held.database.path.parent) as folder,
+            self._pruned(held, plan, problem, choice, Path(folder)),
+        ):
             return {**found, **_named(test.quality())}
 
     @contextmanager

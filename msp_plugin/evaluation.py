@@ -15,6 +15,8 @@ from msp_plugin.progress import Progress, silent
 _LOGITS = 2**23
 #: Rows of an output head that are turned into float32 at once.
 _ROWS = 2**14
+#: Tokens of a position whose own logits the KL to the dense model reads (see candidates._Reference).
+LIKELY = 32
 
 
 @torch.no_grad()
@@ -69,14 +71,25 @@ def summed_exponentials(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.float().logsumexp(-1) for part in parts]).view(logits.shape[:-1])
 
 
-def expected_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return the mean row of ``rows`` [V, D] under the distributions of logits [T, V], float32[T, D]."""
+def likely_tokens(
+    logits: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the LIKELY likeliest tokens of logits [T, V], their probabilities, and the mean row of all others.
+
+    Args:
+        rows: [V, D]; row v is weighted with the probability of token v, that of a likely one with 0.
+
+    Returns:
+        int64[T, K], float32[T, K] and float32[T, D].
+    """
     found = []
     for part in logits.split(max(1, _LOGITS // logits.shape[-1])):
         p = part.float().softmax(-1)
+        shares, tokens = p.topk(min(LIKELY, p.shape[-1]), -1)
+        p.scatter_(-1, tokens, 0.0)
         pieces = zip(p.split(_ROWS, -1), rows.split(_ROWS), strict=True)
-        found.append(sum(share @ some.float() for share, some in pieces))
-    return torch.cat(found)
+        found.append((tokens, shares, sum(share @ some.float() for share, some in pieces)))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))  # type: ignore[return-value]
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ class _Paid(Protocol):
 class Measurements:
     """A model with its text and method, and what was measured of them so far.
 
-    One object serves any number of allocators, budgets and seeds: sensitivities, the level database and
+    One object serves any number of allocators and seeds, and of budgets where there is no ``prefix``: sensitivities, the level database and
     errors are measured when the first of them asks.
 
     Args:
@@ -82,6 +82,7 @@ class Measurements:
         ranks: share the measurements; each has the model, the text and the cache.
         prefix: the name of a level by unit, the pruned blocks that the level database's statistics are taken behind
             (see build_database); None: dense ones.
+        renewed: what ``fresh`` has measured anew, for measurements that share the cache.
     """
 
     model: torch.nn.Module
@@ -99,7 +100,7 @@ class Measurements:
     ranks: Ranks = ALONE
     prefix: tuple[str, ...] | None = None
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    _renewed: set[Path] = field(default_factory=set)
+    renewed: set[Path] = field(default_factory=set)
 
     @cached_property
     def model_id(self) -> str:
@@ -131,7 +132,8 @@ class Measurements:
         )  # fmt: skip
 
         def prepare() -> None:
-            if self.fresh:
+            if self.fresh and database.path not in self.renewed:
+                self.renewed.add(database.path)
                 database.renew()
             database.tidy()
             check_space(database, self.model, self.table)
@@ -385,8 +387,8 @@ class Measurements:
         identity = {**identity, "device": device, "measurement": _code(), "versions": versions()}
         path = folder / f"{name}-{digest(identity)[:16]}.jsonl"
         with self._alone(path.with_suffix(".lock"), f"it measures {name} of this model and text", wait=True):
-            if self.fresh and path not in self._renewed:
-                self._renewed.add(path)
+            if self.fresh and path not in self.renewed:
+                self.renewed.add(path)
                 self.ranks.first(lambda: path.unlink(missing_ok=True))
             with closing(Journal(path, identity, self.ranks)) as journal:
                 yield journal

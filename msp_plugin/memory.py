@@ -84,7 +84,8 @@ def freed_memory_kept() -> Iterator[None]:
 def _set_malloc(mapped: int, trimmed: int) -> None:
     with suppress(AttributeError, OSError, TypeError):  # another C library, or Windows
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, mapped)
+        if not mallopt(_M_MMAP_THRESHOLD, mapped):  # older ones allow no more
+            mallopt(_M_MMAP_THRESHOLD, _GLIBC[0])
         mallopt(_M_TRIM_THRESHOLD, trimmed)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from msp_plugin.allocate import Outcome, allocate, check_model, parts
+from msp_plugin.allocate import Outcome, allocate, check_model
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.load import is_packed, load
 from msp_plugin.checkpoint.sidecar import RUN_FILE, write_files
@@ -123,9 +123,7 @@ def run_recipe(
     with sole_run(out, plan and plan.cache, fresh=fresh) as (path, journal):
         text = text.for_model(model, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        samples = load_samples(
-            tokenizer, text, plan.search_tokens if plan else 0, fit=plan is not None and plan.fits
-        )
+        samples = load_samples(tokenizer, text, plan.search_tokens if plan else 0)
         source = _Source(model, dtype, trust_remote_code, offload, plan and plan.cache)
         prune = partial(
             run_oneshot, data=samples.calibration, batch=text.batch, tokenizer=tokenizer,
@@ -196,7 +194,7 @@ def _reference(
     check(loaded)
     if plan is not None:
         check_model(loaded, plan)
-        parts(samples.calibration, plan)
+        samples.calibration.split(plan.search_tokens, fit=plan.fits)
 
     def uniform() -> float | None:
         model = source.load()
@@ -340,7 +338,7 @@ def search(
     check_source_unquantized(model, trust_remote_code=trust_remote_code)
     text = text.for_model(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    samples = load_samples(tokenizer, text, plan.search_tokens, fit=plan.fits)
+    samples = load_samples(tokenizer, text, plan.search_tokens)
     loaded = load(model, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=plan.cache)
     with on_best_device(loaded):
         return allocate(

@@ -84,7 +84,7 @@ class Plugins:
 
     def tell(self, event: str, **about: Any) -> None:
         """Call the observers of an event, e.g. ``msp_run_finished``; a bug of one is a warning and ends no run."""
-        for observer in getattr(self.hook, event).get_hookimpls():
+        for observer in reversed(getattr(self.hook, event).get_hookimpls()):  # as pluggy calls them
             try:
                 observer.function(**{name: about[name] for name in observer.argnames})
             except MSPError:  # meant for the user

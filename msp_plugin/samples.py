@@ -108,16 +108,11 @@ class Samples:
     test: CalibrationSet | None
 
 
-def load_samples(
-    tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: int = 0, *, fit: bool = False
-) -> Samples:
+def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: int = 0) -> Samples:
     """Return the tokenized samples of a run.
 
     The search's samples are the last ones of ``calibration``, where the modifier looks for them. The
     text's ``length`` must be known (see ``Text.for_model``).
-
-    Args:
-        fit: make do with fewer samples for the search than ``search_tokens`` asks for, two at least.
 
     Raises:
         DataError: a source is missing, empty or too short.
@@ -137,11 +132,7 @@ def load_samples(
     parts = [_part(found, found.source, 0, cut)]
     test = _part(found, f"{found.source} [{cut}:]", cut, len(found)) if reserved else None
     if held_out:
-        least = min(held_out, 2) if fit else None
-        parts.append(text.read(tokenizer, text.search, held_out, at_least=least, seed=text.seed))
-        if len(parts[-1]) < held_out:
-            log.warning("%s has %d samples of %d tokens for the search, fewer than %d", parts[-1].source,
-                        len(parts[-1]), text.length, held_out)  # fmt: skip
+        parts.append(text.read(tokenizer, text.search, held_out, seed=text.seed))
     if text.test and text.test_samples:
         test = text.read(tokenizer, text.test, text.test_samples, at_least=1)
     if text.test and test is not None:

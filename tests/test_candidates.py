@@ -144,8 +144,8 @@ def test_kl_in_bfloat16_is_that_of_two_whole_models(llama, mixed, measured, upca
     with loss_of(llama, held, mixed, batch_tokens=1) as loss:
         for choice in (A, B):
             expected = kl_by_hand(dense, pruned_copy(dense, database, problem, choice), mixed.samples)
-            # by hand the logits are rounded to bfloat16 in both parts of the KL, here in the first one
-            assert loss(choice) == pytest.approx(expected, rel=5e-4)
+            # by hand the logits of all tokens are rounded, here those of the likely ones
+            assert loss(choice) == pytest.approx(expected, rel=1e-4)
         assert loss((0,) * 8) == pytest.approx(0.0, abs=1e-6)
 
 

@@ -7,7 +7,14 @@ import torch
 from msp_plugin import evaluation
 from msp_plugin.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
-from msp_plugin.evaluation import mean_kl, perplexity, summed_cross_entropy, summed_kl
+from msp_plugin.evaluation import (
+    likely_tokens,
+    mean_kl,
+    perplexity,
+    summed_cross_entropy,
+    summed_exponentials,
+    summed_kl,
+)
 
 
 @pytest.fixture
@@ -92,3 +99,19 @@ def test_a_loss_that_is_no_number_is_an_error(llama, data, measure):
     with pytest.raises(NumericsError, match="not a number") as error:
         measure(llama, data)
     assert "float32" in error.value.hint
+
+
+@pytest.mark.parametrize("change", [0.002, 0.05, 0.5])
+def test_a_small_kl_in_16_bits_is_no_noise_of_rounding(change):
+    """The KL from the head's input and the likely tokens' logits, against that of all logits, both rounded."""
+    generator = torch.Generator().manual_seed(0)
+    rows = (0.1 * torch.randn(4096, 64, generator=generator)).bfloat16()
+    dense = 8 * torch.randn(256, 64, generator=generator)
+    moved = (dense + 8 * change * torch.randn(256, 64, generator=generator)).bfloat16()
+    dense = dense.bfloat16()
+    before, after = dense @ rows.T, moved @ rows.T
+    likely, shares, expected = likely_tokens(before, rows)
+    grown = summed_exponentials(after) - summed_exponentials(before)
+    grown -= (shares * (after.gather(-1, likely).float() - before.gather(-1, likely).float())).sum(-1)
+    kl = grown - ((moved.float() - dense.float()) * expected).sum(-1)
+    assert float(kl.sum()) == pytest.approx(summed_kl(before, after), rel=0.03)

@@ -34,7 +34,7 @@ class EvoPress(Allocator):
     Args:
         tokens_per_selection: forward tokens of one candidate in each stage.
         max_swaps: m, most swaps of a mutation.
-        max_tokens: most forward tokens, beside those that measure uniform and the result; 0 sets no limit. The
+        max_tokens: most forward tokens, beside those that measure the result; 0 sets no limit. The
             generation that it does not allow is left out.
         tokens: held-out calibration tokens, the text that the stages draw from.
     """

@@ -31,7 +31,7 @@ class MSP(Allocator):
         amplitude: largest deviation of a unit's sparsity from the target in the Fisher seeds.
         crossover: share of the offspring that has two parents.
         max_moves: most units that a mutation moves on its own account.
-        max_tokens: most forward tokens, beside those that measure uniform; 0 sets no limit.
+        max_tokens: most forward tokens; 0 sets no limit.
         loss: ``kl`` (to the dense model, nats per token) or ``perplexity`` (its logarithm).
         tokens: held-out calibration tokens that measure a candidate.
     """

@@ -371,7 +371,8 @@ class _State:
         if len(self.judged) <= GAIN_ROUNDS:
             return np.inf
         won, last = self.judged_uniform() - self.judged[-1], self.judged[-1 - GAIN_ROUNDS] - self.judged[-1]
-        return last / GAIN_ROUNDS / won if won > 0 and np.isfinite(won) else np.inf
+        # rounds that gained nothing are counted by patience
+        return last / GAIN_ROUNDS / won if won > 0 < last and np.isfinite(won) else np.inf
 
     def judged_uniform(self) -> float:
         """Return the mean loss of uniform over search text and hold-out."""

@@ -95,7 +95,9 @@ def allocate_command(
     specs = component_options(options, estimators, method=method, allocator=allocator)
     given = recipe_options(sparsity, levels, target, ignore, seed, cache, specs)
     chosen = Options.parse(given | layer_options(granularity, bounds, protect))
-    text = Text(data, search_data, None, samples, length, 0, text_column, bos=bos)
+    # of a short text as many samples stay unseen as `msp prune` tests with afterwards
+    unseen = 0 if samples else Text.test_samples
+    text = Text(data, search_data, None, samples, length, unseen, text_column, bos=bos)
     out = out.expanduser()
     with ExitStack() as stack:
         ranks.first(lambda: stack.enter_context(sole_output(out, cache, file=True)) and None)
