@@ -23,7 +23,7 @@ class _Loader:
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         try:
-            from msp_plugin.hosts.llm_compressor import register_modifier
+            from msp_plugin.hosts.llm_compressor.register import register_modifier
 
             register_modifier()
         except Exception as error:

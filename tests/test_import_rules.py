@@ -1,4 +1,4 @@
-"""What may import what. The names are those of docs and of the packages' own docstrings."""
+"""The order of the rooms: a file imports its own room and those before it in ORDER."""
 
 import ast
 import subprocess
@@ -10,109 +10,115 @@ import pytest
 import msp_plugin
 
 ROOT = Path(msp_plugin.__file__).parent
-FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
-HOST = "hosts/llm_compressor/"
-#: The onload of an offloaded weight; guarded, so that the recount works without the host.
-GUARDED = ("checkpoint/recount.py", "compressed_tensors.utils")
+#: From the bottom up. Whoever adds a room finds its place here.
+ORDER = (
+    "errors", "progress", "runtime", "plan", "formats", "records", "models", "pruning", "allocators", "data", "demo",
+    "passes", "checkpoint", "sensitivity", "database", "verify", "serving", "plugins", "search", "hosts", "evaluation",
+    "runs", "report", "cli",
+)  # fmt: skip
+#: Files that name what lies above them: the public names, the start of the command and of a host, the built-in plugins
+#: (inside functions), and the hooks' types.
+LOOK_UP = ("__init__.py", "__main__.py", "_autoload.py", "plugins/builtin.py", "plugins/hookspecs.py")
+#: Packages that only these rooms may import.
+FRAMEWORKS = {
+    "llmcompressor": ("hosts/llm_compressor/",),
+    "compressed_tensors": (
+        "hosts/llm_compressor/",
+        "checkpoint/recount.py",
+    ),  # the recount reads offloaded weights
+    "vllm": ("serving/vllm/",),
+    "typer": ("cli/", "plugins/hookspecs.py"),
+    "rich": ("cli/",),
+}
+#: Rooms that plan with whole numbers and lists, and never load a tensor library.
+WITHOUT_TORCH = ("plan/", "allocators/", "records/")
 
 
 def imports(file):
-    found = []
-    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+    """Yield (name, inside a function) of every import; ``from a import b`` counts as ``a.b`` where that is a module."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            yield from ((alias.name, id(node) in lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} has a relative import"
-            found += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield (name if is_module(name) else node.module), id(node) in lazy
 
 
-def is_of(name, packages):
-    return any(name == package or name.startswith(package + ".") for package in packages)
+def is_module(name):
+    path = ROOT.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-def test_the_files_are_found():
-    assert "plan/levels.py" in FILES and "hosts/llm_compressor/methods.py" in FILES
-    packages = {file.partition("/")[0] for file in FILES if "/" in file}
-    assert packages >= {"formats", "checkpoint", "verify", "serving"} and "serving/vllm/linear.py" in FILES
+def room(file_or_module):
+    return file_or_module.removeprefix("msp_plugin.").replace("/", ".").removesuffix(".py").partition(".")[0]
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("plan/")])
-def test_plan_knows_only_itself_and_errors_and_no_torch(file):
-    for name in imports(file):
-        assert not is_of(name, ["torch", "transformers"]), name
-        if is_of(name, ["msp_plugin"]):
-            assert is_of(name, ["msp_plugin.plan", "msp_plugin.errors"]), name
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("allocators/")])
-def test_allocators_never_import_torch(file):
-    assert not [name for name in imports(file) if is_of(name, ["torch", "transformers"])]
+def test_every_file_has_a_room_in_the_order():
+    assert {room(file) for file in FILES if file not in LOOK_UP} == set(ORDER)
 
 
-@pytest.mark.parametrize(
-    "file", [f for f in FILES if f.startswith(("sensitivity/", "database/", "allocators/", "pruning/"))]
-)
-def test_components_know_no_host_and_no_command(file):
-    above = [f"msp_plugin.{name}" for name in ("hosts", "checkpoint", "pipeline", "cli")]
-    assert not [name for name in imports(file) if is_of(name, above)]
+def test_files_import_their_own_room_and_lower_ones():
+    wrong = []
+    for file in FILES:
+        for name, lazy in imports(file):
+            if not name.startswith("msp_plugin.") or (
+                file in LOOK_UP and (lazy or file != "plugins/builtin.py")
+            ):
+                continue
+            if ORDER.index(room(name)) > ORDER.index(room(file)):
+                wrong.append(f"{file} imports {name}")
+    assert not wrong
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if not f.startswith(HOST)])
-def test_only_the_host_package_imports_the_host(file):
-    found = {name for name in imports(file) if is_of(name, ["llmcompressor", "compressed_tensors"])}
-    if file == GUARDED[0]:
-        found -= {GUARDED[1], f"{GUARDED[1]}.align_module_device"}
-    assert not found
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {
+        "msp_plugin." + file.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): {
+            name for name, _ in imports(file) if name.startswith("msp_plugin.")
+        }
+        for file in FILES
+        if file not in LOOK_UP
+    }
+    done, circles = set(), []
+
+    def visit(name, way):
+        if name in way:
+            circles.append(" > ".join([*way[way.index(name) :], name]))
+        elif name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, [*way, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+    assert not circles
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("formats/")])
-def test_formats_know_torch_and_plans_and_nothing_else(file):
-    for name in imports(file):
-        known = is_of(name, ["torch", "msp_plugin.formats", "msp_plugin.errors", "msp_plugin.plan"])
-        assert known or name.partition(".")[0] in sys.stdlib_module_names, name
-
-
-@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("checkpoint/")])
-def test_checkpoints_know_no_check_no_command_and_no_run(file):
-    above = [f"msp_plugin.{name}" for name in ("verify", "serving", "cli", "pipeline", "hosts")]
-    assert not [name for name in imports(file) if is_of(name, above)]
-
-
-@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("serving/")])
-def test_serving_knows_no_host_no_run_and_no_command(file):
-    above = [f"msp_plugin.{name}" for name in ("hosts", "pipeline", "cli", "verify")]
-    assert not [name for name in imports(file) if is_of(name, above)]
-
-
-@pytest.mark.parametrize("file", [f for f in FILES if not f.startswith("serving/vllm/")])
-def test_only_its_plugin_imports_vllm(file):
-    assert not [name for name in imports(file) if is_of(name, ["vllm", "msp_plugin.serving.vllm"])]
-
-
-@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("verify/")])
-def test_checks_know_no_command_and_no_host(file):
-    above = [f"msp_plugin.{name}" for name in ("hosts", "cli", "serving", "pipeline")]
-    assert not [name for name in imports(file) if is_of(name, above)]
-
-
-RUNS = ("identity", "journal", "memory", "ranks", "resume", "writing")
-PASSES = ("activations", "blockwise", "candidates", "exchange", "prefix", "recompute", "slopes")
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_what_makes_runs_safe_knows_nothing_of_what_they_do(name):
-    known = [f"msp_plugin.{n}" for n in (*RUNS, "errors", "files", "calibration", "allocators.base")]
-    for other in imports(f"{name}.py"):
-        assert not is_of(other, ["msp_plugin"]) or other == "msp_plugin" or is_of(other, known), other
-
-
-@pytest.mark.parametrize("name", PASSES)
-def test_what_runs_a_model_knows_no_run_and_no_command(name):
-    above = [
-        f"msp_plugin.{n}" for n in ("hosts", "checkpoint", "verify", "measure", "pipeline", "cli", "report")
+def test_each_framework_is_imported_in_its_own_rooms():
+    wrong = [
+        f"{file} imports {name}"
+        for file in FILES
+        for name, _ in imports(file)
+        if not file.startswith(FRAMEWORKS.get(name.partition(".")[0], ""))
     ]
-    assert not [other for other in imports(f"{name}.py") if is_of(other, above)]
+    assert not wrong
+
+
+def test_plans_allocators_and_records_know_no_torch():
+    wrong = [
+        f"{file} imports {name}"
+        for file in FILES
+        if file.startswith(WITHOUT_TORCH)
+        for name, _ in imports(file)
+        if name.partition(".")[0] in ("torch", "transformers", "safetensors")
+    ]
+    assert not wrong
 
 
 def loaded_by(statement):
@@ -121,44 +127,27 @@ def loaded_by(statement):
     return set(found.stdout.split())
 
 
-def test_importing_the_package_loads_neither_torch_nor_a_host():
-    found = loaded_by("import msp_plugin; msp_plugin.hookimpl; msp_plugin.__version__")
-    assert "msp_plugin" in found
-    assert not found & {"torch", "transformers", "llmcompressor", "compressed_tensors", "pydantic", "numpy"}
-
-
-def test_planning_and_allocators_run_without_torch():
-    found = loaded_by(
-        "import msp_plugin.plan.allocation, msp_plugin.plugins\n"
-        "import msp_plugin.allocators.msp, msp_plugin.allocators.uniform"
-    )
-    assert "numpy" in found and not found & {"torch", "transformers", "llmcompressor"}
-
-
-def test_packing_and_unpacking_need_torch_alone():
-    found = loaded_by("import msp_plugin.formats.sparse24")
-    assert "torch" in found and not found & {
-        "transformers",
-        "safetensors",
-        "llmcompressor",
-        "pydantic",
-        "vllm",
-    }
-
-
-def test_checkpoints_and_checks_run_without_a_host_and_without_vllm():
-    found = loaded_by(
-        "import msp_plugin.checkpoint.export, msp_plugin.checkpoint.load, msp_plugin.verify.served"
-    )
-    assert "safetensors" in found and not found & {"llmcompressor", "compressed_tensors", "vllm"}
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import msp_plugin; msp_plugin.hookimpl", "torch transformers llmcompressor pydantic numpy"),
+        (
+            "import msp_plugin.plan.allocation, msp_plugin.plugins.manager, msp_plugin.allocators.search",
+            "torch transformers llmcompressor",
+        ),
+        ("import msp_plugin.formats.sparse24", "transformers safetensors llmcompressor pydantic vllm"),
+        (
+            "import msp_plugin.checkpoint.export, msp_plugin.checkpoint.load, msp_plugin.verify.served",
+            "llmcompressor compressed_tensors vllm",
+        ),
+    ],
+)
+def test_what_an_import_does_not_load(statement, absent):
+    assert not loaded_by(statement) & set(absent.split())
 
 
 def test_the_package_names_what_it_exports():
-    from msp_plugin.checkpoint.load import load
-    from msp_plugin.hookspecs import hookimpl
-    from msp_plugin.pruning.base import LayerwisePruner
-
-    assert msp_plugin.hookimpl is hookimpl and msp_plugin.LayerwisePruner is LayerwisePruner
-    assert msp_plugin.load is load
+    for name in msp_plugin.__all__:
+        assert getattr(msp_plugin, name) is not None
     with pytest.raises(AttributeError, match="MixedSparsity'"):
         _ = msp_plugin.MixedSparsity

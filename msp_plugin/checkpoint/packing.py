@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from msp_plugin.errors import FormatError
 from msp_plugin.formats.sparse24 import FORMAT, Packed, is_packable, pack, positive_zeros
+from msp_plugin.formats.tensor_files import TensorFiles, TensorInfo
+from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.units import FUSED
-
-if TYPE_CHECKING:
-    from msp_plugin.checkpoint.checkpoint import Checkpoint
 
 #: The version of compressed-tensors whose configuration this is.
 _VERSION = "0.13.0"
@@ -34,7 +33,7 @@ class Packing:
     dense: Mapping[str, str]
 
 
-def sort_layers(source: Checkpoint) -> Packing:
+def sort_layers(tensors: TensorFiles | Mapping[str, TensorInfo], allocation: Allocation | None) -> Packing:
     """Return which layers of a dense checkpoint are packed, and why the others are not.
 
     With an allocation, the level decides; without one, the weights themselves do, for every matrix in the decoder
@@ -42,37 +41,44 @@ def sort_layers(source: Checkpoint) -> Packing:
     """
     packed: dict[str, str] = {}
     dense: dict[str, str] = {}
-    for layer, level in _candidates(source).items():
-        reason = _reason(source, layer, level)
+    for layer, level in _candidates(tensors, allocation).items():
+        reason = _reason(tensors, allocation, layer, level)
         if reason is None:
             packed[layer] = level or "2:4"
         else:
             dense[layer] = reason
     for layer in list(packed):
         for sibling in _siblings(layer):
-            if sibling not in packed and f"{sibling}.weight" in source.tensors:
+            if sibling not in packed and f"{sibling}.weight" in tensors:
                 why = dense.get(sibling, "it was not pruned")
                 dense[layer] = f"inference fuses it with {sibling}, which stays dense: {why}"
     return Packing({layer: level for layer, level in packed.items() if layer not in dense}, dense)
 
 
-def _candidates(source: Checkpoint) -> dict[str, str | None]:
+def _candidates(
+    tensors: TensorFiles | Mapping[str, TensorInfo], allocation: Allocation | None
+) -> dict[str, str | None]:
     """Return the layers that may be packed, with their level's name where an allocation gives it."""
-    if source.allocation is not None:
-        return {layer: level.name for layer, level in source.allocation.by_layer.items()}
+    if allocation is not None:
+        return {layer: level.name for layer, level in allocation.by_layer.items()}
     return {
         name.removesuffix(".weight"): None
-        for name, info in source.tensors.items()
+        for name, info in tensors.items()
         if name.endswith(".weight")
         and len(info.shape) == 2
         and any(part.isdigit() for part in name.split("."))
     }
 
 
-def _reason(source: Checkpoint, layer: str, level: str | None) -> str | None:
+def _reason(
+    tensors: TensorFiles | Mapping[str, TensorInfo],
+    allocation: Allocation | None,
+    layer: str,
+    level: str | None,
+) -> str | None:
     """Return why a layer is not packed, None if it is."""
-    info = source.tensors[f"{layer}.weight"]
-    if level is not None and not source.allocation.by_layer[layer].servable:
+    info = tensors[f"{layer}.weight"]
+    if level is not None and not allocation.by_layer[layer].servable:
         return f"level {level} does not run on 2:4 kernels"
     if "experts" in layer.split("."):
         return "experts are served dense"
@@ -81,7 +87,7 @@ def _reason(source: Checkpoint, layer: str, level: str | None) -> str | None:
         return f"shape [{rows}, {columns}] is no multiple of [{OUT_MULTIPLE}, {IN_MULTIPLE}]"
     if not info.dtype.is_floating_point or info.dtype.itemsize not in (2, 4):
         return f"dtype {info.dtype} is not served"
-    if level is None and not is_packable(source.tensors.read(f"{layer}.weight")):
+    if level is None and not is_packable(tensors.read(f"{layer}.weight")):
         return "its weights are not 2:4"
     return None
 
@@ -107,7 +113,7 @@ def pack_layer(weight: torch.Tensor, layer: str) -> tuple[Packed, int]:
         return pack(positive, layer), count
 
 
-def sparsity_config(source: Checkpoint, packing: Packing) -> dict[str, Any]:
+def sparsity_config(tensors: TensorFiles | Mapping[str, TensorInfo], packing: Packing) -> dict[str, Any]:
     """Return the ``quantization_config`` of a packed checkpoint, as compressed-tensors 0.13 and vLLM 0.18.1 read it.
 
     Layers are named one by one: with ``targets: ["Linear"]`` vLLM 0.18.1 takes dense layers for packed ones. Further
@@ -115,7 +121,7 @@ def sparsity_config(source: Checkpoint, packing: Packing) -> dict[str, Any]:
     """
     others = [
         name.removesuffix(".weight")
-        for name, info in source.tensors.items()
+        for name, info in tensors.items()
         if name.endswith(".weight")
         and len(info.shape) == 2
         and name.removesuffix(".weight") not in packing.packed

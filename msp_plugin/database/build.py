@@ -7,28 +7,26 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from fractions import Fraction
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 
-from msp_plugin.activations import in_groups, observe_inputs
-from msp_plugin.blockwise import BlockPass, runs_by_block
-from msp_plugin.calibration import CalibrationSet
-from msp_plugin.database.bitmask import bitmask_bytes
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError
-from msp_plugin.exchange import CandidateWeights
-from msp_plugin.models import onloaded
-from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import Level
+from msp_plugin.formats.bitmask import bitmask_bytes
+from msp_plugin.models.offload import onloaded
+from msp_plugin.models.places import Cached, Hooked, InMemory, weight_place
+from msp_plugin.passes.by_block import BlockPass, runs_by_block
+from msp_plugin.passes.observe import in_groups, observe_inputs
+from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import Layer, Unit, UnitTable, shared_inputs
 from msp_plugin.progress import Progress, silent
 from msp_plugin.pruning.base import Pruner
-from msp_plugin.ranks import ALONE, Ranks
-from msp_plugin.writing import check_free
+from msp_plugin.runtime.disk import check_free
+from msp_plugin.runtime.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -175,12 +173,24 @@ def _pruned_block(
     database: LevelDatabase, model: torch.nn.Module, table: UnitTable, prefix: Mapping[str, str], number: int
 ) -> Iterator[None]:
     """Let a block's layers hold their weights of the database at the levels of ``prefix``, then their own again."""
-    units = UnitTable(tuple(unit for unit in table if unit.block == number))
-    names = [level.name for level in database.menu]
-    problem = AllocationProblem(units, database.menu, Fraction(0))
-    with CandidateWeights(model, database, problem, held_bytes=0) as weights:
-        weights.set(tuple(names.index(prefix[unit.layers[0].name]) for unit in units))
+    layers = [layer.name for unit in table if unit.block == number for layer in unit.layers]
+    places = {name: weight_place(model.get_submodule(name)) for name in layers if prefix[name] != DENSE.name}
+    for place in places.values():
+        place.enter()
+    try:
+        for name, place in places.items():
+            place.put(partial(_stored, database, name, prefix[name], place))
         yield
+    finally:
+        for place in places.values():
+            place.leave()
+
+
+def _stored(
+    database: LevelDatabase, layer: str, level: str, place: InMemory | Hooked | Cached
+) -> torch.Tensor:
+    """Return a layer's weight [out, in] at a level, where and in the dtype that its place holds weights."""
+    return database.weight(layer, level).to(place.at, place.dtype)
 
 
 def _by_group(

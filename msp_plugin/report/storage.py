@@ -13,8 +13,8 @@ import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.packing import sort_layers
-from msp_plugin.checkpoint.tensors import TensorInfo
 from msp_plugin.formats.sparse24 import packed_bytes
+from msp_plugin.formats.tensor_files import TensorInfo
 from msp_plugin.plan.allocation import Allocation
 
 #: Beside values and bitmask a packed layer stores its shape: two int64.
@@ -59,14 +59,6 @@ class Storage:
     total: Part
     whole: Part | None = None
     quantized: bool = False
-
-
-@dataclass(frozen=True)
-class _Headers:
-    """What the exporter's rule reads of a checkpoint: the allocation, and dtype and shape of every tensor."""
-
-    allocation: Allocation
-    tensors: dict[str, TensorInfo]
 
 
 def storage(
@@ -121,7 +113,7 @@ def _dense_headers(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 def _parts(allocation: Allocation, tensors: dict[str, TensorInfo]) -> tuple[Part, Part, list[Part]]:
     """Return the bytes of all layers, of the packed ones, and of the others by reason."""
-    choice = sort_layers(_Headers(allocation, tensors))  # type: ignore[arg-type]
+    choice = sort_layers(tensors, allocation)
     packed, total = [0, 0, 0, 0], [0, 0, 0, 0]
     dense: dict[str, list[int]] = {}
     for layer in allocation.table.layers:

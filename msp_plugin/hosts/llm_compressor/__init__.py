@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
 
 from msp_plugin.errors import HostError
-
-if TYPE_CHECKING:
-    from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
 
 
 def require_host() -> None:
@@ -19,18 +15,3 @@ def require_host() -> None:
     """
     if importlib.util.find_spec("llmcompressor") is None:
         raise HostError("llm-compressor is not installed", hint="pip install 'msp_plugin[llmcompressor]'")
-
-
-def register_modifier() -> type[MixedSparsityModifier]:
-    """Make ``MixedSparsityModifier`` known to llm-compressor's recipes and return it.
-
-    Raises:
-        HostError: llm-compressor is not installed.
-    """
-    require_host()
-    from llmcompressor.modifiers.factory import ModifierFactory
-
-    from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
-
-    ModifierFactory.register(MixedSparsityModifier.__name__, MixedSparsityModifier)
-    return MixedSparsityModifier

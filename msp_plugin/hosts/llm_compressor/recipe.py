@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from msp_plugin.errors import MSPError, RecipeError, nearest, shown
-from msp_plugin.hosts.llm_compressor import register_modifier
-from msp_plugin.yaml_text import parse_yaml
+from msp_plugin.hosts.llm_compressor.register import register_modifier
+from msp_plugin.runtime.yaml_text import parse_yaml
 
 OURS = "MixedSparsityModifier"
 

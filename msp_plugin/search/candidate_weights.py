@@ -1,0 +1,134 @@
+"""The weights of a candidate in a model: exchanged for those of the level database, and put back."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+
+from msp_plugin.allocators.base import Choice
+from msp_plugin.database.store import LevelDatabase
+from msp_plugin.models.offload import (
+    input_device,
+)
+from msp_plugin.models.places import Cached, Hooked, InMemory, weight_place
+from msp_plugin.models.weights import Weights
+from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.runtime.memory import cache_bytes, free_cached
+
+#: Pruned weights held in memory, so that a level that comes back is not read from disk again.
+WEIGHT_BYTES = 4 * 1024**3
+#: Pruned weights that are unpacked before what that has freed goes back to the system.
+UNPACKED_BYTES = 256 * 1024**2
+
+
+class CandidateWeights:
+    """Puts the weights of a choice into a model, and the model's own back when the block ends.
+
+    Weights are exchanged, not copied: the parameters point at the level database's tensors meanwhile. A layer
+    that accelerate or compressed-tensors offloads gets the tensor when it loads its weight; between its passes no
+    more than ``held_bytes`` of pruned weights are in memory, and nothing of the dense ones.
+
+    Args:
+        held_bytes: of pruned weights that are kept for the next candidates, beside those of the present one that have
+            made way; None: WEIGHT_BYTES, or what memory.cache_bytes gives.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        database: LevelDatabase,
+        problem: AllocationProblem,
+        held_bytes: int | None = None,
+    ):
+        self.model, self.database, self.problem = model, database, problem
+        self._limit = cache_bytes(input_device(model), WEIGHT_BYTES) if held_bytes is None else held_bytes
+        self._held: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
+        self._bytes = self._unpacked = 0
+        self._places: dict[str, InMemory | Hooked | Cached] = {}
+        self._now: list[str] = []
+
+    def __enter__(self) -> CandidateWeights:
+        self._places = {
+            a.name: weight_place(self.model.get_submodule(a.name)) for a in self.problem.table.layers
+        }
+        for place in self._places.values():
+            place.enter()
+        self._now = ["dense"] * len(self.problem.table)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for place in self._places.values():
+            place.leave()
+        self._places.clear()
+        self._held.clear()
+        self._bytes = 0
+
+    def set(self, choice: Choice | None) -> None:
+        """Let the model hold the weights of a choice; None: its own."""
+        menu = self.problem.menu
+        names = ["dense"] * len(self._now) if choice is None else [menu[k].name for k in choice]
+        for u, (unit, name) in enumerate(zip(self.problem.table, names, strict=True)):
+            if self._now[u] != name:
+                gives = [self._giver(layer.name, name) for layer in unit.layers]
+                self._now[u] = ""  # neither, until all layers of the unit are set
+                for layer, give in zip(unit.layers, gives, strict=True):
+                    self._places[layer.name].put(give)
+                self._now[u] = name
+
+    def _giver(self, layer: str, level: str) -> Callable[[], torch.Tensor] | None:
+        """Return what gives a layer's weight at a level; in memory it is read at once, so that it cannot fail."""
+        if level == "dense":
+            return None
+        give = partial(self._stored, layer, level)
+        if isinstance(self._places[layer], InMemory):
+            weight = give()
+            return lambda: weight
+        return give
+
+    def hold_nothing(self) -> bool:
+        """Hold no pruned weights for later from now on; return False, and change nothing, if none are held."""
+        if not self._held:
+            return False
+        self._held.clear()
+        self._bytes = self._limit = 0
+        return True
+
+    def put(self, weights: Mapping[str, torch.Tensor] | Weights) -> None:
+        """Let the model hold weights [out, in] from elsewhere, by layer name, until the next ``set``.
+
+        An offloaded layer asks for its weight whenever it runs, the others at once.
+        """
+        for u, unit in enumerate(self.problem.table):
+            self._now[u] = ""
+            for layer in unit.layers:
+                self._places[layer.name].put(partial(self._given, weights, layer.name))
+
+    def _given(self, weights: Mapping[str, torch.Tensor] | Weights, layer: str) -> torch.Tensor:
+        return weights[layer].to(self._places[layer].at, self._places[layer].dtype)
+
+    def weight(self, layer: str, level: str) -> torch.Tensor:
+        """Return the weight [out, in] of a layer at a level, on the device that the layer works on."""
+        place = self._places[layer]
+        found = place.dense() if level == "dense" else self._stored(layer, level)
+        return found.to(place.device, place.dtype)
+
+    def _stored(self, layer: str, level: str) -> torch.Tensor:
+        """Return a layer's weight at a level that is not dense, where candidates' weights are held."""
+        key = (layer, level)
+        if key not in self._held:
+            place = self._places[layer]
+            weight = self.database.weight(layer, level).to(place.at, place.dtype)
+            self._held[key] = weight
+            self._bytes += weight.nbytes
+            self._unpacked += weight.nbytes
+            if self._unpacked > UNPACKED_BYTES:
+                free_cached()
+                self._unpacked = 0
+            while self._bytes > self._limit and (len(self._held) > 1 or not self._limit):
+                self._bytes -= self._held.popitem(last=False)[1].nbytes
+            return weight
+        self._held.move_to_end(key)
+        return self._held[key]
