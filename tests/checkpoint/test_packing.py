@@ -179,7 +179,7 @@ def test_an_allocation_of_another_model_decides_nothing(run_dir, copied, edit_js
     path = copied(run_dir)
     edit_json(path / "allocation.json", lambda data: data["units"][1]["layers"][0].update(name="model.other"))
     with pytest.raises(VerificationError, match="is for another model"):
-        Checkpoint.open(path).packing
+        _ = Checkpoint.open(path).packing
 
 
 # the config
