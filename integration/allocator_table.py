@@ -65,7 +65,7 @@ def run_cell(
         matrix = Matrix(
             [sparsity], [method], {name: ALLOCATORS[name] for name in chosen}, list(wanted), shared
         )
-        found = compare(demo_model_path(model), text, matrix, dtype="float32")
+        found = compare(demo_model_path(model), text, matrix, dtype="float32").to_dict()
         if record is None:
             record = found
         else:

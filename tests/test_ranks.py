@@ -129,7 +129,7 @@ def test_a_search_finds_the_same_from_the_same_files_whatever_the_ranks(on_ranks
         def run(ranks):
             held = measured(ranks, cache)
             result, record = held.allocate(search, AllocationProblem(held.table, MENU, Fraction(1, 2)), 3)
-            return result, record["forward_tokens"], held.sensitivities, held.error("output").tobytes()
+            return result, record.forward_tokens, held.sensitivities, held.error("output").tobytes()
 
         return run
 

@@ -113,7 +113,9 @@ def allocate_command(
             write_text(out, outcome.allocation.to_json())
     if as_json:
         typer.echo(
-            json.dumps({"allocation": outcome.allocation.to_dict(), "search": outcome.search}, indent=2)
+            json.dumps(
+                {"allocation": outcome.allocation.to_dict(), "search": outcome.search.to_dict()}, indent=2
+            )
         )
         return
     table = Table(title=f"{model} at {sparsity}", title_justify="left")
@@ -122,8 +124,8 @@ def allocate_command(
     for unit, level in zip(outcome.allocation.table, outcome.allocation.levels, strict=True):
         table.add_row(unit.name, level.name, f"{unit.weights:,}")
     console.out.print(table)
-    if outcome.search.get("loss") is not None:
-        loss, uniform = (console.nats(outcome.search[name]) for name in ("loss", "uniform_loss"))
+    if outcome.search.loss is not None:
+        loss, uniform = map(console.nats, (outcome.search.loss, outcome.search.uniform_loss))
         console.out.print(f"search loss {loss} (uniform {uniform}) nats per token")
     console.out.print(f"Written: {out}")
 

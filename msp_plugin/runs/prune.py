@@ -19,9 +19,8 @@ import torch
 
 from msp_plugin.checkpoint.load import is_packed, load
 from msp_plugin.checkpoint.quantized import check_source_unquantized
-from msp_plugin.checkpoint.run_files import RUN_FILE, write_files
+from msp_plugin.checkpoint.run_files import write_files
 from msp_plugin.checkpoint.saving import SHARD_BYTES, check_savable, generation_config_kept, kept_if_it_fails
-from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import Samples, Text, load_samples
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models.device import on_best_device
@@ -32,10 +31,11 @@ from msp_plugin.models.source import load_tokenizer
 from msp_plugin.passes.losses import perplexity
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import StepProgress, no_progress, prefixed
-from msp_plugin.records.run import Outcome
+from msp_plugin.records.parts import ModelRecord
+from msp_plugin.records.run import DENSE, RUN_FILE, UNIFORM, Outcome, RunRecord, StageRecord
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.disk import check_free, writing
-from msp_plugin.runtime.files import finite, output_directory, write_json
+from msp_plugin.runtime.files import finite, output_directory
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.locks import sole_run
 from msp_plugin.runtime.memory import freed_memory_kept
@@ -52,10 +52,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its directory and the contents of run.json."""
+    """A finished run: its directory and its record."""
 
     path: Path
-    record: dict[str, Any]
+    record: RunRecord
 
 
 @dataclass(frozen=True)
@@ -135,28 +135,26 @@ def run_recipe(
         )  # fmt: skip
         alone = plan is not None and len(modifiers) == 1  # others may quantize: the model is smaller then
         check = partial(_check_output, tokenizer=tokenizer, out=path if alone else None)
-        quality = _reference(source, check, steps, plan, samples, text, prune, baseline, journal, progress)
+        stages = _reference(source, check, steps, plan, samples, text, prune, baseline, journal, progress)
         gc.collect()
         start = time.monotonic()
         loaded = source.load()
         record, outcome = prune(loaded, steps, progress=progress, fresh=fresh)
-        record["seconds"] = round(time.monotonic() - start, 3)
+        record = record.model_copy(update={"seconds": round(time.monotonic() - start, 3)})
         name = "mixed" if plan is not None else "result"
         kept = partial(
             kept_if_it_fails, loaded, path, lambda folder: write_files(folder, outcome, record), source.cache
         )
         with kept():
-            quality[name] = _measure(name, loaded, samples, progress)
-        if plan is not None and plan.is_uniform:
-            quality["uniform"] = quality[name]
-        record |= _provenance(source, text, samples, quality)
+            value = finite(_measure(name, loaded, samples, progress))
+        record = _finished(record, stages, value, plan, source, text, samples)
         with writing(path), output_directory(path) as temporary, kept():
             with warnings.catch_warnings(), generation_config_kept(loaded, temporary):
                 warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
                 loaded.save_pretrained(temporary, save_compressed=True, max_shard_size=SHARD_BYTES)
             tokenizer.save_pretrained(temporary)
-            write_json(temporary / RUN_FILE, record)
-    plugins.tell("msp_run_finished", record=record)
+            record.write(temporary / RUN_FILE)
+    plugins.tell("msp_run_finished", record=record.to_dict())
     return Run(path, record)
 
 
@@ -185,8 +183,8 @@ def _search_together(
 def _reference(
     source: _Source, check: Callable[[PreTrainedModel], None], steps: dict[str, Any], plan: Plan | None,
     samples: Samples, text: Text, prune: Callable[..., Any], baseline: bool, path: Path, progress: StepProgress,
-) -> dict[str, float | None]:  # fmt: skip
-    """Return the perplexities of the dense model and of uniform pruning, those in the journal without work.
+) -> list[StageRecord]:  # fmt: skip
+    """Return the stages before the pruning, dense and, if it is measured, uniform; those in the journal without work.
 
     Raises:
         MSPError: what the model shows before anything is pruned, or the uniform pruning.
@@ -200,21 +198,28 @@ def _reference(
         check_model(loaded, plan)
         samples.calibration.split(plan.search_tokens, fit=plan.fits)
 
-    def uniform() -> float | None:
+    def uniform() -> dict[str, Any]:
+        start = time.monotonic()
         model = source.load()
-        prune(model, _uniform(steps, plan), progress=prefixed("uniform, ", progress), announce=False)
+        record, _ = prune(
+            model, _uniform(steps, plan), progress=prefixed("uniform, ", progress), announce=False
+        )
+        seconds = round(time.monotonic() - start, 3)
         measured = _measure("uniform", model, samples, progress)
         forget()
-        return measured
+        stage = StageRecord(
+            name=UNIFORM, perplexity=measured, seconds=seconds, sparsity=record.sparsity.achieved
+        )
+        return stage.to_dict()
 
     with closing(Journal(path, _identity(loaded, samples, text, steps, plan))) as journal:
-        quality = {"dense": journal.get("dense", partial(_measure, "dense", loaded, samples, progress))}
+        dense = journal.get("dense", partial(_measure, "dense", loaded, samples, progress))
+        stages = [StageRecord(name=DENSE, perplexity=finite(dense))]
         del loaded
         gc.collect()
-        if plan is not None:
-            wanted = baseline and samples.test is not None and not plan.is_uniform
-            quality["uniform"] = journal.get("uniform", uniform) if wanted else None
-    return quality
+        if plan is not None and baseline and samples.test is not None and not plan.is_uniform:
+            stages.append(StageRecord.model_validate(journal.get("uniform stage", uniform)))
+    return stages
 
 
 def _check_output(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path | None) -> None:
@@ -275,16 +280,28 @@ def _uniform(steps: dict[str, Any], plan: Plan) -> dict[str, Any]:
     return plain
 
 
-def _provenance(
-    source: _Source, text: Text, samples: Samples, quality: dict[str, float | None]
-) -> dict[str, Any]:
-    """Return the parts of run.json that say what was measured, on what."""
-    return {
-        "perplexity": {name: finite(value) for name, value in quality.items()},
-        "model": {"source": str(source.name), "dtype": source.dtype},
-        "calibration": {**describe_text(samples.calibration), "length": text.length, "seed": text.seed},
-        "test": None if samples.test is None else {**describe_text(samples.test), "length": text.length},
-    }
+def _finished(
+    record: RunRecord, before: Sequence[StageRecord], value: float | None, plan: Plan | None, source: _Source,
+    text: Text, samples: Samples,
+) -> RunRecord:  # fmt: skip
+    """Return the record with what was measured, on what; ``value`` is the perplexity of the pruned model."""
+    measured = {stage.name: stage.perplexity for stage in before}
+    if plan is None:
+        quality = {DENSE: measured[DENSE], "result": value}
+    else:
+        uniform = value if plan.is_uniform else measured.get(UNIFORM)
+        quality = {DENSE: measured[DENSE], UNIFORM: uniform, "mixed": value}
+    pruned = record.stages[-1].model_copy(update={"perplexity": value, "seconds": record.seconds})
+    test = samples.test
+    return record.model_copy(
+        update={
+            "stages": (*before, pruned),
+            "perplexity": quality,
+            "model": ModelRecord(source=str(source.name), dtype=source.dtype),
+            "calibration": samples.calibration.record(length=text.length, seed=text.seed),
+            "test": None if test is None else test.record(length=text.length),
+        }
+    )
 
 
 def _ours(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,17 +309,6 @@ def _ours(line: Mapping[str, Any]) -> dict[str, Any]:
     from msp_plugin.hosts.llm_compressor.modifier import HOST_KEYS
 
     return {key: value for key, value in line.items() if key not in HOST_KEYS}
-
-
-def describe_text(data: CalibrationSet) -> dict[str, Any]:
-    """Return what run.json says of a set of samples: ``sources`` has a Reading for each source, none for parts."""
-    return {
-        "source": data.source,
-        "samples": len(data),
-        "tokens": data.tokens,
-        "fingerprint": data.fingerprint,
-        "sources": [reading.to_dict() for reading in data.readings],
-    }
 
 
 def prune_recipe(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from msp_plugin.checkpoint.run_files import RUN_SCHEMA, RUN_VERSION, run_record
+from msp_plugin.checkpoint.run_files import run_record
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import MSPError
 from msp_plugin.hosts.llm_compressor.passes import shares_keys
 from msp_plugin.hosts.llm_compressor.recipe import build_recipe
 from msp_plugin.progress import StepProgress, no_progress
-from msp_plugin.records.run import Outcome
+from msp_plugin.records.run import PRUNE, Outcome, RunRecord, StageRecord
 from msp_plugin.runtime.digests import versions
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def run_oneshot(
     progress: StepProgress = no_progress,
     announce: bool = True,
     fresh: bool = False,
-) -> tuple[dict[str, Any], Outcome | None]:
+) -> tuple[RunRecord, Outcome | None]:
     """Run a recipe on a loaded model and return its record, and the allocation of our line if there is one.
 
     ``fresh`` measures anew what the cache holds of this run.
@@ -64,7 +64,7 @@ def run_oneshot(
             trust_remote_code_model=trust_remote_code, pipeline="basic" if one_pass else "independent",
         )  # fmt: skip
     if not ours:
-        return {"schema": RUN_SCHEMA, "version": RUN_VERSION, "versions": versions()}, None
+        return RunRecord(stages=(StageRecord(name=PRUNE),), versions=versions()), None
     return run_record(ours[0].outcome, ours[0].stats, ours[0].seed), ours[0].outcome
 
 
