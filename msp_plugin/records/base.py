@@ -23,7 +23,8 @@ class Part(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, with null for numbers that are infinite or not a number."""
-        return finite_json(self.model_dump(mode="json"))
+        data: dict[str, Any] = finite_json(self.model_dump(mode="json"))
+        return data
 
 
 class Record(Part):
