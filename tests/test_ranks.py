@@ -15,10 +15,10 @@ from msp_plugin.cli import app
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import Text
 from msp_plugin.errors import HostError, NumericsError, RecipeError
-from msp_plugin.hosts.llm_compressor.methods import SparseGPT
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
+from msp_plugin.pruning.sparsegpt import SparseGPT
 from msp_plugin.runs.prune import prune_recipe, run_recipe
 from msp_plugin.runtime.ranks import ALONE, Ranks, join
 from msp_plugin.search.candidate_loss import CandidateLoss
