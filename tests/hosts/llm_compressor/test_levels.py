@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from msp_plugin import MixedSparsityModifier
 from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
-from msp_plugin.hosts.llm_compressor.methods import host_method
 from msp_plugin.errors import NumericsError, RecipeError, VerificationError
 from msp_plugin.formats.sparse24 import is_packable
+from msp_plugin.hosts.llm_compressor.methods import host_method
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
