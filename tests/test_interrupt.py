@@ -55,6 +55,25 @@ def test_a_stop_that_is_swallowed_comes_again():
     assert stop.value.code == 143
 
 
+def test_a_stop_that_is_lost_in_a_destructor_comes_again_without_a_traceback(monkeypatch):
+    class Destroyed:
+        def __init__(self, act):
+            self.act = act
+
+        def __del__(self):
+            self.act()
+
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: reported.append(lost.exc_type))
+    with pytest.raises(Stopped) as stop, stopping():
+        Destroyed(lambda: 1 / 0)  # any other error is reported as ever
+        Destroyed(lambda: signal.raise_signal(signal.SIGTERM))
+        time.sleep(10)
+    assert stop.value.code == 143 and reported == [ZeroDivisionError]
+    Destroyed(lambda: 1 / 0)
+    assert len(reported) == 2
+
+
 def test_a_second_signal_does_not_stop_the_tidying_up():
     tidied = []
     with pytest.raises(Stopped) as stop, stopping():
