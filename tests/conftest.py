@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import gc
 import importlib.util
 import inspect
 import json
@@ -60,6 +61,12 @@ TEXT = (
     "The cat sat on the mat, and the dog sat on the log. A sparse matrix keeps two of every four weights; "
     "the search says which layer may keep fewer.\n"
 )
+
+
+def pytest_collection_finish():
+    """Spare each collection of garbage, which runs ask for, a search through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def _llama():

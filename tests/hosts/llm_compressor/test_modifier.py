@@ -319,6 +319,7 @@ def test_a_target_that_the_levels_cannot_meet_exactly_is_met_to_the_nearest_coun
     assert abs(float(budget.sparsity) - 0.7) < 1e-3
 
 
+@pytest.mark.slow
 def test_two_ranks_are_refused_with_a_reason(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(
