@@ -94,19 +94,36 @@ def qwen2():
     return _qwen2()
 
 
-@pytest.fixture(params=["llama", "qwen2"])
+MODELS = {"llama": _llama, "qwen2": _qwen2}
+
+
+@pytest.fixture(params=list(MODELS))
 def model(request):
-    return {"llama": _llama, "qwen2": _qwen2}[request.param]()
+    return MODELS[request.param]()
 
 
-@pytest.fixture(params=["cpu", "disk", "half on disk"])
-def pair(request, model, tmp_path):
+#: A tiny model and where its weights are. Each model and each place is in a quick test; the other pairs are slow.
+OFFLOADED = [
+    ("llama", "cpu"),
+    ("qwen2", "disk"),
+    ("llama", "half on disk"),
+    *(
+        pytest.param(pair, marks=pytest.mark.slow)
+        for pair in (("qwen2", "cpu"), ("llama", "disk"), ("qwen2", "half on disk"))
+    ),
+]
+
+
+@pytest.fixture(params=OFFLOADED, ids=" ".join)
+def pair(request, tmp_path):
     """A model in memory, and a copy of it whose weights are elsewhere."""
     accelerate = pytest.importorskip("accelerate")
+    name, place = request.param
+    model = MODELS[name]()
     away, here = copy.deepcopy(model), torch.device("cpu")
-    if request.param == "cpu":
+    if place == "cpu":
         accelerate.cpu_offload(away, execution_device=here)
-    elif request.param == "disk":
+    elif place == "disk":
         accelerate.disk_offload(away, str(tmp_path / "away"), execution_device=here)
     else:
         places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
