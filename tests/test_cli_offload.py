@@ -29,10 +29,10 @@ def text_file(tmp_path):
     return path
 
 
-@pytest.fixture
-def half(tmp_path):
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
     """The demo model in bfloat16, so that float32 weights cannot be read from the checkpoint as they are."""
-    path = tmp_path / "half"
+    path = tmp_path_factory.mktemp("models") / "half"
     source = demo_model_path("qwen2")
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(path)
     load_tokenizer(source).save_pretrained(path)
@@ -178,7 +178,8 @@ def test_a_failed_load_says_what_was_short_and_leaves_nothing(
     assert list((tmp_path / "cache" / "offload").iterdir()) == []
 
 
-def test_weights_that_are_not_in_safetensors_are_refused(msp, half, text_file, tmp_path):
+def test_weights_that_are_not_in_safetensors_are_refused(msp, half, copied, text_file):
+    half = copied(half)
     state = load_model(half).state_dict()
     (half / "model.safetensors").unlink()
     torch.save(state, half / "pytorch_model.bin")

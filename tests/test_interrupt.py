@@ -1,6 +1,8 @@
 """A run that is stopped from outside."""
 
+import atexit
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -127,3 +129,10 @@ def test_an_error_without_a_stop_is_an_error(msp, monkeypatch):
         "error: cannot read a level"
         in msp("sensitivity", "demo:qwen2", "--data", "demo:calibration", code=1).err
     )
+
+
+def test_a_command_ends_without_a_search_for_garbage(msp, monkeypatch):
+    registered = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    msp("--version")
+    assert gc.freeze in registered
