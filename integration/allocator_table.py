@@ -44,10 +44,10 @@ def run_cell(
     path: Path, cell: tuple[str, str, str], seeds: list[int], names: list[str], cache: Path | None
 ) -> None:
     """Add to the comparison at ``path`` the rows of ``names`` and ``seeds`` that it lacks."""
-    from msp_plugin.compare import compare
     from msp_plugin.demo import demo_model_path, demo_text
-    from msp_plugin.matrix import Matrix
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
+    from msp_plugin.runs.compare import compare
+    from msp_plugin.runs.grid import Matrix
 
     model, method, sparsity = cell
     shared = {"levels": LEVELS.get(sparsity, ["default"])} | ({} if cache is None else {"cache": str(cache)})
@@ -185,9 +185,9 @@ def sensitivity_tokens(allocator: str, texts: dict) -> int:
     """Return the forward tokens of the sensitivities that an allocator of the table reads, of all calibration samples."""
     import torch
 
-    from msp_plugin.calibration import CalibrationSet
-    from msp_plugin.plugins import Plugins
-    from msp_plugin.sensitivity.fisher import BACKWARD
+    from msp_plugin.data.calibration import CalibrationSet
+    from msp_plugin.passes.gradients import BACKWARD
+    from msp_plugin.plugins.manager import Plugins
 
     count, plugins = texts["calibration"]["samples"], Plugins()
     one = torch.zeros(texts["calibration"]["tokens"] // count, dtype=torch.int64)

@@ -28,14 +28,14 @@ def measure(model, data, batches: list[int], repeats: int, folder: str) -> list[
     """Return per size of a batch, in tokens, the median seconds of a bare pass and of a candidate."""
     import torch
 
-    from msp_plugin.candidates import CandidateLoss
     from msp_plugin.database.build import build_database
     from msp_plugin.database.store import LevelDatabase
-    from msp_plugin.exchange import CandidateWeights
-    from msp_plugin.models import prunable_layers
+    from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.budget import AllocationProblem
     from msp_plugin.plan.levels import parse_menu, parse_sparsity
     from msp_plugin.pruning.magnitude import Magnitude
+    from msp_plugin.search.candidate_loss import CandidateLoss
+    from msp_plugin.search.candidate_weights import CandidateWeights
 
     table, menu = prunable_layers(model), parse_menu(list(LEVELS))
     database = LevelDatabase(Path(folder), {"bench": "candidate_cost", "units": table.names}, menu)
@@ -79,7 +79,7 @@ def main() -> int:
     import torch
 
     from msp_plugin.demo import demo_model_path
-    from msp_plugin.models import load_model
+    from msp_plugin.models.load import load_model
 
     torch.set_num_threads(args.threads)
     cases = {"demo Llama, 32 x 256 tokens": (load_model(demo_model_path("llama"), "float32"), 32, 256)}

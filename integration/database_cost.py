@@ -49,7 +49,7 @@ def make_data(samples: int, length: int = 512, vocabulary: int = 8000):
     """Return a CalibrationSet of random tokens."""
     import torch
 
-    from msp_plugin.calibration import CalibrationSet
+    from msp_plugin.data.calibration import CalibrationSet
 
     ids = torch.randint(vocabulary, (samples, length), generator=torch.Generator().manual_seed(1))
     return CalibrationSet(tuple(row.clone() for row in ids), "random tokens")
@@ -60,7 +60,7 @@ def build(model, data, levels: tuple[str, ...], folder: str) -> None:
     from msp_plugin.database.build import build_database
     from msp_plugin.database.store import LevelDatabase
     from msp_plugin.hosts.llm_compressor.methods import SparseGPT
-    from msp_plugin.models import prunable_layers
+    from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.levels import parse_menu
 
     database = LevelDatabase(Path(folder), {"bench": "database_cost"}, parse_menu(list(levels)))
@@ -74,7 +74,7 @@ def prune_uniformly(model, data, batch: int, folder: str) -> None:
     from torch.utils.data import DataLoader
 
     from msp_plugin.demo import demo_model_path
-    from msp_plugin.models import load_tokenizer
+    from msp_plugin.models.source import load_tokenizer
 
     loader = DataLoader([{"input_ids": sample} for sample in data.samples], batch_size=batch)
     recipe = SparseGPTModifier(
@@ -92,7 +92,7 @@ def multiply_hessians(model, data) -> None:
     from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import accumulate_hessian, make_empty_hessian
 
     from msp_plugin.database.build import BATCH_TOKENS
-    from msp_plugin.models import prunable_layers
+    from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.units import shared_inputs
 
     for unit in shared_inputs(prunable_layers(model)):

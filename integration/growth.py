@@ -40,11 +40,11 @@ def grow(size: str, levels: int, folder: str) -> dict[str, float]:
     """Return seconds, CPU seconds and peak memory of a database and a search of a model."""
     import torch
 
-    from msp_plugin.measure import Measurements
-    from msp_plugin.models import prunable_layers
+    from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.budget import AllocationProblem
     from msp_plugin.plan.levels import parse_menu, parse_sparsity
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
+    from msp_plugin.search.measurements import Measurements
 
     torch.set_num_threads(2)
     model, data = make_model(*SIZES[size]), make_data(16, 256)

@@ -72,12 +72,12 @@ def search(way: str, model: Path, folder: str) -> dict[str, object]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from msp_plugin import measure
-    from msp_plugin.measure import Measurements
-    from msp_plugin.models import prunable_layers
+    from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.budget import AllocationProblem
     from msp_plugin.plan.levels import parse_menu, parse_sparsity
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
+    from msp_plugin.search import measurements as measure
+    from msp_plugin.search.measurements import Measurements
 
     torch.set_num_threads(2)
     plugins, data = Plugins(), make_data(16, 256)

@@ -60,8 +60,9 @@ def prune(way: str, source: Path, folder: Path) -> dict[str, object]:
     import llmcompressor  # noqa: F401
     import torch
 
-    from msp_plugin import measure, pipeline
-    from msp_plugin.samples import Text
+    from msp_plugin.data.samples import Text
+    from msp_plugin.runs import prune as pipeline
+    from msp_plugin.search import measurements as measure
 
     torch.set_num_threads(2)
     own, held = pipeline.load, sum(file.stat().st_size for file in source.glob("*.safetensors")) // 8
@@ -100,7 +101,7 @@ def main() -> int:
         return 0
     size = args.size
     from msp_plugin.demo import demo_model_path
-    from msp_plugin.models import load_tokenizer
+    from msp_plugin.models.source import load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model"

@@ -26,13 +26,15 @@ PATIENT = {**SEARCH, "patience": 3}
 
 def bench_model(model_name: str, method: str, sparsity: str, cache: str | None):
     """Return (measurements, problem, hold-out that no search sees) of a demo model."""
+    from msp_plugin.data.samples import load_samples
     from msp_plugin.demo import demo_model_path, demo_text
-    from msp_plugin.measure import Measurements
-    from msp_plugin.models import load_model, load_tokenizer, prunable_layers
+    from msp_plugin.models.layers import prunable_layers
+    from msp_plugin.models.load import load_model
+    from msp_plugin.models.source import load_tokenizer
     from msp_plugin.plan.budget import AllocationProblem
     from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu, parse_sparsity
-    from msp_plugin.plugins import Plugins
-    from msp_plugin.samples import load_samples
+    from msp_plugin.plugins.manager import Plugins
+    from msp_plugin.search.measurements import Measurements
 
     path = demo_model_path(model_name)
     model, text = load_model(path, "float32"), demo_text().for_model(path)
@@ -56,9 +58,9 @@ def search_trail(
 
     The tokens are those that measured candidates and, before them, those of the sensitivities.
     """
-    from msp_plugin.candidates import CandidateLoss
-    from msp_plugin.exchange import CandidateWeights
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
+    from msp_plugin.search.candidate_loss import CandidateLoss
+    from msp_plugin.search.candidate_weights import CandidateWeights
 
     result, record = measurements.allocate(Plugins().build("allocators", spec), problem, seed)
     with CandidateWeights(measurements.model, measurements.database, problem) as weights:
@@ -174,8 +176,8 @@ def prefix_reuse(model: str, cache: str | None, candidates: int = 40) -> dict:
     """Return the time of candidates with and without reuse; candidates that each move one unit by one level."""
     import numpy as np
 
-    from msp_plugin.candidates import CandidateLoss
-    from msp_plugin.exchange import CandidateWeights
+    from msp_plugin.search.candidate_loss import CandidateLoss
+    from msp_plugin.search.candidate_weights import CandidateWeights
 
     measurements, problem, _ = bench_model(model, "sparsegpt", "0.75", cache)
     rng, now = np.random.default_rng(0), problem.uniform()

@@ -97,7 +97,7 @@ def split_text(text: str) -> dict[str, str]:
 
 def demo_parts() -> dict[str, str]:
     """Return the demo corpus by part."""
-    from msp_plugin.demo.corpus import library_texts
+    from msp_plugin.data.demo_corpus import library_texts
 
     return {name: "\n".join(library_texts(name)) for name in SHARES}
 

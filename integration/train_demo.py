@@ -29,7 +29,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from msp_plugin.demo.corpus import library_texts
+from msp_plugin.data.demo_corpus import library_texts
 
 VOCAB = 2048
 CONTEXT = 256

@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--size", default="1 B", choices=list(SIZES))
     args = parser.parse_args()
     from msp_plugin.demo import demo_model_path
-    from msp_plugin.models import load_tokenizer
+    from msp_plugin.models.source import load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "model", Path(folder) / "out"

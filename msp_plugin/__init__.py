@@ -14,8 +14,8 @@ __all__ = ["MixedSparsityModifier", "LayerwisePruner", "hookimpl", "load"]
 
 if TYPE_CHECKING:
     from msp_plugin.checkpoint.load import load
-    from msp_plugin.hookspecs import hookimpl
     from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
+    from msp_plugin.plugins.hookspecs import hookimpl
     from msp_plugin.pruning.base import LayerwisePruner
 
 
@@ -29,7 +29,7 @@ def __getattr__(name: str):
 
         return LayerwisePruner
     if name == "hookimpl":
-        from msp_plugin.hookspecs import hookimpl
+        from msp_plugin.plugins.hookspecs import hookimpl
 
         return hookimpl
     if name == "load":

@@ -26,20 +26,21 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import MSPError
-from msp_plugin.measure import Measurements
-from msp_plugin.models import offloaded_module, prunable_layers
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.models.offload import offloaded_module
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import Level, parse_menu, parse_sparsity
 from msp_plugin.plan.units import Layer, Unit, UnitTable
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.masks import nm_mask
-from msp_plugin.ranks import ElsewhereError, Ranks
+from msp_plugin.runtime.ranks import ElsewhereError, Ranks
+from msp_plugin.search.measurements import Measurements
 
 settings.register_profile("msp", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("msp")

@@ -6,18 +6,20 @@ from fractions import Fraction
 import pytest
 import torch
 
-from msp_plugin import measure
-from msp_plugin.allocate import allocate, check_model, make_problem, parts, uniform_levels
 from msp_plugin.allocators.base import AllocationResult
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import BudgetError, DataError, NumericsError, RecipeError, VerificationError
-from msp_plugin.identity import versions
-from msp_plugin.measure import open_database
-from msp_plugin.models import fingerprint, prunable_layers
-from msp_plugin.options import Options, resolve
+from msp_plugin.models.fingerprint import fingerprint
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import Level
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
+from msp_plugin.runtime.digests import versions
+from msp_plugin.search import measurements as measure
+from msp_plugin.search.allocate import allocate, check_model, make_problem, parts, uniform_levels
+from msp_plugin.search.measurements import open_database
+from msp_plugin.search.options import Options
+from msp_plugin.search.resolve import resolve
 
 MSP = {"name": "msp", "population": 4, "generations": 2, "offspring": 3, "tokens": 48}
 

@@ -41,7 +41,7 @@ def made_up(table, search=(1.0, 1.2, 1.1), uniform=2.0, others=3.0):
 
 
 def test_the_allocators_of_the_table_can_be_built(table):
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
 
     plugins = Plugins(entry_points=False)
     built = [plugins.build("allocators", spec).name for spec in table.ALLOCATORS.values()]

@@ -78,7 +78,7 @@ def test_a_third_party_method_of_25_lines_prunes_like_a_built_in_one(ria, tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     from msp_plugin.checkpoint.recount import recount_model
-    from msp_plugin.models import load_model
+    from msp_plugin.models.load import load_model
     from msp_plugin.plan.allocation import Allocation
 
     allocation = Allocation.read(out / "allocation.json")

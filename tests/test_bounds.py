@@ -5,11 +5,12 @@ from fractions import Fraction
 
 import pytest
 
-from msp_plugin.allocate import allocate, check_model
 from msp_plugin.errors import BudgetError, RecipeError
-from msp_plugin.options import Options, resolve
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
+from msp_plugin.search.allocate import allocate, check_model
+from msp_plugin.search.options import Options
+from msp_plugin.search.resolve import resolve
 
 MSP = {"name": "msp", "population": 4, "generations": 2, "offspring": 3, "tokens": 48}
 

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msp_plugin.calibration import CalibrationSet, check_ids, from_dataloader, join, leading_tokens, tokenize
-from msp_plugin.chats import Chat
+from msp_plugin.data.calibration import CalibrationSet, join
+from msp_plugin.data.chats import Chat
+from msp_plugin.data.sources import load_texts
+from msp_plugin.data.tokenize import check_ids, from_dataloader, leading_tokens, tokenize
 from msp_plugin.errors import DataError
-from msp_plugin.sources import load_texts
 
 
 def of_lengths(lengths):

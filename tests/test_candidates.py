@@ -14,18 +14,18 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from msp_plugin import candidates
-from msp_plugin.calibration import CalibrationSet
-from msp_plugin.candidates import CandidateLoss
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import ModelError, NumericsError, VerificationError
-from msp_plugin.evaluation import mean_kl, perplexity
-from msp_plugin.exchange import CandidateWeights
-from msp_plugin.models import prunable_layers
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.passes.losses import mean_kl, perplexity
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.search import candidate_loss as candidates
+from msp_plugin.search.candidate_loss import CandidateLoss
+from msp_plugin.search.candidate_weights import CandidateWeights
 
 MENU = parse_menu(["dense", "2:4", "1:4"])
 SIZES = {

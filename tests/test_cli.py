@@ -165,7 +165,8 @@ def test_an_output_directory_with_something_in_it_is_refused_first(msp, text_fil
 
 
 def test_a_checkpoint_with_nan_weights_is_refused_and_nothing_is_written(msp, text_file, tmp_path):
-    from msp_plugin.models import load_model, load_tokenizer
+    from msp_plugin.models.load import load_model
+    from msp_plugin.models.source import load_tokenizer
 
     model = load_model(demo_model_path("qwen2"), "float32")
     with torch.no_grad():
@@ -199,7 +200,7 @@ def test_sensitivity_takes_the_options_of_its_estimator(msp, text_file):
 
 
 @pytest.mark.parametrize(
-    "step", ["msp_plugin.blockwise.BlockPass.run", "msp_plugin.measure.unit_sensitivities"]
+    "step", ["msp_plugin.passes.by_block.BlockPass.run", "msp_plugin.search.measurements.unit_sensitivities"]
 )
 def test_memory_that_does_not_suffice_ends_a_command_with_one_error(
     step, msp, text_file, tmp_path, monkeypatch

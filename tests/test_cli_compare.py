@@ -37,7 +37,7 @@ def no_model(monkeypatch):
     def fail(*arguments, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("msp_plugin.compare.load", fail)
+    monkeypatch.setattr("msp_plugin.runs.compare.load", fail)
 
 
 def lines_of(printed, *labels):

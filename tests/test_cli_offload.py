@@ -11,9 +11,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from msp_plugin import pipeline, writing
 from msp_plugin.demo import demo_model_path
-from msp_plugin.models import load_model, load_tokenizer, prunable_layers
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.models.load import load_model
+from msp_plugin.models.source import load_tokenizer
+from msp_plugin.runs import prune as pipeline
+from msp_plugin.runtime import disk as writing
 
 SMALL = ["--samples", "6", "--length", "64", "--dtype", "float32"]
 SEARCH = [
@@ -40,7 +43,7 @@ def half(tmp_path_factory):
 
 
 def test_a_pruned_model_is_that_of_a_run_in_memory(msp, half, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("msp_plugin.pipeline.SHARD_BYTES", 4_000_000)
+    monkeypatch.setattr("msp_plugin.runs.prune.SHARD_BYTES", 4_000_000)
     what = ["prune", half, "-s", "0.75", "--method", "wanda", *SEARCH]
     found = []
     for name, offload in (("memory", []), ("disk", ["--offload"])):

@@ -10,19 +10,21 @@ from fractions import Fraction
 import pytest
 import torch
 
-from msp_plugin import compare as compare_module
 from msp_plugin.allocators.base import AllocationResult, Allocator
-from msp_plugin.compare import cells, compare
+from msp_plugin.data.samples import Text, load_samples
 from msp_plugin.errors import BudgetError, DataError, ModelError, MSPError
-from msp_plugin.hookspecs import hookimpl
-from msp_plugin.matrix import Matrix
-from msp_plugin.models import fingerprint, load_model, prunable_layers
+from msp_plugin.models.fingerprint import fingerprint
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.hookspecs import hookimpl
+from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.masks import nm_mask
-from msp_plugin.ranks import LostError
-from msp_plugin.samples import Text, load_samples
+from msp_plugin.runs import compare as compare_module
+from msp_plugin.runs.compare import cells, compare
+from msp_plugin.runs.grid import Matrix
+from msp_plugin.runtime.ranks import LostError
 from msp_plugin.sensitivity.base import Estimator
 
 MSP = {"name": "msp", "population": 3, "generations": 1, "offspring": 2, "tokens": 40}
@@ -82,7 +84,9 @@ def allocators_plugin(*classes):
 @pytest.fixture
 def with_plugins(monkeypatch):
     def use(**extra):
-        monkeypatch.setattr("msp_plugin.compare.Plugins", lambda: Plugins(extra=extra, entry_points=False))
+        monkeypatch.setattr(
+            "msp_plugin.runs.compare.Plugins", lambda: Plugins(extra=extra, entry_points=False)
+        )
 
     return use
 
@@ -92,7 +96,7 @@ def no_model(monkeypatch):
     def fail(*arguments, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("msp_plugin.compare.load", fail)
+    monkeypatch.setattr("msp_plugin.runs.compare.load", fail)
 
 
 def test_there_is_a_row_for_every_cell_and_seed_and_unseeded_allocators_run_once(run, llama_dir):
@@ -142,7 +146,7 @@ def test_kl_and_perplexity_are_those_of_the_pruned_weights_by_hand(run, text, ll
 
 
 def test_a_pruned_row_is_what_a_run_with_that_allocation_gives(run, text, llama_dir, tokenizer, tmp_path):
-    from msp_plugin.pipeline import prune_recipe, run_recipe
+    from msp_plugin.runs.prune import prune_recipe, run_recipe
 
     record = run(by_name("uniform", "knapsack"), methods=("wanda",), prune=True)
     dense, test = load_model(llama_dir, "float32"), load_samples(tokenizer, text).test.samples
@@ -192,7 +196,7 @@ def test_an_allocator_that_fails_is_a_row_with_its_error_and_the_others_go_on(ru
 
 
 def test_a_budget_beyond_the_levels_is_found_before_any_allocation(run, monkeypatch):
-    monkeypatch.setattr("msp_plugin.compare.perplexity", lambda *a, **b: pytest.fail("work was done"))
+    monkeypatch.setattr("msp_plugin.runs.compare.perplexity", lambda *a, **b: pytest.fail("work was done"))
     with pytest.raises(BudgetError, match="out of reach"):
         run(by_name("uniform"), ("1/2", "0.99"))
 
@@ -236,7 +240,7 @@ def test_without_test_text_there_is_nothing_to_compare(run, llama_dir, text, no_
 def test_a_database_is_built_once_for_each_method_and_sparsity_and_serves_the_next_comparison(
     run, tmp_path, monkeypatch
 ):
-    from msp_plugin import measure
+    from msp_plugin.search import measurements as measure
 
     built = []
     real = measure.build_database
@@ -347,7 +351,7 @@ def test_several_ranks_find_the_rows_of_one_process_and_the_first_of_them_has_th
     allocators = {"ours": "raises", "bug": bug, "small": SEARCH, **by_name("owl", "uniform")}
     expected = run(allocators, methods=("wanda", "magnitude"), cache=str(tmp_path / "alone"))
     loaded = load_model(llama_dir, "float32")
-    monkeypatch.setattr("msp_plugin.compare.load", lambda *a, **b: copy.deepcopy(loaded))
+    monkeypatch.setattr("msp_plugin.runs.compare.load", lambda *a, **b: copy.deepcopy(loaded))
     met = []
 
     def work(ranks):
@@ -365,7 +369,7 @@ def test_what_fails_on_the_first_rank_alone_is_a_row_and_the_ranks_go_on_togethe
     run, on_ranks, llama_dir, monkeypatch, tmp_path
 ):
     loaded = load_model(llama_dir, "float32")
-    monkeypatch.setattr("msp_plugin.compare.load", lambda *a, **b: copy.deepcopy(loaded))
+    monkeypatch.setattr("msp_plugin.runs.compare.load", lambda *a, **b: copy.deepcopy(loaded))
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "sensitivity").write_text("in the way of the journals that rank 0 writes")
     allocators = {"small": SEARCH, **by_name("owl", "uniform"), "again": {**SEARCH, "rounds": 1}}
@@ -385,7 +389,7 @@ def test_several_ranks_build_a_database_anew_if_asked_whatever_the_allocators_ne
     run, on_ranks, llama_dir, monkeypatch, tmp_path
 ):
     loaded = load_model(llama_dir, "float32")
-    monkeypatch.setattr("msp_plugin.compare.load", lambda *a, **b: copy.deepcopy(loaded))
+    monkeypatch.setattr("msp_plugin.runs.compare.load", lambda *a, **b: copy.deepcopy(loaded))
 
     def written():
         found = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("cache/**/*.safetensors")}
@@ -410,7 +414,7 @@ def test_a_packed_model_is_refused_before_it_is_loaded_where_it_is_to_be_pruned(
 
 def test_a_rank_that_ends_ends_the_comparison(run, on_ranks, llama_dir, monkeypatch):
     loaded = load_model(llama_dir, "float32")
-    monkeypatch.setattr("msp_plugin.compare.load", lambda *a, **b: copy.deepcopy(loaded))
+    monkeypatch.setattr("msp_plugin.runs.compare.load", lambda *a, **b: copy.deepcopy(loaded))
 
     def work(ranks):
         def lost(*a):

@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
-from msp_plugin import evaluation
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
-from msp_plugin.evaluation import (
+from msp_plugin.passes import losses as evaluation
+from msp_plugin.passes.losses import (
     likely_tokens,
     mean_kl,
     perplexity,

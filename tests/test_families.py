@@ -15,12 +15,13 @@ import msp_plugin
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.load import load
+from msp_plugin.data.samples import Text
 from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import FormatError, ModelError
-from msp_plugin.models import decoder_blocks, fused_experts, load_tokenizer, prunable_layers
-from msp_plugin.pipeline import prune_recipe, run_recipe
+from msp_plugin.models.layers import decoder_blocks, fused_experts, prunable_layers
+from msp_plugin.models.source import load_tokenizer
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.samples import Text
+from msp_plugin.runs.prune import prune_recipe, run_recipe
 from msp_plugin.verify.base import SKIP, Subject, run_checks
 from msp_plugin.verify.round_trip import RoundTrip
 from msp_plugin.verify.structure import Structure

@@ -6,9 +6,9 @@ from contextlib import suppress
 
 import pytest
 
-from msp_plugin import files
 from msp_plugin.errors import OutputError
-from msp_plugin.files import (
+from msp_plugin.runtime import files
+from msp_plugin.runtime.files import (
     check_output,
     default_cache,
     finite,
@@ -17,7 +17,7 @@ from msp_plugin.files import (
     write_json,
     write_text,
 )
-from msp_plugin.resume import sole_run
+from msp_plugin.runtime.locks import sole_run
 
 
 class Interrupted(BaseException):

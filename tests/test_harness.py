@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from msp_plugin.calibration import load_texts, tokenize
+from msp_plugin.data.sources import load_texts
+from msp_plugin.data.tokenize import tokenize
 from msp_plugin.errors import HostError
-from msp_plugin.evaluation import perplexity
-from msp_plugin.harness import Metric, difference
-from msp_plugin.models import load_model, load_tokenizer
-from msp_plugin.tasks import local_tasks, require_lm_eval
+from msp_plugin.evaluation.lm_eval_run import Metric, difference
+from msp_plugin.evaluation.tasks import local_tasks, require_lm_eval
+from msp_plugin.models.load import load_model
+from msp_plugin.models.source import load_tokenizer
+from msp_plugin.passes.losses import perplexity
 
 TASKS = Path(__file__).parents[1] / "integration" / "tasks"
 TASK = "which_line_follows"
@@ -49,7 +51,7 @@ def no_model(monkeypatch):
     def load(*given, **more):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("msp_plugin.scorecard.load", load)
+    monkeypatch.setattr("msp_plugin.evaluation.evaluate.load", load)
 
 
 @pytest.fixture
@@ -326,6 +328,6 @@ def test_items_are_a_function_of_the_texts():
 def test_importing_the_modules_does_not_import_lm_eval():
     import subprocess
 
-    code = "import sys, msp_plugin.scorecard, msp_plugin.cli.evaluate; print('lm_eval' in sys.modules, 'datasets' in sys.modules)"
+    code = "import sys, msp_plugin.evaluation.evaluate, msp_plugin.cli.evaluate; print('lm_eval' in sys.modules, 'datasets' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "False"]

@@ -6,15 +6,17 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from msp_plugin import hookimpl, hookspecs
+from msp_plugin import hookimpl
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.errors import RecipeError
-from msp_plugin.options import Options, resolve
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins import hookspecs
+from msp_plugin.plugins.manager import Plugins
+from msp_plugin.search.options import Options
+from msp_plugin.search.resolve import resolve
 from msp_plugin.verify.base import Subject, run_checks
 
 SAMPLES = ("squared_norm", "least_error", "ria", "listing", "no_nan", "observer", "hello", "densest")

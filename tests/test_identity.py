@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from msp_plugin.errors import OutputError
-from msp_plugin.identity import component_digest, digest
-from msp_plugin.resume import alone
+from msp_plugin.runtime.digests import component_digest, digest
+from msp_plugin.runtime.locks import alone
 from msp_plugin.sensitivity.fisher import FisherTrace
 from msp_plugin.sensitivity.outliers import Outliers
 

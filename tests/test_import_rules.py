@@ -129,7 +129,7 @@ def test_importing_the_package_loads_neither_torch_nor_a_host():
 
 def test_planning_and_allocators_run_without_torch():
     found = loaded_by(
-        "import msp_plugin.plan.allocation, msp_plugin.plugins\n"
+        "import msp_plugin.plan.allocation, msp_plugin.plugins.manager\n"
         "import msp_plugin.allocators.msp, msp_plugin.allocators.uniform"
     )
     assert "numpy" in found and not found & {"torch", "transformers", "llmcompressor"}
@@ -155,7 +155,7 @@ def test_checkpoints_and_checks_run_without_a_host_and_without_vllm():
 
 def test_the_package_names_what_it_exports():
     from msp_plugin.checkpoint.load import load
-    from msp_plugin.hookspecs import hookimpl
+    from msp_plugin.plugins.hookspecs import hookimpl
     from msp_plugin.pruning.base import LayerwisePruner
 
     assert msp_plugin.hookimpl is hookimpl and msp_plugin.LayerwisePruner is LayerwisePruner

@@ -5,9 +5,10 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import OutputError
-from msp_plugin.journal import Journal, RecordedLoss, packed, unpacked
+from msp_plugin.runtime.journal import Journal, packed, unpacked
+from msp_plugin.search.recorded import RecordedLoss
 
 ABOUT = {"model": "a", "seed": 0}
 

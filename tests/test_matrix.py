@@ -3,7 +3,7 @@
 import pytest
 
 from msp_plugin.errors import RecipeError
-from msp_plugin.matrix import parse_allocators, parse_sparsities
+from msp_plugin.runs.grid import parse_allocators, parse_sparsities
 
 
 def test_allocators_are_read_from_a_comma_list():

@@ -9,22 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-from msp_plugin import measure
 from msp_plugin.allocators.base import AllocationResult, Allocator
-from msp_plugin.calibration import CalibrationSet
-from msp_plugin.candidates import CandidateLoss
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
-from msp_plugin.evaluation import mean_kl
 from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
-from msp_plugin.measure import Measurements, open_database
-from msp_plugin.models import fingerprint, prunable_layers
+from msp_plugin.models.fingerprint import fingerprint
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.passes.gradients import backward_passes
+from msp_plugin.passes.losses import mean_kl
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.search import measurements as measure
+from msp_plugin.search.candidate_loss import CandidateLoss
+from msp_plugin.search.measurements import Measurements, open_database
 from msp_plugin.sensitivity import fisher as fisher_module
 from msp_plugin.sensitivity import fisher_error
 from msp_plugin.sensitivity.base import Estimator, silent
-from msp_plugin.sensitivity.fisher import FisherTrace, backward_passes
+from msp_plugin.sensitivity.fisher import FisherTrace
 from msp_plugin.sensitivity.fisher_error import diagonal_groups, fisher_errors
 
 MENU = parse_menu(["dense", "2:4", "1:4"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from msp_plugin.memory import free_cached
+from msp_plugin.runtime.memory import free_cached
 
 MIB = 2**20
 

@@ -18,19 +18,17 @@ from transformers import (
 )
 
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
-from msp_plugin.models import (
+from msp_plugin.models.fingerprint import fingerprint
+from msp_plugin.models.layers import (
     allowed_levels,
-    auto_class,
     check_finite_weights,
-    check_loadable,
     check_widths,
     decoder_blocks,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    max_length,
     prunable_layers,
 )
+from msp_plugin.models.load import load_model
+from msp_plugin.models.offload import check_loadable
+from msp_plugin.models.source import auto_class, load_tokenizer, max_length
 from msp_plugin.plan.bounds import parse_bounds
 from msp_plugin.plan.levels import parse_menu
 

@@ -14,18 +14,19 @@ from msp_plugin.allocators.evopress import EvoPress
 from msp_plugin.allocators.knapsack import Knapsack
 from msp_plugin.allocators.msp import MSP
 from msp_plugin.allocators.search import Search
-from msp_plugin.calibration import CalibrationSet
-from msp_plugin.candidates import CandidateLoss
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import ModelError, VerificationError
-from msp_plugin.evaluation import mean_kl, perplexity
-from msp_plugin.exchange import CandidateWeights
-from msp_plugin.measure import Measurements
-from msp_plugin.models import offload_hook, prunable_layers
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.models.offload import offload_hook
+from msp_plugin.passes.losses import mean_kl, perplexity
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu, parse_sparsity
 from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.search.candidate_loss import CandidateLoss
+from msp_plugin.search.candidate_weights import CandidateWeights
+from msp_plugin.search.measurements import Measurements
 from msp_plugin.sensitivity.fisher import FisherTrace
 from msp_plugin.sensitivity.fisher_error import fisher_errors
 from msp_plugin.sensitivity.heavy_tail import HeavyTail

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 import pytest
 
 from msp_plugin.errors import PluginError, RecipeError
-from msp_plugin.hookspecs import hookimpl
-from msp_plugin.plugins import KINDS, Plugins, spec_of
+from msp_plugin.plugins.hookspecs import hookimpl
+from msp_plugin.plugins.manager import KINDS, Plugins, spec_of
 from msp_plugin.pruning.magnitude import Magnitude
 
 
@@ -58,7 +58,7 @@ def test_the_builtin_components_are_there():
         "pruners": ["magnitude", "sparsegpt", "wanda"], "exporters": ["dense", "recipe", "sparse24"],
         "checks": ["quality", "round_trip", "served", "structure"],
     }  # fmt: skip
-    assert {c.owner for kind in KINDS for c in found[kind].values()} == {"msp_plugin.builtin"}
+    assert {c.owner for kind in KINDS for c in found[kind].values()} == {"msp_plugin.plugins.builtin"}
 
 
 def test_every_component_has_a_summary_and_shows_its_options():
@@ -154,13 +154,13 @@ def test_two_plugins_with_one_component_name_are_both_named():
     other = plugin(msp_register_pruners=lambda: [Magnitude])
     with pytest.raises(PluginError, match="two plugins register pruners called 'magnitude'") as error:
         load(mine=other)
-    assert "msp_plugin.builtin and" in error.value.message or "mine and" in error.value.message
+    assert "msp_plugin.plugins.builtin and" in error.value.message or "mine and" in error.value.message
     assert "mine" in error.value.message and "MSP_BLOCK_PLUGINS" in error.value.hint
 
 
 def test_two_plugins_with_one_name_are_refused():
-    with pytest.raises(PluginError, match="two plugins are called 'msp_plugin.builtin'") as error:
-        Plugins(extra={"msp_plugin.builtin": plugin()}, entry_points=False)
+    with pytest.raises(PluginError, match="two plugins are called 'msp_plugin.plugins.builtin'") as error:
+        Plugins(extra={"msp_plugin.plugins.builtin": plugin()}, entry_points=False)
     assert "rename" in error.value.hint
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from msp_plugin import MixedSparsityModifier
+from msp_plugin.checkpoint.quantized import check_source_unquantized, check_unquantized
 from msp_plugin.errors import ModelError
-from msp_plugin.models import load_model
-from msp_plugin.quantized import check_source_unquantized, check_unquantized
+from msp_plugin.models.load import load_model
 
 KINDS = {
     "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "(fp8)"),

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 from msp_plugin.allocators.search import Search
-from msp_plugin.calibration import CalibrationSet
-from msp_plugin.candidates import CandidateLoss
 from msp_plugin.cli import app
+from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import Text
 from msp_plugin.errors import HostError, NumericsError, RecipeError
-from msp_plugin.exchange import CandidateWeights
 from msp_plugin.hosts.llm_compressor.methods import SparseGPT
-from msp_plugin.measure import Measurements
-from msp_plugin.models import prunable_layers
-from msp_plugin.pipeline import prune_recipe, run_recipe
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
-from msp_plugin.ranks import ALONE, Ranks, join
-from msp_plugin.samples import Text
+from msp_plugin.runs.prune import prune_recipe, run_recipe
+from msp_plugin.runtime.ranks import ALONE, Ranks, join
+from msp_plugin.search.candidate_loss import CandidateLoss
+from msp_plugin.search.candidate_weights import CandidateWeights
+from msp_plugin.search.measurements import Measurements
 from msp_plugin.sensitivity.fisher import FisherTrace
 
 MENU = parse_menu(["dense", "2:4", "1:4"])

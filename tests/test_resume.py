@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from msp_plugin import pipeline
+from msp_plugin.data.samples import Text
 from msp_plugin.errors import OutputError
-from msp_plugin.pipeline import prune_recipe, run_recipe
-from msp_plugin.resume import scratch_directory, sole_output, sole_run
-from msp_plugin.samples import Text
+from msp_plugin.runs import prune as pipeline
+from msp_plugin.runs.prune import prune_recipe, run_recipe
+from msp_plugin.runtime.locks import scratch_directory, sole_output, sole_run
 
 
 class StopError(Exception):

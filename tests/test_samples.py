@@ -3,9 +3,9 @@ import random
 import pytest
 import torch
 
+from msp_plugin.data.samples import Text, load_samples
 from msp_plugin.errors import DataError
-from msp_plugin.options import Options
-from msp_plugin.samples import Text, load_samples
+from msp_plugin.search.options import Options
 
 
 def write_text(path, seed):
@@ -72,7 +72,7 @@ def test_counts_out_of_range_are_named(options):
 
 
 def test_the_length_follows_the_model(llama_dir):
-    from msp_plugin.models import max_length
+    from msp_plugin.models.source import max_length
 
     most = max_length(llama_dir)
     assert Text("x").for_model(llama_dir).length == min(2048, most)
@@ -84,7 +84,7 @@ def test_the_length_follows_the_model(llama_dir):
 def test_a_token_beyond_the_models_embeddings_fails_before_the_weights_are_read(
     tokenizer, text_file, llama_dir, copied, edit_json
 ):
-    from msp_plugin.pipeline import search_allocation
+    from msp_plugin.runs.prune import search_allocation
 
     path = copied(llama_dir)
     edit_json(path / "config.json", lambda config: config.update(vocab_size=50))

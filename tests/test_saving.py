@@ -9,12 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from msp_plugin import MixedSparsityModifier, saving
+from msp_plugin import MixedSparsityModifier
+from msp_plugin.checkpoint import saving
+from msp_plugin.checkpoint.saving import (
+    check_savable,
+    generation_config_kept,
+    kept_if_it_fails,
+    write_weights,
+)
 from msp_plugin.errors import ModelError, OutputError
-from msp_plugin.files import output_directory
-from msp_plugin.models import load_model
+from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.saving import check_savable, generation_config_kept, kept_if_it_fails, write_weights
+from msp_plugin.runtime.files import output_directory
 
 #: transformers reads it with a warning, and refuses to save it.
 CONTRADICTORY = {"do_sample": False, "temperature": 0.6, "max_new_tokens": 7}
@@ -117,7 +123,7 @@ def test_a_disk_without_room_for_the_result_is_refused_before_the_work(
     llama_dir, text, msp, tmp_path, monkeypatch
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("msp_plugin.writing.shutil.disk_usage", lambda where: usage)
+    monkeypatch.setattr("msp_plugin.runtime.disk.shutil.disk_usage", lambda where: usage)
     said = msp("prune", llama_dir, *PLAIN, *text, "--out", tmp_path / "out", code=2).err
     assert "the pruned model takes" in said and "GiB free" in said
 
@@ -144,7 +150,7 @@ def test_a_run_that_cannot_save_its_model_keeps_it_and_says_where(
 
 
 def test_a_run_that_fails_when_its_model_is_measured_keeps_it(llama_dir, text, msp, tmp_path, monkeypatch):
-    from msp_plugin import pipeline
+    from msp_plugin.runs import prune as pipeline
 
     measure = pipeline._measure
     monkeypatch.setattr(

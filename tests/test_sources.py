@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from msp_plugin.chats import Chat
+from msp_plugin.data.chats import Chat
+from msp_plugin.data.sources import load_texts
 from msp_plugin.errors import DataError
-from msp_plugin.sources import load_texts
 
 
 def read(source, column="text"):

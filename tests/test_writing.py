@@ -11,8 +11,8 @@ import pytest
 from safetensors import SafetensorError
 
 from msp_plugin.errors import OutputError
-from msp_plugin.files import check_output
-from msp_plugin.writing import cannot_write, check_new, writing
+from msp_plugin.runtime.disk import cannot_write, check_new, writing
+from msp_plugin.runtime.files import check_output
 
 needs_user = pytest.mark.skipif(
     os.getuid() == 0, reason="root may write into read-only directories: that they are refused is not checked"

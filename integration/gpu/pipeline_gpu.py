@@ -59,10 +59,10 @@ def make_model(size: str, device: str):
 
 def measurements_of(model, data, method: str, levels: tuple[str, ...], cache: str):
     """Return Measurements of a model: the first half of the text calibrates, the rest measures."""
-    from msp_plugin.measure import Measurements
-    from msp_plugin.models import prunable_layers
+    from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.levels import parse_menu
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
+    from msp_plugin.search.measurements import Measurements
 
     plugins, (calibration, rest) = Plugins(), data.cut(data.tokens - 6144)
     search, holdout = rest.cut(2048)
@@ -93,7 +93,7 @@ def costs(size: str, device: str, samples: int) -> dict[str, Any]:
     """Return what the parts of a run cost on a model of random weights."""
     from msp_plugin.plan.budget import AllocationProblem
     from msp_plugin.plan.levels import parse_sparsity
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
 
     model = make_model(size, device)
     data = make_data(samples + 12, 512)
@@ -115,12 +115,13 @@ def correctness(device: str) -> dict[str, Any]:
     """Return how far the demo model's results on a device are from those on the CPU."""
     import torch
 
+    from msp_plugin.data.samples import load_samples
     from msp_plugin.demo import demo_model_path, demo_text
-    from msp_plugin.models import load_model, load_tokenizer
+    from msp_plugin.models.load import load_model
+    from msp_plugin.models.source import load_tokenizer
     from msp_plugin.plan.budget import AllocationProblem
     from msp_plugin.plan.levels import parse_sparsity
-    from msp_plugin.plugins import Plugins
-    from msp_plugin.samples import load_samples
+    from msp_plugin.plugins.manager import Plugins
 
     path, results = demo_model_path("qwen2"), {}
     text = load_samples(load_tokenizer(path), demo_text().for_model(path), 24576).calibration

@@ -101,7 +101,7 @@ def _item(name: str, lines: Sequence[str], at: int, wrong: Sequence[str]) -> dic
 def main() -> int:
     import sysconfig
 
-    from msp_plugin.demo.corpus import library_files
+    from msp_plugin.data.demo_corpus import library_files
 
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = {

@@ -12,9 +12,9 @@ import torch
 
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.checkpoint.packing import Packing, sort_layers
-from msp_plugin.checkpoint.tensors import TensorFiles, TensorInfo, read_json
 from msp_plugin.errors import FormatError, ModelError, VerificationError, shown
 from msp_plugin.formats.sparse24 import FORMAT, SUFFIXES, Packed, unpack
+from msp_plugin.formats.tensor_files import TensorFiles, TensorInfo, read_json
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 
 #: What the values of a packed weight may be: without a scale, eight bits say nothing.

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint, packed_layers
-from msp_plugin.checkpoint.tensors import read_json
 from msp_plugin.errors import FormatError, ModelError, MSPError
-from msp_plugin.models import auto_class, check_dtype, check_source, load_model
+from msp_plugin.formats.tensor_files import read_json
+from msp_plugin.models.load import load_model
+from msp_plugin.models.source import auto_class, check_dtype, check_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -10,9 +10,9 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from msp_plugin.checkpoint.tensors import read_json
 from msp_plugin.errors import FormatError, shown
-from msp_plugin.files import write_json
+from msp_plugin.formats.tensor_files import read_json
+from msp_plugin.runtime.files import write_json
 
 MANIFEST_FILE = "export.json"
 SCHEMA = "msp_plugin/export"

@@ -20,7 +20,7 @@ from msp_plugin.cli.report import report
 from msp_plugin.cli.search import allocate_command, sensitivity
 from msp_plugin.cli.stopping import Stopped
 from msp_plugin.errors import HostError, MSPError
-from msp_plugin.ranks import world_size
+from msp_plugin.runtime.ranks import world_size
 
 #: Commands that share their search among ranks, and those that go on where they were stopped.
 SHARED = {"run", "prune", "demo", "allocate", "compare"}
@@ -55,7 +55,7 @@ def plugins(as_json: AsJson = False) -> None:
     from rich.table import Table
 
     from msp_plugin.cli import console
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
 
     found = Plugins()
     rows = [
@@ -108,7 +108,7 @@ def enable() -> None:
 
     Example: msp enable
     """
-    from msp_plugin.enable import enable as write
+    from msp_plugin.cli.enable import enable as write
 
     typer.echo(f"enabled: {write()}\nundo it with: msp disable")
 
@@ -119,7 +119,7 @@ def disable() -> None:
 
     Example: msp disable
     """
-    from msp_plugin.enable import disable as remove
+    from msp_plugin.cli.enable import disable as remove
 
     typer.echo(f"disabled: {remove()} is gone")
 
@@ -150,7 +150,7 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
                 hint="start it without torchrun; run, prune, demo, allocate and compare share their search among ranks",
             )
         if not {"plugins", "doctor", "disable", "--version"} & set(sys.argv[1:2]):
-            from msp_plugin.plugins import Plugins
+            from msp_plugin.plugins.manager import Plugins
 
             Plugins().hook.msp_register_commands(app=app)
         try:
@@ -189,8 +189,8 @@ def _again(command: list[str]) -> str:
 
 def _cause(error: Exception) -> tuple[str | None, int]:
     """Return what to say of an error of a disk or of memory, None for a bug, and the exit code."""
-    from msp_plugin.memory import is_out_of_memory
-    from msp_plugin.writing import cannot_write, of_disk
+    from msp_plugin.runtime.disk import cannot_write, of_disk
+    from msp_plugin.runtime.memory import is_out_of_memory
 
     if of_disk(error):  # of a cache or of stdout, which no command writes as its result
         return str(cannot_write(None, error)), 2

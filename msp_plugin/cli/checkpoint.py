@@ -21,7 +21,7 @@ from msp_plugin.cli.arguments import (
 
 if TYPE_CHECKING:
     from msp_plugin.checkpoint.manifest import Manifest
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
     from msp_plugin.verify.base import Check, CheckResult
 
 Directory = Annotated[Path, typer.Argument(help="directory that `msp prune` or `msp export` wrote")]
@@ -47,7 +47,7 @@ def export_command(
 
     set_up_logs(verbose)
     from msp_plugin.checkpoint.export import export_checkpoint
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
 
     pairs = [f"exporter.{pair}" for pair in options or ()]
     exporter = Plugins().build("exporters", component_options(pairs, exporter=to)["exporter"])
@@ -121,9 +121,9 @@ def verify(
 
     set_up_logs(verbose)
     from msp_plugin.checkpoint.checkpoint import Checkpoint
-    from msp_plugin.models import load_tokenizer
-    from msp_plugin.plugins import Plugins
-    from msp_plugin.samples import Text
+    from msp_plugin.data.samples import Text
+    from msp_plugin.models.source import load_tokenizer
+    from msp_plugin.plugins.manager import Plugins
     from msp_plugin.verify.base import Subject, run_checks
     from msp_plugin.verify.server import vllm_executable
 

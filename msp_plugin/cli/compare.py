@@ -96,18 +96,18 @@ def compare_command(
     sparsegpt,wanda --allocators uniform,owl,evopress,search --data c4.jsonl --test-data wiki.txt --out cmp
     """
     from msp_plugin.cli import console
-    from msp_plugin.ranks import join
+    from msp_plugin.runtime.ranks import join
 
     ranks = join()
     console.set_up_logs(verbose, ranks.rank)
-    from msp_plugin.compare import compare
+    from msp_plugin.data.samples import Text
     from msp_plugin.errors import MSPError, RecipeError
-    from msp_plugin.files import output_directory, write_json
-    from msp_plugin.matrix import Matrix, parse_allocators, parse_sparsities
-    from msp_plugin.plugins import Plugins
-    from msp_plugin.resume import sole_run
-    from msp_plugin.samples import Text
-    from msp_plugin.writing import writing
+    from msp_plugin.plugins.manager import Plugins
+    from msp_plugin.runs.compare import compare
+    from msp_plugin.runs.grid import Matrix, parse_allocators, parse_sparsities
+    from msp_plugin.runtime.disk import writing
+    from msp_plugin.runtime.files import output_directory, write_json
+    from msp_plugin.runtime.locks import sole_run
 
     if offload and allocators == DEFAULT:  # its sensitivity needs the whole model in memory
         allocators = DEFAULT.replace("one_shot,", "")
@@ -195,8 +195,8 @@ def comparison_tables(record: dict[str, Any], title: str) -> list[Any]:
     """Return one table per method and sparsity: the allocators in the order of their KL."""
     from rich.table import Table
 
-    from msp_plugin.compare import cells
     from msp_plugin.report.statistics import deviation
+    from msp_plugin.runs.compare import cells
 
     tables = []
     for (method, sparsity), allocators in cells(record["rows"]).items():

@@ -8,9 +8,9 @@ import platform
 import sys
 from dataclasses import dataclass
 
-from msp_plugin.enable import hook_file, is_enabled
+from msp_plugin.cli.enable import hook_file, is_enabled
 from msp_plugin.errors import MSPError
-from msp_plugin.files import default_cache
+from msp_plugin.runtime.files import default_cache
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _device() -> Check:
 
 
 def _plugins() -> Check:
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
 
     try:
         found = Plugins()

@@ -51,9 +51,9 @@ def evaluate_command(
     from msp_plugin.cli.console import progress_bars, set_up_logs
 
     set_up_logs(verbose)
-    from msp_plugin.files import write_json
-    from msp_plugin.scorecard import Request, Source, evaluate
-    from msp_plugin.writing import check_new, writing
+    from msp_plugin.evaluation.evaluate import Request, Source, evaluate
+    from msp_plugin.runtime.disk import check_new, writing
+    from msp_plugin.runtime.files import write_json
 
     models = [
         Source(name, resolve_model(name), dtype, trust_remote_code)

@@ -76,13 +76,13 @@ def demo(
     Needs no download. Example: msp demo --out demo-run
     """
     from msp_plugin.cli.console import progress_bars, set_up_logs
-    from msp_plugin.ranks import join
+    from msp_plugin.runtime.ranks import join
 
     ranks = join()
     set_up_logs(verbose, ranks.rank)
     from msp_plugin.demo import demo_text
     from msp_plugin.hosts.llm_compressor.recipe import our_line, read_recipe
-    from msp_plugin.pipeline import run_recipe
+    from msp_plugin.runs.prune import run_recipe
 
     recipe = read_recipe(files("msp_plugin.demo") / "recipe.yaml")
     our_line(recipe).update(method=method, seed=seed)
@@ -122,12 +122,12 @@ def run_command(
     Example: msp run recipes/llama-3.1-8b-75.yaml --model meta-llama/Llama-3.1-8B --data c4.jsonl --out out
     """
     from msp_plugin.cli.console import progress_bars, set_up_logs
-    from msp_plugin.ranks import join
+    from msp_plugin.runtime.ranks import join
 
     ranks = join()
     set_up_logs(verbose, ranks.rank)
-    from msp_plugin.pipeline import run_recipe
-    from msp_plugin.samples import Text
+    from msp_plugin.data.samples import Text
+    from msp_plugin.runs.prune import run_recipe
 
     text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch, bos=bos)
     with progress_bars(not as_json and not ranks.rank) as progress:
@@ -178,13 +178,13 @@ def prune(
     Example: msp prune Qwen/Qwen2.5-7B -s 0.75 --data c4.jsonl --test-data wiki.txt --out qwen-75
     """
     from msp_plugin.cli.console import progress_bars, set_up_logs
-    from msp_plugin.ranks import join
+    from msp_plugin.runtime.ranks import join
 
     ranks = join()
     set_up_logs(verbose, ranks.rank)
-    from msp_plugin.pipeline import prune_recipe, run_recipe
-    from msp_plugin.plugins import Plugins
-    from msp_plugin.samples import Text
+    from msp_plugin.data.samples import Text
+    from msp_plugin.plugins.manager import Plugins
+    from msp_plugin.runs.prune import prune_recipe, run_recipe
 
     estimators = Plugins().components["estimators"]
     specs = component_options(options, estimators, method=method, allocator=allocator)

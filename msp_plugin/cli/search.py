@@ -79,17 +79,17 @@ def allocate_command(
     from rich.table import Table
 
     from msp_plugin.cli import console
-    from msp_plugin.ranks import join
+    from msp_plugin.runtime.ranks import join
 
     ranks = join()
     console.set_up_logs(verbose, ranks.rank)
-    from msp_plugin.files import write_text
-    from msp_plugin.options import Options
-    from msp_plugin.pipeline import search_allocation
-    from msp_plugin.plugins import Plugins
-    from msp_plugin.resume import sole_output
-    from msp_plugin.samples import Text
-    from msp_plugin.writing import writing
+    from msp_plugin.data.samples import Text
+    from msp_plugin.plugins.manager import Plugins
+    from msp_plugin.runs.prune import search_allocation
+    from msp_plugin.runtime.disk import writing
+    from msp_plugin.runtime.files import write_text
+    from msp_plugin.runtime.locks import sole_output
+    from msp_plugin.search.options import Options
 
     estimators = Plugins().components["estimators"]
     specs = component_options(options, estimators, method=method, allocator=allocator)
@@ -159,12 +159,13 @@ def sensitivity(
 
     console.set_up_logs(verbose)
     from msp_plugin.checkpoint.load import load
-    from msp_plugin.device import on_best_device
-    from msp_plugin.measure import Measurements
-    from msp_plugin.models import load_tokenizer, prunable_layers
-    from msp_plugin.plugins import Plugins, spec_of
-    from msp_plugin.quantized import check_source_unquantized
-    from msp_plugin.samples import Text, load_samples
+    from msp_plugin.checkpoint.quantized import check_source_unquantized
+    from msp_plugin.data.samples import Text, load_samples
+    from msp_plugin.models.device import on_best_device
+    from msp_plugin.models.layers import prunable_layers
+    from msp_plugin.models.source import load_tokenizer
+    from msp_plugin.plugins.manager import Plugins, spec_of
+    from msp_plugin.search.measurements import Measurements
 
     plugins = Plugins()
     spec = component_options(options, estimator=estimator)["estimator"]

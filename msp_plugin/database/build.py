@@ -14,21 +14,21 @@ from typing import Any
 
 import torch
 
-from msp_plugin.activations import in_groups, observe_inputs
-from msp_plugin.blockwise import BlockPass, runs_by_block
-from msp_plugin.calibration import CalibrationSet
-from msp_plugin.database.bitmask import bitmask_bytes
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError
-from msp_plugin.exchange import CandidateWeights
-from msp_plugin.models import onloaded
+from msp_plugin.formats.bitmask import bitmask_bytes
+from msp_plugin.models.offload import onloaded
+from msp_plugin.passes.by_block import BlockPass, runs_by_block
+from msp_plugin.passes.observe import in_groups, observe_inputs
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, Unit, UnitTable, shared_inputs
 from msp_plugin.progress import Progress, silent
 from msp_plugin.pruning.base import Pruner
-from msp_plugin.ranks import ALONE, Ranks
-from msp_plugin.writing import check_free
+from msp_plugin.runtime.disk import check_free
+from msp_plugin.runtime.ranks import ALONE, Ranks
+from msp_plugin.search.candidate_weights import CandidateWeights
 
 log = logging.getLogger(__name__)
 

@@ -25,14 +25,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msp_plugin.database.bitmask import bitmask_bytes, pack_bitmask, unpack_bitmask
 from msp_plugin.errors import FormatError, VerificationError
-from msp_plugin.files import replacing
-from msp_plugin.identity import digest
-from msp_plugin.memory import is_out_of_memory
+from msp_plugin.formats.bitmask import bitmask_bytes, pack_bitmask, unpack_bitmask
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable
-from msp_plugin.writing import writing
+from msp_plugin.runtime.digests import digest
+from msp_plugin.runtime.disk import writing
+from msp_plugin.runtime.files import replacing
+from msp_plugin.runtime.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from msp_plugin.errors import ModelError, nearest
 
 if TYPE_CHECKING:
-    from msp_plugin.samples import Text
+    from msp_plugin.data.samples import Text
 
 #: The first is what `msp demo` prunes: its units differ more, so that there is more for a search to take back.
 DEMO_MODELS = ("qwen2", "llama")
@@ -27,7 +27,7 @@ def demo_model_path(name: str = "qwen2") -> Path:
 
 def demo_text() -> Text:
     """Return the text of the demo: files of the standard library that share nothing with each other."""
-    from msp_plugin.samples import Text
+    from msp_plugin.data.samples import Text
 
     return Text(
         data="demo:calibration", search="demo:search", test="demo:test",

@@ -13,9 +13,9 @@ import numpy as np
 
 from msp_plugin.errors import RecipeError, VerificationError, shown
 from msp_plugin.plan.budget import AllocationProblem, Budget
-from msp_plugin.plan.document import check_document, parse_json
 from msp_plugin.plan.levels import Level, parse_fraction
 from msp_plugin.plan.units import Layer, Unit, UnitTable
+from msp_plugin.runtime.documents import check_document, parse_json
 
 #: The file's name beside a checkpoint.
 ALLOCATION_FILE = "allocation.json"

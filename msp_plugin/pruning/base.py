@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 
 from msp_plugin.errors import NumericsError
-from msp_plugin.identity import component_digest
 from msp_plugin.plan.levels import Level
 from msp_plugin.pruning import masks
 from msp_plugin.pruning.masks import nm_masks
+from msp_plugin.runtime.digests import component_digest
 
 
 class Pruner(ABC):

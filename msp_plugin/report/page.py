@@ -8,7 +8,7 @@ from typing import Any
 
 from msp_plugin import __version__
 from msp_plugin.errors import PluginError
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import text
 from msp_plugin.report.charts import missing, number_of
 from msp_plugin.report.comparison_page import comparison_page

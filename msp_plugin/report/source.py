@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.sidecar import RUN_FILE, RUN_SCHEMA, RUN_VERSION
+from msp_plugin.checkpoint.run_files import RUN_FILE, RUN_SCHEMA, RUN_VERSION
 from msp_plugin.errors import ModelError, RecipeError, shown
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 from msp_plugin.plan.allocation import SCHEMA as ALLOCATION_SCHEMA
-from msp_plugin.plan.document import parse_json
 from msp_plugin.report.records import COMPARE_SCHEMA, COMPARE_VERSION, Comparison, RunRecord
+from msp_plugin.runtime.documents import parse_json
 
 COMPARE_FILE = "compare.json"
 

@@ -13,8 +13,8 @@ import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.packing import sort_layers
-from msp_plugin.checkpoint.tensors import TensorInfo
 from msp_plugin.formats.sparse24 import packed_bytes
+from msp_plugin.formats.tensor_files import TensorInfo
 from msp_plugin.plan.allocation import Allocation
 
 #: Beside values and bitmask a packed layer stores its shape: two int64.

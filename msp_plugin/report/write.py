@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msp_plugin.errors import OutputError
-from msp_plugin.files import write_text
-from msp_plugin.writing import writing
+from msp_plugin.runtime.disk import writing
+from msp_plugin.runtime.files import write_text
 
 if TYPE_CHECKING:
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import torch
 
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
-from msp_plugin.journal import Journal
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.progress import Progress, silent
-from msp_plugin.ranks import ALONE, Ranks
+from msp_plugin.runtime.journal import Journal
+from msp_plugin.runtime.ranks import ALONE, Ranks
 
 #: Parts that are shared out, and written down, at a time.
 TOGETHER = 16

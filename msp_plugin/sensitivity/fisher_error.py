@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from msp_plugin.activations import in_groups
-from msp_plugin.calibration import CalibrationSet
-from msp_plugin.journal import Journal
-from msp_plugin.models import onloaded, weight_device
+from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.models.offload import onloaded, weight_device
+from msp_plugin.passes.gradients import backward_passes
+from msp_plugin.passes.observe import in_groups
 from msp_plugin.progress import Progress, silent
-from msp_plugin.ranks import ALONE, Ranks
-from msp_plugin.sensitivity.fisher import backward_passes
+from msp_plugin.runtime.journal import Journal
+from msp_plugin.runtime.ranks import ALONE, Ranks
 
 #: Fisher diagonals held at once. With more, the samples are passed through the model again.
 DIAGONAL_BYTES = 4 * 1024**3

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from msp_plugin.activations import by_block
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.models import onloaded
+from msp_plugin.models.offload import onloaded
+from msp_plugin.passes.observe import by_block
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 
 #: Bins of the histogram of log10 eigenvalues whose fullest one is the peak (the authors' default).

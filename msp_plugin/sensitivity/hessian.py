@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from msp_plugin.activations import by_block, in_groups
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
-from msp_plugin.models import offloaded_module
+from msp_plugin.models.offload import offloaded_module
+from msp_plugin.passes.gradients import BACKWARD
+from msp_plugin.passes.observe import by_block, in_groups
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
-from msp_plugin.sensitivity.fisher import BACKWARD
 
 #: Attention whose backward pass torch can differentiate; flash attention's would be taken as constant.
 DIFFERENTIABLE = ("eager", "sdpa")

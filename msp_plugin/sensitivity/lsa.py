@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from msp_plugin.activations import by_block, in_groups, observe_inputs, units_of
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import RecipeError
-from msp_plugin.models import onloaded
+from msp_plugin.models.offload import onloaded
+from msp_plugin.passes.observe import by_block, in_groups, observe_inputs, units_of
 from msp_plugin.plan.units import Unit
 from msp_plugin.sensitivity.base import Estimator, Progress, silent
 

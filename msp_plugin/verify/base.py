@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import MSPError
 from msp_plugin.progress import StepProgress, no_progress
 

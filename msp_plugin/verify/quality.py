@@ -8,15 +8,15 @@ from functools import partial
 
 import torch
 
-from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.load import load
-from msp_plugin.checkpoint.sidecar import RUN_FILE
-from msp_plugin.checkpoint.tensors import read_json
-from msp_plugin.device import on_best_device
+from msp_plugin.checkpoint.run_files import RUN_FILE
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import FormatError, RecipeError, VerificationError
-from msp_plugin.evaluation import mean_kl, perplexity
-from msp_plugin.files import finite
+from msp_plugin.formats.tensor_files import read_json
+from msp_plugin.models.device import on_best_device
+from msp_plugin.passes.losses import mean_kl, perplexity
+from msp_plugin.runtime.files import finite
 from msp_plugin.verify.base import FAIL, OK, Check, Finding, StepProgress, Subject
 
 #: Relative difference of a perplexity measured twice, on other machines or thread counts.

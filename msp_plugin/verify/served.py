@@ -14,8 +14,8 @@ import torch
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.load import load
 from msp_plugin.errors import RecipeError, nearest
-from msp_plugin.files import finite
-from msp_plugin.models import load_tokenizer
+from msp_plugin.models.source import load_tokenizer
+from msp_plugin.runtime.files import finite
 from msp_plugin.verify.base import FAIL, OK, Check, Finding, StepProgress, Subject
 from msp_plugin.verify.server import Completion, serving
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.sidecar import RUN_FILE
-from msp_plugin.checkpoint.tensors import read_json
+from msp_plugin.checkpoint.run_files import RUN_FILE
 from msp_plugin.errors import FormatError
+from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.plan.levels import Level
 from msp_plugin.pruning.masks import recount
 from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, StepProgress, Subject

@@ -7,7 +7,7 @@ from msp_plugin.allocators.base import AllocationInputs
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu, parse_sparsity
 from msp_plugin.plan.units import Layer, Unit, UnitTable
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
 
 SMALL = {
     "search": {"rounds": 3}, "evopress": {"generations": 3, "offspring": 8, "tokens": 12},

@@ -2,9 +2,10 @@
 
 import pytest
 
-from msp_plugin.allocate import allocate
-from msp_plugin.options import Options, resolve
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
+from msp_plugin.search.allocate import allocate
+from msp_plugin.search.options import Options
+from msp_plugin.search.resolve import resolve
 
 ALLOCATORS = {
     "alphapruning": {}, "atp": {"tokens": 48, "step": 0.05}, "dlp": {}, "lsa": {}, "mrp": {"start": 0.7},

@@ -14,7 +14,7 @@ from msp_plugin.allocators.search import GAIN_ROUNDS, LEAST_TOKENS, SLOPES_COST,
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu
-from msp_plugin.slopes import FORWARD_EQUIVALENT
+from msp_plugin.search.move_gradients import FORWARD_EQUIVALENT
 
 SHORT = Search(rounds=4, seeds=5)
 AWKWARD = ["dense", "4:8", "2:4", "3:8 in 2:4", "2:8", "1:12", "0.7"]

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint, packed_layers
 from msp_plugin.errors import FormatError, ModelError, RecipeError, VerificationError
-from msp_plugin.models import prunable_layers
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.allocation import Allocation
 
 UP = "model.layers.1.mlp.up_proj"

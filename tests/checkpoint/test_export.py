@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
-from msp_plugin.checkpoint.tensors import INDEX
 from msp_plugin.errors import ModelError
 from msp_plugin.formats.sparse24 import pack
+from msp_plugin.formats.tensor_files import INDEX
 
 UP = "model.layers.1.mlp.up_proj"
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from msp_plugin import writing
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.errors import FormatError, ModelError, OutputError, RecipeError, VerificationError
+from msp_plugin.runtime import disk as writing
 
 UP = "model.layers.1.mlp.up_proj"
 

@@ -7,7 +7,7 @@ import torch
 
 from msp_plugin.checkpoint.recount import count_zeros, recount_model
 from msp_plugin.errors import VerificationError
-from msp_plugin.models import prunable_layers
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude

@@ -7,13 +7,14 @@ from fractions import Fraction
 import pytest
 import torch
 
-from msp_plugin.allocate import Outcome
 from msp_plugin.checkpoint.recount import recount_model
-from msp_plugin.checkpoint.sidecar import ALLOCATION_FILE, RUN_FILE, attach_files, run_record, write_files
-from msp_plugin.models import load_model, prunable_layers
+from msp_plugin.checkpoint.run_files import ALLOCATION_FILE, RUN_FILE, attach_files, run_record, write_files
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.records.run import Outcome
 
 
 @pytest.fixture

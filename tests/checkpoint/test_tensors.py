@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from msp_plugin.checkpoint.tensors import (
+from msp_plugin.errors import FormatError, ModelError, OutputError
+from msp_plugin.formats.tensor_files import (
     DTYPES,
     INDEX,
     SINGLE,
@@ -17,7 +18,6 @@ from msp_plugin.checkpoint.tensors import (
     TensorInfo,
     read_json,
 )
-from msp_plugin.errors import FormatError, ModelError, OutputError
 
 
 def raw(tensor):

@@ -1,7 +1,7 @@
 import pytest
 
-from msp_plugin.demo import corpus
-from msp_plugin.demo.corpus import SPLITS, library_files, library_texts, split_of
+from msp_plugin.data import demo_corpus as corpus
+from msp_plugin.data.demo_corpus import SPLITS, library_files, library_texts, split_of
 from msp_plugin.errors import DataError
 
 

@@ -83,7 +83,8 @@ def read_recipe(directory: Path) -> None:
 def build_recipe(directory: Path) -> None:
     """All that a run does with a recipe before it loads a model."""
     from msp_plugin.hosts.llm_compressor.recipe import build_recipe, our_line, read_recipe
-    from msp_plugin.options import Options, resolve
+    from msp_plugin.search.options import Options
+    from msp_plugin.search.resolve import resolve
 
     steps = read_recipe(directory / "recipe.yaml")
     line = our_line(steps)
@@ -96,7 +97,7 @@ _PLUGINS: list[Any] = []
 
 
 def _plugins() -> Any:
-    from msp_plugin.plugins import Plugins
+    from msp_plugin.plugins.manager import Plugins
 
     if not _PLUGINS:
         _PLUGINS.append(Plugins(entry_points=False))
@@ -136,7 +137,7 @@ def read_checkpoint(directory: Path) -> None:
 
 def load_checkpoint(directory: Path) -> None:
     from msp_plugin.checkpoint.load import load
-    from msp_plugin.models import load_tokenizer, max_length
+    from msp_plugin.models.source import load_tokenizer, max_length
 
     max_length(directory)
     load(directory, checksums=False)
@@ -152,7 +153,8 @@ def read_text(directory: Path) -> Any:
 
 
 def _read_text(path: Path) -> Any:
-    from msp_plugin.calibration import load_texts, tokenize
+    from msp_plugin.data.sources import load_texts
+    from msp_plugin.data.tokenize import tokenize
 
     return tokenize(_tokenizer(), load_texts(str(path)), samples=2, length=4, source=path.name)
 
@@ -173,7 +175,7 @@ def _tokenizer() -> Any:
 
 
 def read_tasks(directory: Path) -> None:
-    from msp_plugin.tasks import local_tasks
+    from msp_plugin.evaluation.tasks import local_tasks
 
     for name, kind in local_tasks(directory).items():
         assert isinstance(name, str) and kind in ("task", "group", "tag")

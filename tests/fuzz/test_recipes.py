@@ -9,11 +9,12 @@ from readers import READERS, RECIPE, TASK, check
 
 from msp_plugin.cli.arguments import component_options
 from msp_plugin.errors import MSPError, RecipeError, nearest, shown
-from msp_plugin.matrix import parse_allocators
-from msp_plugin.options import Options, resolve
 from msp_plugin.plan.bounds import parse_bounds
 from msp_plugin.plan.levels import Level, parse_menu, parse_sparsity
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
+from msp_plugin.runs.grid import parse_allocators
+from msp_plugin.search.options import Options
+from msp_plugin.search.resolve import resolve
 
 #: What PyYAML's own constructors fail on with errors of other types than YAMLError, and what it takes too far.
 YAML = [

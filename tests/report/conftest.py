@@ -14,7 +14,7 @@ from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import Level, parse_menu
 from msp_plugin.plan.units import Layer, group_layers
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import write_report
 
 LEVELS = ("dense", "7:8", "6:8", "5:8", "4:8", "3:8", "2:8", "1:8")

@@ -7,7 +7,7 @@ import pytest
 
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.units import Unit, UnitTable
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import write_report
 from msp_plugin.report.comparison import cells, labels
 from msp_plugin.report.records import Comparison

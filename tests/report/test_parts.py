@@ -164,7 +164,7 @@ def test_the_package_knows_no_host_no_command_and_no_run():
         "msp_plugin.hosts",
         "msp_plugin.cli",
         "msp_plugin.serving",
-        "msp_plugin.pipeline",
+        "msp_plugin.runs.prune",
         "transformers",
     )
     for file in ROOT.glob("*.py"):

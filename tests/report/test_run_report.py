@@ -10,7 +10,7 @@ import pytest
 from msp_plugin.errors import PluginError, RecipeError
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.units import Layer, Unit, UnitTable
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import Section, write_report
 
 HOSTILE = """</title><script>alert(1)</script><img src=x onerror="alert(2)">' & $x_1$ {{ 7 * 7 }}"""

@@ -7,7 +7,7 @@ from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import Sparse24, export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import write_report
 from msp_plugin.report.storage import SHAPE_BYTES, storage
 

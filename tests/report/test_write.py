@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from msp_plugin.errors import OutputError, PluginError, RecipeError
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import write_report
 
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
-from msp_plugin.models import prunable_layers
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.sensitivity.base import Estimator, unit_sensitivities
 from msp_plugin.sensitivity.fisher import FisherTrace, squared_gradient_norms
 

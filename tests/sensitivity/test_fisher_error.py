@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from msp_plugin.calibration import CalibrationSet
-from msp_plugin.models import prunable_layers
+from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.sensitivity import fisher_error
 from msp_plugin.sensitivity.fisher_error import fisher_diagonals, fisher_errors
 

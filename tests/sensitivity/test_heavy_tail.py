@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.models import prunable_layers
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.sensitivity.heavy_tail import HeavyTail, power_law_exponent
 
 

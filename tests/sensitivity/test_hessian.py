@@ -5,9 +5,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
-from msp_plugin.models import prunable_layers
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.sensitivity import hessian
 from msp_plugin.sensitivity.base import unit_sensitivities
 from msp_plugin.sensitivity.hessian import HessianTrace, quadratic_forms, random_signs

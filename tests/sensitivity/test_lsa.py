@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msp_plugin.errors import RecipeError
-from msp_plugin.models import prunable_layers
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.sensitivity import lsa
 from msp_plugin.sensitivity.lsa import VirtualRemoval, removal_error
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from msp_plugin.activations import in_groups, observe_inputs, units_of
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.models import prunable_layers
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.passes.observe import in_groups, observe_inputs, units_of
 from msp_plugin.sensitivity.base import unit_sensitivities
 from msp_plugin.sensitivity.outliers import Median, Outliers, input_norms
 

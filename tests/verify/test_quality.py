@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from msp_plugin.calibration import CalibrationSet
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.load import load
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.evaluation import mean_kl, perplexity
+from msp_plugin.passes.losses import mean_kl, perplexity
 from msp_plugin.verify.base import Subject, run_checks
 from msp_plugin.verify.quality import Quality
 

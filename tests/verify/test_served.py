@@ -8,7 +8,7 @@ import pytest
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.load import load
 from msp_plugin.errors import RecipeError
-from msp_plugin.models import load_tokenizer
+from msp_plugin.models.source import load_tokenizer
 from msp_plugin.verify import server as module
 from msp_plugin.verify.base import Subject, run_checks
 from msp_plugin.verify.served import PROMPTS, Served, greedy, scores

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from msp_plugin.activations import as_samples
 from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.llm_compressor.methods import HostPruner
+from msp_plugin.passes.observe import as_samples
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
 from msp_plugin.pruning.base import Pruner

@@ -12,12 +12,12 @@ from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import CARD_FILE, Exporter
 from msp_plugin.checkpoint.manifest import Manifest, describe_files
 from msp_plugin.errors import RecipeError
-from msp_plugin.files import write_text
 from msp_plugin.hosts.llm_compressor.methods import HostPruner
-from msp_plugin.identity import versions
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 from msp_plugin.plan.levels import Level
-from msp_plugin.plugins import Plugins
+from msp_plugin.plugins.manager import Plugins
+from msp_plugin.runtime.digests import versions
+from msp_plugin.runtime.files import write_text
 from msp_plugin.sensitivity.base import Progress
 
 RECIPE_FILE = "recipe.yaml"

@@ -14,21 +14,24 @@ from llmcompressor.modifiers import Modifier
 from pydantic import ConfigDict, PrivateAttr, model_validator
 from torch.utils.data import RandomSampler, SequentialSampler
 
-from msp_plugin.allocate import Outcome, allocate, check_model
-from msp_plugin.calibration import CalibrationSet, from_dataloader
 from msp_plugin.checkpoint.recount import PruneStats, count_zeros, recount_model
-from msp_plugin.checkpoint.sidecar import attach_files
-from msp_plugin.device import on_best_device
+from msp_plugin.checkpoint.run_files import attach_files
+from msp_plugin.checkpoint.saving import check_savable
+from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.tokenize import from_dataloader
 from msp_plugin.errors import HostError, ModelError, RecipeError, nearest
 from msp_plugin.hosts.llm_compressor.engines import make_engine
 from msp_plugin.hosts.llm_compressor.padding import Padding
 from msp_plugin.hosts.llm_compressor.passes import check_by_block, check_called
 from msp_plugin.hosts.llm_compressor.saving import name_experts, saved_names
-from msp_plugin.models import decoder_blocks
-from msp_plugin.options import Options, Plan, resolve
-from msp_plugin.plugins import Plugins
+from msp_plugin.models.device import on_best_device
+from msp_plugin.models.layers import decoder_blocks
+from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import StepProgress, no_progress
-from msp_plugin.saving import check_savable
+from msp_plugin.records.run import Outcome
+from msp_plugin.search.allocate import allocate, check_model
+from msp_plugin.search.options import Options
+from msp_plugin.search.resolve import Plan, resolve
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class MixedSparsityModifier(Options, Modifier):
               sparsity: 0.75
               method: sparsegpt
 
-    Args: see ``msp_plugin.options.Options``.
+    Args: see ``msp_plugin.search.options.Options``.
     """
 
     model_config = ConfigDict(extra="forbid")

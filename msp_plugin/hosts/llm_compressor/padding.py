@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from msp_plugin.calibration import padding_mask
-from msp_plugin.models import decoder_blocks
+from msp_plugin.data.tokenize import padding_mask
+from msp_plugin.models.layers import decoder_blocks
 
 if TYPE_CHECKING:
     from llmcompressor.core import State

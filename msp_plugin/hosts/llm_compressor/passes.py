@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from msp_plugin.activations import observed
-from msp_plugin.calibration import CalibrationSet
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import ModelError
-from msp_plugin.models import input_device, text_config
+from msp_plugin.models.layers import text_config
+from msp_plugin.models.offload import input_device
+from msp_plugin.passes.observe import observed
 from msp_plugin.plan.units import Unit, UnitTable
 
 

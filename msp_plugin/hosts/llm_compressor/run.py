@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from msp_plugin.allocate import Outcome
-from msp_plugin.calibration import CalibrationSet
-from msp_plugin.checkpoint.sidecar import RUN_SCHEMA, RUN_VERSION, run_record
+from msp_plugin.checkpoint.run_files import RUN_SCHEMA, RUN_VERSION, run_record
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import MSPError
 from msp_plugin.hosts.llm_compressor.passes import shares_keys
 from msp_plugin.hosts.llm_compressor.recipe import build_recipe
-from msp_plugin.identity import versions
 from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.records.run import Outcome
+from msp_plugin.runtime.digests import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,7 +13,8 @@ from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.errors import ModelError, RecipeError
 from msp_plugin.hosts.llm_compressor.export import PlainRecipe, plain_recipe
 from msp_plugin.hosts.llm_compressor.recipe import build_recipe, read_recipe
-from msp_plugin.models import load_model, prunable_layers
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
 

@@ -12,7 +12,8 @@ from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
 from msp_plugin.errors import NumericsError, RecipeError, VerificationError
 from msp_plugin.formats.sparse24 import is_packable
 from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
-from msp_plugin.models import load_model, prunable_layers
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Kind, Level
 from msp_plugin.pruning.masks import nm_mask, recount

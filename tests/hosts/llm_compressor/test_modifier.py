@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from msp_plugin import MixedSparsityModifier
-from msp_plugin.calibration import load_texts, tokenize
+from msp_plugin.data.sources import load_texts
+from msp_plugin.data.tokenize import tokenize
 from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import HostError, NumericsError, RecipeError, VerificationError
-from msp_plugin.models import load_model, load_tokenizer
+from msp_plugin.models.load import load_model
+from msp_plugin.models.source import load_tokenizer
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
 
@@ -267,7 +269,7 @@ def test_magnitude_with_uniform_levels_needs_no_dataset(model):
 
 
 def test_dense_levels_leave_their_layers_bit_identical(model, calibration, tmp_path):
-    from msp_plugin.models import prunable_layers
+    from msp_plugin.models.layers import prunable_layers
 
     table = prunable_layers(model)
     levels = tuple(Level.parse("2:8" if unit.block % 2 else "dense") for unit in table)
@@ -329,7 +331,7 @@ def test_two_ranks_are_refused_with_a_reason(tmp_path):
         "from llmcompressor import oneshot\n"
         "from msp_plugin import MixedSparsityModifier\n"
         "from msp_plugin.demo import demo_model_path\n"
-        "from msp_plugin.models import load_model\n"
+        "from msp_plugin.models.offload import load_model\n"
         "data = DataLoader([{'input_ids': torch.arange(32)}])\n"
         "oneshot(model=load_model(demo_model_path('qwen2')), dataset=data,\n"
         "        recipe=[MixedSparsityModifier(sparsity=0.5, method='wanda', allocator='uniform')])\n"

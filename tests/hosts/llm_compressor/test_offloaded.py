@@ -13,25 +13,22 @@ from transformers import AutoModelForCausalLM
 
 from msp_plugin import MixedSparsityModifier
 from msp_plugin.allocators.search import Search
-from msp_plugin.candidates import CandidateLoss
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import ModelError
-from msp_plugin.exchange import CandidateWeights
 from msp_plugin.hosts.llm_compressor.methods import Wanda
-from msp_plugin.measure import Measurements
-from msp_plugin.models import (
-    check_loadable,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    named_parameters,
-    offloaded_module,
-    prunable_layers,
-)
+from msp_plugin.models.fingerprint import fingerprint
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.models.load import load_model
+from msp_plugin.models.offload import check_loadable, named_parameters, offloaded_module
+from msp_plugin.models.source import load_tokenizer
+from msp_plugin.passes.gradients import gradients_without_weights
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu, parse_sparsity
-from msp_plugin.sensitivity.fisher import FisherTrace, gradients_without_weights
+from msp_plugin.search.candidate_loss import CandidateLoss
+from msp_plugin.search.candidate_weights import CandidateWeights
+from msp_plugin.search.measurements import Measurements
+from msp_plugin.sensitivity.fisher import FisherTrace
 from msp_plugin.sensitivity.heavy_tail import HeavyTail
 
 MENU = parse_menu(["dense", "2:4", "1:4", "1:8"])

@@ -23,7 +23,8 @@ from msp_plugin.checkpoint.export import Dense, export_checkpoint
 from msp_plugin.errors import ModelError
 from msp_plugin.hosts.llm_compressor.export import PlainRecipe
 from msp_plugin.hosts.llm_compressor.saving import name_experts, saved_names
-from msp_plugin.models import load_model, prunable_layers
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
 
 SIZES = {

@@ -1,0 +1,63 @@
+"""Refuse to prune what is quantized already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msp_plugin.checkpoint.checkpoint import packed_layers
+from msp_plugin.errors import ModelError
+from msp_plugin.formats.tensor_files import read_json
+from msp_plugin.models.source import check_source
+
+_HINT = (
+    "prune the model from before its quantization, in bfloat16 or float16, and quantize the result: a "
+    "QuantizationModifier after the pruning in one recipe does both"
+)
+
+
+def check_source_unquantized(source: str | Path, *, trust_remote_code: bool = False) -> None:
+    """Raise if the config of a directory or hub id says that its weights are quantized; nothing is loaded.
+
+    Raises:
+        ModelError: they are, or there is no such model.
+        FormatError: the config is damaged.
+    """
+    file = Path(source).expanduser() / "config.json"
+    if file.is_file():
+        config = read_json(file)
+    else:
+        from transformers import AutoConfig
+
+        check_source(source)
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).to_dict()
+        except Exception as error:  # a config's values reach all of transformers
+            raise ModelError(f"cannot read the config of {source}: {error}") from error
+    if config.get("quantization_config") and not packed_layers(config, str(source)):
+        raise ModelError(f"{source} is quantized ({_described(config['quantization_config'])})", hint=_HINT)
+
+
+def check_unquantized(model: torch.nn.Module) -> None:
+    """Raise if a loaded model was quantized when it was saved, and was not brought back to plain weights.
+
+    Raises:
+        ModelError: it was.
+    """
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    if found is not None and not isinstance(found, dict):
+        found = {**vars(found), **found.to_dict()}
+    if found and not found.get("dequantize"):
+        raise ModelError(f"the model is quantized ({_described(found)})", hint=_HINT)
+
+
+def _described(quantization: Any) -> str:
+    """Return a few words on a quantization_config, e.g. "gptq, 4 bits"."""
+    if not isinstance(quantization, dict):
+        return "in an unknown form"
+    bits = quantization.get("bits") or next((n for n in (4, 8) if quantization.get(f"load_in_{n}bit")), None)
+    method = getattr(quantization.get("quant_method"), "value", quantization.get("quant_method"))
+    parts = [method or "in an unknown form", quantization.get("format"), bits and f"{bits} bits"]
+    return ", ".join(str(part) for part in parts if part)

@@ -1,0 +1,129 @@
+"""The files beside a checkpoint: allocation.json and run.json (sidecars, because llm-compressor
+restores the source's config.json when it saves)."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msp_plugin.checkpoint.recount import PruneStats
+from msp_plugin.checkpoint.saving import generation_config_kept, kept_if_it_fails
+from msp_plugin.models.layers import text_config
+from msp_plugin.plan.allocation import ALLOCATION_FILE
+from msp_plugin.records.run import Outcome
+from msp_plugin.runtime.digests import versions
+from msp_plugin.runtime.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+RUN_SCHEMA = "msp_plugin/run"
+RUN_VERSION = 1
+#: What transformers' processors are made of, beside the tokenizer's files.
+PROCESSOR_FILES = (
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json",
+    "chat_template.jinja",
+)  # fmt: skip
+
+
+def run_record(outcome: Outcome, stats: PruneStats, seed: int) -> dict[str, Any]:
+    """Return the contents of run.json that the pruning itself knows.
+
+    ``schema``, ``version``; ``sparsity`` {target, planned, achieved: shares of zeros; weights, zeros,
+    planned_zeros, extra_zeros: counts over the prunable layers, extra ones were zero before or have a dead
+    input; exact: planned equals target}; ``perplexity``
+    {dense, uniform, mixed}: filled by the commands that measure them, null otherwise; ``search``
+    {allocator, forward_tokens, evaluations, seconds, total_seconds, loss, uniform_loss, curve}, empty
+    if a finished allocation was given; ``seed``; ``versions``; ``python``.
+    """
+    budget = outcome.allocation.budget
+    return {
+        "schema": RUN_SCHEMA,
+        "version": RUN_VERSION,
+        "sparsity": {
+            "target": float(budget.target),
+            "planned": float(budget.sparsity),
+            "achieved": stats.sparsity,
+            "exact": budget.exact,
+            "weights": stats.total_weights,
+            "zeros": stats.total_zeros,
+            "planned_zeros": budget.zeros,
+            "extra_zeros": stats.total_zeros - budget.zeros,
+        },
+        "perplexity": {"dense": None, "uniform": None, "mixed": None},
+        "search": outcome.search,
+        "seed": seed,
+        "versions": versions(),
+        "python": platform.python_version(),
+    }
+
+
+def write_files(directory: Path, outcome: Outcome | None, record: dict[str, Any]) -> None:
+    """Write allocation.json, where there is an allocation, and run.json into a checkpoint's directory."""
+    if outcome is not None:
+        write_text(directory / ALLOCATION_FILE, outcome.allocation.to_json())
+    write_json(directory / RUN_FILE, record)
+
+
+def attach_files(
+    model: PreTrainedModel, outcome: Outcome, stats: PruneStats, seed: int, *, keep: bool = True
+) -> None:
+    """Make ``model.save_pretrained`` write the files too, and those of the processor of a model that reads images.
+
+    Args:
+        keep: save the model elsewhere if that fails.
+    """
+    save = model.save_pretrained
+    record = run_record(outcome, stats, seed)
+
+    def save_with_files(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        path = Path(save_directory).absolute()
+        records = partial(write_files, outcome=outcome, record=record)
+        with kept_if_it_fails(model, path, records) if keep else nullcontext():
+            with generation_config_kept(model, path):
+                save(save_directory, *args, **kwargs)
+            copy_processor(model, path)
+            records(path)
+
+    save_with_files._overridden = True  # llm-compressor's mark for "already wrapped"
+    model.save_pretrained = save_with_files
+
+
+def copy_processor(model: PreTrainedModel, directory: Path) -> None:
+    """Copy the processor's files beside a model that reads more than text, which is of no use without them.
+
+    A file that is there already stays. What cannot be fetched from the hub is named in a warning.
+    """
+    source = getattr(model.config, "_name_or_path", "")
+    if text_config(model) is model.config or not source:
+        return
+    for name in PROCESSOR_FILES:
+        if not (directory / name).exists():
+            found = _file_of(source, name, getattr(model.config, "_commit_hash", None))
+            if found is not None:
+                shutil.copyfile(found, directory / name)
+
+
+def _file_of(source: str, name: str, revision: str | None) -> Path | None:
+    """Return a file of a model's directory or hub id, None if it has no such file or it cannot be fetched."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if Path(source).is_dir():
+        return Path(source) / name if (Path(source) / name).is_file() else None
+    try:
+        return Path(hf_hub_download(source, name, revision=revision))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):  # no network; the file may exist
+            log.warning("cannot fetch %s of %s: copy it beside the checkpoint", name, source)
+    except (OSError, ValueError) as error:  # what the hub's client raises, HTTP errors included
+        log.warning("cannot fetch %s of %s: %s", name, source, error)
+    return None

@@ -1,0 +1,1 @@
+"""Text: read it from any source, tokenize it, split it into samples."""

@@ -1,0 +1,204 @@
+"""Sources of text: files, directories, saved datasets and hub datasets, read as far as is asked for."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from msp_plugin.data.chats import Chat, as_messages
+from msp_plugin.data.text_files import (
+    DEFAULT_COLUMN,
+    FORMS,
+    Row,
+    data_files,
+    file_rows,
+    is_known,
+    need,
+    text_columns,
+)
+from msp_plugin.errors import DataError, nearest, plain, shown
+
+log = logging.getLogger(__name__)
+
+#: A document: its text, its text in pieces that end with a line, or a conversation.
+Document = str | Iterator[str] | Chat
+
+
+class Documents:
+    """The documents of a source, in their order; read when, and as far as, they are iterated over.
+
+    ``rows`` counts what was read so far, of which ``skipped`` were null or empty; ``columns`` are those that
+    held the text, empty where there are none.
+    """
+
+    def __init__(self, source: str, read: Callable[[], Iterator[Row]], column: str = DEFAULT_COLUMN):
+        self.source, self._read, self._column = plain(source), read, column
+        self.rows = self.skipped = 0
+        self.columns: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents that are not empty.
+
+        Raises:
+            DataError: a row cannot be read or holds something other than text, or none holds text.
+        """
+        self.rows = self.skipped = 0
+        for where, row in self._read():
+            self.rows += 1
+            document = self._document(row, where)
+            if document is None:
+                self.skipped += 1
+            else:
+                yield document
+        if self.rows == self.skipped:
+            empty = f": all {self.rows:,} rows are null or empty" if self.rows > 1 else ""
+            raise DataError(f"{self.source} holds no text{empty}", hint="give a file with text in it")
+
+    def _document(self, row: Any, where: str) -> Document | None:
+        if isinstance(row, str):
+            return row if row.strip() else None
+        if isinstance(row, Iterator):
+            return _unless_blank(row)
+        columns = text_columns(row, self._column) if isinstance(row, dict) else ()
+        if not columns:
+            known = [key for key, value in row.items() if _is_text(value)] if isinstance(row, dict) else []
+            raise DataError(f"{where} has no text in {self._column!r}", hint=near(self._column, known))
+        if columns != self.columns:
+            self.columns = columns
+            log.info("%s: the text is in column %s", self.source, " and ".join(map(plain, columns)))
+        return _of_columns([row[name] for name in columns], columns, where)
+
+
+def near(column: str, columns: Iterable[object]) -> str:
+    """Return a hint that names the column nearest to ``column``, or some of them."""
+    return nearest(column, [plain(name)[:60] for name in itertools.islice(columns, 50)])
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or bool(as_messages(value))
+
+
+def _of_columns(values: Sequence[object], columns: Sequence[str], where: str) -> Document | None:
+    """Return the text or conversation of one column, or of a prompt and its completion; None if it is empty."""
+    if all(value is None or isinstance(value, str) for value in values):
+        text = "".join(value or "" for value in values)
+        return text if text.strip() else None
+    messages: list[dict[str, Any]] = []
+    for name, value in zip(columns, values, strict=True):
+        found = [] if value is None else as_messages(value)
+        if found is None:
+            raise DataError(
+                f"{where}: {name!r} is {shown(value)}, neither text nor messages with role and content",
+                hint="name the column that holds the text",
+            )
+        messages += found
+    return Chat(tuple(messages), where) if any(m["content"].strip() for m in messages) else None
+
+
+def _unless_blank(pieces: Iterator[str]) -> Iterator[str] | None:
+    first: list[str] = []
+    for piece in pieces:
+        first.append(piece)
+        if piece.strip():
+            return itertools.chain(first, pieces)
+    return None
+
+
+def load_texts(source: str, text_column: str = DEFAULT_COLUMN) -> Documents:
+    """Return the documents of a source.
+
+    A source is ``demo:SPLIT`` (the embedded corpus); a text file; a table: jsonl, a JSON array, csv, tsv, parquet
+    or arrow; a directory of such files or of a saved dataset; or a hub dataset ``id[:config][:split]``. Texts,
+    JSON and csv may be compressed. A column holds text, or the messages of a conversation. Rows without a column
+    ``text`` are read by ``messages``, ``conversations``, or ``prompt`` and ``completion``, unless another
+    column is asked for.
+
+    Raises:
+        DataError: it is missing or unreadable; damaged lines, and columns that do not fit, show when they are read.
+    """
+    if source.startswith("demo:"):
+        from msp_plugin.data.demo_corpus import library_texts
+
+        texts = library_texts(source[5:])
+        return Documents(source, lambda: zip(itertools.repeat(source), texts, strict=False))
+    path = Path(source).expanduser()
+    if path.is_file():
+        return Documents(source, lambda: file_rows(path, text_column), text_column)
+    if path.is_dir():
+        return _directory(path, source, text_column)
+    if is_known(path) or source.startswith((".", "/", "~")):
+        raise DataError(
+            f"there is no data file at {plain(path)}", hint="give a text or jsonl file, or a dataset"
+        )
+    return _dataset(_hub_dataset(source), text_column, source)
+
+
+def _directory(path: Path, source: str, column: str) -> Documents:
+    names = {entry.name for entry in path.iterdir()}
+    if {"dataset_info.json", "state.json"} <= names or "dataset_dict.json" in names:
+        datasets = need("datasets", f"{plain(path)}, a saved dataset,", "datasets")
+        try:
+            return _dataset(datasets.load_from_disk(str(path)), column, source)
+        except DataError:
+            raise
+        except Exception as error:  # datasets raises many types
+            raise DataError(
+                f"{plain(path)} is a saved dataset that cannot be loaded: {type(error).__name__}: {error}",
+                hint="a file is missing or damaged",
+            ) from error
+    files = data_files(path)
+    if not files:
+        raise DataError(f"{plain(path)} holds no text, no table and no saved dataset", hint=FORMS)
+    return Documents(source, lambda: (row for file in files for row in file_rows(file, column)), column)
+
+
+def _hub_dataset(source: str) -> Any:
+    """Stream a hub dataset: only the shards that are read are downloaded."""
+    name, *rest = source.split(":")
+    config, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
+    try:
+        from datasets import load_dataset
+
+        return load_dataset(name, config, split=split, streaming=True)
+    except ImportError:
+        raise DataError(
+            f"there is no file {plain(source)}, and hub datasets need the datasets package",
+            hint="pip install datasets, or give a file",
+        ) from None
+    except Exception as error:  # datasets raises many types, and a connection many more
+        raise DataError(
+            f"{source!r} is neither a file nor a dataset that can be loaded: {type(error).__name__}: {error}",
+            hint="give a path, or id[:config][:split] of a hub dataset",
+        ) from error
+
+
+def _dataset(data: Any, column: str, source: str) -> Documents:
+    """Return the documents of a dataset, of its train split if it has several."""
+    if isinstance(data, dict):
+        if "train" not in data:
+            raise DataError(
+                f"{plain(source)} has the splits {', '.join(map(plain, data))} and no train",
+                hint="give one split's directory",
+            )
+        data = data["train"]
+    names = data.column_names or list(next(iter(data), {}))
+    columns = text_columns(names, column)
+    if not columns:
+        raise DataError(f"{plain(source)} has no column {column!r}", hint=near(column, names))
+    return Documents(source, lambda: _dataset_rows(data.select_columns(list(columns)), source), column)
+
+
+def _dataset_rows(data: Any, source: str) -> Iterator[Row]:
+    number = 0
+    try:
+        for row in data:
+            number += 1
+            yield f"{plain(source)}, row {number}", row
+    except Exception as error:  # datasets raises many types, and a connection many more
+        raise DataError(
+            f"cannot read {plain(source)} after row {number:,}: {type(error).__name__}: {error}",
+            hint="the data is damaged, or the connection was lost: try again",
+        ) from error

@@ -1,0 +1,228 @@
+"""Files of text and tables, and which files of a directory are its data.
+
+A file gives rows: its place for an error, and a text in pieces, a text, or an object of columns.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import importlib
+import logging
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from msp_plugin.errors import DataError, plain
+from msp_plugin.runtime.documents import parse_json
+
+log = logging.getLogger(__name__)
+
+#: The place of a row in an error, and the row.
+Row = tuple[str, Any]
+
+DEFAULT_COLUMN = "text"
+#: Where rows have no column of the default name, the columns that hold their text.
+_USUAL = (("messages",), ("conversations",), ("prompt", "completion"))
+_TEXT = (".txt", ".md", ".py", ".text")
+_LINES = (".jsonl", ".json", ".ndjson")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_ARROW = (".parquet", ".arrow", ".feather")
+_ROWS = (*_LINES, *_TABLES, *_ARROW)
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+#: Files of a directory that describe its data.
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_NOT_TRAIN = {"test", "validation", "valid", "val", "dev", "eval"}
+#: Characters of a piece of a text.
+_PIECE = 2**20
+FORMS = (
+    f"known are {', '.join((*_TEXT, *_ROWS))}, each but {', '.join(_ARROW)} also with {', '.join(_PACKED)}; "
+    "any other file is read as text"
+)
+
+
+def is_known(path: Path) -> bool:
+    """Return True if a file's name tells that it holds text."""
+    return _kind(path)[0] in (*_TEXT, *_ROWS)
+
+
+def text_columns(row: Iterable[str], column: str) -> tuple[str, ...]:
+    """Return the columns of a row that hold its text: the asked one, else, by default, the usual ones."""
+    if column in row:
+        return (column,)
+    usual = _USUAL if column == DEFAULT_COLUMN else ()
+    return next((names for names in usual if all(name in row for name in names)), ())
+
+
+def data_files(path: Path) -> list[Path]:
+    """Return the files of a directory that are its data, by name.
+
+    Parquet and arrow files are data by themselves, whatever lies beside them; so are texts and lines of JSON where
+    a README beside tables is none; csv and whole JSON files are where there is nothing else. Of tables it is the
+    training split, if their names say what that is.
+    """
+    files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name not in _ABOUT and is_known(p)]
+    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    if any(_kind(p)[0] in _ROWS for p in files):
+        files = [p for p in files if p.stem.lower() != "readme"]
+    columnar = [p for p in files if _kind(p)[0] in _ARROW]
+    documents = [p for p in files if _kind(p)[0] in (*_TEXT, ".jsonl", ".ndjson") or _kind(p)[1]]
+    files = columnar or documents or files
+    words = {
+        p: set(re.split("[^a-z]+", str(p.relative_to(path)).lower())) for p in files if _kind(p)[0] in _ROWS
+    }
+    if any("train" in named for named in words.values()):
+        others = {p for p, named in words.items() if "train" not in named and named & _NOT_TRAIN}
+        if others:
+            log.info("%s: %d files of other splits than train are not read", plain(path), len(others))
+        files = [p for p in files if p not in others]
+    return files
+
+
+def _kind(path: Path) -> tuple[str, str]:
+    """Return the suffix that tells a file's form, and that of its compression."""
+    name = path.name.lower()
+    packing = next((suffix for suffix in _PACKED if name.endswith(suffix)), "")
+    return Path(name.removesuffix(packing)).suffix, packing
+
+
+def file_rows(path: Path, column: str) -> Iterator[Row]:
+    """Yield the rows of a file, as far as they are asked for; of parquet and arrow with no more columns than needed.
+
+    Raises:
+        DataError: it is not what its name says, or damaged; the line or row is named.
+    """
+    kind, packing = _kind(path)
+    if kind in _LINES:
+        return _json_rows(path)
+    if kind in _TABLES:
+        return _csv_rows(path, _TABLES[kind])
+    if kind in _ARROW and not packing:
+        return _arrow_rows(path, kind, column)
+    return iter([(plain(path), _pieces(path))])
+
+
+def _open(path: Path, newline: str | None = None) -> IO[str]:
+    openers = {"": Path.open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    packing = _kind(path)[1]
+    opener = openers.get(packing) or need("zstandard", path, "zstandard").open
+    return opener(path, "rt", encoding="utf-8-sig", newline=newline)  # a byte order mark is no text
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{plain(path)} is not UTF-8 text: {error}", hint=FORMS) from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, *_zstd_errors()) as error:
+        raise DataError(
+            f"cannot read {plain(path)}: {error}", hint="the file is damaged or incomplete"
+        ) from None
+
+
+def _zstd_errors() -> tuple[type[Exception], ...]:
+    loaded = sys.modules.get("zstandard")
+    return () if loaded is None else (loaded.ZstdError,)
+
+
+def need(module: str, source: object, package: str) -> Any:
+    """Return a module of a package that not everybody has.
+
+    Raises:
+        DataError: it is not installed; the package that brings it is named.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise DataError(
+            f"{plain(source)} cannot be read without the package {package}", hint=f"pip install {package}"
+        ) from None
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """Yield a file's text in pieces of about ``_PIECE`` characters that end with a line."""
+    with _reading(path), _open(path) as file:
+        while piece := file.read(_PIECE) + file.readline():
+            yield piece
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    """Yield a JSON document a line, or the elements of an array."""
+    with _reading(path), _open(path) as file:
+        first = True
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            if first and line.lstrip().startswith("["):
+                yield from _array_rows(path, line + file.read())
+                return
+            first = False
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise DataError(
+                    f"{plain(path)}, line {number} is not JSON: {error}",
+                    hint="jsonl holds one JSON object a line, or one array of objects",
+                ) from None
+            yield f"{plain(path)}, line {number}", row
+
+
+def _array_rows(path: Path, text: str) -> Iterator[Row]:
+    try:
+        rows = parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{plain(path)} is not a JSON array: {error}", hint="the file is damaged") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{plain(path)}, row {number}", row
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # a document may be longer than 128 KiB
+    with _reading(path), _open(path, newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                yield f"{plain(path)}, line {reader.line_num}", row
+        except csv.Error as error:
+            raise DataError(
+                f"{plain(path)} is damaged after line {reader.line_num}: {error}",
+                hint="quotes must be closed and doubled",
+            ) from None
+
+
+def _arrow_rows(path: Path, kind: str, column: str) -> Iterator[Row]:
+    """Yield the rows of a parquet or arrow file, batch by batch, with no more columns than the text's."""
+    pa = need("pyarrow", path, "datasets")
+    number = 0
+    try:
+        for batch in _parquet_batches(path, column) if kind == ".parquet" else _arrow_batches(pa, path):
+            names = text_columns(batch.schema.names, column)
+            for row in (batch.select(names) if names else batch).to_pylist():
+                number += 1
+                yield f"{plain(path)}, row {number}", row
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot read {plain(path)} after row {number:,}: {error}",
+            hint="the file is damaged or incomplete",
+        ) from None
+
+
+def _parquet_batches(path: Path, column: str) -> Iterator[Any]:
+    file = need("pyarrow.parquet", path, "datasets").ParquetFile(path)
+    yield from file.iter_batches(256, columns=text_columns(file.schema_arrow.names, column) or None)
+
+
+def _arrow_batches(pa: Any, path: Path) -> Iterator[Any]:
+    with pa.memory_map(str(path)) as file:
+        try:
+            yield from pa.ipc.open_stream(file)
+        except pa.ArrowInvalid:  # the other of arrow's two forms, or damaged
+            whole = pa.ipc.open_file(file)
+            yield from (whole.get_batch(i) for i in range(whole.num_record_batches))

@@ -1,0 +1,1 @@
+"""Evaluate checkpoints: perplexity, KL divergence and lm-eval's tasks."""

@@ -1,0 +1,253 @@
+"""The evaluation of a checkpoint as one record: tasks of lm-eval, perplexity, and KL to a reference."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msp_plugin.checkpoint.load import load
+from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import Text
+from msp_plugin.errors import ModelError, RecipeError
+from msp_plugin.evaluation.lm_eval_run import BOOTSTRAP, SEEDS, Answers, Metric, ask, difference
+from msp_plugin.evaluation.tasks import Suite, find_tasks, local_tasks
+from msp_plugin.models.device import on_best_device
+from msp_plugin.models.fingerprint import fingerprint
+from msp_plugin.models.source import check_dtype, load_tokenizer, max_length, vocabulary
+from msp_plugin.passes.losses import mean_kl, perplexity
+from msp_plugin.progress import StepProgress, no_progress, prefixed
+from msp_plugin.runtime.digests import versions
+from msp_plugin.runtime.files import finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+EVAL_SCHEMA, EVAL_VERSION = "msp_plugin/eval", 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model: as the user named it, and where it is."""
+
+    name: str
+    path: str
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def max_length(self) -> int | None:
+        return max_length(self.path, trust_remote_code=self.trust_remote_code)
+
+    def vocabulary(self) -> int | None:
+        return vocabulary(self.path, trust_remote_code=self.trust_remote_code)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+
+    def load(self) -> PreTrainedModel:
+        return load(self.path, self.dtype, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is evaluated.
+
+    Args:
+        reference: a model that is asked the same, to compare with.
+        tasks, task_dir, limit, num_fewshot, batch: see tasks.find_tasks and tasks.Suite.
+        data: sources of text for the perplexity (see calibration.load_texts).
+        samples, length, column, bos: of that text (see samples.Text).
+
+    Raises:
+        RecipeError: neither tasks nor data, tasks that are not named, an unknown dtype, a number out of range.
+    """
+
+    model: Source
+    reference: Source | None = None
+    tasks: tuple[str, ...] = ()
+    task_dir: Path | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch: int = 8
+    data: tuple[str, ...] = ()
+    samples: int = 32
+    length: int | None = None
+    column: str = "text"
+    bos: bool | None = None
+
+    def __post_init__(self) -> None:
+        for option, least in (("limit", 1), ("num_fewshot", 0), ("batch", 1), ("samples", 1), ("length", 2)):
+            value = getattr(self, option)
+            if value is not None and value < least:
+                raise RecipeError(f"{option} = {value}", hint=f"give at least {least}")
+        check_dtype(self.model.dtype)
+        if self.tasks:
+            return
+        if self.task_dir is not None:
+            names = ", ".join(sorted(local_tasks(self.task_dir))[:10])
+            raise RecipeError(
+                f"{self.task_dir} without a task to ask", hint=f"name the tasks; there are {names}"
+            )
+        if not self.data:
+            raise RecipeError(
+                "nothing to evaluate on",
+                hint="name tasks, or give data: text for the perplexity",
+            )
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The model, then the reference if there is one."""
+        return (self.model,) if self.reference is None else (self.model, self.reference)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One model's share of the record."""
+
+    about: dict[str, Any]
+    answers: Answers | None
+    perplexities: list[float]
+
+
+def evaluate(request: Request, *, quiet: bool = True, progress: StepProgress = no_progress) -> dict[str, Any]:
+    """Return the record of an evaluation, the contents of eval.json.
+
+    Equal requests give equal records on one machine: there are no times in it, and no paths that the request
+    does not name.
+
+    Raises:
+        MSPError: see the steps. What can fail without the weights fails before they are read.
+    """
+    lengths = [length for length in (source.max_length() for source in request.sources) if length]
+    suite = None
+    if request.tasks:
+        suite = find_tasks(
+            request.tasks, request.task_dir, limit=request.limit, num_fewshot=request.num_fewshot,
+            batch=request.batch, quiet=quiet,
+        )  # fmt: skip
+    tokenizers = [source.tokenizer() for source in request.sources]
+    texts = [_text(request, data, tokenizers, min(lengths, default=None)) for data in request.data]
+    measure = partial(_measure, suite=suite, texts=texts, quiet=quiet, progress=progress)
+    model = request.model.load()
+    measured, kls = [measure(request.model, model, tokenizers[0])], []
+    if request.reference is not None:
+        if not texts:  # one model in memory is enough
+            del model
+            gc.collect()
+        other = request.reference.load()
+        measured.append(measure(request.reference, other, tokenizers[1]))
+        kls = [_kl(other, model, text, progress) for text in texts]
+    return _record(request, suite, texts, measured, kls)
+
+
+def _text(
+    request: Request, data: str, tokenizers: Sequence[PreTrainedTokenizerBase], most: int | None
+) -> CalibrationSet:
+    """Return the samples of a text.
+
+    Raises:
+        DataError: it is missing, empty or too short.
+        ModelError: the reference reads it as other tokens, so that there is no KL.
+    """
+    asked = Text(
+        data, samples=request.samples, length=request.length, column=request.column, bos=request.bos
+    ).within(most)  # fmt: skip
+    found = [
+        replace(asked, vocabulary=source.vocabulary()).read(tokenizer, data, asked.samples, at_least=1)
+        for source, tokenizer in zip(request.sources, tokenizers, strict=True)
+    ]
+    if len({samples.fingerprint for samples in found}) > 1:
+        raise ModelError(
+            f"{request.reference.name} and {request.model.name} read {data} as different tokens",
+            hint="the reference of a perplexity and a KL is the model before pruning; tasks can compare any two",
+        )
+    return found[0]
+
+
+def _measure(
+    source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, suite: Suite | None,
+    texts: Sequence[CalibrationSet], quiet: bool, progress: StepProgress,
+) -> _Measured:  # fmt: skip
+    step = prefixed(f"{source.name}, ", progress)
+    about = {
+        "source": source.name, "dtype": str(model.dtype).removeprefix("torch."), "fingerprint": fingerprint(model),
+    }  # fmt: skip
+    with on_best_device(model):
+        values = [
+            perplexity(model, text, progress=partial(step, f"perplexity of {text.source}")) for text in texts
+        ]
+        answers = ask(suite, model, tokenizer, quiet=quiet, progress=step) if suite is not None else None
+    if answers is not None and answers.truncated:
+        log.warning(
+            "%s takes less than %d requests need; they lost their beginning", source.name, answers.truncated
+        )
+    return _Measured(about, answers, values)
+
+
+def _kl(
+    other: PreTrainedModel, model: PreTrainedModel, text: CalibrationSet, progress: StepProgress
+) -> float:
+    """Return KL(other || model) in nats per token; both are where ``other`` fits best."""
+    with on_best_device(other):
+        model.to(next(other.parameters()).device)
+        return mean_kl(other, model, text, progress=partial(progress, f"KL on {text.source}"))
+
+
+def _record(
+    request: Request, suite: Suite | None, texts: Sequence[CalibrationSet], measured: Sequence[_Measured],
+    kls: Sequence[float],
+) -> dict[str, Any]:  # fmt: skip
+    own, other = measured[0], measured[1] if len(measured) > 1 else None
+    found = {"schema": EVAL_SCHEMA, "version": EVAL_VERSION, "model": own.about}
+    found["reference"] = other.about if other else None
+    found["perplexity"] = [
+        {
+            "source": text.source, "samples": len(text), "length": len(text.samples[0]), "tokens": text.tokens,
+            "fingerprint": text.fingerprint, "read": text.readings[0].to_dict(), "value": finite(own.perplexities[i]),
+            "reference": finite(other.perplexities[i]) if other else None, "kl": finite(kls[i]) if other else None,
+        }
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+    found["tasks"] = _task_records(own.answers, other.answers if other else None) if own.answers else {}
+    found["harness"] = None
+    if suite is not None:
+        found["harness"] = {
+            "names": list(suite.names), "limit": suite.limit, "num_fewshot": suite.num_fewshot,
+            "batch": suite.batch, "seeds": SEEDS, "bootstrap": BOOTSTRAP,
+        }  # fmt: skip
+    found["versions"] = {**versions(), "python": platform.python_version()}
+    if suite is not None:
+        found["versions"] |= {name: importlib.metadata.version(name) for name in ("lm_eval", "datasets")}
+    return found
+
+
+def _task_records(own: Answers, other: Answers | None) -> dict[str, Any]:
+    """Return the tasks by name, each with the metrics of the model and what the reference makes of them."""
+    theirs = {(m.task, m.name, m.filter): m for m in other.metrics} if other else {}
+    records = {task: {**about, "metrics": []} for task, about in own.tasks.items()}
+    for metric in own.metrics:
+        row = {
+            "name": metric.name, "filter": metric.filter, "value": finite(metric.value),
+            "stderr": finite(metric.stderr), "higher_is_better": metric.higher_is_better,
+        }  # fmt: skip
+        reference = theirs.get((metric.task, metric.name, metric.filter))
+        if reference is not None:
+            row |= _compared(metric, reference)
+        records[metric.task]["metrics"].append(row)
+    return {task: record for task, record in records.items() if record["metrics"]}
+
+
+def _compared(metric: Metric, reference: Metric) -> dict[str, Any]:
+    more, stderr, paired = difference(metric, reference)
+    return {
+        "reference": finite(reference.value), "reference_stderr": finite(reference.stderr),
+        "difference": finite(more), "difference_stderr": finite(stderr), "paired": paired,
+    }  # fmt: skip

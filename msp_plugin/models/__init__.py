@@ -1,0 +1,1 @@
+"""Load models, find their layers, identify them by content."""

@@ -1,0 +1,187 @@
+"""Find the decoder blocks of a model and the linears in them that may be pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from msp_plugin.errors import ModelError, NumericsError, RecipeError
+from msp_plugin.models.offload import check_loadable, named_parameters, onloaded, own_parameters
+from msp_plugin.models.patterns import check_patterns, matches
+from msp_plugin.plan.bounds import Bounds
+from msp_plugin.plan.levels import Level
+from msp_plugin.plan.units import Layer, UnitTable, group_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def text_config(model: torch.nn.Module) -> PreTrainedConfig:
+    """Return the config of a model's language part, which is the whole config where there is no other part."""
+    config = model.config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """Return the name and the list of the decoder blocks: those of the language model, whatever else there is.
+
+    Raises:
+        ModelError: the model has an encoder that its decoder reads, or its decoder holds no list of modules as
+            long as the config's ``num_hidden_layers``.
+    """
+    config = text_config(model)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder and a decoder",
+            hint="only decoder-only models can be pruned",
+        )
+    depth = getattr(config, "num_hidden_layers", None)
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if find is not None else None
+    inside = set((decoder if isinstance(decoder, torch.nn.Module) else model).modules())
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and module in inside:
+            return name, module
+    raise ModelError(
+        f"{type(model).__name__} has no list of {depth} decoder blocks",
+        hint="only decoder-only language models with one list of blocks can be allocated",
+    )
+
+
+def fused_experts(model: torch.nn.Module) -> list[str]:
+    """Return the names of parameters that hold one matrix for each expert, which no linear does."""
+    _, blocks = decoder_blocks(model)
+    sizes = vars(text_config(model))
+    counts = {n for key, n in sizes.items() if "expert" in key and type(n) is int and n > 1}
+    within = {id(module) for module in blocks.modules()}
+    return [
+        name
+        for name, module, parameter in named_parameters(model)
+        if id(module) in within
+        and not isinstance(module, torch.nn.Linear | torch.nn.modules.conv._ConvNd)
+        and ((parameter.dim() == 3 and parameter.shape[0] in counts)
+             or (parameter.dim() > 1 and "experts" in name.split(".")))
+    ]  # fmt: skip
+
+
+def prunable_layers(
+    model: torch.nn.Module,
+    targets: Sequence[str] = ("Linear",),
+    ignore: Sequence[str] = (),
+    granularity: str = "unit",
+) -> UnitTable:
+    """Return the units of the linears inside the decoder blocks that targets name and ignore does not.
+
+    A pattern is a module's name, a name ending (``q_proj``), a class name, a shell pattern with
+    ``*``, or ``re:`` and a regular expression that is matched from the start of the name. The
+    output head and the embeddings are outside the blocks, so they are never pruned.
+
+    Raises:
+        RecipeError: a pattern matches nothing in the model.
+        ModelError: nothing is left to prune.
+    """
+    prefix, blocks = decoder_blocks(model)
+    if fused := fused_experts(model):
+        raise ModelError(
+            f"{type(model).__name__} holds fused experts, e.g. {fused[0]}",
+            hint="only linears can be pruned; llm-compressor's oneshot splits most models' experts into linears "
+            "first: run MixedSparsityModifier there; where that is what failed, it does not split these",
+        )
+    named = {name: module for name, module in model.named_modules() if name}
+    check_patterns(model, "target", targets)
+    check_patterns(model, "ignore", ignore)
+    layers = []
+    for name, module in named.items():
+        if not isinstance(module, torch.nn.Linear) or not name.startswith(prefix + "."):
+            continue
+        if "Router" in type(module).__name__:  # Phi-3.5-MoE's is a linear that returns the choice of experts
+            continue
+        if not any(matches(p, name, module) for p in targets):
+            continue
+        if any(matches(p, name, module) for p in ignore):
+            continue
+        block = int(name[len(prefix) + 1 :].split(".", 1)[0])
+        layers.append((block, Layer(name, module.out_features, module.in_features)))
+    if not layers:
+        if not any(isinstance(module, torch.nn.Linear) for module in blocks.modules()):
+            kinds = sorted({type(m).__name__ for m in blocks.modules() if own_parameters(m)})
+            raise ModelError(
+                f"the blocks of {type(model).__name__} under {prefix!r} hold no linear; their weights are in "
+                f"{', '.join(kinds)}",
+                hint="only torch.nn.Linear can be pruned, and GPT-2's Conv1D of transformers is none: take "
+                "another model",
+            )
+        raise ModelError(
+            f"{type(model).__name__} has no prunable linear under {prefix!r} for targets {list(targets)} "
+            f"and ignore {list(ignore)}",
+            hint="widen targets or narrow ignore",
+        )
+    return group_layers(layers, granularity)
+
+
+def allowed_levels(
+    model: torch.nn.Module, table: UnitTable, menu: Sequence[Level], bounds: Bounds
+) -> np.ndarray | None:
+    """Return bool[U, K], the levels that each unit may take; None if all may take all.
+
+    A unit takes the intersection of the bounds of its layers.
+
+    Raises:
+        RecipeError: a pattern matches no layer of the table, bounds contradict each other, or no level of
+            the menu is inside them.
+    """
+    if not bounds:
+        return None
+    matched = {pattern: set() for pattern in bounds.patterns}
+    for kind, patterns in (("bounds", bounds.shares), ("protect", bounds.protect)):
+        check_patterns(model, kind, patterns)
+        for pattern in patterns:
+            matched[pattern] = {
+                a.name for a in table.layers if matches(pattern, a.name, model.get_submodule(a.name))
+            }
+            if not matched[pattern]:
+                raise RecipeError(
+                    f"{kind} {pattern!r} matches no layer that is pruned",
+                    hint="targets or ignore leave out the layers that it names",
+                )
+    return bounds.allowed(table, menu, matched)
+
+
+def check_widths(table: UnitTable, menu: Iterable[Level]) -> None:
+    """Raise unless every level fits every layer's in_features.
+
+    Raises:
+        RecipeError: the first layers that do not fit are named.
+    """
+    for level in menu:
+        odd = [layer for layer in table.layers if level.misfit(layer.in_features)]
+        if odd:
+            why = level.misfit(odd[0].in_features)
+            named = ", ".join(f"{a.name} (in_features {a.in_features})" for a in odd[:3])
+            raise RecipeError(
+                f"level {level.name} {why} the width of {len(odd)} layers: {named}",
+                hint=f"leave {level.name} out of levels, or add the layers to ignore",
+            )
+
+
+def check_finite_weights(model: torch.nn.Module, table: UnitTable) -> None:
+    """Raise if a prunable weight is not finite.
+
+    Raises:
+        ModelError: a weight cannot be read (see check_loadable).
+        NumericsError: the layers are named.
+    """
+    check_loadable(model)
+    bad = []
+    for layer in table.layers:
+        with onloaded(model.get_submodule(layer.name)) as module:
+            if not torch.isfinite(module.weight).all():
+                bad.append(layer.name)
+    if bad:
+        raise NumericsError(
+            f"{len(bad)} layers hold weights that are not finite, e.g. {', '.join(bad[:3])}",
+            hint="repair or download the checkpoint anew",
+        )

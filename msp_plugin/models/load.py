@@ -1,0 +1,92 @@
+"""Load a model from a directory or hub id, on the CPU or with its weights on disk."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from msp_plugin.errors import ModelError
+from msp_plugin.models.source import auto_class, check_dtype, check_source
+from msp_plugin.runtime.disk import FULL, cannot_write, of_disk
+from msp_plugin.runtime.locks import scratch_directory
+from msp_plugin.runtime.memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_model(
+    source: str | Path,
+    dtype: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    offload: bool = False,
+    cache: str | None = None,
+) -> PreTrainedModel:
+    """Return the causal language model of a directory or hub id, in eval mode on the CPU.
+
+    A model that reads images too comes whole; without images it is a causal language model.
+
+    Args:
+        offload: leave the weights on disk, from where each layer's are read when it runs; where there are GPUs,
+            accelerate places on them what fits. Weights that change, such as pruned ones, are written to the
+            cache, and removed with the model.
+        cache: that cache; None is the default one.
+
+    Raises:
+        RecipeError: an unknown dtype.
+        ModelError: there is no such model, or transformers cannot load it.
+        OutputError: the cache cannot be written.
+    """
+    from transformers import AutoConfig
+
+    target = check_dtype(dtype)
+    check_source(source)
+    with ExitStack() as stack:
+        placement: dict[str, Any] = {}
+        if offload:
+            _check_safetensors(source)
+            folder = stack.enter_context(scratch_directory("offload", cache))
+            device_map = "auto" if torch.cuda.is_available() else {"": "disk"}
+            placement = {"device_map": device_map, "offload_folder": str(folder), "use_safetensors": True}
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            model, report = auto_class(config).from_pretrained(
+                source, dtype=target or "auto", trust_remote_code=trust_remote_code, output_loading_info=True,
+                **placement,
+            )  # fmt: skip
+        except Exception as error:  # a config's values reach all of transformers
+            if is_out_of_memory(error):
+                raise
+            if offload and of_disk(error) in FULL:
+                raise cannot_write(folder, error) from error
+            raise ModelError(
+                f"cannot load a causal language model from {source}: {error}",
+                hint="give a directory with config.json and safetensors, or a hub id",
+            ) from error
+        missing = sorted(report["missing_keys"])
+        if missing:  # transformers would go on with random weights
+            raise ModelError(
+                f"{source} lacks {len(missing)} tensors of {type(model).__name__}, e.g. {', '.join(missing[:3])}",
+                hint="a file is missing or damaged, or config.json is from another model",
+            )
+        weakref.finalize(model, stack.pop_all().close)
+    return model.eval()
+
+
+def _check_safetensors(source: str | Path) -> None:
+    """Raise if a directory has weights in another form only, which offloading cannot read one by one.
+
+    Raises:
+        ModelError: it has.
+    """
+    path = Path(source)
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        raise ModelError(
+            f"{path} has no safetensors files, and only those can stay on disk",
+            hint="load it and save it again with save_pretrained, or do not offload it",
+        )

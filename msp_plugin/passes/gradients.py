@@ -1,0 +1,134 @@
+"""Gradients of a model's activations, captured layer by layer during one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.errors import NumericsError
+from msp_plugin.models.offload import input_device, named_parameters, own_parameters
+from msp_plugin.passes.recompute import recomputed
+from msp_plugin.sensitivity.base import Progress, silent
+
+#: Forward passes that one with its backward pass counts as.
+BACKWARD = 3
+
+
+def backward_passes(
+    model: torch.nn.Module,
+    data: CalibrationSet,
+    layers: Iterable[str],
+    add: Callable[[str, torch.Tensor, torch.Tensor], None],
+    progress: Progress = silent,
+) -> None:
+    """Run the mean cross entropy of each sample backwards; the model is left as it was found.
+
+    Args:
+        add: called with a layer's name, its inputs [T, I] and the gradients of its outputs [T, O], once
+            per sample and call of the layer.
+
+    Raises:
+        NumericsError: a sample's loss is not finite.
+    """
+    device = input_device(model)
+    with activation_gradients(model, layers, add):
+        for done, sample in enumerate(data.samples):
+            ids = sample[None].to(device)
+            logits = model(ids, use_cache=False).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+            if not torch.isfinite(loss):
+                which = f"calibration sample {done}" if len(data) > 1 else "a calibration sample"
+                raise NumericsError(
+                    f"the loss of {which} is not finite",
+                    hint="the activations overflow: try dtype float32",
+                )
+            loss.backward()
+            progress(done + 1, len(data))
+
+
+@contextmanager
+def activation_gradients(
+    model: torch.nn.Module, layers: Iterable[str], add: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Let graphs be built, of activations alone, and call ``add`` for every layer whenever one runs backwards.
+
+    Where weights are offloaded, the graph holds no more of them than one block's (see ``recomputed``).
+    """
+    with (
+        gradients_without_weights(model),
+        recomputed(model) as again,
+        captured_gradients(model, layers, add, again=again),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+@contextmanager
+def captured_gradients(
+    model: torch.nn.Module,
+    layers: Iterable[str],
+    add: Callable[[str, torch.Tensor, torch.Tensor], None],
+    *,
+    again: bool = False,
+) -> Iterator[None]:
+    """Call ``add`` for every layer whenever a backward pass runs.
+
+    Args:
+        again: the layers run again in the backward pass, so that their inputs need not be kept.
+    """
+    handles = []
+
+    def forward_hook(name: str):
+        def hook(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            given = _saved(x) if again else lambda: x
+            output.register_hook(lambda dy: add(name, given(), dy.detach().reshape(-1, dy.shape[-1])))
+
+        return hook
+
+    try:
+        for name in layers:
+            handles.append(model.get_submodule(name).register_forward_hook(forward_hook(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _saved(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Return what gives ``x`` back, which is saved as the graph saves its own tensors: it may be made anew."""
+    node = _Saved.apply(x.new_zeros((), requires_grad=True), x).grad_fn
+    return lambda: node.saved_tensors[0]
+
+
+class _Saved(torch.autograd.Function):
+    """A node of no graph's way, for the tensor that it saves."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return torch.empty(0)
+
+
+@contextmanager
+def gradients_without_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Let gradients flow through the activations from the embeddings on, and to no parameter."""
+    # By place: accelerate makes others of offloaded parameters in each forward pass.
+    required = [
+        (module, name.rpartition(".")[2], p.requires_grad) for name, module, p in named_parameters(model)
+    ]
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.detach().requires_grad_(True)
+    )
+    try:
+        for module, name, _ in required:
+            own_parameters(module)[name].requires_grad_(False)
+        yield
+    finally:
+        handle.remove()
+        for module, name, flag in required:
+            own_parameters(module)[name].requires_grad_(flag)

@@ -1,0 +1,210 @@
+"""Activations of a model's first blocks, kept so that a model that shares those blocks skips them.
+
+Shape legend: B samples, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from msp_plugin.models.layers import decoder_blocks, text_config
+from msp_plugin.models.offload import input_device, is_offloaded
+from msp_plugin.runtime.memory import is_out_of_memory
+
+
+class Prefix:
+    """The inputs [B, T, D] of some blocks for batches of samples, by the samples' numbers.
+
+    They serve the same batch again, and no other that some of its samples are in: how a product of matrices
+    rounds may depend on how many rows it has. Every sample is held in one batch, the last one.
+
+    Args:
+        bytes_per_token: how much may be held per token; with too little for every block, every second
+            or third is held, and a run starts at the last one before its first difference.
+    """
+
+    def __init__(self, model: torch.nn.Module, bytes_per_token: int):
+        self.model = model
+        self.blocks = decoder_blocks(model)[1]
+        embeddings = model.get_input_embeddings().weight
+        width = getattr(
+            text_config(model), "hidden_size", embeddings.shape[1]
+        )  # OPT's embeddings may be narrower
+        fit = bytes_per_token // (width * embeddings.element_size())
+        stride = -(-len(self.blocks) // (fit + 1)) if fit else len(self.blocks)
+        self._starts = tuple(range(stride, len(self.blocks), stride))
+        self._inputs: dict[int, dict[tuple[int, ...], torch.Tensor]] = {start: {} for start in self._starts}
+        self._skipped = 0
+
+    @property
+    def saved_tokens(self) -> int:
+        """Tokens times the share of the blocks that was skipped, so far."""
+        return self._skipped // len(self.blocks)
+
+    @property
+    def holds(self) -> bool:
+        """True if any activations are kept."""
+        return any(self._inputs.values())
+
+    def forget(self, first: int) -> None:
+        """Drop what is beyond block ``first``: the inputs of later blocks are out of date."""
+        for start, held in self._inputs.items():
+            if start > first:
+                held.clear()
+
+    @contextmanager
+    def use(self, samples: Sequence[int], first: int, *, record: bool) -> Iterator[None]:
+        """Let one forward pass of the samples skip what it may skip, and keep what it passes.
+
+        Args:
+            samples: numbers of the rows of the batch, in its order.
+            first: the first block whose weights differ from those of the kept activations.
+            record: keep the inputs of the blocks that run.
+        """
+        batch = tuple(samples)
+        ready = [s for s in self._starts if s <= first and batch in self._inputs[s]]
+        start = max(ready, default=0)
+        undo = []
+        try:
+            if start:
+                given = self._inputs[start][batch]
+                undo.append(replace_input(self.blocks[start], given))
+                undo += [skip(block) for block in self.blocks[:start]]
+                undo.append(without_embeddings(self.model, given))
+            if record:
+                undo += [self._record(block, batch) for block in self._starts if block > start]
+            yield
+            if start:
+                self._skipped += given.shape[0] * given.shape[1] * start
+        finally:
+            for call in reversed(undo):
+                call()
+
+    def _record(self, block: int, batch: tuple[int, ...]) -> Any:
+        def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            held = self._inputs[block]
+            if batch not in held:
+                for other in [other for other in held if not set(batch).isdisjoint(other)]:
+                    del held[other]
+                held[batch] = _hidden(args, kwargs).detach()
+
+        return self.blocks[block].register_forward_pre_hook(hook, with_kwargs=True).remove
+
+    def is_exact(self, ids: torch.Tensor) -> bool:
+        """Return True if skipping blocks gives the same logits, bit for bit, for ids int64[1, T].
+
+        False for models that hand more than the hidden state from block to block, as an argument or in
+        an attribute. What was kept before is dropped.
+        """
+        self.forget(-1)
+        if not self._starts:
+            return False
+        try:
+            with self.use([0], 0, record=True):
+                whole = self.model(ids, use_cache=False).logits
+            if any(given.dim() != 3 for held in self._inputs.values() for given in held.values()):
+                raise ValueError("the blocks hand on more than one stream of hidden states")
+            self.model(ids.flip(-1), use_cache=False)  # overwrites what blocks leave in attributes
+            saved = self._skipped
+            same = True
+            for start in {self._starts[0], self._starts[-1]}:
+                with self.use([0], start, record=False):
+                    same &= torch.equal(whole, self.model(ids, use_cache=False).logits)
+            self._skipped = saved
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            same = False  # another calling convention
+        self.forget(-1)
+        return same
+
+
+def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the hidden state [B, T, D] among the arguments of a decoder block."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def replace_input(block: torch.nn.Module, given: torch.Tensor) -> Callable[[], None]:
+    """Give a block the hidden state ``given`` [B, T, D], whatever it is called with, until the returned call."""
+
+    def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (given, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": given}
+
+    return block.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+
+def skip(block: torch.nn.Module, given: torch.Tensor | None = None) -> Callable[[], None]:
+    """Make a module return its input, or what is given, until the returned call."""
+    own = block.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _hidden(args, kwargs) if given is None else given
+
+    block.forward = forward
+
+    def undo() -> None:
+        if own is None:
+            del block.__dict__["forward"]
+        else:
+            block.forward = own
+
+    return undo
+
+
+@contextmanager
+def last_outputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Yield a list that receives the last block's output [B, T, D] of each forward pass."""
+    outputs: list[torch.Tensor] = []
+
+    def take(module: torch.nn.Module, args: object, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = decoder_blocks(model)[1][-1].register_forward_hook(take)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def run_tail(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, T, V] that a model makes of the last block's output [B, T, D]; no block runs."""
+    blocks = decoder_blocks(model)[1]
+    undo = [skip(block, hidden) for block in blocks]
+    undo.append(without_embeddings(model, hidden))
+    try:
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=input_device(model))
+        return model(ids, use_cache=False).logits
+    finally:
+        for call in reversed(undo):
+            call()
+
+
+@torch.no_grad()
+def tail_is_exact(model: torch.nn.Module, ids: torch.Tensor) -> bool:
+    """Return True if run_tail gives a model's own logits, bit for bit, for ids int64[1, T]."""
+    with last_outputs(model) as outputs:
+        logits = model(ids, use_cache=False).logits
+    if outputs[0].dim() != 3:
+        return False  # several streams of hidden states, such as Gemma 3n's [streams, B, T, D]
+    try:
+        return torch.equal(run_tail(model, outputs[0]), logits)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return False  # another calling convention
+
+
+def without_embeddings(model: torch.nn.Module, given: torch.Tensor) -> Callable[[], None]:
+    """Let offloaded embeddings not be read for a pass that replaces what they give, until the returned call.
+
+    Args:
+        given: what a block gets in their stead, [B, T, D].
+    """
+    module = model.get_input_embeddings()
+    return skip(module, given) if is_offloaded(module) else lambda: None

@@ -1,0 +1,60 @@
+"""The built-in components, registered as any plugin registers its own."""
+
+from __future__ import annotations
+
+from msp_plugin.plugins.hookspecs import hookimpl
+
+
+@hookimpl
+def msp_register_estimators():
+    from msp_plugin.sensitivity.fisher import FisherTrace
+    from msp_plugin.sensitivity.heavy_tail import HeavyTail
+    from msp_plugin.sensitivity.hessian import HessianTrace
+    from msp_plugin.sensitivity.lsa import VirtualRemoval
+    from msp_plugin.sensitivity.outliers import Median, Outliers
+
+    return [FisherTrace, HeavyTail, HessianTrace, Median, Outliers, VirtualRemoval]
+
+
+@hookimpl
+def msp_register_allocators():
+    from msp_plugin.allocators.alphapruning import AlphaPruning
+    from msp_plugin.allocators.atp import ATP
+    from msp_plugin.allocators.dlp import DLP
+    from msp_plugin.allocators.evopress import EvoPress
+    from msp_plugin.allocators.hessian import OneShot
+    from msp_plugin.allocators.knapsack import Knapsack
+    from msp_plugin.allocators.lsa import LSA
+    from msp_plugin.allocators.mrp import MRP
+    from msp_plugin.allocators.msp import MSP
+    from msp_plugin.allocators.owl import OWL
+    from msp_plugin.allocators.search import Search
+    from msp_plugin.allocators.uniform import Uniform
+
+    return [AlphaPruning, ATP, DLP, EvoPress, Knapsack, LSA, MRP, MSP, OneShot, OWL, Search, Uniform]
+
+
+@hookimpl
+def msp_register_pruners():
+    from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
+    from msp_plugin.pruning.magnitude import Magnitude
+
+    return [Magnitude, SparseGPT, Wanda]
+
+
+@hookimpl
+def msp_register_exporters():
+    from msp_plugin.checkpoint.export import Dense, Sparse24
+    from msp_plugin.hosts.llm_compressor.export import PlainRecipe
+
+    return [Dense, PlainRecipe, Sparse24]
+
+
+@hookimpl
+def msp_register_checks():
+    from msp_plugin.verify.quality import Quality
+    from msp_plugin.verify.round_trip import RoundTrip
+    from msp_plugin.verify.served import Served
+    from msp_plugin.verify.structure import Structure
+
+    return [Quality, RoundTrip, Served, Structure]

@@ -1,0 +1,1 @@
+"""The files that describe a run: their schemas, written and read by the same classes."""

@@ -1,0 +1,1 @@
+"""Whole runs: prune a model, compare allocators."""

@@ -1,0 +1,1 @@
+"""Files, locks, journals, memory and ranks: this room knows no model and no pruning."""

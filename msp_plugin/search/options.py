@@ -1,0 +1,86 @@
+"""The options of a run, as a recipe line, a command or a Python call spell them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from msp_plugin.errors import RecipeError, nearest, shown
+from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu
+
+
+class Options(BaseModel):
+    """What a recipe may say about mixed sparsity. Components are names, or {name: ..., option: ...}.
+
+    Args:
+        sparsity: share of zeros among the prunable weights, in [0, 1). Not needed with ``allocation``.
+        method: the pruner: sparsegpt, wanda, magnitude, or one that a plugin registers.
+        levels: the menu: "dense", "N:M" with N kept of M, "N:M in 2:4", shares of zeros such as "0.7"; or
+            the name of a menu, "default" or "servable" (every level of it but dense runs on 2:4 kernels).
+        targets, ignore: which linears of the decoder blocks are pruned (see models.prunable_layers).
+        granularity: what shares a level: ``unit``, the layers that inference fuses; ``layer``, nothing;
+            ``block``, all layers of a decoder block.
+        bounds: by pattern, the least and the most sparsity of the layers it matches, {pattern: [low, high]}.
+        protect: patterns of layers that stay dense. Unlike ignored ones they count in the budget, so that
+            the others make up for them. With bounds and protect, a unit takes those of all its layers.
+        allocator: chooses a level per unit: search, uniform, or any other of `msp plugins`.
+        estimators: overrides of the sensitivity estimators' options, by their name.
+        allocation: path of a finished allocation.json; nothing is searched then, and what is said of layers, levels
+            and the search is refused, because the file says it.
+        seed: of every random choice.
+        cache: directory of the level database; default $MSP_CACHE or ~/.cache/msp_plugin.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    sparsity: float | str | None = None
+    method: str | dict[str, Any] = "sparsegpt"
+    levels: list[Any] = list(DEFAULT_LEVELS)
+    targets: list[str] = ["Linear"]
+    ignore: list[str] = []
+    granularity: str = "unit"
+    bounds: dict[str, Any] = {}
+    protect: list[str] = []
+    allocator: str | dict[str, Any] = "search"
+    estimators: dict[str, dict[str, Any]] = {}
+    allocation: str | None = None
+    seed: int = Field(0, ge=0, lt=2**63)  # what torch's generators take
+    cache: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise RecipeError(f"unknown key {shown(key)}", hint=nearest(key, cls.model_fields))
+            data = dict(data)
+            if isinstance(data.get("levels"), int | float):
+                parse_menu([data["levels"]])  # an unquoted 2:4 is explained
+                data["levels"] = [data["levels"]]
+            given = data.get("allocation")
+            if isinstance(given, str) and given and not given.startswith("~"):
+                data["allocation"] = str(
+                    Path.cwd() / given
+                )  # recipe.yaml says it, and runs again from elsewhere
+            for key in ("targets", "ignore", "levels", "protect"):
+                if isinstance(data.get(key), str):
+                    data[key] = [part.strip() for part in data[key].split(",") if part.strip()]
+        return data
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Options:
+        """Return the options of a mapping.
+
+        Raises:
+            RecipeError: an unknown key, or a value of the wrong type.
+        """
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise RecipeError(f"{where} = {shown(first['input'])}: {first['msg']}") from None

@@ -1,0 +1,119 @@
+"""Losses and sensitivities of candidates whose values are in a journal, so that a search can go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from msp_plugin.allocators.base import Choice, TrueLoss
+from msp_plugin.runtime.journal import Journal, packed, unpacked
+
+if TYPE_CHECKING:
+    from msp_plugin.data.calibration import CalibrationSet
+
+
+class _Recorded:
+    """Values of a journal with what they cost: forward tokens, and seconds of those that another process measured."""
+
+    def __init__(self, journal: Journal):
+        self.forward_tokens = 0
+        #: What the values that were read had taken to measure, in another process.
+        self.saved_seconds = 0.0
+        self._journal = journal
+        self._mine: set[str] = set()
+
+    def _get(self, key: str, measure: Callable[[], tuple[Any, int]]) -> Any:
+        """Return the value of a key; ``measure`` returns it with its forward tokens where it is missing."""
+
+        def measured() -> dict[str, Any]:
+            self._get_ready()  # what a run that goes on does again is no part of what the value took
+            began = time.monotonic()
+            value, tokens = measure()
+            self._mine.add(key)
+            return {"value": value, "tokens": tokens, "seconds": round(time.monotonic() - began, 4)}
+
+        held = self._journal.get(key, measured)
+        self.forward_tokens += held["tokens"]
+        if key not in self._mine:
+            self._mine.add(key)
+            self.saved_seconds += held["seconds"]
+        return held["value"]
+
+    def _get_ready(self) -> None:
+        """Do what every process does before its first measurement."""
+
+
+class RecordedLoss(_Recorded):
+    """A true loss (see allocators.base.TrueLoss) whose values are in a journal.
+
+    The model is not touched before a value is missing: ``make`` is called then.
+
+    Args:
+        make: returns the loss that measures.
+        data: the samples that it measures on.
+        name: of the text, part of the keys.
+    """
+
+    def __init__(self, make: Callable[[], TrueLoss], data: CalibrationSet, journal: Journal, name: str):
+        super().__init__(journal)
+        self.data, self.lengths = data, tuple(len(sample) for sample in data.samples)
+        self._make, self._name = make, name
+        self._loss: TrueLoss | None = None
+        self._kept: Choice | None = None
+
+    def __call__(self, choice: Choice, samples: Sequence[int] | None = None) -> float:
+        key = f"{self._name} {_text(choice)} {'all' if samples is None else _text(samples)}"
+        return self._get(key, lambda: self._measure(lambda loss: loss(choice, samples)))
+
+    def slopes(
+        self, choice: Choice, samples: Sequence[int], reach: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        key = f"{self._name} slopes {_text(choice)} {_text(samples)} {reach} {seed}"
+
+        def measure(loss: TrueLoss) -> dict[str, Any]:
+            return packed(np.stack(loss.slopes(choice, samples, reach, seed)))
+
+        slopes, draws = unpacked(self._get(key, lambda: self._measure(measure)))
+        return slopes, draws
+
+    def keep(self, choice: Choice) -> None:
+        self._kept = choice
+        if self._loss is not None:
+            self._loss.keep(choice)
+
+    def _get_ready(self) -> None:
+        if self._loss is None:
+            self._loss = self._make()
+            if self._kept is not None:
+                self._loss.keep(self._kept)
+
+    def _measure(self, measure: Callable[[TrueLoss], Any]) -> tuple[Any, int]:
+        before = self._loss.forward_tokens
+        value = measure(self._loss)
+        return value, self._loss.forward_tokens - before
+
+
+class RecordedEstimate(_Recorded):
+    """Sensitivities of pruned models (see allocators.base.AllocationInputs.estimate) that are in a journal.
+
+    Args:
+        measure: returns float64[U] of a name and a choice, and its forward tokens.
+    """
+
+    def __init__(self, measure: Callable[[str, Choice], tuple[Sequence[float], int]], journal: Journal):
+        super().__init__(journal)
+        self._measure = measure
+
+    def __call__(self, name: str, choice: Choice) -> np.ndarray:
+        def measure() -> tuple[dict[str, Any], int]:
+            values, tokens = self._measure(name, choice)
+            return packed(np.array(values)), tokens
+
+        return unpacked(self._get(f"{name} {_text(choice)}", measure))
+
+
+def _text(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))

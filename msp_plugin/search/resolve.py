@@ -1,0 +1,135 @@
+"""Resolve options: build the components, parse the levels and check everything that the options alone show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from msp_plugin.allocators.base import Allocator
+from msp_plugin.errors import RecipeError, nearest, shown
+from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.bounds import Bounds, parse_bounds
+from msp_plugin.plan.levels import Level, parse_menu, parse_sparsity
+from msp_plugin.plan.units import GRANULARITIES
+from msp_plugin.plugins.manager import Plugins
+from msp_plugin.pruning.base import Pruner
+from msp_plugin.search.options import Options
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options that were checked as far as they can be without a model, with their components built."""
+
+    sparsity: Fraction
+    pruner: Pruner
+    menu: tuple[Level, ...]
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
+    allocator: Allocator
+    estimators: Mapping[str, Any]
+    given: Allocation | None
+    seed: int
+    cache: str | None
+    granularity: str
+    bounds: Bounds
+
+    @property
+    def search_tokens(self) -> int:
+        """Calibration tokens that are held out to measure candidates and to know when to stop."""
+        if self.given is not None:
+            return 0
+        return self.allocator.held_out_tokens + self.allocator.stopping_tokens
+
+    @property
+    def fits(self) -> bool:
+        """True if the search makes do with less text than ``search_tokens``, as nobody asked for just that."""
+        return self.given is not None or not self.allocator.asks_for_text
+
+    @property
+    def is_uniform(self) -> bool:
+        """True if the outcome is the uniform allocation without a search."""
+        return self.given is None and self.allocator.name == "uniform"
+
+    @property
+    def needs_data(self) -> bool:
+        """True if calibration text is needed: by the allocation, or by the method's statistics."""
+        return self.allocation_needs_data or self.pruner.needs_statistics
+
+    @property
+    def allocation_needs_data(self) -> bool:
+        """True if the allocator needs the level database, or an estimator that it reads needs text."""
+        if self.given is not None:
+            return False
+        return self.allocator.needs_database or any(e.needs_data for e in self.estimators.values())
+
+
+#: What a finished allocation has decided.
+_DECIDED = ("levels", "targets", "ignore", "granularity", "bounds", "protect", "allocator", "estimators")
+
+
+def _plain(value: Any) -> Any:
+    """Return the short form of a component without options."""
+    return value["name"] if isinstance(value, Mapping) and value.keys() == {"name"} else value
+
+
+def _target(options: Options, given: Allocation | None) -> tuple[Fraction, tuple[Level, ...]]:
+    """Return the asked sparsity and the menu, of the recipe or of a finished allocation."""
+    if given is None:
+        if options.sparsity is None:
+            raise RecipeError("sparsity is missing", hint="say e.g. sparsity: 0.75, or give an allocation")
+        return parse_sparsity(options.sparsity), parse_menu(options.levels)
+    idle = [key for key in _DECIDED if _plain(getattr(options, key)) != Options.model_fields[key].default]
+    if idle:
+        raise RecipeError(
+            f"{', '.join(idle)} would have no effect: {options.allocation} has decided the level of each layer",
+            hint="leave that out, or leave the allocation out and allocate anew",
+        )
+    if options.sparsity is not None and parse_sparsity(options.sparsity) != given.target:
+        raise RecipeError(
+            f"sparsity {shown(options.sparsity)} contradicts {options.allocation}, made for {given.target}",
+            hint="leave sparsity out, or allocate anew",
+        )
+    return given.target, tuple(dict.fromkeys(given.levels))
+
+
+def resolve(options: Options, plugins: Plugins) -> Plan:
+    """Return the plan of the options.
+
+    Raises:
+        RecipeError: an unknown name or option, a level that is none, a sparsity or bounds out of range, a
+            method that cannot make a level, a missing or damaged allocation file, options that it contradicts.
+    """
+    pruner = plugins.build("pruners", options.method)
+    allocator = plugins.build("allocators", options.allocator)
+    given = Allocation.read(options.allocation) if options.allocation else None
+    sparsity, menu = _target(options, given)
+    if options.granularity not in GRANULARITIES:
+        raise RecipeError(
+            f"granularity {shown(options.granularity)} is unknown",
+            hint=nearest(options.granularity, GRANULARITIES),
+        )
+    bounds = parse_bounds(options.bounds, options.protect, menu)
+    pruner.version()  # raises if its host is missing
+    for level in menu:
+        if not level.is_dense:
+            pruner.check_level(level)
+    known = plugins.components["estimators"]
+    for name in options.estimators:
+        if name not in known:
+            raise RecipeError(f"there is no estimator called {shown(name)}", hint=nearest(name, known))
+    built = {
+        name: plugins.build("estimators", {**options.estimators.get(name, {}), "name": name})
+        for name in {*allocator.estimators, *options.estimators}
+    }
+    if idle := sorted(set(options.estimators) - set(allocator.estimators)):
+        raise RecipeError(
+            f"options of {', '.join(idle)} would have no effect: allocator {allocator.name!r} does not read it",
+            hint=f"it reads {', '.join(allocator.estimators) or 'no estimator'}",
+        )
+    estimators = {name: built[name] for name in allocator.estimators}
+    return Plan(
+        sparsity, pruner, bounds.menu(menu), tuple(options.targets), tuple(options.ignore), allocator,
+        estimators, given, options.seed, options.cache, options.granularity, bounds,
+    )  # fmt: skip
