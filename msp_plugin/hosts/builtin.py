@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -144,6 +145,23 @@ def prune_to(
             weakref.finalize(model, stack.pop_all().close)
 
 
+@contextmanager
+def _eager_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Let a model compute attention by plain matrix products in the block, as llm-compressor's calibration does.
+
+    Fused attention rounds otherwise, and SparseGPT's weights would differ from llm-compressor's in the last bit.
+    """
+    own = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if own in (None, "eager"):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
 def pruned_weights(
     model: torch.nn.Module,
     allocation: Allocation,
@@ -163,7 +181,7 @@ def pruned_weights(
     """
     levels = {layer: level.name for layer, level in allocation.by_layer.items()}
     database = LevelDatabase(folder, {"levels": levels}, tuple(dict.fromkeys(allocation.levels)))
-    with freed_memory_kept():
+    with freed_memory_kept(), _eager_attention(model):
         build_database(
             database,
             model,
