@@ -14,9 +14,10 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import HostError, MSPError, NumericsError
-from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.levels import parse_menu
+from msp_plugin.pruning.sparsegpt import SparseGPT
+from msp_plugin.pruning.wanda import Wanda
 from msp_plugin.runtime.ranks import ALONE
 
 MENU = parse_menu(["dense", "2:4", "1:8"])
@@ -160,7 +161,7 @@ from transformers import AutoModelForCausalLM
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.hosts.llm_compressor.methods import SparseGPT
+from msp_plugin.pruning.sparsegpt import SparseGPT
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.runtime.ranks import join
@@ -177,6 +178,7 @@ ranks.leave()
 """
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_write_the_files_of_one_process(model, mixed, tmp_path):
     model.save_pretrained(tmp_path / "model")
     torch.save(list(mixed.samples), tmp_path / "samples.pt")
