@@ -177,9 +177,8 @@ def comparison_tables(record: CompareRecord, title: str) -> list[Any]:
             table.add_column(heading, justify="right")
 
         def mean(rows: Any, key: str) -> float:
-            found = [
-                getattr(row, key) for row in rows
-            ]  # a mean without the seeds that are not finite would flatter
+            found = [getattr(row, key) for row in rows]
+            # a mean without the seeds that are not finite would flatter
             return float("inf") if None in found else sum(found) / len(found)
 
         for label, rows in sorted(allocators.items(), key=lambda item: mean(item[1], "kl")):
