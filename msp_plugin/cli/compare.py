@@ -141,7 +141,7 @@ def compare_command(
             nonlocal path, finals
             path, finals = stack.enter_context(sole_run(out, cache, fresh=fresh))
 
-        ranks.first(begin)
+        ranks.on_rank_zero(begin)
         with console.progress_bars(not as_json and not ranks.rank) as progress:
             record = compare(
                 resolve_model(model), text, matrix, dtype=dtype, trust_remote_code=trust_remote_code,

@@ -100,7 +100,7 @@ def allocate_command(
     text = Text(data, search_data, None, samples, length, unseen, text_column, bos=bos)
     out = out.expanduser()
     with ExitStack() as stack:
-        ranks.first(lambda: stack.enter_context(sole_output(out, cache, file=True)) and None)
+        ranks.on_rank_zero(lambda: stack.enter_context(sole_output(out, cache, file=True)) and None)
         progress = stack.enter_context(console.progress_bars(not as_json and not ranks.rank))
         outcome = search_allocation(
             chosen, resolve_model(model), text, dtype=dtype, trust_remote_code=trust_remote_code,

@@ -224,7 +224,7 @@ class _Bench:
         for held, plan, _, seed in self.cells():
             _ = held.model_id
             try:
-                self.ranks.together(partial(self._find, held, plan, seed))
+                self.ranks.collective(partial(self._find, held, plan, seed))
             except (LostError, OSError):
                 raise
             except Exception as error:  # rank 0 meets it again, for its row

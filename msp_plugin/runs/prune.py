@@ -176,7 +176,7 @@ def _search_together(
             hint="start it without torchrun",
         )
     with ExitStack() as stack:
-        ranks.first(lambda: stack.enter_context(sole_run(out, plan.cache, fresh=fresh, keep=True)) and None)
+        ranks.on_rank_zero(lambda: stack.enter_context(sole_run(out, plan.cache, fresh=fresh, keep=True)) and None)
         search(model, text, plan, dtype=dtype, trust_remote_code=trust_remote_code, offload=offload, fresh=fresh,
                progress=progress, ranks=ranks)  # fmt: skip
         ranks.leave()

@@ -20,9 +20,10 @@ from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.llm_compressor import require_host
 from msp_plugin.plan.levels import Kind, Level
 from msp_plugin.pruning import masks, sparsegpt
-from msp_plugin.pruning.base import Pruner
+from msp_plugin.pruning.base import Pruner, mean_over_ranks
 from msp_plugin.pruning.masks import least_by_topk, nm_masks
 from msp_plugin.pruning.sparsegpt import InverseFactor, factor_inverse, quadratic_form, sparsegpt_levels
+from msp_plugin.runtime.ranks import Ranks
 
 
 class HostPruner(Pruner):
@@ -132,6 +133,10 @@ class SparseGPT(HostPruner):
         hessian, samples = accumulate_hessian(inputs, module, statistic.hessian, statistic.samples)
         return InputHessian(hessian, samples, statistic.tokens + inputs[..., 0].numel())
 
+    def reduce(self, statistic: InputHessian, ranks: Ranks) -> InputHessian:
+        hessian, samples = mean_over_ranks(statistic.hessian, statistic.samples, ranks)
+        return InputHessian(hessian, samples, sum(ranks.gather(lambda: statistic.tokens)))
+
     def prune_levels(
         self, module: torch.nn.Linear, statistic: InputHessian, levels: Sequence[Level], layer: str
     ) -> Iterator[torch.Tensor]:
@@ -179,6 +184,10 @@ class Wanda(HostPruner):
 
         scalars, samples = accumulate_row_scalars(inputs, module, statistic[0], statistic[1])
         return [scalars, samples, statistic[2] + inputs[..., 0].numel()]
+
+    def reduce(self, statistic: list[Any], ranks: Ranks) -> list[Any]:
+        scalars, samples, tokens = statistic
+        return [*mean_over_ranks(scalars, samples, ranks), sum(ranks.gather(lambda: tokens))]
 
     def prune_levels(
         self, module: torch.nn.Linear, statistic: list[Any], levels: Sequence[Level], layer: str
