@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -199,9 +199,10 @@ def _by_pass(
         observe: returns the statistics of a group.
         groups, pruned: see _by_block.
     """
+    by_block = {number: list(some) for number, some in groupby(units, key=lambda unit: unit.block)}
     with ExitStack() as stack:
-        for number, some in groupby(units, key=lambda unit: unit.block):
-            yield from map(observe, groups(some))
+        for number in range(units[-1].block + 1):
+            yield from map(observe, groups(by_block.get(number, ())))
             ranks.gather(lambda: None)  # wait for the layers of this block that other ranks write
             stack.enter_context(pruned(number))
 
