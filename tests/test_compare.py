@@ -421,7 +421,7 @@ def test_a_rank_that_ends_ends_the_comparison(run, on_ranks, llama_dir, monkeypa
         def lost(*a):
             raise LostError("rank 0 lost the others")
 
-        monkeypatch.setattr(ranks, "spread", lost)
+        monkeypatch.setattr(ranks, "map", lost)
         return run({"small": SEARCH}, ranks=ranks)
 
     assert all(isinstance(error, LostError) for error in on_ranks(2, work))

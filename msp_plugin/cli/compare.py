@@ -80,7 +80,7 @@ def compare_command(
             allocators = DEFAULT.replace("one_shot,", "")
         keys = given(cache=cache, **layers.recipe())
         grid = _grid(sparsity, methods, allocators, seeds, options, keys, prune)
-        path, finals = context.ranks.first(
+        path, finals = context.ranks.on_rank_zero(
             lambda: stack.enter_context(sole_run(out, cache, fresh=context.fresh))
         )
         record = compare(loading.source(model, cache), text.text(), grid, finals=finals, context=context)

@@ -70,7 +70,7 @@ def allocate_command(
         unseen = 0 if text.samples else Text.test_samples
         out, ranks = out.expanduser(), context.ranks
         resolved = resolve(Options.parse(line), Plugins())
-        ranks.first(lambda: stack.enter_context(sole_output(out, cache, file=True)) and None)
+        ranks.on_rank_zero(lambda: stack.enter_context(sole_output(out, cache, file=True)) and None)
         outcome = search(loading.source(model, cache), text.text(test_samples=unseen), resolved, context)
         ranks.leave()
         if ranks.rank:

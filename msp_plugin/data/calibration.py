@@ -10,6 +10,7 @@ import torch
 
 from msp_plugin.errors import DataError
 from msp_plugin.records.parts import ReadingRecord, TextRecord
+from msp_plugin.runtime.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class CalibrationSet:
             rows.append(sample)
         if rows:
             yield torch.stack(rows)
+
+    def of_rank(self, ranks: Ranks) -> CalibrationSet:
+        """Return the samples that one rank passes through the model: every ``ranks.size``-th."""
+        return CalibrationSet(tuple(ranks.share(self.samples)), self.source)
 
     def split(self, tail_tokens: int, *, fit: bool = False) -> tuple[CalibrationSet, CalibrationSet]:
         """Return (head, tail): the tail holds at least ``tail_tokens`` tokens from the end.

@@ -132,7 +132,7 @@ def prune_to(
     """
     ranks = context.ranks
     with ExitStack() as stack:
-        folder = ranks.first(lambda: stack.enter_context(scratch_directory("pruned", cache)))
+        folder = ranks.on_rank_zero(lambda: stack.enter_context(scratch_directory("pruned", cache)))
         progress = partial(context.progress, "pruning")
         database = pruned_weights(model, allocation, pruner, inputs, folder, progress, ranks)
         for layer, level in allocation.by_layer.items():

@@ -199,7 +199,7 @@ class _Bench:
         for held, plan, _, seed in self.cells():
             _ = held.model_id
             try:
-                self.context.ranks.together(partial(self._find, held, plan, seed))
+                self.context.ranks.collective(partial(self._find, held, plan, seed))
             except (LostError, OSError):
                 raise
             except Exception as error:  # rank 0 meets it again, for its row

@@ -202,7 +202,7 @@ def run(
         context = RunContext(progress=context.progress)
     ranks, cache = context.ranks, options and options.cache
     with ExitStack() as stack:
-        path, journal_file = ranks.first(
+        path, journal_file = ranks.on_rank_zero(
             lambda: stack.enter_context(sole_run(out, cache, fresh=context.fresh))
         )
         text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
@@ -242,7 +242,9 @@ def _search_together(
         )
     with ExitStack() as stack:
         enter = stack.enter_context
-        ranks.first(lambda: enter(sole_run(out, options.cache, fresh=context.fresh, keep=True)) and None)
+        ranks.on_rank_zero(
+            lambda: enter(sole_run(out, options.cache, fresh=context.fresh, keep=True)) and None
+        )
         search(source, text, options, context)
         ranks.leave()
 
@@ -299,7 +301,7 @@ class _Job:
         pruned = self.host.prune(model, self.options.uniform(), self.inputs, context, announce=False)
         stage = StageRecord(
             name=UNIFORM,
-            seconds=ranks.first(lambda: round(time.monotonic() - start, 3)),
+            seconds=ranks.on_rank_zero(lambda: round(time.monotonic() - start, 3)),
             sparsity=pruned.stats and pruned.stats.sparsity,
             perplexity=self.measure("uniform", model),
         )
@@ -310,7 +312,7 @@ class _Job:
         """Return the test perplexity; None without test text, or, after pruning, if it is not a number."""
         if self.samples.test is None:
             return None
-        return self.context.ranks.first(partial(self._perplexity, name, model))
+        return self.context.ranks.on_rank_zero(partial(self._perplexity, name, model))
 
     def _perplexity(self, name: str, model: PreTrainedModel) -> float | None:
         progress = partial(self.context.progress, f"perplexity, {name}")
