@@ -11,7 +11,7 @@ import torch
 
 from msp_plugin.errors import ModelError
 from msp_plugin.models.source import auto_class, check_dtype, check_source
-from msp_plugin.runtime.disk import FULL, cannot_write, of_disk
+from msp_plugin.runtime.disk import FULL, cannot_write, disk_errno
 from msp_plugin.runtime.locks import scratch_directory
 from msp_plugin.runtime.memory import is_out_of_memory
 
@@ -62,7 +62,7 @@ def load_model(
         except Exception as error:  # a config's values reach all of transformers
             if is_out_of_memory(error):
                 raise
-            if offload and of_disk(error) in FULL:
+            if offload and disk_errno(error) in FULL:
                 raise cannot_write(folder, error) from error
             raise ModelError(
                 f"cannot load a causal language model from {source}: {error}",

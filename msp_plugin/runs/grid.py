@@ -95,7 +95,7 @@ def parse_allocators(text: str) -> dict[str, str | dict[str, Any]]:
     Raises:
         RecipeError: brackets that do not match, an option without a value, or a label given twice.
     """
-    from msp_plugin.runtime.yaml_text import parse_yaml
+    from msp_plugin.runtime.documents import parse_yaml
 
     found: dict[str, str | dict[str, Any]] = {}
     for label in filter(None, map(str.strip, re.split(r",(?![^\[\]]*\])", text))):

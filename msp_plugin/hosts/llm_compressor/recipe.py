@@ -9,7 +9,7 @@ import yaml
 
 from msp_plugin.errors import MSPError, RecipeError, nearest, shown
 from msp_plugin.hosts.llm_compressor.register import register_modifier
-from msp_plugin.runtime.yaml_text import parse_yaml
+from msp_plugin.runtime.documents import parse_yaml
 
 OURS = "MixedSparsityModifier"
 
