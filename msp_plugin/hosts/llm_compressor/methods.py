@@ -21,7 +21,7 @@ from msp_plugin.hosts.llm_compressor import require_host
 from msp_plugin.plan.levels import Kind, Level
 from msp_plugin.pruning import masks, sparsegpt
 from msp_plugin.pruning.base import Pruner
-from msp_plugin.pruning.masks import least_by_topk, nm_masks
+from msp_plugin.pruning.masks import lowest_by_topk, nm_masks
 from msp_plugin.pruning.sparsegpt import InverseFactor, factor_inverse, quadratic_form, sparsegpt_levels
 
 
@@ -185,7 +185,7 @@ class Wanda(HostPruner):
     ) -> Iterator[torch.Tensor]:
         weight = module.weight.detach()
         score = weight.float().abs() * statistic[0].sqrt()
-        for mask in nm_masks(score, levels, settle=least_by_topk):  # among equals as the host
+        for mask in nm_masks(score, levels, tie_breaker=lowest_by_topk):  # among equals as the host
             yield weight.masked_fill(~mask, 0)
 
     def output_error(self, delta: torch.Tensor, statistic: list[Any]) -> float:
