@@ -125,16 +125,17 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise DataError(f"{plain(path)} is not UTF-8 text: {error}", hint=FORMS) from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, *_zstd_errors()) as error:
+    except _damage_errors() as error:
         raise DataError(
             f"cannot read {plain(path)}: {error}", hint="the file is damaged or incomplete"
         ) from None
 
 
-def _zstd_errors() -> tuple[type[Exception], ...]:
-    """Return the error type of zstandard, if that is loaded."""
-    loaded = sys.modules.get("zstandard")
-    return () if loaded is None else (loaded.ZstdError,)
+def _damage_errors() -> tuple[type[Exception], ...]:
+    """Return the types of errors for damaged files; that of zstandard only if it is loaded."""
+    zstandard = sys.modules.get("zstandard")
+    own = () if zstandard is None else (zstandard.ZstdError,)
+    return (OSError, EOFError, zlib.error, lzma.LZMAError, *own)
 
 
 def need(module: str, source: object, package: str) -> Any:

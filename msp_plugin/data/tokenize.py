@@ -182,7 +182,7 @@ def from_dataloader(
             if len(kept) > 1:
                 samples.append(kept.to(torch.int64))
     if not keep_order:
-        samples.sort(key=lambda sample: hashlib.sha256(sample.contiguous().numpy()).digest())
+        samples.sort(key=lambda sample: hashlib.sha256(sample.contiguous().numpy().data).digest())
     if not samples:
         raise DataError("the calibration data holds no sample of two tokens or more")
     return CalibrationSet(tuple(samples), source)

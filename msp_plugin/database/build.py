@@ -17,8 +17,7 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError
 from msp_plugin.formats.bitmask import bitmask_bytes
-from msp_plugin.models.offload import onloaded
-from msp_plugin.models.offload import linear
+from msp_plugin.models.offload import linear, onloaded
 from msp_plugin.models.weights import Place, weight_place
 from msp_plugin.passes.by_block import BlockPass, runs_by_block
 from msp_plugin.passes.observe import in_groups, observe_inputs

@@ -66,7 +66,7 @@ def load_model(
                 hint="give a directory with config.json and safetensors, or a hub id",
             ) from error
         weakref.finalize(model, stack.pop_all().close)
-    model.eval()
+    torch.nn.Module.eval(model)  # transformers' own is not typed
     return model
 
 

@@ -27,8 +27,7 @@ from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import DataError, ModelError, MSPError
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
-from msp_plugin.models.offload import input_device
-from msp_plugin.models.offload import check_room
+from msp_plugin.models.offload import check_room, input_device
 from msp_plugin.models.source import load_tokenizer
 from msp_plugin.models.weights import Weights
 from msp_plugin.passes.by_block import runs_by_block

@@ -26,8 +26,7 @@ from msp_plugin.data.samples import Samples, Text, load_samples
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
-from msp_plugin.models.offload import named_parameters
-from msp_plugin.models.offload import check_room, quantized_forward
+from msp_plugin.models.offload import check_room, named_parameters, quantized_forward
 from msp_plugin.models.source import load_tokenizer
 from msp_plugin.passes.losses import perplexity
 from msp_plugin.plugins.manager import Plugins

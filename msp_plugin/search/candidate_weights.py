@@ -12,8 +12,8 @@ from msp_plugin.allocators.base import Choice
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.models.offload import (
     input_device,
+    linear,
 )
-from msp_plugin.models.offload import linear
 from msp_plugin.models.weights import InMemory, Place, Weights, weight_place
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.runtime.memory import cache_bytes, free_cached
