@@ -195,6 +195,7 @@ def test_a_table_is_ordered_by_mean_kl_and_a_seed_without_a_finite_loss_comes_la
     assert "inf" in next(line for line in printed.splitlines() if "broken" in line)
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_compare_as_one_does(msp_compare, llama_dir, text_file, tmp_path):
     pytest.importorskip("llmcompressor", reason="it prunes to each allocation")
     pruned = [argument for argument in SMALL if argument != "--no-prune"]

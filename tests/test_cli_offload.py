@@ -32,10 +32,10 @@ def text_file(tmp_path):
     return path
 
 
-@pytest.fixture
-def half(tmp_path):
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
     """The demo model in bfloat16, so that float32 weights cannot be read from the checkpoint as they are."""
-    path = tmp_path / "half"
+    path = tmp_path_factory.mktemp("models") / "half"
     source = demo_model_path("qwen2")
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(path)
     load_tokenizer(source).save_pretrained(path)
@@ -79,7 +79,7 @@ def test_sensitivities_are_those_in_memory(msp, half, text_file):
     assert msp(*arguments).out == msp(*arguments, "--offload").out
 
 
-@pytest.mark.parametrize("prune", [[], ["--no-prune"]])
+@pytest.mark.parametrize("prune", [pytest.param([], marks=pytest.mark.slow), ["--no-prune"]])
 def test_a_comparison_is_that_in_memory(prune, msp, half, text_file, tmp_path):
     small = [
         *(option.replace("allocator.", "search.") for option in SEARCH),
@@ -110,6 +110,7 @@ def test_a_packed_checkpoint_is_refused(msp, packed_dir, text_file, tmp_path):
     assert "is packed, and only dense checkpoints can stay on disk" in ran.err and "--to dense" in ran.err
 
 
+@pytest.mark.slow
 def test_a_quantized_model_is_measured_with_the_weights_that_are_saved(msp, half, text_file, tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "quant_stage:\n  quant_modifiers:\n    QuantizationModifier:\n"
@@ -181,7 +182,8 @@ def test_a_failed_load_says_what_was_short_and_leaves_nothing(
     assert list((tmp_path / "cache" / "offload").iterdir()) == []
 
 
-def test_weights_that_are_not_in_safetensors_are_refused(msp, half, text_file, tmp_path):
+def test_weights_that_are_not_in_safetensors_are_refused(msp, half, copied, text_file):
+    half = copied(half)
     state = load_model(half).state_dict()
     (half / "model.safetensors").unlink()
     torch.save(state, half / "pytorch_model.bin")
@@ -189,6 +191,7 @@ def test_weights_that_are_not_in_safetensors_are_refused(msp, half, text_file, t
     assert "has no safetensors files" in ran.err and "save_pretrained" in ran.err
 
 
+@pytest.mark.slow
 def test_the_default_comparison_has_only_what_runs_with_weights_on_disk(msp, half, text_file, tmp_path):
     msp("compare", half, "--methods", "magnitude", "--data", text_file, *SMALL, "--test-samples", "2", "--no-prune",
         "--target", "down_proj",

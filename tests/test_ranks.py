@@ -267,11 +267,13 @@ def torchrun(tmp_path, how):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_send_tensors_to_each_other(tmp_path):
     run = torchrun(tmp_path, "post")
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_one_that_fails_leaves_none_waiting_for_its_tensor(tmp_path):
     run = torchrun(tmp_path, "fail")
     assert run.returncode == 1 and "no number" in run.stdout and "rank 1 failed" not in run.stdout
@@ -282,12 +284,13 @@ def test_processes_of_torchrun_share_and_part(tmp_path):
     assert run.returncode == 0 and run.stdout == "2 ranks False\n"
 
 
-@pytest.mark.parametrize("how", ["error", "bug"])
+@pytest.mark.parametrize("how", ["error", pytest.param("bug", marks=pytest.mark.slow)])
 def test_processes_of_torchrun_end_with_the_error_of_one(how, tmp_path):
     run = torchrun(tmp_path, how)
     assert run.returncode == 1 and "rank 0 rank 1: " in run.stdout and "no number" in run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "await"])
 def test_a_rank_that_is_killed_ends_the_others(how, tmp_path):
     run = torchrun(tmp_path, how)

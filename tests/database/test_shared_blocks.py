@@ -177,6 +177,7 @@ ranks.leave()
 """
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_write_the_files_of_one_process(model, mixed, tmp_path):
     model.save_pretrained(tmp_path / "model")
     torch.save(list(mixed.samples), tmp_path / "samples.pt")

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mutations import byte_files, documents
 from readers import READERS, RECIPE, TASK, check
@@ -51,13 +51,11 @@ def test_the_valid_files_are_read(tmp_path):
 
 
 @given(yaml_files(RECIPE))
-@settings(max_examples=150)
 def test_any_recipe_is_read_or_refused(directory, content):
     check(READERS["recipe"], directory, content)
 
 
 @given(yaml_files(TASK))
-@settings(max_examples=120)
 def test_any_task_is_read_or_refused(directory, content):
     (directory / "recipe.yaml").unlink(missing_ok=True)
     check(READERS["task"], directory, content)
@@ -72,7 +70,6 @@ LINE = yaml.safe_load(RECIPE)["sparsity_stage"]["sparsity_modifiers"]["MixedSpar
 
 
 @given(documents(LINE))
-@settings(max_examples=250)
 def test_any_options_are_resolved_or_refused(plugins, options):
     try:
         plan = resolve(Options.parse(options), plugins)
