@@ -416,7 +416,7 @@ def test_sizes_outside_of_the_language_models_config_stand_for_nothing(tmp_path)
     load_model(tmp_path)
     config["text_config"]["vocab_size"] = 10**9
     file.write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ModelError, match="vocab_size = 1000000000 is no size"):
+    with pytest.raises(ModelError, match="cannot load a causal language model"):
         load_model(tmp_path)
 
 
