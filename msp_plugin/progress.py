@@ -18,7 +18,8 @@ class NotedProgress(Protocol):
 class StepProgress(Protocol):
     """Called with (step, done, total, note) while the steps of a run go on.
 
-    ``step`` is a few words such as "search"; ``note`` tells the result so far, e.g. "round 3, loss 0.2163, -0.0041".
+    ``step`` is a few words such as "search"; ``note`` tells the result so far, e.g. "round 3, loss 0.2163,
+    -0.0041".
     """
 
     def __call__(self, step: str, done: int, total: int, note: str = "", /) -> None: ...

@@ -1,1 +1,1 @@
-"""Allocators choose one level per unit. They never import torch; the measured loss is passed in as a callable."""
+"""Allocators choose one level per unit. They never import torch; the loss is a callable."""

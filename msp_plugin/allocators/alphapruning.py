@@ -14,12 +14,12 @@ from msp_plugin.allocators.profile import check_within, choose_by_block
 class AlphaPruning(Allocator):
     """Sparsity from the shape of the weights' spectra (arXiv 2410.10912; haiquanlu/AlphaPruning).
 
-    The exponents of the blocks (see the estimator ``heavy_tail``) are mapped linearly onto [1 - epsilon, 1 + epsilon],
-    and multiplied by the factor that makes the sparsity of the model S, with blocks weighted by their weights, as in the
-    authors' code. It needs no text.
+    The exponents of the blocks (see the estimator ``heavy_tail``) are mapped linearly onto [1 - epsilon, 1 +
+    epsilon], and multiplied by the factor that makes the sparsity of the model S, with blocks weighted by
+    their weights, as in the authors' code. It needs no text.
 
-    Deviations: the exact budget, clipped densities and equal exponents, see allocators/profile.py. Above about
-    S = 1 / (1 + epsilon) a sparsity can exceed 1, and is clipped.
+    Deviations: the exact budget, clipped densities and equal exponents, see allocators/profile.py. Above
+    about S = 1 / (1 + epsilon) a sparsity can exceed 1, and is clipped.
 
     Args:
         epsilon: half of the range of the factors, in [0, 1].

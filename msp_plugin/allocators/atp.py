@@ -16,17 +16,18 @@ from msp_plugin.errors import NumericsError, RecipeError
 class ATP(Allocator):
     """An arithmetic progression of sparsities over the blocks (arXiv 2502.14770; wzhuang-xmu/ATP).
 
-    Block i of L has the sparsity S - b (L - 1) / 2 + b i. The common difference b is the best of a grid from ``step`` to
-    min(2S, 2 (1 - S)) / (L - 1), above which a sparsity would leave [0, 1].
+    Block i of L has the sparsity S - b (L - 1) / 2 + b i. The common difference b is the best of a grid from
+    ``step`` to min(2S, 2 (1 - S)) / (L - 1), above which a sparsity would leave [0, 1].
 
-    Deviations: b is chosen on held-out calibration text, where the authors use the test set. b = 0, the uniform
-    allocation, is measured too, so that the result is never worse than uniform on that text. Blocks without prunable
-    layers do not count in L. Of several b with the same levels only the least is measured. The exact budget, see
-    allocators/profile.py.
+    Deviations: b is chosen on held-out calibration text, where the authors use the test set. b = 0, the
+    uniform allocation, is measured too, so that the result is never worse than uniform on that text. Blocks
+    without prunable layers do not count in L. Of several b with the same levels only the least is measured.
+    The exact budget, see allocators/profile.py.
 
     Args:
         step: of the grid of b, at least 1e-6.
-        max_tokens: most forward tokens: as many values of b as they allow, spread over the grid; 0 measures all.
+        max_tokens: most forward tokens: as many values of b as they allow, spread over the grid; 0 measures
+            all.
         loss: ``perplexity`` (its logarithm), as in the paper, or ``kl`` to the dense model; nats per token.
         tokens: held-out calibration tokens that measure a candidate.
     """

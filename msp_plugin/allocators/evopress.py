@@ -18,18 +18,18 @@ from msp_plugin.plan.budget import AllocationProblem
 class EvoPress(Allocator):
     """EvoPress (arXiv 2410.14649, algorithm 1 and section 3.2; code IST-DASLab/EvoPress).
 
-    One parent, at first uniform. Each generation draws ``offspring`` mutants, and selects among them in stages, each with
-    more tokens and fewer survivors. The samples of a stage are drawn anew, and all candidates are measured on the same
-    ones; the parent takes part in the last stage. No crossover. A mutant differs from the parent by
-    min(U{1..m}, U{1..m}) swaps: one unit becomes a level sparser, another one denser by the same count of weights. The
-    defaults are the authors'.
+    One parent, at first uniform. Each generation draws ``offspring`` mutants, and selects among them in
+    stages, each with more tokens and fewer survivors. The samples of a stage are drawn anew, and all
+    candidates are measured on the same ones; the parent takes part in the last stage. No crossover. A mutant
+    differs from the parent by min(U{1..m}, U{1..m}) swaps: one unit becomes a level sparser, another one
+    denser by the same count of weights. The defaults are the authors'.
 
-    Deviations: (1) The authors' levels remove an equal count of weights in every layer, so that a swap is one level up
-    and one down. Here the level that is denser by exactly the same count is looked up, and a pair without one is drawn
-    anew; if the levels of the menu are not equally far apart, a third unit makes up the difference. (2) Rows are units,
-    not layers. (3) A stage uses at most the whole search text. (4) Where no level has the target sparsity, the first
-    parent is the mixture on the budget nearest to uniform. (5) Equal mutants are measured once instead of being
-    replaced, so that fewer may be measured for a small model.
+    Deviations: (1) The authors' levels remove an equal count of weights in every layer, so that a swap is one
+    level up and one down. Here the level that is denser by exactly the same count is looked up, and a pair
+    without one is drawn anew; if the levels of the menu are not equally far apart, a third unit makes up the
+    difference. (2) Rows are units, not layers. (3) A stage uses at most the whole search text. (4) Where no
+    level has the target sparsity, the first parent is the mixture on the budget nearest to uniform. (5) Equal
+    mutants are measured once instead of being replaced, so that fewer may be measured for a small model.
 
     Args:
         generations: most generations.
@@ -37,8 +37,8 @@ class EvoPress(Allocator):
         survivors: candidates that are left after each stage.
         tokens_per_selection: forward tokens of one candidate in each stage.
         max_swaps: m, most swaps of a mutation.
-        max_tokens: most forward tokens, beside those that measure the result; 0 sets no limit. A generation that would
-            exceed it is not started.
+        max_tokens: most forward tokens, beside those that measure the result; 0 sets no limit. A generation
+            that would exceed it is not started.
         tokens: held-out calibration tokens, the text that the stages draw from.
     """
 
@@ -118,7 +118,7 @@ class EvoPress(Allocator):
     def _generation(
         self, problem: AllocationProblem, loss: TrueLoss, parent: Choice, rng: np.random.Generator
     ) -> tuple[Choice, float, int]:
-        """Return (best candidate, its loss on the last stage's samples, count of measurements) of a generation."""
+        """Return (best candidate, its loss on the last samples, count of measurements) of a generation."""
         mutants = [swapped(problem, parent, self.max_swaps, rng) for _ in range(self.offspring)]
         alive, scores, measured = list(dict.fromkeys(mutants)), {}, 0
         stages = zip(self.survivors, self.tokens_per_selection, strict=True)
@@ -163,7 +163,7 @@ def _uneven(problem: AllocationProblem) -> bool:
 
 
 def _next(problem: AllocationProblem, choice: list[int], unit: int, denser: bool) -> tuple[int, int] | None:
-    """Return (level, change of kept weights) of a unit's next denser or sparser level; None if there is none."""
+    """Return (level, change of kept weights) of a unit's next denser or sparser level, if any."""
     kept, allowed = problem.kept[unit], problem.allowed
     change = kept - kept[choice[unit]]
     steps = [
@@ -175,7 +175,7 @@ def _next(problem: AllocationProblem, choice: list[int], unit: int, denser: bool
 
 
 def _swap(problem: AllocationProblem, choice: list[int], a: int, b: int) -> Moves | None:
-    """Return the moves of unit a to its next sparser level, and of b to one denser by the same count; None if none."""
+    """Return the moves of a to its next sparser level and of b to one as much denser, if any."""
     sparser, allowed = _next(problem, choice, a, denser=False), problem.allowed
     if sparser is None:
         return None
@@ -187,7 +187,7 @@ def _swap(problem: AllocationProblem, choice: list[int], a: int, b: int) -> Move
 def _swap_of_three(
     problem: AllocationProblem, choice: list[int], a: int, b: int, rng: np.random.Generator
 ) -> Moves | None:
-    """Return the moves of a to its next sparser level, of b to its next denser one, and of a third unit by one level.
+    """Return the moves of a by one level sparser, of b by one denser, and of a third unit by one level.
 
     Together they keep the count of weights; None if no third unit does that.
     """
@@ -203,7 +203,7 @@ def _swap_of_three(
 
 
 def _draw(loss: TrueLoss, tokens: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """Return sorted numbers of random samples that together have at least ``tokens`` tokens, or of all samples."""
+    """Return sorted numbers of random samples with at least ``tokens`` tokens, or of all samples."""
     order = rng.permutation(len(loss.lengths))
     total = np.cumsum([loss.lengths[i] for i in order])
     return tuple(int(i) for i in np.sort(order[: int(np.searchsorted(total, tokens)) + 1]))

@@ -14,13 +14,14 @@ SURROGATES = ("fisher", "output", "weight", "kl")
 class Knapsack(Allocator):
     """The exact minimum of a surrogate loss that is a sum over the units, by dynamic programming.
 
-    The problem of HIGGS (arXiv 2411.17525, eq. 9) and Puzzle (arXiv 2411.19146, section 3.3). The true loss of a pruned
-    model is not such a sum (EvoPress, arXiv 2410.14649, section 3.1), so that the result may be worse than uniform.
+    The problem of HIGGS (arXiv 2411.17525, eq. 9) and Puzzle (arXiv 2411.19146, section 3.3). The true loss
+    of a pruned model is not such a sum (EvoPress, arXiv 2410.14649, section 3.1), so that the result may be
+    worse than uniform.
 
     Args:
-        surrogate: ``fisher``: squared weight change, weighted with the Fisher diagonal; ``output``: mean squared change
-            of the layers' outputs; ``weight``: squared weight change; ``kl``: KL divergence from the dense model of the
-            model with one pruned unit, which takes units x levels measurements.
+        surrogate: ``fisher``: squared weight change, weighted with the Fisher diagonal; ``output``: mean
+            squared change of the layers' outputs; ``weight``: squared weight change; ``kl``: KL divergence
+            from the dense model of the model with one pruned unit, which takes units x levels measurements.
         tokens: held-out calibration tokens of each measurement of ``kl``.
     """
 

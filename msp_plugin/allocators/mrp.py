@@ -13,8 +13,8 @@ from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Alloc
 from msp_plugin.allocators.profile import block_means, blocks_of, check_within, finite_scores
 from msp_plugin.plan.budget import AllocationProblem
 
-#: Price of moving a unit of the block that was pruned last (see AllocationProblem.repair), where all others have 1: that
-#: block corrects the overshoot of the last step.
+#: Price of moving a unit of the block that was pruned last (see AllocationProblem.repair), where all others
+#: have 1: that block corrects the overshoot of the last step.
 LAST_PRICE = 1e-6
 
 
@@ -22,17 +22,18 @@ LAST_PRICE = 1e-6
 class MRP(Allocator):
     """Maximum redundancy pruning (arXiv 2503.18377, a reconstruction from its abstract).
 
-    All blocks start at a low sparsity. Each step measures the redundancy of every block in the model as pruned so far,
-    which is 1 minus the estimator ``outliers``, and prunes the most redundant block by one more level. At the end the
-    blocks are about equally redundant.
+    All blocks start at a low sparsity. Each step measures the redundancy of every block in the model as
+    pruned so far, which is 1 minus the estimator ``outliers``, and prunes the most redundant block by one
+    more level. At the end the blocks are about equally redundant.
 
-    Ours, because the paper's text was not available: the start; a step moves all units of a block to their next sparser
-    allowed level; of equally redundant blocks the densest is pruned first, then the first; the last step is corrected
-    to the exact budget, mostly in its own block; weights come from the level database, pruned with the dense model's
-    inputs.
+    Ours, because the paper's text was not available: the start; a step moves all units of a block to their
+    next sparser allowed level; of equally redundant blocks the densest is pruned first, then the first; the
+    last step is corrected to the exact budget, mostly in its own block; weights come from the level database,
+    pruned with the dense model's inputs.
 
     Args:
-        start: share of the target sparsity, in [0, 1], at which the units start, each at the nearest level below.
+        start: share of the target sparsity, in [0, 1], at which the units start, each at the nearest level
+            below.
     """
 
     name = "mrp"
@@ -69,7 +70,7 @@ class MRP(Allocator):
 
 
 def start_choice(problem: AllocationProblem, sparsity: float) -> Choice:
-    """Return each unit's sparsest allowed level up to a sparsity, int[U]; its densest level if all are sparser."""
+    """Return int[U], each unit's sparsest allowed level up to a sparsity; its densest if all are sparser."""
     choice = []
     for u, unit in enumerate(problem.table):
         levels, kept = _allowed(problem, u), problem.kept[u]
@@ -79,7 +80,7 @@ def start_choice(problem: AllocationProblem, sparsity: float) -> Choice:
 
 
 def next_levels(problem: AllocationProblem, choice: Choice) -> Choice:
-    """Return each unit's densest allowed level below its level in ``choice``, int[U]; its own if there is none."""
+    """Return int[U], each unit's next sparser allowed level after ``choice``; its own if there is none."""
     levels = []
     for u, current in enumerate(choice):
         below = [k for k in _allowed(problem, u) if problem.kept[u, k] < problem.kept[u, current]]

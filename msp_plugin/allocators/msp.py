@@ -18,10 +18,11 @@ from msp_plugin.plan.budget import AllocationProblem
 class MSP(Allocator):
     """Fisher-seeded evolutionary search (arXiv 2503.11164; a reconstruction).
 
-    The paper publishes the principle: the Fisher trace ranks the layers and seeds the population, crossover and mutation
-    keep the sparsity, the fittest survive. Ours, because they are not published: population, rates and fitness. The
-    fitness is the measured loss of the model with the candidate's weights from the level database. Uniform is always
-    measured, so that the result is never worse than uniform on the search text.
+    The paper publishes the principle: the Fisher trace ranks the layers and seeds the population, crossover
+    and mutation keep the sparsity, the fittest survive. Ours, because they are not published: population,
+    rates and fitness. The fitness is the measured loss of the model with the candidate's weights from the
+    level database. Uniform is always measured, so that the result is never worse than uniform on the search
+    text.
 
     Args:
         population: survivors of each generation, and size of the seed population.
@@ -145,7 +146,7 @@ class _Measured:
         self.curve: list[tuple[int, float]] = []
 
     def add(self, choice: Choice, done: int) -> None:
-        """Measure a choice if it is new, and report ``done`` candidates. The first one is measured at any cost.
+        """Measure a choice if it is new, the first one at any cost, and report ``done`` candidates.
 
         Raises:
             SpentError: the budget does not allow it.
@@ -164,10 +165,10 @@ def fisher_seeds(
 ) -> list[Choice]:
     """Return up to ``count`` distinct choices on the budget: uniform, then seeds from the Fisher trace.
 
-    Two of them minimise an additive surrogate exactly: the Fisher trace per weight times the squared change of the
-    weight under the method, 1/2 tr(F_u)/n_u ||W - W(level)||^2, and the same with the rank instead of the trace. The
-    others rank the units by trace or by trace per weight, map the rank linearly onto densities in [1 - S - a, 1 - S + a]
-    for several a, add noise, and take the nearest choice on the budget.
+    Two of them minimise an additive surrogate exactly: the Fisher trace per weight times the squared change
+    of the weight under the method, 1/2 tr(F_u)/n_u ||W - W(level)||^2, and the same with the rank instead of
+    the trace. The others rank the units by trace or by trace per weight, map the rank linearly onto densities
+    in [1 - S - a, 1 - S + a] for several a, add noise, and take the nearest choice on the budget.
     """
     problem = inputs.problem
     sizes = np.array([unit.weights for unit in problem.table], dtype=np.float64)
@@ -191,8 +192,9 @@ def fisher_seeds(
 def mutate(problem: AllocationProblem, parent: Choice, max_moves: int, rng: np.random.Generator) -> Choice:
     """Return the parent, int[U], with some units moved by one level and others moved to stay on the budget.
 
-    min(U{1..m}, U{1..m}) units are moved, as in EvoPress (arXiv 2410.14649, section 3.2). The units that compensate
-    follow from an exact solution with random prices, so that units of unequal size can compensate for each other.
+    min(U{1..m}, U{1..m}) units are moved, as in EvoPress (arXiv 2410.14649, section 3.2). The units that
+    compensate follow from an exact solution with random prices, so that units of unequal size can compensate
+    for each other.
     """
     levels, moves = len(problem.menu), 1 + min(rng.integers(0, max_moves, 2))
     target = np.array(parent)
@@ -211,7 +213,7 @@ def mutate(problem: AllocationProblem, parent: Choice, max_moves: int, rng: np.r
 def crossover(
     problem: AllocationProblem, a: Choice, b: Choice, weight: np.ndarray, rng: np.random.Generator
 ) -> Choice:
-    """Return a uniform crossover of two choices, int[U], moved onto the budget mostly in the least sensitive units.
+    """Return a uniform crossover, int[U], moved onto the budget mostly in the least sensitive units.
 
     Args:
         weight: float64[U], the price of moving each unit.
@@ -223,7 +225,7 @@ def crossover(
 
 
 def _steps(problem: AllocationProblem, choice: Choice) -> np.ndarray:
-    """Return float64[U, K], the squared difference in kept weights between each level and the chosen one, scaled.
+    """Return float64[U, K], the scaled squared difference in kept weights of each level and the chosen one.
 
     A level with another pattern and the same count costs 1e-12, so that no unit moves to it without a reason.
     """
@@ -253,13 +255,13 @@ def _rank(count: int, rng: np.random.Generator) -> int:
 
 
 def _relative(values: np.ndarray) -> np.ndarray:
-    """Return values float64[U] divided by their mean, at least 1e-3, so that no unit with sensitivity 0 moves freely."""
+    """Return values float64[U] divided by their mean, at least 1e-3, so that no unit moves freely."""
     values = np.maximum(np.asarray(values, dtype=np.float64), 0.0)
     mean = values.mean()
     return np.ones_like(values) if mean == 0 else np.maximum(values / mean, 1e-3)
 
 
 def _centred_rank(values: np.ndarray) -> np.ndarray:
-    """Return the ranks of values float64[U], mapped linearly onto [-1, 1]; equal values rank in their order."""
+    """Return the ranks of values float64[U], mapped onto [-1, 1]; equal values rank in their order."""
     ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
     return 2 * ranks / max(len(values) - 1, 1) - 1.0

@@ -1,11 +1,11 @@
 """Turn scores of blocks into densities, and densities into a choice on the exact budget.
 
-Published allocation rules give each decoder block a density. Three questions that they leave open are answered here, in
-the same way for all. A density outside [0, 1] is clipped. A block's density is the target density of each of its units,
-and ``AllocationProblem.repair`` finds the nearest choice on the exact budget; the published densities mostly have the
-target as their mean over blocks, not over weights, and so miss the budget if blocks differ in size. Scores that are
-equal for all blocks, up to rounding, would divide by zero or amplify rounding errors: they give the uniform
-allocation and a note.
+Published allocation rules give each decoder block a density. Three questions that they leave open are
+answered here, in the same way for all. A density outside [0, 1] is clipped. A block's density is the target
+density of each of its units, and ``AllocationProblem.repair`` finds the nearest choice on the exact budget;
+the published densities mostly have the target as their mean over blocks, not over weights, and so miss the
+budget if blocks differ in size. Scores that are equal for all blocks, up to rounding, would divide by zero or
+amplify rounding errors: they give the uniform allocation and a note.
 
 Shape legend: U units, L blocks.
 """
@@ -24,7 +24,8 @@ from msp_plugin.plan.units import UnitTable
 #: Scores that differ by less than this, relative to the largest, count as equal.
 ROUNDING = 1e-12
 
-#: From the importance of each block, float64[L] in [0, 1], and its count of weights, float64[L], to its density.
+#: From the importance of each block, float64[L] in [0, 1], and its count of weights, float64[L], to its
+#: density.
 Density = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -55,13 +56,13 @@ def finite_scores(table: UnitTable, name: str, scores: np.ndarray) -> np.ndarray
 
 
 def blocks_of(table: UnitTable) -> tuple[np.ndarray, np.ndarray]:
-    """Return (int[U], the index of each unit's block among the blocks; float64[L], each block's count of weights)."""
+    """Return (int[U], the index of each unit's block; float64[L], the count of weights of each block)."""
     positions: np.ndarray = np.unique([unit.block for unit in table], return_inverse=True)[1].reshape(-1)
     return positions, np.bincount(positions, [unit.weights for unit in table])
 
 
 def block_means(table: UnitTable, values: np.ndarray) -> np.ndarray:
-    """Return float64[L]: for each block, the mean of the values of its units, weighted by their counts of weights."""
+    """Return float64[L], each block's mean of the values of its units, weighted by their weights."""
     positions, weights = blocks_of(table)
     sizes = np.array([unit.weights for unit in table], dtype=np.float64)
     means: np.ndarray = np.bincount(positions, sizes * values) / weights
@@ -88,7 +89,7 @@ def relative_importance(unimportance: np.ndarray) -> np.ndarray:
 def nearest_choice(
     problem: AllocationProblem, density: np.ndarray, notes: tuple[str, ...] = ()
 ) -> AllocationResult:
-    """Return the result with the choice on the exact budget nearest to a target density of each unit, float64[U]."""
+    """Return the result with the choice on the budget nearest to target densities float64[U]."""
     ones = np.ones(len(problem.table))
     return AllocationResult(problem.repair(np.clip(density, 0.0, 1.0), ones), notes=notes)
 
@@ -110,7 +111,8 @@ def choose_by_block(
     Args:
         name: of the sensitivity whose mean over a block is its score.
         density: the rule.
-        importance: from the blocks' scores, float64[L], to their importance, float64[L]; by default they are equal.
+        importance: from the blocks' scores, float64[L], to their importance, float64[L]; by default they are
+            equal.
 
     Raises:
         NumericsError: a score is not finite.

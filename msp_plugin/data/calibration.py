@@ -69,7 +69,7 @@ class CalibrationSet:
         return digest.hexdigest()
 
     def batches(self, batch_tokens: int) -> Iterator[torch.Tensor]:
-        """Yield int64[B, T], neighbouring samples of equal length: at most ``batch_tokens`` tokens, or one sample."""
+        """Yield int64[B, T]: neighbouring samples of equal length, up to ``batch_tokens`` tokens or one."""
         rows: list[torch.Tensor] = []
         for sample in self.samples:
             full = rows and (len(rows) + 1) * len(sample) > batch_tokens
@@ -87,7 +87,8 @@ class CalibrationSet:
             fit: if that would leave less than half of the samples for the head, split in the middle instead.
 
         Raises:
-            DataError: without ``fit``, less than half of the samples would be left for the head; or there is only one.
+            DataError: without ``fit``, less than half of the samples would be left for the head; or there is
+                only one.
         """
         head, tail = self.cut(tail_tokens)
         count, cut = tail.tokens, len(head)
@@ -98,13 +99,13 @@ class CalibrationSet:
             raise DataError(
                 f"the search asks for {tail_tokens:,} held-out tokens, but {len(self)} calibration samples "
                 f"with {self.tokens:,} tokens leave at most {self.tokens // 2:,} for it",
-                hint="give more or longer samples, text of its own for the search, or the allocator's tokens and "
-                f"holdout less than {self.tokens // 2:,} together",
+                hint="give more or longer samples, text of its own for the search, or the allocator's tokens "
+                f"and holdout less than {self.tokens // 2:,} together",
             )
         return head, tail
 
     def cut(self, tail_tokens: int) -> tuple[CalibrationSet, CalibrationSet]:
-        """Return (head, tail), where the tail has the fewest last samples with ``tail_tokens`` tokens, or all."""
+        """Return (head, tail): the tail is the fewest last samples with ``tail_tokens`` tokens, or all."""
         count, cut = 0, len(self.samples)
         while cut > 0 and count < tail_tokens:
             cut -= 1

@@ -38,17 +38,17 @@ class Chat:
             return str(tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # a template is code that comes with the model
             raise DataError(
-                f"{self.where}: the tokenizer's chat template refuses the conversation: {type(error).__name__}: "
-                f"{shown(str(error))}",
+                f"{self.where}: the tokenizer's chat template refuses the conversation: "
+                f"{type(error).__name__}: {shown(str(error))}",
                 hint="the template says which roles it takes, and in which order; leave such rows out",
             ) from error
 
 
 def as_messages(value: object) -> list[dict[str, Any]] | None:
-    """Return the messages in a value, each with ``role`` and ``content``; None if the value is no conversation.
+    """Return the messages in a value, each with ``role`` and ``content``; None if there are none.
 
-    A conversation is a list of objects with ``role`` and ``content``, or ``from`` and ``value`` as in ShareGPT. Older
-    versions of datasets give an object of lists instead.
+    A conversation is a list of objects with ``role`` and ``content``, or ``from`` and ``value`` as in
+    ShareGPT. Older versions of datasets give an object of lists instead.
     """
     if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
         lengths = {len(v) for v in value.values()}

@@ -1,7 +1,8 @@
 """The embedded corpus: the source text of the standard library of the running Python.
 
-Every machine that runs this package has it, so that the demo needs no download. The split of a file depends only on its
-path below the library's root, so that training, calibration, search, hold-out and test never share a file.
+Every machine that runs this package has it, so that the demo needs no download. The split of a file depends
+only on its path below the library's root, so that training, calibration, search, hold-out and test never
+share a file.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ _NOT_LIBRARY = ("site-packages/", "dist-packages/", "__pycache__/", "config-", "
 def split_of(name: str) -> str:
     """Return the split of a library file by its posix path, e.g. ``"json/decoder.py"``.
 
-    Eighty per cent of the names are training text, and five per cent belong to each other split. CPython's own tests
-    are always training text, because many systems leave them out, and the other splits must be the same on all.
+    Eighty per cent of the names are training text, and five per cent belong to each other split. CPython's
+    own tests are always training text, because many systems leave them out, and the other splits must be the
+    same on all.
     """
     if any(part in ("test", "tests", "idle_test") for part in name.split("/")):
         return "train"

@@ -40,7 +40,8 @@ class Text:
         batch: samples per forward pass of the host's calibration.
         seed: of the choice of calibration and search samples; 0 spaces them evenly.
         bos: start each sample with the beginning-of-text token; None leaves it to the tokenizer.
-        vocabulary: count of the model's embeddings, which token ids must stay below; None does not check them.
+        vocabulary: count of the model's embeddings, which token ids must stay below; None does not check
+            them.
     """
 
     data: str
@@ -141,8 +142,8 @@ class Samples:
 def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: int = 0) -> Samples:
     """Return the tokenized samples of a run.
 
-    The samples of the search, of about ``search_tokens`` tokens, are the last ones of ``calibration``, where the
-    modifier looks for them. The text's ``length`` must be known (see ``Text.for_model``).
+    The samples of the search, of about ``search_tokens`` tokens, are the last ones of ``calibration``, where
+    the modifier looks for them. The text's ``length`` must be known (see ``Text.for_model``).
 
     Raises:
         DataError: a source is missing, empty or too short, or most test samples are calibration samples too.

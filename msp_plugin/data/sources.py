@@ -124,14 +124,16 @@ def load_texts(source: str, text_column: str = DEFAULT_COLUMN) -> Documents:
     """Return the documents of a source.
 
     Args:
-        source: ``demo:SPLIT`` (the embedded corpus); a text file; a table (jsonl, a JSON array, csv, tsv, parquet or
-            arrow); a directory of such files or of a saved dataset; or a hub dataset ``id[:config][:split]``. Text,
-            JSON and csv files may be compressed.
-        text_column: column with the text, or with the messages of a conversation. Where rows have no column ``text``,
-            the default also reads ``messages``, ``conversations``, or ``prompt`` and ``completion``.
+        source: ``demo:SPLIT`` (the embedded corpus); a text file; a table (jsonl, a JSON array, csv, tsv,
+            parquet or arrow); a directory of such files or of a saved dataset; or a hub dataset
+            ``id[:config][:split]``. Text, JSON and csv files may be compressed.
+        text_column: column with the text, or with the messages of a conversation. Where rows have no column
+            ``text``, the default also reads ``messages``, ``conversations``, or ``prompt`` and
+            ``completion``.
 
     Raises:
-        DataError: the source is missing or unreadable. Damaged lines and columns without text raise when they are read.
+        DataError: the source is missing or unreadable. Damaged lines and columns without text raise when they
+            are read.
     """
     if source.startswith("demo:"):
         from msp_plugin.data.demo_corpus import library_texts

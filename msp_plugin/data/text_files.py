@@ -54,7 +54,7 @@ def is_known(path: Path) -> bool:
 
 
 def text_columns(row: Iterable[str], column: str) -> tuple[str, ...]:
-    """Return the columns of a row that hold its text: ``column``, or the usual ones if that is the default."""
+    """Return the columns that hold a row's text: ``column``, or the usual ones if that is the default."""
     if column in row:
         return (column,)
     usual = _USUAL if column == DEFAULT_COLUMN else ()
@@ -64,9 +64,9 @@ def text_columns(row: Iterable[str], column: str) -> tuple[str, ...]:
 def data_files(path: Path) -> list[Path]:
     """Return the data files of a directory, sorted by name.
 
-    Parquet and arrow files are taken first, and all others then left out. Next come texts and jsonl, without a README
-    that lies beside tables, and last csv and whole JSON files. If the names of tables tell their split, the ones for
-    training are taken.
+    Parquet and arrow files are taken first, and all others then left out. Next come texts and jsonl, without
+    a README that lies beside tables, and last csv and whole JSON files. If the names of tables tell their
+    split, the ones for training are taken.
     """
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name not in _ABOUT and is_known(p)]
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]

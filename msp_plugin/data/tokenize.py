@@ -31,8 +31,8 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) 
     """Return the tokens that start a sample.
 
     Args:
-        bos: None for the tokens that the tokenizer itself puts before a text, if any; True for these, or for its
-            beginning-of-text token if there are none; False for no tokens.
+        bos: None for the tokens that the tokenizer itself puts before a text, if any; True for these, or for
+            its beginning-of-text token if there are none; False for no tokens.
 
     Raises:
         DataError: ``bos`` is True and the tokenizer has no such token.
@@ -70,8 +70,8 @@ def _pieces(text: str) -> Iterator[str]:
 def _stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Document], enough: int) -> list[int]:
     """Return the tokens of documents: all, or a little more than ``enough`` of them.
 
-    The end-of-text token closes each document. A conversation ends as its template has it; the start tokens that its
-    template writes are left out, because every sample gets its own.
+    The end-of-text token closes each document. A conversation ends as its template has it; the start tokens
+    that its template writes are left out, because every sample gets its own.
     """
     end, start = tokenizer.eos_token_id, _written(tokenizer, leading_tokens(tokenizer))
     stream: list[int] = []
@@ -102,9 +102,9 @@ def tokenize(
 ) -> CalibrationSet:
     """Return up to ``samples`` samples, each int64[length], cut from the joined documents.
 
-    Documents are closed by the end-of-text token and joined in their order. If there is more text than needed, the
-    samples are spread evenly over it, so that a corpus is not represented by its first document. At most ``_READ``
-    times the asked tokens are read.
+    Documents are closed by the end-of-text token and joined in their order. If there is more text than
+    needed, the samples are spread evenly over it, so that a corpus is not represented by its first document.
+    At most ``_READ`` times the asked tokens are read.
 
     Args:
         source: its name, for the result and for errors.
@@ -139,7 +139,7 @@ def tokenize(
 
 
 def _spread(count: int, take: int, seed: int) -> list[int]:
-    """Return ``take`` ascending numbers below ``count``: evenly spaced, or with a seed one at random in each share."""
+    """Return ``take`` numbers below ``count``: evenly spaced, or with a seed one at random in each share."""
     edges = [i * count // take for i in range(take + 1)]
     if not seed:
         return edges[:-1]
@@ -164,9 +164,9 @@ def from_dataloader(
     """Return the samples of a host's DataLoader, without padding.
 
     Args:
-        keep_order: keep the loader's order. Otherwise samples are sorted by a digest of their content: hosts sort
-            samples by length, or shuffle them, but the last ones, which are held out, must be typical and the same in
-            every run.
+        keep_order: keep the loader's order. Otherwise samples are sorted by a digest of their content: hosts
+            sort samples by length, or shuffle them, but the last ones, which are held out, must be typical
+            and the same in every run.
 
     Raises:
         DataError: a batch has no integer ``input_ids`` [B, T], or there are no samples of two tokens or more.
@@ -203,14 +203,15 @@ def _token_ids(batch: Any) -> torch.Tensor:
         ) from None
     if ids.dim() != 2 or ids.is_floating_point():
         raise DataError(
-            f"the input_ids of a calibration batch are {str(ids.dtype).removeprefix('torch.')}{list(ids.shape)}",
+            "the input_ids of a calibration batch are "
+            f"{str(ids.dtype).removeprefix('torch.')}{list(ids.shape)}",
             hint="give integers [samples, tokens], also for a single sample",
         )
     return ids
 
 
 def padding_mask(batch: Any) -> torch.Tensor | None:
-    """Return bool[B, T], False for the padding of a host's batch; None without an attention_mask of that shape."""
+    """Return bool[B, T], False for padding; None if the batch has no attention_mask of that shape."""
     mask = batch.get("attention_mask")
     if mask is None:
         return None

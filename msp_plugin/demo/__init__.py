@@ -26,7 +26,7 @@ def demo_model_path(name: str = "qwen2") -> Path:
 
 
 def demo_text() -> Text:
-    """Return the text of the demo: separate files of the standard library for calibration, search and test."""
+    """Return the text of the demo: separate library files for calibration, search and test."""
     from msp_plugin.data.samples import Text
 
     return Text(

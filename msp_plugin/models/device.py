@@ -13,8 +13,8 @@ from msp_plugin.models.offload import offloaded_module
 log = logging.getLogger(__name__)
 
 
-#: Memory that a search needs on a GPU, in sizes of the model: its weights, a candidate's weights, and half a model more
-#: for activations and caches (see memory.cache_bytes).
+#: Memory that a search needs on a GPU, in sizes of the model: its weights, a candidate's weights, and half a
+#: model more for activations and caches (see memory.cache_bytes).
 ROOM = 2.5
 
 

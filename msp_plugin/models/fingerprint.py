@@ -18,8 +18,8 @@ _VERSIONED = ("torch", "transformers", "accelerate", "compressed_tensors", "llmc
 def fingerprint(model: torch.nn.Module) -> str:
     """Return a hex SHA-256 of the model: its config, code, and every tensor's name, dtype, shape and bytes.
 
-    The tensors are the parameters and the buffers that a checkpoint holds. The code is the source of classes from
-    outside of packages with a recorded version, e.g. a repository's own.
+    The tensors are the parameters and the buffers that a checkpoint holds. The code is the source of classes
+    from outside of packages with a recorded version, e.g. a repository's own.
     """
     digest = hashlib.sha256()
     transformer: Any = model

@@ -31,8 +31,8 @@ def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     """Return (name, modules) of the decoder blocks of a model's language part.
 
     Raises:
-        ModelError: the model is an encoder-decoder, or its decoder holds no list of modules whose length is the
-            config's ``num_hidden_layers``.
+        ModelError: the model is an encoder-decoder, or its decoder holds no list of modules whose length is
+            the config's ``num_hidden_layers``.
     """
     config = text_config(model)
     if getattr(config, "is_encoder_decoder", False):
@@ -54,7 +54,7 @@ def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
 
 
 def fused_experts(model: torch.nn.Module) -> list[str]:
-    """Return the names of parameters that hold the matrices of all experts in one tensor, outside of any linear."""
+    """Return the names of parameters that hold the matrices of all experts in one tensor."""
     _, blocks = decoder_blocks(model)
     sizes = vars(text_config(model))
     counts = {n for key, n in sizes.items() if "expert" in key and type(n) is int and n > 1}
@@ -91,8 +91,8 @@ def prunable_layers(
     if fused := fused_experts(model):
         raise ModelError(
             f"{type(model).__name__} holds fused experts, e.g. {fused[0]}",
-            hint="only linears can be pruned; llm-compressor's oneshot splits most models' experts into linears "
-            "first: run MixedSparsityModifier there; where that is what failed, it does not split these",
+            hint="only linears can be pruned; llm-compressor's oneshot splits most models' experts into "
+            "linears first: run MixedSparsityModifier there; if that failed, it does not split these",
         )
     check_patterns(model, "target", targets)
     check_patterns(model, "ignore", ignore)
@@ -115,7 +115,7 @@ def prunable_layers(
         raise ModelError(
             f"the blocks of {type(model).__name__} under {prefix!r} hold no linear; their weights are in "
             f"{', '.join(kinds)}",
-            hint="only torch.nn.Linear can be pruned, which transformers' Conv1D of GPT-2 is not: take another model",
+            hint="only torch.nn.Linear can be pruned, which GPT-2's Conv1D is not: take another model",
         )
     raise ModelError(
         f"{type(model).__name__} has no prunable linear under {prefix!r} for targets {list(targets)} "

@@ -33,9 +33,9 @@ def load_model(
 
     Args:
         dtype: one of source.DTYPES.
-        offload: leave the weights on disk, and read those of each layer when it runs; accelerate places as many
-            layers on GPUs as fit. Changed weights, such as pruned ones, are written to the cache, and removed when
-            the model is freed.
+        offload: leave the weights on disk, and read those of each layer when it runs; accelerate places as
+            many layers on GPUs as fit. Changed weights, such as pruned ones, are written to the cache, and
+            removed when the model is freed.
         cache: directory of the cache; None is the default one.
 
     Raises:

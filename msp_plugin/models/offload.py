@@ -24,13 +24,13 @@ def linear(model: torch.nn.Module, layer: str) -> torch.nn.Linear:
 
 
 def offload_hook(module: torch.nn.Module) -> Any:
-    """Return accelerate's hook that loads a module's own weights for each forward pass, None if there is none."""
+    """Return accelerate's hook that loads a module's own weights for each forward pass, if any."""
     hook = getattr(module, "_hf_hook", None)
     return hook if getattr(hook, "offload", False) else None
 
 
 def offload_cache(module: torch.nn.Module) -> Any:
-    """Return compressed-tensors' cache, which replaces a module's parameters to load them, None if there is none."""
+    """Return compressed-tensors' cache, which replaces a module's parameters to load them, if any."""
     return None if isinstance(module._parameters, dict) else module._parameters
 
 
@@ -104,7 +104,7 @@ def input_device(model: torch.nn.Module) -> torch.device:
 
 
 def check_loadable(model: torch.nn.Module) -> None:
-    """Raise unless all weights can be read and exchanged: in memory, or by a hook or cache that is known here.
+    """Raise unless all weights can be read and exchanged, in memory or by a known hook or cache.
 
     Raises:
         ModelError: some cannot; the message names the first such module.
@@ -112,7 +112,8 @@ def check_loadable(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         if _is_away(module) and not is_offloaded(module):
             raise ModelError(
-                f"the weights of {name} are offloaded, and no hook of accelerate on the module itself loads them",
+                f"the weights of {name} are offloaded, and no hook of accelerate on the module itself "
+                "loads them",
                 hint="load the model anew with transformers, with device_map or without",
             )
         if getattr(offload_cache(module), "offloading_disabled", False):
@@ -139,8 +140,8 @@ def check_room(model: torch.nn.Module, cache: str | None) -> None:
 def quantized_forward(model: torch.nn.Module) -> Iterator[None]:
     """Hold the weights of each quantized module in memory while it runs, during the block.
 
-    compressed-tensors quantizes the weight that it has read, and the linear layer then reads its weight again.
-    Without this the layer would use the weight that was not quantized.
+    compressed-tensors quantizes the weight that it has read, and the linear layer then reads its weight
+    again. Without this the layer would use the weight that was not quantized.
     """
     modules = [
         module

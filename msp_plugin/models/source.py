@@ -1,4 +1,4 @@
-"""A model's directory or hub id: check it, read its config, and load its tokenizer, without loading the model."""
+"""Check a model's directory or hub id, read its config and load its tokenizer, without its weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _POSITIONS = (
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """Return the class of transformers that loads a model: for images and text if config.json names such a model.
+    """Return transformers' class that loads a model, for images and text if config.json names such a one.
 
     Of a model that has both classes, e.g. Llama 4, the class for text would leave the vision tower out.
     """
@@ -96,7 +96,7 @@ def check_source(source: str | Path) -> None:
 
 
 def max_length(source: str | Path, *, trust_remote_code: bool = False) -> int | None:
-    """Return the longest sequence in tokens that a model's config allows, None if the config has no such entry."""
+    """Return the longest sequence, in tokens, that a model's config allows; None if it has no such entry."""
     return _first_count(source, _POSITIONS, trust_remote_code)
 
 

@@ -23,7 +23,7 @@ GiveWeight = Callable[[], torch.Tensor]
 
 
 class Weights:
-    """The weights [out, in] of a model by layer name; each is read when it is asked for, because it may be offloaded."""
+    """The weights [out, in] of a model by layer name; each is read when asked for, as it may be offloaded."""
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
@@ -92,7 +92,7 @@ class InMemory(Place):
 
 
 class Hooked(Place, Mapping[str, torch.Tensor]):
-    """The place of a weight that a hook of accelerate loads: this object replaces the hook's map of weights."""
+    """The place of a weight that accelerate's hook loads: this object replaces the hook's map of weights."""
 
     at = torch.device("cpu")
 
@@ -105,7 +105,8 @@ class Hooked(Place, Mapping[str, torch.Tensor]):
 
     def enter(self) -> None:
         self.hook.weights_map = self
-        # Accelerate finds copies of tied weights by address, and another weight may get the address of a freed one.
+        # Accelerate finds copies of tied weights by address, and another weight may get the address of a
+        # freed one.
         self.hook.tied_params_map = {}
 
     def leave(self) -> None:

@@ -74,10 +74,10 @@ class Allocation:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form.
 
-        ``schema``, ``version``; ``budget`` {target, weights, kept, zeros, sparsity}; ``units``, a list in the model's
-        order of {name, block, level, weights, zeros, sensitivity: {estimator: value}, layers: [{name, shape: [out,
-        in]}]}; ``provenance``; ``stored`` {layer: its name in the checkpoint's files}, only if a name differs there.
-        ``target`` is an exact fraction such as "3/4".
+        ``schema``, ``version``; ``budget`` {target, weights, kept, zeros, sparsity}; ``units``, a list in the
+        model's order of {name, block, level, weights, zeros, sensitivity: {estimator: value}, layers: [{name,
+        shape: [out, in]}]}; ``provenance``; ``stored`` {layer: its name in the checkpoint's files}, only if a
+        name differs there. ``target`` is an exact fraction such as "3/4".
         """
         budget = self.budget
         units = []
@@ -182,7 +182,8 @@ def _read(data: dict[str, Any], source: str) -> Allocation:
     """Return the allocation of a document of the right schema and version.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError, OverflowError: a value is missing, or of a wrong type or size.
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: a value is missing, or of a wrong type
+            or size.
         RecipeError: units are there twice, or a level does not fit its unit.
     """
     units, levels = [], []
@@ -277,7 +278,8 @@ def make_allocation(
     """Return the allocation of a choice of levels, int[U].
 
     Raises:
-        VerificationError: the choice misses the budget or takes a forbidden level, which is a bug of the allocator.
+        VerificationError: the choice misses the budget or takes a forbidden level, which is a bug of the
+            allocator.
     """
     if problem.total_kept(choice) != problem.budget.kept:
         raise VerificationError(

@@ -27,7 +27,8 @@ class Bounds:
     Args:
         shares: by pattern, the least and the most share of zeros.
         protect: patterns of layers that stay dense, and count in the budget.
-        dense_for_protected: True if only protected layers may take ``dense``, because the recipe's levels lack it.
+        dense_for_protected: True if only protected layers may take ``dense``, because the recipe's levels
+            lack it.
     """
 
     shares: Mapping[str, Shares] = field(default_factory=dict)
@@ -78,7 +79,8 @@ class Bounds:
         if low > high:
             raise RecipeError(
                 f"the bounds of {unit.name} contradict each other: {'; '.join(limits)}",
-                hint="several patterns match it, and all of them count: leave one out, or name the layers more narrowly"
+                hint="several patterns match it, and all of them count: leave one out, or name the layers "
+                "more narrowly"
                 if len(names) == 1
                 else "the layers of a unit share a level and take the bounds of each; granularity: layer "
                 "gives each its own",

@@ -1,9 +1,9 @@
 """Budgets in whole weights: choose one level per unit so that the count of kept weights is exact.
 
-Every choice here is one multiple-choice knapsack with an equality constraint, solved exactly (knapsack.py). Sums of
-kept weights are counted in quanta, the greatest common divisor of all steps, from the least that the units can keep.
-Layer sizes share large factors, so that an 8B model has only about 12,000 sums with the default levels, and some
-millions with shares of zeros.
+Every choice here is one multiple-choice knapsack with an equality constraint, solved exactly (knapsack.py).
+Sums of kept weights are counted in quanta, the greatest common divisor of all steps, from the least that the
+units can keep. Layer sizes share large factors, so that an 8B model has only about 12,000 sums with the
+default levels, and some millions with shares of zeros.
 
 Shape legend: U units, K levels.
 """
@@ -57,7 +57,8 @@ class AllocationProblem:
     A choice is a tuple of level indices int[U], one per unit in the table's order.
 
     Args:
-        allowed: bool[U, K], True for the levels that each unit may take; None allows all. A read-only copy is kept.
+        allowed: bool[U, K], True for the levels that each unit may take; None allows all. A read-only copy is
+            kept.
 
     Raises:
         BudgetError: ``allowed`` has another shape, or leaves a unit without a level.
@@ -130,7 +131,7 @@ class AllocationProblem:
 
     @cached_property
     def _steps(self) -> Steps:
-        """The allowed levels of each unit with their quanta, sparsest first: of equal choices the sparser wins."""
+        """The allowed levels of each unit with their quanta, sparsest first, as those win ties."""
         spread = (self.kept - self._least[:, None]) // self._quantum
         return [
             [(int(k), int(row[k])) for k in np.lexsort((np.arange(len(row)), row)) if may[k]]
@@ -141,11 +142,12 @@ class AllocationProblem:
     def budget(self) -> Budget:
         """The reachable count of kept weights that is nearest to the target's; the smaller one of two.
 
-        A share of zeros keeps whole weights of each row, rounded down, so that its own sparsity may be met only to
-        the nearest count.
+        A share of zeros keeps whole weights of each row, rounded down, so that its own sparsity may be met
+        only to the nearest count.
 
         Raises:
-            BudgetError: the allowed levels cannot reach the target; the message gives the range that they reach.
+            BudgetError: the allowed levels cannot reach the target; the message gives the range that they
+                reach.
         """
         weights = self.table.weights
         low, high = self.reach
@@ -168,8 +170,8 @@ class AllocationProblem:
             within = ", within bounds and protect,"
             widen = "widen the bounds, protect fewer layers (one makes its unit dense), "
         return BudgetError(
-            f"sparsity {float(self.target):g} is out of reach: the levels {', '.join(menu_names(self.menu))}{within} "
-            f"reach {least} to {most}",
+            f"sparsity {float(self.target):g} is out of reach: the levels "
+            f"{', '.join(menu_names(self.menu))}{within} reach {least} to {most}",
             hint=f"add sparser or denser levels, {widen}or change the sparsity",
         )
 
@@ -222,8 +224,8 @@ class AllocationProblem:
     def repair(self, density: np.ndarray, price: np.ndarray) -> tuple[int, ...]:
         """Return the choice, int[U], on the exact budget that is nearest to a target density of each unit.
 
-        It minimises sum_u price[u] * weights_u * (kept share_u - density[u])^2, so that units with a low price move
-        first.
+        It minimises sum_u price[u] * weights_u * (kept share_u - density[u])^2, so that units with a low
+        price move first.
 
         Args:
             density: float64[U], the target share of kept weights of each unit.
@@ -238,7 +240,7 @@ class AllocationProblem:
         return self.solve(cost)
 
     def uniform(self) -> tuple[int, ...]:
-        """Return the choice nearest to one sparsity for all units; all take the target's own level if it exists."""
+        """Return the choice nearest to one sparsity for all units: the target's own level if it exists."""
         return self._uniform
 
     @cached_property
@@ -248,6 +250,6 @@ class AllocationProblem:
 
 
 def _exactly(share: Fraction) -> str:
-    """Return the text of a share: a decimal of six digits if that is exact, else the fraction and its decimal."""
+    """Return the text of a share: a short decimal if that is exact, else the fraction and its decimal."""
     short = f"{float(share):.6g}"
     return short if Fraction(short) == share else f"{share} ({float(share):.4g})"

@@ -1,8 +1,9 @@
 """The multiple-choice knapsack with an equality constraint: one step per unit, a sum that is met exactly.
 
-Dynamic programming over the sums (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, section 11.5). Where there
-are many sums, it first finds some choice, and then skips each sum through which the linear relaxation already costs
-more than that choice (the bound of section 11.2, applied to both sides of every unit). The result is exact.
+Dynamic programming over the sums (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, section 11.5).
+Where there are many sums, it first finds some choice, and then skips each sum through which the linear
+relaxation already costs more than that choice (the bound of section 11.2, applied to both sides of every
+unit). The result is exact.
 
 Shape legend: U units, K levels, E edges of the units' lower convex hulls.
 """
@@ -13,14 +14,16 @@ import itertools
 
 import numpy as np
 
-#: For each unit, the levels to choose from as (index of the level, step); of equal choices the earlier one wins.
+#: For each unit, the levels to choose from as (index of the level, step); of equal choices the earlier one
+#: wins.
 Steps = list[list[tuple[int, int]]]
 #: int64[U+1, 2]: the least and the most sum to consider after 0 to U units.
 Windows = np.ndarray
 
 #: Up to so many sums over all units, all are considered; about 5 ms.
 _UNBOUNDED = 2**21
-#: Half the width of the first window around the relaxation's path, in largest steps; each next one is four times as wide.
+#: Half the width of the first window around the relaxation's path, in largest steps; each next one is four
+#: times as wide.
 _FIRST_WIDTH = 0.1
 
 
@@ -70,7 +73,7 @@ def area(windows: Windows) -> int:
 
 
 def _meet(windows: Windows, low: np.ndarray, high: np.ndarray) -> Windows:
-    """Return the windows cut to [low, high] after each unit; low and high, float64[U+1], overlap with each window."""
+    """Return the windows cut to [low, high], float64[U+1] each, which overlap with all windows."""
     first = np.clip(np.floor(low).astype(np.int64), windows[:, 0], windows[:, 1])
     last = np.clip(np.ceil(high).astype(np.int64), windows[:, 0], windows[:, 1])
     return np.stack([first, last], axis=1)
@@ -108,7 +111,8 @@ class _Relaxation:
 
     Attributes:
         base: float64[U, 2], the least step of each unit and its cost.
-        unit, edges: int64[E] and float64[E, 2], the unit of each edge of a hull, and its step and cost, by rising slope.
+        unit, edges: int64[E] and float64[E, 2], the unit of each edge of a hull, and its step and cost, by
+            rising slope.
         slack: bound on the rounding error of sums of these costs.
     """
 
@@ -146,7 +150,7 @@ class _Relaxation:
         return _meet(windows, result[:, 0], result[:, 1])
 
     def _curve(self, edges: np.ndarray, units: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Return (sum, cost), float64 each: corners of the convex curve of some units' least relaxed cost by their sum.
+        """Return (sums, costs), the corners of the convex curve of some units' least relaxed cost by sum.
 
         Args:
             edges: bool[E], the edges of these units.

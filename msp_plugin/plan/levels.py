@@ -1,9 +1,9 @@
 """Levels: the sparsity patterns that an allocation chooses from.
 
 ``N:M`` keeps N of every M consecutive weights along in_features, as in the papers and NVIDIA's documentation.
-(llm-compressor's ``mask_structure`` counts the pruned weights instead; hosts/llm_compressor/ converts.) ``N:M in 2:4``
-also keeps at most two of every aligned four, so that 2:4 kernels run it. A plain fraction is a share of zeros, placed
-anywhere in each output row.
+(llm-compressor's ``mask_structure`` counts the pruned weights instead; hosts/llm_compressor/ converts.) ``N:M
+in 2:4`` also keeps at most two of every aligned four, so that 2:4 kernels run it. A plain fraction is a share
+of zeros, placed anywhere in each output row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FORMS = 'write "dense", "N:M" (N kept of M, e.g. "2:4"), "N:M in 2:4", or a sha
 
 
 class Kind(Enum):
-    """How a level's kept weights may lie: any share of a row, N of each M, or N of each M inside 2:4; freest first."""
+    """How a level's kept weights may lie: a share of a row, N of each M, or that inside 2:4; freest first."""
 
     SHARE = 0
     NM = 1
@@ -34,8 +34,8 @@ class Kind(Enum):
 class Level:
     """One sparsity pattern: ``n`` kept of every ``m`` weights along in_features.
 
-    ``dense`` is 1:1. A share of zeros keeps n/m of each row, rounded down to whole weights. Recipes and files hold
-    the name. Make levels with ``parse``, which gives equal patterns equal fields.
+    ``dense`` is 1:1. A share of zeros keeps n/m of each row, rounded down to whole weights. Recipes and files
+    hold the name. Make levels with ``parse``, which gives equal patterns equal fields.
     """
 
     n: int
@@ -47,8 +47,8 @@ class Level:
         """Return the level of a recipe's text: ``"dense"``, ``"N:M"``, ``"N:M in 2:4"`` or a share of zeros.
 
         Raises:
-            RecipeError: the text is not a level. The message explains an unquoted ``2:4``, which YAML 1.1 reads as
-                the number 124.
+            RecipeError: the text is not a level. The message explains an unquoted ``2:4``, which YAML 1.1
+                reads as the number 124.
         """
         if isinstance(text, Level):
             return text
@@ -92,15 +92,16 @@ class Level:
     def servable(self) -> bool:
         """True if every mask of this level keeps at most two in each aligned group of four.
 
-        Then 2:4 kernels can run it. A group of four overlaps with at most two groups of M > 1, each of which keeps at
-        most N. So N = 1 always fits, and N = 2 fits if no group of four crosses a border between groups of M.
+        Then 2:4 kernels can run it. A group of four overlaps with at most two groups of M > 1, each of which
+        keeps at most N. So N = 1 always fits, and N = 2 fits if no group of four crosses a border between
+        groups of M.
         """
         if self.kind is not Kind.NM:
             return self.kind is Kind.NM_IN_24
         return (self.n == 1 and self.m > 1) or (self.n == 2 and self.m % 4 == 0)
 
     def group(self, in_features: int) -> tuple[int, int]:
-        """Return (n, m), where exactly n of every m consecutive weights of a row are kept and m divides in_features.
+        """Return (n, m): exactly n of every m consecutive weights of a row are kept; m divides in_features.
 
         Raises:
             RecipeError: the level does not fit the width.
@@ -153,8 +154,9 @@ def _groups(text: str, n: int, m: int, *inside: int) -> Level:
 
 DENSE = Level(1, 1)
 
-#: Eight steps of one eighth. With one M, the levels of every layer differ by multiples of one count of weights, so that
-#: budgets are met exactly; 2:8 and 1:8 run on 2:4 kernels. The choice is ours: the paper's levels are not published.
+#: Eight steps of one eighth. With one M, the levels of every layer differ by multiples of one count of
+#: weights, so that budgets are met exactly; 2:8 and 1:8 run on 2:4 kernels. The choice is ours: the paper's
+#: levels are not published.
 DEFAULT_LEVELS = ("dense", "7:8", "6:8", "5:8", "4:8", "3:8", "2:8", "1:8")
 
 #: Menus that have a name. 2:4 kernels run every level of ``servable`` except dense.

@@ -22,7 +22,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers that share a level: one layer, the layers that inference fuses into one matrix, or a whole block.
+    """Layers that share a level: one layer, the layers that inference fuses, or a whole block.
 
     Args:
         block: the number of its decoder block.
@@ -69,8 +69,8 @@ class UnitTable:
         return sum(unit.weights for unit in self.units)
 
 
-#: Projections that inference engines fuse, and the name of the fused unit. vLLM loads them into one matrix, so that
-#: they can only have one format and one kernel.
+#: Projections that inference engines fuse, and the name of the fused unit. vLLM loads them into one matrix,
+#: so that they can only have one format and one kernel.
 FUSED = {
     ("q_proj", "k_proj", "v_proj"): "qkv_proj",
     ("gate_proj", "up_proj"): "gate_up_proj",
@@ -84,8 +84,8 @@ def group_layers(layers: Iterable[tuple[int, Layer]], granularity: str = "unit")
     """Return the units of ``(block, layer)`` pairs, in their order.
 
     Args:
-        granularity: one of GRANULARITIES. With ``unit``, a group that inference fuses has the members that are given:
-            if the user ignores one of its layers, the others still share a level.
+        granularity: one of GRANULARITIES. With ``unit``, a group that inference fuses has the members that
+            are given: if the user ignores one of its layers, the others still share a level.
     """
     units: dict[str, list[Layer]] = {}
     blocks: dict[str, int] = {}

@@ -39,7 +39,7 @@ class Pruner(ABC):
         return importlib.metadata.version(owners[0]) if owners else "unversioned"
 
     def code(self) -> str:
-        """Return a hex digest of the method's source, so that nothing measured with other source is reused."""
+        """Return a hex digest of the method's source, so that no results of other source are reused."""
         return component_digest(self, self.arithmetic)
 
     def check_level(self, level: Level) -> None:  # noqa: B027 - optional to override
@@ -95,7 +95,8 @@ class InputNorm:
 class LayerwisePruner(Pruner):
     """A method that scores each weight, keeps the best in each group of a level, and changes none of these.
 
-    A subclass only defines ``score``. Set ``needs_statistics = False`` if the score does not use ``input_norm``.
+    A subclass only defines ``score``. Set ``needs_statistics = False`` if the score does not use
+    ``input_norm``.
     """
 
     @abstractmethod
@@ -130,7 +131,7 @@ class LayerwisePruner(Pruner):
             yield weight.masked_fill(~mask, 0)
 
     def output_error(self, delta: torch.Tensor, statistic: InputNorm) -> float:
-        """Return the mean squared change of the output per token, as if the input features were uncorrelated."""
+        """Return the mean squared output change per token, as if the input features were uncorrelated."""
         if not self.needs_statistics:
             return float(delta.double().square().sum())
         return float((delta.double().square() * statistic.rms.double().square()).sum())

@@ -1,6 +1,7 @@
 """Masks from scores, and the count of zeros in a pruned weight.
 
-Shape legend: O out_features, I in_features, M scores that compete with each other, C independent columns of them.
+Shape legend: O out_features, I in_features, M scores that compete with each other, C independent columns of
+    them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from msp_plugin.errors import NumericsError
 from msp_plugin.plan.levels import Kind, Level
 
-#: From scores [M, C] and a count to bool[M, C], True for exactly so many lowest of each column, however many are equal.
+#: From scores [M, C] and a count to bool[M, C], True for exactly so many lowest of each column, however many
+#: are equal.
 TieBreaker = Callable[[torch.Tensor, int], torch.Tensor]
 #: Up to so many extremes are found one by one; for more, sorting is faster.
 _EXTREMES = 4
@@ -27,15 +29,16 @@ def nm_mask(score: torch.Tensor, level: Level) -> torch.Tensor:
 def nm_masks(
     score: torch.Tensor, levels: Sequence[Level], tie_breaker: TieBreaker | None = None
 ) -> list[torch.Tensor]:
-    """Return bool[O, I] for each level, True where a weight is kept: the N highest scores of every M in a row.
+    """Return bool[O, I] for each level, True for kept weights: the N highest scores of every M in a row.
 
-    Exactly N are kept in every group. ``N:M in 2:4`` takes the two highest of every four, and the N highest of M among
-    those. A share of zeros takes the highest of each row. Plain ``N:M`` levels of one M share one pass.
+    Exactly N are kept in every group. ``N:M in 2:4`` takes the two highest of every four, and the N highest
+    of M among those. A share of zeros takes the highest of each row. Plain ``N:M`` levels of one M share one
+    pass.
 
     Args:
         score: float[O, I]; higher for weights to keep.
-        tie_breaker: decides between equal scores at plain ``N:M`` levels; by default, and at all other levels, the
-            weight further left is kept.
+        tie_breaker: decides between equal scores at plain ``N:M`` levels; by default, and at all other
+            levels, the weight further left is kept.
 
     Raises:
         NumericsError: a score is not finite.
@@ -90,8 +93,8 @@ def lowest_of_each(
 ) -> list[torch.Tensor]:
     """Return bool[M, C] for each count, True for so many lowest scores of each column.
 
-    On a CPU the extremes are found one by one, the lowest scores or the highest, whichever are fewer: for a small M
-    several times faster than sorting each column. One pass from either end serves all counts.
+    On a CPU the extremes are found one by one, the lowest scores or the highest, whichever are fewer: for a
+    small M several times faster than sorting each column. One pass from either end serves all counts.
 
     Args:
         score: float[M, C].
@@ -117,7 +120,8 @@ def _by_extremes(
 
     Args:
         wanted: count of lowest scores, by the count of extremes that tell them.
-        top: the extremes are the highest scores, and all others the lowest; else they are the lowest themselves.
+        top: the extremes are the highest scores, and all others the lowest; else they are the lowest
+            themselves.
     """
     masks: dict[int, torch.Tensor] = {}
     extreme, rest = torch.zeros_like(score, dtype=torch.bool), score
@@ -142,8 +146,8 @@ class Recount:
     Args:
         zeros: count of zeros.
         most_in_group: the most nonzeros in any group of M; for a share of zeros, in any row.
-        from_dead_inputs: zeros beyond the pattern's own that are due to columns of zeros: a group with j such columns
-            cannot keep more than M - j weights.
+        from_dead_inputs: zeros beyond the pattern's own that are due to columns of zeros: a group with j such
+            columns cannot keep more than M - j weights.
         finite: True if no weight is infinite or NaN.
         broken: how the weight breaks the level's pattern, None if it does not.
     """

@@ -22,7 +22,8 @@ from msp_plugin.errors import NumericsError
 from msp_plugin.plan.levels import Kind, Level
 from msp_plugin.pruning.masks import lowest, lowest_by_topk, nm_mask
 
-#: Rows of several levels that go through the column loop together on a CPU. More leave its cache, and are slower.
+#: Rows of several levels that go through the column loop together on a CPU. More leave its cache, and are
+#: slower.
 _ROWS = 4608
 #: Columns of a block of the quadratic form.
 _FORM_BLOCK = 256
@@ -64,7 +65,8 @@ def factor_inverse(hessian: torch.Tensor, dampening_frac: float, layer: str) -> 
             if not int(failed):
                 return InverseFactor(H, dead)
     raise NumericsError(
-        f"the Hessian of {layer} is {'singular' if finite else 'not finite'} with dampening {dampening_frac:g}",
+        f"the Hessian of {layer} is {'singular' if finite else 'not finite'} "
+        f"with dampening {dampening_frac:g}",
         hint="give more calibration samples, or raise the method's dampening_frac",
     )
 
@@ -84,9 +86,9 @@ def sparsegpt_levels(
 ) -> list[torch.Tensor]:
     """Return the pruned weight [O, I] at each level, in the weight's dtype; ``weight`` itself is not changed.
 
-    Several levels of a small layer go through the column loop together, which is faster. The products with the columns
-    to the right are made level by level, because a matrix product of another shape may round differently. Memory:
-    O * I float32 per level.
+    Several levels of a small layer go through the column loop together, which is faster. The products with
+    the columns to the right are made level by level, because a matrix product of another shape may round
+    differently. Memory: O * I float32 per level.
 
     Args:
         factor: see ``factor_inverse``.
@@ -119,7 +121,7 @@ def _prune_columns(W: torch.Tensor, factor: InverseFactor, levels: Sequence[Leve
 def _prune_block(
     columns: torch.Tensor, upper: torch.Tensor, levels: Sequence[Level], quotas: Sequence[int]
 ) -> torch.Tensor:
-    """Prune a block [L, B, O] in place, and return its errors [L, B, O], for which later columns compensate."""
+    """Prune a block [L, B, O] in place; return its errors [L, B, O], for which later columns compensate."""
     count = columns.shape[1]
     errors, change = torch.empty_like(columns), torch.empty_like(columns)
     pruned, kept = (torch.zeros_like(columns, dtype=torch.bool) for _ in range(2))
@@ -166,8 +168,8 @@ def _quotas(level: Level, dead: torch.Tensor, block_size: int) -> list[int]:
 def quadratic_form(delta: torch.Tensor, hessian: torch.Tensor) -> float:
     """Return the sum over rows d of d H d^T for delta float32[O, I] and a symmetric H float32[I, I].
 
-    Products are float32, and summed in float64. Only the blocks of H on and above the diagonal are read, which halves
-    the work.
+    Products are float32, and summed in float64. Only the blocks of H on and above the diagonal are read,
+    which halves the work.
     """
     total = torch.zeros((), dtype=torch.float64, device=delta.device)
     for i1 in range(0, delta.shape[1], _FORM_BLOCK):

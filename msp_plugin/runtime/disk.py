@@ -41,7 +41,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def cannot_write(path: Path | None, error: Exception) -> OutputError:
-    """Return the error for a failed write to ``path``; without one, to the file that the error itself names."""
+    """Return the error for a failed write to ``path``, or to the file that the error itself names."""
     action = f"write {path}"
     if path is None:
         action = f"read or write {getattr(error, 'filename', None) or 'the output'}"

@@ -17,7 +17,8 @@ def parse_json(text: str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: the text is not JSON, has a key twice in one object, or is nested deeper than DEEPEST levels.
+        ValueError: the text is not JSON, has a key twice in one object, or is nested deeper than DEEPEST
+            levels.
     """
     try:
         data = json.loads(text, object_pairs_hook=_without_repeated_keys)
@@ -31,7 +32,8 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
     """Return the value of a YAML text; ``loader`` may know further tags.
 
     Raises:
-        ValueError: the text is not YAML, a value does not fit its tag, or it is nested deeper than DEEPEST levels.
+        ValueError: the text is not YAML, a value does not fit its tag, or it is nested deeper than DEEPEST
+            levels.
     """
     try:
         data = yaml.load(text, Loader=loader)  # noqa: S506 - a SafeLoader
@@ -66,7 +68,7 @@ def _parts(value: Any) -> list[object]:
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of these pairs; Python itself would keep the last of two equal keys without a word."""
+    """Return the object of these pairs; Python itself would silently keep the last of two equal keys."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:

@@ -98,8 +98,9 @@ def check_output(path: str | Path) -> Path:
 def output_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``path`` if the block succeeds.
 
-    ``path`` appears whole, by one rename, also where it was an empty directory. Only where it cannot be renamed (it
-    is a mount point, or its parent cannot be written) are the finished files moved into it one by one.
+    ``path`` appears whole, by one rename, also where it was an empty directory. Only where it cannot be
+    renamed (it is a mount point, or its parent cannot be written) are the finished files moved into it one by
+    one.
 
     Raises:
         OutputError: the finished directory cannot be moved; the message says where it is.

@@ -26,7 +26,8 @@ def locked(path: Path, what: str, *, wait: bool = False, remove: bool = False) -
     Args:
         what: the holder's work for messages, e.g. "a run writes to out".
         wait: wait for another process instead of raising.
-        remove: remove the file at the end, before the lock is freed; only for locks that no process waits for.
+        remove: remove the file at the end, before the lock is freed; only for locks that no process waits
+            for.
 
     Raises:
         OutputError: another process holds the lock, or the file cannot be made.
@@ -69,14 +70,15 @@ def sole_output(out: str | Path, cache: str | None = None, *, file: bool = False
         cache: directory of the lock where the output's parent cannot be written.
 
     Raises:
-        OutputError: another process writes there, or the output cannot be made (see check_output and check_new).
+        OutputError: another process writes there, or the output cannot be made (see check_output and
+            check_new).
     """
     path = Path(out).expanduser().resolve()
     made = [folder for folder in path.parents if not folder.exists()]
     with suppress(OSError):  # check_output raises with the reason
         path.parent.mkdir(parents=True, exist_ok=True)
-    # The lock lies beside the output: runs to it may have different caches, and the output itself must be empty.
-    # The parent is made first, so that all processes look for the lock in the same place.
+    # The lock lies beside the output: runs to it may have different caches, and the output itself must be
+    # empty. The parent is made first, so that all processes look for the lock in the same place.
     beside = path.parent.is_dir() and os.access(path.parent, os.W_OK)
     folder = path.parent if beside else cache_directory(cache) / "runs"
     try:
@@ -98,10 +100,10 @@ def sole_output(out: str | Path, cache: str | None = None, *, file: bool = False
 def sole_run(
     out: str | Path, cache: str | None, *, fresh: bool = False, keep: bool = False
 ) -> Iterator[tuple[Path, Path]]:
-    """Yield (output directory, journal file), locked against other processes during the block (see sole_output).
+    """Yield (output directory, journal file), locked against other processes (see sole_output).
 
-    The journal lies in the cache. It exists if an earlier run to this directory was stopped, and is removed if the
-    block succeeds.
+    The journal lies in the cache. It exists if an earlier run to this directory was stopped, and is removed
+    if the block succeeds.
 
     Args:
         fresh: remove the journal of an earlier run first.

@@ -13,10 +13,12 @@ from msp_plugin.errors import ModelError
 
 Part = TypeVar("Part")
 
-#: Parts of the messages of torch's plain RuntimeErrors about memory: of its CPU allocator, of CUDA and of cuBLAS.
+#: Parts of the messages of torch's plain RuntimeErrors about memory: of its CPU allocator, of CUDA and of
+#: cuBLAS.
 _MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-#: Options of glibc's mallopt (mallopt(3)), in bytes: a block of this size is mapped by itself, and this much free
-#: memory at the heap's end is given back. _GLIBC: its own values in a process that has freed large tensors.
+#: Options of glibc's mallopt (mallopt(3)), in bytes: a block of this size is mapped by itself, and this much
+#: free memory at the heap's end is given back. _GLIBC: its own values in a process that has freed large
+#: tensors.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _KEPT, _GLIBC = 2**30, (2**25, 2**26)
 
@@ -53,16 +55,17 @@ def in_parts(measure: Callable[[list[int]], Part], group: list[int], tokens: int
 
 
 def short_of_memory(what: str, remedy: str, error: BaseException) -> ModelError:
-    """Return the error that something does not fit into memory; ``what`` has its verb, e.g. ``one sample does``."""
+    """Return the error for lack of memory; ``what`` comes with its verb, e.g. ``one sample does``."""
     lines = str(error).strip().splitlines()
     return ModelError(
-        f"{what} not fit into memory beside the model{_free()}: {lines[0] if lines else type(error).__name__}",
+        f"{what} not fit into memory beside the model{_free()}: "
+        f"{lines[0] if lines else type(error).__name__}",
         hint=f"give {remedy}, a smaller dtype, or a device with more memory",
     )
 
 
 def cache_bytes(device: torch.device, most: int) -> int:
-    """Return how many bytes may be cached on a device: ``most``, and on a GPU at most an eighth of its free memory."""
+    """Return how many bytes may be cached on a device: ``most``, on a GPU at most 1/8 of what is free."""
     return most if device.type != "cuda" else min(most, torch.cuda.mem_get_info(device)[0] // 8)
 
 
@@ -70,8 +73,8 @@ def cache_bytes(device: torch.device, most: int) -> int:
 def freed_memory_kept() -> Iterator[None]:
     """Let glibc reuse freed memory for later tensors during the block, and give it back at the end.
 
-    By default glibc maps each tensor beyond 32 MiB, such as logits, anew, and the system clears all of its pages: almost
-    half of the seconds of a forward pass of a model with 49,152 tokens.
+    By default glibc maps each tensor beyond 32 MiB, such as logits, anew, and the system clears all of its
+    pages: almost half of the seconds of a forward pass of a model with 49,152 tokens.
     """
     _set_malloc(_KEPT, _KEPT)
     try:
@@ -92,8 +95,8 @@ def _set_malloc(mapped: int, trimmed: int) -> None:
 def free_cached() -> None:
     """Give freed memory that torch (on a GPU) or the C library (on the CPU) has kept back to the system.
 
-    On a GPU a smaller batch then gets it in one piece. glibc takes tensors below 32 MiB from its heap, and keeps
-    the gigabytes that a step with many of them has freed until it is asked to trim.
+    On a GPU a smaller batch then gets it in one piece. glibc takes tensors below 32 MiB from its heap, and
+    keeps the gigabytes that a step with many of them has freed until it is asked to trim.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

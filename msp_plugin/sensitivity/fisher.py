@@ -21,12 +21,12 @@ from msp_plugin.sensitivity.base import Estimator
 class FisherTrace(Estimator):
     """Trace of the empirical Fisher information: mean over samples of ||dCE/dW||_F^2 (arXiv 2503.11164).
 
-    CE is the sample's mean next-token cross entropy in nats, so that the unit is nats^2 per squared weight. The paper
-    gives neither loss nor sample count; both are ours. The gradients of the weights are not stored: for one sample the
-    gradient is dY^T X, and its squared norm comes from that product, layer by layer, or from sum((dY dY^T) * (X X^T))
-    over pairs of tokens (the ghost norm of Li et al., arXiv 2110.05679, eq. 3), whichever is cheaper. Samples are passed
-    one at a time, because some models pass the tokens of a batch to a linear as one list. Accumulates in float64.
-    Memory: the activations of one sample.
+    CE is the sample's mean next-token cross entropy in nats, so that the unit is nats^2 per squared weight.
+    The paper gives neither loss nor sample count; both are ours. The gradients of the weights are not stored:
+    for one sample the gradient is dY^T X, and its squared norm comes from that product, layer by layer, or
+    from sum((dY dY^T) * (X X^T)) over pairs of tokens (the ghost norm of Li et al., arXiv 2110.05679, eq. 3),
+    whichever is cheaper. Samples are passed one at a time, because some models pass the tokens of a batch to
+    a linear as one list. Accumulates in float64. Memory: the activations of one sample.
 
     Args:
         samples: calibration samples that are used, the first ones.

@@ -35,10 +35,11 @@ def fisher_errors(
 ) -> dict[str, dict[str, float]]:
     """Return T/2 sum_i F_ii (w_i - w_i(level))^2 by layer and level, nats per token.
 
-    F_ii, the diagonal of the empirical Fisher information, is the mean over samples of the squared gradient of a
-    sample's mean cross entropy. The factor T, the tokens of a sample, makes it the information of one token, as if the
-    gradients of tokens were uncorrelated. The sum then approximates the growth of the loss per token to second order
-    (Kirkpatrick et al., arXiv 1612.00796, eq. 3; LLM-Pruner, arXiv 2305.11627, eq. 5).
+    F_ii, the diagonal of the empirical Fisher information, is the mean over samples of the squared gradient
+    of a sample's mean cross entropy. The factor T, the tokens of a sample, makes it the information of one
+    token, as if the gradients of tokens were uncorrelated. The sum then approximates the growth of the loss
+    per token to second order (Kirkpatrick et al., arXiv 1612.00796, eq. 3; LLM-Pruner, arXiv 2305.11627, eq.
+    5).
 
     Args:
         weight: ``weight(layer, level)`` returns the weight [O, I] of a layer at a level.
@@ -62,7 +63,7 @@ def fisher_errors(
 def diagonal_groups(
     model: torch.nn.Module, layers: Sequence[str], diagonal_bytes: int = DIAGONAL_BYTES
 ) -> list[list[str]]:
-    """Return the layers in groups whose diagonals fit into ``diagonal_bytes``; each costs a pass over all samples."""
+    """Return groups of layers whose diagonals fit into ``diagonal_bytes``; each costs one pass."""
     return list(in_groups(layers, lambda layer: 4 * linear(model, layer).weight.numel(), diagonal_bytes))
 
 

@@ -23,16 +23,16 @@ BINS = 100
 class HeavyTail(Estimator):
     """Mean over a block's layers of the power-law exponent of the spectrum of W^T W (arXiv 2410.10912).
 
-    AlphaPruning's PL_Alpha_Hill: a small exponent means a heavy tail, which is typical of well-trained layers. It needs
-    no text. Eigenvalues are squared singular values in float32; the fit is in float64.
+    AlphaPruning's PL_Alpha_Hill: a small exponent means a heavy tail, which is typical of well-trained
+    layers. It needs no text. Eigenvalues are squared singular values in float32; the fit is in float64.
 
-    Deviations: eigenvalues of zero, which have no logarithm, are left out (the authors keep them, and get NaN). If no
-    tail can be fitted it is an error (the authors take 0). The authors take all linears of a block, we take those that
-    targets and ignore leave.
+    Deviations: eigenvalues of zero, which have no logarithm, are left out (the authors keep them, and get
+    NaN). If no tail can be fitted it is an error (the authors take 0). The authors take all linears of a
+    block, we take those that targets and ignore leave.
 
     Args:
-        xmin: the smallest eigenvalue of the tail. ``peak``, the authors' default, takes the one near the peak of the
-            spectrum whose fit has the least Kolmogorov-Smirnov distance; ``mid`` takes the median.
+        xmin: the smallest eigenvalue of the tail. ``peak``, the authors' default, takes the one near the peak
+            of the spectrum whose fit has the least Kolmogorov-Smirnov distance; ``mid`` takes the median.
     """
 
     name = "heavy_tail"
@@ -77,7 +77,7 @@ class HeavyTail(Estimator):
 
 
 def power_law_exponent(eigenvalues: np.ndarray, xmin: str) -> float | None:
-    """Return 1 + n / sum_i ln(lambda_i / lambda_min) over the n eigenvalues of the tail; None if there is no tail.
+    """Return 1 + n / sum_i ln(lambda_i / lambda_min) over the tail's n eigenvalues; None without a tail.
 
     Args:
         eigenvalues: float64, in any order.
@@ -86,8 +86,8 @@ def power_law_exponent(eigenvalues: np.ndarray, xmin: str) -> float | None:
     tail = np.sort(eigenvalues[eigenvalues > 0])
     if len(tail) < 2:
         return None
-    # The authors' code compares an eigenvalue with the *logarithm* of the lower bound, which is therefore seldom
-    # reached. We do the same, because the published numbers come from that code.
+    # The authors' code compares an eigenvalue with the *logarithm* of the lower bound, which is therefore
+    # seldom reached. We do the same, because the published numbers come from that code.
     starts = [len(tail) // 2]
     if xmin == "peak":
         counts, edges = np.histogram(np.log10(tail), bins=BINS)

@@ -21,7 +21,8 @@ from msp_plugin.passes.observe import by_block, in_groups
 from msp_plugin.progress import Progress, silent
 from msp_plugin.sensitivity.base import Estimator
 
-#: Kinds of attention whose backward pass torch can differentiate; it would take flash attention's as constant.
+#: Kinds of attention whose backward pass torch can differentiate; it would take flash attention's as
+#: constant.
 DIFFERENTIABLE = ("eager", "sdpa")
 
 #: Bytes of the weights that are probed together; their gradients, probes and products each take as many.
@@ -32,14 +33,16 @@ PROBED_BYTES = 1024**3
 class HessianTrace(Estimator):
     """Trace of the Hessian of the cross entropy with respect to a weight (arXiv 2310.09499).
 
-    Hutchinson's estimate: the mean of v^T H v over vectors v of random signs, where a second backward pass gives H v. The
-    cross entropy is a sample's mean over its tokens, in nats; the trace is the mean over samples. A layer that no token
-    reaches has a trace of zero. Products accumulate in float64. Weights and passes have the model's dtype, because a
-    second backward pass in bfloat16 loses less precision than the small count of probes does (1 % against 9 % on the
-    demo model). Attention runs on the one kernel with a second derivative. Memory: gradients, probes and products of
-    PROBED_BYTES or one block each, and the activations of one sample with their gradients.
+    Hutchinson's estimate: the mean of v^T H v over vectors v of random signs, where a second backward pass
+    gives H v. The cross entropy is a sample's mean over its tokens, in nats; the trace is the mean over
+    samples. A layer that no token reaches has a trace of zero. Products accumulate in float64. Weights and
+    passes have the model's dtype, because a second backward pass in bfloat16 loses less precision than the
+    small count of probes does (1 % against 9 % on the demo model). Attention runs on the one kernel with a
+    second derivative. Memory: gradients, probes and products of PROBED_BYTES or one block each, and the
+    activations of one sample with their gradients.
 
-    Deviations: samples and probes are ours, because the paper does not publish its own. The layers of many blocks are
+    Deviations: samples and probes are ours, because the paper does not publish its own. The layers of many
+        blocks are
     probed in one pass: the cross terms between layers have mean zero, so that the estimate stays unbiased.
 
     Args:
@@ -125,7 +128,7 @@ def quadratic_forms(
 
 
 def _check_in_memory(model: torch.nn.Module) -> None:
-    """Raise if weights are offloaded, because the graph of a second derivative keeps all loaded weights in memory.
+    """Raise if weights are offloaded: the graph of a second derivative would keep all of them in memory.
 
     Raises:
         ModelError: some are offloaded.
@@ -134,7 +137,8 @@ def _check_in_memory(model: torch.nn.Module) -> None:
     if name is not None:
         raise ModelError(
             f"the weights of {name} are offloaded; hessian_trace needs the whole model in memory",
-            hint="load the model without offloading or a device_map, or use an allocator without hessian_trace",
+            hint="load the model without offloading or a device_map, or use an allocator without "
+            "hessian_trace",
         )
 
 
@@ -172,7 +176,7 @@ def _second_derivatives() -> Iterator[None]:
 
 
 def random_signs(like: Sequence[torch.Tensor], random: torch.Generator) -> list[torch.Tensor]:
-    """Return a tensor of random -1 and 1 for each given tensor, of its shape, dtype and device; drawn on the CPU."""
+    """Return random -1 and 1 in the shape, dtype and device of each given tensor; drawn on the CPU."""
     return [
         (2 * torch.randint(0, 2, t.shape, generator=random, dtype=torch.int8) - 1).to(t.device, t.dtype)
         for t in like

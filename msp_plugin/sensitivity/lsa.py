@@ -26,14 +26,15 @@ HESSIAN_BYTES = 4 * 1024**3
 class VirtualRemoval(Estimator):
     """Mean over a block's layers of the error of a virtual greedy removal (LSA, ICLR 2026, BeiYazi0/LSA).
 
-    In each row and group of neighbouring weights, the weight whose removal adds least to the row's squared output error
-    is removed first, until ``share`` of the group is gone. Each removal i changes the cost of every other weight j by
-    2 w_j w_i H_ij. The sum of the costs is the error of the layer, here per token. H accumulates in float32, the error
-    in float64. Memory: Hessians of HESSIAN_BYTES, or of one layer, and three times one layer's weight in float32.
+    In each row and group of neighbouring weights, the weight whose removal adds least to the row's squared
+    output error is removed first, until ``share`` of the group is gone. Each removal i changes the cost of
+    every other weight j by 2 w_j w_i H_ij. The sum of the costs is the error of the layer, here per token. H
+    accumulates in float32, the error in float64. Memory: Hessians of HESSIAN_BYTES, or of one layer, and
+    three times one layer's weight in float32.
 
-    Deviations: a narrower last group loses ``share`` of its own width, not of a full group. The authors' code passes the
-    samples block by block from dense inputs, which gives the same as our single pass. The authors take all linears of a
-    block, we take those that targets and ignore leave.
+    Deviations: a narrower last group loses ``share`` of its own width, not of a full group. The authors' code
+    passes the samples block by block from dense inputs, which gives the same as our single pass. The authors
+    take all linears of a block, we take those that targets and ignore leave.
 
     Args:
         share: share of the weights that are removed; .5 is the authors' default.

@@ -23,12 +23,12 @@ from msp_plugin.sensitivity.base import Estimator
 class Outliers(Estimator):
     """Share of a block's A = |W| * ||X||_2 beyond ``threshold`` times its mean (OWL, arXiv 2310.05175).
 
-    It is the paper's layerwise outlier distribution D_l over all prunable layers of a block together; each layer gets
-    the number of its block. MRP reads 1 - D_l as the block's redundancy. Pruned weights count with A = 0. Sums are
-    float64. Memory: the A of one layer.
+    It is the paper's layerwise outlier distribution D_l over all prunable layers of a block together; each
+    layer gets the number of its block. MRP reads 1 - D_l as the block's redundancy. Pruned weights count with
+    A = 0. Sums are float64. Memory: the A of one layer.
 
-    Deviations: a share, where the authors give percent. The authors take all linears of a block, we take those that
-    targets and ignore leave.
+    Deviations: a share, where the authors give percent. The authors take all linears of a block, we take
+    those that targets and ignore leave.
 
     Args:
         threshold: M of the paper, which uses 5 and 7; the default of the authors' code is 3.
@@ -69,8 +69,9 @@ class Outliers(Estimator):
 class Median(Estimator):
     """Median of a block's A = |W| * ||X||_2, which DLP (arXiv 2505.23807) reads as the block's unimportance.
 
-    It is taken over all prunable layers of a block together; each layer gets the number of its block. Of an even count
-    it is the lower of the two middle values, as in torch.median. Memory: the A of one block in float32.
+    It is taken over all prunable layers of a block together; each layer gets the number of its block. Of an
+    even count it is the lower of the two middle values, as in torch.median. Memory: the A of one block in
+    float32.
 
     Deviation: the authors take all linears of a block, we take those that targets and ignore leave.
     """
