@@ -1,7 +1,6 @@
 """Masks from scores, and the count of zeros in a pruned weight.
 
-Shape legend: O out_features, I in_features, M scores that compete with each other, C independent columns of
-    them.
+Shape legend: O out_features, I in_features, M scores that compete with each other, C columns of such scores.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class HessianTrace(Estimator):
     activations of one sample with their gradients.
 
     Deviations: samples and probes are ours, because the paper does not publish its own. The layers of many
-        blocks are
-    probed in one pass: the cross terms between layers have mean zero, so that the estimate stays unbiased.
+    blocks are probed in one pass: the cross terms between layers have mean zero, so that the estimate stays
+    unbiased.
 
     Args:
         samples: calibration samples that are used, the first ones.
