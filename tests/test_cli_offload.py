@@ -43,7 +43,7 @@ def half(tmp_path_factory):
 
 
 def test_a_pruned_model_is_that_of_a_run_in_memory(msp, half, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("msp_plugin.runs.prune.SHARD_BYTES", 4_000_000)
+    monkeypatch.setattr("msp_plugin.hosts.builtin.SHARD_BYTES", 4_000_000)
     what = ["prune", half, "-s", "0.75", "--method", "wanda", *SEARCH]
     found = []
     for name, offload in (("memory", []), ("disk", ["--offload"])):
@@ -127,24 +127,24 @@ def test_a_quantized_model_is_measured_with_the_weights_that_are_saved(msp, half
 
 def test_changed_weights_go_to_the_cache_that_is_asked_for(msp, half, text_file, tmp_path, monkeypatch):
     seen = []
-    real = pipeline._measure
+    real = pipeline.perplexity
 
-    def look(*arguments):
-        seen.append(sorted(path.name for path in (tmp_path / "mine" / "offload").glob("*/*")))
-        return real(*arguments)
+    def look(*arguments, **options):
+        seen.append(sorted(path.name for path in (tmp_path / "mine" / "pruned").glob("**/*.safetensors")))
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "_measure", look)
+    monkeypatch.setattr(pipeline, "perplexity", look)
     msp("prune", half, "-s", "0.5", "--method", "magnitude", "--allocator", "uniform", "--data", text_file, *SMALL,
         "--test-samples", "4", "--out", tmp_path / "out", "--cache", tmp_path / "mine", "--offload")  # fmt: skip
     assert not seen[0] and seen[-1], "pruned weights are on disk"
-    assert not (tmp_path / "cache" / "offload").exists()
+    assert not (tmp_path / "cache" / "pruned").exists()
 
 
 def test_a_disk_without_room_for_the_pruned_weights_is_found_before_any_work(
     msp, half, text_file, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    monkeypatch.setattr(pipeline, "_measure", lambda *a: pytest.fail("work was done"))
+    monkeypatch.setattr(pipeline, "perplexity", lambda *a, **b: pytest.fail("work was done"))
     ran = msp("prune", half, "-s", "0.5", "--method", "magnitude", "--data", text_file, *SMALL, "--out",
               tmp_path / "out", "--offload", code=2)  # fmt: skip
     assert "the pruned weights of an offloaded model need 0." in ran.err and "MSP_CACHE" in ran.err

@@ -21,7 +21,6 @@ from msp_plugin.errors import FormatError, ModelError
 from msp_plugin.models.layers import decoder_blocks, fused_experts, prunable_layers
 from msp_plugin.models.source import load_tokenizer
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.runs.prune import prune_recipe, run_recipe
 from msp_plugin.verify.base import SKIP, Subject, run_checks
 from msp_plugin.verify.round_trip import RoundTrip
 from msp_plugin.verify.structure import Structure
@@ -290,7 +289,7 @@ def prune(tmp_path, ids, text):
                 output_dir=str(out),
             )
         else:
-            run_recipe(prune_recipe(options), source, text, out, baseline=False)
+            msp_plugin.prune(source, text, out, baseline=False, **options)
         return source, out
 
     return prune

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from msp_plugin.allocators.base import Allocator
+from msp_plugin.allocators.uniform import Uniform
 from msp_plugin.errors import RecipeError, nearest, shown
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.bounds import Bounds, parse_bounds
@@ -34,6 +35,23 @@ class Plan:
     cache: str | None
     granularity: str
     bounds: Bounds
+    #: As they were given; recipe.yaml says them.
+    spelled: Options
+
+    def uniform(self) -> Plan:
+        """Return the baseline: uniform sparsity over the same layers and levels."""
+        baseline = replace(self, allocator=Uniform(), estimators={}, given=None)
+        if self.given is None:
+            return baseline
+        menu = self.given.provenance.get("levels") or [level.name for level in self.menu]
+        layers = tuple(layer.name for layer in self.given.table.layers)
+        return replace(
+            baseline,
+            sparsity=self.given.budget.sparsity,
+            menu=parse_menu(list(menu)),
+            targets=layers,
+            ignore=(),
+        )
 
     @property
     def search_tokens(self) -> int:
@@ -105,10 +123,11 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
     allocator = plugins.build("allocators", options.allocator)
     given = Allocation.read(options.allocation) if options.allocation else None
     sparsity, menu = _target(options, given)
-    if options.granularity not in GRANULARITIES:
+    served = all(level.is_dense or level.servable for level in menu)
+    granularity = ("unit" if served else "layer") if options.granularity is None else options.granularity
+    if granularity not in GRANULARITIES:
         raise RecipeError(
-            f"granularity {shown(options.granularity)} is unknown",
-            hint=nearest(options.granularity, GRANULARITIES),
+            f"granularity {shown(granularity)} is unknown", hint=nearest(granularity, GRANULARITIES)
         )
     bounds = parse_bounds(options.bounds, options.protect, menu)
     pruner.version()  # raises if its host is missing
@@ -131,5 +150,5 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
     estimators = {name: built[name] for name in allocator.estimators}
     return Plan(
         sparsity, pruner, bounds.menu(menu), tuple(options.targets), tuple(options.ignore), allocator,
-        estimators, given, options.seed, options.cache, options.granularity, bounds,
+        estimators, given, options.seed, options.cache, granularity, bounds, Options(**options.model_dump(include=set(Options.model_fields))),
     )  # fmt: skip
