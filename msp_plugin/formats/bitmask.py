@@ -20,7 +20,7 @@ def bitmask_bytes(out_features: int, in_features: int) -> int:
 
 
 def pack_bitmask(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (kept values [n] in row-major order, bitmask uint8[ceil(out * in / 8)], little-endian bits).
+    """Return (kept values [n] by rows, bitmask uint8[ceil(out * in / 8)] of little-endian bits).
 
     -0.0, which methods leave that multiply by a mask, is not kept and comes back as 0.0. All other values, also
     NaN, come back bit for bit.

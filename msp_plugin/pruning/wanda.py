@@ -33,7 +33,7 @@ class InputSquares:
 
 @dataclass(frozen=True)
 class Wanda(Pruner):
-    """Wanda (arXiv 2306.11695): score |weight| times the norm of its input; the weights that stay do not change."""
+    """Wanda (arXiv 2306.11695): score |weight| times the norm of its input; kept weights do not change."""
 
     name = "wanda"
 
