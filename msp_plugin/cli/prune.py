@@ -61,7 +61,7 @@ def demo(
     with output.running() as context:
         from msp_plugin.demo import demo_text
         from msp_plugin.runs.prune import prune as prune_model
-        from msp_plugin.runtime.yaml_text import parse_yaml
+        from msp_plugin.runtime.documents import parse_yaml
 
         recipe = parse_yaml((files("msp_plugin.demo") / "recipe.yaml").read_text(encoding="utf-8"))
         line = recipe["sparsity_stage"]["sparsity_modifiers"]["MixedSparsityModifier"]

@@ -26,8 +26,7 @@ from msp_plugin.hosts.base import PruneInputs
 from msp_plugin.hosts.builtin import BuiltIn, pruned_weights
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
-from msp_plugin.models.offload import input_device
-from msp_plugin.models.offloaded_runs import check_room
+from msp_plugin.models.offload import check_room, input_device
 from msp_plugin.models.weights import Weights
 from msp_plugin.passes.losses import perplexity
 from msp_plugin.plan.allocation import make_allocation

@@ -27,8 +27,7 @@ from msp_plugin.hosts.base import Host, Pruned, PruneInputs
 from msp_plugin.hosts.builtin import BuiltIn
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
-from msp_plugin.models.offload import named_parameters
-from msp_plugin.models.offloaded_runs import check_room, quantized_forward
+from msp_plugin.models.offload import check_room, named_parameters, quantized_forward
 from msp_plugin.passes.losses import perplexity
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins

@@ -40,7 +40,7 @@ from msp_plugin.records.parts import SearchRecord
 from msp_plugin.runtime.digests import component_digest, digest, source_digest, versions
 from msp_plugin.runtime.files import cache_directory, finite
 from msp_plugin.runtime.journal import Journal
-from msp_plugin.runtime.locks import alone
+from msp_plugin.runtime.locks import locked
 from msp_plugin.runtime.memory import free_cached
 from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.search import candidate_loss as candidates
@@ -171,7 +171,7 @@ class Measurements:
     def _alone(self, path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         """Lock a file for all ranks while something is measured: rank 0 holds it; all give its memory back."""
         try:
-            with alone(path, what, wait=wait) if self.ranks.rank == 0 else nullcontext():
+            with locked(path, what, wait=wait) if self.ranks.rank == 0 else nullcontext():
                 yield
         finally:
             free_cached()

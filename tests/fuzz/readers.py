@@ -186,7 +186,6 @@ READERS = {
     "tensors": Reader("model.safetensors", read_checkpoint, named=False),
     "index": Reader("model.safetensors.index.json", read_checkpoint),
     "config": Reader("config.json", read_checkpoint, named=False),
-    "loaded config": Reader("config.json", load_checkpoint, named=False),
     "loaded tokenizer": Reader("tokenizer.json", load_checkpoint, named=False),
     "manifest": Reader("export.json", read_checkpoint),
     "lines": Reader("data.jsonl", read_lines),
