@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from msp_plugin.checkpoint.checkpoint import packed_layers
+from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import ModelError
 from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.source import check_source
@@ -36,7 +36,7 @@ def check_source_unquantized(source: str | Path, *, trust_remote_code: bool = Fa
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).to_dict()
         except Exception as error:  # a config's values reach all of transformers
             raise ModelError(f"cannot read the config of {source}: {error}") from error
-    if config.get("quantization_config") and not packed_layers(config, str(source)):
+    if config.get("quantization_config") and packed_layers(config, str(source)) is None:
         raise ModelError(f"{source} is quantized ({_described(config['quantization_config'])})", hint=_HINT)
 
 

@@ -43,6 +43,13 @@ def msp_register_pruners():
 
 
 @hookimpl
+def msp_register_formats():
+    from msp_plugin.formats.sparse24 import Sparse24Bitmask
+
+    return [Sparse24Bitmask]
+
+
+@hookimpl
 def msp_register_exporters():
     from msp_plugin.checkpoint.export import Dense, Sparse24
     from msp_plugin.hosts.llm_compressor.export import PlainRecipe

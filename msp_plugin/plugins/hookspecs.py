@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from msp_plugin.allocators.base import Allocator
     from msp_plugin.checkpoint.export import Exporter
+    from msp_plugin.formats.base import PackedFormat
     from msp_plugin.plan.allocation import Allocation
     from msp_plugin.plan.levels import Level
     from msp_plugin.pruning.base import Pruner
@@ -44,8 +45,13 @@ def msp_register_pruners() -> list[type[Pruner]]:
 
 
 @hookspec
+def msp_register_formats() -> list[type[PackedFormat]]:
+    """Return formats of packed weights: every reader of checkpoints knows them (``msp verify``, ``load``, reports)."""
+
+
+@hookspec
 def msp_register_exporters() -> list[type[Exporter]]:
-    """Return exporters: they bring a run's checkpoint into another form (``msp export --to``)."""
+    """Return exporters: they write a run's checkpoint in another form (``msp export --to``)."""
 
 
 @hookspec

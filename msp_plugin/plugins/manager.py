@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 from pydantic import TypeAdapter, ValidationError
@@ -18,9 +18,12 @@ from pydantic import TypeAdapter, ValidationError
 from msp_plugin.errors import MSPError, PluginError, RecipeError, nearest, shown
 from msp_plugin.plugins import hookspecs
 
+if TYPE_CHECKING:
+    from msp_plugin.formats.base import PackedFormat
+
 log = logging.getLogger(__name__)
 
-KINDS = ("estimators", "allocators", "pruners", "exporters", "checks")
+KINDS = ("estimators", "allocators", "pruners", "formats", "exporters", "checks")
 BUILTIN = "msp_plugin.plugins.builtin"
 
 
@@ -81,6 +84,11 @@ class Plugins:
     def hook(self) -> Any:
         """The pluggy hook relay."""
         return self.manager.hook
+
+    @property
+    def formats(self) -> list[PackedFormat]:
+        """The formats of packed weights, as checkpoints are read with them, by name."""
+        return [self.components["formats"][name].cls() for name in sorted(self.components["formats"])]
 
     def tell(self, event: str, **about: Any) -> None:
         """Call the observers of an event, e.g. ``msp_run_finished``; a bug of one is a warning and ends no run."""
@@ -164,7 +172,7 @@ class Plugins:
         """Return the component that a recipe names, with its options checked.
 
         Args:
-            kind: ``"estimators"``, ``"allocators"``, ``"pruners"``, ``"exporters"`` or ``"checks"``.
+            kind: ``"estimators"``, ``"allocators"``, ``"pruners"``, ``"formats"``, ``"exporters"`` or ``"checks"``.
             spec: a name, or a mapping with ``name`` and options.
 
         Raises:

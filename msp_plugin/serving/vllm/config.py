@@ -14,9 +14,10 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from msp_plugin.checkpoint.checkpoint import Checkpoint, packed_layers
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import FormatError, ServingError
-from msp_plugin.formats.sparse24 import FORMAT
+from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.serving.kernels import Found
 from msp_plugin.serving.vllm.linear import PackAtLoadMethod, PackedMethod
 from msp_plugin.serving.vllm.report import Report
@@ -25,6 +26,8 @@ from msp_plugin.serving.vllm.report import Report
 _SKIP, _CHECKED = "MSP_SKIP_CHECKSUMS", "_MSP_CHECKED"
 #: The name of the quantization method, also for ``vllm serve DIR --quantization sparse24``.
 NAME = "sparse24"
+#: The one format that is served; plugins may add others, which only ``msp_plugin.load`` reads.
+_FORMATS = (Sparse24Bitmask(),)
 
 
 class Sparse24Config(QuantizationConfig):
@@ -64,21 +67,19 @@ class Sparse24Config(QuantizationConfig):
         Raises:
             FormatError: the sparsity_config is in a form that is not read.
         """
-        targets = packed_layers({"quantization_config": config}, "config.json")
-        if not targets:
+        packed = packed_layers({"quantization_config": config}, "config.json", _FORMATS)
+        if packed is None:
             raise FormatError("config.json names no packed layers", hint="export the model anew")
-        return cls(targets)
+        return cls(packed.layers)
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Claim what vLLM itself refuses: unquantized ``sparse-24-bitmask`` checkpoints."""
-        sparsity = hf_quant_cfg.get("sparsity_config")
         claimed = (
             hf_quant_cfg.get("quant_method") == "compressed-tensors"
-            and isinstance(sparsity, Mapping)
-            and sparsity.get("format") == FORMAT
+            and _FORMATS[0].recognises(hf_quant_cfg)
             and not hf_quant_cfg.get("config_groups")
         )
         return NAME if claimed else None
@@ -97,7 +98,7 @@ class Sparse24Config(QuantizationConfig):
         path = Path(model_name)
         if self.targets is None or not (path / "config.json").is_file():
             return
-        checkpoint, done = Checkpoint.open(path), str(path.resolve())
+        checkpoint, done = Checkpoint.open(path, _FORMATS), str(path.resolve())
         if os.environ.get(_SKIP, "0") == "0" and os.environ.get(_CHECKED) != done:
             checkpoint.check_files()
             os.environ[_CHECKED] = done
