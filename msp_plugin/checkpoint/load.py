@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ import torch
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import FormatError, ModelError, MSPError
-from msp_plugin.formats.base import PackedFormat
 from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import auto_class, check_dtype, check_source
@@ -29,7 +27,6 @@ def load(
     trust_remote_code: bool = False,
     offload: bool = False,
     cache: str | None = None,
-    formats: Iterable[PackedFormat] | None = None,
 ) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU.
 
@@ -41,19 +38,17 @@ def load(
         trust_remote_code: run the model repository's code.
         offload: leave the weights of a dense checkpoint on disk (see load_model).
         cache: the directory for offloaded weights that change; None is the default cache.
-        formats: of packed weights that are read; None for the built-in one and those of installed plugins.
 
     Raises:
         ModelError: there is no such model, transformers cannot load it, or it is packed and to be offloaded.
         FormatError: files are damaged, or config and tensors contradict each other.
     """
-    formats = None if formats is None else tuple(formats)
-    path = _local(source, trust_remote_code, formats)
+    path = _local(source, trust_remote_code)
     if path is None:
         return load_model(source, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=cache)
-    packed = is_packed(path, formats)
+    packed = is_packed(path)
     if packed or any(path.glob("*.safetensors")):  # a dense config over packed tensors is refused here
-        checkpoint = Checkpoint.open(path, formats)
+        checkpoint = Checkpoint.open(path)
         if checksums:
             checkpoint.check_files()
         check_source(path)
@@ -67,19 +62,17 @@ def load(
     return load_model(path, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=cache)
 
 
-def is_packed(source: str | Path, formats: Iterable[PackedFormat] | None = None) -> bool:
+def is_packed(source: str | Path) -> bool:
     """Return True if a directory holds a packed checkpoint; False for a dense one and for a hub id.
 
     Raises:
         FormatError: its config is damaged.
     """
     file = Path(source).expanduser() / "config.json"
-    return file.is_file() and packed_layers(read_json(file), str(file), formats) is not None
+    return file.is_file() and packed_layers(read_json(file), str(file)) is not None
 
 
-def _local(
-    source: str | Path, trust_remote_code: bool, formats: Iterable[PackedFormat] | None
-) -> Path | None:
+def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
     """Return the directory of a model, downloaded if it is a packed one of the hub; None for all others."""
     path = Path(source).expanduser()
     if (path / "config.json").is_file():
@@ -90,7 +83,7 @@ def _local(
     check_source(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if packed_layers(config.to_dict(), str(source), formats) is None:
+        if packed_layers(config.to_dict(), str(source)) is None:
             return None
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", *(["*.py"] if trust_remote_code else [])]
         return Path(snapshot_download(str(source), allow_patterns=patterns))
