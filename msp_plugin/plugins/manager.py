@@ -29,16 +29,16 @@ BUILTIN = "msp_plugin.plugins.builtin"
 
 @dataclass(frozen=True)
 class Component:
-    """A registered class and the plugin that brought it."""
+    """A registered class and the plugin that registered it."""
 
     kind: str
-    cls: type
+    cls: Any
     owner: str
 
     @property
     def name(self) -> str:
         """The name that recipes use."""
-        return self.cls.name
+        return str(self.cls.name)
 
     @property
     def options(self) -> dict[str, str]:
@@ -91,17 +91,18 @@ class Plugins:
         return [self.components["formats"][name].cls() for name in sorted(self.components["formats"])]
 
     def tell(self, event: str, **about: Any) -> None:
-        """Call the observers of an event, e.g. ``msp_run_finished``; a bug of one is a warning and ends no run."""
-        for observer in reversed(getattr(self.hook, event).get_hookimpls()):  # as pluggy calls them
+        """Call the observers of an event, e.g. ``msp_run_finished``; a bug in one is logged and does not end the run."""
+        for observer in reversed(getattr(self.hook, event).get_hookimpls()):  # pluggy's own order
             try:
                 observer.function(**{name: about[name] for name in observer.argnames})
-            except MSPError:  # meant for the user
+            except MSPError:  # raised for the user to see
                 raise
             except Exception as error:
                 owner = self.owners[id(observer.plugin)]
                 log.warning("plugin %s: %s() raised %s: %s", owner, event, type(error).__name__, error)
 
     def _add(self, plugin: object, owner: str, name: str | None = None) -> None:
+        """Register a plugin's hooks under a name; the owner is named in errors."""
         for attribute in dir(plugin):
             impl = getattr(getattr(plugin, attribute, None), f"{hookspecs.PROJECT}_impl", None)
             if impl is None:
@@ -123,6 +124,7 @@ class Plugins:
         self.owners[id(plugin)] = owner
 
     def _check_pending(self) -> None:
+        """Raise if a plugin implements a hook that does not exist."""
         try:
             self.manager.check_pending()
         except pluggy.PluginValidationError as error:
@@ -135,7 +137,8 @@ class Plugins:
             ) from None
 
     def _collect(self, kind: str) -> dict[str, Component]:
-        found: dict[str, Component] = {}
+        """Return the components of a kind by name."""
+        components: dict[str, Component] = {}
         hook = f"msp_register_{kind}"
         caller = getattr(self.hook, hook)
         for impl in sorted(caller.get_hookimpls(), key=lambda i: self.owners[id(i.plugin)]):
@@ -148,14 +151,14 @@ class Plugins:
                 ) from error
             for cls in classes or ():
                 component = _checked(cls, kind, owner)
-                if component.name in found:
+                if component.name in components:
                     raise PluginError(
                         f"two plugins register {kind} called {component.name!r}: "
-                        f"{found[component.name].owner} and {owner}",
+                        f"{components[component.name].owner} and {owner}",
                         hint="uninstall one, or block it with MSP_BLOCK_PLUGINS=NAME",
                     )
-                found[component.name] = component
-        return found
+                components[component.name] = component
+        return components
 
     def options(self, kind: str, name: str) -> dict[str, str]:
         """Return the options of a component and their defaults.
@@ -183,9 +186,9 @@ class Plugins:
             spec = {"name": spec}
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
             raise RecipeError(
-                f"{one} {shown(spec)} has no name", hint=f"write a name or {{name: ..., option: ...}}; "
-                f"known: {', '.join(sorted(known))}",
-            )  # fmt: skip
+                f"{one} {shown(spec)} has no name",
+                hint=f"write a name or {{name: ..., option: ...}}; known: {', '.join(sorted(known))}",
+            )
         options = {key: value for key, value in spec.items() if key != "name"}
         name = spec["name"]
         fields = self.options(kind, name)
@@ -216,6 +219,7 @@ def spec_of(component: Any) -> dict[str, Any]:
 
 
 def _checked(cls: object, kind: str, owner: str) -> Component:
+    """Return the component of a class that a plugin registers; raise if it cannot be one."""
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise PluginError(
             f"plugin {owner} registers {cls!r} among the {kind}", hint="return frozen dataclasses"
@@ -230,16 +234,16 @@ def _checked(cls: object, kind: str, owner: str) -> Component:
 def _installed() -> list[tuple[str, object, str]]:
     """Return (entry-point name, object, owner) of the installed plugins, sorted by name."""
     blocked = {n.strip() for n in os.environ.get("MSP_BLOCK_PLUGINS", "").split(",") if n.strip()}
-    found = []
+    plugins = []
     for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
         if entry.name in blocked:
             continue
         owner = f"{entry.name} ({entry.dist.name} {entry.dist.version})" if entry.dist else entry.name
         try:
-            found.append((entry.name, entry.load(), owner))
+            plugins.append((entry.name, entry.load(), owner))
         except Exception as error:
             raise PluginError(
                 f"plugin {owner} cannot be imported: {type(error).__name__}: {error}",
                 hint=f"repair or uninstall it, or block it with MSP_BLOCK_PLUGINS={entry.name}",
             ) from error
-    return sorted(found, key=lambda item: (item[0], item[2]))
+    return sorted(plugins, key=lambda item: (item[0], item[2]))
