@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from msp_plugin.plugins.hookspecs import hookimpl
-
-if TYPE_CHECKING:
-    from msp_plugin.allocators.base import Allocator
-    from msp_plugin.checkpoint.export import Exporter
-    from msp_plugin.formats.base import PackedFormat
-    from msp_plugin.pruning.base import Pruner
-    from msp_plugin.sensitivity.base import Estimator
-    from msp_plugin.verify.base import Check
 
 
 @hookimpl
-def msp_register_estimators() -> list[type[Estimator]]:
+def msp_register_estimators() -> list[type]:
     from msp_plugin.sensitivity.fisher import FisherTrace
     from msp_plugin.sensitivity.heavy_tail import HeavyTail
     from msp_plugin.sensitivity.hessian import HessianTrace
@@ -27,7 +17,7 @@ def msp_register_estimators() -> list[type[Estimator]]:
 
 
 @hookimpl
-def msp_register_allocators() -> list[type[Allocator]]:
+def msp_register_allocators() -> list[type]:
     from msp_plugin.allocators.alphapruning import AlphaPruning
     from msp_plugin.allocators.atp import ATP
     from msp_plugin.allocators.dlp import DLP
@@ -45,7 +35,7 @@ def msp_register_allocators() -> list[type[Allocator]]:
 
 
 @hookimpl
-def msp_register_pruners() -> list[type[Pruner]]:
+def msp_register_pruners() -> list[type]:
     from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
     from msp_plugin.pruning.magnitude import Magnitude
 
@@ -53,14 +43,14 @@ def msp_register_pruners() -> list[type[Pruner]]:
 
 
 @hookimpl
-def msp_register_formats() -> list[type[PackedFormat]]:
+def msp_register_formats() -> list[type]:
     from msp_plugin.formats.sparse24 import Sparse24Bitmask
 
     return [Sparse24Bitmask]
 
 
 @hookimpl
-def msp_register_exporters() -> list[type[Exporter]]:
+def msp_register_exporters() -> list[type]:
     from msp_plugin.checkpoint.export import Dense, Sparse24
     from msp_plugin.hosts.llm_compressor.export import PlainRecipe
 
@@ -68,7 +58,7 @@ def msp_register_exporters() -> list[type[Exporter]]:
 
 
 @hookimpl
-def msp_register_checks() -> list[type[Check]]:
+def msp_register_checks() -> list[type]:
     from msp_plugin.verify.quality import Quality
     from msp_plugin.verify.round_trip import RoundTrip
     from msp_plugin.verify.served import Served

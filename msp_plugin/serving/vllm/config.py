@@ -1,4 +1,4 @@
-"""vLLM's view of a sparse24 checkpoint: which linears are packed, and what serves them."""
+"""The vLLM config of a checkpoint with 2:4 layers: which linears are packed, and which method serves each."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import FormatError, ServingError
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
-from msp_plugin.serving.kernels import Found
+from msp_plugin.serving.algorithms import FoundAlgorithms
 from msp_plugin.serving.vllm.linear import PackAtLoadMethod, PackedMethod
 from msp_plugin.serving.vllm.report import Report
 
-#: Set to leave out the checksums; the second is ours, for the processes that this one starts.
+#: Environment variables: set by the user to leave out the checksums; set here for the processes that this one starts.
 _SKIP, _CHECKED = "MSP_SKIP_CHECKSUMS", "_MSP_CHECKED"
 #: The name of the quantization method, also for ``vllm serve DIR --quantization sparse24``.
 NAME = "sparse24"
@@ -42,7 +42,7 @@ class Sparse24Config(QuantizationConfig):
         super().__init__()
         self.targets = None if targets is None else frozenset(targets)
         self.report = Report()
-        self.algorithms: Found = {}
+        self.algorithms: FoundAlgorithms = {}
 
     @classmethod
     def get_name(cls) -> str:
@@ -76,7 +76,7 @@ class Sparse24Config(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim what vLLM itself refuses: unquantized ``sparse-24-bitmask`` checkpoints."""
+        """Return our name for unquantized ``sparse-24-bitmask`` checkpoints, which vLLM itself refuses; else None."""
         claimed = (
             hf_quant_cfg.get("quant_method") == "compressed-tensors"
             and _FORMATS[0].recognises(hf_quant_cfg)
@@ -134,7 +134,7 @@ class Sparse24Config(QuantizationConfig):
             )
 
     def _shards(self, prefix: str) -> tuple[str, ...]:
-        """Return the checkpoint's layers that vLLM loads into one linear."""
+        """Return the names of the checkpoint's layers that vLLM loads into one linear."""
         parent, dot, leaf = prefix.rpartition(".")
         return tuple(parent + dot + part for part in self.packed_modules_mapping.get(leaf, [leaf]))
 
@@ -147,10 +147,10 @@ def register_config(name: str) -> None:
 
 
 def _track_weights(name: str) -> None:
-    """Let vLLM miss tensors of our models (norms, embeddings) as it misses those of unquantized ones.
+    """Let vLLM report missing tensors of our models (norms, embeddings), as it does for unquantized ones.
 
-    Its loader tracks them by default only where no quantization method is set, and offers a method no say in it.
-    What the user sets in ``--model-loader-extra-config`` holds.
+    By default its loader tracks tensors only where no quantization method is set, and a method cannot change that.
+    A setting of the user in ``--model-loader-extra-config`` wins.
     """
     load = DefaultModelLoader.load_weights
 

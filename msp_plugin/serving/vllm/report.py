@@ -1,4 +1,4 @@
-"""What became of every linear: one log line, and a file for ``msp verify``."""
+"""How each linear is served: one log line, and a file for ``msp verify``."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Report:
         self._layers: dict[str, LayerReport] = {}
 
     def expect(self, layer: str) -> None:
-        """A linear was created that will be reported."""
+        """Note a linear that will be reported."""
         self._expected.add(layer)
 
     def add(self, layer: LayerReport) -> None:
-        """A linear is ready."""
+        """Report a linear that is ready; after the last one, log all of them."""
         self._layers[layer.layer] = layer
         path = os.environ.get(REPORT)
         if path:
@@ -85,7 +85,7 @@ class Report:
         """Return the log line: layers and bytes by kernel, and which layers are dense and why."""
         layers = self._layers.values()
         kernels = Counter(layer.kernel for layer in layers)
-        held, dense = sum(a.bytes for a in layers), sum(a.dense_bytes for a in layers)
+        stored, dense = sum(a.bytes for a in layers), sum(a.dense_bytes for a in layers)
         counts = ", ".join(f"{n} on {kernel}" for kernel, n in sorted(kernels.items()))
         reasons: dict[str, list[str]] = {}
         for layer in layers:
@@ -95,5 +95,5 @@ class Report:
             f"dense because {reason}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
             for reason, names in sorted(reasons.items())
         )
-        ratio = held / dense if dense else 1
-        return f"sparse24: {counts}; {held:,} bytes, {ratio:.3f} of dense" + (f"; {why}" if why else "")
+        ratio = stored / dense if dense else 1
+        return f"sparse24: {counts}; {stored:,} bytes, {ratio:.3f} of dense" + (f"; {why}" if why else "")
