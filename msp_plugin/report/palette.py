@@ -37,13 +37,14 @@ SERIES = {
 }
 #: Marks of the series in matplotlib's letters, and the same as text.
 MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("*", "★"))
-#: The mark of what is drawn in ink, for comparison.
+#: The mark of series that are drawn in ink.
 INK_MARK = ("X", "✖")
 
 
 def rgb(color: str) -> tuple[int, int, int]:
     """Return the three bytes of ``#rrggbb``."""
-    return tuple(bytes.fromhex(color[1:]))  # type: ignore[return-value]
+    red, green, blue = bytes.fromhex(color[1:])
+    return red, green, blue
 
 
 def luminance(color: str) -> float:

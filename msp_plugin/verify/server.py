@@ -158,9 +158,8 @@ def serving(
     name = f"msp-{uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="msp-serve-") as directory:
         log, report = Path(directory) / "log", Path(directory) / "report.jsonl"
-        address = ["--host", "127.0.0.1", "--port", str(port)]
-        named = [str(model.absolute()), "--served-model-name", name]
-        command = [str(executable), "serve", *named, *address, *arguments]
+        options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+        command = [str(executable), "serve", str(model.absolute()), *options, *arguments]
         variables = {**os.environ, REPORT: str(report), "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         with log.open("wb") as output:
             try:
