@@ -161,7 +161,7 @@ class CandidateLoss:
         def measure(group: list[int]) -> list[tuple[float, int]]:
             return self._fitting(group, lambda some: self._measure(some, first, choice))
 
-        found = [part for parts in self.ranks.spread(list(self._batches(samples)), measure) for part in parts]
+        found = [part for parts in self.ranks.map(measure, list(self._batches(samples))) for part in parts]
         self.forward_tokens += sum(self.lengths[i] for i in samples)
         loss = sum(part for part, _ in found) / sum(count for _, count in found)
         if not math.isfinite(loss):
@@ -281,7 +281,7 @@ class CandidateLoss:
             return in_parts(lambda some: self._relieved(lambda: measure(*some)), [number], length)[0]
 
         self.forward_tokens += FORWARD_EQUIVALENT * sum(self.lengths[i] for i in samples)
-        parts = self.ranks.spread(range(len(samples)), alone)
+        parts = self.ranks.map(alone, range(len(samples)))
         slopes, draws = (np.concatenate(found) for found in zip(*parts, strict=True))
         # Where a sample does not reach a unit that others do, e.g. an expert, its loss does not change.
         missed, asked = np.isnan(slopes).all(axis=2), ~np.isnan(slopes).all(axis=0)

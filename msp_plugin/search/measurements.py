@@ -149,7 +149,7 @@ class Measurements:
             check_space(database, self.model, self.table)
 
         with self._alone(database.lock, "it builds the level database", wait=True):
-            self.ranks.first(prepare)
+            self.ranks.on_rank_zero(prepare)
             build_database(
                 database, self.model, self.table, self.pruner, self.calibration, prefix=self._by_layer,
                 batch_tokens=self.batch_tokens, progress=partial(self.progress, "level database"),
@@ -350,7 +350,7 @@ class Measurements:
     def _clock(self, paid: Sequence[_Paid]) -> float:
         """Return the seconds of rank 0, with those that values had taken which a stopped search left."""
         read = sum(part.saved_seconds for part in paid)
-        return self.ranks.first(lambda: time.monotonic() + read)
+        return self.ranks.on_rank_zero(lambda: time.monotonic() + read)
 
     @contextmanager
     def _measured(
@@ -399,7 +399,7 @@ class Measurements:
         with self._alone(path.with_suffix(".lock"), f"it measures {name} of this model and text", wait=True):
             if self.fresh and path not in self.renewed:
                 self.renewed.add(path)
-                self.ranks.first(lambda: path.unlink(missing_ok=True))
+                self.ranks.on_rank_zero(lambda: path.unlink(missing_ok=True))
             with closing(Journal(path, identity, self.ranks)) as journal:
                 yield journal
 

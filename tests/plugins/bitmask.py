@@ -4,10 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from msp_plugin import hookimpl
-from msp_plugin.checkpoint.export import PackedExporter
-from msp_plugin.errors import FormatError
-from msp_plugin.formats.base import PackedFormat, TensorInfo
+from msp_plugin import FormatError, PackedExporter, PackedFormat, TensorInfo, hookimpl
 
 BITS = 2 ** torch.arange(8)
 
