@@ -91,9 +91,9 @@ import msp_plugin
 model = msp_plugin.load("THIS_DIRECTORY")
 ```
 
-Without `msp_plugin`, transformers fails on it (`'NoneType' object has no attribute 'config_groups'`) and vLLM from
-0.19 on refuses it. Those who do not have `msp_plugin` need the dense form, bit for bit the same weights, written where it
-is installed:
+Without `msp_plugin`, transformers fails on it (`'NoneType' object has no attribute 'config_groups'`) and vLLM
+from 0.19 on refuses it. Those who do not have `msp_plugin` need the dense form, bit for bit the same weights,
+written where it is installed:
 
 ```bash
 msp export THIS_DIRECTORY --to dense --out dense
@@ -107,9 +107,9 @@ from transformers import AUTO_CLASS
 model = AUTO_CLASS.from_pretrained("THIS_DIRECTORY")
 ```
 
-vLLM serves it as any dense model. With `msp_plugin` installed beside it, `vllm serve THIS_DIRECTORY --quantization
-sparse24` packs the layers that are 2:4 when it loads them, and `msp export THIS_DIRECTORY --to sparse24 --out packed`
-writes them packed.
+vLLM serves it as any dense model. With `msp_plugin` installed beside it, `vllm serve THIS_DIRECTORY
+--quantization sparse24` packs the layers that are 2:4 when it loads them, and `msp export THIS_DIRECTORY
+--to sparse24 --out packed` writes them packed.
 """
 
 
@@ -123,8 +123,8 @@ def _levels(source: Checkpoint) -> str:
     budget = source.allocation.budget
     lines = [
         "## Sparsity\n",
-        f"{budget.zeros:,} of {budget.weights:,} prunable weights are zero ({100 * float(budget.sparsity):.2f} %). "
-        "N:M keeps N of M.\n",
+        f"{budget.zeros:,} of {budget.weights:,} prunable weights are zero "
+        f"({100 * float(budget.sparsity):.2f} %). N:M keeps N of M.\n",
         "| level | layers |",
         "|---|---|",
         *(f"| {name} | {layers} |" for name, layers in sorted(count.items())),

@@ -27,7 +27,8 @@ class Checkpoint:
         path: the directory.
         config: the contents of config.json.
         tensors: the headers of its safetensors files.
-        packed: names of the layers that are stored packed, in the config's order; empty in a dense checkpoint.
+        packed: names of the layers that are stored packed, in the config's order; empty in a dense
+            checkpoint.
         format: the format that they are packed in; None in a dense checkpoint.
     """
 
@@ -43,7 +44,8 @@ class Checkpoint:
         """Return the checkpoint in a directory.
 
         Args:
-            formats: of packed weights that are read; None for the built-in one and those of installed plugins.
+            formats: of packed weights that are read; None for the built-in one and those of installed
+                plugins.
 
         Raises:
             ModelError: no model's directory.
@@ -91,14 +93,14 @@ class Checkpoint:
                 odd.append(f"{layer.name} [{layer.out_features}, {layer.in_features}], found {shape}")
         if odd:
             raise VerificationError(
-                f"{file} is for another model: {len(odd)} of its {len(allocation.table.layers)} layers are not in "
-                f"this one, e.g. {'; '.join(odd[:3])}",
+                f"{file} is for another model: {len(odd)} of its {len(allocation.table.layers)} layers are "
+                f"not in this one, e.g. {'; '.join(odd[:3])}",
                 hint="put the allocation.json of the run that made these weights there",
             )
         return allocation
 
     def packing_in(self, format: PackedFormat) -> Packing:
-        """Return the layers of a dense checkpoint that a format packs; sorted once, which may read every weight."""
+        """Return the layers of a dense checkpoint that a format packs; may read every weight once."""
         if format.name not in self._packings:
             self._packings[format.name] = sort_layers(
                 self.tensors, self.allocation, format, lambda layer: self.tensors.read(f"{layer}.weight")
@@ -106,7 +108,7 @@ class Checkpoint:
         return self._packings[format.name]
 
     def check_files(self) -> None:
-        """Compare every file with the checksum that the export wrote down; without an export.json, nothing is read.
+        """Compare every file with its checksum in export.json, if there is one.
 
         Raises:
             FormatError: a file is missing or has other bytes, or export.json is damaged or newer.
@@ -140,7 +142,7 @@ class Checkpoint:
 
     @cached_property
     def dense_names(self) -> dict[str, str | None]:
-        """By name of each tensor of the dense form, in order: the packed layer that it comes from, or None."""
+        """By each tensor of the dense form, in order: the packed layer that it comes from, or None."""
         names: dict[str, str | None] = {}
         packed, suffixes = frozenset(self.packed), self.format.suffixes if self.format else ()
         for name in self.tensors:

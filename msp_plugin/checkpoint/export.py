@@ -39,7 +39,7 @@ _REWRITTEN = ("config.json", INDEX, MANIFEST_FILE)
 
 @dataclass(frozen=True)
 class Exporter(ABC):
-    """Writes a checkpoint in another form into a new directory. Fields are the options of ``msp export --set``."""
+    """Writes a checkpoint in another form. Fields are the options of ``msp export --set``."""
 
     name: ClassVar[str]
 
@@ -114,10 +114,10 @@ class Dense(Sharded):
 
 @dataclass(frozen=True)
 class PackedExporter(Sharded):
-    """Layers packed in the class's ``format``, all else dense. A plugin's exporter gives ``name`` and ``format``.
+    """Layers packed in ``format``, all else dense. A plugin's exporter gives ``name`` and ``format``.
 
-    The format decides by a layer's level (allocation.json), or, without one, by its weights. Layers that inference
-    fuses are packed all or none.
+    The format decides by a layer's level (allocation.json), or, without one, by its weights. Layers that
+    inference fuses are packed all or none.
     """
 
     format: ClassVar[PackedFormat]
@@ -219,8 +219,8 @@ class PackedExporter(Sharded):
 class Sparse24(PackedExporter):
     """Servable layers packed as two of four weights and a bitmask; all else dense.
 
-    The layers are those whose level runs on 2:4 kernels (allocation.json), or, without one, those whose weights
-    are 2:4. Layers that inference fuses are packed all or none.
+    The layers are those whose level runs on 2:4 kernels (allocation.json), or, without one, those whose
+    weights are 2:4. Layers that inference fuses are packed all or none.
     """
 
     name = "sparse24"

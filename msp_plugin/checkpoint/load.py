@@ -131,7 +131,7 @@ def _in_memory(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def _dtype_of(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
-    """Return the dtype that the config names, which transformers takes for a dense model, else that of the weights."""
+    """Return the dtype that the config names, as for a dense model, else that of the weights."""
     named = getattr(config, "dtype", None)
     if isinstance(named, torch.dtype):
         return named

@@ -1,4 +1,4 @@
-"""export.json: the files, tensors and packed layers that an export wrote, so that a copy of it can be checked."""
+"""export.json: the files, tensors and packed layers of an export, so that a copy of it can be checked."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class PackedLayers:
 
 
 def known_formats() -> Iterator[PackedFormat]:
-    """Yield the built-in format, then those of installed plugins, which are imported only when they are asked for."""
+    """Yield the built-in format, then those of plugins, which are imported only when it is not the one."""
     from msp_plugin.plugins.manager import Plugins
 
     yield Sparse24Bitmask()
@@ -60,9 +60,10 @@ def packed_layers(
         known.append(candidate.name)
     if not sparsity:  # quantized: no format of packed weights
         return None
+    expected = " or ".join(repr(name) for name in dict.fromkeys(known))
     raise FormatError(
         f"{source}: sparsity format {shown(sparsity.get('format'))} is not read here",
-        hint=f"expected {' or '.join(repr(name) for name in dict.fromkeys(known))}; a plugin can add a format",
+        hint=f"expected {expected}; a plugin can add a format",
     )
 
 
@@ -70,8 +71,8 @@ def check_packed(packed: PackedLayers | None, tensors: Mapping[str, TensorInfo])
     """Raise unless the headers of a checkpoint's tensors agree with what its config says is packed.
 
     Raises:
-        FormatError: a tensor of a packed layer is missing, has a header that it cannot have, or belongs to a layer
-            that the config does not name.
+        FormatError: a tensor of a packed layer is missing, has a header that it cannot have, or belongs to a
+            layer that the config does not name.
     """
     layers, format = (packed.layers, packed.format) if packed else ((), Sparse24Bitmask())
     for layer in layers:

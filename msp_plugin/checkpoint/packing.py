@@ -20,7 +20,8 @@ class Packing:
     """The layers that a format packs, and those that stay dense.
 
     Args:
-        packed: by layer, its level's name; the format's structure, e.g. ``2:4``, where no allocation says a level.
+        packed: by layer, its level's name; the format's structure, e.g. ``2:4``, where no allocation says a
+            level.
         dense: by layer, why it stays dense.
     """
 
@@ -36,8 +37,8 @@ def sort_layers(
 ) -> Packing:
     """Return which layers of a dense checkpoint a format packs, and why the others stay dense.
 
-    With an allocation, the level decides; without one, the weights themselves do, for every matrix in the decoder
-    blocks. Layers that inference fuses are packed all or none.
+    With an allocation, the level decides; without one, the weights themselves do, for every matrix in the
+    decoder blocks. Layers that inference fuses are packed all or none.
 
     Args:
         tensors: the headers of the checkpoint.
@@ -83,7 +84,7 @@ def _siblings(layer: str) -> list[str]:
 
 
 def pack_layer(format: PackedFormat, weight: torch.Tensor, layer: str) -> tuple[dict[str, torch.Tensor], int]:
-    """Return the packed tensors by suffix, and how many negative zeros had to become positive: 0 if they are exact.
+    """Return the packed tensors by suffix, and how many negative zeros became positive: 0 if they are exact.
 
     Raises:
         FormatError: the weight does not fit into the format.

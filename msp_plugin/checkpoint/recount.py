@@ -62,8 +62,9 @@ def recount_model(
 ) -> PruneStats:
     """Return the zeros of every layer of the allocation, counted in the model.
 
-    No group may keep more than its level allows. With ``exact``, a layer may have more zeros than planned only as far
-    as they were there before, stand in columns that are zero throughout (dead input features), or come from rounding.
+    No group may keep more than its level allows. With ``exact``, a layer may have more zeros than planned
+    only as far as they were there before, stand in columns that are zero throughout (dead input features), or
+    come from rounding.
 
     Args:
         before: zeros of each layer before pruning.

@@ -81,7 +81,7 @@ def write_files(directory: Path, outcome: Outcome | None, record: dict[str, Any]
 def attach_files(
     model: PreTrainedModel, outcome: Outcome, stats: PruneStats, seed: int, *, keep: bool = True
 ) -> None:
-    """Make ``model.save_pretrained`` write both files too, and the processor's files of a model that reads images.
+    """Make ``model.save_pretrained`` write both files too, and the files of an image processor.
 
     Args:
         keep: save the model elsewhere if that fails.

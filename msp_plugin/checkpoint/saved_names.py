@@ -1,4 +1,4 @@
-"""Names under which transformers saves a model's layers: it renames and reshapes tensors between memory and files."""
+"""Names of a model's layers in files: transformers renames and reshapes tensors when it saves them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def saved_names(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]
         name, converter = rename_source_key(f"{layer}.weight", renamings, converters, reverse=True)
         if converter is not None or not name.endswith(".weight"):
             raise ModelError(
-                f"transformers stores {layer} of {type(model).__name__} in another shape or with other layers in one "
-                "tensor, in which its zeros could not be checked",
+                f"transformers stores {layer} of {type(model).__name__} in another shape or with other "
+                "layers in one tensor, in which its zeros could not be checked",
                 hint="add it to ignore",
             )
         names[layer] = name.removesuffix(".weight")
@@ -35,7 +35,7 @@ def saved_names(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]
 
 
 def weight_conversions(model: PreTrainedModel) -> list[Any]:
-    """Return the conversions that transformers undoes when it saves a model, as its revert_weight_conversion does."""
+    """Return the conversions that transformers undoes when it saves a model (revert_weight_conversion)."""
     applied: list[Any] | None = getattr(model, "_weight_conversions", None)
     if applied is not None:
         return applied

@@ -31,10 +31,10 @@ GENERATION_FILE = "generation_config.json"
 
 
 def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Raise if transformers will refuse to save the model: its config and tokenizer are saved once, then deleted.
+    """Raise if transformers will refuse to save the model: config and tokenizer are saved and deleted.
 
-    A generation config that transformers refuses is no reason: it is kept as it is (see generation_config_kept), with
-    a warning.
+    A generation config that transformers refuses is no reason: it is kept as it is (see
+    generation_config_kept), with a warning.
 
     Raises:
         ModelError: transformers refuses the config or the tokenizer.
@@ -116,7 +116,8 @@ def kept_if_it_fails(
         hint = (
             f"the pruned model is kept in {kept}; it is whole with the source's tokenizer files beside it"
             if kept
-            else "the pruned model could not be kept elsewhere; what was measured is in the cache, so that a run goes on with it"
+            else "the pruned model could not be kept elsewhere; what was measured is in the cache, so that a "
+            "run goes on with it"
         )
         raise OutputError(
             failure.message, hint=f"{failure.hint}; {hint}" if failure.hint else hint

@@ -73,7 +73,8 @@ class Request:
         samples, length, column, bos: of each text (see data.samples.Text).
 
     Raises:
-        RecipeError: neither tasks nor data, tasks that are not named, an unknown dtype, a number out of range.
+        RecipeError: neither tasks nor data, tasks that are not named, an unknown dtype, a number out of
+            range.
     """
 
     model: Source
@@ -175,9 +176,10 @@ def _text(
         for source, tokenizer in zip(request.sources, tokenizers, strict=True)
     ]
     if len({samples.fingerprint for samples in sets}) > 1:
+        names = " and ".join(source.name for source in reversed(request.sources))
         raise ModelError(
-            f"{' and '.join(source.name for source in reversed(request.sources))} read {data} as different tokens",
-            hint="the reference of a perplexity and a KL is the model before pruning; tasks can compare any two",
+            f"{names} read {data} as different tokens",
+            hint="the reference of a perplexity and a KL is the model before pruning; tasks compare any two",
         )
     return sets[0]
 
@@ -212,7 +214,7 @@ def _measure(
 def _kl(
     other: PreTrainedModel, model: PreTrainedModel, text: CalibrationSet, progress: StepProgress
 ) -> float:
-    """Return KL(other || model) in nats per token; both models are on the device that suits ``other`` best."""
+    """Return KL(other || model) in nats per token, on the device that suits ``other`` best."""
     with on_best_device(other):
         torch.nn.Module.to(model, next(other.parameters()).device)
         return mean_kl(other, model, text, progress=partial(progress, f"KL on {text.source}"))

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: lm-eval's own defaults (lm_eval/defaults.py), given to it so that the record holds the seeds that were used.
+#: lm-eval's own defaults (lm_eval/defaults.py), given to it so that the record holds the seeds that were
+#: used.
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-#: Draws for the standard error of a metric that is no mean; it is within 1/sqrt(2 * 1000) = 2 % of itself then
-#: (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 6). lm-eval's 100,000 take minutes a task.
+#: Draws for the standard error of a metric that is no mean; it is within 1/sqrt(2 * 1000) = 2 % of itself
+#: then (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 6). lm-eval's 100,000 take minutes
+#: a task.
 BOOTSTRAP = 1000
 
 
@@ -201,9 +203,9 @@ def _digest(rows: Sequence[dict[str, Any]]) -> str:
 def difference(metric: Metric, reference: Metric) -> tuple[float, float | None, bool]:
     """Return metric - reference, its standard error, and True if that error is of pairs.
 
-    Both models answered the same documents. If both numbers are means over documents, the standard error is the one
-    of the mean of their differences; otherwise it is the one of independent numbers, which is larger for models that
-    fail on the same documents.
+    Both models answered the same documents. If both numbers are means over documents, the standard error is
+    the one of the mean of their differences; otherwise it is the one of independent numbers, which is larger
+    for models that fail on the same documents.
     """
     more = metric.value - reference.value
     ours, theirs = metric.by_document, reference.by_document

@@ -66,7 +66,8 @@ def local_tasks(directory: Path) -> dict[str, str]:
     """Return the names that the YAML files of a directory define; for each ``task``, ``group`` or ``tag``.
 
     Raises:
-        DataError: there is no such directory, it holds no YAML file, one cannot be read, or none defines a task.
+        DataError: there is no such directory, it holds no YAML file, one cannot be read, or none defines a
+            task.
     """
     if not directory.is_dir():
         raise DataError(
@@ -92,7 +93,7 @@ def local_tasks(directory: Path) -> dict[str, str]:
 
 
 def _read_task(file: Path) -> dict[str, Any]:
-    """Return the mapping in a task's YAML file; a function that it names stays a name, and is not imported."""
+    """Return the mapping in a task's YAML file; functions that it names are not imported."""
 
     class Loader(yaml.SafeLoader):
         pass
@@ -118,10 +119,11 @@ def find_tasks(
     batch: int = 8,
     quiet: bool = True,
 ) -> Suite:
-    """Return the tasks of some names, each built once, so that no model is loaded for tasks that cannot be asked.
+    """Return the tasks of some names; each was built once, so that no model is loaded for broken ones.
 
     Args:
-        names: of tasks, groups and tags, of lm-eval or of ``directory``, whose tasks replace lm-eval's namesakes.
+        names: of tasks, groups and tags, of lm-eval or of ``directory``, whose tasks replace lm-eval's
+            namesakes.
 
     Raises:
         HostError: lm-eval is missing.
@@ -171,8 +173,8 @@ def _build(manager: TaskManager, name: str) -> dict[str, Any]:
         if _came_from_data(error):
             raise DataError(
                 f"the dataset of task {name!r} could not be loaded: {cause}",
-                hint="it comes from the hub unless the task says otherwise: go online once, or give a task with "
-                "local data in a task directory (relative data_files start at the working directory)",
+                hint="it comes from the hub unless the task says otherwise: go online once, or give a task "
+                "with local data in a task directory (relative data_files start at the working directory)",
             ) from error
         raise DataError(f"lm-eval cannot build task {name!r}: {cause}", hint="see its YAML file") from error
 

@@ -1,4 +1,4 @@
-"""What a format of packed weights is: the one class that exports, checkpoints, checks and reports know it by."""
+"""Formats of packed weights: the one class by which exports, checkpoints, checks and reports know them."""
 
 from __future__ import annotations
 
@@ -40,17 +40,18 @@ class TensorInfo:
 class PackedFormat(ABC):
     """A way to store pruned weights in fewer bytes; a plugin adds one by ``msp_register_formats``.
 
-    A checkpoint uses one format. Its config names the packed layers one by one; instead of ``<layer>.weight`` it
-    holds the tensors ``<layer>.<suffix>`` for each suffix of the format. A format has no options that reading
-    depends on: checkpoints are read with ``cls()``.
+    A checkpoint uses one format. Its config names the packed layers one by one; instead of ``<layer>.weight``
+    it holds the tensors ``<layer>.<suffix>`` for each suffix of the format. A format has no options that
+    reading depends on: checkpoints are read with ``cls()``.
 
     Attributes:
         name: ``format`` in the ``sparsity_config`` of a checkpoint's config.json.
         structure: ``sparsity_structure`` beside it, e.g. ``2:4`` or ``unstructured``.
-        least_sparsity: ``global_sparsity`` beside it, the share of zeros that each packed weight has at least.
+        least_sparsity: ``global_sparsity`` beside it, the share of zeros that each packed weight has at
+            least.
         suffixes: of the tensors that stand for a weight, in the order in which they are stored.
-        own_suffixes: those of them that no dense model uses: a tensor with one whose layer the config does not
-            name means that config and tensors are from different checkpoints.
+        own_suffixes: those of them that no dense model uses: a tensor with one whose layer the config does
+            not name means that config and tensors are from different checkpoints.
         description: what is stored for a weight, in a few words.
         served: True if the vLLM plugin serves the format.
     """
@@ -67,7 +68,7 @@ class PackedFormat(ABC):
     def refuses(
         self, layer: str, shape: tuple[int, ...], dtype: torch.dtype, level: Level | None
     ) -> str | None:
-        """Return why a layer is not packed, as far as name, shape [out, in], dtype and level tell; None if it may be.
+        """Return why name, shape [out, in], dtype or level of a layer forbid to pack it; None if they do not.
 
         Args:
             level: None where no allocation says it; then ``refuses_weight`` is asked too.
@@ -90,8 +91,8 @@ class PackedFormat(ABC):
             layer: its name, for errors.
 
         Raises:
-            FormatError: the weight does not fit, or a negative zero has no place: such a weight is packed with
-                positive zeros instead.
+            FormatError: the weight does not fit, or a negative zero has no place: such a weight is packed
+                with positive zeros instead.
         """
 
     @abstractmethod
@@ -111,9 +112,10 @@ class PackedFormat(ABC):
         """
 
     def config(self, packed: Sequence[str], dense: Sequence[str]) -> dict[str, Any]:
-        """Return the ``quantization_config`` of a checkpoint, as compressed-tensors 0.13 and vLLM 0.18.1 read it.
+        """Return a checkpoint's ``quantization_config``, as compressed-tensors 0.13 and vLLM 0.18.1 read it.
 
-        Layers are named one by one: with ``targets: ["Linear"]`` vLLM 0.18.1 takes dense layers for packed ones.
+        Layers are named one by one: with ``targets: ["Linear"]`` vLLM 0.18.1 takes dense layers for packed
+            ones.
         Further keys beside ``sparsity_config`` make compressed-tensors 0.13 ask for ``config_groups``.
 
         Args:

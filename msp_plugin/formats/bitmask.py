@@ -1,7 +1,7 @@
 """Pruned weights as kept values and a bitmask, for any pattern of zeros.
 
-numpy finds the places of the ones: torch's masked_scatter and nonzero are slower on a CPU. What reading costs against
-a dense copy: integration/database_bench.py.
+numpy finds the places of the ones: torch's masked_scatter and nonzero are slower on a CPU. What reading costs
+against a dense copy: integration/database_bench.py.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ SIGNED_ZERO = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn
 
 
 def as_integers(weight: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a weight of 1, 2 or 4 bytes as integers; they share its memory where it is contiguous."""
+    """Return the bits of a weight as integers of 1, 2 or 4 bytes, in its memory if it is contiguous."""
     return weight.detach().contiguous().view(INTEGERS[weight.element_size()])
 
 
@@ -26,8 +26,8 @@ def row_chunks(rows: int, columns: int) -> list[slice]:
 def positive_zeros(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return the weight with every negative zero made positive, and how many there were.
 
-    No value changes: -0.0 equals 0.0, and a product with either adds the same to a sum. The weight itself comes
-    back if it has none.
+    No value changes: -0.0 equals 0.0, and a product with either adds the same to a sum. The weight itself
+    comes back if it has none.
     """
     if weight.dtype not in SIGNED_ZERO:
         return weight, 0
@@ -43,7 +43,7 @@ def positive_zeros(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Return True if two tensors have the same dtype, shape and bytes: NaN equals NaN, -0.0 differs from 0.0."""
+    """Return True if dtype, shape and bytes are the same: NaN equals NaN, -0.0 differs from 0.0."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     bytes_of_first, bytes_of_second = (t.contiguous().reshape(-1).view(torch.uint8) for t in (first, second))

@@ -1,8 +1,8 @@
-"""The ``sparse-24-bitmask`` layout of compressed-tensors (0.6 to 0.14): two of every four weights and a bitmask.
+"""``sparse-24-bitmask`` of compressed-tensors (0.6 to 0.14): two of every four weights and a bitmask.
 
 A weight [out, in] becomes ``values`` [out, in / 2], the stored weights of each row in order, and ``bitmask``
-[out, ceil(in / 8)] uint8, one bit per weight, lowest bit first. Exactly two weights of each aligned group of four
-are stored; where a group holds fewer nonzeros, zeros fill the places. 9/16 of a 16-bit weight.
+[out, ceil(in / 8)] uint8, one bit per weight, lowest bit first. Exactly two weights of each aligned group of
+four are stored; where a group holds fewer nonzeros, zeros fill the places. 9/16 of a 16-bit weight.
 
 Everything here works on bit patterns, so any dtype of one, two or four bytes comes back bit for bit, NaN and
 negative zeros included.
@@ -50,8 +50,8 @@ _NIBBLE = torch.tensor(
     [sum(1 << i for i in _stored(n)) if n.bit_count() <= 2 else _TOO_MANY for n in range(16)],
     dtype=torch.uint8,
 )
-#: By a byte of the bitmask: where its four stored weights go among eight [256, 4]; -1 for a byte that does not
-#: store two in each half.
+#: By a byte of the bitmask: where its four stored weights go among eight [256, 4]; -1 for a byte that does
+#: not store two in each half.
 _TARGETS = torch.full((256, 4), -1)
 for _low in combinations(range(4), 2):
     for _high in combinations(range(4, 8), 2):
@@ -96,7 +96,8 @@ def pack(weight: torch.Tensor, name: str = "weight") -> Packed:
 
     Raises:
         FormatError: not a matrix, I is no multiple of four, a dtype of another size, or a group of four holds
-            more than two weights whose bits are not all zero. A negative zero is such a weight: see ``positive_zeros``.
+            more than two weights whose bits are not all zero. A negative zero is such a weight: see
+            ``positive_zeros``.
     """
     bits = _as_bits(weight, name)
     rows, columns = weight.shape
@@ -184,8 +185,8 @@ def _as_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
 def _nonzero_nibbles(bits: torch.Tensor) -> torch.Tensor:
     """Return int32 [rows, G]: bit i says that weight i of the group is not zero.
 
-    The four booleans of a group are one 32-bit word b0 + b1 2^8 + b2 2^16 + b3 2^24; times 2^24 + 2^17 + 2^10 + 2^3
-    the bits 24 to 27 of the product are b0, b1, b2, b3, and no two terms meet in one bit.
+    The four booleans of a group are one 32-bit word b0 + b1 2^8 + b2 2^16 + b3 2^24; times 2^24 + 2^17 + 2^10
+    + 2^3 the bits 24 to 27 of the product are b0, b1, b2, b3, and no two terms meet in one bit.
     """
     words = (bits != 0).view(torch.int32)
     return (words * 0x01020408 >> 24) & 15
@@ -202,8 +203,8 @@ def _refusal(weight: torch.Tensor, name: str) -> FormatError:
         )
     row, group = divmod(int(over.reshape(-1).int().argmax()), groups.shape[1])
     return FormatError(
-        f"{name} is not 2:4: {int(over.sum()):,} of {over.numel():,} groups of four hold more than two nonzeros, "
-        f"the first in row {row}, columns {4 * group} to {4 * group + 3}",
+        f"{name} is not 2:4: {int(over.sum()):,} of {over.numel():,} groups of four hold more than two "
+        f"nonzeros, the first in row {row}, columns {4 * group} to {4 * group + 3}",
         hint="keep the layer dense, or prune it to a level that 2:4 holds (2:4, 1:4, 2:8, 1:8, ...)",
     )
 
@@ -287,7 +288,7 @@ class Sparse24Bitmask(PackedFormat):
             headers = ", ".join(f"{s} {stored[s].dtype} {list(stored[s].shape)}" for s in SUFFIXES)
             raise FormatError(
                 f"{layer} is no packed weight: {headers}",
-                hint="expected compressed [out, in / 2] in float16, bfloat16 or float32, bitmask uint8 [out, in / 8] "
-                "and shape int64 [2, 1]; the file is damaged, or quantized",
+                hint="expected compressed [out, in / 2] in float16, bfloat16 or float32, bitmask uint8 "
+                "[out, in / 8] and shape int64 [2, 1]; the file is damaged, or quantized",
             )
         return TensorInfo(values.file, values.dtype, (rows, 2 * half))

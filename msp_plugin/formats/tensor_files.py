@@ -64,7 +64,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
         lost = sorted(name for name, file in index.items() if found.get(name) != file)
         if lost:
             raise FormatError(
-                f"{directory / INDEX} names {len(lost)} tensors that are not in their file, e.g. {', '.join(lost[:3])}",
+                f"{directory / INDEX} names {len(lost)} tensors that are not in their file, "
+                f"e.g. {', '.join(lost[:3])}",
                 hint="a shard is missing or from another checkpoint: copy the directory anew",
             )
 

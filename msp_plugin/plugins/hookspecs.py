@@ -1,8 +1,9 @@
 """The hooks of msp_plugin.
 
-A plugin implements any of them, and registers its module or object under the entry-point group ``msp_plugin``.
-The ``msp_register_*`` hooks return classes: frozen dataclasses with a class attribute ``name``, whose fields are
-the options that a recipe may set. The order in which plugins are loaded changes nothing.
+A plugin implements any of them, and registers its module or object under the entry-point group
+``msp_plugin``. The ``msp_register_*`` hooks return classes: frozen dataclasses with a class attribute
+``name``, whose fields are the options that a recipe may set. The order in which plugins are loaded changes
+nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def msp_register_pruners() -> list[type[Pruner]]:
 
 @hookspec
 def msp_register_formats() -> list[type[PackedFormat]]:
-    """Return formats of packed weights: every reader of checkpoints knows them (``msp verify``, ``load``, reports)."""
+    """Return formats of packed weights, which every reader of checkpoints then knows."""
     raise NotImplementedError
 
 

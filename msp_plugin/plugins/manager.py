@@ -91,7 +91,7 @@ class Plugins:
         return [self.components["formats"][name].cls() for name in sorted(self.components["formats"])]
 
     def tell(self, event: str, **about: Any) -> None:
-        """Call the observers of an event, e.g. ``msp_run_finished``; a bug in one is logged and does not end the run."""
+        """Call the observers of an event, e.g. ``msp_run_finished``; a bug in one is only logged."""
         for observer in reversed(getattr(self.hook, event).get_hookimpls()):  # pluggy's own order
             try:
                 observer.function(**{name: about[name] for name in observer.argnames})
@@ -175,7 +175,8 @@ class Plugins:
         """Return the component that a recipe names, with its options checked.
 
         Args:
-            kind: ``"estimators"``, ``"allocators"``, ``"pruners"``, ``"formats"``, ``"exporters"`` or ``"checks"``.
+            kind: ``"estimators"``, ``"allocators"``, ``"pruners"``, ``"formats"``, ``"exporters"`` or
+                ``"checks"``.
             spec: a name, or a mapping with ``name`` and options.
 
         Raises:

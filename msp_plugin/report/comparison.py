@@ -31,7 +31,7 @@ class Entry:
 
     @property
     def perplexity(self) -> float | None:
-        """Mean test perplexity; None if a seed's is missing or infinite: a mean without it would look too good."""
+        """Mean test perplexity; None if a seed's is missing or infinite, so that no mean looks too good."""
         return mean(self.perplexities) if len(self.perplexities) == len(self.rows) else None
 
     @property
@@ -91,7 +91,7 @@ class Cell:
 
     @property
     def ties(self) -> list[Entry]:
-        """Entries that are no further from the best one than twice the larger spread over seeds of the two."""
+        """Entries no further from the best one than twice the larger spread over seeds of the two."""
         best = self.best
         if best is None or best.kl is None:
             return []

@@ -221,8 +221,8 @@ def _cost(cell: Cell, comparison: Comparison) -> Chart | None:
             tuple((value, "dense") for value in dense),
             log_x=True,
             log_y=bool(values) and max([*values, *dense]) > _LOG_FROM * max(min([*values, *dense]), 1e-9),
-            caption="Test perplexity after the final pruning against the tokens that candidates and sensitivities "
-            "cost. Large marks are means over seeds, with one standard deviation.",
+            caption="Test perplexity after the final pruning against the tokens that candidates and "
+            "sensitivities cost. Large marks are means over seeds, with one standard deviation.",
         )
     )
 
@@ -239,13 +239,14 @@ def _predictions(cell: Cell) -> Chart | None:
     correlation = f" Spearman's rho {number(rho, 2)}." if rho is not None else ""
     return draw(
         Chart(
-            f"Measured against predicted change of the loss, {cell.method} at {rounded_percent(cell.sparsity)}",
+            "Measured against predicted change of the loss, "
+            f"{cell.method} at {rounded_percent(cell.sparsity)}",
             "predicted change, nats per token",
             "measured change, nats per token",
             tuple(series),
             diagonal=True,
-            caption=f"{len(pairs)} proposals that a surrogate made. On the dashed line the prediction is what was "
-            f"measured.{correlation}",
+            caption=f"{len(pairs)} proposals that a surrogate made. On the dashed line the prediction is what "
+            f"was measured.{correlation}",
         )
     )
 

@@ -17,7 +17,7 @@ from msp_plugin.report.text import count, percent, rounded_percent, scientific
 
 @dataclass(frozen=True)
 class Cell:
-    """One unit on a map: its text, the CSS class of its colour, whether 2:4 kernels run it, and its tooltip."""
+    """One unit on a map: text, CSS class of its colour, whether 2:4 kernels run it, and tooltip."""
 
     text: str
     css: str = ""
@@ -53,7 +53,7 @@ class Layout:
 
 
 def lay_out(table: UnitTable) -> Layout:
-    """Return the layout of a table: projections in the model's order, by the shortest names that tell them apart."""
+    """Return the layout of a table: projections in the model's order, by their shortest distinct names."""
     places = [_place(unit) for unit in table]
     if len(set(places)) > 1 and len({unit.block for unit in table}) == len(table):  # a unit is a block
         places = ["block"] * len(table)
@@ -123,8 +123,8 @@ def kept_weights(allocation: Allocation) -> list[int]:
 def _level_title(unit: Unit, level: Level) -> str:
     kernels = "runs" if level.servable else "does not run"
     return (
-        f"{unit.name}: {level.name}, {rounded_percent(level.sparsity)} zeros of {count(unit.weights)} weights, "
-        f"{kernels} on 2:4 kernels"
+        f"{unit.name}: {level.name}, {rounded_percent(level.sparsity)} zeros of {count(unit.weights)} "
+        f"weights, {kernels} on 2:4 kernels"
     )
 
 

@@ -191,8 +191,9 @@ def _curve(search: Search, given: Any) -> Chart | None:
             ),
             tuple((value, "uniform") for value in uniform),
             log_x=True,
-            caption="The least loss so far on the search text, and the incumbents' loss on the hold-out text, with "
-            "the level database's weights. The allocation that is returned may be another one: see the allocator. "
+            caption="The least loss so far on the search text, and the incumbents' loss on the hold-out text, "
+            "with the level database's weights. The allocation that is returned may be another one: see the "
+            "allocator. "
             "The dashed line is the uniform allocation on the search text.",
         )
     )

@@ -33,7 +33,7 @@ def deviation(values: Iterable[float | None]) -> float | None:
 
 
 def within_noise(value: float, spread: float | None, best: float, best_spread: float | None) -> bool:
-    """Return True if a mean is no further from the best one than twice the larger of their spreads over seeds."""
+    """Return True if a mean is at most twice the larger of their spreads over seeds from the best one."""
     return value <= best + 2 * max(spread or 0.0, best_spread or 0.0)
 
 
@@ -58,7 +58,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def taken_back(dense: float | None, uniform: float | None, mixed: float | None) -> float | None:
-    """Return how much of the loss (log perplexity) that uniform adds to dense is not added by mixed, as a share."""
+    """Return the share of uniform's loss over dense (log perplexity) that mixed does not have."""
     perplexities = finite_values((dense, uniform, mixed))
     if len(perplexities) < 3 or min(perplexities) <= 0:
         return None

@@ -12,21 +12,21 @@ import torch
 
 #: Algorithms that a search found, by device name, dtype, O and I; kept by the caller while it loads layers.
 FoundAlgorithms = dict[tuple[str, torch.dtype, int, int], tuple[int, ...]]
-#: T must be a multiple of this in both kernels, as in the table of ``kernels.MULTIPLES``: they move 16 bytes, 8
-#: values, at a time.
+#: T must be a multiple of this in both kernels, as in the table of ``kernels.MULTIPLES``: they move 16 bytes,
+#: 8 values, at a time.
 TOKEN_MULTIPLE = 8
-#: An algorithm is searched for each of these token counts and serves the counts up to it, the last one all above
-#: too. Decoding lives in the first three, prefill in the last two.
+#: An algorithm is searched for each of these token counts and serves the counts up to it, the last one all
+#: above too. Decoding lives in the first three, prefill in the last two.
 BUCKETS = (16, 64, 256, 1024, 8192)
-#: What ``self_check`` may find, relative to the largest output. Rounding to 16 bits once moves a value by at most
-#: u of itself: 2**-8 in bfloat16, 2**-11 in float16. Both kernels sum in float32 and round the result, which lets
-#: them differ by 2 u; a dense kernel that splits the sum over I may round partial sums as well, for which 2 u more
-#: are allowed. A kernel that reads the wrong weights is off by about 1.
+#: What ``self_check`` may find, relative to the largest output. Rounding to 16 bits once moves a value by at
+#: most u of itself: 2**-8 in bfloat16, 2**-11 in float16. Both kernels sum in float32 and round the result,
+#: which lets them differ by 2 u; a dense kernel that splits the sum over I may round partial sums as well,
+#: for which 2 u more are allowed. A kernel that reads the wrong weights is off by about 1.
 TOLERANCE = {torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11}
 
 
 def fastest_algorithms(packed: torch.Tensor, rows: int, columns: int) -> tuple[int, ...]:
-    """Return the fastest algorithm for each bucket. The numbers mean nothing to another version of the library."""
+    """Return the fastest algorithm for each bucket; other versions of the library number them otherwise."""
     algorithms, fewest = [], 1
     for most in BUCKETS:
         algorithms.append(_fastest(packed, rows, columns, padded(fewest), most))
@@ -35,11 +35,11 @@ def fastest_algorithms(packed: torch.Tensor, rows: int, columns: int) -> tuple[i
 
 
 def _fastest(packed: torch.Tensor, rows: int, columns: int, fewest: int, most: int) -> int:
-    """Return the fastest algorithm at ``most`` tokens, or 0, the default, where the search or its result fails.
+    """Return the fastest algorithm at ``most`` tokens, or the default, 0, if the search or its result fails.
 
-    The search may pair its algorithm with a split of the sum over I, which torch's search does not return; the
-    algorithm runs unsplit here. It is tried at both ends of the bucket, with and without a bias, and its result is
-    compared with the default's at the lower end.
+    The search may pair its algorithm with a split of the sum over I, which torch's search does not return;
+    the algorithm runs unsplit here. It is tried at both ends of the bucket, with and without a bias, and its
+    result is compared with the default's at the lower end.
     """
     try:
         x = random_input(most, columns, packed)
@@ -61,7 +61,7 @@ def _fastest(packed: torch.Tensor, rows: int, columns: int, fewest: int, most: i
 def cusparselt(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, algorithm: int
 ) -> torch.Tensor:
-    """Return x [T, I] times the packed weight, as [T, O]. T is a multiple of ``TOKEN_MULTIPLE``, x contiguous.
+    """Return x [T, I], contiguous, T a multiple of ``TOKEN_MULTIPLE``, times the packed weight, as [T, O].
 
     A bias is one value per row of the packed weight, also where the result comes transposed.
     """
@@ -72,7 +72,7 @@ def cusparselt(
 
 
 def random_input(tokens: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """Return normal values [tokens, columns] of a generator of their own, in the dtype and on the device of ``like``."""
+    """Return seeded normal values [tokens, columns], in the dtype and on the device of ``like``."""
     generator = torch.Generator(like.device).manual_seed(0)
     return torch.randn(tokens, columns, generator=generator, dtype=like.dtype, device=like.device)
 

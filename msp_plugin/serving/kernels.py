@@ -1,8 +1,8 @@
 """torch's 2:4 matrix kernels, as one operator that compiles and can be captured into CUDA graphs.
 
-``choose`` says which kernel a linear layer gets, ``pack`` brings its weight into the kernel's form once, at load,
-and ``linear`` multiplies. Importing this module registers the operator ``msp_plugin::sparse24_linear`` and does
-nothing else; it needs no GPU.
+``choose`` says which kernel a linear layer gets, ``pack`` brings its weight into the kernel's form once, at
+load, and ``linear`` multiplies. Importing this module registers the operator ``msp_plugin::sparse24_linear``
+and does nothing else; it needs no GPU.
 
 Shape legend: O out_features, I in_features, T tokens.
 """
@@ -74,7 +74,8 @@ def choose(
     if not has_cusparselt and capability[0] != 8:
         return Choice(
             "dense",
-            f"this torch has no cuSPARSELt, and its CUTLASS kernels run on compute capability 8.x, not {shown}",
+            "this torch has no cuSPARSELt, and its CUTLASS kernels run on compute capability 8.x, "
+            f"not {shown}",
         )
     kernel: Kernel = "cusparselt" if has_cusparselt else "cutlass"
     misfit = _misfit(weight_shape, kernel)
@@ -95,7 +96,8 @@ class Packed24:
 
     Args:
         kernel: "cusparselt" or "cutlass".
-        packed: cusparselt: the kept weights and the metadata, [O, about 9/16 I]; cutlass: the kept weights [O, I / 2].
+        packed: cusparselt: the kept weights and the metadata, [O, about 9/16 I]; cutlass: the kept weights
+            [O, I / 2].
         meta: cutlass: the metadata, int16 [O, I / 16], in the order that the kernel reads; cusparselt: None.
         algorithms: cusparselt: the algorithm for each of ``BUCKETS``; cutlass: empty.
     """
@@ -158,7 +160,8 @@ def _check_weight(weight: torch.Tensor, kernel: str) -> None:
         raise ServingError(f"there is no 2:4 kernel {kernel!r}", hint=f"known: {', '.join(MULTIPLES)}")
     if not weight.is_cuda or weight.dtype not in DTYPES or weight.dim() != 2:
         raise ServingError(
-            f"a {weight.dtype} weight of shape {list(weight.shape)} on {weight.device} cannot be packed for {kernel}",
+            f"a {weight.dtype} weight of shape {list(weight.shape)} on {weight.device} cannot be packed for "
+            f"{kernel}",
             hint="expected a float16 or bfloat16 matrix on a CUDA device; elsewhere keep the layer dense",
         )
     if misfit := _misfit(tuple(weight.shape), kernel):
@@ -166,7 +169,8 @@ def _check_weight(weight: torch.Tensor, kernel: str) -> None:
     over = (weight.detach().reshape(-1, 4) != 0).sum(-1, dtype=torch.uint8) > 2
     if bool(over.any()):
         raise FormatError(
-            f"the weight is not 2:4: {int(over.sum()):,} of {over.numel():,} groups of four hold more than two nonzeros",
+            f"the weight is not 2:4: {int(over.sum()):,} of {over.numel():,} groups of four hold more "
+            "than two nonzeros",
             hint="keep the layer dense, or prune it to a level that 2:4 holds",
         )
 
@@ -174,8 +178,8 @@ def _check_weight(weight: torch.Tensor, kernel: str) -> None:
 @library.custom_op(
     "msp_plugin::sparse24_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor packed, Tensor? meta, Tensor? bias, int out_features, str kernel, int[] algorithms)"
-    " -> Tensor",
+    schema="(Tensor x, Tensor packed, Tensor? meta, Tensor? bias, int out_features, str kernel, "
+    "int[] algorithms) -> Tensor",
 )
 def sparse24_linear(
     x: torch.Tensor,
@@ -188,7 +192,8 @@ def sparse24_linear(
 ) -> torch.Tensor:
     """Return x [..., I] times the transposed packed weight plus bias [O]: a new contiguous tensor [..., O].
 
-    The number of tokens is read here and not while a graph is traced, so one traced graph serves every number.
+    The number of tokens is read here and not while a graph is traced, so one traced graph serves every
+    number.
 
     Raises:
         ServingError: a tensor is not on a CUDA device, or dtypes differ.
@@ -225,13 +230,14 @@ def _(
 
 
 def _check_call(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, kernel: str) -> None:
-    """Raise if dtypes or devices differ: the library assumes the packed weight's for all tensors, and does not check."""
+    """Raise if dtypes or devices differ: the library does not check that they are the packed weight's."""
     if kernel not in MULTIPLES:
         raise ServingError(f"there is no 2:4 kernel {kernel!r}", hint=f"known: {', '.join(MULTIPLES)}")
     tensors = [t for t in (x, packed, bias) if t is not None]
     if not all(t.is_cuda for t in tensors):
         raise ServingError(
-            f"sparse24_linear got tensors on {', '.join(sorted({str(t.device) for t in tensors}))}; it runs on CUDA",
+            f"sparse24_linear got tensors on {', '.join(sorted({str(t.device) for t in tensors}))}; "
+            "it runs on CUDA",
             hint="where choose() says dense, use torch.nn.functional.linear",
         )
     if len({(t.dtype, t.device) for t in tensors}) > 1:
@@ -244,8 +250,9 @@ def _check_call(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
 def linear(x: torch.Tensor, packed24: Packed24, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return x [..., I] times the transposed weight plus bias [O], as [..., O]; no gradients.
 
-    A module that is to be compiled with CUDA graphs does better to hold the packed tensors as buffers or parameters
-    and to call ``sparse24_linear``: other tensors are inputs to such a graph, which may copy them for each replay.
+    A module that is to be compiled with CUDA graphs does better to hold the packed tensors as buffers or
+    parameters and to call ``sparse24_linear``: other tensors are inputs to such a graph, which may copy them
+    for each replay.
 
     Raises:
         ServingError: x has another width than the weight, or ``sparse24_linear`` refuses the tensors.
@@ -262,11 +269,11 @@ def linear(x: torch.Tensor, packed24: Packed24, bias: torch.Tensor | None = None
 
 
 def self_check(weight: torch.Tensor, packed24: Packed24, bias: torch.Tensor | None = None) -> float:
-    """Return how far ``linear`` is from the dense product, relative to the largest magnitude of the dense output.
+    """Return how far ``linear`` is from the dense product, relative to the largest dense output.
 
-    The largest error over the fewest tokens of every bucket, so that each algorithm is tried, on seeded random
-    inputs [tokens, I]. An output that is not finite counts as infinitely far. ``TOLERANCE`` says how much two right
-    kernels can differ.
+    The largest error over the fewest tokens of every bucket, so that each algorithm is tried, on seeded
+    random inputs [tokens, I]. An output that is not finite counts as infinitely far. ``TOLERANCE`` says how
+    much two right kernels can differ.
 
     Args:
         weight: the dense weight [O, I] that was packed, on the same device.

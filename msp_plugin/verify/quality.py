@@ -31,7 +31,7 @@ _SAME_PERPLEXITY = 1e-3
 
 @dataclass(frozen=True)
 class Quality(Check):
-    """The perplexity on the text is finite, KL to the reference is 0, and KL to the original is not too large.
+    """Perplexity on the text is finite, KL to the reference is 0, KL to the original is not too large.
 
     Args:
         dtype: of all models, ``auto`` for each one's own.
@@ -112,7 +112,7 @@ def _against_reference(kl: float, value: float) -> Finding:
 
 
 def _recorded(checkpoint: Checkpoint, text: CalibrationSet, value: float, dtype: str) -> Finding:
-    """Return the perplexity, held against the run's own if that was measured on the same text in the same dtype."""
+    """Return the perplexity, compared with the run's own of the same text and dtype, if there is one."""
     details = {"perplexity": finite(value), "tokens": text.tokens, "fingerprint": text.fingerprint}
     said, measured_in = _said(checkpoint, text)
     if said is None or dtype != measured_in:

@@ -68,7 +68,7 @@ def _packing(checkpoint: Checkpoint, progress: StepProgress) -> Finding:
 
 
 def _equality(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgress) -> Finding:
-    """Return whether every tensor of the dense form equals the reference's; in packed layers, zeros may differ in sign."""
+    """Return whether dense tensors equal the reference's; in packed layers, zeros may differ in sign."""
     ours, theirs = checkpoint.dense_names, reference.dense_names
     lost, odd = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
     other, signs = [], 0

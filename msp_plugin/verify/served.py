@@ -34,24 +34,25 @@ PROMPTS = (
     "SELECT name FROM users WHERE",
 )
 
-#: Nats by which log-probabilities may differ. In float32 the order of sums shows in the sixth digit. With 16 bits
-#: the logits themselves are rounded: between 16 and 32 they are 2**-3 apart in bfloat16, 2**-6 in float16; twice that.
+#: Nats by which log-probabilities may differ. In float32 the order of sums shows in the sixth digit. With 16
+#: bits the logits themselves are rounded: between 16 and 32 they are 2**-3 apart in bfloat16, 2**-6 in
+#: float16; twice that.
 TOLERANCE = {"float32": 1e-3, "float16": 2**-5, "bfloat16": 2**-2}
 
 
 @dataclass(frozen=True)
 class Served(Check):
-    """A vLLM server gives the greedy tokens and log-probabilities of transformers; lists kernels and bytes by layer.
+    """A vLLM server gives the greedy tokens and log-probabilities of transformers; lists the kernels.
 
     Args:
         prompts: number of prompts, at most ten.
         tokens: greedy tokens after each prompt.
-        dtype: of the server and of transformers. In float32 the greedy tokens must be the same. With 16 bits, where
-            near ties fall either way, transformers reads the server's own tokens: each must be within ``tolerance``
-            of the most likely one.
+        dtype: of the server and of transformers. In float32 the greedy tokens must be the same. With 16 bits,
+            where near ties fall either way, transformers reads the server's own tokens: each must be within
+            ``tolerance`` of the most likely one.
         tolerance: largest difference of a token's log-probability in nats; null for the dtype's own.
-        quantization: value of vLLM's ``--quantization``: ``sparse24`` packs a dense checkpoint at load time. A packed
-            checkpoint needs none.
+        quantization: value of vLLM's ``--quantization``: ``sparse24`` packs a dense checkpoint at load time.
+            A packed checkpoint needs none.
         arguments: further ones of ``vllm serve``, quoted as in a shell.
         port: 0 for any free one.
         patience: seconds that the server may take to get ready.
@@ -109,7 +110,7 @@ class Served(Check):
         answers: Sequence[Completion],
         progress: StepProgress,
     ) -> list[Finding]:
-        """Compare the server's answers with transformers': token by token in float32, by probability in 16 bits."""
+        """Compare the server's answers with transformers': by token in float32, by probability in 16 bits."""
         completions, scored = [], []
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
             if self.dtype == "float32":
@@ -137,14 +138,14 @@ class Served(Check):
         return [tokens, self._distance([abs(a - b) for x, y in pairs for a, b in _while_equal(x, y)])]
 
     def _near_tokens(self, answers: Sequence[Completion], own: Sequence[Scores]) -> list[Finding]:
-        """Compare the server's tokens with the log-probabilities that transformers gives them in their place."""
+        """Compare the server's tokens with the log-probabilities that transformers gives them."""
         behind = [gap for score in own for gap in score.behind]
         best, worst = sum(gap == 0 for gap in behind), _largest(behind)
         tokens = Finding(
             "greedy tokens",
             OK if worst <= self._most else FAIL,
-            f"{best} of {len(behind)} are transformers' most likely one, the others at most {worst:.2g} nats behind it "
-            f"({len(own)} prompts x {self.tokens}, {self.dtype})",
+            f"{best} of {len(behind)} are transformers' most likely one, the others at most {worst:.2g} nats "
+            f"behind it ({len(own)} prompts x {self.tokens}, {self.dtype})",
             f"at most {self._most:g} behind",
             {"behind": finite(worst)},
         )
@@ -178,7 +179,7 @@ class Scores:
 
 @torch.no_grad()
 def scores(model: torch.nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> Scores:
-    """Return the scores (nats) that a model gives to tokens after a prompt, each after the tokens before it."""
+    """Return the scores (nats) that a model gives to tokens after a prompt."""
     ids = torch.tensor([[*prompt, *tokens]], device=next(model.parameters()).device)
     logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     of_tokens = logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
@@ -197,7 +198,7 @@ def _while_equal(x: Completion, y: Completion) -> list[tuple[float, float]]:
 
 @torch.no_grad()
 def greedy(model: torch.nn.Module, prompt: Sequence[int], count: int) -> Completion:
-    """Return the ``count`` most likely tokens after a prompt, one by one, and their log-probabilities (nats)."""
+    """Return ``count`` greedy tokens after a prompt, and their log-probabilities (nats)."""
     ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
     cache, tokens, logprobs = None, [], []
     for _ in range(count):

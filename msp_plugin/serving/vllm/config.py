@@ -22,7 +22,8 @@ from msp_plugin.serving.algorithms import FoundAlgorithms
 from msp_plugin.serving.vllm.linear import PackAtLoadMethod, PackedMethod
 from msp_plugin.serving.vllm.report import Report
 
-#: Environment variables: set by the user to leave out the checksums; set here for the processes that this one starts.
+#: Environment variables: set by the user to leave out the checksums; set here for the processes that this one
+#: starts.
 _SKIP, _CHECKED = "MSP_SKIP_CHECKSUMS", "_MSP_CHECKED"
 #: The name of the quantization method, also for ``vllm serve DIR --quantization sparse24``.
 NAME = "sparse24"
@@ -34,8 +35,8 @@ class Sparse24Config(QuantizationConfig):
     """A checkpoint whose linears are 2:4, some or all of them.
 
     Args:
-        targets: checkpoint names of the packed layers; None for a dense checkpoint, whose 2:4 layers are packed
-            when they are loaded.
+        targets: checkpoint names of the packed layers; None for a dense checkpoint, whose 2:4 layers are
+            packed when they are loaded.
     """
 
     def __init__(self, targets: tuple[str, ...] | None = None) -> None:
@@ -76,7 +77,7 @@ class Sparse24Config(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Return our name for unquantized ``sparse-24-bitmask`` checkpoints, which vLLM itself refuses; else None."""
+        """Return our name for unquantized ``sparse-24-bitmask`` checkpoints, None for all others."""
         claimed = (
             hf_quant_cfg.get("quant_method") == "compressed-tensors"
             and _FORMATS[0].recognises(hf_quant_cfg)
@@ -89,8 +90,8 @@ class Sparse24Config(QuantizationConfig):
     ) -> None:
         """Check a local checkpoint before anything is loaded: headers, and the checksums of its export.
 
-        The checksums are looked at once, not again in the processes that this one starts; ``MSP_SKIP_CHECKSUMS=1``
-        leaves them out.
+        The checksums are looked at once, not again in the processes that this one starts;
+        ``MSP_SKIP_CHECKSUMS=1`` leaves them out.
 
         Raises:
             FormatError: config and tensors contradict each other, or a file is not what was exported.
@@ -108,7 +109,7 @@ class Sparse24Config(QuantizationConfig):
             self.targets = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.targets)))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Return a method for every linear, None for all else (embeddings, the output head, attention, experts).
+        """Return a method for linears, None for all else (embeddings, the output head, attention, experts).
 
         Raises:
             ServingError: the checkpoint holds experts packed.
@@ -129,7 +130,8 @@ class Sparse24Config(QuantizationConfig):
         inside = [name for name in self.targets or () if name.startswith(f"{prefix}.")]
         if isinstance(layer, RoutedExperts) and inside:
             raise ServingError(
-                f"{prefix}: the checkpoint holds {len(inside)} linears of its experts packed, e.g. {min(inside)}",
+                f"{prefix}: the checkpoint holds {len(inside)} linears of its experts packed, "
+                f"e.g. {min(inside)}",
                 hint="experts are served dense: export the model to dense",
             )
 
@@ -149,8 +151,8 @@ def register_config(name: str) -> None:
 def _track_weights(name: str) -> None:
     """Let vLLM report missing tensors of our models (norms, embeddings), as it does for unquantized ones.
 
-    By default its loader tracks tensors only where no quantization method is set, and a method cannot change that.
-    A setting of the user in ``--model-loader-extra-config`` wins.
+    By default its loader tracks tensors only where no quantization method is set, and a method cannot change
+    that. A setting of the user in ``--model-loader-extra-config`` wins.
     """
     load = DefaultModelLoader.load_weights
 

@@ -61,7 +61,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Create ``weight`` if a shard is dense, ``compressed``, ``bitmask`` and ``shape`` if one is packed.
 
         Raises:
-            ServingError: vLLM fuses the layer in another way than is known, or cuts a packed weight between bytes.
+            ServingError: vLLM fuses the layer in another way than is known, or cuts a packed weight between
+                bytes.
         """
         loader = extra_weight_attrs.pop("weight_loader")
         rows, columns = sum(output_partition_sizes), input_size_per_partition
@@ -84,7 +85,8 @@ class Sparse24LinearMethod(LinearMethodBase):
             return
         if columns % 8:
             raise ServingError(
-                f"{self.prefix} has {columns} input columns in each process; a packed weight is cut at multiples of 8",
+                f"{self.prefix} has {columns} input columns in each process; a packed weight is cut at "
+                "multiples of 8",
                 hint="use a smaller tensor parallel size"
                 if columns < input_size
                 else "export the model to dense, and serve that with quantization sparse24",
@@ -102,7 +104,8 @@ class Sparse24LinearMethod(LinearMethodBase):
             data=torch.zeros(2, 1, dtype=torch.int64),
             weight_loader=self.shards.counted(layer, "shape", loader),
         )
-        # A reload ends when as many values came as there are: each shard writes its shape over the last one's.
+        # A reload ends when as many values came as there are: each shard writes its shape over the last
+        # one's.
         packed = {n for n, p in zip(self.shards.names, self.shards.packed, strict=True) if p}
         shape.weight_loader_numel = 2 * len(packed)
         layer.register_parameter("shape", shape)
@@ -200,7 +203,7 @@ class Sparse24LinearMethod(LinearMethodBase):
     def _pack(
         self, weight: torch.Tensor, choice: kernels.Choice
     ) -> tuple[kernels.Packed24 | None, kernels.Choice]:
-        """Return a weight in its kernel's form, or None and the reason if the kernel fails on it or computes it wrong."""
+        """Return a weight in its kernel's form, or None and why: the kernel fails on it, or is wrong."""
         try:
             packed = kernels.pack(weight, choice.kernel, found=self.algorithms)
             error = kernels.self_check(weight, packed)

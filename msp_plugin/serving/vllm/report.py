@@ -62,7 +62,7 @@ class Report:
             # One short write for each layer: lines of several processes do not mix.
             with Path(path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(layer)) + "\n")
-        self._enter_compile_key()  # not only at the end: of a part of a model, vLLM may load some layers alone
+        self._enter_compile_key()  # not only at the end: vLLM may load some layers of a model alone
         if self._layers.keys() >= self._expected:
             log.info("%s", self.line())
             self._layers = {}  # a reload reports every layer again
@@ -70,8 +70,8 @@ class Report:
     def _enter_compile_key(self) -> None:
         """Make the key of vLLM's compile cache depend on which kernel serves which layer.
 
-        Compiled graphs hold the kernel of each layer as a constant, but vLLM's key covers the model's path and config
-        only: the same path with other weights would find a graph for other kernels.
+        Compiled graphs hold the kernel of each layer as a constant, but vLLM's key covers the model's path
+        and config only: the same path with other weights would find a graph for other kernels.
         """
         from vllm.config import get_current_vllm_config_or_none
 

@@ -11,7 +11,8 @@ import torch
 from msp_plugin.errors import FormatError, ServingError
 from msp_plugin.formats.sparse24 import SUFFIXES
 
-#: A linear of vLLM. Parameters, loaders and our own notes stand on it as attributes, for which it declares no types.
+#: A linear of vLLM. Parameters, loaders and our own notes stand on it as attributes, for which it declares no
+#: types.
 Linear = Any
 #: vLLM's names of the shards of a fused attention projection, by position.
 _ATTENTION = {"q": 0, "k": 1, "v": 2}
@@ -33,7 +34,7 @@ class Shards:
         self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
 
     def expect_parts(self, count: int) -> None:
-        """Check that the linear has a part for each layer; one layer of several parts is fused in the checkpoint.
+        """Check that each layer is a part; a single layer of several parts is fused in the checkpoint.
 
         Raises:
             ServingError: it has not.
@@ -58,8 +59,8 @@ class Shards:
     def counted(self, layer: Linear, suffix: str, loader: MethodType) -> MethodType:
         """Return the layer's loader of ``<layer>.<suffix>``, which also counts, as a method of the layer.
 
-        vLLM keeps copies of parameters for reloads and unbinds the methods in them; a function that held the layer
-        would keep it alive for ever.
+        vLLM keeps copies of parameters for reloads and unbinds the methods in them; a function that held the
+        layer would keep it alive for ever.
         """
         unbound = loader.__func__
 
@@ -97,7 +98,7 @@ class Shards:
             self._shapes.setdefault(parts[0], {})[suffix] = shape
 
     def _indices(self, shard: Any) -> tuple[int, ...]:
-        """Return the positions of the layers that one tensor of the checkpoint holds; all if it is fused there."""
+        """Return the positions of the layers in one tensor of the checkpoint; all if it is fused there."""
         if shard is None:
             return tuple(range(len(self.names)))
         if isinstance(shard, tuple):
@@ -128,7 +129,7 @@ class Shards:
                 self._check_shapes(layer, name, *(shapes[suffix] for suffix in SUFFIXES))
 
     def _replaced(self, layer: Linear, suffix: str) -> bool:
-        """Return True if the model class put a loader of its own in the place of ours: then nothing was counted."""
+        """Return True if the model class put its own loader in the place of ours, which counts."""
         loader = getattr(getattr(layer, suffix, None), "weight_loader", None)
         return getattr(loader, "__func__", None) not in self._loaders
 
@@ -157,7 +158,7 @@ class Shards:
         whole = len(parts) > 1 or (rest == 0 and shares > 0 and tp % shares == 0)
         if not whole or columns != layer.sparse24_columns or bitmask != (rows, columns // 8):
             raise FormatError(
-                f"{name} is stored as [{rows}, {columns}] with a bitmask {list(bitmask)}; it does not fit into "
-                f"{self.prefix}, which takes [{here}, {layer.sparse24_columns}] of it in each process",
+                f"{name} is stored as [{rows}, {columns}] with a bitmask {list(bitmask)}; it does not fit "
+                f"into {self.prefix}, which takes [{here}, {layer.sparse24_columns}] of it in each process",
                 hint="the file is damaged, or config.json is from another model",
             )
