@@ -107,9 +107,9 @@ from transformers import AUTO_CLASS
 model = AUTO_CLASS.from_pretrained("THIS_DIRECTORY")
 ```
 
-vLLM serves it as any dense model. With `msp_plugin` installed beside it, `vllm serve THIS_DIRECTORY
---quantization sparse24` packs the layers that are 2:4 when it loads them, and `msp export THIS_DIRECTORY
---to sparse24 --out packed` writes them packed.
+vLLM serves it as any dense model. With `msp_plugin` beside it, `vllm serve THIS_DIRECTORY --quantization
+sparse24` packs the layers that are 2:4 when it loads them, and `msp export THIS_DIRECTORY --to sparse24 --out
+packed` writes them packed.
 """
 
 
