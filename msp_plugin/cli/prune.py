@@ -36,10 +36,10 @@ def _show_run(run: Any, as_json: bool, title: str) -> None:
     if run is None:  # another rank has it
         return
     if as_json:
-        typer.echo(json.dumps(run.record, indent=2, sort_keys=True))
+        typer.echo(json.dumps(run.record.to_dict(), indent=2, sort_keys=True))
         return
     out.print(quality_table(run.record, title))
-    back = taken_back(*(run.record["perplexity"].get(name) for name in ("dense", "uniform", "mixed")))
+    back = taken_back(*(run.record.perplexity.get(name) for name in ("dense", "uniform", "mixed")))
     if back is not None:
         out.print(f"Mixed takes back {100 * back:.0f} % of the loss that uniform adds.")
     out.print(f"Results: {run.path}")

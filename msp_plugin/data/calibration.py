@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from msp_plugin.errors import DataError
+from msp_plugin.records.parts import ReadingRecord, TextRecord
 from msp_plugin.runtime.ranks import Ranks
 
 
@@ -33,9 +33,9 @@ class Reading:
     skipped: int = 0
     bos: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {**asdict(self), "columns": list(self.columns)}
+    def record(self) -> ReadingRecord:
+        """Return its part of a record."""
+        return ReadingRecord(**asdict(self))
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,18 @@ class CalibrationSet:
                 f"holdout less than {self.tokens // 2:,} together",
             )
         return head, tail
+
+    def record(self, *, length: int | None = None, seed: int | None = None) -> TextRecord:
+        """Return its part of a record; ``length`` and ``seed`` are those that were asked for."""
+        return TextRecord(
+            source=self.source,
+            samples=len(self),
+            length=length,
+            tokens=self.tokens,
+            seed=seed,
+            fingerprint=self.fingerprint,
+            sources=tuple(reading.record() for reading in self.readings),
+        )
 
     def cut(self, tail_tokens: int) -> tuple[CalibrationSet, CalibrationSet]:
         """Return (head, tail): the fewest samples from the end with ``tail_tokens`` tokens, or all."""

@@ -53,16 +53,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write sorted, indented JSON whole or not at all."""
-    text = json.dumps(_finite(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite_json(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
 
-def _finite(data: Any) -> Any:
+def finite_json(data: Any) -> Any:
     """Return JSON data with null for numbers that are infinite or none, which JSON cannot say."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite_json(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite_json(value) for value in data]
     return finite(data) if isinstance(data, float) else data
 
 
