@@ -1,29 +1,44 @@
 """Every hook, exercised by a plugin of tests/plugins."""
 
+import json
 from fractions import Fraction
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
-from msp_plugin import hookimpl
+from msp_plugin import hookimpl, load
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
-from msp_plugin.errors import RecipeError
+from msp_plugin.checkpoint.packing import pack_layer
+from msp_plugin.errors import FormatError, RecipeError
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
 from msp_plugin.plugins import hookspecs
 from msp_plugin.plugins.manager import Plugins
+from msp_plugin.report import write_report
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
 from msp_plugin.verify.base import Subject, run_checks
 
-SAMPLES = ("squared_norm", "least_error", "ria", "listing", "no_nan", "observer", "hello", "densest")
+SAMPLES = (
+    "squared_norm",
+    "least_error",
+    "ria",
+    "bitmask",
+    "listing",
+    "no_nan",
+    "observer",
+    "hello",
+    "densest",
+)
 EXERCISED = {
     "msp_register_estimators": "test_an_estimator_of_a_plugin_is_built_with_its_options",
     "msp_register_allocators": "test_an_allocator_of_a_plugin_gets_the_estimator_that_it_names",
     "msp_register_pruners": "test_a_pruner_of_a_plugin_is_built_with_its_options",
+    "msp_register_formats": "test_a_format_of_a_plugin_exports_and_is_read_and_verified",
     "msp_register_exporters": "test_an_exporter_of_a_plugin_writes_a_whole_directory",
     "msp_register_checks": "test_a_check_of_a_plugin_is_run_with_its_options",
     "msp_register_commands": "test_a_plugin_adds_a_command",
@@ -52,7 +67,8 @@ def test_all_samples_live_together_with_the_builtins(plugins_with):
         "estimators": {"squared_norm"},
         "allocators": {"dense_where_large", "least_error"},
         "pruners": {"ria"},
-        "exporters": {"listing"},
+        "formats": {"row-bitmask"},
+        "exporters": {"listing", "row_bitmask"},
         "checks": {"no_nan"},
     }
     assert {kind: set(found[kind]) - set(builtin[kind]) for kind in found} == added
@@ -78,6 +94,68 @@ def test_an_allocator_of_a_plugin_gets_the_estimator_that_it_names(plugins_with)
 def test_a_pruner_of_a_plugin_is_built_with_its_options(plugins_with):
     plan = resolve(Options(sparsity=0.5, method={"name": "ria", "power": 1.0}), plugins_with("ria"))
     assert (plan.pruner.name, plan.pruner.power, plan.needs_data) == ("ria", 1.0, True)
+
+
+@pytest.fixture
+def bitmask_dir(plugins_with, run_dir, tmp_path):
+    """``run_dir`` in the format of the sample plugin."""
+    exporter = plugins_with("bitmask").build("exporters", {"name": "row_bitmask", "shard_bytes": 50_000})
+    export_checkpoint(run_dir, exporter, tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def test_a_format_of_a_plugin_exports_and_is_read_and_verified(plugins_with, run_dir, bitmask_dir):
+    plugins = plugins_with("bitmask")
+    checkpoint, source = Checkpoint.open(bitmask_dir, plugins.formats), Checkpoint.open(run_dir)
+    assert (checkpoint.format.name, len(checkpoint.packed)) == (
+        "row-bitmask",
+        11,
+    )  # all but three dense layers
+    manifest = checkpoint.manifest
+    assert (manifest.format, set(manifest.packed.values())) == ("row_bitmask", {"2:4", "3:8", "2:8", "1:8"})
+    assert set(manifest.kept_dense.values()) == {"it is dense"}
+    stored = [info.bytes for name, info in checkpoint.tensors.items() if name.endswith((".kept", ".bits"))]
+    assert manifest.packed_bytes == sum(stored) and len(stored) == 22
+    results = run_checks(
+        Subject(checkpoint, source), [plugins.build("checks", name) for name in ("structure", "round_trip")]
+    )
+    rows = {row.item: (row.state, row.found) for result in results for row in result.findings}
+    assert {state for state, _ in rows.values()} == {"ok"}
+    assert rows["reference"][1] == "all 21 tensors equal, bit for bit"
+    assert rows["pack and unpack"][1].startswith("11 of 11 layers unchanged")
+
+
+def test_a_format_of_an_installed_plugin_is_found_by_every_reader(
+    bitmask_dir, run_dir, sample_plugin, tmp_path, monkeypatch, msp
+):
+    with pytest.raises(FormatError, match="sparsity format 'row-bitmask' is not read here") as error:
+        load(bitmask_dir)
+    assert "'sparse-24-bitmask'" in error.value.hint
+    install(monkeypatch, sample_plugin("bitmask"), tmp_path)
+    ours, theirs = load(bitmask_dir).state_dict(), load(run_dir).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    printed = json.loads(msp("verify", bitmask_dir, "--reference", run_dir, "--json").out)
+    assert {row["state"] for check in printed for row in check["findings"]} == {"ok", "skip"}
+    msp("export", bitmask_dir, "--to", "dense", "--out", tmp_path / "dense")
+    dense, original = (path / "model.safetensors" for path in (tmp_path / "dense", run_dir))
+    assert dense.read_bytes() == original.read_bytes()
+    assert "packed as row-bitmask" in write_report(bitmask_dir, tmp_path / "report.html").read_text()
+
+
+def install(monkeypatch, module, directory):
+    """Make a loaded module an installed plugin."""
+    info = directory / "sample-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sample\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[msp_plugin]\nsample = {module.__name__}\n")
+    monkeypatch.syspath_prepend(directory)
+
+
+def test_negative_zeros_become_positive_for_a_format_that_has_no_place_for_them(plugins_with):
+    (format,) = (f for f in plugins_with("bitmask").formats if f.name == "row-bitmask")
+    weight = torch.tensor([[-0.0, 1.0, 0, -0.0, 2, 0, 0, -3]])
+    tensors, count = pack_layer(format, weight, "a.b")
+    assert count == 2 and torch.equal(format.unpack(tensors, "a.b"), weight)
 
 
 def test_an_exporter_of_a_plugin_writes_a_whole_directory(plugins_with, run_dir, packed_dir, tmp_path):

@@ -55,7 +55,8 @@ def test_the_builtin_components_are_there():
             "alphapruning", "atp", "dlp", "evopress", "knapsack", "lsa", "mrp", "msp", "one_shot", "owl",
             "search", "uniform",
         ],
-        "pruners": ["magnitude", "sparsegpt", "wanda"], "exporters": ["dense", "recipe", "sparse24"],
+        "pruners": ["magnitude", "sparsegpt", "wanda"], "formats": ["sparse-24-bitmask"],
+        "exporters": ["dense", "recipe", "sparse24"],
         "checks": ["quality", "round_trip", "served", "structure"],
     }  # fmt: skip
     assert {c.owner for kind in KINDS for c in found[kind].values()} == {"msp_plugin.plugins.builtin"}
@@ -67,7 +68,7 @@ def test_every_component_has_a_summary_and_shows_its_options():
             assert component.summary.endswith(".") or ":" in component.summary or component.summary
     sparsegpt = Plugins(entry_points=False).components["pruners"]["sparsegpt"]
     assert sparsegpt.options == {"block_size": "128", "dampening_frac": "0.01"}
-    assert sparsegpt.summary == "SparseGPT (arXiv 2301.00774) by llm-compressor's SparseGPTModifier."
+    assert sparsegpt.summary == "SparseGPT (arXiv 2301.00774): the weights that stay make up for those that go."
 
 
 def test_an_option_without_a_default_is_required():

@@ -11,6 +11,7 @@ from torch.nn.functional import linear as dense_linear
 
 from msp_plugin.formats import sparse24
 from msp_plugin.serving import kernels
+from msp_plugin.serving.algorithms import TOLERANCE
 
 CHECK_TOKENS = (1, 3, 16, 256, 4096)
 CHECK_SHAPES = ((128, 256), (1024, 4096), (4096, 1024), (6144, 4096), (3584, 18944))
@@ -72,11 +73,11 @@ def check_layer(run: Run, weight: torch.Tensor, kernel: str) -> list[dict]:
                     "algorithms": packed.algorithms,
                     "error": error,
                     "dense_error": relative_error(dense_linear(x, weight, bias), reference),
-                    "ok": error <= kernels.TOLERANCE[weight.dtype] and out.is_contiguous(),
+                    "ok": error <= TOLERANCE[weight.dtype] and out.is_contiguous(),
                 }
             )
     self_check = kernels.self_check(weight, packed)
-    rows.append({"self_check": self_check, "ok": self_check <= kernels.TOLERANCE[weight.dtype]})
+    rows.append({"self_check": self_check, "ok": self_check <= TOLERANCE[weight.dtype]})
     return rows
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 
 from msp_plugin.serving import kernels
+from msp_plugin.serving.algorithms import TOLERANCE, FoundAlgorithms
 
 #: What two right bfloat16 kernels can differ by.
-BF16_TOLERANCE = kernels.TOLERANCE[torch.bfloat16]
+BF16_TOLERANCE = TOLERANCE[torch.bfloat16]
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Run:
     deadline: float
     device: torch.device
     capability: tuple[int, int]
-    found: kernels.Found = field(default_factory=dict)
+    found: FoundAlgorithms = field(default_factory=dict)
 
     def left(self) -> float:
         """Seconds until the script should be done."""

@@ -11,6 +11,7 @@ from common import Run, captured, describe, masked_24
 from timings import Clock
 
 from msp_plugin.serving import kernels
+from msp_plugin.serving.algorithms import FoundAlgorithms
 
 #: The operator in a whole model may stray this many times as far from float32 as the dense kernel does.
 DRIFT = 1.5
@@ -19,7 +20,7 @@ DRIFT = 1.5
 class SparseLinear(torch.nn.Module):
     """A packed linear in the place of a dense one."""
 
-    def __init__(self, dense: torch.nn.Linear, kernel: str, found: kernels.Found):
+    def __init__(self, dense: torch.nn.Linear, kernel: str, found: FoundAlgorithms):
         super().__init__()
         self.packed = kernels.pack(dense.weight, kernel, found=found)
         self.bias = dense.bias

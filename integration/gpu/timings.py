@@ -19,6 +19,7 @@ from common import BF16_TOLERANCE, Run, all_ok, captured, describe, normal, rela
 from torch.nn.functional import linear as dense_linear
 
 from msp_plugin.serving import kernels
+from msp_plugin.serving.algorithms import BUCKETS
 
 #: (out, in) of the linears that a server runs: q, k and v as one, gate and up as one.
 LAYERS = {
@@ -143,7 +144,7 @@ def algorithm_rows(run: Run, clock: Clock, packed: kernels.Packed24) -> list[dic
     row has it and it is much faster, the operator should learn it.
     """
     rows = []
-    for index, tokens in enumerate(kernels.BUCKETS):
+    for index, tokens in enumerate(BUCKETS):
         if run.left() < 30:
             break
         x = normal((tokens, packed.in_features), packed.packed, seed=tokens)

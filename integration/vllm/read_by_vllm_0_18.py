@@ -92,15 +92,15 @@ def check(packed: Path) -> int:
     )
     assert not wrong, wrong
     for layer in checkpoint.packed:
-        ours, weight = checkpoint.read_packed(layer), checkpoint.weight(layer)
-        shape = checkpoint.tensors.read(f"{layer}.shape")
-        unpacked = theirs.Sparse24BitMaskTensor.from_compressed_data(
-            shape, ours.values, ours.bitmask
-        ).decompress()
+        values, bitmask, shape = (
+            checkpoint.tensors.read(f"{layer}.{suffix}") for suffix in checkpoint.format.suffixes
+        )
+        weight = checkpoint.weight(layer)
+        unpacked = theirs.Sparse24BitMaskTensor.from_compressed_data(shape, values, bitmask).decompress()
         assert torch.equal(unpacked, weight), f"{layer}: compressed-tensors unpacks other weights"
         full = ((weight.reshape(weight.shape[0], -1, 4) != 0).sum(-1) == 2).repeat_interleave(4, dim=1)
         mask = theirs.get_24_bytemasks(weight)
-        own = theirs.unpack_bitmasks(ours.bitmask, list(weight.shape)).bool()
+        own = theirs.unpack_bitmasks(bitmask, list(weight.shape)).bool()
         assert torch.equal(mask[full], own[full]), f"{layer}: compressed-tensors stores other places"
     print(
         f"compressed-tensors {VERSIONS['compressed-tensors']}: {len(checkpoint.packed)} layers unpacked to the same bits"

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and the recount of what it holds."""
+"""Checkpoints: read, load, pack and export them, write the records beside them, and count their zeros."""

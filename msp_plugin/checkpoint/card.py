@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from msp_plugin.checkpoint.checkpoint import Checkpoint
     from msp_plugin.checkpoint.manifest import Manifest
+    from msp_plugin.formats.base import PackedFormat
 
 _FRONT = """---
 library_name: transformers
@@ -16,14 +17,18 @@ tags: [pruned, sparsity, {tag}]
 """
 
 
-def model_card(source: Checkpoint, manifest: Manifest) -> str:
-    """Return the card's Markdown. The same checkpoint gives the same text."""
-    packed = manifest.format == "sparse24"
+def model_card(source: Checkpoint, manifest: Manifest, format: PackedFormat | None = None) -> str:
+    """Return the card's Markdown. The same checkpoint gives the same text.
+
+    Args:
+        source: the checkpoint that was exported.
+        format: the one that the export's layers are packed in; None for a dense export.
+    """
     parts = [
-        _FRONT.format(tag='"2:4"' if packed else '"N:M"'),
+        _FRONT.format(tag='"2:4"' if format is not None and format.structure == "2:4" else '"N:M"'),
         f"# {(source.config.get('architectures') or ['A model'])[0]}, pruned with mixed N:M sparsity\n",
-        _what(source, manifest),
-        _use(source, packed),
+        _contents(source, manifest, format),
+        _use(source, format),
         _levels(source),
         "Files: `allocation.json` says which layer has which level, `export.json` what the files must hold "
         "(`msp verify` checks both), `run.json` how the run that pruned it went, where they are there.\n",
@@ -31,22 +36,26 @@ def model_card(source: Checkpoint, manifest: Manifest) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _use(source: Checkpoint, packed: bool) -> str:
-    if packed or source.quantization is not None:
-        return _PACKED_USE if packed else ""
+def _use(source: Checkpoint, format: PackedFormat | None) -> str:
+    """Return how to load and serve the export; empty for a quantized one, which other tools load."""
+    if format is not None:
+        return (_SERVED_USE if format.served else "## Use it\n\n") + _PACKED_USE
+    if source.quantization is not None:
+        return ""
     kind = "ImageTextToText" if "vision_config" in source.config else "CausalLM"
     return _DENSE_USE.replace("AUTO_CLASS", f"AutoModelFor{kind}")
 
 
-def _what(source: Checkpoint, manifest: Manifest) -> str:
-    if manifest.format != "sparse24" and source.quantization is not None:
+def _contents(source: Checkpoint, manifest: Manifest, format: PackedFormat | None) -> str:
+    """Return what the files hold: the format, the bytes, and why layers stay dense."""
+    if format is None and source.quantization is not None:
         return "The weights are quantized as config.json says; the pruned ones are zeros.\n"
-    if manifest.format != "sparse24":
+    if format is None:
         return "The weights are plain dense safetensors; the pruned ones are zeros.\n"
     ratio = manifest.packed_bytes / manifest.dense_bytes
     lines = [
-        f"{len(manifest.packed)} layers are stored in the compressed-tensors format `sparse-24-bitmask`: two of "
-        f"every four weights and a bitmask, {ratio:.4f} of their dense bytes "
+        f"{len(manifest.packed)} layers are stored in the compressed-tensors format `{format.name}`: "
+        f"{format.description}, {ratio:.4f} of their dense bytes "
         f"({manifest.packed_bytes:,} of {manifest.dense_bytes:,}). All other tensors are dense.\n"
     ]
     if manifest.kept_dense:
@@ -64,7 +73,7 @@ def _short(reason: str) -> str:
     return "inference fuses them with a dense one" if reason.startswith("inference fuses") else reason
 
 
-_PACKED_USE = """## Use it
+_SERVED_USE = """## Use it
 
 Serve it with an unmodified vLLM (0.32 or newer) that has `msp_plugin` installed beside it; no flag is needed:
 
@@ -73,15 +82,18 @@ pip install '.[vllm]'    # in a checkout of msp_plugin
 vllm serve THIS_DIRECTORY
 ```
 
-Load it in Python as a ready transformers model:
+"""
+
+_PACKED_USE = """Load it in Python as a ready transformers model:
 
 ```python
 import msp_plugin
 model = msp_plugin.load("THIS_DIRECTORY")
 ```
 
-Without `msp_plugin`, transformers fails on it (`'NoneType' object has no attribute 'config_groups'`) and vLLM from
-0.19 on refuses it. Whoever has no `msp_plugin` needs the dense form, bit for bit the same weights, made where it is installed:
+Without `msp_plugin`, transformers fails on it (`'NoneType' object has no attribute 'config_groups'`) and vLLM
+from 0.19 on refuses it. Those who do not have `msp_plugin` need the dense form, bit for bit the same weights,
+written where it is installed:
 
 ```bash
 msp export THIS_DIRECTORY --to dense --out dense
@@ -95,13 +107,14 @@ from transformers import AUTO_CLASS
 model = AUTO_CLASS.from_pretrained("THIS_DIRECTORY")
 ```
 
-vLLM serves it as any dense model. With `msp_plugin` installed beside it, `vllm serve THIS_DIRECTORY --quantization
-sparse24` packs the layers that are 2:4 when it loads them, and `msp export THIS_DIRECTORY --to sparse24 --out packed`
-writes them packed.
+vLLM serves it as any dense model. With `msp_plugin` beside it, `vllm serve THIS_DIRECTORY --quantization
+sparse24` packs the layers that are 2:4 when it loads them, and `msp export THIS_DIRECTORY --to sparse24 --out
+packed` writes them packed.
 """
 
 
 def _levels(source: Checkpoint) -> str:
+    """Return the table of levels; empty without an allocation."""
     if source.allocation is None:
         return ""
     count: Counter[str] = Counter()
@@ -110,10 +123,11 @@ def _levels(source: Checkpoint) -> str:
     budget = source.allocation.budget
     lines = [
         "## Sparsity\n",
-        f"{budget.zeros:,} of {budget.weights:,} prunable weights are zero ({100 * float(budget.sparsity):.2f} %). "
-        "N:M keeps N of M.\n",
-        "| level | layers |", "|---|---|",
-        *(f"| {name} | {n} |" for name, n in sorted(count.items())),
+        f"{budget.zeros:,} of {budget.weights:,} prunable weights are zero "
+        f"({100 * float(budget.sparsity):.2f} %). N:M keeps N of M.\n",
+        "| level | layers |",
+        "|---|---|",
+        *(f"| {name} | {layers} |" for name, layers in sorted(count.items())),
         "",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""A checkpoint's directory: its config, its allocation, its tensors, in either form."""
+"""The directory of a checkpoint, dense or packed: its config, its allocation, its tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,12 @@ from typing import Any
 import torch
 
 from msp_plugin.checkpoint.manifest import Manifest
+from msp_plugin.checkpoint.packed_layers import check_packed, packed_layers
 from msp_plugin.checkpoint.packing import Packing, sort_layers
 from msp_plugin.errors import FormatError, ModelError, VerificationError, shown
-from msp_plugin.formats.sparse24 import FORMAT, SUFFIXES, Packed, unpack
-from msp_plugin.formats.tensor_files import TensorFiles, TensorInfo, read_json
+from msp_plugin.formats.base import PackedFormat, TensorInfo
+from msp_plugin.formats.tensor_files import TensorFiles, read_json
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
-
-#: What the values of a packed weight may be: without a scale, eight bits say nothing.
-VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -29,17 +27,25 @@ class Checkpoint:
         path: the directory.
         config: the contents of config.json.
         tensors: the headers of its safetensors files.
-        packed: names of the layers that are stored packed, in the config's order; empty in a dense checkpoint.
+        packed: names of the layers that are stored packed, in the config's order; empty in a dense
+            checkpoint.
+        format: the format that they are packed in; None in a dense checkpoint.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: TensorFiles
-    packed: tuple[str, ...]
+    packed: tuple[str, ...] = ()
+    format: PackedFormat | None = None
+    _packings: dict[str, Packing] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, formats: Iterable[PackedFormat] | None = None) -> Checkpoint:
         """Return the checkpoint in a directory.
+
+        Args:
+            formats: of packed weights that are read; None for the built-in one and those of installed
+                plugins.
 
         Raises:
             ModelError: no model's directory.
@@ -53,14 +59,11 @@ class Checkpoint:
             )
         config, tensors = read_json(path / "config.json"), TensorFiles(path)
         _check_config(config, path / "config.json")
-        packed = packed_layers(config, str(path / "config.json"))
-        _check_packed(packed, tensors)
-        return cls(path, config, tensors, packed)
-
-    @property
-    def form(self) -> str:
-        """``"sparse24"`` or ``"dense"``."""
-        return "sparse24" if self.packed else "dense"
+        packed = packed_layers(config, str(path / "config.json"), formats)
+        check_packed(packed, tensors)
+        if packed is None:
+            return cls(path, config, tensors)
+        return cls(path, config, tensors, packed.layers, packed.format)
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -80,29 +83,32 @@ class Checkpoint:
         file = self.path / ALLOCATION_FILE
         if not file.is_file():
             return None
-        found = Allocation.read(file).as_stored()
+        allocation = Allocation.read(file).as_stored()
         if self.quantization is not None:  # its weights have other names and shapes
-            return found
+            return allocation
         odd = []
-        for layer in found.table.layers:
+        for layer in allocation.table.layers:
             shape = self.shape_of(layer.name)
             if shape != (layer.out_features, layer.in_features):
                 odd.append(f"{layer.name} [{layer.out_features}, {layer.in_features}], found {shape}")
         if odd:
             raise VerificationError(
-                f"{file} is for another model: {len(odd)} of its {len(found.table.layers)} layers are not in "
-                f"this one, e.g. {'; '.join(odd[:3])}",
+                f"{file} is for another model: {len(odd)} of its {len(allocation.table.layers)} layers are "
+                f"not in this one, e.g. {'; '.join(odd[:3])}",
                 hint="put the allocation.json of the run that made these weights there",
             )
-        return found
+        return allocation
 
-    @cached_property
-    def packing(self) -> Packing:
-        """What an export to sparse24 would pack of a dense checkpoint; may read every weight."""
-        return sort_layers(self.tensors, self.allocation)
+    def packing_in(self, format: PackedFormat) -> Packing:
+        """Return the layers of a dense checkpoint that a format packs; may read every weight once."""
+        if format.name not in self._packings:
+            self._packings[format.name] = sort_layers(
+                self.tensors, self.allocation, format, lambda layer: self.tensors.read(f"{layer}.weight")
+            )
+        return self._packings[format.name]
 
     def check_files(self) -> None:
-        """Hold the files against the checksums of the export, where there is one. Reads every file.
+        """Compare every file with its checksum in export.json, if there is one.
 
         Raises:
             FormatError: a file is missing or has other bytes, or export.json is damaged or newer.
@@ -118,63 +124,54 @@ class Checkpoint:
 
     @cached_property
     def manifest(self) -> Manifest | None:
-        """What the export wrote about itself; None for a directory that no export wrote."""
+        """The contents of export.json; None for a directory that no export wrote."""
         return Manifest.read(self.path)
 
     def shape_of(self, layer: str) -> tuple[int, ...] | None:
         """Return the shape of a layer's weight, None if it is not there."""
-        if layer in self._packed_set:
-            rows, half = self.tensors[f"{layer}.compressed"].shape
-            return rows, 2 * half
-        info = self.tensors.get(f"{layer}.weight")
-        return info.shape if info else None
-
-    @cached_property
-    def _packed_set(self) -> frozenset[str]:
-        return frozenset(self.packed)
-
-    def read_packed(self, layer: str) -> Packed:
-        """Return the packed weight of a layer.
-
-        Raises:
-            FormatError: a tensor is missing, damaged or shaped otherwise than ``shape`` says.
-        """
-        values, bitmask, shape = (self.tensors.read(f"{layer}.{suffix}") for suffix in SUFFIXES)
-        said = tuple(shape.reshape(-1).tolist())
-        if shape.is_floating_point() or said != self.shape_of(layer):
-            raise FormatError(
-                f"{layer}.shape says {list(said)}, its values are those of a weight {list(self.shape_of(layer))}",
-                hint="the file is damaged: export or download it anew",
-            )
-        return Packed(values, bitmask, said)
+        name = f"{layer}.weight"
+        return self.dense_info(name).shape if name in self.dense_names else None
 
     def weight(self, layer: str) -> torch.Tensor:
-        """Return the weight [out, in] of a layer from either form, on the CPU.
+        """Return the weight [out, in] of a layer, unpacked if it is packed, on the CPU.
 
         Raises:
-            FormatError: see ``read_packed`` and ``formats.sparse24.unpack``.
+            FormatError: a tensor is missing or damaged.
         """
-        if layer in self._packed_set:
-            return unpack(self.read_packed(layer), layer)
-        return self.tensors.read(f"{layer}.weight")
+        return self.dense(f"{layer}.weight")
 
     @cached_property
     def dense_names(self) -> dict[str, str | None]:
-        """The names of the dense form's tensors in order; for each the packed layer that it comes from, or None."""
+        """By each tensor of the dense form, in order: the packed layer that it comes from, or None."""
         names: dict[str, str | None] = {}
+        packed, suffixes = frozenset(self.packed), self.format.suffixes if self.format else ()
         for name in self.tensors:
             layer, _, suffix = name.rpartition(".")
-            if layer in self._packed_set and suffix in SUFFIXES:
-                if suffix == SUFFIXES[0]:
-                    names[f"{layer}.weight"] = layer
+            if layer in packed and suffix in suffixes:
+                names[f"{layer}.weight"] = layer
             else:
                 names[name] = None
         return names
 
     def dense(self, name: str) -> torch.Tensor:
-        """Return one tensor of the dense form."""
+        """Return one tensor of the dense form.
+
+        Raises:
+            FormatError: it is missing or damaged.
+        """
+        layer = self.dense_names.get(name)
+        if layer is None or self.format is None:
+            return self.tensors.read(name)
+        stored = {suffix: self.tensors.read(f"{layer}.{suffix}") for suffix in self.format.suffixes}
+        return self.format.unpack(stored, layer)
+
+    def dense_info(self, name: str) -> TensorInfo:
+        """Return the header of one tensor of the dense form."""
         layer = self.dense_names[name]
-        return self.tensors.read(name) if layer is None else self.weight(layer)
+        if layer is None or self.format is None:
+            return self.tensors[name]
+        stored = {suffix: self.tensors[f"{layer}.{suffix}"] for suffix in self.format.suffixes}
+        return self.format.header(stored, layer)
 
     def dense_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor of the dense form, one at a time."""
@@ -189,84 +186,3 @@ def _check_config(config: dict[str, Any], file: Path) -> None:
         raise FormatError(f"{file}: architectures is {shown(names)}, no list of names")
     if not (most is None or (isinstance(most, int) and not isinstance(most, bool) and most > 0)):
         raise FormatError(f"{file}: max_position_embeddings is {shown(most)}, no count")
-
-
-def packed_layers(config: dict[str, Any], source: str) -> tuple[str, ...]:
-    """Return the layers that a model's config says are packed.
-
-    Raises:
-        FormatError: a sparsity_config in a form that this package does not read.
-    """
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or not quantization.get("sparsity_config"):
-        return ()
-    sparsity = quantization["sparsity_config"]
-    if not isinstance(sparsity, dict):
-        raise FormatError(f"{source}: sparsity_config is no mapping")
-    if not sparsity.get("targets") and sparsity.get("format") == "dense":
-        return ()
-    if quantization.get("config_groups"):
-        raise FormatError(
-            f"{source}: the checkpoint is quantized and packed at once",
-            hint="only unquantized weights are packed",
-        )
-    if sparsity.get("format") != FORMAT:
-        raise FormatError(
-            f"{source}: sparsity format {shown(sparsity.get('format'))} is not read here",
-            hint=f"expected {FORMAT!r}",
-        )
-    targets = sparsity.get("targets")
-    named = isinstance(targets, list) and all(
-        isinstance(t, str) and "." in t and ":" not in t for t in targets
-    )
-    if not targets or not named:
-        raise FormatError(
-            f"{source}: sparsity_config.targets does not name layers one by one: {shown(targets)}",
-            hint="class names and patterns are not read: vLLM 0.18 destroyed dense layers with them",
-        )
-    if len(set(targets)) < len(targets):
-        raise FormatError(f"{source}: sparsity_config.targets names a layer twice")
-    return tuple(targets)
-
-
-def _check_packed(packed: tuple[str, ...], tensors: TensorFiles) -> None:
-    for layer in packed:
-        lost = [s for s in SUFFIXES if f"{layer}.{s}" not in tensors]
-        if lost or f"{layer}.weight" in tensors:
-            found = f"there is no {layer}.{lost[0]}" if lost else f"{layer}.weight is there too"
-            raise FormatError(
-                f"config.json says that {layer} is packed, but {found}",
-                hint="the config is from another checkpoint, or a shard is missing",
-            )
-        _check_headers(layer, *(tensors[f"{layer}.{suffix}"] for suffix in SUFFIXES))
-    known = set(packed)
-    for name in tensors:
-        layer, _, suffix = name.rpartition(".")
-        if suffix in SUFFIXES[:2] and layer not in known:
-            raise FormatError(
-                f"{layer} is stored packed, but config.json does not name it",
-                hint="the config is from another checkpoint: export the model anew",
-            )
-
-
-def _check_headers(layer: str, values: TensorInfo, bitmask: TensorInfo, shape: TensorInfo) -> None:
-    """Raise unless the three tensors of a packed layer can be a weight's, as far as their headers say."""
-    rows, half = values.shape if len(values.shape) == 2 else (0, 0)
-    right = (
-        rows > 0
-        and half > 0
-        and half % 2 == 0
-        and values.dtype in VALUE_DTYPES
-        and (bitmask.dtype, bitmask.shape) == (torch.uint8, (rows, -(-half // 4)))
-        and (shape.dtype, shape.bytes) == (torch.int64, 16)
-    )
-    if not right:
-        found = ", ".join(
-            f"{suffix} {info.dtype} {list(info.shape)}"
-            for suffix, info in zip(SUFFIXES, (values, bitmask, shape), strict=True)
-        )
-        raise FormatError(
-            f"{layer} is no packed weight: {found}",
-            hint="expected compressed [out, in / 2] in float16, bfloat16 or float32, bitmask uint8 [out, in / 8] "
-            "and shape int64 [2, 1]; the file is damaged, or quantized",
-        )

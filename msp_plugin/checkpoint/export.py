@@ -1,4 +1,4 @@
-"""Exports: a checkpoint brought into another form, tensor by tensor, in a new directory."""
+"""Exports: a checkpoint written in another form, tensor by tensor, into a new directory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import torch
 from msp_plugin.checkpoint.card import model_card
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.manifest import MANIFEST_FILE, Manifest, describe_files
-from msp_plugin.checkpoint.packing import pack_layer, sparsity_config
+from msp_plugin.checkpoint.packing import other_matrices, pack_layer
 from msp_plugin.errors import FormatError, ModelError, OutputError, RecipeError
-from msp_plugin.formats.sparse24 import packed_bytes
+from msp_plugin.formats.base import PackedFormat, TensorInfo, without_shape
+from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.formats.tensor_files import INDEX, ShardWriter
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.progress import Progress, silent
@@ -38,12 +39,12 @@ _REWRITTEN = ("config.json", INDEX, MANIFEST_FILE)
 
 @dataclass(frozen=True)
 class Exporter(ABC):
-    """Brings a checkpoint into another form. Fields are the options of ``msp export --set``."""
+    """Writes a checkpoint in another form. Fields are the options of ``msp export --set``."""
 
     name: ClassVar[str]
 
     def check(self, source: Checkpoint) -> None:  # noqa: B027 - not every exporter has something to refuse
-        """Raise if the checkpoint cannot be exported so; nothing was written yet."""
+        """Raise an MSPError if the checkpoint cannot be exported in this form; nothing was written yet."""
 
     @abstractmethod
     def size(self, source: Checkpoint) -> int:
@@ -51,13 +52,13 @@ class Exporter(ABC):
 
     @abstractmethod
     def write(self, source: Checkpoint, directory: Path, progress: Progress) -> Manifest:
-        """Write the export's files into an empty directory; return what was written."""
+        """Write the export's files into an empty directory, and return their manifest."""
 
 
 def export_checkpoint(
     source: str | Path, exporter: Exporter, out: str | Path, *, progress: Progress = silent
 ) -> Manifest:
-    """Export a checkpoint's directory into a new one, which appears whole or not at all.
+    """Export a checkpoint's directory into a new one, which appears whole or not at all; return its manifest.
 
     Raises:
         MSPError: the source is damaged, cannot be exported so, or the output cannot be written.
@@ -93,134 +94,181 @@ class Sharded(Exporter):
 
 @dataclass(frozen=True)
 class Dense(Sharded):
-    """Plain dense safetensors with zeros, bit for bit the weights of either form."""
+    """Plain dense safetensors with zeros, bit for bit the weights of a dense or packed checkpoint."""
 
     name = "dense"
 
     def size(self, source: Checkpoint) -> int:
-        return sum(_dense_bytes(source, name) for name in source.dense_names)
+        return sum(self._sizes(source).values())
 
     def write(self, source: Checkpoint, directory: Path, progress: Progress) -> Manifest:
-        sizes = {name: _dense_bytes(source, name) for name in source.dense_names}
         config = dict(source.config)
         if source.packed:
             config.pop("quantization_config")
-        return _write(
-            self.name, source, directory, config, sizes, source.dense_tensors(), self.shard_bytes, progress
-        )
+        tensors = Tensors(self._sizes(source), source.dense_tensors())
+        return write_export(self, source, directory, config, tensors, progress)
+
+    def _sizes(self, source: Checkpoint) -> dict[str, int]:
+        return {name: source.dense_info(name).bytes for name in source.dense_names}
 
 
 @dataclass(frozen=True)
-class Sparse24(Sharded):
-    """Servable layers packed as two of four weights and a bitmask; all else dense.
+class PackedExporter(Sharded):
+    """Layers packed in ``format``, all else dense. A plugin's exporter gives ``name`` and ``format``.
 
-    The layers are those whose level runs on 2:4 kernels (allocation.json), or, without one, those whose weights
-    are 2:4. Layers that inference fuses are packed all or none.
+    The format decides by a layer's level (allocation.json), or, without one, by its weights. Layers that
+    inference fuses are packed all or none.
     """
 
-    name = "sparse24"
+    format: ClassVar[PackedFormat]
 
     def check(self, source: Checkpoint) -> None:
         if source.packed:
-            raise FormatError(f"{source.path} is packed already", hint="it can be served as it is")
+            hint = (
+                "it can be served as it is"
+                if source.format and source.format.served
+                else "export it to dense"
+            )
+            raise FormatError(f"{source.path} is packed already", hint=hint)
         if source.quantization is not None:
-            said = source.quantization
-            method = said.get("quant_method") if isinstance(said, dict) else said
+            quantization = source.quantization
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise FormatError(
                 f"{source.path} is quantized ({method})",
-                hint="sparse24 packs unquantized weights; export before quantizing, or serve it as it is",
+                hint=f"{self.name} packs unquantized weights; export before quantizing, or serve it as it is",
             )
-        if not source.packing.packed:
-            reasons = sorted(set(source.packing.dense.values()))
+        packing = source.packing_in(self.format)
+        if not packing.packed:
+            reasons = sorted(set(packing.dense.values()))
+            runs = "that 2:4 kernels could run" if self.format.served else f"that {self.name} packs"
             raise FormatError(
-                f"{source.path} has no layer that 2:4 kernels could run: {'; '.join(reasons[:3]) or 'no layers'}",
-                hint="prune with servable levels: levels servable, or names such as 2:4 and 2:8",
+                f"{source.path} has no layer {runs}: {'; '.join(reasons[:3]) or 'no layers'}",
+                hint="prune with servable levels: levels servable, or names such as 2:4 and 2:8"
+                if self.format.served
+                else "export it to dense",
             )
 
     def size(self, source: Checkpoint) -> int:
-        return sum(self._sizes(source, source.packing.packed).values())
+        packed = sum(sum(sizes.values()) for sizes in self._packed_sizes(source).values())
+        return packed + sum(info.bytes for _, info, layer in self._planned(source) if layer is None)
 
     def write(self, source: Checkpoint, directory: Path, progress: Progress) -> Manifest:
-        choice = source.packing
-        sizes, signs = self._sizes(source, choice.packed), {}
+        packing, negative_zeros = source.packing_in(self.format), dict[str, int]()
+        packed_sizes, sizes = self._packed_sizes(source), dict[str, int]()
+        for name, info, layer in self._planned(source):
+            if layer is None:
+                sizes[name] = info.bytes
+            else:
+                sizes |= {f"{layer}.{suffix}": size for suffix, size in packed_sizes[layer].items()}
         config = dict(source.config)
-        config["quantization_config"] = sparsity_config(source.tensors, choice)
-        tensors = self._tensors(source, choice.packed, signs)
-        dense_bytes = sum(source.tensors[f"{layer}.weight"].bytes for layer in choice.packed)
-        stored = sum(_packed_size(source, layer) for layer in choice.packed)
-        manifest = _write(
-            self.name, source, directory, config, sizes, tensors, self.shard_bytes, progress,
-            packed=choice.packed, kept_dense=choice.dense, packed_bytes=stored, dense_bytes=dense_bytes,
-            negative_zeros=signs,
-        )  # fmt: skip
-        if signs:
-            log.info("%d negative zeros became positive", sum(signs.values()))
+        others = other_matrices(source.tensors, packing)
+        config["quantization_config"] = self.format.config(list(packing.packed), others)
+        tensors = Tensors(sizes, self._tensors(source, negative_zeros))
+        manifest = write_export(
+            self,
+            source,
+            directory,
+            config,
+            tensors,
+            progress,
+            packed=packing.packed,
+            kept_dense=packing.dense,
+            packed_bytes=sum(map(without_shape, packed_sizes.values())),
+            dense_bytes=sum(source.tensors[f"{layer}.weight"].bytes for layer in packing.packed),
+            negative_zeros=negative_zeros,
+        )
+        if negative_zeros:
+            log.info("%d negative zeros became positive", sum(negative_zeros.values()))
         return manifest
 
-    def _sizes(self, source: Checkpoint, packed: Mapping[str, str]) -> dict[str, int]:
-        sizes = {}
+    def _planned(self, source: Checkpoint) -> Iterator[tuple[str, TensorInfo, str | None]]:
+        """Yield (name, header, layer that it is packed for) of every tensor of a dense checkpoint."""
+        packed = source.packing_in(self.format).packed
         for name, info in source.tensors.items():
             layer = name.removesuffix(".weight")
-            if layer != name and layer in packed:
+            yield name, info, layer if layer != name and layer in packed else None
+
+    def _packed_sizes(self, source: Checkpoint) -> dict[str, dict[str, int]]:
+        """Return by packed layer the bytes of its tensors by suffix; at most those, without an allocation."""
+        sizes = {}
+        for _, info, layer in self._planned(source):
+            if layer is not None:
                 rows, columns = info.shape
-                sizes[f"{layer}.compressed"] = rows * columns // 2 * info.dtype.itemsize
-                sizes[f"{layer}.bitmask"] = rows * -(-columns // 8)
-                sizes[f"{layer}.shape"] = 16
-            else:
-                sizes[name] = info.bytes
+                levels = source.allocation.by_layer if source.allocation else {}
+                kept = levels[layer].kept(rows, columns) if layer in levels else rows * columns
+                sizes[layer] = self.format.sizes((rows, columns), info.dtype, kept)
         return sizes
 
     def _tensors(
-        self, source: Checkpoint, packed: Mapping[str, str], signs: dict[str, int]
+        self, source: Checkpoint, negative_zeros: dict[str, int]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in source.tensors:
-            layer = name.removesuffix(".weight")
+        """Yield the export's tensors, and note the negative zeros of each layer that became positive."""
+        for name, _, layer in self._planned(source):
             tensor = source.tensors.read(name)
-            if layer == name or layer not in packed:
+            if layer is None:
                 yield name, tensor
                 continue
-            stored, count = pack_layer(tensor, layer)
+            stored, count = pack_layer(self.format, tensor, layer)
             if count:
-                signs[layer] = count
+                negative_zeros[layer] = count
             del tensor
-            yield from stored.tensors(layer).items()
+            yield from ((f"{layer}.{suffix}", part) for suffix, part in stored.items())
 
 
-def _packed_size(source: Checkpoint, layer: str) -> int:
-    info = source.tensors[f"{layer}.weight"]
-    return packed_bytes((info.shape[0], info.shape[1]), info.dtype.itemsize)
+@dataclass(frozen=True)
+class Sparse24(PackedExporter):
+    """Servable layers packed as two of four weights and a bitmask; all else dense.
+
+    The layers are those whose level runs on 2:4 kernels (allocation.json), or, without one, those whose
+    weights are 2:4. Layers that inference fuses are packed all or none.
+    """
+
+    name = "sparse24"
+    format = Sparse24Bitmask()
 
 
-def _dense_bytes(source: Checkpoint, name: str) -> int:
-    layer = source.dense_names[name]
-    return source.tensors[name].bytes if layer is None else 2 * source.tensors[f"{layer}.compressed"].bytes
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of an export, made one at a time.
+
+    Args:
+        sizes: by name, in order, the most bytes that a tensor takes.
+        made: yields (name, tensor) in that order.
+    """
+
+    sizes: Mapping[str, int]
+    made: Iterator[tuple[str, torch.Tensor]]
 
 
-def _write(
-    kind: str,
+def write_export(
+    exporter: Sharded,
     source: Checkpoint,
     directory: Path,
     config: dict[str, Any],
-    sizes: Mapping[str, int],
-    tensors: Iterator[tuple[str, torch.Tensor]],
-    shard_bytes: int,
+    tensors: Tensors,
     progress: Progress,
     **about: Any,
 ) -> Manifest:
-    """Write tensors, config, card and the source's other files; return the manifest."""
+    """Write tensors, config, card and the source's other files; return the manifest.
+
+    Args:
+        config: the contents of the export's config.json.
+        about: further fields of the manifest.
+    """
     source.allocation  # noqa: B018 - an allocation of another model fails here, before anything is written
-    writer, shapes = ShardWriter(directory, sizes, shard_bytes), {}
-    for i, (name, tensor) in enumerate(tensors, 1):
+    writer, shapes = ShardWriter(directory, tensors.sizes, exporter.shard_bytes), {}
+    for i, (name, tensor) in enumerate(tensors.made, 1):
         shapes[name] = list(tensor.shape)
         writer.add(name, tensor)
-        progress(i, len(sizes))
+        progress(i, len(tensors.sizes))
     files = writer.finish()
     copy_other_files(source.path, directory)
     write_json(directory / "config.json", config)
     records = [directory / name for name in (INDEX, "config.json", ALLOCATION_FILE, RUN_FILE)]
     described = describe_files([*files, *(file for file in records if file.is_file())])
-    manifest = Manifest(kind, described, shapes, versions=versions(), **about)
-    write_text(directory / CARD_FILE, model_card(source, manifest))
+    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **about)
+    format = exporter.format if isinstance(exporter, PackedExporter) else None
+    write_text(directory / CARD_FILE, model_card(source, manifest, format))
     return manifest
 
 

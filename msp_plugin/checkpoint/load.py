@@ -1,4 +1,4 @@
-"""Load a checkpoint of either form as a transformers model."""
+"""Load a dense or packed checkpoint as a transformers model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from msp_plugin.checkpoint.checkpoint import Checkpoint, packed_layers
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import FormatError, ModelError, MSPError
 from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.load import load_model
@@ -27,15 +28,16 @@ def load(
     offload: bool = False,
     cache: str | None = None,
 ) -> PreTrainedModel:
-    """Return the causal language model of a directory or hub id, in eval mode on the CPU, whatever its form.
+    """Return the causal language model of a directory or hub id, in eval mode on the CPU.
 
-    A packed checkpoint (``sparse24``) becomes a dense model with the same weights, bit for bit.
+    A packed checkpoint becomes a dense model with the same weights, bit for bit.
 
     Args:
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        checksums: hold the files against the SHA-256 in export.json first, where there is one.
+        checksums: compare the files with the SHA-256 in export.json first, where there is one.
+        trust_remote_code: run the model repository's code.
         offload: leave the weights of a dense checkpoint on disk (see load_model).
-        cache: where those that change go; None is the default cache.
+        cache: the directory for offloaded weights that change; None is the default cache.
 
     Raises:
         ModelError: there is no such model, transformers cannot load it, or it is packed and to be offloaded.
@@ -67,7 +69,7 @@ def is_packed(source: str | Path) -> bool:
         FormatError: its config is damaged.
     """
     file = Path(source).expanduser() / "config.json"
-    return file.is_file() and bool(packed_layers(read_json(file), str(file)))
+    return file.is_file() and packed_layers(read_json(file), str(file)) is not None
 
 
 def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
@@ -81,7 +83,7 @@ def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
     check_source(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if not packed_layers(config.to_dict(), str(source)):
+        if packed_layers(config.to_dict(), str(source)) is None:
             return None
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", *(["*.py"] if trust_remote_code else [])]
         return Path(snapshot_download(str(source), allow_patterns=patterns))
@@ -94,6 +96,7 @@ def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
 
 
 def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    """Return the dense model of a packed checkpoint."""
     from transformers import AutoConfig, GenerationConfig
 
     target = check_dtype(dtype)
@@ -106,9 +109,12 @@ def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Pr
         with torch.device("meta"):  # for the class alone, which may be the repository's own
             cls = type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
         model, report = cls.from_pretrained(
-            None, config=config, state_dict=_in_memory(checkpoint), output_loading_info=True,
+            None,
+            config=config,
+            state_dict=_in_memory(checkpoint),
+            output_loading_info=True,
             dtype=target if target is not None else _dtype_of(checkpoint, config),
-        )  # fmt: skip
+        )
         if (checkpoint.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     except MSPError:
@@ -119,17 +125,17 @@ def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Pr
 
 
 def _in_memory(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Return the tensors of the dense form, none of them mapped from a file any more."""
+    """Return the tensors of the dense form, in memory of their own: none is mapped from a file."""
     packed = {name for name, layer in checkpoint.dense_names.items() if layer is not None}
     return {name: t if name in packed else t.clone() for name, t in checkpoint.dense_tensors()}
 
 
 def _dtype_of(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
-    """Return the dtype that the config names, as transformers takes it for a dense one, else that of the values."""
+    """Return the dtype that the config names, as for a dense model, else that of the weights."""
     named = getattr(config, "dtype", None)
     if isinstance(named, torch.dtype):
         return named
-    return checkpoint.tensors[f"{checkpoint.packed[0]}.compressed"].dtype
+    return checkpoint.dense_info(f"{checkpoint.packed[0]}.weight").dtype
 
 
 def _complete(model: PreTrainedModel, report: dict[str, Any], checkpoint: Checkpoint) -> PreTrainedModel:
@@ -141,4 +147,5 @@ def _complete(model: PreTrainedModel, report: dict[str, Any], checkpoint: Checkp
             f"{checkpoint.path} does not hold the tensors of {type(model).__name__}: {'; '.join(named)}",
             hint="config.json and tensors are from different models",
         )
-    return model.eval()
+    model.train(False)
+    return model

@@ -1,4 +1,4 @@
-"""export.json: what an export wrote, so that a copy of it can be checked."""
+"""export.json: the files, tensors and packed layers of an export, so that a copy of it can be checked."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Manifest:
         format: the exporter's name.
         files: by file name, its ``bytes`` and ``sha256``.
         tensors: by name, the shape of every tensor in the files.
-        packed: by layer, its level's name, or ``"2:4"`` where no allocation was there.
-        kept_dense: by layer of the allocation that is not packed, why.
+        packed: by layer, its level's name; without an allocation, the format's structure, e.g. ``2:4``.
+        kept_dense: by layer that might have been packed and is not, why.
         packed_bytes: bytes that the packed layers take, without their ``shape`` tensors.
         dense_bytes: bytes that the same layers take dense, in the same dtype.
         negative_zeros: zeros whose sign was dropped, by layer.
@@ -64,10 +64,10 @@ class Manifest:
                 hint="update msp_plugin",
             )
         try:
-            found = cls(**{key: value for key, value in data.items() if key not in ("schema", "version")})
+            manifest = cls(**{key: value for key, value in data.items() if key not in ("schema", "version")})
             for key, kind in get_type_hints(cls).items():
-                TypeAdapter(kind).validate_python(getattr(found, key), strict=True)
-            for name, entry in found.files.items():
+                TypeAdapter(kind).validate_python(getattr(manifest, key), strict=True)
+            for name, entry in manifest.files.items():
                 size = entry["bytes"]
                 whole = isinstance(size, int) and not isinstance(size, bool) and size >= 0
                 if Path(name).name != name or not isinstance(entry["sha256"], str) or not whole:
@@ -78,7 +78,7 @@ class Manifest:
             raise FormatError(f"{path} is damaged: {where}: {first['msg']}") from None
         except (TypeError, KeyError, ValueError) as error:
             raise FormatError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-        return found
+        return manifest
 
     def write(self, directory: Path) -> None:
         """Write export.json into a directory."""
@@ -102,7 +102,7 @@ class Manifest:
 
 
 def describe_files(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Return ``bytes`` and ``sha256`` of files by name, read back from the disk."""
+    """Return the ``bytes`` and ``sha256`` of files by name; each file is read."""
     return {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in files}
 
 

@@ -1,50 +1,59 @@
-"""Which layers of a checkpoint are packed, and the config that says so."""
+"""Which layers of a dense checkpoint a format packs, and how one is packed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from msp_plugin.errors import FormatError
-from msp_plugin.formats.sparse24 import FORMAT, Packed, is_packable, pack, positive_zeros
-from msp_plugin.formats.tensor_files import TensorFiles, TensorInfo
+from msp_plugin.formats.base import PackedFormat, TensorInfo
+from msp_plugin.formats.bits import positive_zeros
 from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import FUSED
-
-#: The version of compressed-tensors whose configuration this is.
-_VERSION = "0.13.0"
-#: What the kernels ask of a weight [out, in]: vLLM 0.18's and cuSPARSELt's tiles of 16 bits.
-OUT_MULTIPLE, IN_MULTIPLE = 16, 32
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What becomes of every layer.
+    """The layers that a format packs, and those that stay dense.
 
     Args:
-        packed: by layer to pack, its level's name.
-        dense: by layer to leave, why.
+        packed: by layer, its level's name; the format's structure, e.g. ``2:4``, where no allocation says a
+            level.
+        dense: by layer, why it stays dense.
     """
 
     packed: Mapping[str, str]
     dense: Mapping[str, str]
 
 
-def sort_layers(tensors: TensorFiles | Mapping[str, TensorInfo], allocation: Allocation | None) -> Packing:
-    """Return which layers of a dense checkpoint are packed, and why the others are not.
+def sort_layers(
+    tensors: Mapping[str, TensorInfo],
+    allocation: Allocation | None,
+    format: PackedFormat,
+    read: Callable[[str], torch.Tensor] | None = None,
+) -> Packing:
+    """Return which layers of a dense checkpoint a format packs, and why the others stay dense.
 
-    With an allocation, the level decides; without one, the weights themselves do, for every matrix in the decoder
-    blocks. Layers that inference fuses are packed all or none.
+    With an allocation, the level decides; without one, the weights themselves do, for every matrix in the
+    decoder blocks. Layers that inference fuses are packed all or none.
+
+    Args:
+        tensors: the headers of the checkpoint.
+        read: returns the weight [out, in] of a layer; needed without an allocation.
     """
     packed: dict[str, str] = {}
     dense: dict[str, str] = {}
     for layer, level in _candidates(tensors, allocation).items():
-        reason = _reason(tensors, allocation, layer, level)
+        info = tensors[f"{layer}.weight"]
+        reason = format.refuses(layer, info.shape, info.dtype, level)
+        if reason is None and level is None:
+            assert read is not None, "without an allocation, the weights decide"
+            reason = format.refuses_weight(read(layer))
         if reason is None:
-            packed[layer] = level or "2:4"
+            packed[layer] = level.name if level else format.structure
         else:
             dense[layer] = reason
     for layer in list(packed):
@@ -55,12 +64,10 @@ def sort_layers(tensors: TensorFiles | Mapping[str, TensorInfo], allocation: All
     return Packing({layer: level for layer, level in packed.items() if layer not in dense}, dense)
 
 
-def _candidates(
-    tensors: TensorFiles | Mapping[str, TensorInfo], allocation: Allocation | None
-) -> dict[str, str | None]:
-    """Return the layers that may be packed, with their level's name where an allocation gives it."""
+def _candidates(tensors: Mapping[str, TensorInfo], allocation: Allocation | None) -> dict[str, Level | None]:
+    """Return the layers that may be packed, with their level where an allocation gives it."""
     if allocation is not None:
-        return {layer: level.name for layer, level in allocation.by_layer.items()}
+        return dict(allocation.by_layer)
     return {
         name.removesuffix(".weight"): None
         for name, info in tensors.items()
@@ -70,71 +77,32 @@ def _candidates(
     }
 
 
-def _reason(
-    tensors: TensorFiles | Mapping[str, TensorInfo],
-    allocation: Allocation | None,
-    layer: str,
-    level: str | None,
-) -> str | None:
-    """Return why a layer is not packed, None if it is."""
-    info = tensors[f"{layer}.weight"]
-    if level is not None and not allocation.by_layer[layer].servable:
-        return f"level {level} does not run on 2:4 kernels"
-    if "experts" in layer.split("."):
-        return "experts are served dense"
-    rows, columns = info.shape
-    if rows % OUT_MULTIPLE or columns % IN_MULTIPLE:
-        return f"shape [{rows}, {columns}] is no multiple of [{OUT_MULTIPLE}, {IN_MULTIPLE}]"
-    if not info.dtype.is_floating_point or info.dtype.itemsize not in (2, 4):
-        return f"dtype {info.dtype} is not served"
-    if level is None and not is_packable(tensors.read(f"{layer}.weight")):
-        return "its weights are not 2:4"
-    return None
-
-
 def _siblings(layer: str) -> list[str]:
     parent, _, leaf = layer.rpartition(".")
     group = next((parts for parts in FUSED if leaf in parts), ())
     return [f"{parent}.{part}" for part in group if part != leaf]
 
 
-def pack_layer(weight: torch.Tensor, layer: str) -> tuple[Packed, int]:
-    """Return a packed weight, and how many negative zeros had to become positive for it: 0 if it is exact.
+def pack_layer(format: PackedFormat, weight: torch.Tensor, layer: str) -> tuple[dict[str, torch.Tensor], int]:
+    """Return the packed tensors by suffix, and how many negative zeros became positive: 0 if they are exact.
 
     Raises:
-        FormatError: the weight is not 2:4.
+        FormatError: the weight does not fit into the format.
     """
     try:
-        return pack(weight, layer), 0
+        return format.pack(weight, layer), 0
     except FormatError:
         positive, count = positive_zeros(weight)
         if not count:
             raise
-        return pack(positive, layer), count
+        return format.pack(positive, layer), count
 
 
-def sparsity_config(tensors: TensorFiles | Mapping[str, TensorInfo], packing: Packing) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a packed checkpoint, as compressed-tensors 0.13 and vLLM 0.18.1 read it.
-
-    Layers are named one by one: with ``targets: ["Linear"]`` vLLM 0.18.1 takes dense layers for packed ones. Further
-    keys beside ``sparsity_config`` make compressed-tensors 0.13 ask for ``config_groups``.
-    """
-    others = [
+def other_matrices(tensors: Mapping[str, TensorInfo], packing: Packing) -> list[str]:
+    """Return the layers with a weight of two dimensions that are not packed."""
+    matrices = [
         name.removesuffix(".weight")
         for name, info in tensors.items()
-        if name.endswith(".weight")
-        and len(info.shape) == 2
-        and name.removesuffix(".weight") not in packing.packed
+        if name.endswith(".weight") and len(info.shape) == 2
     ]
-    return {
-        "quant_method": "compressed-tensors",
-        "version": _VERSION,
-        "sparsity_config": {
-            "format": FORMAT,
-            "sparsity_structure": "2:4",
-            "global_sparsity": 0.5,
-            "registry_requires_subclass": False,
-            "targets": list(packing.packed),
-            "ignore": others,
-        },
-    }
+    return [layer for layer in matrices if layer not in packing.packed]

@@ -1,4 +1,4 @@
-"""Refuse to prune what is quantized already."""
+"""Refuse to prune a model that is quantized."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from msp_plugin.checkpoint.checkpoint import packed_layers
+from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import ModelError
 from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.source import check_source
@@ -19,10 +19,10 @@ _HINT = (
 
 
 def check_source_unquantized(source: str | Path, *, trust_remote_code: bool = False) -> None:
-    """Raise if the config of a directory or hub id says that its weights are quantized; nothing is loaded.
+    """Raise if the config of a directory or hub id says that its weights are quantized; no weight is read.
 
     Raises:
-        ModelError: they are, or there is no such model.
+        ModelError: the weights are quantized, or there is no such model.
         FormatError: the config is damaged.
     """
     file = Path(source).expanduser() / "config.json"
@@ -36,21 +36,21 @@ def check_source_unquantized(source: str | Path, *, trust_remote_code: bool = Fa
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).to_dict()
         except Exception as error:  # a config's values reach all of transformers
             raise ModelError(f"cannot read the config of {source}: {error}") from error
-    if config.get("quantization_config") and not packed_layers(config, str(source)):
+    if config.get("quantization_config") and packed_layers(config, str(source)) is None:
         raise ModelError(f"{source} is quantized ({_described(config['quantization_config'])})", hint=_HINT)
 
 
 def check_unquantized(model: torch.nn.Module) -> None:
-    """Raise if a loaded model was quantized when it was saved, and was not brought back to plain weights.
+    """Raise if the weights of a loaded model are quantized.
 
     Raises:
-        ModelError: it was.
+        ModelError: the model was quantized when it was saved, and not dequantized when it was loaded.
     """
-    found = getattr(getattr(model, "config", None), "quantization_config", None)
-    if found is not None and not isinstance(found, dict):
-        found = {**vars(found), **found.to_dict()}
-    if found and not found.get("dequantize"):
-        raise ModelError(f"the model is quantized ({_described(found)})", hint=_HINT)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is not None and not isinstance(config, dict):
+        config = {**vars(config), **config.to_dict()}
+    if config and not config.get("dequantize"):
+        raise ModelError(f"the model is quantized ({_described(config)})", hint=_HINT)
 
 
 def _described(quantization: Any) -> str:

@@ -1,10 +1,10 @@
-"""Recount the zeros of a pruned model against its allocation."""
+"""Count the zeros of a pruned model, and compare them with its allocation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -17,7 +17,7 @@ from msp_plugin.pruning.masks import recount
 
 @dataclass(frozen=True)
 class PruneStats:
-    """Zeros and weights of every layer, as found in the model."""
+    """The zeros and weights of every layer, as counted in the model."""
 
     zeros: Mapping[str, int]
     weights: Mapping[str, int]
@@ -60,14 +60,16 @@ def recount_model(
     exact: bool = True,
     after: str = "pruning",
 ) -> PruneStats:
-    """Return the recounted zeros of every layer of the allocation.
+    """Return the zeros of every layer of the allocation, counted in the model.
 
-    No group may keep more than its level allows. With ``exact``, zeros beyond the plan's must be explained: by zeros
-    that were there before, by columns that are zero throughout (dead input features), or by rounding.
+    No group may keep more than its level allows. With ``exact``, a layer may have more zeros than planned
+    only as far as they were there before, stand in columns that are zero throughout (dead input features), or
+    come from rounding.
 
     Args:
         before: zeros of each layer before pruning.
-        after: what ran last, for the error.
+        exact: refuse more zeros than planned.
+        after: the step that ran last, for the error.
 
     Raises:
         VerificationError: a layer does not hold what was planned, or is not finite.
@@ -75,24 +77,24 @@ def recount_model(
     zeros, weights = {}, {}
     for name, level in allocation.by_layer.items():
         with _readable(model.get_submodule(name)) as weight:
-            found = recount(weight, level)
-            zeros[name], weights[name] = found.zeros, weight.numel()
+            counted = recount(weight, level)
+            zeros[name], weights[name] = counted.zeros, weight.numel()
             kept = level.kept(*weight.shape)
-        if not found.finite:
+        if not counted.finite:
             raise VerificationError(f"after {after}, {name} holds weights that are not finite")
         plan = f"planned was {level.name} with {weights[name] - kept:,} zeros of {weights[name]:,}"
-        if found.broken:
+        if counted.broken:
             raise VerificationError(
-                f"after {after}, {name} {found.broken} and has {found.zeros:,} zeros; {plan}",
+                f"after {after}, {name} {counted.broken} and has {counted.zeros:,} zeros; {plan}",
                 hint="a method that updates pruned weights (GPTQ, AWQ, SmoothQuant) must come before, "
                 "round-to-nearest quantization may come after"
                 if after != "pruning"
                 else "the layer saw no calibration text, or the host's pattern is another one",
             )
-        explained = (before or {}).get(name, 0) + found.from_dead_inputs + math.ceil(_ROUNDED * kept)
-        if exact and found.zeros - (weights[name] - kept) > explained:
+        explained = (before or {}).get(name, 0) + counted.from_dead_inputs + math.ceil(_ROUNDED * kept)
+        if exact and counted.zeros - (weights[name] - kept) > explained:
             raise VerificationError(
-                f"after {after}, {name} has {found.zeros:,} zeros; {plan}",
+                f"after {after}, {name} has {counted.zeros:,} zeros; {plan}",
                 hint="the method prunes more than it was asked to",
             )
     return PruneStats(zeros, weights)
@@ -100,11 +102,12 @@ def recount_model(
 
 @contextmanager
 def _readable(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the weight of a module on any device, onloaded if a host has offloaded it."""
+    """Yield the weight of a module on any device, loaded if a host has offloaded it."""
     try:
-        from compressed_tensors.utils import align_module_device
+        from compressed_tensors.utils import align_module_device as loaded
     except ImportError:  # without a host nothing is offloaded in its way
-        yield module.weight.detach()
-    else:
-        with align_module_device(module):
-            yield module.weight.detach()
+        loaded = nullcontext
+    with loaded(module):
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        yield weight.detach()

@@ -1,5 +1,7 @@
-"""The files beside a checkpoint: allocation.json and run.json (sidecars, because llm-compressor
-restores the source's config.json when it saves)."""
+"""The files beside a checkpoint: allocation.json and run.json.
+
+They are files of their own because llm-compressor restores the source's config.json when it saves.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: What transformers' processors are made of, beside the tokenizer's files.
+#: Files of transformers' processors beside those of the tokenizer.
 PROCESSOR_FILES = (
-    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
     "chat_template.jinja",
-)  # fmt: skip
+)
 
 
 def run_record(outcome: Outcome, stats: PruneStats, seed: int) -> RunRecord:
@@ -64,7 +69,7 @@ def write_files(directory: Path, outcome: Outcome | None, record: RunRecord) -> 
 def attach_files(
     model: PreTrainedModel, outcome: Outcome, stats: PruneStats, seed: int, *, keep: bool = True
 ) -> None:
-    """Make ``model.save_pretrained`` write the files too, and those of the processor of a model that reads images.
+    """Make ``model.save_pretrained`` write both files too, and the files of an image processor.
 
     Args:
         keep: save the model elsewhere if that fails.
@@ -81,23 +86,23 @@ def attach_files(
             copy_processor(model, path)
             records(path)
 
-    save_with_files._overridden = True  # llm-compressor's mark for "already wrapped"
-    model.save_pretrained = save_with_files
+    vars(save_with_files)["_overridden"] = True  # llm-compressor's mark for "already wrapped"
+    vars(model)["save_pretrained"] = save_with_files
 
 
 def copy_processor(model: PreTrainedModel, directory: Path) -> None:
-    """Copy the processor's files beside a model that reads more than text, which is of no use without them.
+    """Copy the processor's files beside a model that reads more than text: it cannot be used without them.
 
-    A file that is there already stays. What cannot be fetched from the hub is named in a warning.
+    A file that is there already stays. A file that cannot be fetched from the hub is named in a warning.
     """
     source = getattr(model.config, "_name_or_path", "")
     if text_config(model) is model.config or not source:
         return
     for name in PROCESSOR_FILES:
         if not (directory / name).exists():
-            found = _file_of(source, name, getattr(model.config, "_commit_hash", None))
-            if found is not None:
-                shutil.copyfile(found, directory / name)
+            file = _file_of(source, name, getattr(model.config, "_commit_hash", None))
+            if file is not None:
+                shutil.copyfile(file, directory / name)
 
 
 def _file_of(source: str, name: str, revision: str | None) -> Path | None:

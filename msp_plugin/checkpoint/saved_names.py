@@ -1,4 +1,4 @@
-"""Names under which transformers saves a model's layers: it renames and reshapes tensors between memory and files."""
+"""Names of a model's layers in files: transformers renames and reshapes tensors when it saves them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def saved_names(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]
         ModelError: a layer is saved as a part of another tensor, or reshaped.
     """
     undone = [conversion.reverse_transform() for conversion in reversed(weight_conversions(model))]
-    renamings = [one for one in undone if isinstance(one, WeightRenaming)]
-    converters = [one for one in undone if isinstance(one, WeightConverter)]
+    renamings = [conversion for conversion in undone if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in undone if isinstance(conversion, WeightConverter)]
     names = {}
     for layer in layers:
         name, converter = rename_source_key(f"{layer}.weight", renamings, converters, reverse=True)
         if converter is not None or not name.endswith(".weight"):
             raise ModelError(
-                f"transformers stores {layer} of {type(model).__name__} in another shape or with other layers in one "
-                "tensor, in which its zeros could not be checked",
+                f"transformers stores {layer} of {type(model).__name__} in another shape or with other "
+                "layers in one tensor, in which its zeros could not be checked",
                 hint="add it to ignore",
             )
         names[layer] = name.removesuffix(".weight")
@@ -35,9 +35,9 @@ def saved_names(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]
 
 
 def weight_conversions(model: PreTrainedModel) -> list[Any]:
-    """Return what transformers undoes when it saves a model, as its revert_weight_conversion finds it."""
-    loaded = getattr(model, "_weight_conversions", None)
-    if loaded is not None:
-        return loaded
+    """Return the conversions that transformers undoes when it saves a model (revert_weight_conversion)."""
+    applied: list[Any] | None = getattr(model, "_weight_conversions", None)
+    if applied is not None:
+        return applied
     known = get_model_conversion_mapping(model, add_legacy=False)
-    return [one for one in known if not isinstance(one, PrefixChange)]
+    return [conversion for conversion in known if not isinstance(conversion, PrefixChange)]

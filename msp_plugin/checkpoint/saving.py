@@ -1,4 +1,4 @@
-"""Save a pruned model: what would be refused is known before the work, and no finished work is lost."""
+"""Save a pruned model: refusals come before the work, and a model whose saving fails is kept elsewhere."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Of one file of a checkpoint; what is offloaded is read again for one file at a time.
+#: The most bytes of one file of a checkpoint; offloaded weights are in memory for one file at a time.
 SHARD_BYTES = 4 * 1024**3
 GENERATION_FILE = "generation_config.json"
 
 
 def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Save config and tokenizer to a temporary directory, to know before the work what will be refused.
+    """Raise if transformers will refuse to save the model: config and tokenizer are saved and deleted.
+
+    A generation config that transformers refuses is no reason: it is kept as it is (see
+    generation_config_kept), with a warning.
 
     Raises:
-        ModelError: transformers refuses the config or the tokenizer. Of a generation config that it refuses
-            there is a warning: see generation_config_kept.
+        ModelError: transformers refuses the config or the tokenizer.
     """
     if (why := _generation_refused(model)) is not None:
         log.warning(
@@ -61,7 +63,7 @@ def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 
 @contextmanager
 def generation_config_kept(model: PreTrainedModel, directory: Path) -> Iterator[None]:
-    """Let a model be saved in the block whatever its generation config, which is then written as it is.
+    """Let the block save a model whatever its generation config, and write a refused config as it is.
 
     transformers reads a generation_config.json that contradicts itself, e.g. a temperature without sampling,
     and refuses to save it.
@@ -72,12 +74,13 @@ def generation_config_kept(model: PreTrainedModel, directory: Path) -> Iterator[
     from transformers import GenerationConfig
 
     refused = model.generation_config
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig.from_dict({})
     try:
         yield
     finally:
         model.generation_config = refused
-    refused.to_json_file(directory / GENERATION_FILE, use_diff=True, keys_to_pop=["compile_config"])
+    if refused is not None:
+        refused.to_json_file(directory / GENERATION_FILE, use_diff=True, keys_to_pop=["compile_config"])
 
 
 def _generation_refused(model: PreTrainedModel) -> str | None:
@@ -94,7 +97,7 @@ def _generation_refused(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def kept_if_it_fails(
-    model: torch.nn.Module, path: Path, records: Callable[[Path], Any], cache: str | None = None
+    model: PreTrainedModel, path: Path, records: Callable[[Path], Any], cache: str | None = None
 ) -> Iterator[None]:
     """Keep a pruned model if the block, which measures it and saves it to ``path``, fails.
 
@@ -113,7 +116,8 @@ def kept_if_it_fails(
         hint = (
             f"the pruned model is kept in {kept}; it is whole with the source's tokenizer files beside it"
             if kept
-            else "the pruned model could not be kept elsewhere; what was measured is in the cache, so that a run goes on with it"
+            else "the pruned model could not be kept elsewhere; what was measured is in the cache, so that a "
+            "run goes on with it"
         )
         raise OutputError(
             failure.message, hint=f"{failure.hint}; {hint}" if failure.hint else hint
@@ -121,6 +125,7 @@ def kept_if_it_fails(
 
 
 def _failure(path: Path, error: Exception) -> MSPError:
+    """Return the error that the user sees for one that ended the block."""
     if isinstance(error, MSPError):
         return error
     if isinstance(error, OSError | SafetensorError):
@@ -138,7 +143,7 @@ def _said(error: Exception) -> str:
 _LONGEST = 400
 
 
-def _keep(model: torch.nn.Module, place: Path, name: str, records: Callable[[Path], Any]) -> Path | None:
+def _keep(model: PreTrainedModel, place: Path, name: str, records: Callable[[Path], Any]) -> Path | None:
     """Write a model's weights, config and records to a new directory in ``place``; None if that fails."""
     names = itertools.chain([f"{name}.unsaved"], (f"{name}.unsaved-{i}" for i in itertools.count(2)))
     path = next(place / n for n in names if not (place / n).exists())
@@ -161,10 +166,10 @@ def write_weights(model: torch.nn.Module, directory: Path) -> None:
     named = dict.fromkeys(name for name, _, _ in named_parameters(model))
     sizes, owners = {}, {}
     for prefix, module in model.named_modules():
-        lasting = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        for leaf, tensor in (own_parameters(module) | lasting).items():
+        buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for leaf, tensor in (own_parameters(module) | buffers).items():
             name = f"{prefix}.{leaf}" if prefix else leaf
-            if tensor is not None and (name in named or leaf in lasting):
+            if tensor is not None and (name in named or leaf in buffers):
                 sizes[name], owners[name] = tensor.numel() * tensor.element_size(), (module, leaf)
     writer = ShardWriter(directory, sizes, SHARD_BYTES)
     for name, (module, leaf) in owners.items():

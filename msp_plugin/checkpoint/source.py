@@ -1,4 +1,4 @@
-"""A model's source: where a run takes its model from, each step a fresh copy."""
+"""The source of a run's model: each step of the run loads a fresh copy from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ModelSource:
     Args:
         name: directory or hub id.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        trust_remote_code: run the code that the repository brings.
+        trust_remote_code: run the model repository's code.
         offload: leave the weights on disk, for models larger than memory (see load_model).
         cache: where offloaded weights that change are written; None is the default cache.
     """

@@ -1,4 +1,4 @@
-"""The evaluation of a checkpoint as one record: tasks of lm-eval, perplexity, and KL to a reference."""
+"""Evaluate a checkpoint into one record: tasks of lm-eval, perplexity, and KL to a reference."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from msp_plugin.checkpoint.load import load
 from msp_plugin.data.calibration import CalibrationSet
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """A model: as the user named it, and where it is."""
+    """A model, by the name that the user gave and the directory or hub id that it stands for."""
 
     name: str
     path: str
@@ -44,30 +46,35 @@ class Source:
     trust_remote_code: bool = False
 
     def max_length(self) -> int | None:
+        """Return the most tokens that the model takes, None if its config does not say."""
         return max_length(self.path, trust_remote_code=self.trust_remote_code)
 
     def vocabulary(self) -> int | None:
+        """Return how many tokens the model knows, None if its config does not say."""
         return vocabulary(self.path, trust_remote_code=self.trust_remote_code)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the model's tokenizer."""
         return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:
+        """Return the model, on the CPU."""
         return load(self.path, self.dtype, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is evaluated.
+    """The models to evaluate, and the tasks and texts to evaluate them on.
 
     Args:
-        reference: a model that is asked the same, to compare with.
+        reference: a model that gets the same tasks and texts, to compare with.
         tasks, task_dir, limit, num_fewshot, batch: see tasks.find_tasks and tasks.Suite.
-        data: sources of text for the perplexity (see calibration.load_texts).
-        samples, length, column, bos: of that text (see samples.Text).
+        data: sources of text for the perplexity (see data.sources.load_texts).
+        samples, length, column, bos: of each text (see data.samples.Text).
 
     Raises:
-        RecipeError: neither tasks nor data, tasks that are not named, an unknown dtype, a number out of range.
+        RecipeError: neither tasks nor data, tasks that are not named, an unknown dtype, a number out of
+            range.
     """
 
     model: Source
@@ -130,9 +137,13 @@ def evaluate(request: Request, *, quiet: bool = True, progress: StepProgress = n
     suite = None
     if request.tasks:
         suite = find_tasks(
-            request.tasks, request.task_dir, limit=request.limit, num_fewshot=request.num_fewshot,
-            batch=request.batch, quiet=quiet,
-        )  # fmt: skip
+            request.tasks,
+            request.task_dir,
+            limit=request.limit,
+            num_fewshot=request.num_fewshot,
+            batch=request.batch,
+            quiet=quiet,
+        )
     tokenizers = [source.tokenizer() for source in request.sources]
     texts = [_text(request, data, tokenizers, min(lengths, default=None)) for data in request.data]
     measure = partial(_measure, suite=suite, texts=texts, quiet=quiet, progress=progress)
@@ -151,31 +162,39 @@ def evaluate(request: Request, *, quiet: bool = True, progress: StepProgress = n
 def _text(
     request: Request, data: str, tokenizers: Sequence[PreTrainedTokenizerBase], most: int | None
 ) -> CalibrationSet:
-    """Return the samples of a text.
+    """Return the samples of a text, of at most ``most`` tokens.
 
     Raises:
         DataError: it is missing, empty or too short.
         ModelError: the reference reads it as other tokens, so that there is no KL.
     """
-    asked = Text(
+    text = Text(
         data, samples=request.samples, length=request.length, column=request.column, bos=request.bos
-    ).within(most)  # fmt: skip
-    found = [
-        replace(asked, vocabulary=source.vocabulary()).read(tokenizer, data, asked.samples, at_least=1)
+    ).within(most)
+    sets = [
+        replace(text, vocabulary=source.vocabulary()).read(tokenizer, data, request.samples, at_least=1)
         for source, tokenizer in zip(request.sources, tokenizers, strict=True)
     ]
-    if len({samples.fingerprint for samples in found}) > 1:
+    if len({samples.fingerprint for samples in sets}) > 1:
+        names = " and ".join(source.name for source in reversed(request.sources))
         raise ModelError(
-            f"{request.reference.name} and {request.model.name} read {data} as different tokens",
-            hint="the reference of a perplexity and a KL is the model before pruning; tasks can compare any two",
+            f"{names} read {data} as different tokens",
+            hint="the reference of a perplexity and a KL is the model before pruning; tasks compare any two",
         )
-    return found[0]
+    return sets[0]
 
 
 def _measure(
-    source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, suite: Suite | None,
-    texts: Sequence[CalibrationSet], quiet: bool, progress: StepProgress,
-) -> _Measured:  # fmt: skip
+    source: Source,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    suite: Suite | None,
+    texts: Sequence[CalibrationSet],
+    quiet: bool,
+    progress: StepProgress,
+) -> _Measured:
+    """Return the perplexities and the scores of one model."""
     step = prefixed(f"{source.name}, ", progress)
     about = ModelRecord(
         source=source.name,
@@ -198,16 +217,20 @@ def _measure(
 def _kl(
     other: PreTrainedModel, model: PreTrainedModel, text: CalibrationSet, progress: StepProgress
 ) -> float:
-    """Return KL(other || model) in nats per token; both are where ``other`` fits best."""
+    """Return KL(other || model) in nats per token, on the device that suits ``other`` best."""
     with on_best_device(other):
-        model.to(next(other.parameters()).device)
+        torch.nn.Module.to(model, next(other.parameters()).device)
         return mean_kl(other, model, text, progress=partial(progress, f"KL on {text.source}"))
 
 
 def _record(
-    request: Request, suite: Suite | None, texts: Sequence[CalibrationSet], measured: Sequence[_Measured],
+    request: Request,
+    suite: Suite | None,
+    texts: Sequence[CalibrationSet],
+    measured: Sequence[_Measured],
     kls: Sequence[float],
-) -> EvalRecord:  # fmt: skip
+) -> EvalRecord:
+    """Return the record of what was measured of the model, and of the reference if there is one."""
     own, other = measured[0], measured[1] if len(measured) > 1 else None
     packages = {**versions(), "python": platform.python_version()}
     harness = None
@@ -223,9 +246,9 @@ def _record(
         )
     return EvalRecord(
         model=own.about,
-        reference=other and other.about,
+        reference=other.about if other else None,
         perplexity=tuple(_text_score(text, i, own, other, kls) for i, text in enumerate(texts)),
-        tasks=_task_scores(own.answers, other and other.answers) if own.answers else {},
+        tasks=_task_scores(own.answers, other.answers if other else None) if own.answers else {},
         harness=harness,
         versions=packages,
     )

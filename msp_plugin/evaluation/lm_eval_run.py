@@ -1,4 +1,4 @@
-"""lm-eval: ask a loaded model, and compare what two models scored."""
+"""Ask a loaded model the tasks of lm-eval, and compare the scores of two models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: lm-eval's own defaults (lm_eval/defaults.py), said here so that the record holds what was used.
+#: lm-eval's own defaults (lm_eval/defaults.py), given to it so that the record holds the seeds that were
+#: used.
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-#: Draws for the standard error of a metric that is no mean; it is within 1/sqrt(2 * 1000) = 2 % of itself then
-#: (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 6). lm-eval's 100,000 take minutes a task.
+#: Draws for the standard error of a metric that is no mean; it is within 1/sqrt(2 * 1000) = 2 % of itself
+#: then (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 6). lm-eval's 100,000 take minutes
+#: a task.
 BOOTSTRAP = 1000
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of one task. ``by_document`` holds what it is the mean of, where it is a mean."""
+    """One number of one task. ``by_document`` holds the documents' numbers if it is their mean."""
 
     task: str
     name: str
@@ -41,12 +43,12 @@ class Metric:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model scored.
+    """The scores of a model.
 
     Args:
         tasks: by name: version, num_fewshot, samples (documents asked), available (documents there are),
             fingerprint of the prompts and targets; of groups as far as lm-eval says it.
-        truncated: requests that were longer than the model takes and lost their beginning.
+        truncated: number of requests that were longer than the model takes and lost their beginning.
     """
 
     metrics: tuple[Metric, ...]
@@ -55,10 +57,14 @@ class Answers:
 
 
 def ask(
-    suite: Suite, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, quiet: bool = True,
+    suite: Suite,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    quiet: bool = True,
     progress: StepProgress = no_progress,
-) -> Answers:  # fmt: skip
-    """Return what a model scores on the tasks, where the model is.
+) -> Answers:
+    """Return the scores of a model on the tasks; it is asked on the device that it is on.
 
     In 16 bits lm-eval sums log-probabilities in 16 bits, as its own command does; load the model in float32
     for numbers that do not depend on the batch.
@@ -67,7 +73,7 @@ def ask(
         NumericsError: a log-likelihood is not a number.
         HostError: lm-eval failed.
     """
-    # its resampling forks a pool of a process that has threads, and such a pool may never end
+    # lm-eval's resampling forks a process that has threads, and such a fork may never end
     os.environ["DISABLE_MULTIPROC"] = "1"
     with off_console(quiet) as stderr:
         import lm_eval
@@ -75,14 +81,21 @@ def ask(
         asked = _reporting(model, tokenizer, suite.batch, stderr, progress)
         try:
             results = lm_eval.simple_evaluate(
-                model=asked, tasks=list(suite.names), task_manager=suite.manager, limit=suite.limit,
-                num_fewshot=suite.num_fewshot, batch_size=suite.batch, random_seed=SEEDS["random"],
-                numpy_random_seed=SEEDS["numpy"], torch_random_seed=SEEDS["torch"],
-                fewshot_random_seed=SEEDS["fewshot"], bootstrap_iters=BOOTSTRAP,
-            )  # fmt: skip
+                model=asked,
+                tasks=list(suite.names),
+                task_manager=suite.manager,
+                limit=suite.limit,
+                num_fewshot=suite.num_fewshot,
+                batch_size=suite.batch,
+                random_seed=SEEDS["random"],
+                numpy_random_seed=SEEDS["numpy"],
+                torch_random_seed=SEEDS["torch"],
+                fewshot_random_seed=SEEDS["fewshot"],
+                bootstrap_iters=BOOTSTRAP,
+            )
         except NumericsError:
             raise
-        except Exception as error:  # tasks score by code of their own
+        except Exception as error:  # tasks score with code of their own
             raise HostError(
                 f"lm-eval failed on {', '.join(suite.names)}: {type(error).__name__}: {error}"
             ) from error
@@ -98,7 +111,7 @@ def _reporting(
     stderr: TextIO,
     progress: StepProgress,
 ) -> HFLM:
-    """Return lm-eval's view of a model, which reports progress, counts what it cuts and refuses NaN."""
+    """Return a model as lm-eval takes it; it reports progress, counts cut requests and refuses NaN."""
     from lm_eval.models.huggingface import HFLM
 
     class Reporting(HFLM):
@@ -111,10 +124,10 @@ def _reporting(
             self.done += 1
             progress(kind, self.done, self.total)
 
-        def _answer(self, way: Any, requests: list[Any]) -> list[Any]:
+        def _answer(self, method: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
             self.done, self.total, self.cache_hook = 0, len(requests), self
             with redirect_stderr(stderr):
-                return way(requests, disable_tqdm=True)
+                return method(requests, disable_tqdm=True)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
             return self._answer(super().loglikelihood, requests)
@@ -128,29 +141,35 @@ def _reporting(
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **more: Any) -> list[Any]:
             room = self.max_length + 1  # the last token is scored, not read
             self.truncated += sum(len(context) + len(text) > room for _, context, text in requests)
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **more)
+            answers: list[Any] = super()._loglikelihood_tokens(requests, disable_tqdm=True, **more)
+            return answers
 
     return Reporting(pretrained=model, tokenizer=tokenizer, batch_size=batch)
 
 
 def _metrics(results: dict[str, Any]) -> Iterator[Metric]:
     """Yield the metrics of lm-eval's results: keys are ``metric,filter`` and ``metric_stderr,filter``."""
-    for task, found in results["results"].items():
+    for task, scores in results["results"].items():
         better = results["higher_is_better"].get(task) or {}
-        for key, value in found.items():
-            name, comma, way = key.partition(",")
+        for key, value in scores.items():
+            name, comma, filter_name = key.partition(",")
             if not comma or name.endswith("_stderr") or isinstance(value, str):
                 continue
-            stderr = found.get(f"{name}_stderr,{way}")
-            rows = [row for row in results["samples"].get(task, ()) if row["filter"] == way]
+            stderr = scores.get(f"{name}_stderr,{filter_name}")
+            rows = [row for row in results["samples"].get(task, ()) if row["filter"] == filter_name]
             yield Metric(
-                task, name, way, float(value), None if stderr is None or isinstance(stderr, str) else float(stderr),
-                better.get(name), _documents(rows, name, float(value)),
-            )  # fmt: skip
+                task,
+                name,
+                filter_name,
+                float(value),
+                None if stderr is None or isinstance(stderr, str) else float(stderr),
+                better.get(name),
+                _documents(rows, name, float(value)),
+            )
 
 
 def _documents(rows: Sequence[dict[str, Any]], name: str, value: float) -> tuple[float, ...] | None:
-    """Return a metric's numbers by document if the metric is their mean, else None."""
+    """Return a metric's numbers by document, None if the metric is not their mean."""
     try:
         numbers = tuple(float(row[name]) for row in sorted(rows, key=lambda row: row["doc_id"]))
     except (KeyError, TypeError, ValueError):  # pairs for an F1, or a document without it
@@ -160,30 +179,33 @@ def _documents(rows: Sequence[dict[str, Any]], name: str, value: float) -> tuple
 
 
 def _tasks(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    about = {}
-    for task, found in results["results"].items():
+    """Return what lm-eval says of each task beside its metrics (see ``Answers``)."""
+    tasks = {}
+    for task, scores in results["results"].items():
         count = results["n-samples"].get(task, {})
         rows = results["samples"].get(task)
-        about[task] = {
-            "version": results["versions"].get(task), "num_fewshot": results["n-shot"].get(task),
-            "samples": count.get("effective", found.get("sample_len")), "available": count.get("original"),
+        tasks[task] = {
+            "version": results["versions"].get(task),
+            "num_fewshot": results["n-shot"].get(task),
+            "samples": count.get("effective", scores.get("sample_len")),
+            "available": count.get("original"),
             "fingerprint": _digest(rows) if rows else None,
-        }  # fmt: skip
-    return about
+        }
+    return tasks
 
 
 def _digest(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a hex digest of which documents were asked, with which prompts and targets."""
+    """Return a hex digest of the documents that were asked, their prompts and their targets."""
     asked = {f"{row['doc_id']} {row['doc_hash']} {row['prompt_hash']} {row['target_hash']}" for row in rows}
     return hashlib.sha256("\n".join(sorted(asked)).encode()).hexdigest()
 
 
 def difference(metric: Metric, reference: Metric) -> tuple[float, float | None, bool]:
-    """Return metric - reference, its standard error, and True if that is of pairs.
+    """Return metric - reference, its standard error, and True if that error is of pairs.
 
-    Both models answered the same documents. Where both numbers are means over documents, the standard error is
-    that of the mean of the differences; else it is that of independent numbers, which is larger for models that
-    fail on the same documents.
+    Both models answered the same documents. If both numbers are means over documents, the standard error is
+    the one of the mean of their differences; otherwise it is the one of independent numbers, which is larger
+    for models that fail on the same documents.
     """
     more = metric.value - reference.value
     ours, theirs = metric.by_document, reference.by_document

@@ -1,4 +1,4 @@
-"""lm-eval's tasks: find them, and build each before a model is loaded."""
+"""Find the tasks of lm-eval, and build each of them before a model is loaded."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _IGNORED = {"__pycache__", ".ipynb_checkpoints"}  # by lm-eval too
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks that were found and could be built, with their data at hand.
+    """Tasks of lm-eval that can be asked: they were built once, and their data is there.
 
     Args:
-        limit: documents of each task; None: all.
-        num_fewshot: worked examples before each document; None: what each task says.
+        limit: documents of each task; None for all.
+        num_fewshot: worked examples before each document; None for each task's own number.
         batch: requests per forward pass.
     """
 
@@ -45,10 +45,10 @@ class Suite:
 
 
 def require_lm_eval() -> None:
-    """Raise unless an lm-eval is installed that can be used.
+    """Raise unless lm-eval is installed and recent enough.
 
     Raises:
-        HostError: it is not; the extra that brings it is named.
+        HostError: it is missing, too old or cannot be imported; the hint names the extra to install.
     """
     hint = "pip install 'msp_plugin[eval]'; perplexity and KL, on data, need no tasks"
     if importlib.util.find_spec("lm_eval") is None:
@@ -63,10 +63,11 @@ def require_lm_eval() -> None:
 
 
 def local_tasks(directory: Path) -> dict[str, str]:
-    """Return what the YAML files of a directory define, by name: ``task``, ``group`` or ``tag``.
+    """Return the names that the YAML files of a directory define; for each ``task``, ``group`` or ``tag``.
 
     Raises:
-        DataError: there is no such directory, it holds no YAML file, one cannot be read, or none defines a task.
+        DataError: there is no such directory, it holds no YAML file, one cannot be read, or none defines a
+            task.
     """
     if not directory.is_dir():
         raise DataError(
@@ -75,24 +76,24 @@ def local_tasks(directory: Path) -> dict[str, str]:
     files = sorted(p for p in directory.rglob("*.yaml") if not _IGNORED & set(p.parts))
     if not files:
         raise DataError(f"{directory} holds no .yaml file", hint="lm-eval defines a task by a file NAME.yaml")
-    found: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for file in files:
         config = _read_task(file)
         kind = "group" if "group" in config else "task"
         if isinstance(config.get(kind), str):
-            found[config[kind]] = kind
+            kinds[config[kind]] = kind
             tags = config.get("tag") or []
             tags = [tags] if isinstance(tags, str) else tags
             if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
                 raise DataError(f"{file}: tag is {shown(tags)}", hint="write one name, or a list of names")
-            found |= dict.fromkeys(tags, "tag")
-    if not found:
+            kinds |= dict.fromkeys(tags, "tag")
+    if not kinds:
         raise DataError(f"no .yaml file of {directory} defines a task", hint="a task's file says task: NAME")
-    return found
+    return kinds
 
 
 def _read_task(file: Path) -> dict[str, Any]:
-    """Return a task's YAML with the names of functions in place of the functions."""
+    """Return the mapping in a task's YAML file; functions that it names are not imported."""
 
     class Loader(yaml.SafeLoader):
         pass
@@ -110,39 +111,47 @@ def _read_task(file: Path) -> dict[str, Any]:
 
 
 def find_tasks(
-    names: Sequence[str], directory: Path | None = None, *, limit: int | None = None, num_fewshot: int | None = None,
-    batch: int = 8, quiet: bool = True,
-) -> Suite:  # fmt: skip
-    """Return the tasks after each was built once, so that a model is loaded for tasks that can be asked.
+    names: Sequence[str],
+    directory: Path | None = None,
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch: int = 8,
+    quiet: bool = True,
+) -> Suite:
+    """Return the tasks of some names; each was built once, so that no model is loaded for broken ones.
 
     Args:
-        names: of tasks, groups and tags, of lm-eval or of ``directory``, which goes first.
+        names: of tasks, groups and tags, of lm-eval or of ``directory``, whose tasks replace lm-eval's
+            namesakes.
 
     Raises:
         HostError: lm-eval is missing.
-        RecipeError: a name that is not there, or two that ask for the same task.
-        DataError: a directory or file that is no task's, a task that cannot be built, or its dataset not loaded.
+        RecipeError: there is no task of a name, or two names ask for the same task.
+        DataError: the directory holds no tasks, or a task cannot be built, or its dataset cannot be loaded.
     """
     local = local_tasks(directory) if directory is not None else {}
     require_lm_eval()
     names = tuple(dict.fromkeys(names))
-    alone = all(local.get(name) == "task" for name in names)  # lm-eval's own 14,000 files take ten seconds
+    local_only = all(local.get(name) == "task" for name in names)
     with off_console(quiet):
         from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_path=directory, include_defaults=not alone)
+        # lm-eval's own 14,000 files take ten seconds
+        manager = TaskManager(include_path=directory, include_defaults=not local_only)
         for name in names:
             if name not in manager.all_tasks:
                 raise RecipeError(f"there is no task {name!r}", hint=_near(name, manager, local, directory))
         built = {name: _build(manager, name) for name in names}
     for leaf, task in _leaves(built).items():
         _check_askable(leaf, task)
-        if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval never overrides that
+        if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval does not change such a task
             log.warning("task %s takes no examples; num_fewshot is ignored there", leaf)
     return Suite(names, manager, limit, num_fewshot, batch)
 
 
 def _near(name: str, manager: TaskManager, local: dict[str, str], directory: Path | None) -> str:
+    """Return a hint with the known names that are near to an unknown one."""
     close = difflib.get_close_matches(name, [*local, *manager.all_tasks], n=5, cutoff=0.6)
     near = f"near it: {', '.join(dict.fromkeys(close))}; " if close else ""
     if directory is None:
@@ -151,22 +160,23 @@ def _near(name: str, manager: TaskManager, local: dict[str, str], directory: Pat
 
 
 def _build(manager: TaskManager, name: str) -> dict[str, Any]:
-    """Return the tasks of a name, by their own names; their datasets are loaded by that.
+    """Return the tasks of a name, by their own names; building them loads their datasets.
 
     Raises:
-        DataError: that failed.
+        DataError: a task cannot be built, or its dataset not loaded.
     """
     try:
-        return manager.load([name])["tasks"]
+        tasks: dict[str, Any] = manager.load([name])["tasks"]
+        return tasks
     except Exception as error:  # tasks run code of their own, and datasets raises many types
-        what = f"{type(error).__name__}: {error}"
+        cause = f"{type(error).__name__}: {error}"
         if _came_from_data(error):
             raise DataError(
-                f"the dataset of task {name!r} could not be loaded: {what}",
-                hint="it comes from the hub unless the task says otherwise: go online once, or give a task with "
-                "local data in a task directory (relative data_files start at the working directory)",
+                f"the dataset of task {name!r} could not be loaded: {cause}",
+                hint="it comes from the hub unless the task says otherwise: go online once, or give a task "
+                "with local data in a task directory (relative data_files start at the working directory)",
             ) from error
-        raise DataError(f"lm-eval cannot build task {name!r}: {what}", hint="see its YAML file") from error
+        raise DataError(f"lm-eval cannot build task {name!r}: {cause}", hint="see its YAML file") from error
 
 
 def _leaves(built: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -188,7 +198,7 @@ def _leaves(built: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _came_from_data(error: BaseException) -> bool:
-    """Return True if it was raised while a task fetched its documents."""
+    """Return True if an error was raised while a task fetched its documents."""
     trace = error.__traceback__
     while trace is not None:
         code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
@@ -201,6 +211,7 @@ def _came_from_data(error: BaseException) -> bool:
 
 
 def _check_askable(name: str, task: Any) -> None:
+    """Raise if a task runs code of the model, or shows more than text."""
     if getattr(task, "UNSAFE_CODE", False):
         raise RecipeError(
             f"task {name!r} runs code that the model writes", hint="run it with lm-eval, in a sandbox"
@@ -211,7 +222,11 @@ def _check_askable(name: str, task: Any) -> None:
 
 @contextmanager
 def off_console(quiet: bool) -> Iterator[TextIO]:
-    """Keep what lm-eval and datasets print, log and draw off the console, stdout in any case; yield the stderr."""
+    """Keep the output of lm-eval and datasets off the console, and yield the console's stderr.
+
+    Args:
+        quiet: False to let them write to stderr; never to stdout.
+    """
     stderr = sys.stderr
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]

@@ -1,8 +1,8 @@
-"""The ``sparse-24-bitmask`` layout of compressed-tensors (0.6 to 0.14): two of every four weights and a bitmask.
+"""``sparse-24-bitmask`` of compressed-tensors (0.6 to 0.14): two of every four weights and a bitmask.
 
 A weight [out, in] becomes ``values`` [out, in / 2], the stored weights of each row in order, and ``bitmask``
-[out, ceil(in / 8)] uint8, one bit per weight, lowest bit first. Exactly two weights of each aligned group of four
-are stored; where a group holds fewer nonzeros, zeros fill the places. 9/16 of a 16-bit weight.
+[out, ceil(in / 8)] uint8, one bit per weight, lowest bit first. Exactly two weights of each aligned group of
+four are stored; where a group holds fewer nonzeros, zeros fill the places. 9/16 of a 16-bit weight.
 
 Everything here works on bit patterns, so any dtype of one, two or four bytes comes back bit for bit, NaN and
 negative zeros included.
@@ -12,23 +12,26 @@ Shape legend: O out_features, I in_features, G groups of four.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import torch
 
 from msp_plugin.errors import FormatError
+from msp_plugin.formats.base import SHAPE, PackedFormat, TensorInfo
+from msp_plugin.formats.bits import INTEGERS, SIGNED_ZERO, as_integers, row_chunks
 
-#: The format's name in a checkpoint's ``sparsity_config``.
-FORMAT = "sparse-24-bitmask"
+if TYPE_CHECKING:
+    from msp_plugin.plan.levels import Level
+
 #: The tensors that stand for ``<layer>.weight`` in a checkpoint, as ``<layer>.<suffix>``.
-SUFFIXES = ("compressed", "bitmask", "shape")
-
-#: Weights handled at once; bounds the temporary memory to about 16 bytes for each.
-_CHUNK = 2**20
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-#: Where a zero has a sign, and the pattern of the sign bit alone is one.
-_SIGNED_ZERO = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
+SUFFIXES = ("compressed", "bitmask", SHAPE)
+#: Dtypes of packed values: eight bits say nothing without a scale, which the format does not store.
+VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: The kernels take weights [out, in] of multiples of these: tiles of 16 bits in vLLM 0.18 and cuSPARSELt.
+OUT_MULTIPLE, IN_MULTIPLE = 16, 32
 
 
 def _stored(nibble: int) -> tuple[int, int]:
@@ -47,8 +50,8 @@ _NIBBLE = torch.tensor(
     [sum(1 << i for i in _stored(n)) if n.bit_count() <= 2 else _TOO_MANY for n in range(16)],
     dtype=torch.uint8,
 )
-#: By a byte of the bitmask: where its four stored weights go among eight [256, 4]; -1 for a byte that does not
-#: store two in each half.
+#: By a byte of the bitmask: where its four stored weights go among eight [256, 4]; -1 for a byte that does
+#: not store two in each half.
 _TARGETS = torch.full((256, 4), -1)
 for _low in combinations(range(4), 2):
     for _high in combinations(range(4, 8), 2):
@@ -70,20 +73,19 @@ class Packed:
     shape: tuple[int, int]
 
     @property
+    def by_suffix(self) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint; ``shape`` is int64 [2, 1], as compressed-tensors wrote it."""
+        shape = torch.tensor(self.shape, dtype=torch.int64).reshape(2, 1)
+        return dict(zip(SUFFIXES, (self.values, self.bitmask, shape), strict=True))
+
+    def tensors(self, layer: str) -> dict[str, torch.Tensor]:
+        """Return the checkpoint's tensors for a layer, by their names."""
+        return {f"{layer}.{suffix}": tensor for suffix, tensor in self.by_suffix.items()}
+
+    @property
     def bytes(self) -> int:
         """Bytes of values and bitmask."""
         return sum(t.numel() * t.element_size() for t in (self.values, self.bitmask))
-
-    def tensors(self, layer: str) -> dict[str, torch.Tensor]:
-        """Return the checkpoint's tensors for a layer; ``shape`` is int64 [2, 1], as compressed-tensors wrote it."""
-        shape = torch.tensor(self.shape, dtype=torch.int64).reshape(2, 1)
-        return dict(zip((f"{layer}.{s}" for s in SUFFIXES), (self.values, self.bitmask, shape), strict=True))
-
-
-def packed_bytes(shape: tuple[int, int], element_size: int) -> int:
-    """Return the bytes that a packed weight of this shape takes, without its ``shape`` tensor."""
-    rows, columns = shape
-    return rows * (columns // 2 * element_size + -(-columns // 8))
 
 
 def pack(weight: torch.Tensor, name: str = "weight") -> Packed:
@@ -94,14 +96,15 @@ def pack(weight: torch.Tensor, name: str = "weight") -> Packed:
 
     Raises:
         FormatError: not a matrix, I is no multiple of four, a dtype of another size, or a group of four holds
-            more than two weights whose bits are not all zero. A negative zero is such a weight: see ``positive_zeros``.
+            more than two weights whose bits are not all zero. A negative zero is such a weight: see
+            ``positive_zeros``.
     """
     bits = _as_bits(weight, name)
     rows, columns = weight.shape
     values = torch.empty(rows, columns // 2, dtype=bits.dtype, device=bits.device)
     bitmask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=bits.device)
     places, nibbles = _PLACES.to(bits.device), _NIBBLE.to(bits.device)
-    for part in _row_chunks(rows, columns):
+    for part in row_chunks(rows, columns):
         found = _nonzero_nibbles(bits[part])
         flat = found.reshape(-1)
         stored = nibbles.index_select(0, flat).reshape(found.shape)
@@ -126,7 +129,7 @@ def unpack(packed: Packed, name: str = "weight") -> torch.Tensor:
     rows, columns = packed.shape
     out = torch.empty(rows, columns, dtype=values.dtype, device=values.device)
     targets, odd = _TARGETS.to(values.device), columns % 8 != 0
-    for part in _row_chunks(rows, columns):
+    for part in row_chunks(rows, columns):
         block, mask = values[part], bitmask[part]
         filled = True
         if odd:  # a half-empty last byte: two zeros are stored in its upper half, and cut off again
@@ -150,40 +153,17 @@ def is_packable(weight: torch.Tensor) -> bool:
     if (
         weight.dim() != 2
         or weight.shape[1] % 4
-        or weight.element_size() not in _INTEGERS
+        or weight.element_size() not in INTEGERS
         or not weight.numel()
     ):
         return False
-    bits, nibbles = _as_integers(weight), _NIBBLE.to(weight.device)
-    sign = torch.iinfo(bits.dtype).min if weight.dtype in _SIGNED_ZERO else 0
-    for part in _row_chunks(*weight.shape):
+    bits, nibbles = as_integers(weight), _NIBBLE.to(weight.device)
+    sign = torch.iinfo(bits.dtype).min if weight.dtype in SIGNED_ZERO else 0
+    for part in row_chunks(*weight.shape):
         nonzero = bits[part] if not sign else bits[part] & ~sign
         if bool(nibbles.index_select(0, _nonzero_nibbles(nonzero).reshape(-1)).max() == _TOO_MANY):
             return False
     return True
-
-
-def positive_zeros(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the weight with every negative zero made positive, and how many there were.
-
-    No value changes: -0.0 equals 0.0, and a product with either adds the same to a sum. The weight itself comes
-    back if it has none.
-    """
-    if weight.dtype not in _SIGNED_ZERO:
-        return weight, 0
-    bits = _as_integers(weight).reshape(-1)
-    sign = torch.iinfo(bits.dtype).min
-    count = sum(int(torch.count_nonzero(part == sign)) for part in bits.split(_CHUNK))
-    if not count:
-        return weight, 0
-    changed = bits.clone()
-    for part in changed.split(_CHUNK):
-        part.masked_fill_(part == sign, 0)
-    return changed.view(weight.dtype).reshape(weight.shape), count
-
-
-def _as_integers(weight: torch.Tensor) -> torch.Tensor:
-    return weight.detach().contiguous().view(_INTEGERS[weight.element_size()])
 
 
 def _as_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
@@ -195,23 +175,18 @@ def _as_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
         raise FormatError(
             f"{name}: in_features = {weight.shape[1]} is no multiple of 4", hint="keep it dense"
         )
-    if weight.element_size() not in _INTEGERS or weight.is_complex():
+    if weight.element_size() not in INTEGERS or weight.is_complex():
         raise FormatError(
             f"{name}: dtype {weight.dtype} cannot be packed", hint="use 1, 2 or 4 bytes a weight"
         )
-    return _as_integers(weight)
-
-
-def _row_chunks(rows: int, columns: int) -> list[slice]:
-    step = max(1, _CHUNK // columns)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return as_integers(weight)
 
 
 def _nonzero_nibbles(bits: torch.Tensor) -> torch.Tensor:
     """Return int32 [rows, G]: bit i says that weight i of the group is not zero.
 
-    The four booleans of a group are one 32-bit word b0 + b1 2^8 + b2 2^16 + b3 2^24; times 2^24 + 2^17 + 2^10 + 2^3
-    the bits 24 to 27 of the product are b0, b1, b2, b3, and no two terms meet in one bit.
+    The four booleans of a group are one 32-bit word b0 + b1 2^8 + b2 2^16 + b3 2^24; times 2^24 + 2^17 + 2^10
+    + 2^3 the bits 24 to 27 of the product are b0, b1, b2, b3, and no two terms meet in one bit.
     """
     words = (bits != 0).view(torch.int32)
     return (words * 0x01020408 >> 24) & 15
@@ -228,8 +203,8 @@ def _refusal(weight: torch.Tensor, name: str) -> FormatError:
         )
     row, group = divmod(int(over.reshape(-1).int().argmax()), groups.shape[1])
     return FormatError(
-        f"{name} is not 2:4: {int(over.sum()):,} of {over.numel():,} groups of four hold more than two nonzeros, "
-        f"the first in row {row}, columns {4 * group} to {4 * group + 3}",
+        f"{name} is not 2:4: {int(over.sum()):,} of {over.numel():,} groups of four hold more than two "
+        f"nonzeros, the first in row {row}, columns {4 * group} to {4 * group + 3}",
         hint="keep the layer dense, or prune it to a level that 2:4 holds (2:4, 1:4, 2:8, 1:8, ...)",
     )
 
@@ -247,6 +222,73 @@ def _checked(packed: Packed, name: str) -> tuple[torch.Tensor, torch.Tensor]:
             f"belong to a weight [{rows}, {columns}]",
             hint=f"expected values {list(expected[0])} and torch.uint8 bitmask {list(expected[1])}",
         )
-    if packed.values.element_size() not in _INTEGERS or packed.values.is_complex():
+    if packed.values.element_size() not in INTEGERS or packed.values.is_complex():
         raise FormatError(f"{name}: dtype {packed.values.dtype} cannot be unpacked")
-    return _as_integers(packed.values), packed.bitmask
+    return as_integers(packed.values), packed.bitmask
+
+
+@dataclass(frozen=True)
+class Sparse24Bitmask(PackedFormat):
+    """Two of every four weights and a bitmask, for 2:4 kernels."""
+
+    name = "sparse-24-bitmask"
+    structure = "2:4"
+    least_sparsity = 0.5
+    suffixes = SUFFIXES
+    own_suffixes = SUFFIXES[:2]
+    description = "two of every four weights and a bitmask"
+    served = True
+
+    def refuses(
+        self, layer: str, shape: tuple[int, ...], dtype: torch.dtype, level: Level | None
+    ) -> str | None:
+        if level is not None and not level.servable:
+            return f"level {level.name} does not run on 2:4 kernels"
+        if "experts" in layer.split("."):
+            return "experts are served dense"
+        rows, columns = shape
+        if rows % OUT_MULTIPLE or columns % IN_MULTIPLE:
+            return f"shape [{rows}, {columns}] is no multiple of [{OUT_MULTIPLE}, {IN_MULTIPLE}]"
+        return None if dtype in VALUE_DTYPES else f"dtype {dtype} is not served"
+
+    def refuses_weight(self, weight: torch.Tensor) -> str | None:
+        return None if is_packable(weight) else "its weights are not 2:4"
+
+    def sizes(self, shape: tuple[int, int], dtype: torch.dtype, kept: int) -> dict[str, int]:
+        rows, columns = shape
+        sizes = (rows * (columns // 2) * dtype.itemsize, rows * -(-columns // 8), 16)
+        return dict(zip(SUFFIXES, sizes, strict=True))
+
+    def pack(self, weight: torch.Tensor, layer: str) -> dict[str, torch.Tensor]:
+        return pack(weight, layer).by_suffix
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
+        values, bitmask, shape = (tensors[suffix] for suffix in SUFFIXES)
+        rows, columns = values.shape[0], 2 * values.shape[1]
+        stored_shape = shape.reshape(-1).tolist()
+        if shape.is_floating_point() or stored_shape != [rows, columns]:
+            raise FormatError(
+                f"{layer}.shape says {stored_shape}, its values are those of a weight [{rows}, {columns}]",
+                hint="the file is damaged: export or download it anew",
+            )
+        return unpack(Packed(values, bitmask, (rows, columns)), layer)
+
+    def header(self, stored: Mapping[str, TensorInfo], layer: str) -> TensorInfo:
+        values, bitmask, shape = (stored[suffix] for suffix in SUFFIXES)
+        rows, half = values.shape if len(values.shape) == 2 else (0, 0)
+        right = (
+            rows > 0
+            and half > 0
+            and half % 2 == 0
+            and values.dtype in VALUE_DTYPES
+            and (bitmask.dtype, bitmask.shape) == (torch.uint8, (rows, -(-half // 4)))
+            and (shape.dtype, shape.bytes) == (torch.int64, 16)
+        )
+        if not right:
+            headers = ", ".join(f"{s} {stored[s].dtype} {list(stored[s].shape)}" for s in SUFFIXES)
+            raise FormatError(
+                f"{layer} is no packed weight: {headers}",
+                hint="expected compressed [out, in / 2] in float16, bfloat16 or float32, bitmask uint8 "
+                "[out, in / 8] and shape int64 [2, 1]; the file is damaged, or quantized",
+            )
+        return TensorInfo(values.file, values.dtype, (rows, 2 * half))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from msp_plugin.errors import FormatError, ModelError, shown
+from msp_plugin.formats.base import TensorInfo
 from msp_plugin.runtime.disk import cannot_write
 from msp_plugin.runtime.documents import parse_json
 from msp_plugin.runtime.files import write_json
@@ -21,29 +21,24 @@ INDEX = "model.safetensors.index.json"
 
 #: The types of the safetensors format that torch has too.
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file's header says about one tensor."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Size of the tensor's data."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count * self.dtype.itemsize
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+}
 
 
 class TensorFiles(Mapping[str, TensorInfo]):
@@ -69,7 +64,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
         lost = sorted(name for name, file in index.items() if found.get(name) != file)
         if lost:
             raise FormatError(
-                f"{directory / INDEX} names {len(lost)} tensors that are not in their file, e.g. {', '.join(lost[:3])}",
+                f"{directory / INDEX} names {len(lost)} tensors that are not in their file, "
+                f"e.g. {', '.join(lost[:3])}",
                 hint="a shard is missing or from another checkpoint: copy the directory anew",
             )
 
@@ -98,7 +94,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
         file = self._info[name].file
         try:
             with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(name)
+                tensor: torch.Tensor = opened.get_tensor(name)
+                return tensor
         except (SafetensorError, OSError, RuntimeError) as error:
             raise FormatError(
                 f"cannot read {name} from {file}: {error}", hint="copy the file anew"
@@ -155,7 +152,7 @@ class ShardWriter:
     """Writes tensors into shards as they come, holding one shard at most.
 
     Args:
-        sizes: the bytes of every tensor that will come, in the order in which it will.
+        sizes: the most bytes that each tensor may take, in the order in which the tensors will come.
         shard_bytes: a shard is closed before it would exceed this; a larger tensor gets one of its own.
     """
 
@@ -169,7 +166,7 @@ class ShardWriter:
                 count, filled = count + 1, 0
             filled += size
             self._place[name] = count
-        self._count, self._total = count, sum(sizes.values())
+        self._count, self._total = count, 0
         self._order = list(sizes)
         self._next = 0
 
@@ -182,6 +179,7 @@ class ShardWriter:
         if self._order[self._next] != name:
             raise AssertionError(f"{name} came where {self._order[self._next]} was planned")
         self._next += 1
+        self._total += tensor.nbytes
         self._held[name] = tensor.contiguous()
         following = self._order[self._next] if self._next < len(self._order) else None
         if following is None or self._place[following] != self._place[name]:

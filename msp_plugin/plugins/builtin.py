@@ -1,4 +1,4 @@
-"""The built-in components, registered as any plugin registers its own."""
+"""The built-in components, registered in the way of any plugin."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from msp_plugin.plugins.hookspecs import hookimpl
 
 
 @hookimpl
-def msp_register_estimators():
+def msp_register_estimators() -> list[type]:
     from msp_plugin.sensitivity.fisher import FisherTrace
     from msp_plugin.sensitivity.heavy_tail import HeavyTail
     from msp_plugin.sensitivity.hessian import HessianTrace
@@ -17,7 +17,7 @@ def msp_register_estimators():
 
 
 @hookimpl
-def msp_register_allocators():
+def msp_register_allocators() -> list[type]:
     from msp_plugin.allocators.alphapruning import AlphaPruning
     from msp_plugin.allocators.atp import ATP
     from msp_plugin.allocators.dlp import DLP
@@ -35,7 +35,7 @@ def msp_register_allocators():
 
 
 @hookimpl
-def msp_register_pruners():
+def msp_register_pruners() -> list[type]:
     from msp_plugin.pruning.magnitude import Magnitude
     from msp_plugin.pruning.sparsegpt import SparseGPT
     from msp_plugin.pruning.wanda import Wanda
@@ -44,7 +44,14 @@ def msp_register_pruners():
 
 
 @hookimpl
-def msp_register_exporters():
+def msp_register_formats() -> list[type]:
+    from msp_plugin.formats.sparse24 import Sparse24Bitmask
+
+    return [Sparse24Bitmask]
+
+
+@hookimpl
+def msp_register_exporters() -> list[type]:
     from msp_plugin.checkpoint.export import Dense, Sparse24
     from msp_plugin.hosts.llm_compressor.export import PlainRecipe
 
@@ -52,7 +59,7 @@ def msp_register_exporters():
 
 
 @hookimpl
-def msp_register_checks():
+def msp_register_checks() -> list[type]:
     from msp_plugin.verify.quality import Quality
     from msp_plugin.verify.round_trip import RoundTrip
     from msp_plugin.verify.served import Served

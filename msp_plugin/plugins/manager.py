@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 from pydantic import TypeAdapter, ValidationError
@@ -18,24 +18,27 @@ from pydantic import TypeAdapter, ValidationError
 from msp_plugin.errors import MSPError, PluginError, RecipeError, nearest, shown
 from msp_plugin.plugins import hookspecs
 
+if TYPE_CHECKING:
+    from msp_plugin.formats.base import PackedFormat
+
 log = logging.getLogger(__name__)
 
-KINDS = ("estimators", "allocators", "pruners", "exporters", "checks")
+KINDS = ("estimators", "allocators", "pruners", "formats", "exporters", "checks")
 BUILTIN = "msp_plugin.plugins.builtin"
 
 
 @dataclass(frozen=True)
 class Component:
-    """A registered class and the plugin that brought it."""
+    """A registered class and the plugin that registered it."""
 
     kind: str
-    cls: type
+    cls: Any
     owner: str
 
     @property
     def name(self) -> str:
         """The name that recipes use."""
-        return self.cls.name
+        return str(self.cls.name)
 
     @property
     def options(self) -> dict[str, str]:
@@ -82,18 +85,24 @@ class Plugins:
         """The pluggy hook relay."""
         return self.manager.hook
 
+    @property
+    def formats(self) -> list[PackedFormat]:
+        """The formats of packed weights, as checkpoints are read with them, by name."""
+        return [self.components["formats"][name].cls() for name in sorted(self.components["formats"])]
+
     def tell(self, event: str, **about: Any) -> None:
-        """Call the observers of an event, e.g. ``msp_run_finished``; a bug of one is a warning and ends no run."""
-        for observer in reversed(getattr(self.hook, event).get_hookimpls()):  # as pluggy calls them
+        """Call the observers of an event, e.g. ``msp_run_finished``; a bug in one is only logged."""
+        for observer in reversed(getattr(self.hook, event).get_hookimpls()):  # pluggy's own order
             try:
                 observer.function(**{name: about[name] for name in observer.argnames})
-            except MSPError:  # meant for the user
+            except MSPError:  # raised for the user to see
                 raise
             except Exception as error:
                 owner = self.owners[id(observer.plugin)]
                 log.warning("plugin %s: %s() raised %s: %s", owner, event, type(error).__name__, error)
 
     def _add(self, plugin: object, owner: str, name: str | None = None) -> None:
+        """Register a plugin's hooks under a name; the owner is named in errors."""
         for attribute in dir(plugin):
             impl = getattr(getattr(plugin, attribute, None), f"{hookspecs.PROJECT}_impl", None)
             if impl is None:
@@ -115,6 +124,7 @@ class Plugins:
         self.owners[id(plugin)] = owner
 
     def _check_pending(self) -> None:
+        """Raise if a plugin implements a hook that does not exist."""
         try:
             self.manager.check_pending()
         except pluggy.PluginValidationError as error:
@@ -127,7 +137,8 @@ class Plugins:
             ) from None
 
     def _collect(self, kind: str) -> dict[str, Component]:
-        found: dict[str, Component] = {}
+        """Return the components of a kind by name."""
+        components: dict[str, Component] = {}
         hook = f"msp_register_{kind}"
         caller = getattr(self.hook, hook)
         for impl in sorted(caller.get_hookimpls(), key=lambda i: self.owners[id(i.plugin)]):
@@ -140,14 +151,14 @@ class Plugins:
                 ) from error
             for cls in classes or ():
                 component = _checked(cls, kind, owner)
-                if component.name in found:
+                if component.name in components:
                     raise PluginError(
                         f"two plugins register {kind} called {component.name!r}: "
-                        f"{found[component.name].owner} and {owner}",
+                        f"{components[component.name].owner} and {owner}",
                         hint="uninstall one, or block it with MSP_BLOCK_PLUGINS=NAME",
                     )
-                found[component.name] = component
-        return found
+                components[component.name] = component
+        return components
 
     def options(self, kind: str, name: str) -> dict[str, str]:
         """Return the options of a component and their defaults.
@@ -164,7 +175,8 @@ class Plugins:
         """Return the component that a recipe names, with its options checked.
 
         Args:
-            kind: ``"estimators"``, ``"allocators"``, ``"pruners"``, ``"exporters"`` or ``"checks"``.
+            kind: ``"estimators"``, ``"allocators"``, ``"pruners"``, ``"formats"``, ``"exporters"`` or
+                ``"checks"``.
             spec: a name, or a mapping with ``name`` and options.
 
         Raises:
@@ -175,9 +187,9 @@ class Plugins:
             spec = {"name": spec}
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
             raise RecipeError(
-                f"{one} {shown(spec)} has no name", hint=f"write a name or {{name: ..., option: ...}}; "
-                f"known: {', '.join(sorted(known))}",
-            )  # fmt: skip
+                f"{one} {shown(spec)} has no name",
+                hint=f"write a name or {{name: ..., option: ...}}; known: {', '.join(sorted(known))}",
+            )
         options = {key: value for key, value in spec.items() if key != "name"}
         name = spec["name"]
         fields = self.options(kind, name)
@@ -208,6 +220,7 @@ def spec_of(component: Any) -> dict[str, Any]:
 
 
 def _checked(cls: object, kind: str, owner: str) -> Component:
+    """Return the component of a class that a plugin registers; raise if it cannot be one."""
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise PluginError(
             f"plugin {owner} registers {cls!r} among the {kind}", hint="return frozen dataclasses"
@@ -222,16 +235,16 @@ def _checked(cls: object, kind: str, owner: str) -> Component:
 def _installed() -> list[tuple[str, object, str]]:
     """Return (entry-point name, object, owner) of the installed plugins, sorted by name."""
     blocked = {n.strip() for n in os.environ.get("MSP_BLOCK_PLUGINS", "").split(",") if n.strip()}
-    found = []
+    plugins = []
     for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
         if entry.name in blocked:
             continue
         owner = f"{entry.name} ({entry.dist.name} {entry.dist.version})" if entry.dist else entry.name
         try:
-            found.append((entry.name, entry.load(), owner))
+            plugins.append((entry.name, entry.load(), owner))
         except Exception as error:
             raise PluginError(
                 f"plugin {owner} cannot be imported: {type(error).__name__}: {error}",
                 hint=f"repair or uninstall it, or block it with MSP_BLOCK_PLUGINS={entry.name}",
             ) from error
-    return sorted(found, key=lambda item: (item[0], item[2]))
+    return sorted(plugins, key=lambda item: (item[0], item[2]))

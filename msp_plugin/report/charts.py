@@ -1,40 +1,36 @@
-"""Charts as SVG inside the page, drawn by matplotlib, coloured by the page's CSS.
+"""Charts as SVG images inside the page, drawn by matplotlib in the colours of the light theme.
 
-Colours are drawn as stand-ins and then become custom properties of the page, so that one drawing serves the
-light and the dark theme. Text stays text. Equal charts give equal bytes.
+The page's style inverts their lightness in the dark theme. Text stays text. Equal charts give equal bytes.
 """
 
 from __future__ import annotations
 
+import base64
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
-from xml.etree import ElementTree
+from typing import TYPE_CHECKING, Any
 
 from msp_plugin.errors import PluginError
-from msp_plugin.report.palette import INK_MARK, MARKS, SERIES
-from msp_plugin.report.statistics import finite_values
+from msp_plugin.report.palette import INK_MARK, MARKS, PAGE, SERIES
+from msp_plugin.report.statistics import finite_pairs
 from msp_plugin.report.text import count, short, thousands
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Points beyond these are thinned evenly in a drawing, and beyond the second number in its table.
+_COLORS, _SERIES = PAGE["light"], SERIES["light"]
+_INK, _MUTED = _COLORS["ink"], _COLORS["muted"]
+#: Most points of a series in a drawing, and in its table; more are thinned evenly.
 MOST_POINTS, MOST_NUMBERS = 1500, 200
-#: Stand-ins of the page's colours, which occur nowhere else.
-_INK, _MUTED, _RULE = "#010101", "#010102", "#010103"
-_STAND_INS = {_INK: "--ink", _MUTED: "--muted", _RULE: "--rule"} | {
-    f"#0102{i:02x}": f"--c{i}" for i in range(len(SERIES["light"]))
-}
 #: Left, bottom, width and height of the axes; the same in all charts, so that they line up.
 _FRAME = (0.17, 0.15, 0.81, 0.8)
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "msp_plugin",
     "text.parse_math": False,
-    "font.family": "DejaVu Sans",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.0,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -45,7 +41,7 @@ _STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.unicode_minus": True,
-    "grid.color": _RULE,
+    "grid.color": _COLORS["rule"],
     "grid.linewidth": 0.6,
     "xtick.color": _MUTED,
     "ytick.color": _MUTED,
@@ -54,6 +50,8 @@ _STYLE = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
+#: The parts of matplotlib's metadata that change between versions and runs are left out.
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,11 @@ class Series:
 
     Args:
         label: its name in the legend.
-        points: (x, y); those that are not finite are left out.
+        points: (x, y); points that are not finite are left out.
         slot: number of its colour and mark; -1 draws in ink.
-        line: ``""`` for points alone, ``"line"``, or ``"steps"``, which hold until the next point.
+        line: ``""`` for points alone, ``"line"``, or ``"steps"``: each value holds until the next point.
         errors: half lengths of vertical bars, one per point.
-        strong: larger marks; for means beside single values.
+        strong: True for larger marks, of means beside single values.
     """
 
     label: str
@@ -79,7 +77,7 @@ class Series:
     @property
     def drawn(self) -> list[tuple[float, float]]:
         """The finite points."""
-        return [(x, y) for x, y in self.points if len(finite_values((x, y))) == 2]  # type: ignore[misc]
+        return finite_pairs(self.points)
 
     @property
     def numbers(self) -> list[tuple[float, float]]:
@@ -88,8 +86,8 @@ class Series:
 
     @property
     def color(self) -> str:
-        """The custom property of its colour."""
-        return f"--c{self.slot % len(SERIES['light'])}" if self.slot >= 0 else "--ink"
+        """The CSS custom property of its colour."""
+        return f"--c{self.slot % len(_SERIES)}" if self.slot >= 0 else "--ink"
 
     @property
     def mark(self) -> str:
@@ -99,18 +97,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: its axes and what is drawn on them.
+    """The axes of a chart, its series and lines, and its images.
 
     Args:
-        name: unique in the page; letters, digits and dashes.
-        title: what it shows, for readers who do not see it.
+        title: the chart in words, for readers who do not see it.
         lines: (y, label) of horizontal lines.
-        log_x: tokens on a logarithmic axis, zero at its left end.
+        log_x: a logarithmic x axis, with zero at its left end.
         log_y: a logarithmic y axis.
         diagonal: draw y = x, and both axes alike.
+        svg: the drawing.
     """
 
-    name: str
     title: str
     x_label: str
     y_label: str
@@ -123,10 +120,15 @@ class Chart:
     svg: str = field(default="", repr=False)
 
     @property
+    def image(self) -> str:
+        """The drawing as the address of an image."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg.encode()).decode()}"
+
+    @property
     def legend(self) -> list[Series]:
         """One series for each label, in the order of their colours, ink last."""
-        found = {s.label: s for s in self.series if s.drawn and s.label}
-        return sorted(found.values(), key=lambda s: (s.slot < 0, s.slot))
+        by_label = {s.label: s for s in self.series if s.drawn and s.label}
+        return sorted(by_label.values(), key=lambda s: (s.slot < 0, s.slot))
 
 
 def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
@@ -159,14 +161,21 @@ def draw(chart: Chart) -> Chart | None:
         for value, label in sorted(set(chart.lines)):
             axes.axhline(value, color=_INK, linewidth=1.0, linestyle=(0, (5, 3)))
             axes.annotate(
-                label, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                textcoords="offset points", ha="right", va="bottom", fontsize=8.0,
-            )  # fmt: skip
+                label,
+                (1, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+                fontsize=8.0,
+            )
         axes.minorticks_off()
-        _limits(axes, chart)
+        if chart.diagonal:
+            _diagonal(axes, chart)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return replace(chart, svg=_inline(buffer.getvalue(), chart))
+        figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
+    return replace(chart, svg=" ".join(buffer.getvalue().split()))  # without indentation
 
 
 def missing(package: str) -> PluginError:
@@ -177,6 +186,7 @@ def missing(package: str) -> PluginError:
 
 
 def _axes(axes: Axes, chart: Chart) -> None:
+    """Set the labels, the scales and the ticks of a chart."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     axes.set_xlabel(chart.x_label)
@@ -204,32 +214,29 @@ def _axes(axes: Axes, chart: Chart) -> None:
 
 
 def _series(axes: Axes, series: Series) -> None:
+    """Draw a series: its line, its marks and its bars."""
     points = thin(series.drawn, MOST_POINTS)
     if not points:
         return
     x, y = zip(*points, strict=True)
-    slot = series.slot % len(SERIES["light"])
-    color = f"#0102{slot:02x}" if series.slot >= 0 else _INK
+    color = _SERIES[series.slot % len(_SERIES)] if series.slot >= 0 else _INK
     mark = (MARKS[series.slot % len(MARKS)] if series.slot >= 0 else INK_MARK)[0]
     if series.line:
         style = "steps-post" if series.line == "steps" else "default"
         axes.plot(x, y, color=color, linewidth=1.3, drawstyle=style)
         x, y = ((x[-1],), (y[-1],)) if series.line == "steps" else (x, y)
     size = 7.0 if series.strong else 4.0
-    axes.plot(
-        x, y, linestyle="", marker=mark, markersize=size, color=color, markeredgewidth=0,
-        alpha=1.0 if series.strong or series.line else 0.6,
-    )  # fmt: skip
+    alpha = 1.0 if series.strong or series.line else 0.6
+    axes.plot(x, y, linestyle="", marker=mark, markersize=size, color=color, markeredgewidth=0, alpha=alpha)
     if series.errors:
         bars = [e if e is not None else 0.0 for e in series.errors]
         axes.errorbar(x, y, yerr=bars, fmt="none", ecolor=color, elinewidth=1.1, capsize=2.5)
 
 
-def _limits(axes: Axes, chart: Chart) -> None:
+def _diagonal(axes: Axes, chart: Chart) -> None:
+    """Draw y = x, and give both axes the same ticks and limits."""
     from matplotlib.ticker import MaxNLocator
 
-    if not chart.diagonal:
-        return
     values = [value for series in chart.series for point in series.drawn for value in point]
     low, high = min(values), max(values)
     margin = 0.04 * (high - low) or abs(high) or 1.0
@@ -243,44 +250,6 @@ def _limits(axes: Axes, chart: Chart) -> None:
     axes.set_ylim(ends)
 
 
-def _inline(svg: str, chart: Chart) -> str:
-    """Return a drawing for the inside of an HTML page: no header, ids of its own, colours of the page."""
-    root = ElementTree.fromstring(svg)  # noqa: S314 - matplotlib wrote it
-    for parent in root.iter():
-        for child in list(parent):
-            if child.tag.rpartition("}")[2] == "metadata":
-                parent.remove(child)
-    text = ElementTree.tostring(root, encoding="unicode")
-    used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", text))
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        attributes = {}
-        for key, value in element.attrib.items():
-            key = key.rpartition("}")[2]
-            if key == "id":
-                if value not in used:
-                    continue
-                value = f"{chart.name}-{value}"
-            if key == "style":
-                value = re.sub(r"font: ([0-9.]+)px .*?(;|$)", r"font-size: \1px\2", value)
-                value = re.sub("#0[0-9a-f]{5}", lambda m: _variable(m[0]), value)
-            value = value.replace("url(#", f"url(#{chart.name}-")
-            attributes[key] = f"#{chart.name}-{value[1:]}" if key == "href" else value
-        element.attrib.clear()
-        element.attrib.update(attributes)
-    for key in ("width", "height", "version"):
-        root.attrib.pop(key, None)
-    root.attrib.update({"role": "img", "aria-labelledby": f"{chart.name}-title"})
-    title = ElementTree.Element("title", {"id": f"{chart.name}-title"})
-    title.text = chart.title
-    root.insert(0, title)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _variable(color: str) -> str:
-    return f"var({_STAND_INS[color]})" if color in _STAND_INS else color
-
-
 def number_of(value: float) -> str:
-    """Return a coordinate as a table of numbers says it."""
+    """Return a coordinate as the table beside a chart writes it."""
     return count(value) if abs(value) >= 1000 else short(value)

@@ -1,4 +1,4 @@
-"""Rows of a comparison, gathered by method and sparsity, then by allocator over its seeds."""
+"""The rows of a comparison, grouped by method and sparsity, then by allocator over its seeds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Entry:
 
     @property
     def perplexity(self) -> float | None:
-        """Mean test perplexity; None if a seed's is missing or infinite, for a mean without it would flatter."""
+        """Mean test perplexity; None if a seed's is missing or infinite, so that no mean looks too good."""
         return mean(self.perplexities) if len(self.perplexities) == len(self.rows) else None
 
     @property
@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def tokens(self) -> float | None:
-        """Mean forward tokens: of candidates and of sensitivities."""
+        """Mean forward tokens, of candidates and sensitivities together."""
         return mean(row.tokens for row in self.rows)
 
     @property
@@ -72,7 +72,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cell:
-    """All that was compared at one sparsity with one method, least divergence first."""
+    """The entries of one method at one sparsity, least divergence first."""
 
     method: str
     sparsity: Fraction
@@ -81,8 +81,8 @@ class Cell:
     @property
     def best(self) -> Entry | None:
         """The entry of least mean divergence."""
-        found = [entry for entry in self.entries if entry.kl is not None]
-        return min(found, key=lambda entry: entry.kl or 0.0, default=None)
+        measured = [entry for entry in self.entries if entry.kl is not None]
+        return min(measured, key=lambda entry: entry.kl or 0.0, default=None)
 
     @property
     def has_spread(self) -> bool:
@@ -91,10 +91,17 @@ class Cell:
 
     @property
     def ties(self) -> list[Entry]:
-        """Entries that are no further from the best one than twice the larger spread over seeds of the two."""
+        """Entries no further from the best one than twice the larger spread over seeds of the two."""
         best = self.best
-        others = [e for e in self.entries if best is not None and e is not best and e.kl is not None]
-        return [e for e in others if within_noise(e.kl, e.kl_spread, best.kl, best.kl_spread)]
+        if best is None or best.kl is None:
+            return []
+        return [
+            entry
+            for entry in self.entries
+            if entry is not best
+            and entry.kl is not None
+            and within_noise(entry.kl, entry.kl_spread, best.kl, best.kl_spread)
+        ]
 
     @property
     def uniform(self) -> Entry | None:
@@ -103,18 +110,18 @@ class Cell:
 
 
 def labels(rows: Sequence[ComparedRow]) -> dict[int, str]:
-    """Return by a row's number its allocator's name, with those options by which namesakes differ."""
+    """Return by a row's number its allocator's name, with the options in which rows of that name differ."""
     options: dict[str, list[dict[str, str]]] = {}
     texts = [{k: json.dumps(v, sort_keys=True, default=str) for k, v in row.options.items()} for row in rows]
     for row, text in zip(rows, texts, strict=True):
         options.setdefault(row.allocator, []).append(text)
-    found = {}
+    names = {}
     for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
         others = options[row.allocator]
         keys = sorted({k for other in others for k in other if any(o.get(k) != other[k] for o in others)})
-        said = ", ".join(f"{key} {text[key].strip(chr(34))}" for key in keys if key in text)
-        found[i] = f"{row.allocator} ({said})" if said else row.allocator
-    return found
+        differing = ", ".join(f"{key} {text[key].strip(chr(34))}" for key in keys if key in text)
+        names[i] = f"{row.allocator} ({differing})" if differing else row.allocator
+    return names
 
 
 def cells(comparison: CompareRecord) -> list[Cell]:
@@ -130,15 +137,15 @@ def cells(comparison: CompareRecord) -> list[Cell]:
         group = groups.setdefault((row.method, row.sparsity), {})
         if row.error is None:
             group.setdefault(names[i], []).append(row)
-    found = []
+    cells = []
     for method, sparsity in sorted(groups, key=lambda key: (methods[key[0]], key[1])):
         entries = [
             Entry(label, slots.get(label, -1), tuple(sorted(rows, key=lambda row: row.seed)))
             for label, rows in groups[method, sparsity].items()
         ]
         entries.sort(key=lambda e: (e.kl is None, e.kl or 0.0, e.label))
-        found.append(Cell(method, sparsity, tuple(entries)))
-    return found
+        cells.append(Cell(method, sparsity, tuple(entries)))
+    return cells
 
 
 def allocation_of(row: ComparedRow, table: UnitTable) -> Allocation:

@@ -1,4 +1,4 @@
-"""What the report of a comparison says, section by section."""
+"""The contents of a comparison's report, section by section."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from msp_plugin.report.charts import Chart, Series, draw
 from msp_plugin.report.comparison import Cell, Entry, allocation_of, cells, labels
 from msp_plugin.report.grid import Grid, Layout, lay_out, level_grid, sensitivity_grid
 from msp_plugin.report.run_page import NOT_RECORDED, text_facts
-from msp_plugin.report.statistics import finite_values, rank_correlation, taken_back
+from msp_plugin.report.statistics import finite_pairs, finite_values, rank_correlation, taken_back
 from msp_plugin.report.storage import Storage, storage
 from msp_plugin.report.text import NOTHING, number, rounded_percent
 
@@ -66,7 +66,7 @@ class CellView:
 
 
 def comparison_page(comparison: CompareRecord) -> dict[str, Any]:
-    """Return what the template of a comparison shows."""
+    """Return the variables of a comparison's template."""
     table = comparison.table
     layout = lay_out(table)
     names = labels(comparison.rows)
@@ -111,7 +111,7 @@ def _facts(comparison: CompareRecord, views: list[CellView], failed: int) -> lis
 
 
 def _cell(i: int, cell: Cell, comparison: CompareRecord, layout: Layout) -> CellView:
-    name = f"cell{i}"
+    """Return cell number ``i`` with its charts and the maps and bytes of its entries."""
     uniform = cell.uniform.perplexity if cell.uniform else None
     entries = []
     for entry in cell.entries:
@@ -129,9 +129,16 @@ def _cell(i: int, cell: Cell, comparison: CompareRecord, layout: Layout) -> Cell
             )
         )
     return CellView(
-        cell, name, f"{cell.method}, {rounded_percent(cell.sparsity)}", entries, _note(cell),
-        _curves(cell, name), _cost(cell, name, comparison), _predictions(cell, name), _ranking(cell, name),
-    )  # fmt: skip
+        cell=cell,
+        name=f"cell{i}",
+        title=f"{cell.method}, {rounded_percent(cell.sparsity)}",
+        entries=entries,
+        note=_note(cell),
+        curves=_curves(cell),
+        cost=_cost(cell, comparison),
+        predictions=_predictions(cell),
+        ranking=_ranking(cell),
+    )
 
 
 def _bytes(allocation: Allocation, comparison: CompareRecord) -> Storage:
@@ -139,16 +146,17 @@ def _bytes(allocation: Allocation, comparison: CompareRecord) -> Storage:
 
 
 def _dtype_note(views: list[CellView]) -> str:
-    found = next((row.storage for view in views for row in view.entries if row.storage), None)
-    if found is None:
+    """Return the sentence that says the dtype of the weights."""
+    known = next((row.storage for view in views for row in view.entries if row.storage), None)
+    if known is None:
         return "No row has levels."
     return (
-        f"Weights are {found.dtype}{', which is assumed: the record does not say' if found.assumed else ''}."
+        f"Weights are {known.dtype}{', which is assumed: the record does not say' if known.assumed else ''}."
     )
 
 
 def _note(cell: Cell) -> str:
-    """Return what the marks of a cell's table mean."""
+    """Return the sentence that explains the marks in a cell's table."""
     if cell.best is None:
         return "No divergence was measured."
     if not cell.has_spread:
@@ -156,7 +164,8 @@ def _note(cell: Cell) -> str:
     return "Least KL in bold; ≈ is no further from it than twice the larger spread over seeds of the two."
 
 
-def _curves(cell: Cell, name: str) -> Chart | None:
+def _curves(cell: Cell) -> Chart | None:
+    """Return the chart of the search losses against forward tokens."""
     series = []
     for entry in cell.entries:
         for row in entry.rows:
@@ -174,7 +183,6 @@ def _curves(cell: Cell, name: str) -> Chart | None:
     warning = " They optimise different losses, which cannot be compared." if len(kinds) > 1 else ""
     return draw(
         Chart(
-            f"{name}-curves",
             f"Search curves, {cell.method} at {rounded_percent(cell.sparsity)}",
             "forward tokens",
             "search loss, nats per token",
@@ -190,7 +198,8 @@ def _curves(cell: Cell, name: str) -> Chart | None:
     )
 
 
-def _cost(cell: Cell, name: str, comparison: CompareRecord) -> Chart | None:
+def _cost(cell: Cell, comparison: CompareRecord) -> Chart | None:
+    """Return the chart of the test perplexities against forward tokens."""
     series = []
     for entry in cell.entries:
         points = [(row.tokens or 0.0, row.perplexity) for row in entry.rows]
@@ -204,7 +213,6 @@ def _cost(cell: Cell, name: str, comparison: CompareRecord) -> Chart | None:
     dense = finite_values([comparison.dense.perplexity])
     return draw(
         Chart(
-            f"{name}-cost",
             f"Test perplexity against forward tokens, {cell.method} at {rounded_percent(cell.sparsity)}",
             "forward tokens",
             "test perplexity",
@@ -212,54 +220,55 @@ def _cost(cell: Cell, name: str, comparison: CompareRecord) -> Chart | None:
             tuple((value, "dense") for value in dense),
             log_x=True,
             log_y=bool(values) and max([*values, *dense]) > _LOG_FROM * max(min([*values, *dense]), 1e-9),
-            caption="Test perplexity after the final pruning against what candidates and sensitivities put "
-            "through the model. "
-            "Large marks are means over seeds, with one standard deviation.",
+            caption="Test perplexity after the final pruning against the tokens that candidates and "
+            "sensitivities cost. Large marks are means over seeds, with one standard deviation.",
         )
     )
 
 
-def _predictions(cell: Cell, name: str) -> Chart | None:
-    series, pairs = [], []
+def _predictions(cell: Cell) -> Chart | None:
+    """Return the chart of the measured against the predicted changes of the loss."""
+    series: list[Series] = []
+    pairs: list[tuple[float, float]] = []
     for entry in cell.entries:
-        found = [(a, b) for row in entry.rows for a, b in row.predictions if len(finite_values((a, b))) == 2]
-        pairs += found
-        series.append(Series(entry.label, found, entry.slot))
+        own = finite_pairs(pair for row in entry.rows for pair in row.predictions)
+        pairs += own
+        series.append(Series(entry.label, own, entry.slot))
     rho = rank_correlation(pairs)
-    said = f" Spearman's rho {number(rho, 2)}." if rho is not None else ""
+    correlation = f" Spearman's rho {number(rho, 2)}." if rho is not None else ""
     return draw(
         Chart(
-            f"{name}-predictions",
-            f"Measured against predicted change of the loss, {cell.method} at {rounded_percent(cell.sparsity)}",
+            "Measured against predicted change of the loss, "
+            f"{cell.method} at {rounded_percent(cell.sparsity)}",
             "predicted change, nats per token",
             "measured change, nats per token",
             tuple(series),
             diagonal=True,
-            caption=f"{len(pairs)} proposals that a surrogate made. On the dashed line the prediction is what was "
-            f"measured.{said}",
+            caption=f"{len(pairs)} proposals that a surrogate made. On the dashed line the prediction is what "
+            f"was measured.{correlation}",
         )
     )
 
 
-def _ranking(cell: Cell, name: str) -> Chart | None:
-    series, pairs = [], []
+def _ranking(cell: Cell) -> Chart | None:
+    """Return the chart of the divergences after pruning against those with the level database's weights."""
+    series: list[Series] = []
+    pairs: list[tuple[float, float]] = []
     for entry in cell.entries:
-        found = [(row.database.kl, row.kl) for row in entry.rows if row.database is not None]
-        whole = [(a, b) for a, b in found if len(finite_values((a, b))) == 2]
-        pairs = list(dict.fromkeys([*pairs, *whole]))  # allocations that several found count once
-        series.append(Series(entry.label, whole, entry.slot, strong=True))
+        own = finite_pairs((row.database.kl, row.kl) for row in entry.rows if row.database is not None)
+        pairs = list(dict.fromkeys([*pairs, *own]))  # an allocation that several entries have counts once
+        series.append(Series(entry.label, own, entry.slot, strong=True))
     rho = rank_correlation(pairs)
-    said = f"Spearman's rho {number(rho, 2)}" if rho is not None else "too few for a rank correlation"
+    correlation = f"Spearman's rho {number(rho, 2)}" if rho is not None else "too few for a rank correlation"
     return draw(
         Chart(
-            f"{name}-ranking",
             f"Divergence after pruning against that of the level database, {cell.method} "
             f"at {rounded_percent(cell.sparsity)}",
             "KL with the database's weights, nats per token",
             "KL after the final pruning",
             tuple(series),
             diagonal=True,
-            caption=f"Both on the test text, {len(pairs)} different allocations: {said}. "
+            caption=f"Both on the test text, {len(pairs)} different allocations: {correlation}. "
             "Below the dashed line the final pruning does better than the database's weights.",
         )
     )

@@ -1,4 +1,4 @@
-"""The map of a model: a row for each block, a column for each projection."""
+"""Maps of a model, of levels or sensitivities: a row for each block, a column for each projection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msp_plugin.report.text import count, percent, rounded_percent, scientific
 
 @dataclass(frozen=True)
 class Cell:
-    """One unit: what is written there, the class of its colour, whether 2:4 kernels run it, and the tooltip."""
+    """One unit on a map: text, CSS class of its colour, whether 2:4 kernels run it, and tooltip."""
 
     text: str
     css: str = ""
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """A map, ready to be shown: column names, rows, and a last row of shares by column (or none)."""
+    """A map: column names, rows, and the shares of zeros by column and in total (or none)."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -46,14 +46,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the units go: column names, and by block, in order, the units' indices for every column."""
+    """The places of the units: column names, and by block, in order, the units' indices for every column."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]
 
 
 def lay_out(table: UnitTable) -> Layout:
-    """Return the layout of a table: projections in the model's order, by the shortest names that tell them apart."""
+    """Return the layout of a table: projections in the model's order, by their shortest distinct names."""
     places = [_place(unit) for unit in table]
     if len(set(places)) > 1 and len({unit.block for unit in table}) == len(table):  # a unit is a block
         places = ["block"] * len(table)
@@ -71,7 +71,7 @@ def lay_out(table: UnitTable) -> Layout:
 
 
 def _place(unit: Unit) -> str:
-    """Return what a unit's name says below its block's number; ``block`` for a whole block."""
+    """Return the part of a unit's name after its block's number; ``block`` for a whole block."""
     parts = unit.name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     if not numbers:
@@ -86,7 +86,7 @@ def level_class(level: Level) -> str:
 
 
 def level_grid(allocation: Allocation, layout: Layout | None = None, *, titles: bool = True) -> Grid:
-    """Return the map of levels; without ``titles`` it is small enough to be shown many times."""
+    """Return the map of levels; without ``titles``, tooltips are left out, for pages that show many maps."""
     table, layout = allocation.table, layout or lay_out(allocation.table)
     cells = [
         Cell(level.name, level_class(level), level.servable, _level_title(unit, level) if titles else "")
@@ -123,8 +123,8 @@ def kept_weights(allocation: Allocation) -> list[int]:
 def _level_title(unit: Unit, level: Level) -> str:
     kernels = "runs" if level.servable else "does not run"
     return (
-        f"{unit.name}: {level.name}, {rounded_percent(level.sparsity)} zeros of {count(unit.weights)} weights, "
-        f"{kernels} on 2:4 kernels"
+        f"{unit.name}: {level.name}, {rounded_percent(level.sparsity)} zeros of {count(unit.weights)} "
+        f"weights, {kernels} on 2:4 kernels"
     )
 
 
@@ -142,7 +142,7 @@ class Sensitivity:
 def sensitivity_grid(
     name: str, table: UnitTable, values: Sequence[float | None], layout: Layout
 ) -> Sensitivity:
-    """Return the map of an estimator's numbers; those that have no logarithm stay without a colour."""
+    """Return the map of an estimator's numbers; numbers that have no logarithm have no colour."""
     positive = [value for value in finite_values(values) if value > 0]
     low, high = (min(positive), max(positive)) if positive else (1.0, 1.0)
     spread = math.log(high / low) or 1.0

@@ -1,4 +1,4 @@
-"""Put a report together: our sections, the plugins' sections, one HTML page."""
+"""Make one HTML page of the report's own sections and those of plugins."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def render(source: Run | Compared, plugins: Plugins | None = None) -> str:
 def plugin_sections(record: dict[str, Any], plugins: Plugins) -> list[Section]:
     """Return the sections of all plugins, sorted by title.
 
-    Each plugin gets a record of its own, so that none sees what another did to it.
+    Each plugin gets a copy of the record, so that no plugin sees another one's changes.
 
     Raises:
         PluginError: a plugin raised, or returned something that is no Section.
     """
-    found = []
+    sections = []
     for implementation in plugins.hook.msp_report_section.get_hookimpls():
         owner = plugins.owners[id(implementation.plugin)]
         arguments = {"record": copy.deepcopy(record)} if implementation.argnames else {}
@@ -81,5 +81,5 @@ def plugin_sections(record: dict[str, Any], plugins: Plugins) -> list[Section]:
                 f"plugin {owner}: msp_report_section() returned {type(section).__name__}",
                 hint="return a msp_plugin.report.Section, or None",
             )
-        found.append((section.title, owner, section))
-    return [section for _, _, section in sorted(found, key=lambda item: item[:2])]
+        sections.append((section.title, owner, section))
+    return [section for _, _, section in sorted(sections, key=lambda item: item[:2])]

@@ -1,8 +1,8 @@
 """The colours of a report, in light and in dark, as CSS.
 
 Levels and sensitivities are ramps of one hue that differ in lightness, so that they are told apart without
-seeing colours. The series of charts begin with those of Okabe and Ito (Color Universal Design, 2008), darkened
-or lightened until they stand out from the page (WCAG 2.2: 3 to 1), and differ in their marks too.
+seeing colours. The series of charts begin with those of Okabe and Ito (Color Universal Design, 2008),
+darkened or lightened until they stand out from the page (WCAG 2.2: 3 to 1), and differ in their marks too.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ SERIES = {
 }
 #: Marks of the series in matplotlib's letters, and the same as text.
 MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("*", "★"))
-#: The mark of what is drawn in ink, for comparison.
+#: The mark of series that are drawn in ink.
 INK_MARK = ("X", "✖")
 
 
 def rgb(color: str) -> tuple[int, int, int]:
     """Return the three bytes of ``#rrggbb``."""
-    return tuple(bytes.fromhex(color[1:]))  # type: ignore[return-value]
+    red, green, blue = bytes.fromhex(color[1:])
+    return red, green, blue
 
 
 def luminance(color: str) -> float:
@@ -75,7 +76,7 @@ def ink_on(color: str) -> str:
 
 
 def theme_css(theme: str) -> str:
-    """Return the custom properties of a theme, and the classes ``l0``.. of levels and ``v0``.. of sensitivities."""
+    """Return a theme's custom properties, and its classes: ``l0``.. of levels, ``v0``.. of sensitivities."""
     properties = [f"--{name}:{color}" for name, color in PAGE[theme].items()]
     properties += [f"--c{i}:{color}" for i, color in enumerate(SERIES[theme])]
     rules = [f":root{{color-scheme:{theme};{';'.join(properties)}}}"]

@@ -1,4 +1,4 @@
-"""What the report of one run says, section by section."""
+"""The contents of a run's report, section by section."""
 
 from __future__ import annotations
 
@@ -13,31 +13,44 @@ from pathlib import PurePath
 from typing import Any
 
 from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.levels import Level
 from msp_plugin.records.parts import SearchRecord, TextRecord
 from msp_plugin.records.run import RunRecord
 from msp_plugin.report.charts import Chart, Series, draw
 from msp_plugin.report.grid import lay_out, level_class, level_grid, sensitivity_grid
 from msp_plugin.report.source import Run
-from msp_plugin.report.statistics import finite_values, rank_correlation, taken_back
+from msp_plugin.report.statistics import finite_pairs, finite_values, rank_correlation, taken_back
 from msp_plugin.report.storage import storage
 from msp_plugin.report.text import count, number, percent, rounded_percent, seconds
 
 NOT_RECORDED = "not recorded"
-#: What a search measures, by the allocator's option ``loss``.
+#: The loss that a search measures, by the allocator's option ``loss``.
 _LOSSES = {
     "kl": "KL to the dense model, nats per token",
     "perplexity": "log perplexity, nats per token",
 }
 
-#: Keys of an allocation's provenance that have a place of their own.
-_SHOWN = {
-    "allocator", "calibration", "estimators", "ignore", "levels", "loss", "method", "model", "seed", "targets",
-    "uniform_loss", "versions",
-}  # fmt: skip
+#: Keys of an allocation's provenance that the page shows in rows of their own.
+_SHOWN = frozenset(
+    [
+        "allocator",
+        "calibration",
+        "estimators",
+        "ignore",
+        "levels",
+        "loss",
+        "method",
+        "model",
+        "seed",
+        "targets",
+        "uniform_loss",
+        "versions",
+    ]
+)
 
 
 def run_page(run: Run) -> dict[str, Any]:
-    """Return what the template of a run shows."""
+    """Return the variables of a run's template."""
     record, allocation = run.record, run.allocation
     layout = lay_out(allocation.table)
     given = allocation.provenance
@@ -104,7 +117,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _key(record: RunRecord) -> str:
-    """Return the sentence that says what the run gave."""
+    """Return the sentence with the result of a run; empty if nothing was measured."""
     found = record.perplexity
     dense, uniform, mixed = (found.get(name) for name in ("dense", "uniform", "mixed"))
     share = taken_back(dense, uniform, mixed)
@@ -129,7 +142,7 @@ def _key(record: RunRecord) -> str:
 
 @dataclass(frozen=True)
 class LevelCount:
-    """How much of a model a level has."""
+    """The units and weights of a model that have a level."""
 
     name: str
     css: str
@@ -143,16 +156,21 @@ class LevelCount:
 def level_counts(allocation: Allocation) -> list[LevelCount]:
     """Return the levels that occur, densest first."""
     units = Counter(allocation.levels)
-    weights: Counter = Counter()
+    weights: Counter[Level] = Counter()
     for unit, level in zip(allocation.table, allocation.levels, strict=True):
         weights[level] += unit.weights
     return [
         LevelCount(
-            level.name, level_class(level), level.sparsity, level.servable, units[level], weights[level],
-            Fraction(weights[level], allocation.table.weights),
+            name=level.name,
+            css=level_class(level),
+            sparsity=level.sparsity,
+            servable=level.servable,
+            units=units[level],
+            weights=weights[level],
+            share=Fraction(weights[level], allocation.table.weights),
         )
         for level in sorted(units, key=lambda level: (level.sparsity, level.name))
-    ]  # fmt: skip
+    ]
 
 
 def _curve(search: SearchRecord, given: Any) -> Chart | None:
@@ -163,7 +181,6 @@ def _curve(search: SearchRecord, given: Any) -> Chart | None:
     uniform = finite_values([search.uniform_loss])
     return draw(
         Chart(
-            "curve",
             "Loss against forward tokens",
             "forward tokens",
             _LOSSES.get(str(kind), str(kind)),
@@ -173,20 +190,21 @@ def _curve(search: SearchRecord, given: Any) -> Chart | None:
             ),
             tuple((value, "uniform") for value in uniform),
             log_x=True,
-            caption="The least loss on the search text so far, and that of the incumbents on the hold-out, with the "
-            "level database's weights. What is returned may be another one: see the allocator. "
+            caption="The least loss so far on the search text, and the incumbents' loss on the hold-out text, "
+            "with the level database's weights. The allocation that is returned may be another one: see the "
+            "allocator. "
             "The dashed line is the uniform allocation on the search text.",
         )
     )
 
 
 def _predictions(search: SearchRecord) -> Chart | None:
-    pairs = [(a, b) for a, b in search.predictions if len(finite_values((a, b))) == 2]
-    rho = rank_correlation(pairs)  # type: ignore[arg-type]
+    """Return the chart of the measured against the predicted changes of the loss."""
+    pairs = finite_pairs(search.predictions)
+    rho = rank_correlation(pairs)
     rank = f" Spearman's rank correlation {number(rho, 2)}." if rho is not None else ""
     return draw(
         Chart(
-            "predictions",
             "Measured against predicted change of the loss",
             "predicted change, nats per token",
             "measured change, nats per token",

@@ -1,4 +1,4 @@
-"""What a plugin adds to a report."""
+"""A section that a plugin adds to a report."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a report, after our own and sorted by title.
+    """A section of a report; plugins' sections stand after the report's own, sorted by title.
 
     Args:
         title: its heading.
         text: plain text; an empty line begins a paragraph.
         columns: headings of a table, if there is one.
         rows: the table's cells as text, one entry per column.
-        html: put into the page as it is, after text and table. The plugin is trusted with it: what came
-            from outside must be escaped there. The page allows no script and nothing from elsewhere.
+        html: put into the page as it is, after text and table: the plugin must escape what it did not write.
+            The page allows no script, and nothing from another address.
     """
 
     title: str

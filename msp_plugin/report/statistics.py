@@ -1,4 +1,4 @@
-"""The few numbers that a report works out itself."""
+"""The numbers that a report computes itself: means, deviations, rank correlations."""
 
 from __future__ import annotations
 
@@ -13,20 +13,27 @@ def finite_values(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
+def finite_pairs(pairs: Iterable[tuple[float | None, float | None]]) -> list[tuple[float, float]]:
+    """Return the pairs of which both values are there and finite."""
+    return [
+        (x, y) for x, y in pairs if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)
+    ]
+
+
 def mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the finite values, None without any."""
-    found = finite_values(values)
-    return sum(found) / len(found) if found else None
+    finite = finite_values(values)
+    return sum(finite) / len(finite) if finite else None
 
 
 def deviation(values: Iterable[float | None]) -> float | None:
     """Return the standard deviation (n - 1) of the finite values, None for fewer than two."""
-    found = finite_values(values)
-    return float(np.std(found, ddof=1)) if len(found) > 1 else None
+    finite = finite_values(values)
+    return float(np.std(finite, ddof=1)) if len(finite) > 1 else None
 
 
 def within_noise(value: float, spread: float | None, best: float, best_spread: float | None) -> bool:
-    """Return True if a mean is no further from the best one than twice the larger of their spreads over seeds."""
+    """Return True if a mean is at most twice the larger of their spreads over seeds from the best one."""
     return value <= best + 2 * max(spread or 0.0, best_spread or 0.0)
 
 
@@ -44,15 +51,16 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
+    """Return the rank of each value from 1, ties sharing their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return ((ends - counts + 1 + ends) / 2)[inverse]
 
 
 def taken_back(dense: float | None, uniform: float | None, mixed: float | None) -> float | None:
-    """Return the share of the loss (log perplexity) that uniform adds over dense and mixed does not."""
-    found = finite_values((dense, uniform, mixed))
-    if len(found) < 3 or min(found) <= 0:
+    """Return the share of uniform's loss over dense (log perplexity) that mixed does not have."""
+    perplexities = finite_values((dense, uniform, mixed))
+    if len(perplexities) < 3 or min(perplexities) <= 0:
         return None
-    low, high, value = (math.log(v) for v in found)
+    low, high, value = (math.log(perplexity) for perplexity in perplexities)
     return (high - value) / (high - low) if high > low else None

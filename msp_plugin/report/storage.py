@@ -1,6 +1,6 @@
-"""How many bytes an allocation takes: dense, and packed as `msp export --to sparse24` packs it.
+"""How many bytes an allocation takes: dense, and packed as an export packs it.
 
-The rule of what is packed is the exporter's own; only the shapes are needed for it.
+The format itself says which layers it packs; only levels, shapes and dtypes are needed for it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.packing import sort_layers
-from msp_plugin.formats.sparse24 import packed_bytes
-from msp_plugin.formats.tensor_files import TensorInfo
+from msp_plugin.formats.base import PackedFormat, TensorInfo
+from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.plan.allocation import Allocation
 
-#: Beside values and bitmask a packed layer stores its shape: two int64.
-SHAPE_BYTES = 16
-DEFAULT_DTYPE = "bfloat16"
+#: Of the weights, where neither a record nor a checkpoint says it.
+DEFAULT_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -76,17 +75,19 @@ def storage(
     quantized = checkpoint is not None and checkpoint.quantization is not None
     if quantized:
         checkpoint = None  # its weights have other dtypes and names
-    known = isinstance(getattr(torch, dtype or "", None), torch.dtype)
-    kind = getattr(torch, dtype if known else DEFAULT_DTYPE)
+    named = getattr(torch, dtype or "", None)
+    known = isinstance(named, torch.dtype)
+    kind: torch.dtype = named if isinstance(named, torch.dtype) else DEFAULT_DTYPE
     tensors = {
         f"{layer.name}.weight": TensorInfo(Path(), kind, (layer.out_features, layer.in_features))
         for layer in allocation.table.layers
     }
-    found = _dense_headers(checkpoint) if checkpoint is not None else {}
+    found = {name: checkpoint.dense_info(name) for name in checkpoint.dense_names} if checkpoint else {}
     measured = [found[name].dtype for name in tensors if name in found]
     if measured:
         kind = Counter(measured).most_common(1)[0][0]
-    total, packed, dense = _parts(allocation, {**tensors, **found})
+    format = (checkpoint.format if checkpoint else None) or Sparse24Bitmask()
+    total, packed, dense = _parts(allocation, {**tensors, **found}, format)
     others = {name: info for name, info in found.items() if name not in tensors}
     whole = None
     if found:
@@ -99,33 +100,25 @@ def storage(
     return Storage(name, not (measured or known), packed, tuple(dense), total, whole, quantized)
 
 
-def _dense_headers(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """Return the headers of the dense form's tensors."""
-    headers = {}
-    for name, layer in checkpoint.dense_names.items():
-        if layer is None:
-            headers[name] = checkpoint.tensors[name]
-        else:
-            values = checkpoint.tensors[f"{layer}.compressed"]
-            headers[name] = TensorInfo(values.file, values.dtype, checkpoint.shape_of(layer) or ())
-    return headers
-
-
-def _parts(allocation: Allocation, tensors: dict[str, TensorInfo]) -> tuple[Part, Part, list[Part]]:
+def _parts(
+    allocation: Allocation, tensors: dict[str, TensorInfo], format: PackedFormat
+) -> tuple[Part, Part, list[Part]]:
     """Return the bytes of all layers, of the packed ones, and of the others by reason."""
-    choice = sort_layers(tensors, allocation)
+    packing = sort_layers(tensors, allocation, format)
     packed, total = [0, 0, 0, 0], [0, 0, 0, 0]
     dense: dict[str, list[int]] = {}
     for layer in allocation.table.layers:
         info = tensors[f"{layer.name}.weight"]
-        reason = choice.dense.get(layer.name)
+        reason = packing.dense.get(layer.name)
         stored = info.bytes
         if reason is None:
             shape = (layer.out_features, layer.in_features)
-            stored = packed_bytes(shape, info.dtype.itemsize) + SHAPE_BYTES
+            kept = allocation.by_layer[layer.name].kept(*shape)
+            stored = sum(format.sizes(shape, info.dtype, kept).values())
         short = "fused with a layer that stays dense" if reason and reason.startswith("inference") else reason
         for sums in (total, packed if reason is None else dense.setdefault(short or "", [0, 0, 0, 0])):
             for i, value in enumerate((1, layer.weights, info.bytes, stored)):
                 sums[i] += value
     rest = [Part(reason, *sums) for reason, sums in sorted(dense.items(), key=lambda d: (-d[1][1], d[0]))]
-    return Part("all prunable layers", *total), Part("packed for 2:4 kernels", *packed), rest
+    name = "packed for 2:4 kernels" if format.served else f"packed as {format.name}"
+    return Part("all prunable layers", *total), Part(name, *packed), rest

@@ -1,4 +1,4 @@
-"""How a report writes numbers."""
+"""Write numbers as text, as a report shows them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def scientific(value: float | None) -> str:
 
 
 def count(value: int | float | None) -> str:
-    """Return a count with its thousands apart."""
+    """Return a count with commas between its thousands."""
     if value is None or not math.isfinite(value):
         return NOTHING
     return f"{round(value):,}"
@@ -56,7 +56,7 @@ def percent(value: float | Fraction | None, digits: int = 2) -> str:
 
 
 def rounded_percent(value: float | Fraction) -> str:
-    """Return a share in percent without idle digits: ``75 %``, ``62.5 %``."""
+    """Return a share in percent without trailing zeros: ``75 %``, ``62.5 %``."""
     return f"{100 * float(value):.4g} %"
 
 
@@ -70,7 +70,7 @@ def seconds(value: float | None) -> str:
 
 
 def mebibytes(value: int) -> str:
-    """Return bytes in the binary unit that suits them."""
+    """Return bytes in GiB, MiB, KiB or B."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if value >= size:
             return f"{value / size:,.2f} {unit}"
@@ -78,7 +78,7 @@ def mebibytes(value: int) -> str:
 
 
 def thousands(value: float, _: object = None) -> str:
-    """Return a count as the axis of a chart says it: ``20k``, ``1.5M``."""
+    """Return a count as the axis of a chart writes it: ``20k``, ``1.5M``."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
-#: What the head of every report says; only files with it are written over.
+#: The mark in the head of every report; only files that have it are written over.
 GENERATOR = '<meta name="generator" content="msp_plugin'
 
 
@@ -43,11 +43,11 @@ def write_report(
     from msp_plugin.report.source import read_source
 
     began = time.monotonic()
-    found = read_source(Path(source).expanduser())
-    path = Path(out).expanduser() if out is not None else found.directory / REPORT_FILE
+    records = read_source(Path(source).expanduser())
+    path = Path(out).expanduser() if out is not None else records.directory / REPORT_FILE
     with writing(path):
         _check_replaceable(path)
-    text = render(found, plugins)
+    text = render(records, plugins)
     with writing(path):
         write_text(path, text)
     log.info("report %s: %d bytes, %.1f s", path, len(text.encode()), time.monotonic() - began)
@@ -55,7 +55,7 @@ def write_report(
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raise if something that is no report stands where the report would go."""
+    """Raise if the path is a directory, or a file that is no report."""
     if path.is_dir():
         raise OutputError(f"{path} is a directory", hint=f"give a file, e.g. {path / REPORT_FILE}")
     if path.exists():

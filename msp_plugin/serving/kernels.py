@@ -1,8 +1,8 @@
-"""The 2:4 matrix kernels that torch brings, as one operator that compiles and captures into CUDA graphs.
+"""torch's 2:4 matrix kernels, as one operator that compiles and can be captured into CUDA graphs.
 
-``choose`` says which kernel a linear layer gets, ``pack`` brings its weight into the kernel's form once, at load,
-and ``linear`` multiplies. Importing this module registers the operator ``msp_plugin::sparse24_linear`` and does
-nothing else; it needs no GPU.
+``choose`` says which kernel a linear layer gets, ``pack`` brings its weight into the kernel's form once, at
+load, and ``linear`` multiplies. Importing this module registers the operator ``msp_plugin::sparse24_linear``
+and does nothing else; it needs no GPU.
 
 Shape legend: O out_features, I in_features, T tokens.
 """
@@ -10,34 +10,30 @@ Shape legend: O out_features, I in_features, T tokens.
 from __future__ import annotations
 
 import math
-import warnings
-from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import library
 
 from msp_plugin.errors import FormatError, ServingError
+from msp_plugin.serving.algorithms import (
+    BUCKETS,
+    FoundAlgorithms,
+    bucket,
+    cusparselt,
+    fastest_algorithms,
+    pad_tokens,
+    random_input,
+)
 
 Kernel = Literal["cusparselt", "cutlass", "dense"]
-#: Algorithms that a search found, by device name, dtype, O and I. The caller keeps it for as long as it loads layers.
-Found = dict[tuple[str, torch.dtype, int, int], tuple[int, ...]]
 
 DTYPES = (torch.float16, torch.bfloat16)
 #: O and I must be multiples of these, for weights of 16 bits: the limits that torch's own 2:4 tensors hold
 #: weights to (``_DTYPE_SHAPE_CONSTRAINTS`` in torch/sparse/semi_structured.py, a test compares them).
 MULTIPLES = {"cusparselt": (16, 16), "cutlass": (32, 64)}
-#: T must be a multiple of this in both kernels, from the same table: they move 16 bytes, 8 values, at a time.
-TOKEN_MULTIPLE = 8
-#: An algorithm is searched for each of these token counts and serves the counts up to it, the last one all above
-#: too. Decoding lives in the first three, prefill in the last two.
-BUCKETS = (16, 64, 256, 1024, 8192)
-#: What ``self_check`` may find, relative to the largest output. Rounding to 16 bits once moves a value by at most
-#: u of itself: 2**-8 in bfloat16, 2**-11 in float16. Both kernels sum in float32 and round the result, which lets
-#: them differ by 2 u; a dense kernel that splits the sum over I may round partial sums as well, for which 2 u more
-#: are allowed. A kernel that reads the wrong weights is off by about 1.
-TOLERANCE = {torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11}
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,8 @@ def choose(
     if not has_cusparselt and capability[0] != 8:
         return Choice(
             "dense",
-            f"this torch has no cuSPARSELt, and its CUTLASS kernels run on compute capability 8.x, not {shown}",
+            "this torch has no cuSPARSELt, and its CUTLASS kernels run on compute capability 8.x, "
+            f"not {shown}",
         )
     kernel: Kernel = "cusparselt" if has_cusparselt else "cutlass"
     misfit = _misfit(weight_shape, kernel)
@@ -86,11 +83,11 @@ def choose(
 
 
 def _misfit(shape: tuple[int, ...], kernel: str) -> str | None:
-    """Return what is wrong with the shape of a weight for a kernel, if anything."""
+    """Return why a kernel cannot run a weight of this shape, None if it can."""
     if all(size > 0 and size % step == 0 for size, step in zip(shape, MULTIPLES[kernel], strict=True)):
         return None
-    found, expected = (" x ".join(map(str, sizes)) for sizes in (shape, MULTIPLES[kernel]))
-    return f"weight of {found}; {kernel} takes multiples of {expected}"
+    own, expected = (" x ".join(map(str, sizes)) for sizes in (shape, MULTIPLES[kernel]))
+    return f"weight of {own}; {kernel} takes multiples of {expected}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,8 @@ class Packed24:
 
     Args:
         kernel: "cusparselt" or "cutlass".
-        packed: cusparselt: the kept weights and the metadata, [O, about 9/16 I]; cutlass: the kept weights [O, I / 2].
+        packed: cusparselt: the kept weights and the metadata, [O, about 9/16 I]; cutlass: the kept weights
+            [O, I / 2].
         meta: cutlass: the metadata, int16 [O, I / 16], in the order that the kernel reads; cusparselt: None.
         algorithms: cusparselt: the algorithm for each of ``BUCKETS``; cutlass: empty.
     """
@@ -117,14 +115,16 @@ class Packed24:
         return sum(t.numel() * t.element_size() for t in (self.packed, self.meta) if t is not None)
 
 
-def pack(weight: torch.Tensor, kernel: str, *, search: bool = True, found: Found | None = None) -> Packed24:
+def pack(
+    weight: torch.Tensor, kernel: str, *, search: bool = True, found: FoundAlgorithms | None = None
+) -> Packed24:
     """Return the weight [O, I] in the form of a kernel. Call it at load: it launches and waits for kernels.
 
     Args:
         weight: on a CUDA device, float16 or bfloat16, at most two nonzeros in every aligned group of four.
-        kernel: what ``choose`` gave, not "dense".
-        search: look for the fastest algorithms (cusparselt); without, the library's default serves all.
-        found: algorithms found so far. Layers of one shape are searched once, and what is found is added.
+        kernel: the one that ``choose`` gave, not "dense".
+        search: look for the fastest algorithms (cusparselt); otherwise the library's default serves all.
+        found: algorithms found so far. Layers of one shape are searched once; the search adds its result.
 
     Raises:
         ServingError: the weight cannot be on this kernel.
@@ -137,24 +137,31 @@ def pack(weight: torch.Tensor, kernel: str, *, search: bool = True, found: Found
     if kernel == "cutlass":
         from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-        return Packed24(kernel, *sparse_semi_structured_from_dense_cutlass(clean), rows, columns)
+        convert = cast(
+            Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+            sparse_semi_structured_from_dense_cutlass,
+        )
+        kept, meta = convert(clean)
+        return Packed24(kernel, kept, meta, rows, columns)
     packed = torch._cslt_compress(clean)
     algorithms = (0,) * len(BUCKETS)
     if search:
         found = {} if found is None else found
         key = (torch.cuda.get_device_name(weight.device), weight.dtype, rows, columns)
         if key not in found:
-            found[key] = _search(packed, rows, columns)
+            found[key] = fastest_algorithms(packed, rows, columns)
         algorithms = found[key]
     return Packed24(kernel, packed, None, rows, columns, algorithms)
 
 
 def _check_weight(weight: torch.Tensor, kernel: str) -> None:
+    """Raise unless a kernel can run the weight."""
     if kernel not in MULTIPLES:
         raise ServingError(f"there is no 2:4 kernel {kernel!r}", hint=f"known: {', '.join(MULTIPLES)}")
     if not weight.is_cuda or weight.dtype not in DTYPES or weight.dim() != 2:
         raise ServingError(
-            f"a {weight.dtype} weight of shape {list(weight.shape)} on {weight.device} cannot be packed for {kernel}",
+            f"a {weight.dtype} weight of shape {list(weight.shape)} on {weight.device} cannot be packed for "
+            f"{kernel}",
             hint="expected a float16 or bfloat16 matrix on a CUDA device; elsewhere keep the layer dense",
         )
     if misfit := _misfit(tuple(weight.shape), kernel):
@@ -162,81 +169,17 @@ def _check_weight(weight: torch.Tensor, kernel: str) -> None:
     over = (weight.detach().reshape(-1, 4) != 0).sum(-1, dtype=torch.uint8) > 2
     if bool(over.any()):
         raise FormatError(
-            f"the weight is not 2:4: {int(over.sum()):,} of {over.numel():,} groups of four hold more than two nonzeros",
+            f"the weight is not 2:4: {int(over.sum()):,} of {over.numel():,} groups of four hold more "
+            "than two nonzeros",
             hint="keep the layer dense, or prune it to a level that 2:4 holds",
         )
-
-
-def _search(packed: torch.Tensor, rows: int, columns: int) -> tuple[int, ...]:
-    """Return the fastest algorithm for each bucket. The numbers mean nothing to another version of the library."""
-    algorithms, fewest = [], 1
-    for most in BUCKETS:
-        algorithms.append(_fastest(packed, rows, columns, padded(fewest), most))
-        fewest = most + 1
-    return tuple(algorithms)
-
-
-def _fastest(packed: torch.Tensor, rows: int, columns: int, fewest: int, most: int) -> int:
-    """Return the fastest algorithm at ``most`` tokens, or 0, the default, where the search or its result fails.
-
-    The search may pair its algorithm with a split of the sum over I, which torch's search does not hand out; the
-    algorithm runs unsplit here. That it runs is tried at both ends of the bucket, with and without a bias, and
-    that it is right is compared with the default at the lower end.
-    """
-    try:
-        x = _random(most, columns, packed)
-        bias = x.new_zeros(rows)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the search will move to another name one day
-            algorithm = int(torch._cslt_sparse_mm_search(packed, x.t(), transpose_result=True))
-        for part in (x, x[:fewest]):
-            for one in (None, bias):
-                out = _cusparselt(part, packed, one, algorithm)
-        default = _cusparselt(x[:fewest], packed, None, 0)
-        # Reading the result waits for the kernels: one that fails has failed by here.
-        right = float((out - default).abs().max()) <= TOLERANCE[packed.dtype] * float(default.abs().max())
-    except (RuntimeError, AttributeError):  # out of memory too; a torch without the search
-        return 0
-    return algorithm if right else 0
-
-
-def _cusparselt(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, algorithm: int
-) -> torch.Tensor:
-    """Return x [T, I] times the packed weight, as [T, O]. T is a multiple of ``TOKEN_MULTIPLE``, x contiguous.
-
-    A bias is one value per row of the packed weight, also where the result comes transposed.
-    """
-    return torch._cslt_sparse_mm(packed, x.t(), bias=bias, transpose_result=True, alg_id=algorithm)
-
-
-def _random(tokens: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """Return normal values [tokens, columns] of a generator of their own: the caller's random state stays."""
-    generator = torch.Generator(like.device).manual_seed(0)
-    return torch.randn(tokens, columns, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def padded(tokens: int) -> int:
-    """Return the least multiple of ``TOKEN_MULTIPLE`` that holds the tokens."""
-    return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-
-
-def pad_tokens(x: torch.Tensor) -> torch.Tensor:
-    """Return x [T, I] with rows of zeros up to ``padded(T)``; x itself if it has that many."""
-    missing = padded(x.shape[0]) - x.shape[0]
-    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
-
-
-def bucket(tokens: int) -> int:
-    """Return the index in ``BUCKETS`` of the bucket that serves this many tokens."""
-    return min(bisect_left(BUCKETS, tokens), len(BUCKETS) - 1)
 
 
 @library.custom_op(
     "msp_plugin::sparse24_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor packed, Tensor? meta, Tensor? bias, int out_features, str kernel, int[] algorithms)"
-    " -> Tensor",
+    schema="(Tensor x, Tensor packed, Tensor? meta, Tensor? bias, int out_features, str kernel, "
+    "int[] algorithms) -> Tensor",
 )
 def sparse24_linear(
     x: torch.Tensor,
@@ -249,7 +192,8 @@ def sparse24_linear(
 ) -> torch.Tensor:
     """Return x [..., I] times the transposed packed weight plus bias [O]: a new contiguous tensor [..., O].
 
-    The number of tokens is looked at here and not while a graph is traced, so one traced graph serves them all.
+    The number of tokens is read here and not while a graph is traced, so one traced graph serves every
+    number.
 
     Raises:
         ServingError: a tensor is not on a CUDA device, or dtypes differ.
@@ -261,8 +205,10 @@ def sparse24_linear(
         return x.new_empty((*x.shape[:-1], out_features))
     flat = pad_tokens(flat.contiguous())
     if kernel == "cusparselt":
-        out = _cusparselt(flat, packed, bias, algorithms[bucket(tokens)] if algorithms else 0)
-    elif bias is None:
+        out = cusparselt(flat, packed, bias, algorithms[bucket(tokens)] if algorithms else 0)
+        return out[:tokens].view(*x.shape[:-1], out_features)
+    assert meta is not None, "CUTLASS reads metadata of its own"
+    if bias is None:
         out = torch._sparse_semi_structured_mm(packed, meta, flat.t()).t().contiguous()
     else:
         out = torch._sparse_semi_structured_addmm(bias, packed, meta, flat.t()).t().contiguous()
@@ -270,18 +216,28 @@ def sparse24_linear(
 
 
 @sparse24_linear.register_fake
-def _(x, packed, meta, bias, out_features, kernel, algorithms):
+def _(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    meta: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    kernel: str,
+    algorithms: list[int],
+) -> torch.Tensor:
+    """Return an empty tensor [..., O], as a graph is traced with it."""
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _check_call(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, kernel: str) -> None:
-    """Raise where the library would not: it takes the packed weight's dtype and device for those of all tensors."""
+    """Raise if dtypes or devices differ: the library does not check that they are the packed weight's."""
     if kernel not in MULTIPLES:
         raise ServingError(f"there is no 2:4 kernel {kernel!r}", hint=f"known: {', '.join(MULTIPLES)}")
     tensors = [t for t in (x, packed, bias) if t is not None]
     if not all(t.is_cuda for t in tensors):
         raise ServingError(
-            f"sparse24_linear got tensors on {', '.join(sorted({str(t.device) for t in tensors}))}; it runs on CUDA",
+            f"sparse24_linear got tensors on {', '.join(sorted({str(t.device) for t in tensors}))}; "
+            "it runs on CUDA",
             hint="where choose() says dense, use torch.nn.functional.linear",
         )
     if len({(t.dtype, t.device) for t in tensors}) > 1:
@@ -294,33 +250,37 @@ def _check_call(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
 def linear(x: torch.Tensor, packed24: Packed24, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return x [..., I] times the transposed weight plus bias [O], as [..., O]; no gradients.
 
-    A module that is to be compiled with CUDA graphs does better to hold the packed tensors as buffers or parameters
-    and to call ``sparse24_linear``: other tensors are inputs to such a graph, which may copy them for each replay.
+    A module that is to be compiled with CUDA graphs does better to hold the packed tensors as buffers or
+    parameters and to call ``sparse24_linear``: other tensors are inputs to such a graph, which may copy them
+    for each replay.
 
     Raises:
-        ServingError: x has another width than the weight, or what ``sparse24_linear`` refuses.
+        ServingError: x has another width than the weight, or ``sparse24_linear`` refuses the tensors.
     """
     p = packed24
     if x.shape[-1] != p.in_features:
         raise ServingError(
             f"an input of width {x.shape[-1]} meets a weight with in_features = {p.in_features}"
         )
-    return sparse24_linear(x, p.packed, p.meta, bias, p.out_features, p.kernel, list(p.algorithms))
+    out: torch.Tensor = sparse24_linear(
+        x, p.packed, p.meta, bias, p.out_features, p.kernel, list(p.algorithms)
+    )
+    return out
 
 
 def self_check(weight: torch.Tensor, packed24: Packed24, bias: torch.Tensor | None = None) -> float:
-    """Return how far ``linear`` is from the dense product, relative to the largest magnitude of the dense output.
+    """Return how far ``linear`` is from the dense product, relative to the largest dense output.
 
-    The largest error over the fewest tokens of every bucket, so that each algorithm is tried, on seeded random
-    inputs [tokens, I]. What is not a number counts as infinitely far. ``TOLERANCE`` says how much two right kernels
-    can differ.
+    The largest error over the fewest tokens of every bucket, so that each algorithm is tried, on seeded
+    random inputs [tokens, I]. An output that is not finite counts as infinitely far. ``TOLERANCE`` says how
+    much two right kernels can differ.
 
     Args:
         weight: the dense weight [O, I] that was packed, on the same device.
     """
     weight, worst = weight.detach(), 0.0
     for tokens in (1, *(most + 1 for most in BUCKETS[:-1])):
-        x = _random(tokens, packed24.in_features, weight)
+        x = random_input(tokens, packed24.in_features, weight)
         dense = torch.nn.functional.linear(x, weight, bias).float()
         difference = float((linear(x, packed24, bias).float() - dense).abs().max())
         error = difference / max(float(dense.abs().max()), torch.finfo(torch.float32).tiny)

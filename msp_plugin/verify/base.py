@@ -1,4 +1,4 @@
-"""What a check is, and how checks are run."""
+"""Checks of a checkpoint: their base class, their findings, and the run of several of them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Finding:
     """One row of the table.
 
     Args:
-        item: what was looked at.
-        state: ``ok``, ``fail`` or ``skip`` (not looked at).
-        found: what was found; for ``skip``, what would be needed.
-        expected: what would be right; empty where there is nothing to compare with.
-        details: more, for programs.
+        item: the part that was checked.
+        state: ``ok``, ``fail`` or ``skip`` (not checked).
+        found: the result; for ``skip``, what the check would need.
+        expected: the right result; empty where there is nothing to compare with.
+        details: further values, for programs.
     """
 
     item: str
@@ -41,12 +41,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked, and what it is held against.
+    """The checkpoint that is checked, and the models and texts that it is compared with.
 
     Args:
-        checkpoint: the directory in question.
+        checkpoint: the one that is checked.
         reference: the checkpoint that it must equal bit for bit, e.g. the run that it was exported from.
-        original: source of the model before pruning, to say what pruning costs.
+        original: source of the model before pruning, to measure what pruning costs.
         text: test samples for perplexity and KL.
         environment: the virtual environment (or the ``vllm`` executable) that serves.
         trust_remote_code: run the model repository's code.
@@ -62,9 +62,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Check(ABC):
-    """One kind of proof. Fields are the options of ``msp verify --set``.
+    """Proves one thing of a checkpoint. Fields are the options of ``msp verify --set``.
 
-    ``needs`` names the fields of the subject without which it is skipped.
+    ``needs`` names the fields of the subject without which the check is skipped.
     """
 
     name: ClassVar[str]
@@ -72,7 +72,7 @@ class Check(ABC):
 
     @abstractmethod
     def run(self, subject: Subject, progress: StepProgress) -> list[Finding]:
-        """Return what was found. An MSPError becomes a failed finding."""
+        """Return the findings. An MSPError that it raises becomes a failed finding."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,17 @@ class CheckResult:
         }
 
 
-#: What a check needs, by names that the command line and Python share.
+#: By field of the subject that a check may need, its name in messages.
 OPTIONS = {
-    "reference": "a reference", "original": "the original model", "text": "data (test text)",
+    "reference": "a reference",
+    "original": "the original model",
+    "text": "data (test text)",
     "environment": "vllm (an environment that serves)",
-}  # fmt: skip
+}
 
 
 def missing_needs(check: Check, subject: Subject) -> list[str]:
-    """Return what the check needs and has not."""
+    """Return the names of what a check needs and the subject lacks."""
     return [OPTIONS[need] for need in check.needs if getattr(subject, need) is None]
 
 

@@ -1,10 +1,12 @@
-"""Perplexity, and KL to what the checkpoint is held against."""
+"""The check of a checkpoint's perplexity, and of its KL to a reference and to the model before pruning."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,9 +16,13 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import RecipeError, VerificationError
 from msp_plugin.models.device import on_best_device
 from msp_plugin.passes.losses import mean_kl, perplexity
+from msp_plugin.progress import Progress, StepProgress
 from msp_plugin.records.run import RunRecord
 from msp_plugin.runtime.files import finite
-from msp_plugin.verify.base import FAIL, OK, Check, Finding, StepProgress, Subject
+from msp_plugin.verify.base import FAIL, OK, Check, Finding, Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: Relative difference of a perplexity measured twice, on other machines or thread counts.
 _SAME_PERPLEXITY = 1e-3
@@ -24,7 +30,7 @@ _SAME_PERPLEXITY = 1e-3
 
 @dataclass(frozen=True)
 class Quality(Check):
-    """Perplexity on the text; KL 0 to the reference; what pruning costs against the original.
+    """Perplexity on the text is finite, KL to the reference is 0, KL to the original is not too large.
 
     Args:
         dtype: of all models, ``auto`` for each one's own.
@@ -43,6 +49,7 @@ class Quality(Check):
 
     def run(self, subject: Subject, progress: StepProgress) -> list[Finding]:
         text = subject.text
+        assert text is not None, "the check needs a text"
         model = load(
             subject.checkpoint.path, self.dtype, checksums=False, trust_remote_code=subject.trust_remote_code
         )
@@ -50,17 +57,26 @@ class Quality(Check):
             value = perplexity(model, text, progress=partial(progress, "perplexity"))
             dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
             rows = [_recorded(subject.checkpoint, text, value, dtype)]
+            compare = partial(self._kl, model=model, text=text, remote_code=subject.trust_remote_code)
             if subject.reference is not None:
-                rows.append(self._against_reference(model, subject, progress))
+                kl, other = compare(subject.reference.path, progress=partial(progress, "KL to the reference"))
+                rows.append(_against_reference(kl, other))
             if subject.original is not None:
-                rows.append(self._against_original(model, subject, value, progress))
+                kl, other = compare(subject.original, progress=partial(progress, "KL to the original"))
+                rows.append(self._against_original(kl, other, value))
         return rows
 
     def _kl(
-        self, source: object, model: torch.nn.Module, subject: Subject, step: str, progress: StepProgress
+        self,
+        source: str | Path,
+        *,
+        model: PreTrainedModel,
+        text: CalibrationSet,
+        remote_code: bool,
+        progress: Progress,
     ) -> tuple[float, float]:
         """Return KL(source || model) in nats per token and the source's perplexity."""
-        other = load(source, self.dtype, checksums=False, trust_remote_code=subject.trust_remote_code)
+        other = load(source, self.dtype, checksums=False, trust_remote_code=remote_code)
         sizes = [m.config.get_text_config().vocab_size for m in (other, model)]
         if sizes[0] != sizes[1]:
             raise VerificationError(
@@ -70,32 +86,32 @@ class Quality(Check):
         with on_best_device(other):
             device = next(other.parameters()).device
             if next(model.parameters()).device != device:  # KL is 0 on one device only
-                model.to(device)
-            kl = mean_kl(other, model, subject.text, progress=partial(progress, step))
-            return kl, perplexity(other, subject.text)
+                torch.nn.Module.to(model, device)
+            return mean_kl(other, model, text, progress=progress), perplexity(other, text)
 
-    def _against_reference(self, model: torch.nn.Module, subject: Subject, progress: StepProgress) -> Finding:
-        kl, value = self._kl(subject.reference.path, model, subject, "KL to the reference", progress)
-        return Finding(
-            "reference", OK if kl == 0 else FAIL, f"KL {kl:.3g} nats per token, its perplexity {value:.4f}",
-            "KL 0: the same weights give the same logits", {"kl": finite(kl), "perplexity": finite(value)},
-        )  # fmt: skip
-
-    def _against_original(
-        self, model: torch.nn.Module, subject: Subject, value: float, progress: StepProgress
-    ) -> Finding:
-        kl, before = self._kl(subject.original, model, subject, "KL to the original", progress)
+    def _against_original(self, kl: float, before: float, value: float) -> Finding:
         good = math.isfinite(kl) and math.isfinite(value) and (self.max_kl is None or kl <= self.max_kl)
         return Finding(
-            "original", OK if good else FAIL,
+            "original",
+            OK if good else FAIL,
             f"KL {kl:.4f} nats per token, perplexity {before:.4f} -> {value:.4f}",
             "finite" if self.max_kl is None else f"KL at most {self.max_kl:g}",
             {"kl": finite(kl), "perplexity": finite(before)},
-        )  # fmt: skip
+        )
+
+
+def _against_reference(kl: float, value: float) -> Finding:
+    return Finding(
+        "reference",
+        OK if kl == 0 else FAIL,
+        f"KL {kl:.3g} nats per token, its perplexity {value:.4f}",
+        "KL 0: the same weights give the same logits",
+        {"kl": finite(kl), "perplexity": finite(value)},
+    )
 
 
 def _recorded(checkpoint: Checkpoint, text: CalibrationSet, value: float, dtype: str) -> Finding:
-    """Return the perplexity, held against the run's own if that was measured on the same text in the same dtype."""
+    """Return the perplexity, compared with the run's own of the same text and dtype, if there is one."""
     details = {"perplexity": finite(value), "tokens": text.tokens, "fingerprint": text.fingerprint}
     said, measured_in = _said(checkpoint, text)
     if said is None or dtype != measured_in:

@@ -1,4 +1,4 @@
-"""Compressed against dense, bit for bit."""
+"""The check that packing changes no bit, and that a checkpoint equals the one that it was exported from."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.packing import pack_layer
-from msp_plugin.formats.sparse24 import positive_zeros, unpack
-from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, StepProgress, Subject
+from msp_plugin.formats.base import without_shape
+from msp_plugin.formats.bits import positive_zeros, same_bits
+from msp_plugin.formats.sparse24 import Sparse24Bitmask
+from msp_plugin.progress import StepProgress
+from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
 
 
 @dataclass(frozen=True)
@@ -32,44 +35,52 @@ class RoundTrip(Check):
 
 
 def _packing(checkpoint: Checkpoint, progress: StepProgress) -> Finding:
-    """Return whether every packed layer, or every layer that would be packed, survives the round trip."""
+    """Return whether every layer comes back from packing with the same bits.
+
+    Of a dense checkpoint, those are looked at that an export to sparse24 would pack.
+    """
+    format = checkpoint.format or Sparse24Bitmask()
     if checkpoint.quantization is not None:
         return Finding(
             "pack and unpack", SKIP, "the checkpoint is quantized; sparse24 packs unquantized weights"
         )
-    layers = checkpoint.packed or tuple(checkpoint.packing.packed)
+    layers = checkpoint.packed or tuple(checkpoint.packing_in(format).packed)
     if not layers:
         return Finding("pack and unpack", SKIP, "no layer runs on 2:4 kernels")
     stored = dense = 0
     changed = []
     for i, layer in enumerate(layers, 1):
         weight = checkpoint.weight(layer)
-        packed, signs = pack_layer(weight, layer)
-        if not _same_bits(unpack(packed, layer), positive_zeros(weight)[0] if signs else weight):
+        packed, signs = pack_layer(format, weight, layer)
+        if not same_bits(format.unpack(packed, layer), positive_zeros(weight)[0] if signs else weight):
             changed.append(layer)
-        stored += packed.bytes
+        stored += without_shape({suffix: tensor.nbytes for suffix, tensor in packed.items()})
         dense += weight.numel() * weight.element_size()
         progress("round trip", i, len(layers))
-    found = f"{len(layers) - len(changed)} of {len(layers)} layers unchanged; {stored:,} bytes packed, {dense:,} dense"
+    unchanged = f"{len(layers) - len(changed)} of {len(layers)} layers unchanged"
     return Finding(
-        "pack and unpack", FAIL if changed else OK, f"{found} ({stored / dense:.4f})",
-        f"changed: {', '.join(changed[:3])}" if changed else "", {"packed_bytes": stored, "dense_bytes": dense},
-    )  # fmt: skip
+        "pack and unpack",
+        FAIL if changed else OK,
+        f"{unchanged}; {stored:,} bytes packed, {dense:,} dense ({stored / dense:.4f})",
+        f"changed: {', '.join(changed[:3])}" if changed else "",
+        {"packed_bytes": stored, "dense_bytes": dense},
+    )
 
 
 def _equality(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgress) -> Finding:
-    """Return whether every tensor of the dense form equals the reference's; in packed layers up to zeros' signs."""
+    """Return whether dense tensors equal the reference's; in packed layers, zeros may differ in sign."""
     ours, theirs = checkpoint.dense_names, reference.dense_names
     lost, odd = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
     other, signs = [], 0
     shared = [name for name in ours if name in theirs]
     for i, name in enumerate(shared, 1):
         a, b = checkpoint.dense(name), reference.dense(name)
-        if _same_bits(a, b):
+        packed = {ours[name], theirs[name]} != {None}
+        if same_bits(a, b):
             pass
-        elif {checkpoint.dense_names[name], reference.dense_names[name]} == {None}:
-            other.append(name)
-        elif _same_bits(positive_zeros(a)[0], positive_zeros(b)[0]):  # packing had no place for their signs
+        elif packed and same_bits(
+            positive_zeros(a)[0], positive_zeros(b)[0]
+        ):  # packing has no place for their signs
             signs += int((torch.signbit(a) != torch.signbit(b)).count_nonzero())
         else:
             other.append(name)
@@ -84,11 +95,3 @@ def _equality(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgr
     note = f"; {signs:,} zeros have another sign" if signs else ""
     how = "equal but for signs of zeros" if signs else "equal, bit for bit"
     return Finding("reference", OK, f"all {len(shared)} tensors {how}{note}")
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(
-        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
-    )

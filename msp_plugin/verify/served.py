@@ -1,4 +1,4 @@
-"""What a server answers against what transformers computes."""
+"""The check that a vLLM server answers with the tokens and log-probabilities that transformers computes."""
 
 from __future__ import annotations
 
@@ -15,35 +15,44 @@ from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.load import load
 from msp_plugin.errors import RecipeError, nearest
 from msp_plugin.models.source import load_tokenizer
+from msp_plugin.progress import StepProgress
 from msp_plugin.runtime.files import finite
-from msp_plugin.verify.base import FAIL, OK, Check, Finding, StepProgress, Subject
+from msp_plugin.verify.base import FAIL, OK, Check, Finding, Subject
 from msp_plugin.verify.server import Completion, serving
 
-#: Beginnings that any language model can go on from; prose and code, short and longer.
+#: Beginnings that any language model can continue; prose and code, short and longer.
 PROMPTS = (
-    "The capital of France is", "def fibonacci(n):\n", "Once upon a time there was", "import os\nimport sys\n\n",
-    "In the beginning", "class Stack:\n    def __init__(self):\n", "The three laws of thermodynamics are",
-    "for i in range(10):\n    print(", "Dear Sir or Madam,\n", "SELECT name FROM users WHERE",
-)  # fmt: skip
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Once upon a time there was",
+    "import os\nimport sys\n\n",
+    "In the beginning",
+    "class Stack:\n    def __init__(self):\n",
+    "The three laws of thermodynamics are",
+    "for i in range(10):\n    print(",
+    "Dear Sir or Madam,\n",
+    "SELECT name FROM users WHERE",
+)
 
-#: Nats by which log-probabilities may differ. In float32 the order of sums shows in the sixth digit. With 16 bits
-#: the logits themselves are rounded: between 16 and 32 they are 2**-3 apart in bfloat16, 2**-6 in float16; twice that.
+#: Nats by which log-probabilities may differ. In float32 the order of sums shows in the sixth digit. With 16
+#: bits the logits themselves are rounded: between 16 and 32 they are 2**-3 apart in bfloat16, 2**-6 in
+#: float16; twice that.
 TOLERANCE = {"float32": 1e-3, "float16": 2**-5, "bfloat16": 2**-2}
 
 
 @dataclass(frozen=True)
 class Served(Check):
-    """A real vLLM server gives the greedy tokens and log-probabilities of transformers; kernels and bytes by layer.
+    """A vLLM server gives the greedy tokens and log-probabilities of transformers; lists the kernels.
 
     Args:
-        prompts: how many, at most ten.
-        tokens: greedy tokens after each.
-        dtype: of the server and of transformers. In float32 the greedy tokens must be the same. With 16 bits, where
-            near ties fall either way, transformers reads the server's own tokens: each must be within ``tolerance``
-            of the most likely one.
-        tolerance: largest difference of a token's log-probability, nats; null takes that of the dtype.
-        quantization: value of vLLM's ``--quantization``: ``sparse24`` packs a dense checkpoint at load time. A packed
-            checkpoint needs none.
+        prompts: number of prompts, at most ten.
+        tokens: greedy tokens after each prompt.
+        dtype: of the server and of transformers. In float32 the greedy tokens must be the same. With 16 bits,
+            where near ties fall either way, transformers reads the server's own tokens: each must be within
+            ``tolerance`` of the most likely one.
+        tolerance: largest difference of a token's log-probability in nats; null for the dtype's own.
+        quantization: value of vLLM's ``--quantization``: ``sparse24`` packs a dense checkpoint at load time.
+            A packed checkpoint needs none.
         arguments: further ones of ``vllm serve``, quoted as in a shell.
         port: 0 for any free one.
         patience: seconds that the server may take to get ready.
@@ -81,10 +90,9 @@ class Served(Check):
         extra += ["--trust-remote-code"] if subject.trust_remote_code else []
         extra += shlex.split(self.arguments)
         progress("server", 0, 1)
-        with serving(
-            subject.environment, path, ["--dtype", self.dtype, *extra],
-            port=self.port or None, patience=self.patience,
-        ) as server:  # fmt: skip
+        assert subject.environment is not None, "the check needs an environment"
+        port, arguments = self.port or None, ["--dtype", self.dtype, *extra]
+        with serving(subject.environment, path, arguments, port=port, patience=self.patience) as server:
             progress("server", 1, 1)
             answers = []
             for i, prompt in enumerate(prompts, 1):
@@ -92,16 +100,29 @@ class Served(Check):
                 progress("served", i, len(prompts))
             layers = server.layers()
         model = load(path, self.dtype, checksums=False, trust_remote_code=subject.trust_remote_code)
-        exact = self.dtype == "float32"
-        own = []
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
-            own.append(greedy(model, prompt, self.tokens) if exact else scores(model, prompt, answer.tokens))
-            progress("transformers", i, len(prompts))
-        compared = self._same_tokens(answers, own) if exact else self._near_tokens(answers, own)
+        compared = self._compare(model, prompts, answers, progress)
         return [*compared, *_kernels(subject.checkpoint, layers, bool(self.quantization))]
+
+    def _compare(
+        self,
+        model: torch.nn.Module,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Completion],
+        progress: StepProgress,
+    ) -> list[Finding]:
+        """Compare the server's answers with transformers': by token in float32, by probability in 16 bits."""
+        completions, scored = [], []
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
+            if self.dtype == "float32":
+                completions.append(greedy(model, prompt, self.tokens))
+            else:
+                scored.append(scores(model, prompt, answer.tokens))
+            progress("transformers", i, len(prompts))
+        return self._same_tokens(answers, completions) if completions else self._near_tokens(answers, scored)
 
     @property
     def _most(self) -> float:
+        """The largest difference of log-probabilities that passes, in nats."""
         return TOLERANCE[self.dtype] if self.tolerance is None else self.tolerance
 
     def _same_tokens(self, answers: Sequence[Completion], own: Sequence[Completion]) -> list[Finding]:
@@ -109,23 +130,25 @@ class Served(Check):
         pairs = list(zip(answers, own, strict=True))
         same = sum(a == b for x, y in pairs for a, b in zip(x.tokens, y.tokens, strict=True))
         first = next((i for i, (x, y) in enumerate(pairs) if x.tokens != y.tokens), None)
-        found = f"{same} of {len(own) * self.tokens} ({len(own)} prompts x {self.tokens}, {self.dtype})"
+        text = f"{same} of {len(own) * self.tokens} ({len(own)} prompts x {self.tokens}, {self.dtype})"
         if first is not None:
             at = next(k for k in range(self.tokens) if answers[first].tokens[k] != own[first].tokens[k])
-            found += f"; prompt {first} differs first at token {at}"
-        tokens = Finding("greedy tokens", OK if first is None else FAIL, found, "those of transformers")
+            text += f"; prompt {first} differs first at token {at}"
+        tokens = Finding("greedy tokens", OK if first is None else FAIL, text, "those of transformers")
         return [tokens, self._distance([abs(a - b) for x, y in pairs for a, b in _while_equal(x, y)])]
 
     def _near_tokens(self, answers: Sequence[Completion], own: Sequence[Scores]) -> list[Finding]:
-        """Compare the server's tokens with what transformers thinks of them in their place."""
+        """Compare the server's tokens with the log-probabilities that transformers gives them."""
         behind = [gap for score in own for gap in score.behind]
         best, worst = sum(gap == 0 for gap in behind), _largest(behind)
         tokens = Finding(
-            "greedy tokens", OK if worst <= self._most else FAIL,
-            f"{best} of {len(behind)} are transformers' most likely one, the others at most {worst:.2g} nats behind it "
-            f"({len(own)} prompts x {self.tokens}, {self.dtype})",
-            f"at most {self._most:g} behind", {"behind": finite(worst)},
-        )  # fmt: skip
+            "greedy tokens",
+            OK if worst <= self._most else FAIL,
+            f"{best} of {len(behind)} are transformers' most likely one, the others at most {worst:.2g} nats "
+            f"behind it ({len(own)} prompts x {self.tokens}, {self.dtype})",
+            f"at most {self._most:g} behind",
+            {"behind": finite(worst)},
+        )
         pairs = zip(answers, own, strict=True)
         apart = [abs(p - q) for x, y in pairs for p, q in zip(x.logprobs, y.logprobs, strict=True)]
         return [tokens, self._distance(apart)]
@@ -133,9 +156,12 @@ class Served(Check):
     def _distance(self, apart: list[float]) -> Finding:
         worst = _largest(apart)
         return Finding(
-            "log-probabilities", OK if worst <= self._most else FAIL,
-            f"largest difference {worst:.2g} nats", f"at most {self._most:g}", {"largest": finite(worst)},
-        )  # fmt: skip
+            "log-probabilities",
+            OK if worst <= self._most else FAIL,
+            f"largest difference {worst:.2g} nats",
+            f"at most {self._most:g}",
+            {"largest": finite(worst)},
+        )
 
 
 def _largest(values: list[float]) -> float:
@@ -145,7 +171,7 @@ def _largest(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model thinks of given tokens: the log-probability of each, and how far it is behind the most likely one."""
+    """Of given tokens, the log-probability of each, and how far it is behind the most likely token there."""
 
     logprobs: tuple[float, ...]
     behind: tuple[float, ...]
@@ -153,15 +179,15 @@ class Scores:
 
 @torch.no_grad()
 def scores(model: torch.nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> Scores:
-    """Return the scores (nats) of tokens after a prompt, each in the place where it stands."""
+    """Return the scores (nats) that a model gives to tokens after a prompt."""
     ids = torch.tensor([[*prompt, *tokens]], device=next(model.parameters()).device)
     logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-    found = logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
-    return Scores(tuple(found.tolist()), tuple((logits.amax(-1) - found).tolist()))
+    of_tokens = logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+    return Scores(tuple(of_tokens.tolist()), tuple((logits.amax(-1) - of_tokens).tolist()))
 
 
 def _while_equal(x: Completion, y: Completion) -> list[tuple[float, float]]:
-    """Return the pairs of log-probabilities up to and with the first token that differs."""
+    """Return the pairs of log-probabilities until the first token that differs, that one included."""
     pairs = []
     for a, b, p, q in zip(x.tokens, y.tokens, x.logprobs, y.logprobs, strict=True):
         pairs.append((p, q))
@@ -172,7 +198,7 @@ def _while_equal(x: Completion, y: Completion) -> list[tuple[float, float]]:
 
 @torch.no_grad()
 def greedy(model: torch.nn.Module, prompt: Sequence[int], count: int) -> Completion:
-    """Return the ``count`` most likely tokens after a prompt, one by one, and their log-probabilities (nats)."""
+    """Return ``count`` greedy tokens after a prompt, and their log-probabilities (nats)."""
     ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
     cache, tokens, logprobs = None, [], []
     for _ in range(count):
@@ -187,7 +213,11 @@ def greedy(model: torch.nn.Module, prompt: Sequence[int], count: int) -> Complet
 
 
 def _kernels(checkpoint: Checkpoint, layers: list[dict[str, Any]], asked: bool) -> list[Finding]:
-    """Return a row for each kernel: its layers and the bytes of their weights."""
+    """Return a row for each kernel: its layers and the bytes of their weights.
+
+    Args:
+        asked: True if vLLM was told to pack a dense checkpoint.
+    """
     if not layers:
         if checkpoint.packed or asked:
             return [
@@ -204,16 +234,17 @@ def _kernels(checkpoint: Checkpoint, layers: list[dict[str, Any]], asked: bool) 
     for layer in layers:
         groups[layer["kernel"], layer["reason"]].append(layer)
     for (kernel, reason), members in sorted(groups.items()):
-        held, dense = sum(m["bytes"] for m in members), sum(m["dense_bytes"] for m in members)
+        stored, dense = sum(m["bytes"] for m in members), sum(m["dense_bytes"] for m in members)
         why = f"; {reason}" if reason else ""
         names = {m["layer"] for m in members}  # each process of a tensor parallel group reports its share
         rows.append(
             Finding(
-                f"kernel {kernel}", FAIL if any(m.get("failed") for m in members) else OK,
-                f"{len(names)} layers, {held:,} bytes ({held / dense:.3f} of dense){why}",
+                f"kernel {kernel}",
+                FAIL if any(m.get("failed") for m in members) else OK,
+                f"{len(names)} layers, {stored:,} bytes ({stored / dense:.3f} of dense){why}",
                 details={"layers": members},
             )
-        )  # fmt: skip
+        )
     served = {shard for layer in layers for shard in layer["packed"]}
     lost = [layer for layer in checkpoint.packed if layer not in served]
     if lost:

@@ -1,4 +1,4 @@
-"""A real vLLM server on a checkpoint: started, asked over HTTP, stopped."""
+"""Start a vLLM server on a checkpoint, ask it over HTTP, and stop it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from typing import Any
 
 from msp_plugin.errors import RecipeError, ServingError
 
-#: Name of the environment variable under which the vLLM plugin finds the file for its report.
+#: The environment variable that tells the vLLM plugin the file for its report.
 REPORT = "MSP_SERVING_REPORT"
 _LAST_LINES = 25
-#: An exception as Python prints it, behind whatever the server puts before it.
+#: An exception as Python prints it, anywhere in a line of the log.
 _EXCEPTION = re.compile(r"(?<![\w`'])(?:\w+\.)*[A-Z]\w*(?:Error|Exception): .+")
-#: The server is on this machine: no proxy of the environment stands between.
+#: Opens URLs without the environment's proxies: the server is on this machine.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the server answered: the tokens and the natural log-probability of each."""
+    """Tokens, and the natural log-probability of each."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -44,7 +44,7 @@ class Server:
     """A running server.
 
     Args:
-        name: of the model; made up for this server, so that no other one answers in its place.
+        name: of the model, random, so that no other server can answer in this one's place.
         url: its root.
         log: the file that its output goes to.
         report: the file that the vLLM plugin writes one JSON line per layer and process to.
@@ -55,7 +55,7 @@ class Server:
     url: str
     log: Path
     report: Path
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
 
     def complete(self, tokens: Sequence[int], count: int) -> Completion:
         """Return ``count`` greedy tokens after a prompt of token ids.
@@ -64,25 +64,32 @@ class Server:
             ServingError: the server died, refused, or answered something else.
         """
         body = {
-            "model": self.name, "prompt": list(tokens), "max_tokens": count, "temperature": 0, "logprobs": 1,
-            "ignore_eos": True, "return_token_ids": True, "seed": 0,
+            "model": self.name,
+            "prompt": list(tokens),
+            "max_tokens": count,
+            "temperature": 0,
+            "logprobs": 1,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "seed": 0,
             "repetition_penalty": 1.0,  # else vLLM takes the one in the model's generation_config.json
-        }  # fmt: skip
+        }
         answer = self._post("/v1/completions", body)
         try:
             choice = answer["choices"][0]
             ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-            found = Completion(tuple(int(t) for t in ids), tuple(float(p) for p in logprobs))
+            completion = Completion(tuple(int(t) for t in ids), tuple(float(p) for p in logprobs))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServingError(
                 f"the server's answer lacks {error}: {json.dumps(answer)[:300]}",
                 hint="vLLM 0.32 or newer is expected",
             ) from None
-        if len(found.tokens) != count or len(found.logprobs) != count:
-            raise ServingError(f"the server answered {len(found.tokens)} tokens, {count} were asked for")
-        return found
+        if len(completion.tokens) != count or len(completion.logprobs) != count:
+            raise ServingError(f"the server answered {len(completion.tokens)} tokens, {count} were asked for")
+        return completion
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        """Return the JSON that the server answers to a POST request."""
         request = urllib.request.Request(  # noqa: S310 - http on this machine
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -97,13 +104,13 @@ class Server:
             raise ServingError(f"no answer from the server: {error}") from None
         except (OSError, HTTPException) as error:
             try:
-                self.process.wait(1)  # one that dies hangs up first
+                self.process.wait(1)  # a server that dies closes its connections first
             except subprocess.TimeoutExpired:
                 raise ServingError(f"no answer from the server: {error}") from None
             raise _died(self.process, self.log) from None
 
     def layers(self) -> list[dict[str, Any]]:
-        """Return what the vLLM plugin reported of each layer; empty if it is not installed or not asked."""
+        """Return the vLLM plugin's report of each layer; empty if it is not installed or packs nothing."""
         if not self.report.is_file():
             return []
         try:
@@ -141,7 +148,7 @@ def serving(
     Args:
         arguments: further ones of ``vllm serve``.
         port: None for any free one.
-        patience: seconds that it may take to get ready.
+        patience: seconds that the server may take to get ready.
 
     Raises:
         RecipeError: no vLLM there.
@@ -151,10 +158,8 @@ def serving(
     name = f"msp-{uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="msp-serve-") as directory:
         log, report = Path(directory) / "log", Path(directory) / "report.jsonl"
-        command = [
-            str(executable), "serve", str(model.absolute()), "--host", "127.0.0.1", "--port", str(port),
-            "--served-model-name", name, *arguments,
-        ]  # fmt: skip
+        options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+        command = [str(executable), "serve", str(model.absolute()), *options, *arguments]
         variables = {**os.environ, REPORT: str(report), "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         with log.open("wb") as output:
             try:
@@ -171,6 +176,7 @@ def serving(
 
 
 def _free_port(port: int | None) -> int:
+    """Return the port if it is free, any free one for None; raise if it is not."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -180,10 +186,10 @@ def _free_port(port: int | None) -> int:
                 f"port {port} cannot be used: {error.strerror}",
                 hint="give another one, or none for any free port",
             ) from None
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
-def _wait_until_ready(process: subprocess.Popen, url: str, log: Path, patience: float) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, patience: float) -> None:
     end = time.monotonic() + patience
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -197,7 +203,8 @@ def _wait_until_ready(process: subprocess.Popen, url: str, log: Path, patience: 
     raise ServingError(f"the server was not ready after {patience:.0f} s; its last lines:\n{_tail(log)}")
 
 
-def _died(process: subprocess.Popen, log: Path) -> ServingError:
+def _died(process: subprocess.Popen[bytes], log: Path) -> ServingError:
+    """Return the error of a server that ended, with its first exception and its last lines."""
     cause = _first_error(log)
     because = f" ({cause})" if cause else ""
     return ServingError(
@@ -208,8 +215,8 @@ def _died(process: subprocess.Popen, log: Path) -> ServingError:
 def _first_error(log: Path) -> str:
     """Return the first exception in the log: vLLM's engine says why, the last lines only that it ended."""
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        if found := _EXCEPTION.search(line):
-            return found[0][:300]
+        if match := _EXCEPTION.search(line):
+            return match[0][:300]
     return ""
 
 
@@ -218,8 +225,8 @@ def _tail(log: Path) -> str:
     return "\n".join(f"  | {line[:300]}" for line in lines[-_LAST_LINES:])
 
 
-def _stop(process: subprocess.Popen) -> None:
-    """Stop the server and the processes that it started: gently, then for certain."""
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop the server and the processes that it started: asked first, killed if they go on."""
     for sign, seconds in ((signal.SIGINT, 20), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
         try:
             os.killpg(process.pid, sign)

@@ -1,4 +1,4 @@
-"""The files against what was exported, and every layer against its level."""
+"""The check that files and tensors are those of the export, and that every layer holds its level."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.errors import FormatError
 from msp_plugin.plan.levels import Level
+from msp_plugin.progress import StepProgress
 from msp_plugin.pruning.masks import recount
 from msp_plugin.records.run import RunRecord
-from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, StepProgress, Subject
+from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
 
 #: Layers that fail are named one by one up to this many.
 _NAMED = 10
@@ -17,7 +18,7 @@ _NAMED = 10
 
 @dataclass(frozen=True)
 class Structure(Check):
-    """Files as exported; every tensor there; zeros counted, and the pattern held in every group."""
+    """Files and tensors are those of the export; zeros are as planned, and every group holds its pattern."""
 
     name = "structure"
 
@@ -27,6 +28,7 @@ class Structure(Check):
 
 
 def _files(checkpoint: Checkpoint) -> list[Finding]:
+    """Compare the files with the checksums of export.json."""
     manifest = checkpoint.manifest
     if manifest is None:
         return [Finding("files", SKIP, "no export.json, so no checksums to hold the files against")]
@@ -38,12 +40,13 @@ def _files(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def _tensors(checkpoint: Checkpoint) -> list[Finding]:
-    found = {name: list(info.shape) for name, info in checkpoint.tensors.items()}
+    """Compare names and shapes of the tensors with export.json."""
+    shapes = {name: list(info.shape) for name, info in checkpoint.tensors.items()}
     if checkpoint.manifest is None:
-        return [Finding("tensors", SKIP, f"{len(found)} there; no export.json says which there must be")]
+        return [Finding("tensors", SKIP, f"{len(shapes)} there; no export.json says which there must be")]
     expected = {name: list(shape) for name, shape in checkpoint.manifest.tensors.items()}
-    lost, odd = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    other = sorted(name for name in set(found) & set(expected) if found[name] != expected[name])
+    lost, odd = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
+    other = sorted(name for name in set(shapes) & set(expected) if shapes[name] != expected[name])
     if lost or odd or other:
         parts = [
             f"{len(names)} {what}, e.g. {names[0]}"
@@ -51,10 +54,11 @@ def _tensors(checkpoint: Checkpoint) -> list[Finding]:
             if names
         ]
         return [Finding("tensors", FAIL, "; ".join(parts), f"the {len(expected)} tensors of export.json")]
-    return [Finding("tensors", OK, f"all {len(found)} of export.json")]
+    return [Finding("tensors", OK, f"all {len(shapes)} of export.json")]
 
 
 def _layers(checkpoint: Checkpoint, progress: StepProgress) -> list[Finding]:
+    """Compare every layer with its level in allocation.json, and count all zeros."""
     allocation = checkpoint.allocation
     if allocation is None:
         return [Finding("layers", SKIP, "no allocation.json, so no levels to hold the layers against")]
@@ -63,38 +67,36 @@ def _layers(checkpoint: Checkpoint, progress: StepProgress) -> list[Finding]:
         return [Finding("layers", SKIP, "the quantized weights are in a form that is not read here")]
     bad, zeros, details = [], 0, {}
     for i, (layer, level) in enumerate(allocation.by_layer.items(), 1):
-        found, reason = _layer(checkpoint, layer, level)
-        details[layer] = {"level": level.name, "zeros": found}
-        zeros += found
+        layer_zeros, reason = _layer(checkpoint, layer, level)
+        details[layer] = {"level": level.name, "zeros": layer_zeros}
+        zeros += layer_zeros
         if reason:
             bad.append(Finding(layer, FAIL, reason, level.name))
         progress("structure", i, len(allocation.by_layer))
     budget = allocation.budget
-    held = f"{len(allocation.by_layer) - len(bad)} of {len(allocation.by_layer)} layers hold their level"
-    rows = [Finding("layers", FAIL if bad else OK, held, details=details), *bad[:_NAMED]]
-    said = _recorded_zeros(checkpoint)
-    expected = budget.zeros if said is None else said
-    least = said is None or quantized  # quantizing rounds small weights to zero
-    right = zeros >= expected if least else zeros == expected
-    where = ("allocation.json" if said is None else "run.json") + (", at least" if least else "")
-    rows.append(
-        Finding(
-            "zeros", OK if right else FAIL, f"{zeros:,} of {budget.weights:,} ({100 * zeros / budget.weights:.4f} %)",
-            f"{expected:,} ({where})",
-        )
-    )  # fmt: skip
-    return rows
+    holding = f"{len(allocation.by_layer) - len(bad)} of {len(allocation.by_layer)} layers hold their level"
+    recorded = _recorded_zeros(checkpoint)
+    expected = budget.zeros if recorded is None else recorded
+    at_least = recorded is None or quantized  # quantizing rounds small weights to zero
+    right = zeros >= expected if at_least else zeros == expected
+    where = ("allocation.json" if recorded is None else "run.json") + (", at least" if at_least else "")
+    share = f"{zeros:,} of {budget.weights:,} ({100 * zeros / budget.weights:.4f} %)"
+    return [
+        Finding("layers", FAIL if bad else OK, holding, details=details),
+        *bad[:_NAMED],
+        Finding("zeros", OK if right else FAIL, share, f"{expected:,} ({where})"),
+    ]
 
 
 def _layer(checkpoint: Checkpoint, layer: str, level: Level) -> tuple[int, str | None]:
-    """Return the zeros of a layer, and what is wrong with it."""
+    """Return the zeros of a layer, and why it does not hold its level, None if it does."""
     try:
-        found = recount(checkpoint.weight(layer), level)
+        counted = recount(checkpoint.weight(layer), level)
     except FormatError as error:
         return 0, error.message
-    if not found.finite:
-        return found.zeros, "holds weights that are not finite"
-    return found.zeros, found.broken
+    if not counted.finite:
+        return counted.zeros, "holds weights that are not finite"
+    return counted.zeros, counted.broken
 
 
 def _recorded_zeros(checkpoint: Checkpoint) -> int | None:

@@ -82,7 +82,8 @@ def test_without_an_allocation_there_are_no_levels_to_count(run_dir, copied, tmp
 
 
 def test_the_same_checkpoint_gives_the_same_text_without_paths(run_dir, packed_dir, card):
-    assert model_card(Checkpoint.open(run_dir), Manifest.read(packed_dir)) == card
+    format = Checkpoint.open(packed_dir).format
+    assert model_card(Checkpoint.open(run_dir), Manifest.read(packed_dir), format) == card
     assert str(run_dir.parent) not in card
 
 

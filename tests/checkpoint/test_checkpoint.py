@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from msp_plugin.checkpoint.checkpoint import Checkpoint, packed_layers
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import FormatError, ModelError, RecipeError, VerificationError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.allocation import Allocation
@@ -29,7 +30,7 @@ GOOD = {"format": "sparse-24-bitmask", "targets": ["a.b", "a.c"]}
 
 def test_a_dense_checkpoint_is_what_its_file_holds(run_dir):
     checkpoint, tensors = Checkpoint.open(run_dir), load_file(run_dir / "model.safetensors")
-    assert (checkpoint.form, checkpoint.packed, checkpoint.quantization) == ("dense", (), None)
+    assert (checkpoint.format, checkpoint.packed, checkpoint.quantization) == (None, (), None)
     assert dict(checkpoint.dense_names) == dict.fromkeys(checkpoint.tensors)
     assert set(checkpoint.dense_names) == set(tensors)
     for name, tensor in checkpoint.dense_tensors():
@@ -41,7 +42,9 @@ def test_a_dense_checkpoint_is_what_its_file_holds(run_dir):
 
 def test_a_packed_checkpoint_has_the_dense_ones_tensors_bit_for_bit(run_dir, packed_dir):
     packed, dense = Checkpoint.open(packed_dir), load_file(run_dir / "model.safetensors")
-    assert packed.form == "sparse24" and packed.quantization is None and len(packed.packed) == 9
+    assert (
+        packed.format.name == "sparse-24-bitmask" and packed.quantization is None and len(packed.packed) == 9
+    )
     assert set(packed.dense_names) == set(dense)
     assert {name for name, layer in packed.dense_names.items() if layer} == {
         f"{n}.weight" for n in packed.packed
@@ -68,7 +71,7 @@ def test_a_quantized_checkpoint_is_opened_and_said_to_be_so(run_dir, copied, edi
     said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}}
     edit_json(path / "config.json", lambda data: data.update(quantization_config=said))
     checkpoint = Checkpoint.open(path)
-    assert (checkpoint.form, checkpoint.quantization) == ("dense", said)
+    assert (checkpoint.format, checkpoint.quantization) == (None, said)
 
 
 # what is no checkpoint
@@ -95,8 +98,11 @@ def test_a_config_that_is_no_object_is_damage(content, run_dir, copied):
 
 
 def test_the_layers_are_those_that_the_config_names_in_its_order():
-    assert packed_layers(config(**GOOD), "c") == ("a.b", "a.c")
-    assert packed_layers(config(format="sparse-24-bitmask", targets=["a.c", "a.b"]), "c") == ("a.c", "a.b")
+    assert packed_layers(config(**GOOD), "c").layers == ("a.b", "a.c")
+    assert packed_layers(config(format="sparse-24-bitmask", targets=["a.c", "a.b"]), "c").layers == (
+        "a.c",
+        "a.b",
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,7 +114,7 @@ def test_the_layers_are_those_that_the_config_names_in_its_order():
     ],
 )  # fmt: skip
 def test_a_config_without_a_sparse_format_names_no_layer(found):
-    assert packed_layers(found, "c") == ()
+    assert packed_layers(found, "c") is None
 
 
 @pytest.mark.parametrize(

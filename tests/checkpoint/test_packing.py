@@ -7,10 +7,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from msp_plugin.checkpoint.checkpoint import Checkpoint, packed_layers
-from msp_plugin.checkpoint.packing import pack_layer, sparsity_config
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.packed_layers import packed_layers
+from msp_plugin.checkpoint.packing import other_matrices, pack_layer
 from msp_plugin.errors import FormatError, VerificationError
-from msp_plugin.formats.sparse24 import unpack
+from msp_plugin.formats.sparse24 import Sparse24Bitmask
+
+SPARSE24 = Sparse24Bitmask()
 
 BLOCKS = [f"model.layers.{i}" for i in range(2)]
 QKV = [f"self_attn.{part}_proj" for part in "qkv"]
@@ -27,6 +30,15 @@ OTHERS = {
 }
 
 
+def config_of(source):
+    packing = source.packing_in(SPARSE24)
+    return SPARSE24.config(list(packing.packed), other_matrices(source.tensors, packing))
+
+
+def unpack(tensors):
+    return SPARSE24.unpack(tensors, "layer")
+
+
 def small(**sizes):
     torch.manual_seed(4)
     given = {
@@ -37,7 +49,7 @@ def small(**sizes):
 
 
 def test_layers_at_servable_levels_are_packed_and_the_others_say_their_level(run_dir):
-    choice = Checkpoint.open(run_dir).packing
+    choice = Checkpoint.open(run_dir).packing_in(SPARSE24)
     assert choice.packed == SERVABLE
     assert choice.dense == {
         layer: f"level {level} does not run on 2:4 kernels" for layer, level in OTHERS.items()
@@ -46,14 +58,14 @@ def test_layers_at_servable_levels_are_packed_and_the_others_say_their_level(run
 
 def test_every_layer_of_the_allocation_is_either_packed_or_has_a_reason(run_dir):
     source = Checkpoint.open(run_dir)
-    choice = source.packing
+    choice = source.packing_in(SPARSE24)
     assert sorted([*choice.packed, *choice.dense]) == sorted(source.allocation.by_layer)
 
 
 def test_without_an_allocation_the_weights_themselves_decide(run_dir, copied):
     path = copied(run_dir)
     (path / "allocation.json").unlink()
-    choice = Checkpoint.open(path).packing
+    choice = Checkpoint.open(path).packing_in(SPARSE24)
     assert choice.packed == dict.fromkeys(SERVABLE, "2:4")
     assert choice.dense == dict.fromkeys(OTHERS, "its weights are not 2:4")
 
@@ -69,7 +81,7 @@ def test_without_an_allocation_one_group_of_three_makes_a_layer_and_its_siblings
         return weight
 
     rewrite(path, {f"{BLOCKS[0]}.self_attn.k_proj.weight": fill})
-    choice = Checkpoint.open(path).packing
+    choice = Checkpoint.open(path).packing_in(SPARSE24)
     assert choice.dense[f"{BLOCKS[0]}.self_attn.k_proj"] == "its weights are not 2:4"
     assert set(SERVABLE) - set(choice.packed) == {f"{BLOCKS[0]}.{name}" for name in QKV}
 
@@ -80,14 +92,14 @@ def test_embeddings_head_and_norms_are_never_packed(llama, make_run, tmp_path):
         llama.lm_head.weight[:, ::2] = 0
     path = make_run(tmp_path / "run", llama)
     (path / "allocation.json").unlink()
-    choice = Checkpoint.open(path).packing
+    choice = Checkpoint.open(path).packing_in(SPARSE24)
     assert set(choice.packed) == set(SERVABLE) and set(choice.dense) == set(OTHERS)
 
 
 @pytest.mark.parametrize("left_out", ["v_proj", "q_proj", "k_proj"])
 def test_one_ignored_layer_keeps_those_dense_that_inference_fuses_with_it(left_out, make_run, tmp_path):
     path = make_run(tmp_path / "run", ignore=[f"layers.0.self_attn.{left_out}"])
-    choice = Checkpoint.open(path).packing
+    choice = Checkpoint.open(path).packing_in(SPARSE24)
     other = f"{BLOCKS[0]}.self_attn.{left_out}"
     assert other not in choice.packed and other not in choice.dense
     for name in QKV:
@@ -110,7 +122,7 @@ def test_a_sibling_that_stays_dense_hands_its_reason_on(run_dir, copied, edit_js
         data["budget"]["kept"] += 1024
 
     edit_json(path / "allocation.json", split)
-    choice = Checkpoint.open(path).packing
+    choice = Checkpoint.open(path).packing_in(SPARSE24)
     assert choice.dense[f"{BLOCKS[0]}.mlp.gate_proj"] == "level 3:8 does not run on 2:4 kernels"
     assert choice.dense[f"{BLOCKS[0]}.mlp.up_proj"] == (
         f"inference fuses it with {BLOCKS[0]}.mlp.gate_proj, which stays dense: "
@@ -121,7 +133,7 @@ def test_a_sibling_that_stays_dense_hands_its_reason_on(run_dir, copied, edit_js
 
 def test_shapes_that_the_kernels_have_no_tiles_for_stay_dense(make_run, tmp_path):
     path = make_run(tmp_path / "run", small(hidden_size=48), levels=["2:4"] * 8)
-    choice = Checkpoint.open(path).packing
+    choice = Checkpoint.open(path).packing_in(SPARSE24)
     assert choice.packed == {f"{block}.mlp.down_proj": "2:4" for block in BLOCKS}  # [48, 128]
     assert choice.dense[f"{BLOCKS[0]}.mlp.up_proj"] == "shape [128, 48] is no multiple of [16, 32]"
     assert len(choice.dense) == 12
@@ -130,7 +142,7 @@ def test_shapes_that_the_kernels_have_no_tiles_for_stay_dense(make_run, tmp_path
 def test_one_narrow_sibling_keeps_the_fused_ones_dense(make_run, tmp_path):
     model = small(num_attention_heads=8, num_key_value_heads=1)
     path = make_run(tmp_path / "run", model, levels=["2:4"] * 8)
-    choice = Checkpoint.open(path).packing
+    choice = Checkpoint.open(path).packing_in(SPARSE24)
     why = "shape [8, 64] is no multiple of [16, 32]"
     k, v, q = (f"{BLOCKS[0]}.self_attn.{part}_proj" for part in "kvq")
     assert choice.dense[k] == choice.dense[v] == why
@@ -142,7 +154,7 @@ def test_one_narrow_sibling_keeps_the_fused_ones_dense(make_run, tmp_path):
 def test_dtypes_that_are_not_served_stay_dense(dtype, run_dir, copied, rewrite):
     name = f"{BLOCKS[0]}.mlp.down_proj"
     path = rewrite(copied(run_dir), {f"{name}.weight": lambda t: t.to(dtype)})
-    choice = Checkpoint.open(path).packing
+    choice = Checkpoint.open(path).packing_in(SPARSE24)
     assert choice.dense[name] == f"dtype {dtype} is not served" and len(choice.packed) == 8
 
 
@@ -154,32 +166,32 @@ def test_experts_stay_dense_and_the_rest_of_their_block_does_not(tmp_path):
     ]
     save_file({f"{name}.weight": weight.clone() for name in names}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    choice = Checkpoint.open(tmp_path).packing
+    choice = Checkpoint.open(tmp_path).packing_in(SPARSE24)
     assert choice.dense == dict.fromkeys(names[:2], "experts are served dense")
     assert choice.packed == {names[2]: "2:4"}
 
 
 def test_the_sorting_is_done_once_and_kept(run_dir):
     source = Checkpoint.open(run_dir)
-    assert source.packing is source.packing
+    assert source.packing_in(SPARSE24) is source.packing_in(SPARSE24)
 
 
 def test_a_layer_is_packed_exactly_where_it_can_be_and_without_signs_of_zeros_where_not():
     fits = torch.tensor([[1.0, -0.0, 0, 0], [-0.0, -0.0, 0, 0]])
-    packed, count = pack_layer(fits, "layer")
+    packed, count = pack_layer(SPARSE24, fits, "layer")
     assert count == 0 and torch.equal(unpack(packed).signbit(), fits.signbit())
-    packed, count = pack_layer(torch.tensor([[1.0, -0.0, -3.0, 0], [-0.0, -0.0, 0, 0]]), "layer")
+    packed, count = pack_layer(SPARSE24, torch.tensor([[1.0, -0.0, -3.0, 0], [-0.0, -0.0, 0, 0]]), "layer")
     assert count == 3 and unpack(packed).tolist() == [[1.0, 0, -3.0, 0], [0, 0, 0, 0]]
     assert int(unpack(packed).signbit().sum()) == 1
     with pytest.raises(FormatError, match="layer is not 2:4"):
-        pack_layer(torch.tensor([[1.0, -0.0, -3.0, 2.0]]), "layer")
+        pack_layer(SPARSE24, torch.tensor([[1.0, -0.0, -3.0, 2.0]]), "layer")
 
 
 def test_an_allocation_of_another_model_decides_nothing(run_dir, copied, edit_json):
     path = copied(run_dir)
     edit_json(path / "allocation.json", lambda data: data["units"][1]["layers"][0].update(name="model.other"))
     with pytest.raises(VerificationError, match="is for another model"):
-        _ = Checkpoint.open(path).packing
+        _ = Checkpoint.open(path).packing_in(SPARSE24)
 
 
 # the config
@@ -187,7 +199,7 @@ def test_an_allocation_of_another_model_decides_nothing(run_dir, copied, edit_js
 
 def test_the_config_has_exactly_the_keys_that_compressed_tensors_0_13_wants(run_dir):
     source = Checkpoint.open(run_dir)
-    assert sparsity_config(source.tensors, source.packing) == {
+    assert config_of(source) == {
         "quant_method": "compressed-tensors",
         "version": "0.13.0",
         "sparsity_config": {
@@ -204,7 +216,7 @@ def test_the_config_has_exactly_the_keys_that_compressed_tensors_0_13_wants(run_
 
 def test_targets_and_ignore_share_no_layer_and_miss_no_matrix(run_dir):
     source = Checkpoint.open(run_dir)
-    found = sparsity_config(source.tensors, source.packing)["sparsity_config"]
+    found = config_of(source)["sparsity_config"]
     assert not set(found["targets"]) & set(found["ignore"])
     matrices = {n.removesuffix(".weight") for n, info in source.tensors.items() if len(info.shape) == 2}
     assert {*found["targets"], *found["ignore"]} == matrices
@@ -213,14 +225,14 @@ def test_targets_and_ignore_share_no_layer_and_miss_no_matrix(run_dir):
 def test_the_written_config_is_the_sources_with_that_and_is_read_back(run_dir, packed_dir):
     dense, packed = (json.loads((p / "config.json").read_text()) for p in (run_dir, packed_dir))
     source = Checkpoint.open(run_dir)
-    assert packed == {**dense, "quantization_config": sparsity_config(source.tensors, source.packing)}
-    assert packed_layers(packed, "c") == tuple(SERVABLE)
+    assert packed == {**dense, "quantization_config": config_of(source)}
+    assert packed_layers(packed, "c").layers == tuple(SERVABLE)
 
 
 def test_levels_inside_2_4_are_packed_and_shares_of_zeros_are_not(make_run, tmp_path):
     levels = ("3:8 in 2:4", "7/10", "2:4", "5:16 in 2:4", "1/2", "dense", "3:8 in 2:4", "9/10")
     path = make_run(tmp_path / "run", levels=levels)
-    choice = Checkpoint.open(path).packing
+    choice = Checkpoint.open(path).packing_in(SPARSE24)
     by_unit = {
         "self_attn.qkv": ("3:8 in 2:4", None), "self_attn.o": (None, None), "mlp.gate_up": ("2:4", "3:8 in 2:4"),
         "mlp.down": ("5:16 in 2:4", None),
@@ -235,5 +247,5 @@ def test_levels_inside_2_4_are_packed_and_shares_of_zeros_are_not(make_run, tmp_
     assert choice.dense[f"{BLOCKS[1]}.mlp.down_proj"] == "level 9/10 does not run on 2:4 kernels"
     for layer in choice.packed:
         weight = Checkpoint.open(path).weight(layer)
-        packed, _ = pack_layer(weight, layer)
+        packed, _ = pack_layer(SPARSE24, weight, layer)
         assert torch.equal(unpack(packed), weight)

@@ -102,11 +102,11 @@ def test_one_seed_has_no_spread(comparison_dir, report):
 def test_each_cell_has_its_curves_its_cost_and_its_ranking(compared):
     found = compared
     titles = [
-        words
-        for words in found.words
-        if words.startswith(("Search curves,", "Test perplexity against", "Div"))
+        image["alt"]
+        for image in found.of("img")
+        if image["alt"].startswith(("Search curves,", "Test perplexity against", "Div"))
     ]
-    assert len(titles) == 12 and len(found.of("svg")) == 12
+    assert len(titles) == 12 and len(found.of("img")) == 12
     assert found.text.count("Spearman's rho 0.") + found.text.count("Spearman's rho 1.") == 4
     ids = {a.get("id") for a in found.of("h2")}
     assert {

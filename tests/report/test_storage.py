@@ -9,7 +9,10 @@ from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import write_report
-from msp_plugin.report.storage import SHAPE_BYTES, storage
+from msp_plugin.report.storage import storage
+
+#: Beside values and bitmask a packed layer stores its shape: two int64.
+SHAPE_BYTES = 16
 
 
 def of(path):

@@ -11,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from msp_plugin.errors import FormatError, ServingError
 from msp_plugin.serving import kernels
-from msp_plugin.serving.kernels import BUCKETS, MULTIPLES, Packed24, bucket, choose, pad_tokens, padded
+from msp_plugin.serving.algorithms import BUCKETS, TOKEN_MULTIPLE, TOLERANCE, bucket, pad_tokens, padded
+from msp_plugin.serving.kernels import MULTIPLES, Packed24, choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF = torch.float16
@@ -127,7 +128,7 @@ def test_the_multiples_are_those_of_torch(name, dtype):
         dtype
     ]
     assert MULTIPLES[name] == (limits.sparse_min_rows, limits.sparse_min_cols)
-    assert kernels.TOKEN_MULTIPLE == limits.dense_min_rows == limits.dense_min_cols
+    assert TOKEN_MULTIPLE == limits.dense_min_rows == limits.dense_min_cols
 
 
 # padding and buckets
@@ -366,7 +367,7 @@ def test_the_self_check_finds_a_wrong_weight_and_what_is_not_a_number(cusparselt
     weight = two_of_four(16, 32)
     result = kernels.pack(weight, "cusparselt", search=False)
     bias = torch.ones(16, dtype=HALF)
-    assert kernels.self_check(weight, result, bias) <= kernels.TOLERANCE[HALF]
+    assert kernels.self_check(weight, result, bias) <= TOLERANCE[HALF]
     state = torch.get_rng_state()
     assert kernels.self_check(weight.roll(1, 0), result) > 0.5
     assert torch.equal(torch.get_rng_state(), state)
@@ -382,9 +383,9 @@ def test_the_self_check_tries_the_algorithm_of_every_bucket(cusparselt):
 
 
 def test_the_tolerance_is_four_roundings():
-    for dtype, tolerance in kernels.TOLERANCE.items():
+    for dtype, tolerance in TOLERANCE.items():
         assert tolerance == 2 * torch.finfo(dtype).eps
-    assert set(kernels.TOLERANCE) == set(kernels.DTYPES)
+    assert set(TOLERANCE) == set(kernels.DTYPES)
 
 
 def test_importing_the_module_starts_no_cuda():

@@ -1,7 +1,7 @@
 """The vLLM plugin: 2:4 sparse checkpoints, and dense ones packed at load time.
 
-vLLM finds ``register`` under the entry-point group ``vllm.general_plugins`` and calls it in every process of a
-server. ``VLLM_PLUGINS`` leaves it out; what vLLM says of a packed checkpoint then is in the README.
+vLLM finds ``register`` under the entry-point group ``vllm.general_plugins`` and calls it in every process of
+a server. A ``VLLM_PLUGINS`` without ``msp_sparse24`` leaves it out; vLLM then refuses packed checkpoints.
 """
 
 from __future__ import annotations

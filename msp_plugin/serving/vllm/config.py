@@ -1,4 +1,4 @@
-"""vLLM's view of a sparse24 checkpoint: which linears are packed, and what serves them."""
+"""The vLLM config of a checkpoint with 2:4 layers: which linears are packed, and which method serves each."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from msp_plugin.checkpoint.checkpoint import Checkpoint, packed_layers
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import FormatError, ServingError
-from msp_plugin.formats.sparse24 import FORMAT
-from msp_plugin.serving.kernels import Found
+from msp_plugin.formats.sparse24 import Sparse24Bitmask
+from msp_plugin.serving.algorithms import FoundAlgorithms
 from msp_plugin.serving.vllm.linear import PackAtLoadMethod, PackedMethod
 from msp_plugin.serving.vllm.report import Report
 
-#: Set to leave out the checksums; the second is ours, for the processes that this one starts.
+#: Environment variables: set by the user to leave out the checksums; set here for the processes that this one
+#: starts.
 _SKIP, _CHECKED = "MSP_SKIP_CHECKSUMS", "_MSP_CHECKED"
 #: The name of the quantization method, also for ``vllm serve DIR --quantization sparse24``.
 NAME = "sparse24"
+#: The one format that is served; plugins may add others, which only ``msp_plugin.load`` reads.
+_FORMATS = (Sparse24Bitmask(),)
 
 
 class Sparse24Config(QuantizationConfig):
     """A checkpoint whose linears are 2:4, some or all of them.
 
     Args:
-        targets: checkpoint names of the packed layers; None for a dense checkpoint, whose 2:4 layers are packed
-            when they are loaded.
+        targets: checkpoint names of the packed layers; None for a dense checkpoint, whose 2:4 layers are
+            packed when they are loaded.
     """
 
     def __init__(self, targets: tuple[str, ...] | None = None) -> None:
         super().__init__()
         self.targets = None if targets is None else frozenset(targets)
         self.report = Report()
-        self.algorithms: Found = {}
+        self.algorithms: FoundAlgorithms = {}
 
     @classmethod
     def get_name(cls) -> str:
@@ -64,21 +68,19 @@ class Sparse24Config(QuantizationConfig):
         Raises:
             FormatError: the sparsity_config is in a form that is not read.
         """
-        targets = packed_layers({"quantization_config": config}, "config.json")
-        if not targets:
+        packed = packed_layers({"quantization_config": config}, "config.json", _FORMATS)
+        if packed is None:
             raise FormatError("config.json names no packed layers", hint="export the model anew")
-        return cls(targets)
+        return cls(packed.layers)
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim what vLLM itself refuses: unquantized ``sparse-24-bitmask`` checkpoints."""
-        sparsity = hf_quant_cfg.get("sparsity_config")
+        """Return our name for unquantized ``sparse-24-bitmask`` checkpoints, None for all others."""
         claimed = (
             hf_quant_cfg.get("quant_method") == "compressed-tensors"
-            and isinstance(sparsity, Mapping)
-            and sparsity.get("format") == FORMAT
+            and _FORMATS[0].recognises(hf_quant_cfg)
             and not hf_quant_cfg.get("config_groups")
         )
         return NAME if claimed else None
@@ -88,8 +90,8 @@ class Sparse24Config(QuantizationConfig):
     ) -> None:
         """Check a local checkpoint before anything is loaded: headers, and the checksums of its export.
 
-        The checksums are looked at once, not again in the processes that this one starts; ``MSP_SKIP_CHECKSUMS=1``
-        leaves them out.
+        The checksums are looked at once, not again in the processes that this one starts;
+        ``MSP_SKIP_CHECKSUMS=1`` leaves them out.
 
         Raises:
             FormatError: config and tensors contradict each other, or a file is not what was exported.
@@ -97,7 +99,7 @@ class Sparse24Config(QuantizationConfig):
         path = Path(model_name)
         if self.targets is None or not (path / "config.json").is_file():
             return
-        checkpoint, done = Checkpoint.open(path), str(path.resolve())
+        checkpoint, done = Checkpoint.open(path, _FORMATS), str(path.resolve())
         if os.environ.get(_SKIP, "0") == "0" and os.environ.get(_CHECKED) != done:
             checkpoint.check_files()
             os.environ[_CHECKED] = done
@@ -107,7 +109,7 @@ class Sparse24Config(QuantizationConfig):
             self.targets = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.targets)))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Return a method for every linear, None for all else (embeddings, the output head, attention, experts).
+        """Return a method for linears, None for all else (embeddings, the output head, attention, experts).
 
         Raises:
             ServingError: the checkpoint holds experts packed.
@@ -128,12 +130,13 @@ class Sparse24Config(QuantizationConfig):
         inside = [name for name in self.targets or () if name.startswith(f"{prefix}.")]
         if isinstance(layer, RoutedExperts) and inside:
             raise ServingError(
-                f"{prefix}: the checkpoint holds {len(inside)} linears of its experts packed, e.g. {min(inside)}",
+                f"{prefix}: the checkpoint holds {len(inside)} linears of its experts packed, "
+                f"e.g. {min(inside)}",
                 hint="experts are served dense: export the model to dense",
             )
 
     def _shards(self, prefix: str) -> tuple[str, ...]:
-        """Return the checkpoint's layers that vLLM loads into one linear."""
+        """Return the names of the checkpoint's layers that vLLM loads into one linear."""
         parent, dot, leaf = prefix.rpartition(".")
         return tuple(parent + dot + part for part in self.packed_modules_mapping.get(leaf, [leaf]))
 
@@ -146,10 +149,10 @@ def register_config(name: str) -> None:
 
 
 def _track_weights(name: str) -> None:
-    """Let vLLM miss tensors of our models (norms, embeddings) as it misses those of unquantized ones.
+    """Let vLLM report missing tensors of our models (norms, embeddings), as it does for unquantized ones.
 
-    Its loader tracks them by default only where no quantization method is set, and offers a method no say in it.
-    What the user sets in ``--model-loader-extra-config`` holds.
+    By default its loader tracks tensors only where no quantization method is set, and a method cannot change
+    that. A setting of the user in ``--model-loader-extra-config`` wins.
     """
     load = DefaultModelLoader.load_weights
 

@@ -1,4 +1,4 @@
-"""What became of every linear: one log line, and a file for ``msp verify``."""
+"""How each linear is served: one log line, and a file for ``msp verify``."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ class Report:
         self._layers: dict[str, LayerReport] = {}
 
     def expect(self, layer: str) -> None:
-        """A linear was created that will be reported."""
+        """Note a linear that will be reported."""
         self._expected.add(layer)
 
     def add(self, layer: LayerReport) -> None:
-        """A linear is ready."""
+        """Report a linear that is ready; after the last one, log all of them."""
         self._layers[layer.layer] = layer
         path = os.environ.get(REPORT)
         if path:
             # One short write for each layer: lines of several processes do not mix.
             with Path(path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(layer)) + "\n")
-        self._enter_compile_key()  # not only at the end: of a part of a model, vLLM may load some layers alone
+        self._enter_compile_key()  # not only at the end: vLLM may load some layers of a model alone
         if self._layers.keys() >= self._expected:
             log.info("%s", self.line())
             self._layers = {}  # a reload reports every layer again
@@ -70,8 +70,8 @@ class Report:
     def _enter_compile_key(self) -> None:
         """Make the key of vLLM's compile cache depend on which kernel serves which layer.
 
-        Compiled graphs hold the kernel of each layer as a constant, but vLLM's key covers the model's path and config
-        only: the same path with other weights would find a graph for other kernels.
+        Compiled graphs hold the kernel of each layer as a constant, but vLLM's key covers the model's path
+        and config only: the same path with other weights would find a graph for other kernels.
         """
         from vllm.config import get_current_vllm_config_or_none
 
@@ -85,7 +85,7 @@ class Report:
         """Return the log line: layers and bytes by kernel, and which layers are dense and why."""
         layers = self._layers.values()
         kernels = Counter(layer.kernel for layer in layers)
-        held, dense = sum(a.bytes for a in layers), sum(a.dense_bytes for a in layers)
+        stored, dense = sum(a.bytes for a in layers), sum(a.dense_bytes for a in layers)
         counts = ", ".join(f"{n} on {kernel}" for kernel, n in sorted(kernels.items()))
         reasons: dict[str, list[str]] = {}
         for layer in layers:
@@ -95,5 +95,5 @@ class Report:
             f"dense because {reason}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
             for reason, names in sorted(reasons.items())
         )
-        ratio = held / dense if dense else 1
-        return f"sparse24: {counts}; {held:,} bytes, {ratio:.3f} of dense" + (f"; {why}" if why else "")
+        ratio = stored / dense if dense else 1
+        return f"sparse24: {counts}; {stored:,} bytes, {ratio:.3f} of dense" + (f"; {why}" if why else "")

@@ -1,0 +1,165 @@
+"""Formats of packed weights: the one class by which exports, checkpoints, checks and reports know them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from msp_plugin.errors import FormatError, shown
+
+if TYPE_CHECKING:
+    from msp_plugin.plan.levels import Level
+
+#: The version of compressed-tensors whose ``sparsity_config`` is written.
+CONFIG_VERSION = "0.13.0"
+#: The suffix of the small tensor that holds a weight's shape. Byte counts of packed weights leave it out.
+SHAPE = "shape"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header of a file says about one tensor."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PackedFormat(ABC):
+    """A way to store pruned weights in fewer bytes; a plugin adds one by ``msp_register_formats``.
+
+    A checkpoint uses one format. Its config names the packed layers one by one; instead of ``<layer>.weight``
+    it holds the tensors ``<layer>.<suffix>`` for each suffix of the format. A format has no options that
+    reading depends on: checkpoints are read with ``cls()``.
+
+    Attributes:
+        name: ``format`` in the ``sparsity_config`` of a checkpoint's config.json.
+        structure: ``sparsity_structure`` beside it, e.g. ``2:4`` or ``unstructured``.
+        least_sparsity: ``global_sparsity`` beside it, the share of zeros that each packed weight has at
+            least.
+        suffixes: of the tensors that stand for a weight, in the order in which they are stored.
+        own_suffixes: those of them that no dense model uses: a tensor with one whose layer the config does
+            not name means that config and tensors are from different checkpoints.
+        description: what is stored for a weight, in a few words.
+        served: True if the vLLM plugin serves the format.
+    """
+
+    name: ClassVar[str]
+    structure: ClassVar[str]
+    least_sparsity: ClassVar[float] = 0.0
+    suffixes: ClassVar[tuple[str, ...]]
+    own_suffixes: ClassVar[tuple[str, ...]] = ()
+    description: ClassVar[str]
+    served: ClassVar[bool] = False
+
+    @abstractmethod
+    def refuses(
+        self, layer: str, shape: tuple[int, ...], dtype: torch.dtype, level: Level | None
+    ) -> str | None:
+        """Return why name, shape [out, in], dtype or level of a layer forbid to pack it; None if they do not.
+
+        Args:
+            level: None where no allocation says it; then ``refuses_weight`` is asked too.
+        """
+
+    @abstractmethod
+    def refuses_weight(self, weight: torch.Tensor) -> str | None:
+        """Return why a weight [out, in] is not packed, as far as its zeros tell; None if it may be."""
+
+    @abstractmethod
+    def sizes(self, shape: tuple[int, int], dtype: torch.dtype, kept: int) -> dict[str, int]:
+        """Return the bytes of each suffix's tensor for a weight [out, in] that keeps so many weights."""
+
+    @abstractmethod
+    def pack(self, weight: torch.Tensor, layer: str) -> dict[str, torch.Tensor]:
+        """Return the tensors by suffix; ``unpack`` gives the same bits back.
+
+        Args:
+            weight: [out, in], on any device.
+            layer: its name, for errors.
+
+        Raises:
+            FormatError: the weight does not fit, or a negative zero has no place: such a weight is packed
+                with positive zeros instead.
+        """
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
+        """Return the weight [out, in] of the tensors by suffix.
+
+        Raises:
+            FormatError: the tensors contradict each other.
+        """
+
+    @abstractmethod
+    def header(self, stored: Mapping[str, TensorInfo], layer: str) -> TensorInfo:
+        """Return the header that the weight would have, from the headers of its tensors by suffix.
+
+        Raises:
+            FormatError: they cannot be those of a packed weight.
+        """
+
+    def config(self, packed: Sequence[str], dense: Sequence[str]) -> dict[str, Any]:
+        """Return a checkpoint's ``quantization_config``, as compressed-tensors 0.13 and vLLM 0.18.1 read it.
+
+        Layers are named one by one: with ``targets: ["Linear"]`` vLLM 0.18.1 takes dense layers for packed
+            ones.
+        Further keys beside ``sparsity_config`` make compressed-tensors 0.13 ask for ``config_groups``.
+
+        Args:
+            packed: the layers that are packed.
+            dense: all other matrices.
+        """
+        return {
+            "quant_method": "compressed-tensors",
+            "version": CONFIG_VERSION,
+            "sparsity_config": {
+                "format": self.name,
+                "sparsity_structure": self.structure,
+                "global_sparsity": self.least_sparsity,
+                "registry_requires_subclass": False,
+                "targets": list(packed),
+                "ignore": list(dense),
+            },
+        }
+
+    def recognises(self, quantization: Mapping[str, Any]) -> bool:
+        """Return True if a checkpoint's ``quantization_config`` says that its layers are in this format."""
+        sparsity = quantization.get("sparsity_config")
+        return isinstance(sparsity, Mapping) and sparsity.get("format") == self.name
+
+    def layers(self, quantization: Mapping[str, Any], source: str) -> tuple[str, ...]:
+        """Return the packed layers that a ``quantization_config`` of this format names, in its order.
+
+        Raises:
+            FormatError: it does not name them one by one.
+        """
+        targets = quantization["sparsity_config"].get("targets")
+        named = isinstance(targets, list) and all(
+            isinstance(t, str) and "." in t and ":" not in t for t in targets
+        )
+        if not targets or not named:
+            raise FormatError(
+                f"{source}: sparsity_config.targets does not name layers one by one: {shown(targets)}",
+                hint="class names and patterns are not read: vLLM 0.18 destroyed dense layers with them",
+            )
+        if len(set(targets)) < len(targets):
+            raise FormatError(f"{source}: sparsity_config.targets names a layer twice")
+        return tuple(targets)
+
+
+def without_shape(sizes: Mapping[str, int]) -> int:
+    """Return the bytes of a packed weight by suffix, summed without its ``shape`` tensor."""
+    return sum(size for suffix, size in sizes.items() if suffix != SHAPE)
