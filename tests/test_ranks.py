@@ -17,11 +17,12 @@ from msp_plugin.cli import app
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import Text
 from msp_plugin.errors import HostError, NumericsError, RecipeError
-from msp_plugin.hosts.llm_compressor.methods import SparseGPT
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
-from msp_plugin.runs.prune import prune_recipe, run_recipe
+from msp_plugin.pruning.sparsegpt import SparseGPT
+from msp_plugin.runs.prune import run_recipe
+from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.ranks import ALONE, Ranks, join
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
@@ -230,10 +231,16 @@ def test_a_recipe_that_is_not_ours_alone_is_refused_by_several_ranks(llama_dir, 
     class Two(Ranks):
         size = 2
 
-    recipe = prune_recipe({"sparsity": 0.5, "allocator": "uniform"})
-    recipe["sparsity_stage"]["sparsity_modifiers"]["WandaPruningModifier"] = {"sparsity": 0.5}
+    modifiers = {"MixedSparsityModifier": {"sparsity": 0.5}, "WandaPruningModifier": {"sparsity": 0.5}}
+    recipe = {"a_stage": {"b_modifiers": modifiers}}
     with pytest.raises(RecipeError, match="2 ranks share a search, and this recipe is not one of"):
-        run_recipe(recipe, llama_dir, Text(str(text), None, None, 8, 24, 0), tmp_path / "out", ranks=Two())
+        run_recipe(
+            recipe,
+            llama_dir,
+            Text(str(text), None, None, 8, 24, 0),
+            tmp_path / "out",
+            context=RunContext(ranks=Two()),
+        )
 
 
 PROCESS = """

@@ -18,7 +18,7 @@ from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError
 from msp_plugin.formats.bitmask import bitmask_bytes
 from msp_plugin.models.offload import onloaded
-from msp_plugin.models.places import Cached, Hooked, InMemory, weight_place
+from msp_plugin.models.places import weight_place
 from msp_plugin.passes.by_block import BlockPass, runs_by_block
 from msp_plugin.passes.observe import check_reached, in_groups, reached_inputs
 from msp_plugin.plan.levels import DENSE, Level
@@ -197,18 +197,11 @@ def _pruned_block(
         place.enter()
     try:
         for name, place in places.items():
-            place.put(partial(_stored, database, name, prefix[name], place))
+            place.put(partial(database.weight_for, place, name, prefix[name]))
         yield
     finally:
         for place in places.values():
             place.leave()
-
-
-def _stored(
-    database: LevelDatabase, layer: str, level: str, place: InMemory | Hooked | Cached
-) -> torch.Tensor:
-    """Return a layer's weight [out, in] at a level, where and in the dtype that its place holds weights."""
-    return database.weight(layer, level).to(place.at, place.dtype)
 
 
 def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTable) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from msp_plugin.allocators.base import Allocator
+from msp_plugin.allocators.uniform import Uniform
 from msp_plugin.errors import RecipeError, nearest, shown
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.bounds import Bounds, parse_bounds
@@ -34,6 +35,23 @@ class Plan:
     cache: str | None
     granularity: str
     bounds: Bounds
+    #: As they were given; recipe.yaml says them.
+    spelled: Options
+
+    def uniform(self) -> Plan:
+        """Return the baseline: uniform sparsity over the same layers and levels."""
+        baseline = replace(self, allocator=Uniform(), estimators={}, given=None)
+        if self.given is None:
+            return baseline
+        menu = self.given.provenance.get("levels") or [level.name for level in self.menu]
+        layers = tuple(layer.name for layer in self.given.table.layers)
+        return replace(
+            baseline,
+            sparsity=self.given.budget.sparsity,
+            menu=parse_menu(list(menu)),
+            targets=layers,
+            ignore=(),
+        )
 
     @property
     def search_tokens(self) -> int:
@@ -131,5 +149,5 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
     estimators = {name: built[name] for name in allocator.estimators}
     return Plan(
         sparsity, pruner, bounds.menu(menu), tuple(options.targets), tuple(options.ignore), allocator,
-        estimators, given, options.seed, options.cache, options.granularity, bounds,
+        estimators, given, options.seed, options.cache, options.granularity, bounds, Options(**options.model_dump(include=set(Options.model_fields))),
     )  # fmt: skip

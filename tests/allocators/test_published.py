@@ -15,7 +15,7 @@ ESTIMATORS = {"one_shot": {"hessian_trace": {"samples": 1, "probes": 1}}}
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
-@pytest.mark.parametrize("granularity", ["unit", "block"])
+@pytest.mark.parametrize("granularity", ["unit", pytest.param("block", marks=pytest.mark.slow)])
 def test_a_run_is_on_the_budget_repeats_and_leaves_the_model(
     llama, data, tmp_path, bits, count_hooks, name, granularity
 ):

@@ -12,12 +12,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database, collect
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
 from msp_plugin.models.layers import decoder_blocks, prunable_layers
 from msp_plugin.passes.by_block import BlockPass, runs_by_block
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.base import InputNorm
 from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.pruning.sparsegpt import SparseGPT
+from msp_plugin.pruning.wanda import Wanda
 
 MENU = parse_menu(["dense", "2:4", "1:8"])
 

@@ -11,10 +11,11 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import HostError, MSPError, NumericsError
-from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.base import LayerwisePruner
+from msp_plugin.pruning.sparsegpt import SparseGPT
+from msp_plugin.pruning.wanda import Wanda
 from msp_plugin.runtime.ranks import ALONE
 
 MENU = parse_menu(["dense", "2:4", "1:8"])
