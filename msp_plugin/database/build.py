@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -63,9 +63,8 @@ def build_database(
     samples (tokens * hidden size * bytes of a number), one block's statistics and one layer's levels. A block
     whose statistics take more than ``statistics_bytes`` is run once per group of its layers.
 
-    In a model that hands more than the hidden state from block to block, the layers are taken in groups
-    of ``statistics_bytes``, each of which costs a forward pass up to its last block, and the inputs are the
-    dense model's.
+    In a model that hands more than the hidden state from block to block, each group of ``statistics_bytes`` costs a
+    forward pass up to its last block.
 
     Ranks share the samples, each of which passes all blocks on one rank, and reduce the statistics (see
     Pruner.reduce); then they share the layers. The same number of ranks gives the same bytes, another one the same
@@ -148,10 +147,11 @@ def _statistics(
         walk = BlockPass(model, data.of_rank(ranks), batch_tokens)
         found = _by_block(walk, units, groups, pruner, pruned, ranks)
     else:
-        log.info(
-            "%s does not run block by block: whole forward passes, of the dense model", type(model).__name__
+        log.info("%s does not run block by block: whole forward passes", type(model).__name__)
+        observe = partial(collect, model, pruner=pruner, data=data, batch_tokens=batch_tokens, ranks=ranks)
+        found = (
+            map(observe, groups(units)) if pruned is None else _by_pass(observe, units, groups, pruned, ranks)
         )
-        found = (collect(model, group, pruner, data, batch_tokens, ranks) for group in groups(units))
     for statistics in found:
         for unit in own:
             if unit.name in statistics:
@@ -184,6 +184,27 @@ def _by_block(
             ranks.gather(lambda: None)  # wait for the layers of this block that other ranks write
             with pruned(number):
                 ranks.gather(walk.run)
+
+
+def _by_pass(
+    observe: Callable[[Sequence[Unit]], dict[str, Any]],
+    units: Sequence[Unit],
+    groups: Callable[[Iterable[Unit]], list[list[Unit]]],
+    pruned: Callable[[int], AbstractContextManager[None]],
+    ranks: Ranks,
+) -> Iterator[dict[str, Any]]:
+    """Yield the statistics of a group of units from whole forward passes, each behind the pruned blocks before it.
+
+    Args:
+        observe: returns the statistics of a group.
+        groups, pruned: see _by_block.
+    """
+    by_block = {number: list(some) for number, some in groupby(units, key=lambda unit: unit.block)}
+    with ExitStack() as stack:
+        for number in range(units[-1].block + 1):
+            yield from map(observe, groups(by_block.get(number, ())))
+            ranks.gather(lambda: None)  # wait for the layers of this block that other ranks write
+            stack.enter_context(pruned(number))
 
 
 @contextmanager
