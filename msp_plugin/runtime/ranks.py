@@ -48,8 +48,8 @@ class Ranks:
         """Return what ``work`` returns on each rank, in the order of the ranks, on every rank.
 
         Raises:
-            Exception: what ``work`` raised here, on the first rank where it failed.
-            MSPError: what that rank raised, on the others.
+            Exception: what ``work`` raised here.
+            MSPError: what it raised on another rank, the first one, where it succeeded here.
             LostError: a rank has ended.
         """
         if self.size == 1:
@@ -65,7 +65,7 @@ class Ranks:
         failed = next((rank for rank, (_, described) in enumerate(parts) if described), None)
         if failed is None:
             return [value for value, _ in parts]
-        if failed != self.rank or failure is None:
+        if failure is None:
             failure = _error_of(failed, *parts[failed][1])
         self._raised = failure
         raise failure
