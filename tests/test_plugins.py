@@ -68,7 +68,9 @@ def test_every_component_has_a_summary_and_shows_its_options():
             assert component.summary.endswith(".") or ":" in component.summary or component.summary
     sparsegpt = Plugins(entry_points=False).components["pruners"]["sparsegpt"]
     assert sparsegpt.options == {"block_size": "128", "dampening_frac": "0.01"}
-    assert sparsegpt.summary == "SparseGPT (arXiv 2301.00774): the weights that stay make up for those that go."
+    assert (
+        sparsegpt.summary == "SparseGPT (arXiv 2301.00774): the weights that stay make up for those that go."
+    )
 
 
 def test_an_option_without_a_default_is_required():

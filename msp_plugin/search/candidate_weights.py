@@ -51,9 +51,7 @@ class CandidateWeights:
         self._now: list[str] = []
 
     def __enter__(self) -> CandidateWeights:
-        self._places = {
-            a.name: weight_place(linear(self.model, a.name)) for a in self.problem.table.layers
-        }
+        self._places = {a.name: weight_place(linear(self.model, a.name)) for a in self.problem.table.layers}
         for place in self._places.values():
             place.enter()
         self._now = ["dense"] * len(self.problem.table)
