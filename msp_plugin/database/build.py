@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -63,9 +63,8 @@ def build_database(
     samples (tokens * hidden size * bytes of a number), one block's statistics and one layer's levels. A block
     whose statistics take more than ``statistics_bytes`` is run once per group of its layers.
 
-    In a model that hands more than the hidden state from block to block, the layers are taken in groups
-    of ``statistics_bytes``, each of which costs a forward pass up to its last block, and the inputs are the
-    dense model's.
+    In a model that hands more than the hidden state from block to block, each group of ``statistics_bytes`` costs a
+    forward pass up to its last block.
 
     Ranks share the layers. Each passes all samples through the blocks and adds up the inputs of its own layers, in the
     order of one process, so that the weights are the same bytes on any number of ranks. Parts of a statistic that
@@ -105,7 +104,7 @@ def build_database(
             batch_tokens,
             statistics_bytes,
             ranks,
-            missing[-1].block if missing else 0,
+            missing[-1].block if missing else None,
         ):
             for layer in unit.layers:
                 if levels := wanted(layer):
@@ -133,16 +132,16 @@ def _statistics(
     batch_tokens: int,
     statistics_bytes: int,
     ranks: Ranks,
-    last: int,
+    last: int | None,
 ) -> Iterator[tuple[Unit, Any]]:
     """Yield this rank's units, in the order of the blocks, each with its statistic, which nothing else holds then.
 
     Args:
         units: in the order of the blocks.
         pruned: lets a block, by its number, hold the weights that the next block's inputs come from; None: its own.
-        last: the last block of any rank's units.
+        last: the last block of any rank's units; None if there are none.
     """
-    if not pruner.needs_statistics:
+    if last is None or not pruner.needs_statistics:
         yield from (
             (unit, _new_statistic(pruner, model.get_submodule(unit.layers[0].name))) for unit in units
         )
@@ -156,12 +155,19 @@ def _statistics(
 
     if all(ranks.gather(lambda: runs_by_block(model, data.samples[0][:CHECKED_TOKENS]))):
         walk = BlockPass(model, data, batch_tokens)
-        yield from _by_block(walk, units, groups, pruner, pruned, ranks, last)
-        return
-    log.info("%s does not run block by block: whole forward passes, of the dense model", type(model).__name__)
-    for group in groups(units):
-        found = collect(model, group, pruner, data, batch_tokens)
-        yield from ((unit, found.pop(unit.name)) for unit in group)
+        found = _by_block(walk, units, groups, pruner, pruned, ranks, last)
+    else:
+        log.info("%s does not run block by block: whole forward passes", type(model).__name__)
+        observe = partial(collect, model, pruner=pruner, data=data, batch_tokens=batch_tokens)
+        found = (
+            map(observe, groups(units))
+            if pruned is None
+            else _by_pass(observe, units, groups, pruned, ranks, last)
+        )
+    for statistics in found:
+        for unit in units:
+            if unit.name in statistics:
+                yield unit, statistics.pop(unit.name)
 
 
 def _by_block(
@@ -172,8 +178,8 @@ def _by_block(
     pruned: Callable[[int], AbstractContextManager[None]] | None,
     ranks: Ranks,
     last: int,
-) -> Iterator[tuple[Unit, Any]]:
-    """Yield the units, each with its statistic.
+) -> Iterator[dict[str, Any]]:
+    """Yield the statistics of a group of units, by unit name, one group after the other.
 
     Args:
         groups: of units those whose statistics are held at once.
@@ -187,11 +193,33 @@ def _by_block(
             if part or advance:
                 statistics, add = _collector(walk.model, part, pruner)
                 walk.run(part, add, advance=advance)
-                yield from ((unit, statistics.pop(unit.name)) for unit in part)
+                yield statistics
         if pruned is not None and number < last:
             ranks.gather(lambda: None)  # wait for the layers of this block that other ranks write
             with pruned(number):
                 walk.run()
+
+
+def _by_pass(
+    observe: Callable[[Sequence[Unit]], dict[str, Any]],
+    units: Sequence[Unit],
+    groups: Callable[[Iterable[Unit]], list[list[Unit]]],
+    pruned: Callable[[int], AbstractContextManager[None]],
+    ranks: Ranks,
+    last: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield the statistics of a group of units from whole forward passes, each behind the pruned blocks before it.
+
+    Args:
+        observe: returns the statistics of a group.
+        groups, pruned, last: see _by_block.
+    """
+    by_block = {number: list(some) for number, some in groupby(units, key=lambda unit: unit.block)}
+    with ExitStack() as stack:
+        for number in range(last + 1):
+            yield from map(observe, groups(by_block.get(number, ())))
+            ranks.gather(lambda: None)  # wait for the layers of this block that other ranks write
+            stack.enter_context(pruned(number))
 
 
 @contextmanager

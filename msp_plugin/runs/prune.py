@@ -248,7 +248,9 @@ def _search_together(
         )
     with ExitStack() as stack:
         enter = stack.enter_context
-        ranks.on_rank_zero(lambda: enter(sole_run(out, options.cache, fresh=context.fresh, keep=True)) and None)
+        ranks.on_rank_zero(
+            lambda: enter(sole_run(out, options.cache, fresh=context.fresh, keep=True)) and None
+        )
         search(source, text, options, context)
         ranks.leave()
 
