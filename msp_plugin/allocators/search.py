@@ -25,7 +25,7 @@ SLOPES_COST = 5
 #: and their means run over several rounds anyway.
 MOST_SLOPES = 0.5
 #: Forward tokens of a search by default: for each unit, and at least, as those of a small model cost little.
-TOKENS_PER_UNIT, LEAST_TOKENS = 4096, 2**19
+TOKENS_PER_UNIT, LEAST_TOKENS = 2048, 2**19
 #: Rounds whose mean gain is what the next one promises.
 GAIN_ROUNDS = 3
 

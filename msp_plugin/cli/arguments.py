@@ -146,7 +146,10 @@ class LayerChoice:
     ] = None
     granularity: Annotated[
         str | None,
-        typer.Option("--granularity", help="what shares a level: unit (fused layers), layer or block"),
+        typer.Option(
+            "--granularity",
+            help="what shares a level: layer (nothing), unit (fused layers) or block; default: layer, unit for 2:4 kernels",
+        ),
     ] = None
     bounds: Annotated[
         list[str] | None,

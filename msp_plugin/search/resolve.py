@@ -123,10 +123,11 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
     allocator = plugins.build("allocators", options.allocator)
     given = Allocation.read(options.allocation) if options.allocation else None
     sparsity, menu = _target(options, given)
-    if options.granularity not in GRANULARITIES:
+    served = all(level.is_dense or level.servable for level in menu)
+    granularity = ("unit" if served else "layer") if options.granularity is None else options.granularity
+    if granularity not in GRANULARITIES:
         raise RecipeError(
-            f"granularity {shown(options.granularity)} is unknown",
-            hint=nearest(options.granularity, GRANULARITIES),
+            f"granularity {shown(granularity)} is unknown", hint=nearest(granularity, GRANULARITIES)
         )
     bounds = parse_bounds(options.bounds, options.protect, menu)
     pruner.version()  # raises if its host is missing
@@ -149,5 +150,5 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
     estimators = {name: built[name] for name in allocator.estimators}
     return Plan(
         sparsity, pruner, bounds.menu(menu), tuple(options.targets), tuple(options.ignore), allocator,
-        estimators, given, options.seed, options.cache, options.granularity, bounds, Options(**options.model_dump(include=set(Options.model_fields))),
+        estimators, given, options.seed, options.cache, granularity, bounds, Options(**options.model_dump(include=set(Options.model_fields))),
     )  # fmt: skip
