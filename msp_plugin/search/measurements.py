@@ -36,10 +36,11 @@ from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins.manager import spec_of
 from msp_plugin.progress import StepProgress, no_progress
 from msp_plugin.pruning.base import Pruner
+from msp_plugin.records.parts import SearchRecord
 from msp_plugin.runtime.digests import component_digest, digest, source_digest, versions
 from msp_plugin.runtime.files import cache_directory, finite
 from msp_plugin.runtime.journal import Journal
-from msp_plugin.runtime.locks import alone
+from msp_plugin.runtime.locks import locked
 from msp_plugin.runtime.memory import free_cached
 from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.search import candidate_loss as candidates
@@ -170,7 +171,7 @@ class Measurements:
     def _alone(self, path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         """Lock a file for all ranks while something is measured: rank 0 holds it; all give its memory back."""
         try:
-            with alone(path, what, wait=wait) if self.ranks.rank == 0 else nullcontext():
+            with locked(path, what, wait=wait) if self.ranks.rank == 0 else nullcontext():
                 yield
         finally:
             free_cached()
@@ -294,7 +295,7 @@ class Measurements:
 
     def allocate(
         self, allocator: Allocator, problem: AllocationProblem, seed: int
-    ) -> tuple[AllocationResult, dict[str, Any]]:
+    ) -> tuple[AllocationResult, SearchRecord]:
         """Return the allocator's result and the ``search`` part of run.json.
 
         Raises:
@@ -330,22 +331,21 @@ class Measurements:
         for note in result.notes:
             log.warning("%s: %s", allocator.name, note)
         read = sum(part.saved_seconds for part in paid)
-        search = {
-            "allocator": allocator.name,
-            "forward_tokens": sum(part.forward_tokens for part in paid),
-            "sensitivity_tokens": self.sensitivity_tokens(allocator),
-            "evaluations": result.evaluations,
-            "seconds": round(now - began + read, 3),
-            "total_seconds": round(now - start + read, 3),
-            "loss": finite(result.loss),
-            "uniform_loss": finite(result.uniform_loss),
-            "curve": [[tokens, finite(value)] for tokens, value in result.curve],
-            "holdout": [[tokens, finite(value)] for tokens, value in result.holdout],
-            "predictions": [[finite(value) for value in pair] for pair in result.predictions],
-            "notes": list(result.notes),
-            "ended": result.ended,
-        }
-        return result, search
+        return result, SearchRecord(
+            allocator=allocator.name,
+            forward_tokens=sum(part.forward_tokens for part in paid),
+            sensitivity_tokens=self.sensitivity_tokens(allocator),
+            evaluations=result.evaluations,
+            seconds=round(now - began + read, 3),
+            total_seconds=round(now - start + read, 3),
+            loss=finite(result.loss),
+            uniform_loss=finite(result.uniform_loss),
+            curve=result.curve,
+            holdout=result.holdout,
+            predictions=result.predictions,
+            notes=result.notes,
+            ended=result.ended,
+        )
 
     def _clock(self, paid: Sequence[_Paid]) -> float:
         """Return the seconds of rank 0, with those that values had taken which a stopped search left."""
