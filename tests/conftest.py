@@ -19,7 +19,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker; what a test star
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -400,31 +399,6 @@ def on_ranks(size, work):
     for thread in threads:
         thread.join()
     return found
-
-
-def check_equal_but_for_rounding(databases, table):
-    """Check that level databases, by any number of ranks, hold the same weights but for rounding.
-
-    In a row where two weights are as good as each other, rounding may keep the other one.
-    """
-    first, *others = databases
-    for layer in table.layers:
-        for level in first.menu:
-            if not level.is_dense:
-                expected = first.weight(layer.name, level.name)
-                for other in others:
-                    weight = other.weight(layer.name, level.name)
-                    assert ((weight == 0).sum() == (expected == 0).sum()).all()
-                    near = torch.isclose(weight, expected, rtol=1e-4, atol=1e-5)
-                    assert (~near).float().mean() < 0.02, (layer.name, level)
-    for errors in zip(*(database.errors(table) for database in databases), strict=True):
-        for other in errors[1:]:
-            np.testing.assert_allclose(other, errors[0], rtol=1e-3)
-
-
-@pytest.fixture(name="check_equal_but_for_rounding")
-def _check_equal_but_for_rounding():
-    return check_equal_but_for_rounding
 
 
 @pytest.fixture(name="on_ranks")

@@ -132,31 +132,23 @@ def test_losses_and_slopes_are_those_of_one_process_bit_for_bit(on_ranks, measur
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_search_finds_the_same_whatever_the_ranks_and_the_same_bytes_on_as_many(
-    on_ranks, measured, check_equal_but_for_rounding, llama, size, tmp_path
-):
+def test_a_search_finds_the_same_from_the_same_files_whatever_the_ranks(on_ranks, measured, size, tmp_path):
     search = Search(rounds=3, tokens=216, holdout=96)
 
     def work(cache):
         def run(ranks):
             held = measured(ranks, cache)
-            result, _ = held.allocate(search, AllocationProblem(held.table, MENU, Fraction(1, 2)), 3)
-            return result, held.sensitivities, held.database
+            result, record = held.allocate(search, AllocationProblem(held.table, MENU, Fraction(1, 2)), 3)
+            return result, record["forward_tokens"], held.sensitivities, held.error("output").tobytes()
 
         return run
 
     def files(cache):
         return {path.name: path.read_bytes() for path in tmp_path.joinpath(cache).rglob("*.safetensors")}
 
-    result, sensitivities, database = work("alone")(ALONE)
-    found = on_ranks(size, work("shared"))
-    for other, own, held in found:
-        assert (other, own) == found[0][:2] and (other.choice, own) == (result.choice, sensitivities)
-        assert other.loss == pytest.approx(result.loss, rel=1e-3)
-        check_equal_but_for_rounding([database, held], prunable_layers(llama))
-    for other, own, _ in on_ranks(size, work("again")):
-        assert (other, own) == found[0][:2]
-    assert files("again") == files("shared") and len(files("shared")) == 14
+    expected = work("alone")(ALONE)
+    assert on_ranks(size, work("shared")) == [expected] * size
+    assert files("shared") == files("alone") and len(files("shared")) == 14
 
 
 def test_a_search_that_two_ranks_began_is_ended_by_one_and_the_other_way_round(on_ranks, measured, tmp_path):
@@ -177,8 +169,7 @@ def test_a_search_that_two_ranks_began_is_ended_by_one_and_the_other_way_round(o
     expected = run(ALONE, "undisturbed")[0]
     assert {str(e) for e in on_ranks(2, lambda ranks: run(ranks, "a", 1))} == {"stopped"}
     result, steps = run(ALONE, "a")
-    assert result.choice == expected.choice and "level database" not in steps
-    assert result.loss == pytest.approx(expected.loss, rel=1e-3)
+    assert result == expected and "level database" not in steps
     with pytest.raises(NumericsError):
         run(ALONE, "b", 1)
     assert [found[0] for found in on_ranks(3, lambda ranks: run(ranks, "b"))] == [expected] * 3
@@ -187,13 +178,13 @@ def test_a_search_that_two_ranks_began_is_ended_by_one_and_the_other_way_round(o
 def test_more_ranks_than_layers_or_samples_are_fine(on_ranks, measured):
     def run(ranks):
         held = measured(ranks, f"cache-{ranks.size}")
-        return held.sensitivity("fisher"), np.array(held.database.errors(held.table)), held.error("fisher")
+        errors = np.array(held.database.errors(held.table)).tobytes()
+        return (held.sensitivity("fisher"), errors), held.error("fisher")
 
-    sensitivity, *errors = run(ALONE)
-    for found, *others in on_ranks(17, run):
-        assert found == sensitivity
-        for other, error in zip(others, errors, strict=True):
-            np.testing.assert_allclose(other, error, rtol=1e-3)
+    expected, error = run(ALONE)
+    for found, other in on_ranks(17, run):
+        assert found == expected
+        np.testing.assert_allclose(other, error, rtol=1e-5)
 
 
 def test_ranks_with_different_models_are_refused(on_ranks, measured, qwen2):

@@ -20,7 +20,7 @@ from msp_plugin.formats.bitmask import bitmask_bytes
 from msp_plugin.models.offload import linear, onloaded
 from msp_plugin.models.weights import weight_place
 from msp_plugin.passes.by_block import BlockPass, runs_by_block
-from msp_plugin.passes.observe import check_reached, in_groups, reached_inputs
+from msp_plugin.passes.observe import in_groups, observe_inputs
 from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import Layer, Unit, UnitTable, shared_inputs
 from msp_plugin.progress import Progress, silent
@@ -66,9 +66,10 @@ def build_database(
     In a model that hands more than the hidden state from block to block, each group of ``statistics_bytes`` costs a
     forward pass up to its last block.
 
-    Ranks share the samples, each of which passes all blocks on one rank, and reduce the statistics (see
-    Pruner.reduce); then they share the layers. The same number of ranks gives the same bytes, another one the same
-    weights but for rounding.
+    Ranks share the layers. Each passes all samples through the blocks and adds up the inputs of its own layers, in the
+    order of one process, so that the weights are the same bytes on any number of ranks. Parts of a statistic that
+    ranks add up would differ by rounding, and behind a prefix that does not stay small: in one block a weight goes
+    that was as good as another, and SparseGPT's weights of later blocks differ in most numbers.
 
     Args:
         prefix: the name of a level by layer, for all layers of the table; the menu holds it.
@@ -77,7 +78,6 @@ def build_database(
 
     Raises:
         NumericsError: an activation is not finite, or the method fails on a layer.
-        HostError: the method does not run on several ranks.
     """
     start = time.monotonic()
 
@@ -96,7 +96,15 @@ def build_database(
         written = 0
         pruned = partial(_pruned_block, database, model, table, prefix) if prefix else None
         for unit, statistic in _statistics(
-            model, missing, own, pruner, data, pruned, batch_tokens, statistics_bytes, ranks
+            model,
+            own,
+            pruner,
+            data,
+            pruned,
+            batch_tokens,
+            statistics_bytes,
+            ranks,
+            missing[-1].block if missing else None,
         ):
             for layer in unit.layers:
                 if levels := wanted(layer):
@@ -118,23 +126,25 @@ def build_database(
 def _statistics(
     model: torch.nn.Module,
     units: Sequence[Unit],
-    own: Sequence[Unit],
     pruner: Pruner,
     data: CalibrationSet,
     pruned: Callable[[int], AbstractContextManager[None]] | None,
     batch_tokens: int,
     statistics_bytes: int,
     ranks: Ranks,
+    last: int | None,
 ) -> Iterator[tuple[Unit, Any]]:
     """Yield this rank's units, in the order of the blocks, each with its statistic, which nothing else holds then.
 
     Args:
-        units: of all ranks, in the order of the blocks.
-        own: this rank's.
+        units: in the order of the blocks.
         pruned: lets a block, by its number, hold the weights that the next block's inputs come from; None: its own.
+        last: the last block of any rank's units; None if there are none.
     """
-    if not (units and pruner.needs_statistics):
-        yield from ((unit, _new_statistic(pruner, model.get_submodule(unit.layers[0].name))) for unit in own)
+    if last is None or not pruner.needs_statistics:
+        yield from (
+            (unit, _new_statistic(pruner, model.get_submodule(unit.layers[0].name))) for unit in units
+        )
         return
 
     def groups(units: Iterable[Unit]) -> list[list[Unit]]:
@@ -144,16 +154,18 @@ def _statistics(
         return list(in_groups(units, need, statistics_bytes))
 
     if all(ranks.gather(lambda: runs_by_block(model, data.samples[0][:CHECKED_TOKENS]))):
-        walk = BlockPass(model, data.of_rank(ranks), batch_tokens)
-        found = _by_block(walk, units, groups, pruner, pruned, ranks)
+        walk = BlockPass(model, data, batch_tokens)
+        found = _by_block(walk, units, groups, pruner, pruned, ranks, last)
     else:
         log.info("%s does not run block by block: whole forward passes", type(model).__name__)
-        observe = partial(collect, model, pruner=pruner, data=data, batch_tokens=batch_tokens, ranks=ranks)
+        observe = partial(collect, model, pruner=pruner, data=data, batch_tokens=batch_tokens)
         found = (
-            map(observe, groups(units)) if pruned is None else _by_pass(observe, units, groups, pruned, ranks)
+            map(observe, groups(units))
+            if pruned is None
+            else _by_pass(observe, units, groups, pruned, ranks, last)
         )
     for statistics in found:
-        for unit in own:
+        for unit in units:
             if unit.name in statistics:
                 yield unit, statistics.pop(unit.name)
 
@@ -165,25 +177,27 @@ def _by_block(
     pruner: Pruner,
     pruned: Callable[[int], AbstractContextManager[None]] | None,
     ranks: Ranks,
+    last: int,
 ) -> Iterator[dict[str, Any]]:
     """Yield the statistics of a group of units, by unit name, one group after the other.
 
     Args:
         groups: of units those whose statistics are held at once.
-        pruned: see _statistics.
+        pruned, last: see _statistics.
     """
-    last = units[-1].block
     by_block = {number: list(some) for number, some in groupby(units, key=lambda unit: unit.block)}
     for number in range(last + 1):
         parts = groups(by_block.get(number, ())) or [[]]
         for part in parts:
             advance = pruned is None and part is parts[-1] and number < last
             if part or advance:
-                yield _observed(walk.model, part, pruner, partial(walk.run, advance=advance), ranks)
+                statistics, add = _collector(walk.model, part, pruner)
+                walk.run(part, add, advance=advance)
+                yield statistics
         if pruned is not None and number < last:
             ranks.gather(lambda: None)  # wait for the layers of this block that other ranks write
             with pruned(number):
-                ranks.gather(walk.run)
+                walk.run()
 
 
 def _by_pass(
@@ -192,16 +206,17 @@ def _by_pass(
     groups: Callable[[Iterable[Unit]], list[list[Unit]]],
     pruned: Callable[[int], AbstractContextManager[None]],
     ranks: Ranks,
+    last: int,
 ) -> Iterator[dict[str, Any]]:
     """Yield the statistics of a group of units from whole forward passes, each behind the pruned blocks before it.
 
     Args:
         observe: returns the statistics of a group.
-        groups, pruned: see _by_block.
+        groups, pruned, last: see _by_block.
     """
     by_block = {number: list(some) for number, some in groupby(units, key=lambda unit: unit.block)}
     with ExitStack() as stack:
-        for number in range(units[-1].block + 1):
+        for number in range(last + 1):
             yield from map(observe, groups(by_block.get(number, ())))
             ranks.gather(lambda: None)  # wait for the layers of this block that other ranks write
             stack.enter_context(pruned(number))
@@ -256,34 +271,14 @@ def collect(
     pruner: Pruner,
     data: CalibrationSet,
     batch_tokens: int,
-    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Return each unit's statistic over all samples, by unit name; the model is left as it was.
 
     Raises:
         NumericsError: a layer's input is not finite, or a layer saw no token at all.
     """
-    observe = partial(reached_inputs, model, data.of_rank(ranks), batch_tokens=batch_tokens)
-    return _observed(model, units, pruner, observe, ranks)
-
-
-def _observed(
-    model: torch.nn.Module,
-    units: Sequence[Unit],
-    pruner: Pruner,
-    observe: Callable[[Sequence[Unit], Callable[[str, torch.Tensor], None]], set[str]],
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """Return each unit's statistic over the samples of all ranks, by unit name.
-
-    Args:
-        observe: passes this rank's samples through the model (see reached_inputs).
-    """
     statistics, add = _collector(model, units, pruner)
-    check_reached(units, set().union(*ranks.gather(lambda: observe(units, add))))
-    if ranks.size > 1:
-        for name in statistics:
-            statistics[name] = pruner.reduce(statistics[name], ranks)
+    observe_inputs(model, data, units, add, batch_tokens=batch_tokens)
     return statistics
 
 

@@ -15,7 +15,7 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.models.offload import input_device
-from msp_plugin.passes.observe import EnoughError, all_finite, observed
+from msp_plugin.passes.observe import EnoughError, all_finite, check_reached, observed
 from msp_plugin.passes.prefix import replace_input, skip, without_embeddings
 from msp_plugin.plan.units import Unit
 from msp_plugin.runtime.memory import is_out_of_memory
@@ -55,17 +55,16 @@ class BlockPass:
         add: Callable[[str, torch.Tensor], None] = lambda unit, inputs: None,
         *,
         advance: bool = True,
-    ) -> set[str]:
-        """Run the block over all samples and return the names of the units that saw a token.
-
-        With ``advance`` go on to the next block, else this one may run again.
+    ) -> None:
+        """Run the block over all samples; with ``advance`` go on to the next one, else it may run again.
 
         Args:
             units: those of this block whose inputs are observed.
-            add: see reached_inputs.
+            add: see observe_inputs.
 
         Raises:
-            NumericsError: an input of a unit, or with ``advance`` an output of the block, is not finite.
+            NumericsError: an input of a unit, or with ``advance`` an output of the block, is not finite; or a
+                unit saw no token at all.
         """
         block, outputs = self.blocks[self.block], []
 
@@ -88,8 +87,8 @@ class BlockPass:
                     )
                 if advance:
                     self._place(number, output).copy_(output)
+        check_reached(units, reached)
         self.block += advance
-        return reached
 
     def _place(self, number: int, like: torch.Tensor) -> torch.Tensor:
         """Return where a batch's hidden state is held: in one tensor, whose memory no freed activation splits."""

@@ -22,9 +22,8 @@ import torch
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.levels import Kind, Level
 from msp_plugin.pruning import masks
-from msp_plugin.pruning.base import Pruner, mean_over_ranks
+from msp_plugin.pruning.base import Pruner
 from msp_plugin.pruning.masks import lowest, lowest_by_topk, nm_mask
-from msp_plugin.runtime.ranks import Ranks
 
 #: Rows of several levels that go through the column loop together on a CPU. More leave its cache, and are
 #: slower.
@@ -245,10 +244,6 @@ class SparseGPT(Pruner):
     def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: InputHessian) -> InputHessian:
         statistic.add(inputs.to(statistic.hessian.device))
         return statistic
-
-    def reduce(self, statistic: InputHessian, ranks: Ranks) -> InputHessian:
-        hessian, samples = mean_over_ranks(statistic.hessian, statistic.samples, ranks)
-        return InputHessian(hessian, samples, sum(ranks.gather(lambda: statistic.tokens)))
 
     def prune_levels(
         self, module: torch.nn.Linear, statistic: InputHessian, levels: Sequence[Level], layer: str

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from msp_plugin.plan.levels import Level
-from msp_plugin.pruning.base import Pruner, mean_over_ranks
+from msp_plugin.pruning.base import Pruner
 from msp_plugin.pruning.masks import lowest_by_topk, nm_masks
-from msp_plugin.runtime.ranks import Ranks
 
 
 @dataclass
@@ -46,10 +45,6 @@ class Wanda(Pruner):
     def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: InputSquares) -> InputSquares:
         statistic.add(inputs.to(statistic.mean.device))
         return statistic
-
-    def reduce(self, statistic: InputSquares, ranks: Ranks) -> InputSquares:
-        mean, samples = mean_over_ranks(statistic.mean, statistic.samples, ranks)
-        return InputSquares(mean, samples, sum(ranks.gather(lambda: statistic.tokens)))
 
     def prune_levels(
         self, module: torch.nn.Linear, statistic: InputSquares, levels: Sequence[Level], layer: str
