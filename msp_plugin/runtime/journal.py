@@ -45,7 +45,9 @@ class Journal:
         self._values: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
         if self.path is not None:
-            for partial in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a process that was killed
+            for partial in self.path.parent.glob(
+                f".{self.path.name}.*.partial"
+            ):  # of a process that was killed
                 partial.unlink(missing_ok=True)
             if self.path.exists():
                 self._values = self._read(self.path)
@@ -58,9 +60,7 @@ class Journal:
         known = identity == self.identity
         if isinstance(identity, dict) and not known:
             changed = sorted(
-                key
-                for key in identity.keys() | self.identity
-                if identity.get(key) != self.identity.get(key)
+                key for key in identity.keys() | self.identity if identity.get(key) != self.identity.get(key)
             )
             log.warning("%s is of another %s: it is begun anew", path, ", ".join(changed))
         elif not known and first.endswith(b"\n"):
