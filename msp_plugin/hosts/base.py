@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruneInputs:
-    """What a host reads beside the model.
+    """The inputs of a host beside the model.
 
     Args:
-        data: calibration samples, with those of the search at the end.
+        data: calibration samples; the last ones are the samples of the search.
         batch: samples of one forward pass.
-        tokenizer: saved beside the model, and asked for by some hosts.
-        trust_remote_code: the model runs code of its repository.
+        tokenizer: saved beside the model; some hosts read it.
+        trust_remote_code: run code of the model's repository.
     """
 
     data: CalibrationSet
@@ -35,9 +35,9 @@ class PruneInputs:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a host made: the allocation that it pruned to, and the zeros counted afterwards.
+    """The result of a host: the allocation that it pruned to, and the zeros counted afterwards.
 
-    Both are None where the host ran a recipe without mixed sparsity.
+    Both are None for a recipe without mixed sparsity.
     """
 
     outcome: Outcome | None = None
@@ -47,14 +47,14 @@ class Pruned:
 class Host(Protocol):
     """Runs a pruning method over a model.
 
-    ``on_all_ranks`` is True if the pruning is shared among ranks; else they share the search alone.
+    ``on_all_ranks`` is True if ranks share the pruning; else they share only the search.
     """
 
     name: str
     on_all_ranks: bool
 
     def check(self, model: PreTrainedModel, options: Plan | None, inputs: PruneInputs) -> None:
-        """Raise what the model shows before any work: the host cannot run it, or the options do not fit it."""
+        """Raise, before any work, if the host cannot run the model or the options do not fit it."""
 
     def prune(
         self,
@@ -65,14 +65,14 @@ class Host(Protocol):
         *,
         announce: bool = True,
     ) -> Pruned:
-        """Search, prune the model in place and recount its zeros.
+        """Search an allocation, prune the model to it in place, and recount its zeros.
 
         Args:
-            announce: tell the plugins' observers; False for a baseline.
+            announce: call the plugins' observers; False for a baseline.
         """
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:
         """Write the weights and config of a model that this host has pruned."""
 
     def forget(self) -> None:
-        """Let go of the last model."""
+        """Release the last model, so that its memory can be freed."""
