@@ -15,7 +15,7 @@ from msp_plugin.demo import demo_model_path
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import load_tokenizer
-from msp_plugin.runs import prune as pipeline
+from msp_plugin.runs import steps
 from msp_plugin.runtime import disk as writing
 
 SMALL = ["--samples", "6", "--length", "64", "--dtype", "float32"]
@@ -127,13 +127,13 @@ def test_a_quantized_model_is_measured_with_the_weights_that_are_saved(msp, half
 
 def test_changed_weights_go_to_the_cache_that_is_asked_for(msp, half, text_file, tmp_path, monkeypatch):
     seen = []
-    real = pipeline.perplexity
+    real = steps.perplexity
 
     def look(*arguments, **options):
         seen.append(sorted(path.name for path in (tmp_path / "mine" / "pruned").glob("**/*.safetensors")))
         return real(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "perplexity", look)
+    monkeypatch.setattr(steps, "perplexity", look)
     msp("prune", half, "-s", "0.5", "--method", "magnitude", "--allocator", "uniform", "--data", text_file, *SMALL,
         "--test-samples", "4", "--out", tmp_path / "out", "--cache", tmp_path / "mine", "--offload")  # fmt: skip
     assert not seen[0] and seen[-1], "pruned weights are on disk"
@@ -144,7 +144,7 @@ def test_a_disk_without_room_for_the_pruned_weights_is_found_before_any_work(
     msp, half, text_file, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    monkeypatch.setattr(pipeline, "perplexity", lambda *a, **b: pytest.fail("work was done"))
+    monkeypatch.setattr(steps, "perplexity", lambda *a, **b: pytest.fail("work was done"))
     ran = msp("prune", half, "-s", "0.5", "--method", "magnitude", "--data", text_file, *SMALL, "--out",
               tmp_path / "out", "--offload", code=2)  # fmt: skip
     assert "the pruned weights of an offloaded model need 0." in ran.err and "MSP_CACHE" in ran.err

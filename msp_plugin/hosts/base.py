@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from msp_plugin.checkpoint.recount import PruneStats
 from msp_plugin.data.calibration import CalibrationSet
@@ -50,8 +51,16 @@ class Host(Protocol):
     ``on_all_ranks`` is True if ranks share the pruning; else they share only the search.
     """
 
-    name: str
-    on_all_ranks: bool
+    name: ClassVar[str]
+    on_all_ranks: ClassVar[bool]
+
+    @property
+    def steps(self) -> Mapping[str, Any]:
+        """The recipe that the host runs; empty for a host without recipes."""
+
+    @property
+    def prunes_only(self) -> bool:
+        """True if the host prunes to the options and does nothing else, such as quantizing."""
 
     def check(self, model: PreTrainedModel, options: Plan | None, inputs: PruneInputs) -> None:
         """Raise, before any work, if the host cannot run the model or the options do not fit it."""

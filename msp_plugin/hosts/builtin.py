@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,6 +52,8 @@ class BuiltIn:
 
     name: ClassVar[str] = "msp_plugin"
     on_all_ranks: ClassVar[bool] = True
+    steps: ClassVar[Mapping[str, Any]] = {}
+    prunes_only: ClassVar[bool] = True
 
     def check(self, model: PreTrainedModel, options: Plan | None, inputs: PruneInputs) -> None:
         """Raise, before any work, if this host cannot run the model or the options do not fit it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,16 @@ class LLMCompressor:
 
     name: ClassVar[str] = "llmcompressor"
     on_all_ranks: ClassVar[bool] = False
+
+    @property
+    def steps(self) -> Mapping[str, Any]:
+        """The recipe's stages."""
+        return self.recipe.steps
+
+    @property
+    def prunes_only(self) -> bool:
+        """True if the recipe has a MixedSparsityModifier and nothing else."""
+        return self.recipe.mixes
 
     def check(self, model: PreTrainedModel, options: Plan | None, inputs: PruneInputs) -> None:
         """Raise, before any work, if the host cannot run the model or the options do not fit it.
