@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import importlib.util
 import json
 import types
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from msp_plugin.demo import demo_model_path
+from msp_plugin.errors import ModelError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import load_tokenizer
@@ -189,6 +191,17 @@ def test_weights_that_are_not_in_safetensors_are_refused(msp, half, copied, text
     torch.save(state, half / "pytorch_model.bin")
     ran = msp("sensitivity", half, "--data", text_file, *SMALL, "--offload", code=2)
     assert "has no safetensors files" in ran.err and "save_pretrained" in ran.err
+
+
+def test_offloading_without_accelerate_is_refused_before_anything_is_loaded(half, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **b: pytest.fail("it was loaded"))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: find_spec(name) if name != "accelerate" else None
+    )
+    with pytest.raises(ModelError, match="accelerate") as refused:
+        load_model(half, offload=True, cache=str(tmp_path / "cache"))
+    assert "pip install accelerate" in refused.value.hint and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def _show_export(manifest: Manifest, out: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestText:
+class VerificationText:
     """Options of the test text of a verification."""
 
     data: Annotated[str | None, typer.Option("--data", "-d", help="test text, for perplexity and KL")] = None
@@ -126,7 +126,7 @@ class TestText:
 @with_groups
 def verify(
     checkpoint: Directory,
-    text: TestText,
+    text: VerificationText,
     reference: Annotated[
         Path | None,
         typer.Option("--reference", help="the checkpoint it was exported from; must equal it bit for bit"),

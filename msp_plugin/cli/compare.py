@@ -7,12 +7,12 @@ import json
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msp_plugin.cli import console
 from msp_plugin.cli.arguments import (
     Cache,
     LayerChoice,
@@ -36,6 +36,69 @@ if TYPE_CHECKING:
 DEFAULT = "uniform,owl,alphapruning,dlp,lsa,one_shot,knapsack,search"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Options for the cells of a comparison."""
+
+    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="comma list of shares of zeros")] = "0.75"
+    methods: Annotated[str, typer.Option("--methods", "-m", help="comma list")] = "sparsegpt"
+    allocators: Annotated[
+        str,
+        typer.Option(
+            "--allocators",
+            help="comma list; name@label for one with options of its own; the default has no one_shot with --offload",
+        ),
+    ] = DEFAULT
+    seeds: Annotated[str, typer.Option("--seeds", help="comma list; of allocators that use one")] = "0"
+    prune: Annotated[
+        bool, typer.Option(help="prune to each allocation, or measure the level database's weights only")
+    ] = True
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="option by name or label, e.g. search.tokens=8192, knapsack@kl.surrogate=kl, sparsegpt.block_size=64",
+        ),
+    ] = None
+
+    def grid(self, keys: dict[str, Any], *, offload: bool) -> Grid:
+        """Return the grid of a comparison.
+
+        Args:
+            keys: further keys of the recipe line of every cell.
+            offload: leave out the default allocator one_shot, whose sensitivity needs the whole model in memory.
+
+        Raises:
+            RecipeError: a name twice, seeds that are not numbers, or an option for a name that is not compared.
+        """
+        from msp_plugin.errors import RecipeError
+        from msp_plugin.plugins.manager import Plugins
+        from msp_plugin.runs.grid import Grid, parse_allocators, parse_sparsities
+
+        allocators = self.allocators
+        if offload and allocators == DEFAULT:
+            allocators = DEFAULT.replace("one_shot,", "")
+        labels = parse_allocators(allocators)
+        pruners = [part.strip() for part in self.methods.split(",") if part.strip()]
+        roles = labels | {name: name for name in (*labels.values(), *pruners)}
+        specs = component_options(self.options, Plugins().components["estimators"], **roles)
+        try:
+            numbers = [int(part) for part in self.seeds.split(",") if part.strip()]
+        except ValueError:
+            raise RecipeError(
+                f"seeds {self.seeds!r} are no numbers", hint="write e.g. --seeds 0,1,2"
+            ) from None
+        estimators = {role: spec for role, spec in specs.items() if role not in roles}
+        return Grid(
+            parse_sparsities(self.sparsity),
+            [specs[name] for name in pruners],
+            {label: {**specs[name], **specs[label]} for label, name in labels.items()},
+            numbers,
+            {**keys, **given(estimators=estimators)},
+            self.prune,
+        )
+
+
 @with_groups
 def compare_command(
     model: Model,
@@ -44,26 +107,7 @@ def compare_command(
     layers: LayerChoice,
     loading: Loading,
     output: Output,
-    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="comma list of shares of zeros")] = "0.75",
-    methods: Annotated[str, typer.Option("--methods", "-m", help="comma list")] = "sparsegpt",
-    allocators: Annotated[
-        str,
-        typer.Option(
-            "--allocators",
-            help="comma list; name@label for one with options of its own; the default has no one_shot with --offload",
-        ),
-    ] = DEFAULT,
-    seeds: Annotated[str, typer.Option("--seeds", help="comma list; of allocators that use one")] = "0",
-    prune: Annotated[
-        bool, typer.Option(help="prune to each allocation, or measure the level database's weights only")
-    ] = True,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="option by name or label, e.g. search.tokens=8192, knapsack@kl.surrogate=kl, sparsegpt.block_size=64",
-        ),
-    ] = None,
+    compared: Compared,
     cache: Cache = None,
 ) -> None:
     """Compare allocators on one model: the same text, level database and budget for all of them.
@@ -71,16 +115,13 @@ def compare_command(
     Writes compare.json and report.html. Example: msp compare Qwen/Qwen2.5-7B -s 0.625,0.75 --methods
     sparsegpt,wanda --allocators uniform,owl,evopress,search --data c4.jsonl --test-data wiki.txt --out cmp
     """
+    from msp_plugin.cli import console
+
     with output.running() as context, ExitStack() as stack:
         from msp_plugin.runs.compare import compare
         from msp_plugin.runtime.locks import sole_run
 
-        if (
-            loading.offload and allocators == DEFAULT
-        ):  # one_shot's sensitivity needs the whole model in memory
-            allocators = DEFAULT.replace("one_shot,", "")
-        keys = given(cache=cache, **layers.recipe())
-        grid = _grid(sparsity, methods, allocators, seeds, options, keys, prune)
+        grid = compared.grid(given(cache=cache, **layers.recipe()), offload=loading.offload)
         path, finals = context.ranks.on_rank_zero(
             lambda: stack.enter_context(sole_run(out, cache, fresh=context.fresh))
         )
@@ -131,43 +172,6 @@ def _check_written(record: CompareRecord, failure: Exception | None, out: Path) 
             f"{out}/compare.json is whole, but no report could be drawn: {failure}",
             hint=f"once that is mended: msp report {shlex.quote(str(out))}",
         ) from failure
-
-
-def _grid(
-    sparsities: str,
-    methods: str,
-    allocators: str,
-    seeds: str,
-    options: list[str] | None,
-    keys: dict[str, Any],
-    prune: bool,
-) -> Grid:
-    """Return the grid of the options of the command line.
-
-    Raises:
-        RecipeError: a name twice, seeds that are not numbers, or an option for a name that is not compared.
-    """
-    from msp_plugin.errors import RecipeError
-    from msp_plugin.plugins.manager import Plugins
-    from msp_plugin.runs.grid import Grid, parse_allocators, parse_sparsities
-
-    labels = parse_allocators(allocators)
-    pruners = [part.strip() for part in methods.split(",") if part.strip()]
-    roles = labels | {name: name for name in (*labels.values(), *pruners)}
-    specs = component_options(options, Plugins().components["estimators"], **roles)
-    try:
-        numbers = [int(part) for part in seeds.split(",") if part.strip()]
-    except ValueError:
-        raise RecipeError(f"seeds {seeds!r} are no numbers", hint="write e.g. --seeds 0,1,2") from None
-    estimators = {role: spec for role, spec in specs.items() if role not in roles}
-    return Grid(
-        parse_sparsities(sparsities),
-        [specs[name] for name in pruners],
-        {label: {**specs[name], **specs[label]} for label, name in labels.items()},
-        numbers,
-        {**keys, **given(estimators=estimators)},
-        prune,
-    )
 
 
 def _write_report(folder: Path) -> Exception | None:
