@@ -192,7 +192,7 @@ def prefix_reuse(model: str, cache: str | None, candidates: int = 40) -> dict:
             reuse: CandidateLoss(weights, measurements.search, reuse=reuse).prepare()
             for reuse in (True, False)
         }
-        losses[True].keep(now)
+        losses[True].set_incumbent(now)
         times: dict[bool, list[float]] = {True: [], False: []}
         worst = 0.0
         for reuse in (True, False):

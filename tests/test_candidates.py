@@ -216,7 +216,7 @@ def test_the_dense_weights_are_back_when_the_block_fails(llama, data, measured, 
     held = measured(llama)
     before, where, hooks = bits(llama), places(llama), count_hooks(llama)
     with pytest.raises(cause), loss_of(llama, held, data) as loss:
-        loss.keep(A)
+        loss.set_incumbent(A)
         loss(A)
         loss((1, 2) * 4)
         raise cause
@@ -395,12 +395,12 @@ def test_a_batch_that_does_not_fit_is_measured_in_parts(
     monkeypatch.setattr(candidates, "SHARES", 1)
     data, held = make_samples(7, 20), measured(llama)
     with loss_of(llama, held, data, reuse=reuse) as loss:
-        loss.keep(A)
+        loss.set_incumbent(A)
         expected = [loss(A), loss(B), *loss.quality()]
     seen = []
     with memory_for(llama, 2, error, seen), loss_of(llama, held, data, reuse=reuse) as loss:
         first, seen[:] = max(seen), []
-        loss.keep(A)
+        loss.set_incumbent(A)
         found = [loss(A), loss(B), *loss.quality()]
         assert loss.forward_tokens == 2 * data.tokens
     assert found == pytest.approx(expected, rel=1e-5) and first == 7
@@ -419,7 +419,7 @@ def test_a_sample_that_does_not_fit_is_an_error_that_says_what_to_do(llama, make
     with loss_of(llama, held, make_samples(3, 20)) as loss:
         loss(A)
         with memory_for(llama, 0, error), pytest.raises(ModelError, match="one sample of 20 tokens"):
-            loss.slopes(A, [0, 1], 1, 0)
+            loss.move_gradients(A, [0, 1], 1, 0)
 
 
 @pytest.mark.parametrize("where", ["weights", "pass"])
@@ -443,7 +443,7 @@ def test_what_is_held_for_later_goes_before_a_candidate_fails(
     monkeypatch.setattr(database, "weight", weight)
     with CandidateWeights(llama, database, problem) as weights:
         loss = CandidateLoss(weights, data).prepare()
-        loss.keep(A)
+        loss.set_incumbent(A)
         found = [loss(A)]
         failing.append(True)
         handle = llama.model.layers[0].register_forward_pre_hook(

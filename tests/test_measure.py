@@ -382,7 +382,7 @@ def test_the_dense_weights_are_back_when_an_allocator_fails(make, bits, count_ho
 
     class Failing(Asking):
         def allocate(self, inputs):
-            inputs.loss.keep((1,) * 8)
+            inputs.loss.set_incumbent((1,) * 8)
             inputs.loss((1,) * 8)
             inputs.estimate("fisher", (2,) * 8)
             raise KeyboardInterrupt

@@ -168,7 +168,9 @@ def test_an_allocator_finds_what_it_finds_in_memory(tmp_path, llama, allocate, a
     [(torch.float32, "kl"), (torch.float32, "perplexity"), (torch.bfloat16, "kl")],
     ids=str,
 )
-def test_losses_slopes_and_quality_are_those_in_memory(pair, data, measured, dtype, objective, tmp_path):
+def test_losses_move_gradients_and_quality_are_those_in_memory(
+    pair, data, measured, dtype, objective, tmp_path
+):
     model, away = pair
     if dtype != torch.float32:
         away = on_disk(model.to(dtype), tmp_path / "16 bits")
@@ -178,14 +180,14 @@ def test_losses_slopes_and_quality_are_those_in_memory(pair, data, measured, dty
     for its in (model, away):
         with CandidateWeights(its, *held) as weights:
             loss = CandidateLoss(weights, data, objective, batch_tokens=48).prepare()
-            loss.keep(choices[1])
+            loss.set_incumbent(choices[1])
             numbers = [loss(choice) for choice in (*choices, *reversed(choices))]
             numbers += [loss(choices[2], [0, 3])]
-            slopes = loss.slopes(choices[1], [0, 2, 5], 2, seed=1)
+            gradients = loss.move_gradients(choices[1], [0, 2, 5], 2, seed=1)
             if objective == "kl":
                 weights.put({name: held[0].weight(name, "1:4") for name in names_of(held)})
                 numbers += loss.quality()
-            found.append((numbers, loss.forward_tokens, loss.block_tokens, slopes))
+            found.append((numbers, loss.forward_tokens, loss.block_tokens, gradients))
     for here, there in zip(*found, strict=True):
         np.testing.assert_array_equal(here, there)
     assert len(set(found[0][0])) > 3 and all(map(math.isfinite, found[0][0]))
@@ -253,7 +255,7 @@ def test_a_backward_pass_holds_the_weights_of_one_block_and_what_follows_the_blo
             if its is away:  # pruned weights count too, as many as the hooks load
                 weights._stored = lambda layer, level: Counted.of(own(layer, level), layer)
                 Counted.peak = 0
-            found.append(loss.slopes(choice, [0, 1], 1, seed=0))
+            found.append(loss.move_gradients(choice, [0, 1], 1, seed=0))
     np.testing.assert_array_equal(*found)
     largest = max(model.get_submodule(name).weight.nbytes for name in names_of(held))
     assert block // 2 < Counted.peak <= block + around + 2 * largest < nbytes(model) // 2
@@ -310,7 +312,7 @@ def test_skipped_blocks_and_embeddings_load_no_weights(tmp_path, measured):
     with CandidateWeights(away, *held) as weights:
         loss = CandidateLoss(weights, text).prepare()
         first, last = (1,) * 16, (1,) * 15 + (0,)
-        loss.keep(first)
+        loss.set_incumbent(first)
         loss(first)
         Counted.reads.clear()
         loss(last)
@@ -355,7 +357,7 @@ def test_a_backward_pass_that_fails_leaves_the_model_as_it_was(pair, data, measu
     with pytest.raises(LookupError), CandidateWeights(away, *held) as weights:
         loss = CandidateLoss(weights, data, "perplexity").prepare()
         weights.weight = fail
-        loss.slopes((1,) * 8, [0], 1, seed=0)
+        loss.move_gradients((1,) * 8, [0], 1, seed=0)
     assert state(away) == before
     assert [block.forward for block in away.model.layers] == forwards
 

@@ -105,17 +105,17 @@ def test_works_that_fail_on_one_rank_alone_leave_the_ranks_in_step(on_ranks, err
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_losses_and_slopes_are_those_of_one_process_bit_for_bit(on_ranks, measured, size):
+def test_losses_and_move_gradients_are_those_of_one_process_bit_for_bit(on_ranks, measured, size):
     def work(ranks):
         held = measured(ranks)
         problem = AllocationProblem(held.table, MENU, Fraction(1, 2))
         with CandidateWeights(held.model, held.database, problem) as weights:
             loss = CandidateLoss(weights, held.search, batch_tokens=48, ranks=ranks).prepare()
             uniform, other = problem.uniform(), (0, 2, *problem.uniform()[2:])
-            loss.keep(uniform)
+            loss.set_incumbent(uniform)
             values = [loss(uniform), loss(other), loss(other, (1, 4, 5)), loss(uniform, (3,))]
-            slopes = loss.slopes(uniform, (0, 3, 4, 8), 2, 5)
-        return values, [part.tobytes() for part in slopes], loss.forward_tokens
+            gradients = loss.move_gradients(uniform, (0, 3, 4, 8), 2, 5)
+        return values, [part.tobytes() for part in gradients], loss.forward_tokens
 
     expected = work(ALONE)
     assert on_ranks(size, work) == [expected] * size

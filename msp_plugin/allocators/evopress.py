@@ -89,7 +89,7 @@ class EvoPress(Allocator):
             if self.max_tokens and began + max(least, sum(loss.lengths)) > self.max_tokens:
                 ended = "because its budget is spent"
                 break
-            loss.keep(parent)
+            loss.set_incumbent(parent)
             mutants = [swapped(problem, parent, self.max_swaps, rng) for _ in range(self.offspring)]
             alive = list(dict.fromkeys(mutants))
             for stage, (count, tokens) in enumerate(

@@ -145,8 +145,8 @@ class CandidateLoss:
             for row, i in enumerate(group):
                 self._reference[i] = self._refer(None if hidden is None else hidden[row], logits[row])
 
-    def keep(self, choice: Choice) -> None:
-        """Keep the activations of ``choice`` from its next measurement on (see TrueLoss.keep)."""
+    def set_incumbent(self, choice: Choice) -> None:
+        """Keep the activations of ``choice`` from its next measurement on (see TrueLoss.set_incumbent)."""
         if self._prefix is not None and choice != self._kept:
             self._prefix.forget(0 if self._kept is None else self._first_difference(choice))
             self._kept = choice
@@ -252,10 +252,10 @@ class CandidateLoss:
         more = summed_cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         return *self._loss(group, hidden, logits), more, ids[:, 1:].numel()
 
-    def slopes(
+    def move_gradients(
         self, choice: Choice, samples: Sequence[int], reach: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return how the loss changes when one unit moves by up to ``reach`` levels (see TrueLoss.slopes)."""
+        """Return how the loss changes when one unit moves by up to ``reach`` levels (see TrueLoss.move_gradients)."""
         self._set(choice)
         units = {layer.name: u for u, unit in enumerate(self.problem.table) for layer in unit.layers}
 

@@ -244,7 +244,7 @@ class Measurements:
             CandidateWeights(self.model, self.database, problem) as weights,
         ):
             loss = self._recorded(weights, part, "kl", journal, "search")
-            loss.keep(none)
+            loss.set_incumbent(none)
             loss(none)
             for u in range(len(self.table)):
                 self.progress("replace-one KL", u + 1, len(self.table))

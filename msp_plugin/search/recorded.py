@@ -62,33 +62,33 @@ class RecordedLoss(_Recorded):
         self.data, self.lengths = data, tuple(len(sample) for sample in data.samples)
         self._make, self._name = make, name
         self._loss: TrueLoss | None = None
-        self._kept: Choice | None = None
+        self._incumbent: Choice | None = None
 
     def __call__(self, choice: Choice, samples: Sequence[int] | None = None) -> float:
         key = f"{self._name} {_text(choice)} {'all' if samples is None else _text(samples)}"
         return self._get(key, lambda: self._measure(lambda loss: loss(choice, samples)))
 
-    def slopes(
+    def move_gradients(
         self, choice: Choice, samples: Sequence[int], reach: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        key = f"{self._name} slopes {_text(choice)} {_text(samples)} {reach} {seed}"
+        key = f"{self._name} gradients {_text(choice)} {_text(samples)} {reach} {seed}"
 
         def measure(loss: TrueLoss) -> dict[str, Any]:
-            return packed(np.stack(loss.slopes(choice, samples, reach, seed)))
+            return packed(np.stack(loss.move_gradients(choice, samples, reach, seed)))
 
-        slopes, draws = unpacked(self._get(key, lambda: self._measure(measure)))
-        return slopes, draws
+        first_order, curvature_samples = unpacked(self._get(key, lambda: self._measure(measure)))
+        return first_order, curvature_samples
 
-    def keep(self, choice: Choice) -> None:
-        self._kept = choice
+    def set_incumbent(self, choice: Choice) -> None:
+        self._incumbent = choice
         if self._loss is not None:
-            self._loss.keep(choice)
+            self._loss.set_incumbent(choice)
 
     def _get_ready(self) -> None:
         if self._loss is None:
             self._loss = self._make()
-            if self._kept is not None:
-                self._loss.keep(self._kept)
+            if self._incumbent is not None:
+                self._loss.set_incumbent(self._incumbent)
 
     def _measure(self, measure: Callable[[TrueLoss], Any]) -> tuple[Any, int]:
         before = self._loss.forward_tokens
