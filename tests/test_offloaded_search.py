@@ -235,7 +235,9 @@ def test_perplexity_and_kl_are_those_in_memory(pair, data):
 
 
 @pytest.mark.parametrize("make", [deep, falcon])
-def test_a_backward_pass_holds_the_weights_of_one_block_and_what_follows_the_blocks(tmp_path, measured, make):
+def test_a_backward_pass_holds_the_weights_of_one_block_and_what_follows_the_blocks(
+    tmp_path, measured, make, monkeypatch
+):
     model, text = make(), small()
     away, held = on_disk(model, tmp_path / "away"), measured(model)
     Counted.watch(away)
@@ -253,7 +255,9 @@ def test_a_backward_pass_holds_the_weights_of_one_block_and_what_follows_the_blo
         with CandidateWeights(its, *held, held_bytes=0) as weights:
             loss = CandidateLoss(weights, text, "perplexity").prepare()
             if its is away:  # pruned weights count too, as many as the hooks load
-                weights._stored = lambda layer, level: Counted.of(own(layer, level), layer)
+                monkeypatch.setattr(
+                    held[0], "weight", lambda layer, level: Counted.of(own(layer, level), layer)
+                )
                 Counted.peak = 0
             found.append(loss.move_gradients(choice, [0, 1], 1, seed=0))
     np.testing.assert_array_equal(*found)
@@ -389,7 +393,7 @@ def test_a_copy_of_another_weight_at_the_same_address_is_not_taken(tmp_path, mea
     with CandidateWeights(away, *held) as weights:
         loss = CandidateLoss(weights, data).prepare()
         for name in names_of(held):
-            weight = weights._stored(name, "1:8")
+            weight = weights.weight(name, "1:8")
             stale[weight.data_ptr()] = {HERE: torch.nn.Parameter(torch.zeros_like(weight))}
         assert loss(choice) == expected
 

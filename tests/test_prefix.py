@@ -24,7 +24,7 @@ from msp_plugin.passes.prefix import Prefix, last_outputs, tail_is_exact
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
-from msp_plugin.search import candidate_loss as candidates
+from msp_plugin.search import batches
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
 
@@ -101,7 +101,7 @@ def test_reuse_changes_no_bit_wherever_a_candidate_differs_first(setting, object
 
 
 def test_blocks_that_are_skipped_do_not_run(setting, monkeypatch):
-    monkeypatch.setattr(candidates, "SHARES", 1)  # one batch, so that each block runs once
+    monkeypatch.setattr(batches, "SHARES", 1)  # one batch, so that each block runs once
     model = setting[0]
     ran = []
     handles = [
@@ -161,16 +161,15 @@ def test_a_memory_bound_keeps_every_second_block_or_none(setting, fits, held):
 
 
 def test_held_activations_stay_within_the_bound_when_batches_overlap(setting):
-    data = setting[3]
+    model, data = setting[0], setting[3]
     limit = bytes_for(2, data)
-    with loss_of(setting, activation_bytes=limit) as loss:
-        loss.set_incumbent(KEPT)
-        for samples in ([0, 1, 2], [0, 3, 6], [1, 3, 6], [2], [4, 5], [0, 1, 2, 3, 4, 5, 6]):
-            loss(KEPT, samples)
-        held = [tensor for inputs in loss._prefix._inputs.values() for tensor in inputs.values()]
-        assert len(held) == 2 * len(data)
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-        assert sum(storages.values()) <= limit
+    prefix = Prefix(model, limit // data.tokens)
+    for samples in ([0, 1, 2], [0, 3, 6], [1, 3, 6], [2], [4, 5], *([i] for i in range(7))):
+        with prefix.use(samples, 0, record=True), torch.no_grad():
+            model(torch.stack([data.samples[i] for i in samples]), use_cache=False)
+        assert 0 < prefix.bytes_held <= limit
+    assert prefix.bytes_held == limit  # of every sample the inputs of two blocks
+    assert prefix.release() and prefix.bytes_held == 0 and not prefix.release()
 
 
 def sequences():

@@ -1,4 +1,4 @@
-"""Memory that does not suffice: recognised, answered with smaller batches; and what is freed given back."""
+"""Recognise that memory does not suffice, retry with less held for later, and give back what is freed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from msp_plugin.errors import ModelError
 
-Part = TypeVar("Part")
+T = TypeVar("T")
 
 #: What torch says in a plain RuntimeError: its allocator on the CPU, CUDA before 2.0's own type, cuBLAS.
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -28,35 +28,46 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
-def in_parts(measure: Callable[[list[int]], Part], group: list[int], tokens: int) -> list[Part]:
-    """Return what ``measure`` gives for a batch, or for its halves where memory does not suffice for it.
+def retried(work: Callable[[], T], release: Callable[[], bool]) -> T:
+    """Return the result of ``work``; where memory does not suffice for it, of a second try after ``release``.
 
     Args:
-        group: samples of one length.
-        tokens: that length.
-
-    Raises:
-        ModelError: a single sample does not fit.
+        release: lets go of what is held for later; False if there was nothing, so that the error stands.
     """
     try:
-        return [measure(group)]
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or not release():
+            raise
+    free_cached()  # here, where no traceback holds the tensors of what failed
+    return work()
+
+
+@contextmanager
+def shortage_explained(subject: str, remedy: str) -> Iterator[None]:
+    """Raise a ModelError in the place of an error in the block that says that memory does not suffice.
+
+    Args:
+        subject, remedy: see short_of_memory.
+    """
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        if len(group) == 1:
-            raise short_of_memory(
-                f"one sample of {tokens:,} tokens does", "shorter samples (a smaller length)", error
-            ) from error
-    free_cached()  # here, where no traceback holds the tensors of the pass that failed
-    half = len(group) // 2
-    return in_parts(measure, group[:half], tokens) + in_parts(measure, group[half:], tokens)
+        raise short_of_memory(subject, remedy, error) from error
 
 
-def short_of_memory(what: str, remedy: str, error: BaseException) -> ModelError:
-    """Return the error for what does not fit into memory beside the model, e.g. ``one sample does``."""
+def short_of_memory(subject: str, remedy: str, error: BaseException) -> ModelError:
+    """Return the error that something does not fit into memory beside the model.
+
+    Args:
+        subject: it, with its verb, e.g. ``one sample does``.
+        remedy: something to give instead, e.g. ``shorter samples``.
+    """
     lines = str(error).strip().splitlines()
     return ModelError(
-        f"{what} not fit into memory beside the model{_free()}: {lines[0] if lines else type(error).__name__}",
+        f"{subject} not fit into memory beside the model{_free()}: {lines[0] if lines else type(error).__name__}",
         hint=f"give {remedy}, a smaller dtype, or a device with more memory",
     )
 

@@ -42,6 +42,7 @@ from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.locks import alone
 from msp_plugin.runtime.memory import free_cached
 from msp_plugin.runtime.ranks import ALONE, Ranks
+from msp_plugin.search import batches, dense_reference
 from msp_plugin.search import candidate_loss as candidates
 from msp_plugin.search import candidate_weights as exchange
 from msp_plugin.search import move_gradients as slopes
