@@ -63,6 +63,7 @@ def prune(way: str, source: Path, folder: Path) -> dict[str, object]:
     from msp_plugin.data.samples import Text
     from msp_plugin.runs import prune as pipeline
     from msp_plugin.search import measurements as measure
+    from msp_plugin.search import unit_errors
 
     torch.set_num_threads(2)
     own, held = pipeline.load, sum(file.stat().st_size for file in source.glob("*.safetensors")) // 8
@@ -77,7 +78,7 @@ def prune(way: str, source: Path, folder: Path) -> dict[str, object]:
     pipeline.load = load
     pipeline.SHARD_BYTES = held
     measure.CandidateWeights = partial(measure.CandidateWeights, held_bytes=held)
-    measure.fisher_errors = partial(measure.fisher_errors, diagonal_bytes=held)
+    unit_errors.fisher_errors = partial(unit_errors.fisher_errors, diagonal_bytes=held)
     before, began, steps, out = memory()[0], time.perf_counter(), Steps(), folder / way
     text = Text("demo:calibration", "demo:search", "demo:test", 8, 256, 2)
     pipeline.run_recipe(

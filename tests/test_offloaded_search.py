@@ -15,6 +15,7 @@ from msp_plugin.allocators.knapsack import Knapsack
 from msp_plugin.allocators.msp import MSP
 from msp_plugin.allocators.search import Search
 from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import TextSplit
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import ModelError, VerificationError
@@ -139,9 +140,9 @@ def allocate(tmp_path, make_samples):
     def allocate(model, allocator):
         calls.append(allocator)
         table, before = prunable_layers(model), state(model)
+        text = TextSplit(make_samples(2), make_samples(4, seed=1), make_samples(2, seed=2))
         held = Measurements(
-            model, table, MENU, Magnitude(), make_samples(2), make_samples(4, seed=1),
-            make_samples(2, seed=2), ESTIMATORS, str(tmp_path / f"cache {len(calls)}"), batch_tokens=48,
+            model, table, MENU, Magnitude(), text, ESTIMATORS, str(tmp_path / f"cache {len(calls)}"), batch_tokens=48,
         )  # fmt: skip
         problem = AllocationProblem(table, MENU, parse_sparsity("0.6"))
         result, record = held.allocate(ALLOCATORS[allocator], problem, 0)

@@ -160,7 +160,7 @@ def sensitivity(
     console.set_up_logs(verbose)
     from msp_plugin.checkpoint.load import load
     from msp_plugin.checkpoint.quantized import check_source_unquantized
-    from msp_plugin.data.samples import Text, load_samples
+    from msp_plugin.data.samples import Text, load_split
     from msp_plugin.models.device import on_best_device
     from msp_plugin.models.layers import prunable_layers
     from msp_plugin.models.source import load_tokenizer
@@ -176,13 +176,12 @@ def sensitivity(
     check_source_unquantized(source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     wanted = Text(data, samples=samples, length=length, test_samples=0, column=text_column, bos=bos)
-    text = load_samples(tokenizer, wanted.for_model(source, trust_remote_code=trust_remote_code))
+    text = load_split(tokenizer, wanted.for_model(source, trust_remote_code=trust_remote_code))
     loaded = load(source, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=cache)
     units = prunable_layers(loaded, target or ("Linear",), ignore or ())
     with console.progress_bars(not as_json) as progress, on_best_device(loaded):
         held = Measurements(
-            loaded, units, (), None, text.calibration, None, None, {estimator: built}, cache, progress=progress,
-            fresh=fresh,
+            loaded, units, (), None, text, {estimator: built}, cache, progress=progress, fresh=fresh
         )  # fmt: skip
         values = held.sensitivity(estimator)
     rows = [

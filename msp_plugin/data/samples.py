@@ -1,8 +1,9 @@
-"""The text of a run: which sources, how many samples, and the samples themselves."""
+"""The text of a run: which sources, how many samples, and the samples themselves, by their use."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,41 +86,87 @@ class Text:
         return self
 
     def read(
-        self, tokenizer: PreTrainedTokenizerBase, source: str, samples: int, *, at_least: int | None = None,
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str,
+        samples: int,
+        *,
+        at_least: int | None = None,
         seed: int = 0,
-    ) -> CalibrationSet:  # fmt: skip
+    ) -> CalibrationSet:
         """Return the samples of one source; the ``length`` must be known (see ``for_model``).
 
         Raises:
             DataError: it is missing, empty or too short, or has tokens that the model does not know.
         """
         found = tokenize(
-            tokenizer, load_texts(source, self.column), samples=samples, length=self.length, source=plain(source),
-            at_least=at_least, seed=seed, bos=self.bos,
-        )  # fmt: skip
+            tokenizer,
+            load_texts(source, self.column),
+            samples=samples,
+            length=self.length,
+            source=plain(source),
+            at_least=at_least,
+            seed=seed,
+            bos=self.bos,
+        )
         if self.vocabulary is not None:
             check_ids(found, self.vocabulary)
         return found
 
 
+#: Stands for samples that nothing asks for.
+NO_TEXT = CalibrationSet((), "none")
+
+
 @dataclass(frozen=True)
-class Samples:
-    """Tokenized text: what calibrates and searches, and what tests. They share no sample."""
+class SearchText:
+    """How much text a search sets aside.
 
-    calibration: CalibrationSet
-    test: CalibrationSet | None
+    Args:
+        search: tokens that measure candidates.
+        holdout: further tokens that tell when to stop.
+        fit: where the text is too short for that, take half of its samples, and say so; else that is an error.
+    """
+
+    search: int = 0
+    holdout: int = 0
+    fit: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that measure candidates or tell when to stop."""
+        return self.search + self.holdout
 
 
-def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: int = 0) -> Samples:
+@dataclass(frozen=True)
+class TextSplit:
+    """The samples of a run, by their use; NO_TEXT where there is none. The test shares no sample with the others.
+
+    Args:
+        calibration: gives the search its sensitivities and pruning statistics.
+        search: measures candidates.
+        holdout: tells a search when to stop.
+        test: gives the perplexity.
+        pruning: calibrates the final pruning: calibration, search and hold-out, in the order in which they were read.
+    """
+
+    calibration: CalibrationSet = NO_TEXT
+    search: CalibrationSet = NO_TEXT
+    holdout: CalibrationSet = NO_TEXT
+    test: CalibrationSet = NO_TEXT
+    pruning: CalibrationSet = NO_TEXT
+
+
+def load_split(tokenizer: PreTrainedTokenizerBase, text: Text, asked: SearchText = SearchText()) -> TextSplit:
     """Return the tokenized samples of a run.
 
-    The search's samples are the last ones of ``calibration``, where the modifier looks for them. The
-    text's ``length`` must be known (see ``Text.for_model``).
+    The search's samples come from ``text.search``, or else from the end of ``text.data``. The text's ``length``
+    must be known (see ``Text.for_model``).
 
     Raises:
         DataError: a source is missing, empty or too short.
     """
-    held_out = -(-search_tokens // text.length) if text.search and search_tokens else 0
+    held_out = -(-asked.tokens // text.length) if text.search and asked.tokens else 0
     reserved = 0 if text.test else text.test_samples
     wanted = (text.samples or SAMPLES) + reserved
     least = None if text.samples else min(wanted, LEAST)
@@ -128,24 +175,68 @@ def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: 
         reserved = min(reserved, len(found) // TEST_SHARE)
         log.warning(
             "%s has %d samples of %d tokens, fewer than the default of %d: %d calibrate%s",
-            found.source, len(found), text.length, wanted, len(found) - reserved, f", {reserved} test" if reserved else "",
-        )  # fmt: skip
+            found.source,
+            len(found),
+            text.length,
+            wanted,
+            len(found) - reserved,
+            f", {reserved} test" if reserved else "",
+        )
     cut = len(found) - reserved
     parts = [_part(found, found.source, 0, cut)]
-    test = _part(found, f"{found.source} [{cut}:]", cut, len(found)) if reserved else None
+    test = _part(found, f"{found.source} [{cut}:]", cut, len(found)) if reserved else NO_TEXT
     if held_out:
         parts.append(text.read(tokenizer, text.search, held_out, seed=text.seed))
     if text.test and text.test_samples:
         test = text.read(tokenizer, text.test, text.test_samples, at_least=1)
-    if text.test and test is not None:
-        known = {tuple(s.tolist()) for part in parts for s in part.samples}
-        shared = sum(tuple(s.tolist()) in known for s in test.samples)
-        if 2 * shared > len(test):
-            raise DataError(
-                f"{shared} of {len(test)} test samples are calibration samples too",
-                hint="give another test text",
+        _check_apart(test, parts)
+    return split_text(join(parts), asked, test)
+
+
+def _check_apart(test: CalibrationSet, others: Sequence[CalibrationSet]) -> None:
+    known = {tuple(s.tolist()) for part in others for s in part.samples}
+    shared = sum(tuple(s.tolist()) in known for s in test.samples)
+    if 2 * shared > len(test):
+        raise DataError(
+            f"{shared} of {len(test)} test samples are calibration samples too", hint="give another test text"
+        )
+
+
+def split_text(
+    data: CalibrationSet, asked: SearchText, test: CalibrationSet = NO_TEXT, *, warn: bool = True
+) -> TextSplit:
+    """Return the samples of one set by their use.
+
+    The last samples are the hold-out, those before them the search text; all others calibrate.
+
+    Args:
+        warn: log that the text is too short for what is asked, where ``asked`` lets it fit.
+
+    Raises:
+        DataError: see CalibrationSet.split.
+    """
+    head, held_out = data.split(asked.tokens, fit=asked.fit)
+    if held_out.tokens < asked.tokens:
+        search, holdout = held_out.cut(held_out.tokens * asked.holdout // asked.tokens)
+        if not search:
+            search, holdout = holdout, search
+        if warn:
+            log.warning(
+                "%d samples with %d tokens: candidates are measured on %d tokens, and %d tell when to stop, instead "
+                "of %d and %d; with more or longer samples the choice is surer",
+                len(data),
+                data.tokens,
+                search.tokens,
+                holdout.tokens,
+                asked.search,
+                asked.holdout,
             )
-    return Samples(join(parts), test)
+        return TextSplit(head, search, holdout, test, data)
+    search, holdout = held_out.cut(asked.holdout)
+    if search.tokens < asked.search:  # the hold-out, in whole samples, took from it
+        head, held_out = data.split(holdout.tokens + asked.search, fit=asked.fit)
+        search, holdout = held_out.cut(asked.holdout)
+    return TextSplit(head, search, holdout, test, data)
 
 
 def _part(data: CalibrationSet, source: str, start: int, end: int) -> CalibrationSet:

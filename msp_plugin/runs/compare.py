@@ -20,8 +20,7 @@ import torch
 from msp_plugin.allocators.base import Choice
 from msp_plugin.checkpoint.load import is_packed, load
 from msp_plugin.checkpoint.quantized import check_source_unquantized
-from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.data.samples import Samples, Text, load_samples
+from msp_plugin.data.samples import SearchText, Text, TextSplit, load_split
 from msp_plugin.database.build import CHECKED_TOKENS, build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import DataError, ModelError, MSPError
@@ -45,7 +44,7 @@ from msp_plugin.runtime.files import finite, write_text
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.memory import freed_memory_kept
 from msp_plugin.runtime.ranks import ALONE, LostError, Ranks
-from msp_plugin.search.allocate import check_model, hold_out, make_problem, uniform_levels
+from msp_plugin.search.allocate import check_model, make_problem, uniform_levels
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
 from msp_plugin.search.measurements import Measurements
@@ -103,13 +102,13 @@ def compare(
     check_source_unquantized(source, trust_remote_code=trust_remote_code)
     text = text.for_model(source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    search_tokens = max(plan.allocator.held_out_tokens for plan in plans)
-    stopping = max(plan.allocator.stopping_tokens for plan in plans)
-    fit = all(plan.fits for plan in plans)
-    samples = load_samples(tokenizer, text, search_tokens + stopping)
-    if samples.test is None:
+    asked = [plan.search_text for plan in plans]
+    samples = load_split(
+        tokenizer, text,
+        SearchText(max(a.search for a in asked), max(a.holdout for a in asked), all(a.fit for a in asked)),
+    )  # fmt: skip
+    if not samples.test:
         raise DataError("a comparison needs test text", hint="give test samples")
-    calibration, search, holdout = hold_out(samples.calibration, search_tokens, stopping, fit=fit)
     reload = partial(
         load, source, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=plans[0].cache
     )  # fmt: skip
@@ -118,9 +117,8 @@ def compare(
         check_room(model, plans[0].cache)
     for plan in plans:
         check_model(model, plan)
-    parts = calibration, search, holdout
     bench = _Bench(
-        reload, trust_remote_code, model, tokenizer, text, samples, parts, matrix, plugins, fresh, progress, ranks
+        reload, trust_remote_code, model, tokenizer, text, samples, matrix, plugins, fresh, progress, ranks
     )  # fmt: skip
     with freed_memory_kept(), on_best_device(model):
         if ranks.size > 1:
@@ -129,8 +127,8 @@ def compare(
                 return None
         dense = perplexity(model, samples.test, progress=partial(progress, "perplexity, dense"))
         identity = {
-            "model": fingerprint(model), "calibration": samples.calibration.fingerprint, "batch": text.batch,
-            "test": samples.test.fingerprint, "holdout": holdout.fingerprint, "prune": matrix.prune,
+            "model": fingerprint(model), "calibration": samples.pruning.fingerprint, "batch": text.batch,
+            "test": samples.test.fingerprint, "holdout": samples.holdout.fingerprint, "prune": matrix.prune,
             "device": input_device(model).type,
             "versions": versions(),
         }  # fmt: skip
@@ -149,11 +147,12 @@ def compare(
         "texts": {
             name: {key: value for key, value in describe_text(part).items() if key != "sources"}
             for name, part in (
-                ("calibration", calibration), ("search", search), ("holdout", holdout), ("test", samples.test)
+                ("calibration", samples.calibration), ("search", samples.search), ("holdout", samples.holdout),
+                ("test", samples.test),
             )
         },
         "sources": [
-            reading.to_dict() for part in (samples.calibration, samples.test) for reading in part.readings
+            reading.to_dict() for part in (samples.pruning, samples.test) for reading in part.readings
         ],
         "units": [
             {
@@ -180,9 +179,7 @@ class _Bench:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     text: Text
-    samples: Samples
-    #: Samples of calibration, search and hold-out.
-    parts: tuple[CalibrationSet, CalibrationSet, CalibrationSet]
+    samples: TextSplit
     matrix: Matrix
     plugins: Plugins
     fresh: bool
@@ -203,7 +200,7 @@ class _Bench:
             for sparsity in self.matrix.sparsities:
                 of = make_problem(self.model, self.table, self._plan(method, sparsity, first_label))
                 held = Measurements(
-                    self.model, self.table, first.menu, first.pruner, *self.parts, estimators, first.cache,
+                    self.model, self.table, first.menu, first.pruner, self.samples, estimators, first.cache,
                     fresh=self.fresh, ranks=self.ranks, sensitivities=self.sensitivities, renewed=self.renewed, prefix=uniform_levels(of),
                 )  # fmt: skip
                 for label in self.matrix.allocators:
@@ -279,8 +276,8 @@ class _Bench:
         with CandidateWeights(self.model, held.database, problem) as weights:
             test = CandidateLoss(weights, self.samples.test, reuse=False).prepare()
             stop = None
-            if held.holdout:
-                stop = CandidateLoss(weights, held.holdout, reuse=False).prepare()(choice)
+            if self.samples.holdout:
+                stop = CandidateLoss(weights, self.samples.holdout, reuse=False).prepare()(choice)
             weights.set(choice)
             found = {"holdout_loss": finite(stop), "database": _named(test.quality())}
         if not self.matrix.prune:
@@ -299,7 +296,7 @@ class _Bench:
 
         Our own pass makes them, or llm-compressor where the model does not run block by block.
         """
-        data = self.samples.calibration
+        data = self.samples.pruning
         if not runs_by_block(self.model, data.samples[0][:CHECKED_TOKENS]):
             with CandidateWeights(self.model, held.database, problem) as weights:
                 weights.put(self._pruned_by_host(plan, problem, choice))
@@ -330,7 +327,7 @@ class _Bench:
             write_text(path, make_allocation(problem, choice).to_json())
             recipe = prune_recipe({"allocation": str(path), "method": spec_of(plan.pruner)})
             run_oneshot(
-                model, recipe, data=self.samples.calibration, batch=self.text.batch, tokenizer=self.tokenizer,
+                model, recipe, data=self.samples.pruning, batch=self.text.batch, tokenizer=self.tokenizer,
                 trust_remote_code=self.trust_remote_code, announce=False,
             )  # fmt: skip
         forget()

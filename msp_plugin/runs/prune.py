@@ -22,7 +22,7 @@ from msp_plugin.checkpoint.quantized import check_source_unquantized
 from msp_plugin.checkpoint.run_files import RUN_FILE, write_files
 from msp_plugin.checkpoint.saving import SHARD_BYTES, check_savable, generation_config_kept, kept_if_it_fails
 from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.data.samples import Samples, Text, load_samples
+from msp_plugin.data.samples import SearchText, Text, TextSplit, load_split
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
@@ -127,10 +127,10 @@ def run_recipe(
     with sole_run(out, plan and plan.cache, fresh=fresh) as (path, journal):
         text = text.for_model(model, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        samples = load_samples(tokenizer, text, plan.search_tokens if plan else 0)
+        samples = load_split(tokenizer, text, plan.search_text if plan else SearchText())
         source = _Source(model, dtype, trust_remote_code, offload, plan and plan.cache)
         prune = partial(
-            run_oneshot, data=samples.calibration, batch=text.batch, tokenizer=tokenizer,
+            run_oneshot, data=samples.pruning, batch=text.batch, tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         alone = plan is not None and len(modifiers) == 1  # others may quantize: the model is smaller then
@@ -184,7 +184,7 @@ def _search_together(
 
 def _reference(
     source: _Source, check: Callable[[PreTrainedModel], None], steps: dict[str, Any], plan: Plan | None,
-    samples: Samples, text: Text, prune: Callable[..., Any], baseline: bool, path: Path, progress: StepProgress,
+    samples: TextSplit, text: Text, prune: Callable[..., Any], baseline: bool, path: Path, progress: StepProgress,
 ) -> dict[str, float | None]:  # fmt: skip
     """Return the perplexities of the dense model and of uniform pruning, those in the journal without work.
 
@@ -198,7 +198,6 @@ def _reference(
     check(loaded)
     if plan is not None:
         check_model(loaded, plan)
-        samples.calibration.split(plan.search_tokens, fit=plan.fits)
 
     def uniform() -> float | None:
         model = source.load()
@@ -212,7 +211,7 @@ def _reference(
         del loaded
         gc.collect()
         if plan is not None:
-            wanted = baseline and samples.test is not None and not plan.is_uniform
+            wanted = baseline and samples.test and not plan.is_uniform
             quality["uniform"] = journal.get("uniform", uniform) if wanted else None
     return quality
 
@@ -230,22 +229,22 @@ def _check_output(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ou
 
 
 def _identity(
-    model: PreTrainedModel, samples: Samples, text: Text, steps: Mapping[str, Any], plan: Plan | None
+    model: PreTrainedModel, samples: TextSplit, text: Text, steps: Mapping[str, Any], plan: Plan | None
 ) -> dict[str, Any]:
     """Return what the measurements of an unfinished run depend on, by words that a user can read."""
     return {
         "model": fingerprint(model), "recipe": json.loads(json.dumps(steps, default=str)),
-        "calibration": samples.calibration.fingerprint, "batch": text.batch,
-        "test": samples.test and samples.test.fingerprint, "versions": versions(),
+        "calibration": samples.pruning.fingerprint, "batch": text.batch,
+        "test": samples.test.fingerprint if samples.test else None, "versions": versions(),
         "method": plan and plan.pruner.code(),
         "allocation": plan and plan.given and plan.given.to_dict(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }  # fmt: skip
 
 
-def _measure(name: str, model: PreTrainedModel, samples: Samples, progress: StepProgress) -> float | None:
+def _measure(name: str, model: PreTrainedModel, samples: TextSplit, progress: StepProgress) -> float | None:
     """Return the test perplexity; None without test text, or, after pruning, if it is not a number."""
-    if samples.test is None:
+    if not samples.test:
         return None
     try:
         with freed_memory_kept(), on_best_device(model), quantized_forward(model):
@@ -276,14 +275,14 @@ def _uniform(steps: dict[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def _provenance(
-    source: _Source, text: Text, samples: Samples, quality: dict[str, float | None]
+    source: _Source, text: Text, samples: TextSplit, quality: dict[str, float | None]
 ) -> dict[str, Any]:
     """Return the parts of run.json that say what was measured, on what."""
     return {
         "perplexity": {name: finite(value) for name, value in quality.items()},
         "model": {"source": str(source.name), "dtype": source.dtype},
-        "calibration": {**describe_text(samples.calibration), "length": text.length, "seed": text.seed},
-        "test": None if samples.test is None else {**describe_text(samples.test), "length": text.length},
+        "calibration": {**describe_text(samples.pruning), "length": text.length, "seed": text.seed},
+        "test": {**describe_text(samples.test), "length": text.length} if samples.test else None,
     }
 
 
@@ -342,9 +341,9 @@ def search(
     check_source_unquantized(model, trust_remote_code=trust_remote_code)
     text = text.for_model(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    samples = load_samples(tokenizer, text, plan.search_tokens)
+    samples = load_split(tokenizer, text, plan.search_text)
     loaded = load(model, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=plan.cache)
     with on_best_device(loaded):
         return allocate(
-            loaded, samples.calibration, plan, fresh=fresh, progress=progress, ranks=ranks
+            loaded, samples, plan, fresh=fresh, progress=progress, ranks=ranks
         )  # fmt: skip

@@ -71,8 +71,10 @@ class Batches:
             log.warning(
                 "%d samples of %d tokens do not fit into memory at once, %d do: losses may differ by rounding from "
                 "those of a run with more memory",
-                len(first), self.lengths[first[0]], len(group),
-            )  # fmt: skip
+                len(first),
+                self.lengths[first[0]],
+                len(group),
+            )
         return self.tokens
 
     def _fits(self, measure: Callable[[list[int]], object], group: list[int]) -> bool:
