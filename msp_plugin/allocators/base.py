@@ -1,4 +1,4 @@
-"""What an allocator is: the inputs it may read and the result it returns.
+"""The interface of allocators: the inputs that one may read, and its result.
 
 Shape legend: U units, K levels.
 """
