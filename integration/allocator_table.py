@@ -44,10 +44,11 @@ def run_cell(
     path: Path, cell: tuple[str, str, str], seeds: list[int], names: list[str], cache: Path | None
 ) -> None:
     """Add to the comparison at ``path`` the rows of ``names`` and ``seeds`` that it lacks."""
+    from msp_plugin.checkpoint.source import ModelSource
     from msp_plugin.demo import demo_model_path, demo_text
     from msp_plugin.plugins.manager import Plugins
     from msp_plugin.runs.compare import compare
-    from msp_plugin.runs.grid import Matrix
+    from msp_plugin.runs.grid import Grid
 
     model, method, sparsity = cell
     shared = {"levels": LEVELS.get(sparsity, ["default"])} | ({} if cache is None else {"cache": str(cache)})
@@ -62,10 +63,9 @@ def run_cell(
     for wanted, chosen in groups.items():
         if not wanted:
             continue
-        matrix = Matrix(
-            [sparsity], [method], {name: ALLOCATORS[name] for name in chosen}, list(wanted), shared
-        )
-        found = compare(demo_model_path(model), text, matrix, dtype="float32")
+        allocators = {name: ALLOCATORS[name] for name in chosen}
+        grid = Grid([sparsity], [method], allocators, list(wanted), shared)
+        found = compare(ModelSource(demo_model_path(model), "float32"), text, grid)
         if record is None:
             record = found
         else:

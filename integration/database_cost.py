@@ -59,9 +59,9 @@ def build(model, data, levels: tuple[str, ...], folder: str) -> None:
     """Build a SparseGPT database of the model in a folder."""
     from msp_plugin.database.build import build_database
     from msp_plugin.database.store import LevelDatabase
-    from msp_plugin.hosts.llm_compressor.methods import SparseGPT
     from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.levels import parse_menu
+    from msp_plugin.pruning.sparsegpt import SparseGPT
 
     database = LevelDatabase(Path(folder), {"bench": "database_cost"}, parse_menu(list(levels)))
     build_database(database, model, prunable_layers(model), SparseGPT(), data)

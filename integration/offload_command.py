@@ -54,19 +54,22 @@ class Steps:
             time.sleep(0.01)
 
 
-def prune(way: str, source: Path, folder: Path) -> dict[str, object]:
+def prune_one_way(way: str, source: Path, folder: Path) -> dict[str, object]:
     """Return seconds, a digest of the results, and the anonymous memory [GB] of each step of a run."""
     os.environ["MSP_CACHE"] = str(folder / f"{way} cache")
     import llmcompressor  # noqa: F401
     import torch
 
+    from msp_plugin.checkpoint import source as sources
     from msp_plugin.data.samples import Text
-    from msp_plugin.runs import prune as pipeline
+    from msp_plugin.hosts import builtin
+    from msp_plugin.runs.prune import prune
+    from msp_plugin.runtime.context import RunContext
     from msp_plugin.search import measurements as measure
     from msp_plugin.search import unit_errors
 
     torch.set_num_threads(2)
-    own, held = pipeline.load, sum(file.stat().st_size for file in source.glob("*.safetensors")) // 8
+    own, held = sources.load, sum(file.stat().st_size for file in source.glob("*.safetensors")) // 8
 
     def load(*arguments, **options):
         model = own(*arguments, **options)
@@ -75,15 +78,14 @@ def prune(way: str, source: Path, folder: Path) -> dict[str, object]:
                 parameter.data = parameter.data.clone()
         return model
 
-    pipeline.load = load
-    pipeline.SHARD_BYTES = held
+    sources.load = load
+    builtin.SHARD_BYTES = held
     measure.CandidateWeights = partial(measure.CandidateWeights, held_bytes=held)
     unit_errors.fisher_errors = partial(unit_errors.fisher_errors, diagonal_bytes=held)
     before, began, steps, out = memory()[0], time.perf_counter(), Steps(), folder / way
     text = Text("demo:calibration", "demo:search", "demo:test", 8, 256, 2)
-    pipeline.run_recipe(
-        pipeline.prune_recipe(LINE), source, text, out, dtype="float32", offload=way == "on disk", progress=steps
-    )  # fmt: skip
+    context = RunContext(progress=steps)
+    prune(source, text, out, dtype="float32", offload=way == "on disk", context=context, **LINE)
     digest = hashlib.sha256()
     for file in (*sorted(out.glob("*.safetensors")), out / "allocation.json"):
         digest.update(file.read_bytes())
@@ -98,7 +100,7 @@ def main() -> int:
     parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
-        print(json.dumps(prune(args.way, args.folder / "model", args.folder)))
+        print(json.dumps(prune_one_way(args.way, args.folder / "model", args.folder)))
         return 0
     size = args.size
     from msp_plugin.demo import demo_model_path

@@ -5,6 +5,7 @@
 
 Every rank has one thread, so that the ranks of a run have as many cores as they are. Each run starts from an empty
 cache; the seconds of the search, and of sensitivities and level database before it, are those that run.json tells.
+All must find the same level for every layer; the losses differ by rounding, as the ranks add up parts of the samples.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ QUICK = ("--set", "allocator.tokens=2048", "--set", "allocator.holdout=1024", "-
 
 
 def allocate(ranks: int, model: str, options: tuple[str, ...], folder: Path) -> dict:
-    """Return the seconds of a run with some ranks, and the bytes of its allocation."""
+    """Return the seconds of a run with some ranks, the levels that it finds and their loss."""
     out = folder / f"{ranks}.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MSP_CACHE": str(folder / f"cache-{ranks}")}
     began = time.monotonic()
@@ -40,9 +41,11 @@ def allocate(ranks: int, model: str, options: tuple[str, ...], folder: Path) -> 
     if run.returncode:
         raise SystemExit(run.stderr[-3000:])
     found = json.loads(run.stdout[run.stdout.index("{") :])["search"]
+    levels = [unit["level"] for unit in json.loads(out.read_text())["units"]]
     return {
         "ranks": ranks, "seconds": time.monotonic() - began, "search_seconds": found["seconds"],
-        "prepare_seconds": found["total_seconds"] - found["seconds"], "forward_tokens": found["forward_tokens"], "allocation": out.read_text(),
+        "prepare_seconds": found["total_seconds"] - found["seconds"], "forward_tokens": found["forward_tokens"],
+        "loss": found["loss"], "levels": levels,
     }  # fmt: skip
 
 
@@ -55,8 +58,10 @@ def main() -> int:
     options = (*TEXT, *(QUICK if args.quick else SEARCH))
     with tempfile.TemporaryDirectory() as folder:
         rows = [allocate(ranks, args.model, options, Path(folder)) for ranks in args.ranks]
-    equal = len({row.pop("allocation") for row in rows}) == 1
+    found = [row.pop("levels") for row in rows]
+    equal = all(levels == found[0] for levels in found)
     first = rows[0]
+    apart = max(abs(row["loss"] / first["loss"] - 1) for row in rows)
     machine = f"{platform.machine()}, {os.cpu_count()} logical cores"
     lines = [
         "# What a second rank brings", "",
@@ -70,7 +75,7 @@ def main() -> int:
             f"| {row['prepare_seconds']:.1f} | {first['prepare_seconds'] / row['prepare_seconds']:.2f} "
             f"| {row['seconds']:.1f} | {first['seconds'] / row['seconds']:.2f} |"
         )
-    lines += ["", f"allocation.json: {'equal to the byte' if equal else 'NOT EQUAL'}."]
+    lines += ["", f"Allocation: {'equal' if equal else 'NOT EQUAL'}; the losses are {apart:.1e} apart."]
     print("\n".join(lines))
     if not args.quick:
         (RESULTS / "ranks.json").write_text(

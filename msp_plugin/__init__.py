@@ -1,39 +1,73 @@
 """Mixed sparsity for LLMs: search how sparse each layer may be, prune it so, prove it.
 
-``from msp_plugin import MixedSparsityModifier`` makes the modifier known to llm-compressor, from
-Python and from YAML. ``load`` gives a ready model from a checkpoint of either form. ``hookimpl`` marks the functions of a plugin. Importing this package imports
-neither torch nor a host.
+Everything that users and plugins need is a name of this package; a name is imported when it is first asked for, so that
+``import msp_plugin`` loads neither torch nor a host.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["MixedSparsityModifier", "LayerwisePruner", "hookimpl", "load"]
+
+#: Each public name and the module that it is from.
+_PUBLIC = {
+    "prune": "runs.prune",
+    "allocate": "runs.prune",
+    "run_recipe": "runs.prune",
+    "load": "checkpoint.load",
+    "Text": "data.samples",
+    "RunContext": "runtime.context",
+    "Level": "plan.levels",
+    "Unit": "plan.units",
+    "UnitTable": "plan.units",
+    "Allocation": "plan.allocation",
+    "AllocationProblem": "plan.budget",
+    "Pruner": "pruning.base",
+    "LayerwisePruner": "pruning.base",
+    "HostPruner": "hosts.llm_compressor.methods",
+    "Allocator": "allocators.base",
+    "AllocationInputs": "allocators.base",
+    "AllocationResult": "allocators.base",
+    "Estimator": "sensitivity.base",
+    "CalibrationSet": "data.calibration",
+    "Exporter": "checkpoint.export",
+    "Checkpoint": "checkpoint.checkpoint",
+    "Manifest": "checkpoint.manifest",
+    "describe_files": "checkpoint.manifest",
+    "Check": "verify.base",
+    "Finding": "verify.base",
+    "Section": "report.section",
+    "hookimpl": "plugins.hookspecs",
+    "MSPError": "errors",
+    "RecipeError": "errors",
+    "BudgetError": "errors",
+    "ModelError": "errors",
+    "DataError": "errors",
+    "FormatError": "errors",
+    "HostError": "errors",
+    "NumericsError": "errors",
+    "OutputError": "errors",
+    "ServingError": "errors",
+    "PluginError": "errors",
+    "VerificationError": "errors",
+}
+__all__ = ["MixedSparsityModifier", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from msp_plugin.checkpoint.load import load
     from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
-    from msp_plugin.plugins.hookspecs import hookimpl
-    from msp_plugin.pruning.base import LayerwisePruner
 
 
-def __getattr__(name: str):
-    if name == "MixedSparsityModifier":
+def __getattr__(name: str) -> Any:
+    if name == "MixedSparsityModifier":  # known to llm-compressor's recipes from then on
         from msp_plugin.hosts.llm_compressor.register import register_modifier
 
         return register_modifier()
-    if name == "LayerwisePruner":
-        from msp_plugin.pruning.base import LayerwisePruner
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
-        return LayerwisePruner
-    if name == "hookimpl":
-        from msp_plugin.plugins.hookspecs import hookimpl
 
-        return hookimpl
-    if name == "load":
-        from msp_plugin.checkpoint.load import load
-
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

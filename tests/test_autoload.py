@@ -62,6 +62,7 @@ def ria(tmp_path_factory):
     return {"PYTHONPATH": os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])}
 
 
+@pytest.mark.slow
 def test_a_third_party_method_of_25_lines_prunes_like_a_built_in_one(ria, tmp_path):
     assert len((Path(__file__).parent / "plugins/msp-ria/msp_ria.py").read_text().splitlines()) <= 25
     text = tmp_path / "text.txt"

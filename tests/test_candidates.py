@@ -117,7 +117,7 @@ def build(request, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "granite", "gemma2", "phi"])
-@pytest.mark.parametrize("batch_tokens", [1, 4096])
+@pytest.mark.parametrize("batch_tokens", [pytest.param(1, marks=pytest.mark.slow), 4096])
 def test_kl_is_that_of_two_whole_models(request, mixed, measured, name, batch_tokens):
     model = build(request, name)
     database, problem = held = measured(model)

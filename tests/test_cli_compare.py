@@ -37,7 +37,7 @@ def no_model(monkeypatch):
     def fail(*arguments, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("msp_plugin.runs.compare.load", fail)
+    monkeypatch.setattr("msp_plugin.checkpoint.source.load", fail)
 
 
 def lines_of(printed, *labels):
@@ -48,7 +48,7 @@ def test_it_writes_the_record_and_the_report_and_shows_the_allocators_by_kl(msp_
     pytest.importorskip("matplotlib", reason="the report is not drawn")
     pytest.importorskip("jinja2", reason="the report is not drawn")
     printed = msp_compare(
-        "-s", "0.5,0.75", "--allocators", "uniform,knapsack[surrogate=weight],msp", "--seeds", "0,1",
+        "-s", "0.5,0.75", "--allocators", "uniform,knapsack@weight,msp", "--set", "knapsack@weight.surrogate=weight", "--seeds", "0,1",
         "--set", "msp.population=3", "--set", "msp.generations=1", "--set", "msp.offspring=2",
         "--set", "msp.tokens=40",
     )  # fmt: skip
@@ -57,8 +57,8 @@ def test_it_writes_the_record_and_the_report_and_shows_the_allocators_by_kl(msp_
     record = json.loads((out / "compare.json").read_text())
     assert len(record["rows"]) == 2 * 4 and record["schema"] == "msp_plugin/compare"
     assert {row["options"]["population"] for row in record["rows"] if row["allocator"] == "msp"} == {3}
-    assert "knapsack[surrogate=weight]" in (out / "report.html").read_text()
-    labels = ("uniform", "knapsack[surrogate=weight]", "msp")
+    assert "knapsack@weight" in (out / "report.html").read_text()
+    labels = ("uniform", "knapsack@weight", "msp")
     kl = {
         label: [r["kl"] for r in record["rows"] if r["allocator"] == label and r["sparsity"] == "3/4"]
         for label in labels
@@ -113,13 +113,15 @@ def test_one_row_that_failed_is_counted_and_costs_no_exit_code(msp_compare, monk
         raise NumericsError("nothing is finite")
 
     monkeypatch.setattr(Uniform, "allocate", fail)
-    printed = msp_compare("--allocators", "uniform,knapsack[surrogate=weight]")
+    printed = msp_compare(
+        "--allocators", "uniform,knapsack@weight", "--set", "knapsack@weight.surrogate=weight"
+    )
     assert "1 of 2 rows failed" in printed.err and "knapsack" in printed.out
 
 
 def test_granularity_bounds_and_protected_layers_hold_for_every_allocator(msp_compare, tmp_path):
     msp_compare(
-        "--allocators", "uniform,knapsack[surrogate=weight]", "-s", "0.5", "--granularity", "layer",
+        "--allocators", "uniform,knapsack@weight", "--set", "knapsack@weight.surrogate=weight", "-s", "0.5", "--granularity", "layer",
         "--bounds", "down_proj=0.5,0.75", "--protect", "o_proj",
     )  # fmt: skip
     record = json.loads((tmp_path / "out" / "compare.json").read_text())
@@ -143,8 +145,8 @@ def test_an_output_directory_with_something_in_it_is_refused_first(msp_compare, 
 
 @pytest.mark.parametrize(("given", "words"), [
     (("--allocators", "uniform,mps"), "no allocator called 'mps'"),
-    (("--allocators", "uniform,knapsack[surrogate=kl"), "brackets do not match"),
-    (("--allocators", "knapsack[surogate=kl]"), "no option 'surogate'"),
+    (("--allocators", "knapsack@kl", "--set", "knapsack@kl.surogate=kl"), "no option 'surogate'"),
+    (("--allocators", "owl,owl"), "'owl' is given twice"),
     (("--allocators", ""), "no allocators to compare"),
     (("--allocators", "owl", "--set", "dlp.amplitude=0.1"), "no such role 'dlp'"),
     (("--allocators", "owl", "--set", "owl.amplitude=wide"), "option amplitude"),
@@ -195,6 +197,7 @@ def test_a_table_is_ordered_by_mean_kl_and_a_seed_without_a_finite_loss_comes_la
     assert "inf" in next(line for line in printed.splitlines() if "broken" in line)
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_compare_as_one_does(msp_compare, llama_dir, text_file, tmp_path):
     pytest.importorskip("llmcompressor", reason="it prunes to each allocation")
     pruned = [argument for argument in SMALL if argument != "--no-prune"]
@@ -226,7 +229,12 @@ def test_a_report_that_cannot_be_drawn_does_not_cost_the_comparison(msp_compare,
 
     monkeypatch.setattr("msp_plugin.report.page.render", broken)
     printed = msp_compare(
-        "--allocators", "uniform,knapsack[surrogate=weight]", out=tmp_path / "[1] out", code=1
+        "--allocators",
+        "uniform,knapsack@weight",
+        "--set",
+        "knapsack@weight.surrogate=weight",
+        out=tmp_path / "[1] out",
+        code=1,
     )
     (left,) = (tmp_path / "[1] out").iterdir()
     assert len(json.loads(left.read_text())["rows"]) == 2 and "knapsack" in printed.out

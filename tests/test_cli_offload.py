@@ -32,10 +32,10 @@ def text_file(tmp_path):
     return path
 
 
-@pytest.fixture
-def half(tmp_path):
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
     """The demo model in bfloat16, so that float32 weights cannot be read from the checkpoint as they are."""
-    path = tmp_path / "half"
+    path = tmp_path_factory.mktemp("models") / "half"
     source = demo_model_path("qwen2")
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(path)
     load_tokenizer(source).save_pretrained(path)
@@ -43,7 +43,7 @@ def half(tmp_path):
 
 
 def test_a_pruned_model_is_that_of_a_run_in_memory(msp, half, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("msp_plugin.runs.prune.SHARD_BYTES", 4_000_000)
+    monkeypatch.setattr("msp_plugin.hosts.builtin.SHARD_BYTES", 4_000_000)
     what = ["prune", half, "-s", "0.75", "--method", "wanda", *SEARCH]
     found = []
     for name, offload in (("memory", []), ("disk", ["--offload"])):
@@ -79,7 +79,7 @@ def test_sensitivities_are_those_in_memory(msp, half, text_file):
     assert msp(*arguments).out == msp(*arguments, "--offload").out
 
 
-@pytest.mark.parametrize("prune", [[], ["--no-prune"]])
+@pytest.mark.parametrize("prune", [pytest.param([], marks=pytest.mark.slow), ["--no-prune"]])
 def test_a_comparison_is_that_in_memory(prune, msp, half, text_file, tmp_path):
     small = [
         *(option.replace("allocator.", "search.") for option in SEARCH),
@@ -110,6 +110,7 @@ def test_a_packed_checkpoint_is_refused(msp, packed_dir, text_file, tmp_path):
     assert "is packed, and only dense checkpoints can stay on disk" in ran.err and "--to dense" in ran.err
 
 
+@pytest.mark.slow
 def test_a_quantized_model_is_measured_with_the_weights_that_are_saved(msp, half, text_file, tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "quant_stage:\n  quant_modifiers:\n    QuantizationModifier:\n"
@@ -126,24 +127,24 @@ def test_a_quantized_model_is_measured_with_the_weights_that_are_saved(msp, half
 
 def test_changed_weights_go_to_the_cache_that_is_asked_for(msp, half, text_file, tmp_path, monkeypatch):
     seen = []
-    real = pipeline._measure
+    real = pipeline.perplexity
 
-    def look(*arguments):
-        seen.append(sorted(path.name for path in (tmp_path / "mine" / "offload").glob("*/*")))
-        return real(*arguments)
+    def look(*arguments, **options):
+        seen.append(sorted(path.name for path in (tmp_path / "mine" / "pruned").glob("**/*.safetensors")))
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "_measure", look)
+    monkeypatch.setattr(pipeline, "perplexity", look)
     msp("prune", half, "-s", "0.5", "--method", "magnitude", "--allocator", "uniform", "--data", text_file, *SMALL,
         "--test-samples", "4", "--out", tmp_path / "out", "--cache", tmp_path / "mine", "--offload")  # fmt: skip
     assert not seen[0] and seen[-1], "pruned weights are on disk"
-    assert not (tmp_path / "cache" / "offload").exists()
+    assert not (tmp_path / "cache" / "pruned").exists()
 
 
 def test_a_disk_without_room_for_the_pruned_weights_is_found_before_any_work(
     msp, half, text_file, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    monkeypatch.setattr(pipeline, "_measure", lambda *a: pytest.fail("work was done"))
+    monkeypatch.setattr(pipeline, "perplexity", lambda *a, **b: pytest.fail("work was done"))
     ran = msp("prune", half, "-s", "0.5", "--method", "magnitude", "--data", text_file, *SMALL, "--out",
               tmp_path / "out", "--offload", code=2)  # fmt: skip
     assert "the pruned weights of an offloaded model need 0." in ran.err and "MSP_CACHE" in ran.err
@@ -181,7 +182,8 @@ def test_a_failed_load_says_what_was_short_and_leaves_nothing(
     assert list((tmp_path / "cache" / "offload").iterdir()) == []
 
 
-def test_weights_that_are_not_in_safetensors_are_refused(msp, half, text_file, tmp_path):
+def test_weights_that_are_not_in_safetensors_are_refused(msp, half, copied, text_file):
+    half = copied(half)
     state = load_model(half).state_dict()
     (half / "model.safetensors").unlink()
     torch.save(state, half / "pytorch_model.bin")
@@ -189,6 +191,7 @@ def test_weights_that_are_not_in_safetensors_are_refused(msp, half, text_file, t
     assert "has no safetensors files" in ran.err and "save_pretrained" in ran.err
 
 
+@pytest.mark.slow
 def test_the_default_comparison_has_only_what_runs_with_weights_on_disk(msp, half, text_file, tmp_path):
     msp("compare", half, "--methods", "magnitude", "--data", text_file, *SMALL, "--test-samples", "2", "--no-prune",
         "--target", "down_proj",

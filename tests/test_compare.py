@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from msp_plugin.allocators.base import AllocationResult, Allocator
+from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import Text, load_split
-from msp_plugin.errors import BudgetError, DataError, ModelError, MSPError
+from msp_plugin.errors import BudgetError, DataError, MSPError
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
@@ -23,7 +24,8 @@ from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.masks import nm_mask
 from msp_plugin.runs import compare as compare_module
 from msp_plugin.runs.compare import cells, compare
-from msp_plugin.runs.grid import Matrix
+from msp_plugin.runs.grid import Grid
+from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.ranks import LostError
 from msp_plugin.sensitivity.base import Estimator
 
@@ -46,9 +48,10 @@ def run(llama_dir, text, tmp_path):
 
     def run(allocators, sparsities=("3/4",), methods=("magnitude",), seeds=(0,), prune=False, **options):
         shared = {"cache": str(tmp_path / "cache"), **options}
-        own = {name: shared.pop(name) for name in ("finals", "ranks", "fresh") if name in shared}
-        matrix = Matrix(sparsities, methods, allocators, seeds, shared, prune)
-        return compare(llama_dir, text, matrix, dtype="float32", **own)
+        finals = shared.pop("finals", None)
+        context = RunContext(**{name: shared.pop(name) for name in ("ranks", "fresh") if name in shared})
+        grid = Grid(sparsities, methods, allocators, seeds, shared, prune)
+        return compare(ModelSource(llama_dir, "float32"), text, grid, finals=finals, context=context)
 
     return run
 
@@ -96,7 +99,7 @@ def no_model(monkeypatch):
     def fail(*arguments, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("msp_plugin.runs.compare.load", fail)
+    monkeypatch.setattr("msp_plugin.checkpoint.source.load", fail)
 
 
 def test_there_is_a_row_for_every_cell_and_seed_and_unseeded_allocators_run_once(run, llama_dir):
@@ -146,7 +149,7 @@ def test_kl_and_perplexity_are_those_of_the_pruned_weights_by_hand(run, text, ll
 
 
 def test_a_pruned_row_is_what_a_run_with_that_allocation_gives(run, text, llama_dir, tokenizer, tmp_path):
-    from msp_plugin.runs.prune import prune_recipe, run_recipe
+    import msp_plugin
 
     record = run(by_name("uniform", "knapsack"), methods=("wanda",), prune=True)
     dense, test = load_model(llama_dir, "float32"), load_split(tokenizer, text).test.samples
@@ -154,8 +157,8 @@ def test_a_pruned_row_is_what_a_run_with_that_allocation_gives(run, text, llama_
     levels = tuple(map(Level.parse, row["levels"]))
     allocation = Allocation(prunable_layers(dense), levels, Fraction(3, 4), {}, {})
     (tmp_path / "allocation.json").write_text(allocation.to_json())
-    recipe = prune_recipe({"allocation": str(tmp_path / "allocation.json"), "method": "wanda"})
-    done = run_recipe(recipe, llama_dir, text, tmp_path / "out", dtype="float32", baseline=False)
+    line = {"allocation": str(tmp_path / "allocation.json"), "method": "wanda"}
+    done = msp_plugin.prune(llama_dir, text, tmp_path / "out", dtype="float32", baseline=False, **line)
     assert row["perplexity"] == pytest.approx(done.record["perplexity"]["mixed"], rel=1e-6)
     kl, perplexity = quality(dense, load_model(done.path, "float32"), test)
     assert (row["kl"], row["perplexity"]) == pytest.approx((kl, perplexity), rel=1e-4)
@@ -234,7 +237,7 @@ def test_what_is_wrong_in_the_options_is_found_before_the_model_is_loaded(run, n
 def test_without_test_text_there_is_nothing_to_compare(run, llama_dir, text, no_model):
     none = Text(text.data, samples=8, length=20, test_samples=0)
     with pytest.raises(DataError, match="needs test text"):
-        compare(llama_dir, none, Matrix(["3/4"], ["magnitude"], by_name("uniform"), prune=False))
+        compare(ModelSource(llama_dir), none, Grid(["3/4"], ["magnitude"], by_name("uniform"), prune=False))
 
 
 def test_a_database_is_built_once_for_each_method_and_sparsity_and_serves_the_next_comparison(
@@ -353,7 +356,7 @@ def test_several_ranks_find_the_rows_of_one_process_and_the_first_of_them_has_th
     allocators = {"ours": "raises", "bug": bug, "small": SEARCH, **by_name("owl", "uniform")}
     expected = run(allocators, methods=("wanda", "magnitude"), cache=str(tmp_path / "alone"))
     loaded = load_model(llama_dir, "float32")
-    monkeypatch.setattr("msp_plugin.runs.compare.load", lambda *a, **b: copy.deepcopy(loaded))
+    monkeypatch.setattr("msp_plugin.checkpoint.source.load", lambda *a, **b: copy.deepcopy(loaded))
     met = []
 
     def work(ranks):
@@ -371,7 +374,7 @@ def test_what_fails_on_the_first_rank_alone_is_a_row_and_the_ranks_go_on_togethe
     run, on_ranks, llama_dir, monkeypatch, tmp_path
 ):
     loaded = load_model(llama_dir, "float32")
-    monkeypatch.setattr("msp_plugin.runs.compare.load", lambda *a, **b: copy.deepcopy(loaded))
+    monkeypatch.setattr("msp_plugin.checkpoint.source.load", lambda *a, **b: copy.deepcopy(loaded))
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "sensitivity").write_text("in the way of the journals that rank 0 writes")
     allocators = {"small": SEARCH, **by_name("owl", "uniform"), "again": {**SEARCH, "rounds": 1}}
@@ -391,7 +394,7 @@ def test_several_ranks_build_a_database_anew_if_asked_whatever_the_allocators_ne
     run, on_ranks, llama_dir, monkeypatch, tmp_path
 ):
     loaded = load_model(llama_dir, "float32")
-    monkeypatch.setattr("msp_plugin.runs.compare.load", lambda *a, **b: copy.deepcopy(loaded))
+    monkeypatch.setattr("msp_plugin.checkpoint.source.load", lambda *a, **b: copy.deepcopy(loaded))
 
     def written():
         found = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("cache/**/*.safetensors")}
@@ -408,21 +411,15 @@ def test_several_ranks_build_a_database_anew_if_asked_whatever_the_allocators_ne
     assert before.keys() == written().keys() and all(before[name] < at for name, at in written().items())
 
 
-def test_a_packed_model_is_refused_before_it_is_loaded_where_it_is_to_be_pruned(packed_dir, text, no_model):
-    with pytest.raises(ModelError, match="is packed") as error:
-        compare(packed_dir, text, Matrix(("3/4",), ("magnitude",), by_name("uniform"), (0,), {}, True))
-    assert "compare without pruning" in error.value.hint
-
-
 def test_a_rank_that_ends_ends_the_comparison(run, on_ranks, llama_dir, monkeypatch):
     loaded = load_model(llama_dir, "float32")
-    monkeypatch.setattr("msp_plugin.runs.compare.load", lambda *a, **b: copy.deepcopy(loaded))
+    monkeypatch.setattr("msp_plugin.checkpoint.source.load", lambda *a, **b: copy.deepcopy(loaded))
 
     def work(ranks):
         def lost(*a):
             raise LostError("rank 0 lost the others")
 
-        monkeypatch.setattr(ranks, "spread", lost)
+        monkeypatch.setattr(ranks, "map", lost)
         return run({"small": SEARCH}, ranks=ranks)
 
     assert all(isinstance(error, LostError) for error in on_ranks(2, work))

@@ -3,7 +3,6 @@
 The table in msp_plugin/README.md is made from FAMILIES; a test holds it against that.
 """
 
-import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from msp_plugin.errors import FormatError, ModelError
 from msp_plugin.models.layers import decoder_blocks, fused_experts, prunable_layers
 from msp_plugin.models.source import load_tokenizer
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.runs.prune import prune_recipe, run_recipe
 from msp_plugin.verify.base import SKIP, Subject, run_checks
 from msp_plugin.verify.round_trip import RoundTrip
 from msp_plugin.verify.structure import Structure
@@ -219,6 +217,12 @@ FAMILIES = {
                      refused="over text does not call 7 layers",
                      note="text alone calls no layer of its cross-attention blocks; with those in `ignore` it works"),
 }  # fmt: skip
+#: One or two of each kind: the quick tests prune these, the slow ones all, and search these.
+KINDS = (
+    "llama", "phi3", "bloom", "minicpm3", "mamba", "lfm2", "qwen3_5_text", "zamba2", "mixtral", "deepseek_v3",
+    "gemma3n_text", "llava",
+)  # fmt: skip
+WORKING = [name for name, family in FAMILIES.items() if not family.refused]
 UNTESTED = {
     "gemma3n": "with its audio and vision towers, which need timm",
     "all others": "what transformers loads as a causal language model, or as one of images and text, is tried alike",
@@ -261,19 +265,11 @@ def text(tmp_path_factory):
     return Text(str(path), samples=6, length=32, test_samples=0, batch=2)
 
 
-@pytest.fixture(scope="module")
-def frozen():
-    """Spare the collections in run_recipe a search through every module that is imported."""
-    yield gc.freeze
-    gc.unfreeze()
-
-
 @pytest.fixture
-def prune(tmp_path, ids, text, frozen):
+def prune(tmp_path, ids, text):
     """Write a family's model, prune it as its row says, and return the directories before and after."""
 
     def prune(name, **options):
-        frozen()
         family, source, out = FAMILIES[name], tmp_path / "source", tmp_path / "out"
         make(name).save_pretrained(source)
         tokenizer = load_tokenizer(demo_model_path("llama"))
@@ -293,7 +289,7 @@ def prune(tmp_path, ids, text, frozen):
                 output_dir=str(out),
             )
         else:
-            run_recipe(prune_recipe(options), source, text, out, baseline=False)
+            msp_plugin.prune(source, text, out, baseline=False, **options)
         return source, out
 
     return prune
@@ -333,7 +329,9 @@ def check_everything(source, out, ids):
     check(out, out)
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.refused])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in WORKING]
+)
 def test_a_family_is_pruned_saved_loaded_exported_and_verified(name, prune, ids):
     source, out = prune(name)
     check_everything(source, out, ids)
@@ -347,7 +345,7 @@ def test_a_family_that_cannot_be_pruned_is_refused_by_name(name, prune):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.refused])
+@pytest.mark.parametrize("name", KINDS)
 def test_a_family_is_searched_by_msp_and_pruned_by_sparsegpt(name, prune, ids):
     allocator = {"name": "msp", "population": 3, "generations": 1, "offspring": 2, "tokens": 64}
     source, out = prune(name, levels=["dense", "2:4", "1:4"], method="sparsegpt", allocator=allocator)

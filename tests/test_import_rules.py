@@ -146,6 +146,17 @@ def test_what_an_import_does_not_load(statement, absent):
     assert not loaded_by(statement) & set(absent.split())
 
 
+def test_sample_plugins_import_from_the_package_alone():
+    plugins = Path(__file__).parent / "plugins"
+    wrong = [
+        f"{path.name}: {node.module}"
+        for path in plugins.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("msp_plugin.")
+    ]
+    assert not wrong
+
+
 def test_the_package_names_what_it_exports():
     for name in msp_plugin.__all__:
         assert getattr(msp_plugin, name) is not None

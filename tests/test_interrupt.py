@@ -1,6 +1,8 @@
 """A run that is stopped from outside."""
 
+import atexit
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -22,7 +24,11 @@ def interruptible():
 
 
 @pytest.mark.parametrize(
-    ("stop", "code", "step"), [(signal.SIGINT, 130, "sensitivity"), (signal.SIGTERM, 143, "search")]
+    ("stop", "code", "step"),
+    [
+        (signal.SIGINT, 130, "sensitivity"),
+        pytest.param(signal.SIGTERM, 143, "search", marks=pytest.mark.slow),
+    ],
 )  # every command, step and signal: integration/signals.py
 def test_a_stopped_run_leaves_nothing_behind_but_its_cache(stop, code, step, tmp_path):
     text = tmp_path / "text.txt"
@@ -53,6 +59,25 @@ def test_a_stop_that_is_swallowed_comes_again():
             signal.raise_signal(signal.SIGTERM)
         time.sleep(10)
     assert stop.value.code == 143
+
+
+def test_a_stop_that_is_lost_in_a_destructor_comes_again_without_a_traceback(monkeypatch):
+    class Destroyed:
+        def __init__(self, act):
+            self.act = act
+
+        def __del__(self):
+            self.act()
+
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: reported.append(lost.exc_type))
+    with pytest.raises(Stopped) as stop, stopping():
+        Destroyed(lambda: 1 / 0)  # any other error is reported as ever
+        Destroyed(lambda: signal.raise_signal(signal.SIGTERM))
+        time.sleep(10)
+    assert stop.value.code == 143 and reported == [ZeroDivisionError]
+    Destroyed(lambda: 1 / 0)
+    assert len(reported) == 2
 
 
 def test_a_second_signal_does_not_stop_the_tidying_up():
@@ -104,3 +129,10 @@ def test_an_error_without_a_stop_is_an_error(msp, monkeypatch):
         "error: cannot read a level"
         in msp("sensitivity", "demo:qwen2", "--data", "demo:calibration", code=1).err
     )
+
+
+def test_a_command_ends_without_a_search_for_garbage(msp, monkeypatch):
+    registered = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    msp("--version")
+    assert gc.freeze in registered

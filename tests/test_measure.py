@@ -13,7 +13,6 @@ from msp_plugin.allocators.base import AllocationResult, Allocator
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import NO_TEXT, TextSplit
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
-from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.passes.gradients import backward_passes
@@ -21,6 +20,8 @@ from msp_plugin.passes.losses import mean_kl
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.pruning.sparsegpt import SparseGPT
+from msp_plugin.pruning.wanda import Wanda
 from msp_plugin.runtime.files import cache_directory
 from msp_plugin.search import keys, level_database, measurements, unit_errors
 from msp_plugin.search.candidate_loss import CandidateLoss

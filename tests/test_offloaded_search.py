@@ -152,13 +152,17 @@ def allocate(tmp_path, make_samples):
     return allocate
 
 
-def test_a_search_finds_what_it_finds_in_memory(pair, allocate):
+@pytest.mark.slow
+def test_a_search_finds_what_it_finds_in_memory_wherever_the_weights_are(pair, allocate):
     here, there = (allocate(its, "search") for its in pair)
     assert here == there
     assert here[0].evaluations > 10 and here[2]["fisher"]
 
 
-@pytest.mark.parametrize("allocator", [name for name in ALLOCATORS if name != "search"])
+@pytest.mark.parametrize(
+    "allocator",
+    [pytest.param(name, marks=() if name == "search" else pytest.mark.slow) for name in ALLOCATORS],
+)
 def test_an_allocator_finds_what_it_finds_in_memory(tmp_path, llama, allocate, allocator):
     here, there = (allocate(its, allocator) for its in (llama, on_disk(llama, tmp_path / "away")))
     assert here == there and here[1]["forward_tokens"] > 0
@@ -166,7 +170,11 @@ def test_an_allocator_finds_what_it_finds_in_memory(tmp_path, llama, allocate, a
 
 @pytest.mark.parametrize(
     ("dtype", "objective"),
-    [(torch.float32, "kl"), (torch.float32, "perplexity"), (torch.bfloat16, "kl")],
+    [
+        (torch.float32, "kl"),
+        pytest.param(torch.float32, "perplexity", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "kl", marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_losses_move_gradients_and_quality_are_those_in_memory(

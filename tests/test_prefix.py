@@ -51,7 +51,7 @@ def make_data():
     return CalibrationSet(tuple(torch.randint(0, 64, (n,), generator=generator) for n in lengths), "random")
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def setting(request, tmp_path_factory):
     model = make_model(request.param)
     return (model, *measured(model, tmp_path_factory.mktemp(request.param)), make_data())

@@ -9,7 +9,8 @@ import pytest
 from msp_plugin.data.samples import Text
 from msp_plugin.errors import OutputError
 from msp_plugin.runs import prune as pipeline
-from msp_plugin.runs.prune import prune_recipe, run_recipe
+from msp_plugin.runs.prune import prune
+from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import scratch_directory, sole_output, sole_run
 
 
@@ -23,12 +24,10 @@ def run(llama_dir, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat, and the dog sat on the log\n" * 200)
     search = {"name": "search", "tokens": 64, "holdout": 32, "rounds": 2}
-    recipe = prune_recipe(
-        {"sparsity": "1/2", "levels": ["dense", "2:4", "1:4"], "allocator": search, "method": "wanda"}
-    )
+    line = {"sparsity": "1/2", "levels": ["dense", "2:4", "1:4"], "allocator": search, "method": "wanda"}
     monkeypatch.setenv("MSP_CACHE", str(tmp_path / "cache"))
 
-    def run(out="out", stop=None, **options):
+    def run(out="out", stop=None, fresh=False, **options):
         steps = []
 
         def progress(step, done, total, note=""):
@@ -39,7 +38,8 @@ def run(llama_dir, tmp_path, monkeypatch):
         text_of = Text(str(text), None, None, 12, 24, 2)
         result = None
         with suppress(StopError):
-            result = run_recipe(recipe, llama_dir, text_of, tmp_path / out, progress=progress, **options)
+            context = RunContext(fresh, progress)
+            result = prune(llama_dir, text_of, tmp_path / out, context=context, **line, **options)
         assert (result is None) == bool(stop)
         return set(steps)
 
@@ -136,7 +136,7 @@ def test_runs_with_other_caches_keep_off_each_others_directory(tmp_path):
 
 HOLDER = """
 import sys
-from msp_plugin.resume import scratch_directory
+from msp_plugin.runtime.locks import scratch_directory
 with scratch_directory("offload", sys.argv[1]) as folder:
     (folder / "weights").write_text("of a model")
     print(folder, flush=True)
@@ -211,7 +211,7 @@ def test_a_file_is_kept_to_one_writer_and_what_a_killed_one_left_goes(tmp_path):
 
 STARTER = """
 import sys
-from msp_plugin.resume import scratch_directory
+from msp_plugin.runtime.locks import scratch_directory
 for _ in range(40):
     with scratch_directory("offload", sys.argv[1]) as folder:
         assert folder.is_dir()

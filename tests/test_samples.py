@@ -5,7 +5,6 @@ import torch
 
 from msp_plugin.data.samples import SearchText, Text, load_split, split_text
 from msp_plugin.errors import DataError
-from msp_plugin.search.options import Options
 
 
 def write_text(path, seed):
@@ -84,14 +83,14 @@ def test_the_length_follows_the_model(llama_dir):
 def test_a_token_beyond_the_models_embeddings_fails_before_the_weights_are_read(
     tokenizer, text_file, llama_dir, copied, edit_json
 ):
-    from msp_plugin.runs.prune import search_allocation
+    from msp_plugin import allocate
 
     path = copied(llama_dir)
     edit_json(path / "config.json", lambda config: config.update(vocab_size=50))
     for file in path.glob("*.safetensors"):
         file.unlink()
     with pytest.raises(DataError, match="has token [5-9][0-9], and the model has embeddings for 50 tokens"):
-        search_allocation(Options(sparsity=0.5), path, Text(text_file, samples=16, length=16))
+        allocate(path, Text(text_file, samples=16, length=16), sparsity=0.5)
 
 
 def test_search_and_test_samples_start_as_the_calibration_samples(bos_tokenizer, text_file, tmp_path):

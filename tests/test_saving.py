@@ -100,7 +100,7 @@ def test_a_config_or_tokenizer_that_cannot_be_saved_is_refused_before_the_work(
     def no_work(*args, **kwargs):
         raise AssertionError("the work began")
 
-    monkeypatch.setattr("msp_plugin.hosts.llm_compressor.run.run_oneshot", no_work)
+    monkeypatch.setattr("msp_plugin.hosts.builtin.prune_to", no_work)
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", failing(ValueError("odd\nvocabulary")))
     said = msp("prune", llama_dir, *PLAIN, *text, "--out", tmp_path / "out", code=2).err
     assert (
@@ -150,15 +150,10 @@ def test_a_run_that_cannot_save_its_model_keeps_it_and_says_where(
 
 
 def test_a_run_that_fails_when_its_model_is_measured_keeps_it(llama_dir, text, msp, tmp_path, monkeypatch):
-    from msp_plugin.runs import prune as pipeline
-
-    measure = pipeline._measure
-    monkeypatch.setattr(
-        pipeline,
-        "_measure",
-        lambda name, *given: measure(name, *given) if name != "mixed" else failing(KeyError(1))(),
-    )
-    said = msp("prune", llama_dir, *PLAIN, *text, "--out", tmp_path / "out", code=2).err
+    monkeypatch.setattr("msp_plugin.runs.prune.perplexity", failing(KeyError(1)))
+    said = msp(
+        "prune", llama_dir, *PLAIN, *text, "--test-samples", "2", "--out", tmp_path / "out", code=2
+    ).err
     assert "KeyError: 1" in said and is_pruned(tmp_path / "out.unsaved")
 
 

@@ -1,27 +1,32 @@
-"""Arguments that several commands share, and what they mean in a recipe."""
+"""Options that several commands share, in groups, and what they mean in a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from msp_plugin.checkpoint.source import ModelSource
+    from msp_plugin.data.samples import Text
+    from msp_plugin.runtime.context import RunContext
+
 Model = Annotated[str, typer.Argument(help="model directory, hub id, or demo:llama / demo:qwen2")]
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data", "-d", help="calibration text: file, table (jsonl, parquet, csv, ...), directory or dataset"
-    ),
-]
 Out = Annotated[Path, typer.Option("--out", "-o", help="directory for the results; must be empty or new")]
 Sparsity = Annotated[str, typer.Option("--sparsity", "-s", help="share of zeros among prunable weights")]
 Method = Annotated[str, typer.Option("--method", "-m", help="pruning method; see `msp plugins`")]
+AllocatorName = Annotated[str, typer.Option("--allocator", help="allocator; see `msp plugins`")]
 Levels = Annotated[
     str | None, typer.Option("--levels", help='comma list, e.g. "dense,4:8,2:8,1:8", or servable')
 ]
-AllocatorName = Annotated[str, typer.Option("--allocator", help="allocator; see `msp plugins`")]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -29,29 +34,30 @@ Set = Annotated[
         help="option of allocator, method or an estimator, e.g. allocator.tokens=8192 or fisher.samples=64",
     ),
 ]
-Targets = Annotated[list[str] | None, typer.Option("--target", help="layers to prune (repeatable)")]
-Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="layers to leave alone (repeatable)")]
-Granularity = Annotated[
-    str | None, typer.Option("--granularity", help="what shares a level: unit (fused layers), layer or block")
-]
-BoundsOf = Annotated[
-    list[str] | None,
-    typer.Option("--bounds", help="PATTERN=LOW,HIGH: least and most zeros of these layers (repeatable)"),
-]
-Protect = Annotated[
-    list[str] | None, typer.Option("--protect", help="layers to keep dense, in the budget (repeatable)")
-]
 Seed = Annotated[int, typer.Option("--seed")]
+Baseline = Annotated[bool, typer.Option(help="also prune uniformly, to compare")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, no bars")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the hosts' logs")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="run the model repository's code")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="leave weights on disk: for models larger than memory, slower")
+]
 Cache = Annotated[str | None, typer.Option("--cache", help="where the level database lives")]
-SearchData = Annotated[str | None, typer.Option("--search-data", help="text that measures candidates")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", "-d", help="calibration text: file, table (jsonl, parquet, csv, ...), directory or dataset"
+    ),
+]
 TestData = Annotated[str | None, typer.Option("--test-data", help="text of the perplexity")]
+TestCount = Annotated[int, typer.Option("--test-samples", help="samples of the perplexity; 0: none")]
 Count = Annotated[
     int | None, typer.Option("--samples", help="calibration samples; default 128, or what the text holds")
 ]
 Length = Annotated[
     int | None, typer.Option("--length", help="tokens per sample; default 2048, or the model's maximum")
 ]
-TestCount = Annotated[int, typer.Option("--test-samples", help="samples of the perplexity; 0: none")]
 Column = Annotated[
     str, typer.Option("--text-column", help="of tables and datasets: text, or a conversation's messages")
 ]
@@ -62,17 +68,173 @@ Bos = Annotated[
         help="start each sample with the beginning-of-text token; default: as the tokenizer does",
     ),
 ]
-Batch = Annotated[int, typer.Option("--batch", help="samples per forward pass of the host")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="run the model repository's code")]
-Offload = Annotated[
-    bool, typer.Option("--offload", help="leave weights on disk: for models larger than memory, slower")
-]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="measure anew what an earlier or stopped run left in the cache")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, no bars")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the hosts' logs")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationText:
+    """The text that calibrates."""
+
+    data: Data
+    samples: Count = None
+    length: Length = None
+    text_column: Column = "text"
+    bos: Bos = None
+
+    def text(self, **more: Any) -> Text:
+        """Return the text, with further arguments of Text."""
+        from msp_plugin.data.samples import Text
+
+        return Text(
+            self.data,
+            samples=self.samples,
+            length=self.length,
+            column=self.text_column,
+            bos=self.bos,
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchText(CalibrationText):
+    """The texts that calibrate and that measure candidates."""
+
+    search_data: Annotated[
+        str | None, typer.Option("--search-data", help="text that measures candidates")
+    ] = None
+
+    def text(self, **more: Any) -> Text:
+        """Return the text, with further arguments of Text."""
+        return super().text(search=self.search_data, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunText(SearchText):
+    """The texts of a whole run, which is tested too."""
+
+    test_data: TestData = None
+    test_samples: TestCount = 32
+    batch: Annotated[int, typer.Option("--batch", help="samples per forward pass of the pruning")] = 1
+
+    def text(self, **more: Any) -> Text:
+        """Return the text, with further arguments of Text."""
+        return super().text(test=self.test_data, test_samples=self.test_samples, batch=self.batch, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a model is loaded, and where what was measured of it lies."""
+
+    dtype: Dtype = "auto"
+    trust_remote_code: Remote = False
+    offload: Offload = False
+
+    def source(self, model: str, cache: str | None = None) -> ModelSource:
+        """Return the source of a model."""
+        from msp_plugin.checkpoint.source import ModelSource
+
+        return ModelSource(resolve_model(model), self.dtype, self.trust_remote_code, self.offload, cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """Which layers are pruned, to which levels, within which bounds."""
+
+    levels: Levels = None
+    target: Annotated[list[str] | None, typer.Option("--target", help="layers to prune (repeatable)")] = None
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="layers to leave alone (repeatable)")
+    ] = None
+    granularity: Annotated[
+        str | None,
+        typer.Option("--granularity", help="what shares a level: unit (fused layers), layer or block"),
+    ] = None
+    bounds: Annotated[
+        list[str] | None,
+        typer.Option("--bounds", help="PATTERN=LOW,HIGH: least and most zeros of these layers (repeatable)"),
+    ] = None
+    protect: Annotated[
+        list[str] | None,
+        typer.Option("--protect", help="layers to keep dense, in the budget (repeatable)"),
+    ] = None
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the keys of a recipe line that were given.
+
+        Raises:
+            RecipeError: bounds that are not PATTERN=LOW,HIGH.
+        """
+        return given(
+            levels=self.levels and self.levels.split(","),
+            targets=self.target,
+            ignore=self.ignore,
+            granularity=self.granularity,
+            bounds=_bounds(self.bounds),
+            protect=self.protect,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What the cache may give, and how the command reports."""
+
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="measure anew what an earlier or stopped run left in the cache")
+    ] = False
+    as_json: AsJson = False
+    verbose: Verbose = False
+
+    @contextmanager
+    def running(self) -> Iterator[RunContext]:
+        """Yield the context of a run: its ranks, and progress on the terminal or in the log."""
+        from msp_plugin.cli.console import progress_bars, set_up_logs
+        from msp_plugin.runtime.context import RunContext
+        from msp_plugin.runtime.ranks import join
+
+        ranks = join()
+        set_up_logs(self.verbose, ranks.rank)
+        with progress_bars(not self.as_json and not ranks.rank) as progress:
+            yield RunContext(self.fresh, progress, ranks)
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose parameters of a dataclass type are options of their own, as typer reads them."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        group = parameter.annotation
+        if not dataclasses.is_dataclass(group):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = group
+        hints = typing.get_type_hints(group, include_extras=True)
+        for field in dataclasses.fields(group):
+            default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=hints[field.name],
+                )
+            )
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        parts = {
+            name: group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **parts)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Return the values that are neither None nor empty."""
+    return {key: value for key, value in values.items() if value not in (None, [], {})}
 
 
 def resolve_model(model: str) -> str:
@@ -115,35 +277,28 @@ def component_options(
     return specs
 
 
-def recipe_options(
-    sparsity: str | None, levels: str | None, targets: list[str] | None, ignore: list[str] | None,
-    seed: int, cache: str | None, specs: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    estimators = {role: spec for role, spec in specs.items() if role not in ("method", "allocator")}
-    given = {
-        "sparsity": sparsity, "method": specs.get("method"), "allocator": specs.get("allocator"),
-        "levels": None if levels is None else levels.split(","), "targets": targets or None,
-        "ignore": ignore or None, "seed": seed, "cache": cache, "estimators": estimators or None,
-    }  # fmt: skip
-    return {key: value for key, value in given.items() if value is not None}
-
-
-def layer_options(
-    granularity: str | None, bounds: list[str] | None, protect: list[str] | None
-) -> dict[str, Any]:
-    """Return what a recipe says of granularity, bounds and protected layers.
+def recipe_line(method: str, allocator: str, pairs: list[str] | None, **keys: Any) -> dict[str, Any]:
+    """Return a recipe line: method and allocator with the options of ``--set``, and further keys.
 
     Raises:
-        RecipeError: bounds that are not PATTERN=LOW,HIGH.
+        RecipeError: see component_options.
     """
+    from msp_plugin.plugins.manager import Plugins
+
+    known = Plugins().components["estimators"]
+    specs = component_options(pairs, known, method=method, allocator=allocator)
+    method_spec, allocator_spec = specs.pop("method"), specs.pop("allocator")
+    return given(method=method_spec, allocator=allocator_spec, estimators=specs, **keys)
+
+
+def _bounds(pairs: list[str] | None) -> dict[str, list[str]]:
     from msp_plugin.errors import RecipeError
 
     shares: dict[str, list[str]] = {}
-    for text in bounds or ():
+    for text in pairs or ():
         pattern, equals, values = text.rpartition("=")
         pair = [part.strip() for part in values.split(",")]
         if not (equals and pattern and len(pair) == 2):
             raise RecipeError(f"--bounds {text!r} is not PATTERN=LOW,HIGH", hint="e.g. down_proj=0.5,0.75")
         shares[pattern] = pair
-    given = {"granularity": granularity, "bounds": shares or None, "protect": protect or None}
-    return {key: value for key, value in given.items() if value is not None}
+    return shares

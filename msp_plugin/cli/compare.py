@@ -7,55 +7,45 @@ import json
 import shlex
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from msp_plugin.cli.arguments import (
-    AsJson,
-    Batch,
-    Bos,
-    BoundsOf,
     Cache,
-    Column,
-    Count,
-    Data,
-    Dtype,
-    Fresh,
-    Granularity,
-    Ignore,
-    Length,
-    Levels,
+    LayerChoice,
+    Loading,
     Model,
-    Offload,
     Out,
-    Protect,
-    Remote,
-    SearchData,
-    Targets,
-    TestCount,
-    TestData,
-    Verbose,
+    Output,
+    RunText,
     component_options,
-    layer_options,
-    resolve_model,
+    given,
+    with_groups,
 )
+
+if TYPE_CHECKING:
+    from msp_plugin.runs.grid import Grid
 
 #: One of each kind that is cheap enough for a first look; `msp plugins` lists the others.
 DEFAULT = "uniform,owl,alphapruning,dlp,lsa,one_shot,knapsack,search"
 
 
+@with_groups
 def compare_command(
     model: Model,
-    data: Data,
     out: Out,
+    text: RunText,
+    layers: LayerChoice,
+    loading: Loading,
+    output: Output,
     sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="comma list of shares of zeros")] = "0.75",
     methods: Annotated[str, typer.Option("--methods", "-m", help="comma list")] = "sparsegpt",
     allocators: Annotated[
         str,
         typer.Option(
             "--allocators",
-            help="comma list; options in brackets: knapsack[surrogate=kl]; the default has no one_shot with --offload",
+            help="comma list; name@label for one with options of its own; the default has no one_shot with --offload",
         ),
     ] = DEFAULT,
     seeds: Annotated[str, typer.Option("--seeds", help="comma list; of allocators that use one")] = "0",
@@ -65,30 +55,11 @@ def compare_command(
     options: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="option by component name, e.g. search.tokens=8192 or sparsegpt.block_size=64"
+            "--set",
+            help="option by name or label, e.g. search.tokens=8192, knapsack@kl.surrogate=kl, sparsegpt.block_size=64",
         ),
     ] = None,
-    levels: Levels = None,
-    target: Targets = None,
-    ignore: Ignore = None,
-    granularity: Granularity = None,
-    bounds: BoundsOf = None,
-    protect: Protect = None,
     cache: Cache = None,
-    search_data: SearchData = None,
-    test_data: TestData = None,
-    samples: Count = None,
-    length: Length = None,
-    test_samples: TestCount = 32,
-    text_column: Column = "text",
-    bos: Bos = None,
-    batch: Batch = 1,
-    dtype: Dtype = "auto",
-    trust_remote_code: Remote = False,
-    offload: Offload = False,
-    fresh: Fresh = False,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
 ) -> None:
     """Compare allocators on one model: the same text, level database and budget for all of them.
 
@@ -96,63 +67,29 @@ def compare_command(
     sparsegpt,wanda --allocators uniform,owl,evopress,search --data c4.jsonl --test-data wiki.txt --out cmp
     """
     from msp_plugin.cli import console
-    from msp_plugin.runtime.ranks import join
 
-    ranks = join()
-    console.set_up_logs(verbose, ranks.rank)
-    from msp_plugin.data.samples import Text
-    from msp_plugin.errors import MSPError, RecipeError
-    from msp_plugin.plugins.manager import Plugins
-    from msp_plugin.runs.compare import compare
-    from msp_plugin.runs.grid import Matrix, parse_allocators, parse_sparsities
-    from msp_plugin.runtime.disk import writing
-    from msp_plugin.runtime.files import output_directory, write_json
-    from msp_plugin.runtime.locks import sole_run
+    with output.running() as context, ExitStack() as stack:
+        from msp_plugin.errors import MSPError
+        from msp_plugin.runs.compare import compare
+        from msp_plugin.runtime.disk import writing
+        from msp_plugin.runtime.files import output_directory, write_json
+        from msp_plugin.runtime.locks import sole_run
 
-    if offload and allocators == DEFAULT:  # its sensitivity needs the whole model in memory
-        allocators = DEFAULT.replace("one_shot,", "")
-    names = parse_allocators(allocators)
-    roles = {spec if isinstance(spec, str) else spec["name"] for spec in names.values()}
-    pruners = [part.strip() for part in methods.split(",") if part.strip()]
-    roles |= set(pruners)
-    given = component_options(options, Plugins().components["estimators"], **{role: role for role in roles})
-    try:
-        numbers = [int(part) for part in seeds.split(",") if part.strip()]
-    except ValueError:
-        raise RecipeError(f"seeds {seeds!r} are no numbers", hint="write e.g. --seeds 0,1,2") from None
-    estimators = {role: spec for role, spec in given.items() if role not in roles} or None
-    shared = {
-        "levels": levels, "targets": target, "ignore": ignore, "cache": cache, "estimators": estimators,
-    }  # fmt: skip
-    matrix = Matrix(
-        parse_sparsities(sparsity),
-        [given[name] for name in pruners],
-        {label: _spec(spec, given) for label, spec in names.items()},
-        numbers,
-        {key: value for key, value in shared.items() if value is not None}
-        | layer_options(granularity, bounds, protect),
-        prune,
-    )
-    text = Text(data, search_data, test_data, samples, length, test_samples, text_column, batch, bos=bos)
-    with ExitStack() as stack:
-        path = finals = None
-
-        def begin() -> None:
-            nonlocal path, finals
-            path, finals = stack.enter_context(sole_run(out, cache, fresh=fresh))
-
-        ranks.first(begin)
-        with console.progress_bars(not as_json and not ranks.rank) as progress:
-            record = compare(
-                resolve_model(model), text, matrix, dtype=dtype, trust_remote_code=trust_remote_code,
-                offload=offload, fresh=fresh, finals=finals, progress=progress, ranks=ranks,
-            )  # fmt: skip
+        if loading.offload and allocators == DEFAULT:  # its sensitivity needs the whole model in memory
+            allocators = DEFAULT.replace("one_shot,", "")
+        keys = given(cache=cache, **layers.recipe())
+        grid = _grid(sparsity, methods, allocators, seeds, options, keys, prune)
+        path, finals = context.ranks.on_rank_zero(
+            lambda: stack.enter_context(sole_run(out, cache, fresh=context.fresh))
+        )
+        record = compare(loading.source(model, cache), text.text(), grid, finals=finals, context=context)
         if record is None:
             return
         with writing(path), output_directory(path) as temporary:
             write_json(temporary / "compare.json", record)
             has_report = all(map(importlib.util.find_spec, ("matplotlib", "jinja2")))
             failure = _write_report(temporary) if has_report else None
+    as_json = output.as_json
     if as_json:
         typer.echo(json.dumps(record, indent=2, sort_keys=True))
     else:
@@ -176,8 +113,41 @@ def compare_command(
     console.out.print(f"Results: {out}{missing}")
 
 
-def _spec(spec: str | dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    return given[spec] if isinstance(spec, str) else {**given[spec["name"]], **spec}
+def _grid(
+    sparsities: str,
+    methods: str,
+    allocators: str,
+    seeds: str,
+    options: list[str] | None,
+    keys: dict[str, Any],
+    prune: bool,
+) -> Grid:
+    """Return the comparison that the command line asks for.
+
+    Raises:
+        RecipeError: a name twice, seeds that are no numbers, or an option of nothing that is compared.
+    """
+    from msp_plugin.errors import RecipeError
+    from msp_plugin.plugins.manager import Plugins
+    from msp_plugin.runs.grid import Grid, parse_allocators, parse_sparsities
+
+    labels = parse_allocators(allocators)
+    pruners = [part.strip() for part in methods.split(",") if part.strip()]
+    roles = labels | {name: name for name in (*labels.values(), *pruners)}
+    specs = component_options(options, Plugins().components["estimators"], **roles)
+    try:
+        numbers = [int(part) for part in seeds.split(",") if part.strip()]
+    except ValueError:
+        raise RecipeError(f"seeds {seeds!r} are no numbers", hint="write e.g. --seeds 0,1,2") from None
+    estimators = {role: spec for role, spec in specs.items() if role not in roles}
+    return Grid(
+        parse_sparsities(sparsities),
+        [specs[name] for name in pruners],
+        {label: {**specs[name], **specs[label]} for label, name in labels.items()},
+        numbers,
+        {**keys, **given(estimators=estimators)},
+        prune,
+    )
 
 
 def _write_report(folder: Path) -> Exception | None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 #: Seconds after which a stop that something swallowed is raised again. Packages import each other within bare
-#: ``except:``, and what is raised in a destructor is lost.
+#: ``except:``, and Python only reports an exception that leaves a destructor.
 _AGAIN = 0.5
 
 
@@ -20,6 +20,8 @@ class Stopped(SystemExit):
 @contextmanager
 def stopping() -> Iterator[Callable[[], int]]:
     """Let SIGINT and SIGTERM raise Stopped in the block until it leaves the block; ignored ones stay ignored.
+
+    A Stopped that leaves a destructor prints no traceback: it is raised again.
 
     Yields what returns the exit code once a signal has come, 0 before: compiled code that calls Python may turn a
     Stopped into an error of its own.
@@ -34,14 +36,22 @@ def stopping() -> Iterator[Callable[[], int]]:
         if not _unwinds():  # a second Ctrl-C does not stop the tidying up
             raise Stopped(code)
 
+    report = sys.unraisablehook
+
+    def report_others(lost: sys.UnraisableHookArgs) -> None:
+        if not issubclass(lost.exc_type, Stopped):
+            report(lost)
+
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in (*numbers, signal.SIGALRM)}
+    sys.unraisablehook = report_others
     try:
         yield lambda: code
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = report
 
 
 def _unwinds() -> bool:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from msp_plugin.errors import DataError
-
-if TYPE_CHECKING:
-    pass
+from msp_plugin.runtime.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,10 @@ class CalibrationSet:
             rows.append(sample)
         if rows:
             yield torch.stack(rows)
+
+    def of_rank(self, ranks: Ranks) -> CalibrationSet:
+        """Return the samples that one rank passes through the model: every ``ranks.size``-th."""
+        return CalibrationSet(tuple(ranks.share(self.samples)), self.source)
 
     def split(self, tail_tokens: int, *, fit: bool = False) -> tuple[CalibrationSet, CalibrationSet]:
         """Return (head, tail): the tail holds at least ``tail_tokens`` tokens from the end.

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -18,9 +18,9 @@ from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError
 from msp_plugin.formats.bitmask import bitmask_bytes
 from msp_plugin.models.offload import onloaded
-from msp_plugin.models.places import Cached, Hooked, InMemory, weight_place
+from msp_plugin.models.places import weight_place
 from msp_plugin.passes.by_block import BlockPass, runs_by_block
-from msp_plugin.passes.observe import in_groups, observe_inputs
+from msp_plugin.passes.observe import check_reached, in_groups, reached_inputs
 from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import Layer, Unit, UnitTable, shared_inputs
 from msp_plugin.progress import Progress, silent
@@ -63,13 +63,12 @@ def build_database(
     samples (tokens * hidden size * bytes of a number), one block's statistics and one layer's levels. A block
     whose statistics take more than ``statistics_bytes`` is run once per group of its layers.
 
-    In a model that hands more than the hidden state from block to block, the layers are taken in groups
-    of ``statistics_bytes``, each of which costs a forward pass up to its last block, and the inputs are the
-    dense model's.
+    In a model that hands more than the hidden state from block to block, each group of ``statistics_bytes`` costs a
+    forward pass up to its last block.
 
-    Ranks share the blocks, and hand the samples on from one to the next (see BlockPass): each layer's inputs
-    are added up by one rank in the order of the samples, so the weights are those of one process, bit for bit.
-    Where a model does not run block by block, or the method needs no inputs, they share the layers.
+    Ranks share the samples, each of which passes all blocks on one rank, and reduce the statistics (see
+    Pruner.reduce); then they share the layers. The same number of ranks gives the same bytes, another one the same
+    weights but for rounding.
 
     Args:
         prefix: the name of a level by layer, for all layers of the table; the menu holds it.
@@ -78,6 +77,7 @@ def build_database(
 
     Raises:
         NumericsError: an activation is not finite, or the method fails on a layer.
+        HostError: the method does not run on several ranks.
     """
     start = time.monotonic()
 
@@ -88,46 +88,25 @@ def build_database(
     def find() -> list[Unit]:
         return [u for u in shared_inputs(table) if not all(database.has(layer) for layer in u.layers)]
 
-    missing = sorted(ranks.first(find), key=lambda unit: unit.block)
-
-    def groups(units: Iterable[Unit]) -> list[list[Unit]]:
-        def need(unit: Unit) -> int:
-            return pruner.statistic_bytes(model.get_submodule(unit.layers[0].name))
-
-        return list(in_groups(units, need, statistics_bytes))
-
-    walk: BlockPass | None = None
-    statistics: Iterable[tuple[Unit, Any]]
-    if not (missing and pruner.needs_statistics):
-        mine = ranks.share(missing)
-        statistics = (
-            (unit, _new_statistic(pruner, model.get_submodule(unit.layers[0].name))) for unit in mine
-        )
-    elif all(ranks.gather(lambda: runs_by_block(model, data.samples[0][:CHECKED_TOKENS]))):
-        mine = [unit for unit in missing if unit.block % ranks.size == ranks.rank]
-        walk = BlockPass(model, data, batch_tokens, ranks)
-        pruned = partial(_pruned_block, database, model, table, prefix) if prefix else None
-        statistics = _by_block(walk, mine, groups, pruner, pruned, last=missing[-1].block)
-    else:
-        log.info(
-            "%s does not run block by block: whole forward passes, of the dense model", type(model).__name__
-        )
-        mine = ranks.share(missing)
-        statistics = _by_group(model, groups(mine), pruner, data, batch_tokens)
-    total = sum(len(unit.layers) for unit in mine)
+    missing = sorted(ranks.on_rank_zero(find), key=lambda unit: unit.block)
+    own = ranks.share(missing)
+    total = sum(len(unit.layers) for unit in own)
 
     def write() -> int:
         written = 0
-        with walk.shared(missing[-1].block) if walk else nullcontext():
-            for unit, statistic in statistics:
-                for layer in unit.layers:
-                    if levels := wanted(layer):
-                        _write_layer(database, model, layer, pruner, statistic, levels)
-                    written += 1
-                    progress(written, total)
+        pruned = partial(_pruned_block, database, model, table, prefix) if prefix else None
+        for unit, statistic in _statistics(
+            model, missing, own, pruner, data, pruned, batch_tokens, statistics_bytes, ranks
+        ):
+            for layer in unit.layers:
+                if levels := wanted(layer):
+                    _write_layer(database, model, layer, pruner, statistic, levels)
+                written += 1
+                progress(written, total)
         return written
 
-    written = sum(ranks.gather(write))
+    written_here = ranks.collective(write)
+    written = sum(ranks.gather(lambda: written_here))
     if written:
         seconds = time.monotonic() - start
         log.info("level database: %d layers x %d levels, %.1f s", written, len(database.menu), seconds)
@@ -136,36 +115,96 @@ def build_database(
     return written
 
 
+def _statistics(
+    model: torch.nn.Module,
+    units: Sequence[Unit],
+    own: Sequence[Unit],
+    pruner: Pruner,
+    data: CalibrationSet,
+    pruned: Callable[[int], AbstractContextManager[None]] | None,
+    batch_tokens: int,
+    statistics_bytes: int,
+    ranks: Ranks,
+) -> Iterator[tuple[Unit, Any]]:
+    """Yield this rank's units, in the order of the blocks, each with its statistic, which nothing else holds then.
+
+    Args:
+        units: of all ranks, in the order of the blocks.
+        own: this rank's.
+        pruned: lets a block, by its number, hold the weights that the next block's inputs come from; None: its own.
+    """
+    if not (units and pruner.needs_statistics):
+        yield from ((unit, _new_statistic(pruner, model.get_submodule(unit.layers[0].name))) for unit in own)
+        return
+
+    def groups(units: Iterable[Unit]) -> list[list[Unit]]:
+        def need(unit: Unit) -> int:
+            return pruner.statistic_bytes(model.get_submodule(unit.layers[0].name))
+
+        return list(in_groups(units, need, statistics_bytes))
+
+    if all(ranks.gather(lambda: runs_by_block(model, data.samples[0][:CHECKED_TOKENS]))):
+        walk = BlockPass(model, data.of_rank(ranks), batch_tokens)
+        found = _by_block(walk, units, groups, pruner, pruned, ranks)
+    else:
+        log.info("%s does not run block by block: whole forward passes", type(model).__name__)
+        observe = partial(collect, model, pruner=pruner, data=data, batch_tokens=batch_tokens, ranks=ranks)
+        found = (
+            map(observe, groups(units)) if pruned is None else _by_pass(observe, units, groups, pruned, ranks)
+        )
+    for statistics in found:
+        for unit in own:
+            if unit.name in statistics:
+                yield unit, statistics.pop(unit.name)
+
+
 def _by_block(
     walk: BlockPass,
     units: Sequence[Unit],
     groups: Callable[[Iterable[Unit]], list[list[Unit]]],
     pruner: Pruner,
     pruned: Callable[[int], AbstractContextManager[None]] | None,
-    last: int,
-) -> Iterator[tuple[Unit, Any]]:
-    """Yield the units by block, each with its statistic, which nothing else holds then.
+    ranks: Ranks,
+) -> Iterator[dict[str, Any]]:
+    """Yield the statistics of a group of units, by unit name, one group after the other.
 
     Args:
         groups: of units those whose statistics are held at once.
-        pruned: lets a block, by its number, hold the weights that the next block's inputs come from; None: its own.
-        last: the last block of any rank's units.
+        pruned: see _statistics.
     """
-    by_block = {number: list(own) for number, own in groupby(units, key=lambda unit: unit.block)}
+    last = units[-1].block
+    by_block = {number: list(some) for number, some in groupby(units, key=lambda unit: unit.block)}
     for number in range(last + 1):
-        if not walk.mine:
-            walk.leave()
-            continue
         parts = groups(by_block.get(number, ())) or [[]]
         for part in parts:
-            found, add = _collector(walk.model, part, pruner)
             advance = pruned is None and part is parts[-1] and number < last
             if part or advance:
-                walk.run(part, add, advance=advance)
-            yield from ((unit, found.pop(unit.name)) for unit in part)
+                yield _observed(walk.model, part, pruner, partial(walk.run, advance=advance), ranks)
         if pruned is not None and number < last:
+            ranks.gather(lambda: None)  # wait for the layers of this block that other ranks write
             with pruned(number):
-                walk.run()
+                ranks.gather(walk.run)
+
+
+def _by_pass(
+    observe: Callable[[Sequence[Unit]], dict[str, Any]],
+    units: Sequence[Unit],
+    groups: Callable[[Iterable[Unit]], list[list[Unit]]],
+    pruned: Callable[[int], AbstractContextManager[None]],
+    ranks: Ranks,
+) -> Iterator[dict[str, Any]]:
+    """Yield the statistics of a group of units from whole forward passes, each behind the pruned blocks before it.
+
+    Args:
+        observe: returns the statistics of a group.
+        groups, pruned: see _by_block.
+    """
+    by_block = {number: list(some) for number, some in groupby(units, key=lambda unit: unit.block)}
+    with ExitStack() as stack:
+        for number in range(units[-1].block + 1):
+            yield from map(observe, groups(by_block.get(number, ())))
+            ranks.gather(lambda: None)  # wait for the layers of this block that other ranks write
+            stack.enter_context(pruned(number))
 
 
 @contextmanager
@@ -179,31 +218,11 @@ def _pruned_block(
         place.enter()
     try:
         for name, place in places.items():
-            place.put(partial(_stored, database, name, prefix[name], place))
+            place.put(partial(database.weight_for, place, name, prefix[name]))
         yield
     finally:
         for place in places.values():
             place.leave()
-
-
-def _stored(
-    database: LevelDatabase, layer: str, level: str, place: InMemory | Hooked | Cached
-) -> torch.Tensor:
-    """Return a layer's weight [out, in] at a level, where and in the dtype that its place holds weights."""
-    return database.weight(layer, level).to(place.at, place.dtype)
-
-
-def _by_group(
-    model: torch.nn.Module,
-    groups: Iterable[Sequence[Unit]],
-    pruner: Pruner,
-    data: CalibrationSet,
-    batch_tokens: int,
-) -> Iterator[tuple[Unit, Any]]:
-    """Yield the units of each group, with their statistics from forward passes up to the group's last one."""
-    for group in groups:
-        found = collect(model, group, pruner, data, batch_tokens)
-        yield from ((unit, found.pop(unit.name)) for unit in group)
 
 
 def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTable) -> None:
@@ -237,15 +256,34 @@ def collect(
     pruner: Pruner,
     data: CalibrationSet,
     batch_tokens: int,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Return each unit's statistic over all samples, by unit name; the model is left as it was.
 
     Raises:
         NumericsError: a layer's input is not finite, or a layer saw no token at all.
     """
+    observe = partial(reached_inputs, model, data.of_rank(ranks), batch_tokens=batch_tokens)
+    return _observed(model, units, pruner, observe, ranks)
+
+
+def _observed(
+    model: torch.nn.Module,
+    units: Sequence[Unit],
+    pruner: Pruner,
+    observe: Callable[[Sequence[Unit], Callable[[str, torch.Tensor], None]], set[str]],
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Return each unit's statistic over the samples of all ranks, by unit name.
+
+    Args:
+        observe: passes this rank's samples through the model (see reached_inputs).
+    """
     statistics, add = _collector(model, units, pruner)
-    if pruner.needs_statistics:
-        observe_inputs(model, data, units, add, batch_tokens=batch_tokens)
+    check_reached(units, set().union(*ranks.gather(lambda: observe(units, add))))
+    if ranks.size > 1:
+        for name in statistics:
+            statistics[name] = pruner.reduce(statistics[name], ranks)
     return statistics
 
 

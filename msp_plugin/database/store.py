@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from msp_plugin.errors import FormatError, VerificationError
 from msp_plugin.formats.bitmask import bitmask_bytes, pack_bitmask, unpack_bitmask
+from msp_plugin.models.places import Place
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable
 from msp_plugin.runtime.digests import digest
@@ -171,6 +172,10 @@ class LevelDatabase:
             handle = self._handle(layer)
             values, mask = (handle.get_tensor(f"{level}.{part}") for part in ("values", "bitmask"))
             return unpack_bitmask(values, mask, tuple(self._about(layer)["shape"]))
+
+    def weight_for(self, place: Place, layer: str, level: str) -> torch.Tensor:
+        """Return the weight [out, in] of a layer at a level, on the device and in the dtype that its place holds."""
+        return self.weight(layer, level).to(place.at, place.dtype)
 
     def errors(self, table: UnitTable) -> tuple[np.ndarray, np.ndarray]:
         """Return (weight_error, output_error), each float64[U, K] summed over the unit's layers.

@@ -9,7 +9,7 @@ import torch
 from msp_plugin.models.offload import is_offloaded, offload_cache, offload_hook, weight_device
 
 
-def weight_place(module: torch.nn.Module) -> InMemory | Hooked | Cached:
+def weight_place(module: torch.nn.Module) -> Place:
     """Return the place that holds the weight of a module."""
     if not is_offloaded(module):
         return InMemory(module)
@@ -118,3 +118,6 @@ class Cached:
             return self._own(offloaded)
         weight = self._give().to(self.device, self.dtype)
         return torch.nn.Parameter(weight, requires_grad=self.away.requires_grad)
+
+
+Place = InMemory | Hooked | Cached

@@ -5,8 +5,8 @@ Shape legend: B samples, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -15,11 +15,10 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.models.offload import input_device
-from msp_plugin.passes.observe import EnoughError, all_finite, check_reached, observed
+from msp_plugin.passes.observe import EnoughError, all_finite, observed
 from msp_plugin.passes.prefix import replace_input, skip, without_embeddings
 from msp_plugin.plan.units import Unit
 from msp_plugin.runtime.memory import is_out_of_memory
-from msp_plugin.runtime.ranks import ALONE, ElsewhereError, LostError, Ranks
 
 
 class BlockPass:
@@ -31,23 +30,15 @@ class BlockPass:
 
     Memory: tokens * D * bytes of a number. The weights that accelerate offloads are read anew for every batch.
 
-    Ranks share the blocks: block b is that of rank b modulo their number. It gets each batch from the rank of the
-    block before as soon as that has run it, and hands it on; so all ranks are at work on neighbouring blocks
-    (unless what a block becomes must be known before the next one runs), and each holds what one process does; on a GPU also a copy in the CPU's memory until the next rank has read it.
-
     Args:
         batch_tokens: of one forward pass.
     """
 
-    def __init__(self, model: torch.nn.Module, data: CalibrationSet, batch_tokens: int, ranks: Ranks = ALONE):
-        self.model, self.ranks = model, ranks
+    def __init__(self, model: torch.nn.Module, data: CalibrationSet, batch_tokens: int):
+        self.model = model
         self.prefix, self.blocks = decoder_blocks(model)
         self.block = 0
         self._batches = tuple(data.batches(batch_tokens))
-        #: Of every batch, what waits until the next rank has read its hidden state.
-        self._sent: dict[int, Callable[[], None]] = {}
-        #: Batches whose inputs of the next block came from the rank before.
-        self._received = 0
         #: The inputs of the block by batch, all of them parts of one tensor; None at the first block.
         self._inputs: list[torch.Tensor | None] = [None] * len(self._batches)
         self._all: torch.Tensor | None = None
@@ -57,11 +48,6 @@ class BlockPass:
         """The inputs [B, T, D] of the next block by batch; None before the first block."""
         return list(self._inputs)
 
-    @property
-    def mine(self) -> bool:
-        """True if the next block is this rank's."""
-        return self.block % self.ranks.size == self.ranks.rank
-
     @torch.no_grad()
     def run(
         self,
@@ -69,17 +55,17 @@ class BlockPass:
         add: Callable[[str, torch.Tensor], None] = lambda unit, inputs: None,
         *,
         advance: bool = True,
-    ) -> None:
-        """Run the block over all samples; with ``advance`` go on to the next one, else it may run again.
+    ) -> set[str]:
+        """Run the block over all samples and return the names of the units that saw a token.
+
+        With ``advance`` go on to the next block, else this one may run again.
 
         Args:
             units: those of this block whose inputs are observed.
-            add: see observe_inputs.
+            add: see reached_inputs.
 
         Raises:
-            NumericsError: an input of a unit, or with ``advance`` an output of the block, is not finite; or a
-                unit saw no token at all.
-            ElsewhereError, LostError: see Ranks.receive.
+            NumericsError: an input of a unit, or with ``advance`` an output of the block, is not finite.
         """
         block, outputs = self.blocks[self.block], []
 
@@ -93,7 +79,6 @@ class BlockPass:
             reached = undo.enter_context(observed(self.model, units, add))
             undo.callback(block.register_forward_hook(take).remove)
             for number in range(len(self._batches)):
-                self._receive(number)
                 self._forward(block, number)
                 output = outputs.pop()
                 if advance and not all_finite(output):
@@ -103,54 +88,8 @@ class BlockPass:
                     )
                 if advance:
                     self._place(number, output).copy_(output)
-                    self._sent[number] = self._send(self._inputs[number])
-        check_reached(units, reached)
-        if advance:
-            self.leave()
-
-    def leave(self) -> None:
-        """Go on to the next block; where this one has not run, it is another rank's."""
-        self.block += 1
-        self._received = 0
-
-    @contextmanager
-    def shared(self, last: int) -> Iterator[None]:
-        """Run blocks in the body up to ``last``; then wait until the other ranks have what they need of this one.
-
-        If the body fails, the rank that waits for this one fails too, and the one before it does not wait.
-        """
-        try:
-            yield
-            while self._sent:
-                self._sent.popitem()[1]()
-        except ElsewhereError:
-            self._send(None)
-            raise
-        except LostError:  # there is nobody to tell
-            raise
-        except Exception:
-            self._send(None)
-            with suppress(ElsewhereError):
-                while self.block <= last:
-                    for number in range(self._received, len(self._batches) if self.mine else 0):
-                        self._receive(number)
-                    self.leave()
-            raise
-
-    def _send(self, hidden: torch.Tensor | None) -> Callable[[], None]:
-        if self.ranks.size == 1:
-            return lambda: None
-        return self.ranks.send(self.ranks.next, hidden)
-
-    def _receive(self, number: int) -> None:
-        """Get a batch's hidden state from the rank of the block before, unless it is here."""
-        if self.ranks.size == 1 or self.block == 0 or number < self._received:
-            return
-        if number in self._sent:
-            self._sent.pop(number)()
-        given = self.ranks.receive((self.ranks.rank - 1) % self.ranks.size)
-        self._place(number, given.to(input_device(self.model))).copy_(given)
-        self._received = number + 1
+        self.block += advance
+        return reached
 
     def _place(self, number: int, like: torch.Tensor) -> torch.Tensor:
         """Return where a batch's hidden state is held: in one tensor, whose memory no freed activation splits."""

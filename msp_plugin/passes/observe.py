@@ -69,7 +69,6 @@ def all_finite(x: torch.Tensor) -> bool:
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
-@torch.no_grad()
 def observe_inputs(
     model: torch.nn.Module,
     data: CalibrationSet,
@@ -79,7 +78,29 @@ def observe_inputs(
     batch_tokens: int = 4096,
     progress: Progress = silent,
 ) -> None:
-    """Pass the samples through the model up to the last of the units; the model is left as it was.
+    """Pass the samples through the model and feed the units' inputs to ``add`` (see reached_inputs).
+
+    Raises:
+        NumericsError: an input is not finite, or a unit saw no token at all.
+    """
+    check_reached(
+        units, reached_inputs(model, data, units, add, batch_tokens=batch_tokens, progress=progress)
+    )
+
+
+@torch.no_grad()
+def reached_inputs(
+    model: torch.nn.Module,
+    data: CalibrationSet,
+    units: Sequence[Unit],
+    add: Callable[[str, torch.Tensor], None],
+    *,
+    batch_tokens: int = 4096,
+    progress: Progress = silent,
+) -> set[str]:
+    """Pass the samples through the model up to the last of the units; return the names of those that saw a token.
+
+    The model is left as it was.
 
     Args:
         add: called with a unit's name and a batch of its inputs as the layer gets them, [B, T, I] or [N, I],
@@ -87,7 +108,7 @@ def observe_inputs(
         batch_tokens: of one forward pass.
 
     Raises:
-        NumericsError: an input is not finite, or a unit saw no token at all.
+        NumericsError: an input is not finite.
     """
     device = input_device(model)
     reached: set[str] = set()
@@ -110,7 +131,7 @@ def observe_inputs(
                 progress(done, len(data))
         finally:
             handle.remove()
-    check_reached(units, reached)
+    return reached
 
 
 def check_reached(units: Sequence[Unit], reached: Collection[str]) -> None:
@@ -136,7 +157,7 @@ def as_samples(inputs: torch.Tensor) -> torch.Tensor:
 def observed(
     model: torch.nn.Module, units: Sequence[Unit], add: Callable[[str, torch.Tensor], None]
 ) -> Iterator[set[str]]:
-    """Feed the units' inputs to ``add`` (see observe_inputs); yield the set of the names that were reached."""
+    """Feed the units' inputs to ``add`` (see reached_inputs); yield the set of the names that were reached."""
     seen: set[str] = set()
     handles = []
 

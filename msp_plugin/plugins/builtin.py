@@ -36,8 +36,9 @@ def msp_register_allocators():
 
 @hookimpl
 def msp_register_pruners():
-    from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
     from msp_plugin.pruning.magnitude import Magnitude
+    from msp_plugin.pruning.sparsegpt import SparseGPT
+    from msp_plugin.pruning.wanda import Wanda
 
     return [Magnitude, SparseGPT, Wanda]
 

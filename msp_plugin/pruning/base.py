@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -10,11 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from msp_plugin.errors import NumericsError
+from msp_plugin.errors import HostError, NumericsError
 from msp_plugin.plan.levels import Level
 from msp_plugin.pruning import masks
 from msp_plugin.pruning.masks import nm_masks
 from msp_plugin.runtime.digests import component_digest
+from msp_plugin.runtime.ranks import Ranks
 
 
 class Pruner(ABC):
@@ -56,6 +58,23 @@ class Pruner(ABC):
     def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: Any) -> Any:
         """Return the statistic with inputs [B, T, in] added."""
 
+    def reduce(self, statistic: Any, ranks: Ranks) -> Any:
+        """Return the statistic of all ranks' samples, on every rank, from the one of this rank's samples.
+
+        It may be an empty one. By default the statistics are joined by their own method ``merge(other)``, which
+        returns the statistic of both; one that is large is better reduced by ``ranks.all_reduce_sum``.
+
+        Raises:
+            HostError: the statistic has no ``merge``.
+        """
+        if not hasattr(statistic, "merge"):
+            raise HostError(
+                f"method {self.name!r} does not run on several ranks: its {type(statistic).__name__} has no merge",
+                hint=f"start it in one process, not in {ranks.size}",
+            )
+        first, *others = ranks.gather(lambda: statistic)
+        return functools.reduce(lambda total, other: total.merge(other), others, first)
+
     @abstractmethod
     def prune_levels(
         self, module: torch.nn.Linear, statistic: Any, levels: Sequence[Level], layer: str
@@ -84,10 +103,22 @@ class InputNorm:
         self.sum += flat.float().square().sum(dim=0, dtype=torch.float64)
         self.tokens += flat.shape[0]
 
+    def merge(self, other: InputNorm) -> InputNorm:
+        """Return this one with the tokens of another added."""
+        self.sum += other.sum.to(self.sum.device)
+        self.tokens += other.tokens
+        return self
+
     @property
     def rms(self) -> torch.Tensor:
         """Root mean square of every feature over the tokens, float32[in]."""
         return (self.sum / max(self.tokens, 1)).sqrt().float()
+
+
+def mean_over_ranks(mean: torch.Tensor, samples: int, ranks: Ranks) -> tuple[torch.Tensor, int]:
+    """Return the mean over the samples of all ranks, in its dtype, and their number, from those of this rank."""
+    total = sum(ranks.gather(lambda: samples))
+    return ranks.all_reduce_sum(mean * (samples / max(total, 1))), total
 
 
 class LayerwisePruner(Pruner):

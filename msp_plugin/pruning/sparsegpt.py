@@ -12,14 +12,18 @@ Shape legend: O out_features, I in_features, B columns of a block, L levels, M c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from msp_plugin.errors import NumericsError
+from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.levels import Kind, Level
+from msp_plugin.pruning import masks
+from msp_plugin.pruning.base import Pruner, mean_over_ranks
 from msp_plugin.pruning.masks import least, least_by_topk, nm_mask
+from msp_plugin.runtime.ranks import Ranks
 
 #: Rows of several levels that go through the column loop together on a CPU. More leave its cache, and are slower.
 _ROWS = 4608
@@ -172,3 +176,84 @@ def quadratic_form(delta: torch.Tensor, hessian: torch.Tensor) -> float:
             product += 2 * (after @ rows[:, own.shape[1] :].t())
         total += product.mul_(own).sum(dtype=torch.float64)
     return float(total)
+
+
+@dataclass
+class InputHessian:
+    """The Hessian of one input: float32[I, I], 2 / samples * sum of x x^T over all tokens.
+
+    ``factor`` is made of it when the first layer is pruned; the layers that share the input share it.
+    """
+
+    hessian: torch.Tensor
+    samples: int = 0
+    tokens: int = 0
+    factor: InverseFactor | None = None
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add inputs [B, T, I], as llm-compressor's ``accumulate_hessian`` does, bit for bit."""
+        added = inputs.shape[0]
+        self.hessian *= self.samples / (self.samples + added)
+        self.samples += added
+        self.tokens += inputs[..., 0].numel()
+        columns = inputs.reshape(-1, inputs.shape[-1]).t().float() * math.sqrt(2 / self.samples)
+        self.hessian += columns.matmul(columns.t())
+        self.factor = None
+
+
+@dataclass(frozen=True)
+class SparseGPT(Pruner):
+    """SparseGPT (arXiv 2301.00774): the weights that stay make up for those that go.
+
+    Args:
+        block_size: columns compressed in one pass; a multiple of every M.
+        dampening_frac: share of the Hessian's mean diagonal that is added to it.
+    """
+
+    name = "sparsegpt"
+    arithmetic = (masks,)
+
+    block_size: int = 128
+    dampening_frac: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or not self.dampening_frac >= 0:
+            raise RecipeError("sparsegpt: block_size must be at least 1 and dampening_frac at least 0")
+
+    def check_level(self, level: Level) -> None:
+        if level.kind is not Kind.SHARE and self.block_size % level.m:
+            raise RecipeError(
+                f"sparsegpt: block_size {self.block_size} is no multiple of the M of level {level}",
+                hint="the pattern would break at the block's edge; change block_size",
+            )
+
+    def statistic_bytes(self, module: torch.nn.Linear) -> int:
+        return 4 * module.in_features**2
+
+    def new_statistic(self, module: torch.nn.Linear) -> InputHessian:
+        width = module.in_features
+        return InputHessian(torch.zeros(width, width, device=module.weight.device))
+
+    def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: InputHessian) -> InputHessian:
+        statistic.add(inputs.to(statistic.hessian.device))
+        return statistic
+
+    def reduce(self, statistic: InputHessian, ranks: Ranks) -> InputHessian:
+        hessian, samples = mean_over_ranks(statistic.hessian, statistic.samples, ranks)
+        return InputHessian(hessian, samples, sum(ranks.gather(lambda: statistic.tokens)))
+
+    def prune_levels(
+        self, module: torch.nn.Linear, statistic: InputHessian, levels: Sequence[Level], layer: str
+    ) -> Iterator[torch.Tensor]:
+        weight = module.weight.detach()
+        if statistic.factor is None:  # else another layer of this input left it
+            statistic.factor = factor_inverse(statistic.hessian, self.dampening_frac, layer)
+        sparse = [level for level in levels if not level.is_dense]
+        pruned = iter(sparsegpt_levels(weight, statistic.factor, sparse, self.block_size))
+        for level in levels:
+            yield weight.clone() if level.is_dense else next(pruned)
+
+    def output_error(self, delta: torch.Tensor, statistic: InputHessian) -> float:
+        """Return the mean squared change of the output per token, exact over the calibration tokens."""
+        total = quadratic_form(delta, statistic.hessian)
+        return total * statistic.samples / (2 * statistic.tokens)

@@ -7,9 +7,9 @@ import logging
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -18,32 +18,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from msp_plugin.allocators.base import Choice
-from msp_plugin.checkpoint.load import is_packed, load
-from msp_plugin.checkpoint.quantized import check_source_unquantized
+from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import SearchText, Text, TextSplit, load_split
-from msp_plugin.database.build import CHECKED_TOKENS, build_database
-from msp_plugin.database.store import LevelDatabase
-from msp_plugin.errors import DataError, ModelError, MSPError
+from msp_plugin.errors import DataError, MSPError
+from msp_plugin.hosts.base import PruneInputs
+from msp_plugin.hosts.builtin import BuiltIn, pruned_weights
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.offload import input_device
 from msp_plugin.models.offloaded_runs import check_room
-from msp_plugin.models.source import load_tokenizer
 from msp_plugin.models.weights import Weights
-from msp_plugin.passes.by_block import runs_by_block
 from msp_plugin.passes.losses import perplexity
 from msp_plugin.plan.allocation import make_allocation
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plugins.manager import Plugins, spec_of
-from msp_plugin.progress import StepProgress, no_progress, prefixed
-from msp_plugin.runs.grid import Matrix
-from msp_plugin.runs.prune import describe_text, prune_recipe
+from msp_plugin.progress import prefixed
+from msp_plugin.runs.grid import Grid
+from msp_plugin.runs.prune import describe_text, host_for
+from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import digest, versions
 from msp_plugin.runtime.disk import is_full
-from msp_plugin.runtime.files import finite, write_text
+from msp_plugin.runtime.files import finite
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.memory import freed_memory_kept
-from msp_plugin.runtime.ranks import ALONE, LostError, Ranks
+from msp_plugin.runtime.ranks import LostError
 from msp_plugin.search.allocate import check_model, make_problem, uniform_levels
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
@@ -51,7 +49,7 @@ from msp_plugin.search.measurements import Measurements
 from msp_plugin.search.resolve import Plan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -60,17 +58,12 @@ VERSION = 1
 
 
 def compare(
-    source: str | Path,
+    source: ModelSource,
     text: Text,
-    matrix: Matrix,
+    grid: Grid,
     *,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    offload: bool = False,
-    fresh: bool = False,
     finals: Path | None = None,
-    progress: StepProgress = no_progress,
-    ranks: Ranks = ALONE,
+    context: RunContext = RunContext(),
 ) -> dict[str, Any] | None:
     """Return the record of a comparison, the contents of compare.json.
 
@@ -81,54 +74,41 @@ def compare(
     each of them and measures the result. The others return None.
 
     Args:
-        offload: leave the weights on disk, also those of the pruned models (see load_model).
-        fresh: measure anew what lies in the cache.
-        finals: journal of what the pruned models gave; None keeps none.
+        finals: journal of the measurements of pruned models; None keeps none.
 
     Raises:
         MSPError: whatever the options, the text or the model show before the first allocation.
     """
-    plugins = Plugins()
-    plans = matrix.check(plugins)
-    if matrix.prune:
-        from msp_plugin.hosts.llm_compressor import require_host
-
-        require_host()
-        if is_packed(source):  # the host reads the source's config.json again
-            raise ModelError(
-                f"{source} is packed; llm-compressor takes dense models",
-                hint="msp export it --to dense first, or compare without pruning",
-            )
-    check_source_unquantized(source, trust_remote_code=trust_remote_code)
-    text = text.for_model(source, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    plugins, ranks = Plugins(), context.ranks
+    plans = grid.check(plugins)
+    source.check()
+    text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
+    tokenizer = source.tokenizer()
     asked = [plan.search_text for plan in plans]
-    samples = load_split(
-        tokenizer, text,
-        SearchText(max(a.search for a in asked), max(a.holdout for a in asked), all(a.fit for a in asked)),
-    )  # fmt: skip
+    most = SearchText(
+        max(a.search for a in asked), max(a.holdout for a in asked), fit=all(a.fit for a in asked)
+    )
+    samples = load_split(tokenizer, text, most)
     if not samples.test:
         raise DataError("a comparison needs test text", hint="give test samples")
-    reload = partial(
-        load, source, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=plans[0].cache
-    )  # fmt: skip
-    model = reload()
-    if matrix.prune:
-        check_room(model, plans[0].cache)
+    model = source.load()
+    if grid.prune:
+        check_room(model, source.cache)
+    inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
     for plan in plans:
         check_model(model, plan)
-    bench = _Bench(
-        reload, trust_remote_code, model, tokenizer, text, samples, matrix, plugins, fresh, progress, ranks
-    )  # fmt: skip
+        if grid.prune:
+            host_for(plan, plugins).check(model, plan, inputs)
+    bench = _Bench(source, model, inputs, samples, grid, plugins, context)
     with freed_memory_kept(), on_best_device(model):
         if ranks.size > 1:
             bench.allocate_together()
             if ranks.rank:
                 return None
-        dense = perplexity(model, samples.test, progress=partial(progress, "perplexity, dense"))
+        dense = perplexity(model, samples.test, progress=partial(context.progress, "perplexity, dense"))
         identity = {
             "model": fingerprint(model), "calibration": samples.pruning.fingerprint, "batch": text.batch,
-            "test": samples.test.fingerprint, "holdout": samples.holdout.fingerprint, "prune": matrix.prune,
+            "test": samples.test.fingerprint, "holdout": samples.holdout.fingerprint, "prune": grid.prune,
             "device": input_device(model).type,
             "versions": versions(),
         }  # fmt: skip
@@ -138,7 +118,7 @@ def compare(
         "schema": SCHEMA,
         "version": VERSION,
         "model": {
-            "source": str(source), "architecture": type(model).__name__, "dtype": dtype,
+            "source": str(source.name), "architecture": type(model).__name__, "dtype": source.dtype,
             "fingerprint": fingerprint(model),
         },
         "levels": [level.name for level in plans[0].menu],
@@ -174,40 +154,36 @@ def compare(
 class _Bench:
     """A loaded model with its text, and the results that several rows share."""
 
-    reload: Callable[[], PreTrainedModel]
-    trust_remote_code: bool
+    source: ModelSource
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    text: Text
+    inputs: PruneInputs
     samples: TextSplit
-    matrix: Matrix
+    grid: Grid
     plugins: Plugins
-    fresh: bool
-    progress: StepProgress
-    ranks: Ranks
+    context: RunContext
     table: Any = None
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
     renewed: set[Path] = field(default_factory=set)
 
     def cells(self) -> Iterator[tuple[Measurements, Plan, str, int]]:
         """Yield measurements, plan, label and seed of each row; a method's database at a sparsity is built once."""
-        first_label = next(iter(self.matrix.allocators))
-        for method in self.matrix.methods:
-            plans = [self._plan(method, self.matrix.sparsities[0], label) for label in self.matrix.allocators]
+        first_label = next(iter(self.grid.allocators))
+        for method in self.grid.methods:
+            plans = [self._plan(method, self.grid.sparsities[0], label) for label in self.grid.allocators]
             first = plans[0]
             estimators = {name: built for plan in plans for name, built in plan.estimators.items()}
             self.table = self.table or check_model(self.model, first)
-            for sparsity in self.matrix.sparsities:
+            for sparsity in self.grid.sparsities:
                 of = make_problem(self.model, self.table, self._plan(method, sparsity, first_label))
                 held = Measurements(
                     self.model, self.table, first.menu, first.pruner, self.samples, estimators, first.cache,
-                    fresh=self.fresh, ranks=self.ranks, sensitivities=self.sensitivities, renewed=self.renewed, prefix=uniform_levels(of),
+                    fresh=self.context.fresh, ranks=self.context.ranks, sensitivities=self.sensitivities, renewed=self.renewed, prefix=uniform_levels(of),
                 )  # fmt: skip
-                for label in self.matrix.allocators:
+                for label in self.grid.allocators:
                     plan = self._plan(method, sparsity, label)
                     what = f"{plan.pruner.name} {float(plan.sparsity):g} {label}"
-                    held.progress = prefixed(f"{what}: ", self.progress)
-                    seeds = self.matrix.seeds if plan.allocator.seeded else self.matrix.seeds[:1]
+                    held.progress = prefixed(f"{what}: ", self.context.progress)
+                    seeds = self.grid.seeds if plan.allocator.seeded else self.grid.seeds[:1]
                     for seed in seeds:
                         yield held, plan, label, seed
 
@@ -221,22 +197,22 @@ class _Bench:
         for held, plan, _, seed in self.cells():
             _ = held.model_id
             try:
-                self.ranks.together(partial(self._find, held, plan, seed))
+                self.context.ranks.collective(partial(self._find, held, plan, seed))
             except (LostError, OSError):
                 raise
             except Exception as error:  # rank 0 meets it again, for its row
                 if is_full(error):
                     raise
                 log.info("%s at %s: %s", plan.allocator.name, plan.sparsity, error)
-        self.ranks.leave()
-        self.ranks, self.fresh = ALONE, False
+        self.context.ranks.leave()
+        self.context = RunContext(progress=self.context.progress)
 
     def _find(self, held: Measurements, plan: Plan, seed: int) -> None:
         _ = held.database  # each row is measured with its weights, whatever the allocator needs
         held.allocate(plan.allocator, make_problem(self.model, self.table, plan), seed)
 
     def _plan(self, method: Any, sparsity: str, label: str) -> Plan:
-        return self.matrix.plan(self.plugins, method, sparsity, self.matrix.allocators[label])
+        return self.grid.plan(self.plugins, method, sparsity, self.grid.allocators[label])
 
     def row(self, held: Measurements, plan: Plan, label: str, seed: int, finals: Journal) -> dict[str, Any]:
         """Return one row: the allocation, what it cost, and how the pruned model does on the test text."""
@@ -280,7 +256,7 @@ class _Bench:
                 stop = CandidateLoss(weights, self.samples.holdout, reuse=False).prepare()(choice)
             weights.set(choice)
             found = {"holdout_loss": finite(stop), "database": _named(test.quality())}
-        if not self.matrix.prune:
+        if not self.grid.prune:
             return {**found, **found["database"]}
         with (
             tempfile.TemporaryDirectory(dir=held.database.path.parent) as folder,
@@ -292,46 +268,24 @@ class _Bench:
     def _pruned(
         self, held: Measurements, plan: Plan, problem: AllocationProblem, choice: Choice, folder: Path
     ) -> Iterator[None]:
-        """Let the model hold the weights that a run with this allocation gives, block after block, of all samples.
-
-        Our own pass makes them, or llm-compressor where the model does not run block by block.
-        """
-        data = self.samples.pruning
-        if not runs_by_block(self.model, data.samples[0][:CHECKED_TOKENS]):
-            with CandidateWeights(self.model, held.database, problem) as weights:
-                weights.put(self._pruned_by_host(plan, problem, choice))
+        """Let the model hold the weights that a run with this allocation gives, block after block, of all samples."""
+        allocation = make_allocation(problem, choice)
+        if plan.pruner.host == BuiltIn.name:
+            database = pruned_weights(
+                self.model, allocation, plan.pruner, self.inputs, folder, partial(held.progress, "pruning")
+            )
+            with CandidateWeights(self.model, database, problem) as weights:
+                weights.set(choice)
                 yield
             return
-        levels = {
-            a.name: problem.menu[k].name
-            for unit, k in zip(self.table, choice, strict=True)
-            for a in unit.layers
-        }
-        final = LevelDatabase(folder, {"levels": levels}, problem.menu)
-        build_database(
-            final, self.model, self.table, plan.pruner, data, prefix=levels, only_prefix=True,
-            progress=partial(held.progress, "pruning"),
-        )  # fmt: skip
-        with CandidateWeights(self.model, final, problem) as weights:
-            weights.set(choice)
+        gc.collect()  # the modules of the last model refer to each other
+        model, host = self.source.load(), host_for(plan, self.plugins)
+        given = replace(plan, given=allocation)
+        host.prune(model, given, self.inputs, RunContext(), announce=False)
+        host.forget()
+        with CandidateWeights(self.model, held.database, problem) as weights:
+            weights.put(Weights(model))
             yield
-
-    def _pruned_by_host(self, plan: Plan, problem: AllocationProblem, choice: Choice) -> Weights:
-        """Return the weights by layer that llm-compressor gives."""
-        from msp_plugin.hosts.llm_compressor.run import forget, run_oneshot
-
-        gc.collect()  # the last one's modules refer to each other
-        model = self.reload()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "allocation.json"
-            write_text(path, make_allocation(problem, choice).to_json())
-            recipe = prune_recipe({"allocation": str(path), "method": spec_of(plan.pruner)})
-            run_oneshot(
-                model, recipe, data=self.samples.pruning, batch=self.text.batch, tokenizer=self.tokenizer,
-                trust_remote_code=self.trust_remote_code, announce=False,
-            )  # fmt: skip
-        forget()
-        return Weights(model)
 
 
 def _named(quality: tuple[float, float]) -> dict[str, float | None]:

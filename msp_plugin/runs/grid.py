@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +14,7 @@ from msp_plugin.search.resolve import Plan, resolve
 
 
 @dataclass(frozen=True)
-class Matrix:
+class Grid:
     """What is compared: every allocator for every method and sparsity, seeded ones with every seed.
 
     Args:
@@ -89,34 +87,18 @@ def _refuse_twice(what: str, values: Sequence[Any]) -> None:
             raise RecipeError(f"{what} {value} is given twice", hint="give it once")
 
 
-def parse_allocators(text: str) -> dict[str, str | dict[str, Any]]:
-    """Return allocators by label from ``uniform,owl,knapsack[surrogate=kl]``.
+def parse_allocators(text: str) -> dict[str, str]:
+    """Return the allocators' names by label of a comma list; ``name@label`` sets one apart from another of its name.
 
     Raises:
-        RecipeError: brackets that do not match, an option without a value, or a label given twice.
+        RecipeError: a label is given twice.
     """
-    from msp_plugin.runtime.yaml_text import parse_yaml
-
-    found: dict[str, str | dict[str, Any]] = {}
-    for label in filter(None, map(str.strip, re.split(r",(?![^\[\]]*\])", text))):
-        match = re.fullmatch(r"([^\[\]]+)(?:\[([^\[\]]*)\])?", label)
-        if match is None:
-            raise RecipeError(
-                f"{label!r}: its brackets do not match", hint="write name[option=value;option=value]"
-            )
-        name, inner = match[1].strip(), match[2]
-        spec: dict[str, Any] = {"name": name}
-        for pair in filter(None, map(str.strip, (inner or "").split(";"))):
-            key, equals, value = pair.partition("=")
-            if not equals or key.strip() in ("", "name"):
-                raise RecipeError(f"{label!r}: {pair!r} is no option", hint="write name[option=value]")
-            with suppress(ValueError):
-                value = parse_yaml(value)
-            spec[key.strip()] = value
-        if label in found:
-            raise RecipeError(f"{label!r} is given twice", hint="give it once")
-        found[label] = name if inner is None else spec
-    return found
+    names: dict[str, str] = {}
+    for label in filter(None, map(str.strip, text.split(","))):
+        if label in names:
+            raise RecipeError(f"{label!r} is given twice", hint="set them apart by labels: name@label")
+        names[label] = label.partition("@")[0]
+    return names
 
 
 def parse_sparsities(text: str) -> list[str]:

@@ -52,7 +52,7 @@ class Journal:
                 left.unlink(missing_ok=True)
             if self.path.exists():
                 self._read()
-        self._values = ranks.first(lambda: self._values)
+        self._values = ranks.on_rank_zero(lambda: self._values)
 
     def _read(self) -> None:
         first, *lines = _lines_of(self.path)

@@ -124,7 +124,7 @@ class CandidateLoss:
         def measure(group: list[int]) -> tuple[float, int]:
             return self._run(group, lambda: self._measure(group, first, choice == self._incumbent))
 
-        parts = self.ranks.spread(list(self._batches.of(samples)), measure)
+        parts = self.ranks.map(measure, list(self._batches.of(samples)))
         self.forward_tokens += sum(self.lengths[i] for i in samples)
         loss = sum(part for part, _ in parts) / sum(count for _, count in parts)
         if not math.isfinite(loss):
@@ -174,7 +174,7 @@ class CandidateLoss:
             )
 
         self.forward_tokens += MOVE_GRADIENT_PASSES * sum(self.lengths[i] for i in samples)
-        return stack_samples(self.ranks.spread(range(len(samples)), measure))
+        return stack_samples(self.ranks.map(measure, range(len(samples))))
 
     def _first_difference(self, choice: Choice) -> int:
         """Return the first block in which the choice differs from the incumbent; beyond all if none does."""

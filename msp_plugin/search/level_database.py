@@ -71,7 +71,7 @@ def complete_database(
         check_space(database, model, table)
 
     with locked(database.lock, "it builds the level database", ranks):
-        ranks.first(prepare)
+        ranks.on_rank_zero(prepare)
         build_database(
             database,
             model,

@@ -291,7 +291,7 @@ class Measurements:
     def _clock(self, paid: Sequence[Recorded]) -> float:
         """Return the seconds of rank 0, with those that values had taken which a stopped search left."""
         read = sum(part.saved_seconds for part in paid)
-        return self.ranks.first(lambda: time.monotonic() + read)
+        return self.ranks.on_rank_zero(lambda: time.monotonic() + read)
 
     @contextmanager
     def _measured(self, allocator: Allocator, problem: AllocationProblem, seed: int) -> Iterator[_Measured]:

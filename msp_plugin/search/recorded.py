@@ -60,7 +60,7 @@ class Journals:
         with locked(path.with_suffix(".lock"), f"it measures {name} of this model and text", self.ranks):
             if self.fresh and path not in self.renewed:
                 self.renewed.add(path)
-                self.ranks.first(lambda: path.unlink(missing_ok=True))
+                self.ranks.on_rank_zero(lambda: path.unlink(missing_ok=True))
             with closing(Journal(path, identity, self.ranks)) as journal:
                 yield journal
 

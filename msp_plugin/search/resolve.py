@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from msp_plugin.allocators.base import Allocator
+from msp_plugin.allocators.uniform import Uniform
 from msp_plugin.data.samples import SearchText
 from msp_plugin.errors import RecipeError, nearest, shown
 from msp_plugin.plan.allocation import Allocation
@@ -35,6 +36,23 @@ class Plan:
     cache: str | None
     granularity: str
     bounds: Bounds
+    #: As they were given; recipe.yaml says them.
+    spelled: Options
+
+    def uniform(self) -> Plan:
+        """Return the baseline: uniform sparsity over the same layers and levels."""
+        baseline = replace(self, allocator=Uniform(), estimators={}, given=None)
+        if self.given is None:
+            return baseline
+        menu = self.given.provenance.get("levels") or [level.name for level in self.menu]
+        layers = tuple(layer.name for layer in self.given.table.layers)
+        return replace(
+            baseline,
+            sparsity=self.given.budget.sparsity,
+            menu=parse_menu(list(menu)),
+            targets=layers,
+            ignore=(),
+        )
 
     @property
     def search_text(self) -> SearchText:
@@ -141,4 +159,5 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
         options.cache,
         options.granularity,
         bounds,
+        Options(**options.model_dump(include=set(Options.model_fields))),
     )

@@ -90,7 +90,7 @@ def unit_sensitivities(
 
     for first in range(0, len(parts), TOGETHER):
         chunk = parts[first : first + TOGETHER]
-        found += journal.get(f"parts {first}", partial(ranks.spread, chunk, measure))
+        found += journal.get(f"parts {first}", partial(ranks.map, measure, chunk))
         if len(parts) > 1:
             progress(len(found), len(parts))
     values = {name: sum(part[name] for part in found) / len(found) for name in names}

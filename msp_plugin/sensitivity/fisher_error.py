@@ -44,7 +44,7 @@ def fisher_errors(
     Args:
         weight: returns the weight [O, I] of a layer at a level, by names.
         journal: holds the layers that were measured; None keeps nothing.
-        ranks: share the layers of a group.
+        ranks: share the samples, and the layers of a group.
     """
     journal = Journal(None, {}) if journal is None else journal
     result: dict[str, dict[str, float]] = {}
@@ -53,8 +53,9 @@ def fisher_errors(
 
         def measure(group: list[str] = group, done: int = done) -> dict[str, dict[str, float]]:
             report = _part(progress, done, len(groups))
-            parts = ranks.gather(lambda: _errors(model, data, ranks.share(group), levels, weight, report))
-            return {layer: errors for part in parts for layer, errors in part.items()}
+            diagonals = fisher_diagonals(model, data, group, report, ranks)
+            errors = ranks.map(lambda layer: _errors(model, layer, diagonals[layer], levels, weight), group)
+            return dict(zip(group, errors, strict=True))
 
         result |= journal.get(" ".join(group), measure)
     return result
@@ -70,24 +71,33 @@ def diagonal_groups(
 
 
 def _errors(
-    model: torch.nn.Module, data: CalibrationSet, layers: Sequence[str], levels: Sequence[str],
-    weight: Callable[[str, str], torch.Tensor], progress: Progress,
-) -> dict[str, dict[str, float]]:  # fmt: skip
-    result = {}
-    for layer, diagonal in fisher_diagonals(model, data, layers, progress).items() if layers else ():
-        with onloaded(model.get_submodule(layer)) as module:
-            dense = module.weight.detach().float()
-            result[layer] = {
-                level: 0.5 * float((diagonal * (dense - weight(layer, level).to(dense)).square()).sum())
-                for level in levels
-            }
-    return result
+    model: torch.nn.Module,
+    layer: str,
+    diagonal: torch.Tensor,
+    levels: Sequence[str],
+    weight: Callable[[str, str], torch.Tensor],
+) -> dict[str, float]:
+    """Return the error of one layer at each level (see fisher_errors), for T times the diagonal float32[O, I]."""
+    with onloaded(model.get_submodule(layer)) as module:
+        dense = module.weight.detach().float()
+        return {
+            level: 0.5 * float((diagonal * (dense - weight(layer, level).to(dense)).square()).sum())
+            for level in levels
+        }
 
 
 def fisher_diagonals(
-    model: torch.nn.Module, data: CalibrationSet, layers: Sequence[str], progress: Progress = silent
+    model: torch.nn.Module,
+    data: CalibrationSet,
+    layers: Sequence[str],
+    progress: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> dict[str, torch.Tensor]:
-    """Return T times the mean over samples of the squared gradient, float32[O, I] by layer name."""
+    """Return T times the mean over samples of the squared gradient, float32[O, I] by layer name.
+
+    Ranks share the samples.
+    """
+    own = data.of_rank(ranks)
     modules = {layer: model.get_submodule(layer) for layer in layers}
     totals = {
         layer: torch.zeros(module.weight.shape, device=weight_device(module))
@@ -97,7 +107,7 @@ def fisher_diagonals(
 
     def add(name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
         gradient = dy.float().T @ x.float()
-        tokens = len(data.samples[at])  # not len(x): an expert sees some of them
+        tokens = len(own.samples[at])  # not len(x): an expert sees some of them
         totals[name].addcmul_(gradient, gradient, value=tokens / len(data))
 
     def report(done: int, total: int) -> None:
@@ -105,8 +115,8 @@ def fisher_diagonals(
         at = done
         progress(done, total)
 
-    backward_passes(model, data, layers, add, report)
-    return totals
+    ranks.gather(lambda: backward_passes(model, own, layers, add, report))
+    return {layer: ranks.all_reduce_sum(total) for layer, total in totals.items()}
 
 
 def _part(progress: Progress, index: int, count: int) -> Progress:

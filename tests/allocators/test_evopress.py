@@ -77,7 +77,6 @@ def problems(draw):
 
 
 @given(problems(), st.integers(0, 10**6), st.integers(1, 4))
-@settings(max_examples=100)
 def test_a_mutation_keeps_the_budget_and_the_bounds(problem, seed, most):
     rng = np.random.default_rng(seed)
     parent = problem.solve(rng.random((len(problem.table), len(problem.menu))))

@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from msp_plugin.allocators.base import AllocationInputs
@@ -109,7 +109,6 @@ def test_bounds_hold_at_the_start_and_at_each_step():
     st.lists(st.sampled_from([*DEFAULT_LEVELS, "2:4", "1:3"]), min_size=1, max_size=5, unique=True),
     st.data(), st.integers(0, 10**6), st.floats(0, 1),
 )  # fmt: skip
-@settings(max_examples=80)
 def test_every_result_is_on_the_budget_and_repeats(blocks, levels, data, seed, start):
     menu = parse_menu(levels)
     target = data.draw(st.fractions(menu[0].sparsity, menu[-1].sparsity, max_denominator=32))

@@ -107,7 +107,6 @@ def test_the_search_finds_the_best_of_all_choices_of_a_small_problem():
 
 
 @given(problems(), st.integers(0, 1000), st.integers(1, 5))
-@settings(max_examples=80)
 def test_a_mutation_stays_on_the_budget(problem, seed, moves):
     rng = np.random.default_rng(seed)
     parent = problem.solve(rng.random((len(problem.table), len(problem.menu))))
@@ -128,7 +127,6 @@ def test_a_mutation_without_a_way_back_to_the_budget_gives_the_parent():
 
 
 @given(problems(), st.integers(0, 1000))
-@settings(max_examples=80)
 def test_a_crossover_stays_on_the_budget(problem, seed):
     rng = np.random.default_rng(seed)
     a, b = (problem.solve(rng.random((len(problem.table), len(problem.menu)))) for _ in range(2))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from msp_plugin.allocators.alphapruning import AlphaPruning
@@ -112,7 +112,6 @@ def test_scores_move_sparsity_the_published_way(allocator, sign):
     ),
     st.integers(0, 10**6), st.sampled_from(ALL), st.fractions("1/20", "17/20", max_denominator=40),
 )  # fmt: skip
-@settings(max_examples=100)
 def test_every_result_is_on_the_budget_and_repeats(blocks, seed, allocator, target):
     problem = problem_of(blocks, target=target)
     scores = np.random.default_rng(seed).exponential(1.0, len(problem.table))

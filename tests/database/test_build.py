@@ -8,11 +8,12 @@ from safetensors import safe_open
 from msp_plugin.database.build import build_database, check_space, collect
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import MSPError, NumericsError, OutputError
-from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.base import LayerwisePruner
 from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.pruning.sparsegpt import SparseGPT
+from msp_plugin.pruning.wanda import Wanda
 from msp_plugin.runtime import disk as writing
 
 MENU = parse_menu(["dense", "6:8", "4:8", "1:8"])

@@ -7,13 +7,14 @@ from msp_plugin.allocators.knapsack import Knapsack
 from msp_plugin.data.samples import TextSplit
 from msp_plugin.database.build import build_database, check_space
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import check_finite_weights, prunable_layers
 from msp_plugin.models.offload import offloaded_module, onloaded
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu, parse_sparsity
 from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.pruning.sparsegpt import SparseGPT
+from msp_plugin.pruning.wanda import Wanda
 from msp_plugin.search.measurements import Measurements
 
 accelerate = pytest.importorskip("accelerate")

@@ -1,9 +1,6 @@
-"""A level database that ranks build together, each its own blocks."""
+"""A level database that ranks build together, each from its own samples and for its own layers."""
 
 import copy
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -14,9 +11,11 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import HostError, MSPError, NumericsError
-from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.levels import parse_menu
+from msp_plugin.pruning.base import LayerwisePruner
+from msp_plugin.pruning.sparsegpt import SparseGPT
+from msp_plugin.pruning.wanda import Wanda
 from msp_plugin.runtime.ranks import ALONE
 
 MENU = parse_menu(["dense", "2:4", "1:8"])
@@ -50,34 +49,109 @@ def build(model, mixed, tmp_path):
     return make
 
 
+@dataclass(frozen=True)
+class SquaredNorm(LayerwisePruner):
+    """A third party's method: its statistic is the one that every LayerwisePruner has."""
+
+    name = "squared_norm"
+
+    def score(self, weight, input_norm):
+        return weight.square() * input_norm
+
+
+@dataclass(frozen=True)
+class Listing(SquaredNorm):
+    """A third party's method with a statistic of its own, which knows of no ranks."""
+
+    name = "listing"
+
+    def new_statistic(self, module):
+        return [super().new_statistic(module)]
+
+    def observe(self, module, inputs, statistic):
+        return [super().observe(module, inputs, statistic[0])]
+
+    def prune_levels(self, module, statistic, levels, layer):
+        return super().prune_levels(module, statistic[0], levels, layer)
+
+    def output_error(self, delta, statistic):
+        return super().output_error(delta, statistic[0])
+
+
 def files(database):
     return {path.name: path.read_bytes() for path in database.path.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 7])
-@pytest.mark.parametrize("statistics_bytes", [1 << 30, 2 * 4 * 32 * 32])
-def test_the_files_are_those_of_one_process(build, on_ranks, size, statistics_bytes):
-    alone, count = build("alone")
-    found = on_ranks(size, lambda ranks: build("shared", ranks, statistics_bytes=statistics_bytes))
+def uniform(model):
+    """Return one level for all layers: the pruned blocks that the statistics are taken behind."""
+    return {layer.name: "2:4" for layer in prunable_layers(model).layers}
+
+
+@pytest.mark.parametrize("size", [2, 3, 9])
+@pytest.mark.parametrize("statistics_bytes", [1 << 30, 1])
+@pytest.mark.parametrize("behind", [False, True])
+def test_weights_are_those_of_one_process_but_for_rounding_and_the_same_on_as_many_ranks(
+    build, on_ranks, model, check_equal_but_for_rounding, size, statistics_bytes, behind
+):
+    options = {"prefix": uniform(model) if behind else None, "statistics_bytes": statistics_bytes}
+    alone, count = build("alone", **options)
+    found, again = (on_ranks(size, lambda ranks, n=n: build(n, ranks, **options)) for n in ("one", "two"))
     assert [written for _, written in found] == [count] * size == [7 * BLOCKS] * size
-    assert files(found[0][0]) == files(alone)
+    check_equal_but_for_rounding([alone, found[0][0]], prunable_layers(model))
+    assert files(found[0][0]) == files(again[0][0])
 
 
-def test_a_rank_runs_its_own_blocks_only_and_each_batch_once(build, on_ranks, model):
+@pytest.mark.parametrize("pruner", [SparseGPT(block_size=32), Wanda(), SquaredNorm()])
+def test_methods_reduce_their_statistics_over_samples_of_different_lengths(
+    build, on_ranks, model, check_equal_but_for_rounding, pruner
+):
+    alone, _ = build("alone", pruner=pruner)
+    found = on_ranks(3, lambda ranks: build("shared", ranks, pruner)[0])
+    check_equal_but_for_rounding([alone, *found], prunable_layers(model))
+
+
+def test_a_method_whose_statistic_cannot_be_merged_is_refused_on_several_ranks(build, on_ranks):
+    build("alone", pruner=Listing())
+    for error in on_ranks(2, lambda ranks: build("shared", ranks, Listing())):
+        assert isinstance(error, HostError)
+        assert "method 'listing' does not run on several ranks: its list has no merge" in str(error)
+
+
+def test_a_rank_runs_its_own_samples_through_every_block_once(build, on_ranks, model):
     def work(ranks):
         own, runs = copy.deepcopy(model), [0] * BLOCKS
         for number, block in enumerate(own.model.layers):
 
             def count(module, args, output, number=number):
-                runs[number] += 1
+                runs[number] += len(output)
 
             block.mlp.register_forward_hook(count)
         build("shared", ranks, Wanda(), own)
         return runs
 
     looks = 3  # at the start one sample, whole and by block with another one, shows that the model runs so
-    found = on_ranks(2, work)
-    assert found == [[looks + 4 * (b % 2 == rank) for b in range(BLOCKS)] for rank in (0, 1)]
+    assert on_ranks(3, work) == [[looks + samples] * BLOCKS for samples in (3, 3, 2)]
+
+
+def test_an_expert_that_one_ranks_samples_reach_alone_is_pruned(build, on_ranks, model):
+    """A layer that no token reached on one rank, and one that none reached on any."""
+
+    def gated(all_dark):
+        own = copy.deepcopy(model)
+        mlp = own.model.layers[1].mlp
+
+        def forward(hidden):
+            return own_forward(hidden) if hidden.shape[1] == 40 and not all_dark else torch.zeros_like(hidden)
+
+        own_forward, mlp.forward = mlp.forward, forward
+        return own
+
+    def work(ranks, all_dark=False):
+        return build(f"shared {all_dark}", ranks, own=gated(all_dark))[1]
+
+    assert on_ranks(8, work) == [7 * BLOCKS] * 8
+    errors = on_ranks(8, lambda ranks: work(ranks, all_dark=True))
+    assert all("2 layers saw no calibration token, e.g. model.layers.1.mlp" in str(e) for e in errors)
 
 
 def test_only_missing_layers_are_built_whoever_wrote_the_others(build, on_ranks):
@@ -97,37 +171,38 @@ class Failing(SparseGPT):
     name = "failing"
 
     layer: str = ""
-    error: type[MSPError] = NumericsError
 
     def prune_levels(self, module, statistic, levels, layer):
         if layer == self.layer:
-            raise self.error(f"cannot prune {layer}", hint="none")
+            raise NumericsError(f"cannot prune {layer}")
         return super().prune_levels(module, statistic, levels, layer)
 
 
-@pytest.mark.parametrize(("size", "block"), [(2, 0), (2, BLOCKS - 1), (3, 1), (7, 2), (7, 3)])
-@pytest.mark.parametrize("error", [NumericsError, HostError])
-def test_a_layer_that_fails_ends_all_ranks_with_its_error(build, on_ranks, size, block, error):
+@pytest.mark.parametrize(("size", "block"), [(2, 0), (2, BLOCKS - 1), (3, 1), (7, 2)])
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_layer_that_fails_ends_all_ranks_with_its_error(build, on_ranks, model, size, block, behind):
     layer = f"model.layers.{block}.self_attn.o_proj"
+    prefix = uniform(model) if behind else None
 
     def work(ranks):
-        with pytest.raises(error) as found:
-            build("failing", ranks, Failing(block_size=32, layer=layer, error=error))
-        return str(found.value), files(build("shared", ranks)[0])  # the ranks go on together
+        with pytest.raises(MSPError) as found:
+            build("failing", ranks, Failing(block_size=32, layer=layer), prefix=prefix)
+        return found.value.message, build("shared", ranks)[1]  # the ranks go on together
 
-    alone = files(build("alone")[0])
-    assert on_ranks(size, work) == [(f"cannot prune {layer}\n  -> none", alone)] * size
+    messages, written = zip(*on_ranks(size, work), strict=True)
+    assert written == (7 * BLOCKS,) * size
+    (failed,) = (rank for rank, message in enumerate(messages) if message == f"cannot prune {layer}")
+    assert set(messages) == {f"cannot prune {layer}", f"rank {failed}: cannot prune {layer}"}
 
 
-@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("block", range(BLOCKS - 1))
-def test_an_activation_that_overflows_ends_all_ranks_with_its_error(build, on_ranks, model, size, block):
+def test_an_activation_that_overflows_ends_all_ranks_with_its_error(build, on_ranks, model, block):
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.model.layers[block].mlp.down_proj.weight.fill_(float("inf"))
-    errors = on_ranks(size, lambda ranks: build("shared", ranks, own=copy.deepcopy(broken)))
+    errors = on_ranks(2, lambda ranks: build("shared", ranks, own=copy.deepcopy(broken)))
     said = f"the output of model.layers.{block} is not finite"
-    assert [str(error).split("\n")[0] for error in errors] == [said] * size
+    assert [error.message for error in errors] == [said, f"rank 0: {said}"]
 
 
 def test_ranks_that_see_differently_whether_a_model_runs_by_block_take_the_way_that_all_can(
@@ -142,50 +217,3 @@ def test_ranks_that_see_differently_whether_a_model_runs_by_block_take_the_way_t
     monkeypatch.setattr("msp_plugin.database.build.runs_by_block", differs)
     found = on_ranks(2, lambda ranks: build("shared", ranks)[1])
     assert found == [7 * BLOCKS] * 2 and len(seen) == 2
-
-
-def test_hidden_states_of_another_dtype_than_the_embeddings_are_handed_on(build, on_ranks, model):
-    own = copy.deepcopy(model)
-    own.model.embed_tokens.bfloat16()
-    alone = files(build("alone", own=copy.deepcopy(own))[0])
-    found = on_ranks(3, lambda ranks: files(build("shared", ranks, own=copy.deepcopy(own))[0]))
-    assert found == [alone] * 3
-
-
-PROCESS = """
-import sys
-import torch
-from pathlib import Path
-from transformers import AutoModelForCausalLM
-from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.database.build import build_database
-from msp_plugin.database.store import LevelDatabase
-from msp_plugin.hosts.llm_compressor.methods import SparseGPT
-from msp_plugin.models.layers import prunable_layers
-from msp_plugin.plan.levels import parse_menu
-from msp_plugin.runtime.ranks import join
-
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
-samples = CalibrationSet(tuple(torch.load(sys.argv[2])), "mixed")
-database = LevelDatabase(Path(sys.argv[3]), {}, parse_menu(["dense", "2:4", "1:8"]))
-ranks = join()
-build_database(
-    database, model, prunable_layers(model), SparseGPT(block_size=32), samples,
-    batch_tokens=80, statistics_bytes=1, ranks=ranks,
-)
-ranks.leave()
-"""
-
-
-def test_processes_of_torchrun_write_the_files_of_one_process(model, mixed, tmp_path):
-    model.save_pretrained(tmp_path / "model")
-    torch.save(list(mixed.samples), tmp_path / "samples.pt")
-    (tmp_path / "process.py").write_text(PROCESS)
-    written = []
-    for count, start in ((1, []), (2, ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
-        subprocess.run(
-            [sys.executable, *start, "process.py", "model", "samples.pt", str(count)],
-            cwd=tmp_path, check=True, timeout=120, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        written.append({p.name: p.read_bytes() for p in (tmp_path / str(count)).rglob("*.safetensors")})
-    assert written[0] == written[1] and len(written[0]) == 7 * BLOCKS

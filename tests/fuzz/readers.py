@@ -82,15 +82,9 @@ def read_recipe(directory: Path) -> None:
 
 def build_recipe(directory: Path) -> None:
     """All that a run does with a recipe before it loads a model."""
-    from msp_plugin.hosts.llm_compressor.recipe import build_recipe, our_line, read_recipe
-    from msp_plugin.search.options import Options
-    from msp_plugin.search.resolve import resolve
+    from msp_plugin.hosts.llm_compressor.recipe import Recipe
 
-    steps = read_recipe(directory / "recipe.yaml")
-    line = our_line(steps)
-    if line is not None:
-        resolve(Options.parse(line), _plugins())
-    build_recipe(steps)
+    Recipe.parse(directory / "recipe.yaml", _plugins())
 
 
 _PLUGINS: list[Any] = []

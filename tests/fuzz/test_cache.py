@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from mutations import byte_files
 
 from msp_plugin.database.store import LayerErrors, LevelDatabase
@@ -39,7 +39,6 @@ def journal(directory):
 
 def test_any_layer_of_a_database_is_whole_or_built_anew(directory, layer):
     @given(byte_files(layer))
-    @settings(max_examples=150)
     def read(content):
         found = database(directory / "other")
         found.path.mkdir(parents=True, exist_ok=True)
@@ -59,7 +58,6 @@ def test_any_layer_of_a_database_is_whole_or_built_anew(directory, layer):
 
 def test_any_line_of_a_journal_is_as_it_was_written_or_measured_anew(directory, journal):
     @given(byte_files(journal))
-    @settings(max_examples=150)
     def read(content):
         path = directory / "damaged.jsonl"
         path.write_bytes(content)

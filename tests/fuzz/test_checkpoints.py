@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mutations import byte_files, documents, json_files
 from readers import READERS, check, parts, safetensors
@@ -74,28 +74,24 @@ def headers(draw, content):
 
 
 @given(st.data(), FORMS)
-@settings(max_examples=120)
 def test_any_tensors_are_read_or_refused(checkpoints, originals, data, form):
     content = originals[form]["model.safetensors"]
     check(READERS["tensors"], checkpoints[form], data.draw(headers(content) | byte_files(content)))
 
 
 @given(st.data(), FORMS)
-@settings(max_examples=120)
 def test_any_config_is_read_or_refused(checkpoints, originals, data, form):
     content = json.loads(originals[form]["config.json"])
     check(READERS["config"], checkpoints[form], data.draw(json_files(content)))
 
 
 @given(st.data())
-@settings(max_examples=120)
 def test_any_manifest_is_read_or_refused(checkpoints, originals, data):
     content = json.loads(originals["packed"]["export.json"])
     check(READERS["manifest"], checkpoints["packed"], data.draw(json_files(content)))
 
 
 @given(st.data())
-@settings(max_examples=80)
 def test_any_index_is_read_or_refused(checkpoints, originals, data):
     header, _ = parts(originals["dense"]["model.safetensors"])
     names = sorted(set(header) - {"__metadata__"})
@@ -107,14 +103,12 @@ def test_any_index_is_read_or_refused(checkpoints, originals, data):
 
 
 @given(st.data(), FORMS)
-@settings(max_examples=100)
 def test_any_config_is_loaded_or_refused(checkpoints, originals, data, form):
     content = json.loads(originals[form]["config.json"])
     check(READERS["loaded config"], checkpoints[form], data.draw(json_files(content)))
 
 
 @given(st.data())
-@settings(max_examples=60)
 def test_any_tokenizer_is_loaded_or_refused(checkpoints, originals, data):
     content = json.loads(originals["dense"]["tokenizer.json"])
     check(READERS["loaded tokenizer"], checkpoints["dense"], data.draw(json_files(content)))

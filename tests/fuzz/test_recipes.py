@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mutations import byte_files, documents
 from readers import READERS, RECIPE, TASK, check
@@ -12,7 +12,6 @@ from msp_plugin.errors import MSPError, RecipeError, nearest, shown
 from msp_plugin.plan.bounds import parse_bounds
 from msp_plugin.plan.levels import Level, parse_menu, parse_sparsity
 from msp_plugin.plugins.manager import Plugins
-from msp_plugin.runs.grid import parse_allocators
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
 
@@ -54,13 +53,11 @@ def test_the_valid_files_are_read(tmp_path):
 
 
 @given(yaml_files(RECIPE))
-@settings(max_examples=150)
 def test_any_recipe_is_read_or_refused(directory, content):
     check(READERS["recipe"], directory, content)
 
 
 @given(yaml_files(TASK))
-@settings(max_examples=120)
 def test_any_task_is_read_or_refused(directory, content):
     (directory / "recipe.yaml").unlink(missing_ok=True)
     check(READERS["task"], directory, content)
@@ -75,7 +72,6 @@ LINE = yaml.safe_load(RECIPE)["sparsity_stage"]["sparsity_modifiers"]["MixedSpar
 
 
 @given(documents(LINE))
-@settings(max_examples=250)
 def test_any_options_are_resolved_or_refused(plugins, options):
     try:
         plan = resolve(Options.parse(options), plugins)
@@ -93,14 +89,10 @@ def test_odd_yaml_is_a_value_or_our_error_everywhere(text, tmp_path):
         directory.mkdir()
         for content in (text, f"a_stage: {text}", f"a_stage: {{b_modifiers: {{C: {{d: {text}}}}}}}"):
             check(READERS[name], directory, content.encode(errors="surrogatepass"))
-    for read in (
-        lambda: component_options([f"method.x={text}"], method="m"),
-        lambda: parse_allocators(f"a[b={text}]"),
-    ):
-        try:
-            read()
-        except MSPError as error:
-            assert len(str(error)) < 3000
+    try:
+        component_options([f"method.x={text}"], method="m")
+    except MSPError as error:
+        assert len(str(error)) < 3000
 
 
 def test_a_recipe_whose_aliases_explode_is_refused(tmp_path):

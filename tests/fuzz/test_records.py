@@ -26,19 +26,16 @@ def test_the_valid_file_is_read(name, tmp_path):
 
 
 @given(json_files(VALID["allocation"]))
-@settings(max_examples=250)
 def test_any_allocation_is_read_or_refused(directory, content):
     check(READERS["allocation"], directory, content)
 
 
 @given(json_files(VALID["run"]))
-@settings(max_examples=120)
 def test_any_run_is_read_or_refused(directory, content):
     check(READERS["run"], fill(directory / "run"), content)
 
 
 @given(json_files(VALID["comparison"]))
-@settings(max_examples=200)
 def test_any_comparison_is_read_or_refused(directory, content):
     check(READERS["comparison"], fill(directory / "comparison"), content)
 

@@ -1,7 +1,7 @@
 """Calibration text: whatever a file holds, it is tokenized or refused by name."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from mutations import byte_files
 from readers import JSONL, READERS, check
 
@@ -14,13 +14,11 @@ def test_the_valid_files_are_read(tmp_path):
 
 
 @given(byte_files(JSONL.encode()))
-@settings(max_examples=150)
 def test_any_lines_are_read_or_refused(directory, content):
     check(READERS["lines"], directory, content)
 
 
 @given(byte_files("Grüße\n".encode() * 9))
-@settings(max_examples=80)
 def test_any_text_is_read_or_refused(directory, content):
     check(READERS["text"], directory, content)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from msp_plugin.errors import MSPError, RecipeError, VerificationError
@@ -237,7 +237,6 @@ def paths(value, at=()):
 
 
 @given(st.sampled_from(sorted(paths(document()), key=str)), JSON)
-@settings(max_examples=300)
 def test_whatever_one_value_is_replaced_by_reading_gives_an_allocation_or_our_error(path, value):
     data = edit(path, value)
     try:

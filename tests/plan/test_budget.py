@@ -3,7 +3,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from msp_plugin.errors import BudgetError
@@ -53,7 +53,6 @@ def within_reach(problem):
 
 
 @given(problems())
-@settings(max_examples=200)
 def test_the_budget_is_the_reachable_count_nearest_to_the_target_and_ties_are_sparser(problem):
     kept = sorted({naive_kept(problem, choice) for choice in choices(problem)})
     wanted = (1 - problem.target) * problem.table.weights
@@ -72,7 +71,6 @@ def test_the_budget_is_the_reachable_count_nearest_to_the_target_and_ties_are_sp
 
 
 @given(problems(), st.data())
-@settings(max_examples=200)
 def test_solve_is_the_cheapest_of_all_choices_on_the_budget(problem, data):
     if not within_reach(problem):
         return

@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from msp_plugin.plan.knapsack import area, cheapest, feasible
@@ -39,7 +39,6 @@ def brute_force(steps, cost, goal):
 
 
 @given(knapsacks(), st.sampled_from([0, 10**9]))
-@settings(max_examples=300)
 def test_the_choice_is_the_cheapest_of_all_with_bounds_and_without(problem, few):
     steps, cost, goal = problem
     choice, least = cheapest(*problem, few=few), brute_force(*problem)

@@ -1,7 +1,6 @@
 """A section of the report."""
 
-from msp_plugin import hookimpl
-from msp_plugin.report import Section
+from msp_plugin import Section, hookimpl
 
 
 @hookimpl

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from msp_plugin import hookimpl
-from msp_plugin.allocators.base import AllocationResult, Allocator
+from msp_plugin import AllocationResult, Allocator, hookimpl
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from msp_plugin import hookimpl
-from msp_plugin.checkpoint.export import Exporter
-from msp_plugin.checkpoint.manifest import Manifest, describe_files
+from msp_plugin import Exporter, Manifest, describe_files, hookimpl
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from msp_plugin import hookimpl
-from msp_plugin.verify.base import FAIL, OK, Check, Finding
+from msp_plugin import Check, Finding, hookimpl
 
 
 @dataclass(frozen=True)
@@ -16,11 +15,11 @@ class NoNaN(Check):
     def run(self, subject, progress):
         counts = {name: int(tensor.isnan().sum()) for name, tensor in subject.checkpoint.dense_tensors()}
         bad = [
-            Finding(name, FAIL, f"{n} NaN", f"at most {self.most}")
+            Finding(name, "fail", f"{n} NaN", f"at most {self.most}")
             for name, n in counts.items()
             if n > self.most
         ]
-        return bad or [Finding("tensors", OK, f"{len(counts)} without NaN")]
+        return bad or [Finding("tensors", "ok", f"{len(counts)} without NaN")]
 
 
 @hookimpl

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from msp_plugin import hookimpl
-from msp_plugin.allocators.base import AllocationResult, Allocator
-from msp_plugin.sensitivity.base import Estimator, silent
+from msp_plugin import AllocationResult, Allocator, Estimator, hookimpl
 
 
 @dataclass(frozen=True)
@@ -14,7 +12,7 @@ class SquaredNorm(Estimator):
     name = "squared_norm"
     scale: float = 1.0
 
-    def layer_sensitivities(self, model, data, layers, progress=silent):
+    def layer_sensitivities(self, model, data, layers, progress=None):
         norms = {name: float(model.get_submodule(name).weight.detach().square().sum()) for name in layers}
         return {name: self.scale * norm for name, norm in norms.items()}
 

@@ -6,6 +6,22 @@ import importlib.util
 
 from msp_plugin.errors import HostError
 
+#: Arguments that llm-compressor itself gives to every modifier, beside our options.
+HOST_KEYS = frozenset(
+    {
+        "index",
+        "group",
+        "start",
+        "end",
+        "update",
+        "initialized_",
+        "finalized_",
+        "started_",
+        "ended_",
+        "requires_calibration_data",
+    }
+)
+
 
 def require_host() -> None:
     """Raise unless llm-compressor is installed.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from msp_plugin.errors import RecipeError
-from msp_plugin.hosts.llm_compressor.methods import HostPruner
+from msp_plugin.hosts.llm_compressor.methods import HostMethod, host_method
 from msp_plugin.passes.observe import as_samples
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
@@ -33,20 +33,21 @@ def make_engine(
     make, go through our hooks.
     """
     levels = {name: level for name, level in allocation.by_layer.items() if not level.is_dense}
-    theirs = {name: level for name, level in levels.items() if _host_makes(pruner, level)}
+    method = host_method(pruner)
+    if method is None:
+        return LayerwiseEngine(pruner, levels, owner)
+    theirs = {name: level for name, level in levels.items() if _host_makes(method, level)}
     ours = {name: level for name, level in levels.items() if name not in theirs}
-    if not ours and isinstance(pruner, HostPruner):
-        return HostEngine(pruner, theirs)
+    if not ours:
+        return HostEngine(method, theirs)
     if not theirs:
         return LayerwiseEngine(pruner, ours, owner)
-    return BothEngines((HostEngine(pruner, theirs), LayerwiseEngine(pruner, ours, owner)))
+    return BothEngines((HostEngine(method, theirs), LayerwiseEngine(pruner, ours, owner)))
 
 
-def _host_makes(pruner: Pruner, level: Level) -> bool:
-    if not isinstance(pruner, HostPruner):
-        return False
+def _host_makes(method: HostMethod, level: Level) -> bool:
     try:
-        pruner.check_modifier(level)
+        method.check_modifier(level)
     except RecipeError:
         return False
     return True
@@ -55,8 +56,8 @@ def _host_makes(pruner: Pruner, level: Level) -> bool:
 class HostEngine:
     """One instance of the host's modifier per level, each with the exact names of its layers."""
 
-    def __init__(self, pruner: HostPruner, levels: Mapping[str, Level]):
-        self.pruner, self.levels = pruner, levels
+    def __init__(self, method: HostMethod, levels: Mapping[str, Level]):
+        self.method, self.levels = method, levels
         self.instances: list[Modifier] = []
         self.names: dict[torch.nn.Module, str] = {}
 
@@ -68,11 +69,11 @@ class HostEngine:
         self.names = {state.model.get_submodule(name): name for name in self.levels}
         for level in sorted(set(self.levels.values()), key=lambda level: level.sparsity):
             instance = ModifierFactory.create(
-                self.pruner.modifier,
+                self.method.modifier,
                 allow_registered=True,
                 allow_experimental=True,
                 targets=[name for name, its in self.levels.items() if its == level],
-                **self.pruner.modifier_arguments(level),
+                **self.method.modifier_arguments(level),
             )
             self.instances.append(instance)
             _flatten_inputs(instance)
@@ -83,7 +84,7 @@ class HostEngine:
 
         for instance in self.instances:
             if event.type_ == EventType.SEQUENTIAL_EPOCH_END:
-                self.pruner.check_statistics(instance, self.names)
+                self.method.check_statistics(instance, self.names)
             instance.update_event(state, event, **kwargs)
 
     def finalize(self, state: State) -> None:

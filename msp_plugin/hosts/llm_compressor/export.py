@@ -12,11 +12,12 @@ from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import CARD_FILE, Exporter
 from msp_plugin.checkpoint.manifest import Manifest, describe_files
 from msp_plugin.errors import RecipeError
-from msp_plugin.hosts.llm_compressor.methods import HostPruner
+from msp_plugin.hosts.llm_compressor.methods import HostMethod, host_method
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 from msp_plugin.plan.levels import Level
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import Progress
+from msp_plugin.pruning.base import Pruner
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.files import write_text
 
@@ -57,7 +58,7 @@ class PlainRecipe(Exporter):
         recipe = plain_recipe(allocation)
         write_text(directory / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False, width=100))
         write_text(directory / ALLOCATION_FILE, allocation.to_json())
-        write_text(directory / CARD_FILE, _CARD.format(modifier=_pruner(allocation).modifier))
+        write_text(directory / CARD_FILE, _CARD.format(modifier=_method(allocation)[1].modifier))
         progress(1, 1)
         files = describe_files([directory / RECIPE_FILE, directory / ALLOCATION_FILE])
         return Manifest(self.name, files, {}, versions=versions())
@@ -72,7 +73,7 @@ def plain_recipe(allocation: Allocation) -> dict[str, Any]:
         RecipeError: the allocation names no method, one that is no modifier of llm-compressor, or levels that its
             options do not fit.
     """
-    pruner = _pruner(allocation)
+    pruner, method = _method(allocation)
     layers: dict[Level, list[str]] = {}
     for layer, level in allocation.by_layer.items():
         if not level.is_dense:
@@ -81,11 +82,11 @@ def plain_recipe(allocation: Allocation) -> dict[str, Any]:
         raise RecipeError("every layer of the allocation is dense", hint="there is nothing to prune")
     recipe = {}
     for level in sorted(layers, key=lambda level: (level.sparsity, level.m)):
-        pruner.check_modifier(level)
+        method.check_modifier(level)
         pruner.check_level(level)
         key = f"keep_{level.n}_of_{level.m}"
-        arguments = {**pruner.modifier_arguments(level), "targets": layers[level]}
-        recipe[f"{key}_stage"] = {f"{key}_modifiers": {pruner.modifier: arguments}}
+        arguments = {**method.modifier_arguments(level), "targets": layers[level]}
+        recipe[f"{key}_stage"] = {f"{key}_modifiers": {method.modifier: arguments}}
     return recipe
 
 
@@ -97,15 +98,17 @@ def _allocation(source: Checkpoint) -> Allocation:
     return Allocation.read(source.path / ALLOCATION_FILE)  # with the names of a model's modules
 
 
-def _pruner(allocation: Allocation) -> HostPruner:
-    method = allocation.provenance.get("method")
-    if not isinstance(method, dict) or "name" not in method:
+def _method(allocation: Allocation) -> tuple[Pruner, HostMethod]:
+    """Return the method that an allocation was made with, and its modifier."""
+    recorded = allocation.provenance.get("method")
+    if not isinstance(recorded, dict) or "name" not in recorded:
         raise RecipeError("the allocation does not say which method pruned", hint="make it with `msp prune`")
-    spec = {key: value for key, value in method.items() if key not in ("host", "version")}
+    spec = {key: value for key, value in recorded.items() if key not in ("host", "version")}
     pruner = Plugins().build("pruners", spec)
-    if not isinstance(pruner, HostPruner):
+    method = host_method(pruner)
+    if method is None:
         raise RecipeError(
             f"method {pruner.name!r} is no modifier of llm-compressor",
             hint="use `msp prune --allocation` where this package is installed, or prune with sparsegpt or wanda",
         )
-    return pruner
+    return pruner, method

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,17 +17,20 @@ from torch.utils.data import RandomSampler, SequentialSampler
 
 from msp_plugin.checkpoint.recount import PruneStats, count_zeros, recount_model
 from msp_plugin.checkpoint.run_files import attach_files
+from msp_plugin.checkpoint.saved_names import saved_names
 from msp_plugin.checkpoint.saving import check_savable
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import TextSplit, split_text
 from msp_plugin.data.tokenize import from_dataloader
 from msp_plugin.errors import HostError, ModelError, RecipeError, nearest
+from msp_plugin.hosts.llm_compressor import HOST_KEYS
 from msp_plugin.hosts.llm_compressor.engines import make_engine
 from msp_plugin.hosts.llm_compressor.padding import Padding
-from msp_plugin.hosts.llm_compressor.passes import check_by_block, check_called
-from msp_plugin.hosts.llm_compressor.saving import name_experts, saved_names
+from msp_plugin.hosts.llm_compressor.passes import check_by_block
+from msp_plugin.hosts.llm_compressor.saving import name_experts
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.layers import decoder_blocks
+from msp_plugin.passes.reach import check_called
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import StepProgress, no_progress
 from msp_plugin.records.run import Outcome
@@ -35,12 +39,6 @@ from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import Plan, resolve
 
 log = logging.getLogger(__name__)
-
-#: What llm-compressor itself gives to every modifier, beside our options.
-HOST_KEYS = {
-    "index", "group", "start", "end", "update", "initialized_", "finalized_", "started_", "ended_",
-    "requires_calibration_data",
-}  # fmt: skip
 
 
 class MixedSparsityModifier(Options, Modifier):
@@ -98,6 +96,14 @@ class MixedSparsityModifier(Options, Modifier):
         self._plan = resolve(self, self._plugins)
         self.requires_calibration_data = self._plan.needs_data
         return self
+
+    @classmethod
+    def of(cls, options: Plan, host_arguments: Mapping[str, Any]) -> MixedSparsityModifier:
+        """Return a modifier that carries out resolved options, without parsing them again."""
+        modifier = cls.model_construct(**options.spelled.model_dump(), **host_arguments)
+        modifier._plugins, modifier._plan = Plugins(), options
+        modifier.requires_calibration_data = options.needs_data
+        return modifier
 
     @property
     def outcome(self) -> Outcome | None:

@@ -1,15 +1,11 @@
-"""What llm-compressor's calibration cannot run of a model, found before the search."""
+"""Find what llm-compressor's calibration by blocks cannot run of a model, before the search."""
 
 from __future__ import annotations
 
 import torch
 
-from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import ModelError
 from msp_plugin.models.layers import text_config
-from msp_plugin.models.offload import input_device
-from msp_plugin.passes.observe import observed
-from msp_plugin.plan.units import Unit, UnitTable
 
 
 def shares_keys(model: torch.nn.Module) -> bool:
@@ -32,36 +28,3 @@ def check_by_block(model: torch.nn.Module) -> None:
             hint="prune it with `msp prune` or run_recipe, which calibrate such a model in one pass, or by "
             "method magnitude with the uniform allocator, which need no calibration",
         )
-
-
-@torch.no_grad()
-def check_called(model: torch.nn.Module, table: UnitTable, data: CalibrationSet | None) -> None:
-    """Raise if a forward pass over text does not call a layer, so that a method could see no input of it.
-
-    Experts are left out: which tokens reach them is known after all text only.
-
-    Raises:
-        ModelError: layers are not called; the first are named.
-        NumericsError: an input is not finite.
-    """
-    if data is None:
-        return
-    layers = [layer for layer in table.layers if "experts" not in layer.name.split(".")]
-    units = [Unit(layer.name, 0, (layer,)) for layer in layers]
-    with observed(model, units, lambda unit, inputs: None) as called:
-        model(data.samples[0][None].to(input_device(model)), use_cache=False)
-    missed = [layer.name for layer in layers if layer.name not in called]
-    if missed:
-        raise ModelError(
-            f"a forward pass of {type(model).__name__} over text does not call {len(missed)} layers, e.g. {missed[0]}, "
-            "so that no method sees their inputs",
-            hint=f"add to ignore: {', '.join(_patterns(missed, table))}; or use method magnitude, which reads the "
-            "weights alone",
-        )
-
-
-def _patterns(missed: list[str], table: UnitTable) -> list[str]:
-    """Return patterns that name these layers and no others: a name ending where all that have it are missed."""
-    called = {layer.name.rpartition(".")[2] for layer in table.layers if layer.name not in missed}
-    endings = {name: name.rpartition(".")[2] for name in missed}
-    return sorted({name if ending in called else ending for name, ending in endings.items()})

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from msp_plugin.errors import MSPError, RecipeError, nearest, shown
+from msp_plugin.hosts.llm_compressor import HOST_KEYS
 from msp_plugin.hosts.llm_compressor.register import register_modifier
+from msp_plugin.plugins.manager import Plugins
 from msp_plugin.runtime.yaml_text import parse_yaml
+from msp_plugin.search.options import Options
+from msp_plugin.search.resolve import Plan, resolve
+
+if TYPE_CHECKING:
+    from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
 
 OURS = "MixedSparsityModifier"
 
@@ -110,31 +119,85 @@ def our_line(recipe: dict[str, Any]) -> dict[str, Any] | None:
     return lines[0] if lines else None
 
 
-def build_recipe(recipe: dict[str, Any]) -> Any:
-    """Return llm-compressor's own Recipe with every modifier built, ours included.
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: its stages, and the resolved options of its MixedSparsityModifier, None without one.
 
-    Raises:
-        RecipeError: an unknown modifier, or arguments that it refuses.
+    Modifiers keep state, so each run builds its own from the stages.
     """
-    register_modifier()
-    from llmcompressor.modifiers.factory import ModifierFactory
-    from llmcompressor.recipe import Recipe
 
-    if not ModifierFactory._loaded:
-        ModifierFactory.refresh()
-    known = {
-        *ModifierFactory._main_registry,
-        *ModifierFactory._experimental_registry,
-        *ModifierFactory._registered_registry,
-    }
-    for stage, groups in recipe.items():
-        for modifiers in groups.values() if str(stage).endswith("_stage") else ():
-            for name in modifiers:
-                if name not in known:
-                    raise RecipeError(f"there is no modifier {shown(name)}", hint=nearest(name, known))
-    try:
-        return Recipe.from_dict(recipe)
-    except MSPError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"llm-compressor refuses the recipe: {error}") from error
+    steps: Mapping[str, Any]
+    options: Plan | None
+
+    @classmethod
+    def parse(cls, source: str | Path | Mapping[str, Any], plugins: Plugins) -> Recipe:
+        """Return the recipe of a file, a text or a mapping, after every check that needs no model.
+
+        Raises:
+            RecipeError: see read_recipe, Options.parse, resolve and build.
+        """
+        steps = dict(source) if isinstance(source, Mapping) else read_recipe(source)
+        line = our_line(steps)
+        options = None
+        if line is not None:
+            options = resolve(Options.parse({k: v for k, v in line.items() if k not in HOST_KEYS}), plugins)
+        recipe = cls(steps, options)
+        recipe.build(options)
+        return recipe
+
+    @property
+    def mixes(self) -> bool:
+        """True if mixed sparsity is all that the recipe does."""
+        modifiers = [name for _, group in self._groups() for name in group]
+        return modifiers == [OURS]
+
+    def build(self, options: Plan | None) -> tuple[Any, MixedSparsityModifier | None]:
+        """Return llm-compressor's own Recipe with new modifiers, and the one that is ours.
+
+        Args:
+            options: what our modifier does; the uniform baseline gives it other ones.
+
+        Raises:
+            RecipeError: an unknown modifier, or arguments that it refuses.
+        """
+        modifier_class = register_modifier()
+        from llmcompressor.modifiers.factory import ModifierFactory
+        from llmcompressor.recipe import Recipe as HostRecipe
+
+        if not ModifierFactory._loaded:
+            ModifierFactory.refresh()
+        known = {
+            *ModifierFactory._main_registry,
+            *ModifierFactory._experimental_registry,
+            *ModifierFactory._registered_registry,
+        }
+        ours, modifiers = None, []
+        try:
+            for group, entries in self._groups():
+                for name, arguments in entries.items():
+                    if name not in known:
+                        raise RecipeError(f"there is no modifier {shown(name)}", hint=nearest(name, known))
+                    arguments = {"group": group.removesuffix("_modifiers"), **arguments}
+                    if name == OURS and options is not None:
+                        theirs = {key: value for key, value in arguments.items() if key in HOST_KEYS}
+                        modifiers.append(ours := modifier_class.of(options, theirs))
+                        continue
+                    modifiers.append(
+                        ModifierFactory.create(
+                            name, allow_registered=True, allow_experimental=True, **arguments
+                        )
+                    )
+            stage = list(self._stages())[-1].removesuffix("_stage")
+            return HostRecipe(args=self.steps.get("args", {}), stage=stage, modifiers=modifiers), ours
+        except MSPError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"llm-compressor refuses the recipe: {error}") from error
+
+    def _stages(self) -> Iterator[str]:
+        return (str(key) for key in self.steps if str(key).endswith("_stage"))
+
+    def _groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the name of each group of modifiers, with the modifiers' arguments by name."""
+        for stage in self._stages():
+            yield from self.steps[stage].items()

@@ -1,25 +1,21 @@
-"""Under which names llm-compressor and transformers save a model's weights.
+"""Names under which the experts that llm-compressor has split are saved.
 
-Transformers renames and reshapes tensors between memory and files. llm-compressor splits fused experts into linears,
+llm-compressor splits fused experts into linears,
 whose names it leaves to those rules, which do not know them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
-    PrefixChange,
-    WeightConverter,
     WeightRenaming,
-    rename_source_key,
 )
 
+from msp_plugin.checkpoint.saved_names import weight_conversions
 from msp_plugin.errors import ModelError
 
 #: The linears that llm-compressor makes of one expert's two matrices that transformers puts into one.
@@ -38,7 +34,7 @@ def name_experts(model: PreTrainedModel) -> None:
 
     if not get_linearized_moes(model):
         return
-    conversions = _conversions(model)
+    conversions = weight_conversions(model)
     if any(_SPLIT in target for c in conversions for target in c.target_patterns):
         return  # the model was loaded with split experts
     split = [_of_experts(conversion) for conversion in conversions]
@@ -67,34 +63,3 @@ def _of_experts(conversion: Any) -> list[WeightRenaming]:
         one.scope_prefix, one.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
         found.append(one)
     return found
-
-
-def saved_names(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
-    """Return by layer its name in the files that ``save_pretrained`` writes, for layers that change theirs.
-
-    Raises:
-        ModelError: a layer is saved as a part of another tensor, or reshaped.
-    """
-    undone = [conversion.reverse_transform() for conversion in reversed(_conversions(model))]
-    renamings = [one for one in undone if isinstance(one, WeightRenaming)]
-    converters = [one for one in undone if isinstance(one, WeightConverter)]
-    names = {}
-    for layer in layers:
-        name, converter = rename_source_key(f"{layer}.weight", renamings, converters, reverse=True)
-        if converter is not None or not name.endswith(".weight"):
-            raise ModelError(
-                f"transformers stores {layer} of {type(model).__name__} in another shape or with other layers in one "
-                "tensor, in which its zeros could not be checked",
-                hint="add it to ignore",
-            )
-        names[layer] = name.removesuffix(".weight")
-    return {layer: name for layer, name in names.items() if name != layer}
-
-
-def _conversions(model: PreTrainedModel) -> list[Any]:
-    """Return what transformers undoes when it saves a model, as its revert_weight_conversion finds it."""
-    loaded = getattr(model, "_weight_conversions", None)
-    if loaded is not None:
-        return loaded
-    known = get_model_conversion_mapping(model, add_legacy=False)
-    return [one for one in known if not isinstance(one, PrefixChange)]

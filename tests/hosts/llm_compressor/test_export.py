@@ -12,7 +12,7 @@ from msp_plugin.checkpoint.export import export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.errors import ModelError, RecipeError
 from msp_plugin.hosts.llm_compressor.export import PlainRecipe, plain_recipe
-from msp_plugin.hosts.llm_compressor.recipe import build_recipe, read_recipe
+from msp_plugin.hosts.llm_compressor.recipe import Recipe, read_recipe
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
@@ -88,7 +88,7 @@ def test_the_written_recipe_is_one_that_llm_compressor_builds(method, run_dir, c
     read = read_recipe(tmp_path / "out" / "recipe.yaml")
     given = Allocation.read(path / "allocation.json")
     assert read == plain_recipe(given)
-    built = build_recipe(read).modifiers
+    built = Recipe(read, None).build(None)[0].modifiers
     assert [type(m).__name__ for m in built] == [MODIFIERS[method]] * 4
     assert [list(m.targets) for m in built] == [a["targets"] for _, a in modifiers(read)]
     assert sum(len(m.targets) for m in built) == sum(not level.is_dense for level in given.by_layer.values())

@@ -9,8 +9,10 @@ from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from loguru import logger
 
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.hosts.llm_compressor.methods import SparseGPT, Wanda
+from msp_plugin.hosts.llm_compressor.methods import host_method
 from msp_plugin.plan.levels import DENSE, Level
+from msp_plugin.pruning.sparsegpt import SparseGPT
+from msp_plugin.pruning.wanda import Wanda
 
 LEVELS = [Level(7, 8), Level(3, 8), Level(2, 4), Level(1, 8)]
 METHODS = {"sparsegpt": SparseGPT(block_size=16), "wanda": Wanda()}
@@ -63,7 +65,7 @@ def test_the_driver_gives_what_the_hosts_own_modifier_gives(method, modifier, le
     pruner, xs = METHODS[method], [x.to(dtype) for x in batches()]
     module, theirs = linear(dtype=dtype), linear(dtype=dtype)
     (found,) = pruner.prune_levels(module, observed(pruner, module, xs), [level], "layer")
-    host = modifier(**pruner.modifier_arguments(level))
+    host = modifier(**host_method(pruner).modifier_arguments(level))
     host._module_names[theirs], host._module_sparsities[theirs] = "layer", float(level.sparsity)
     for x in xs:
         host.calibrate_module(theirs, (x,), None)
@@ -205,7 +207,7 @@ def test_equal_scores_fall_as_in_the_host(method, level):
     module.weight[::2] = torch.randint(1, 3, (20, 32)).bfloat16() * torch.tensor([-1.0, 1.0]).repeat(16)
     pruner, x = METHODS[method], torch.eye(32, dtype=torch.bfloat16)[None]
     modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
-    host, theirs = modifier(**pruner.modifier_arguments(level)), copy.deepcopy(module)
+    host, theirs = modifier(**host_method(pruner).modifier_arguments(level)), copy.deepcopy(module)
     (found,) = pruner.prune_levels(module, observed(pruner, module, [x]), [level], "layer")
     host._module_names[theirs], host._module_sparsities[theirs] = "layer", float(level.sparsity)
     host.calibrate_module(theirs, (x,), None)
@@ -281,11 +283,11 @@ def test_a_hessian_that_is_not_finite_is_named(value):
 
 def test_the_hosts_own_statistics_are_checked_by_name():
     module = linear()
-    host = SparseGPTModifier(**SparseGPT().modifier_arguments(Level(2, 4)))
+    host = SparseGPTModifier(**host_method(SparseGPT()).modifier_arguments(Level(2, 4)))
     host.calibrate_module(module, (torch.ones(2, 2, 32),), None)
-    SparseGPT().check_statistics(host, {module: "model.up_proj"})
+    host_method(SparseGPT()).check_statistics(host, {module: "model.up_proj"})
     with pytest.raises(NumericsError, match="Hessian of model.up_proj is singular"):
-        SparseGPT(dampening_frac=0.0).check_statistics(host, {module: "model.up_proj"})
+        host_method(SparseGPT(dampening_frac=0.0)).check_statistics(host, {module: "model.up_proj"})
 
 
 def test_a_feature_that_is_always_zero_loses_its_weights():
@@ -305,7 +307,7 @@ def test_a_feature_that_is_always_zero_loses_its_weights():
     ("wanda", Level(2, 4), {"sparsity": 0.5, "mask_structure": "2:4"}),
 ])  # fmt: skip
 def test_the_hosts_structure_counts_the_pruned_ones(method, level, expected):
-    assert METHODS[method].modifier_arguments(level) == expected
+    assert host_method(METHODS[method]).modifier_arguments(level) == expected
 
 
 def test_a_block_that_would_break_the_pattern_is_refused():

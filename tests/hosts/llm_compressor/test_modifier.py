@@ -86,7 +86,7 @@ def test_every_method_prunes_every_group_to_the_level_and_touches_nothing_else(
 @pytest.mark.parametrize(
     ("method", "host"), [("sparsegpt", "SparseGPTModifier"), ("wanda", "WandaPruningModifier")]
 )
-@pytest.mark.parametrize("pipeline", ["sequential", "independent"])
+@pytest.mark.parametrize("pipeline", ["sequential", pytest.param("independent", marks=pytest.mark.slow)])
 def test_a_uniform_2_4_run_is_bit_identical_to_the_hosts_own(method, host, pipeline, model, calibration):
     from llmcompressor.modifiers.factory import ModifierFactory
 
@@ -170,8 +170,8 @@ def test_a_yaml_recipe_gives_what_python_gives(model, calibration, tmp_path):
     assert "MixedSparsityModifier" in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
-@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W4A16"])
-@pytest.mark.parametrize("pipeline", ["sequential", "independent"])
+@pytest.mark.parametrize("scheme", [pytest.param("FP8_DYNAMIC", marks=pytest.mark.slow), "W4A16"])
+@pytest.mark.parametrize("pipeline", ["sequential", pytest.param("independent", marks=pytest.mark.slow)])
 def test_round_to_nearest_quantization_afterwards_keeps_the_pattern_after_reload(
     scheme, pipeline, model, calibration, tmp_path
 ):
@@ -289,6 +289,7 @@ def test_sparsity_zero_changes_nothing(model, calibration):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_recipe_that_a_run_leaves_runs_again(model, calibration, tmp_path):
     modifier = MixedSparsityModifier(
         sparsity="5/8", method={"name": "sparsegpt", "block_size": 64}, allocator="uniform", ignore=["k_proj"]
@@ -321,6 +322,7 @@ def test_a_target_that_the_levels_cannot_meet_exactly_is_met_to_the_nearest_coun
     assert abs(float(budget.sparsity) - 0.7) < 1e-3
 
 
+@pytest.mark.slow
 def test_two_ranks_are_refused_with_a_reason(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(
@@ -393,12 +395,24 @@ def ragged(calibration, side="right", batch_size=4, **options):
     return DataLoader(padded, batch_size=batch_size, **options), DataLoader(plain)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(
-    ("method", "level", "pipeline"),
-    [("sparsegpt", "2:4", "sequential"), ("wanda", "2:4", "sequential"), ("wanda", "0.5", "sequential"),
-     ("sparsegpt", "2:4", "basic")],
-)  # fmt: skip
+    ("side", "method", "level", "pipeline"),
+    [
+        ("right", "sparsegpt", "2:4", "sequential"),
+        ("left", "wanda", "0.5", "sequential"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("left", "sparsegpt", "2:4", "sequential"),
+                ("right", "sparsegpt", "2:4", "basic"),
+                ("left", "sparsegpt", "2:4", "basic"),
+                ("right", "wanda", "2:4", "sequential"),
+                ("left", "wanda", "2:4", "sequential"),
+                ("right", "wanda", "0.5", "sequential"),
+            )
+        ),
+    ],
+)
 def test_padding_counts_for_nothing(side, method, level, pipeline, model, calibration):
     from llmcompressor import oneshot
 
@@ -418,6 +432,7 @@ def test_padding_counts_for_nothing(side, method, level, pipeline, model, calibr
         assert apart < most or where not in name, name
 
 
+@pytest.mark.slow
 def test_padding_counts_for_nothing_in_experts_either(calibration, tmp_path):
     from llmcompressor import oneshot
     from transformers import MixtralConfig, MixtralForCausalLM

@@ -17,7 +17,6 @@ from msp_plugin.data.samples import TextSplit
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import ModelError
-from msp_plugin.hosts.llm_compressor.methods import Wanda
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
@@ -26,6 +25,7 @@ from msp_plugin.models.source import load_tokenizer
 from msp_plugin.passes.gradients import gradients_without_weights
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu, parse_sparsity
+from msp_plugin.pruning.wanda import Wanda
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
 from msp_plugin.search.measurements import Measurements

@@ -35,7 +35,7 @@ def text_file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", pytest.param("sparsegpt", marks=pytest.mark.slow)])
 def test_a_run_holds_one_model_at_a_time(method, alive, msp, text_file, tmp_path):
     msp(
         "prune", "demo:qwen2", "-s", "0.75", "--method", method, "--allocator", "owl", "--data", text_file, *SMALL,

@@ -1,7 +1,14 @@
 import pytest
 
 from msp_plugin.errors import RecipeError
-from msp_plugin.hosts.llm_compressor.recipe import build_recipe, our_line, read_recipe
+from msp_plugin.hosts.llm_compressor.recipe import Recipe, our_line, read_recipe
+from msp_plugin.plugins.manager import Plugins
+
+
+def build(text):
+    recipe = Recipe.parse(text, Plugins())
+    return recipe.build(recipe.options)
+
 
 GOOD = "a_stage:\n  b_modifiers:\n    MixedSparsityModifier: {sparsity: 0.75}\n"
 
@@ -35,18 +42,18 @@ def test_a_missing_recipe_file_is_named(tmp_path):
 
 def test_an_unknown_modifier_names_the_nearest_one():
     with pytest.raises(RecipeError, match="did you mean 'MixedSparsityModifier'"):
-        build_recipe(read_recipe(GOOD.replace("Mixed", "Mxed")))
+        build(GOOD.replace("Mixed", "Mxed"))
 
 
 def test_a_refusal_by_the_host_is_passed_on():
     with pytest.raises(RecipeError, match="llm-compressor refuses"):
-        build_recipe(read_recipe("a_stage:\n  b_modifiers:\n    WandaPruningModifier: {colour: red}\n"))
+        build("a_stage:\n  b_modifiers:\n    WandaPruningModifier: {colour: red}\n")
 
 
 def test_unquoted_levels_in_yaml_are_explained():
     text = GOOD.replace("{sparsity: 0.75}", "{sparsity: 0.5, levels: [2:4, dense]}")
     with pytest.raises(RecipeError, match="reads an unquoted 2:4 in base 60"):
-        build_recipe(read_recipe(text))
+        build(text)
 
 
 def test_our_line_is_found_in_any_stage_and_two_are_refused():
@@ -58,5 +65,6 @@ def test_our_line_is_found_in_any_stage_and_two_are_refused():
 
 
 def test_a_good_recipe_becomes_the_hosts_own_object():
-    recipe = build_recipe(read_recipe(GOOD))
-    assert [type(m).__name__ for m in recipe.modifiers] == ["MixedSparsityModifier"]
+    recipe, ours = build(GOOD)
+    assert recipe.modifiers == [ours] and type(ours).__name__ == "MixedSparsityModifier"
+    assert ours.sparsity == 0.75 and ours.method == "sparsegpt" and ours.requires_calibration_data

@@ -20,9 +20,10 @@ from transformers.core_model_loading import Chunk, WeightConverter
 from msp_plugin import MixedSparsityModifier
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import Dense, export_checkpoint
+from msp_plugin.checkpoint.saved_names import saved_names
 from msp_plugin.errors import ModelError
 from msp_plugin.hosts.llm_compressor.export import PlainRecipe
-from msp_plugin.hosts.llm_compressor.saving import name_experts, saved_names
+from msp_plugin.hosts.llm_compressor.saving import name_experts
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation

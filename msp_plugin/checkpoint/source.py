@@ -1,0 +1,55 @@
+"""A model's source: where a run takes its model from, each step a fresh copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msp_plugin.checkpoint.load import load
+from msp_plugin.checkpoint.quantized import check_source_unquantized
+from msp_plugin.models.source import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model directory or hub id, and how it is loaded.
+
+    Args:
+        name: directory or hub id.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: run the code that the repository brings.
+        offload: leave the weights on disk, for models larger than memory (see load_model).
+        cache: where offloaded weights that change are written; None is the default cache.
+    """
+
+    name: str | Path
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    offload: bool = False
+    cache: str | None = None
+
+    def check(self) -> None:
+        """Raise ModelError if the source is missing or quantized already; nothing is loaded."""
+        check_source_unquantized(self.name, trust_remote_code=self.trust_remote_code)
+
+    def load(self) -> PreTrainedModel:
+        """Return the model, in eval mode on the CPU or on disk; see ``load`` for the errors."""
+        return load(
+            self.name,
+            self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            offload=self.offload,
+            cache=self.cache,
+        )
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer.
+
+        Raises:
+            ModelError: there is none.
+        """
+        return load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)

@@ -1,0 +1,197 @@
+"""The built-in host: prunes a model block by block with our own pass; it needs no other framework."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from msp_plugin.checkpoint.recount import count_zeros, recount_model
+from msp_plugin.checkpoint.saved_names import saved_names
+from msp_plugin.checkpoint.saving import SHARD_BYTES
+from msp_plugin.database.build import build_database
+from msp_plugin.database.store import LevelDatabase
+from msp_plugin.errors import HostError
+from msp_plugin.hosts.base import Pruned, PruneInputs
+from msp_plugin.models.device import on_best_device
+from msp_plugin.models.offload import offloaded_module
+from msp_plugin.models.places import weight_place
+from msp_plugin.passes.reach import check_called
+from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plugins.manager import Plugins
+from msp_plugin.progress import Progress, silent
+from msp_plugin.pruning.base import Pruner
+from msp_plugin.runtime.context import RunContext
+from msp_plugin.runtime.locks import scratch_directory
+from msp_plugin.runtime.memory import freed_memory_kept
+from msp_plugin.runtime.ranks import ALONE, Ranks
+from msp_plugin.search.allocate import allocate, check_model
+from msp_plugin.search.resolve import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """Prunes block by block, each from the inputs that it gets behind the pruned blocks before it.
+
+    It gives the weights that llm-compressor's sequential pipeline gives for the levels that both can make.
+    """
+
+    plugins: Plugins
+
+    name: ClassVar[str] = "msp_plugin"
+    on_all_ranks: ClassVar[bool] = True
+
+    def check(self, model: PreTrainedModel, options: Plan, inputs: PruneInputs) -> None:
+        """Raise what the model shows before any work.
+
+        Raises:
+            HostError: only a modifier of another host carries out the method.
+            MSPError: see check_model, check_called and saved_names.
+        """
+        if options.pruner.host != self.name:
+            raise HostError(
+                f"method {options.pruner.name!r} is carried out by {options.pruner.host}",
+                hint="use it in a recipe: msp run",
+            )
+        table = check_model(model, options)
+        saved_names(model, (layer.name for layer in table.layers))
+        if options.pruner.needs_statistics:
+            check_called(model, table, inputs.data)
+
+    def prune(
+        self,
+        model: PreTrainedModel,
+        options: Plan,
+        inputs: PruneInputs,
+        context: RunContext,
+        *,
+        announce: bool = True,
+    ) -> Pruned:
+        """Search an allocation, prune the model to it in place, and recount its zeros (see Host).
+
+        Raises:
+            MSPError: see allocate, build_database and recount_model.
+        """
+        with on_best_device(model):
+            found = allocate(
+                model,
+                inputs.text,
+                options,
+                fresh=context.fresh,
+                progress=context.progress,
+                ranks=context.ranks,
+            )
+            names = saved_names(model, found.allocation.by_layer)
+            outcome = replace(found, allocation=replace(found.allocation, stored=names))
+            before = count_zeros(model, outcome.allocation)
+            if announce:
+                self.plugins.tell("msp_run_started", allocation=outcome.allocation)
+            prune_to(model, outcome.allocation, options.pruner, inputs, options.cache, context)
+        stats = recount_model(model, outcome.allocation, before=before)
+        for layer, level in outcome.allocation.by_layer.items() if announce else ():
+            zeros, weights = stats.zeros[layer], stats.weights[layer]
+            self.plugins.tell("msp_layer_pruned", layer=layer, level=level, zeros=zeros, weights=weights)
+        return Pruned(outcome, stats)
+
+    def save(self, model: PreTrainedModel, directory: Path) -> None:
+        """Write the weights and config as transformers does."""
+        model.save_pretrained(directory, max_shard_size=SHARD_BYTES)
+
+    def forget(self) -> None:
+        """Do nothing: no model is held."""
+
+
+def prune_to(
+    model: torch.nn.Module,
+    allocation: Allocation,
+    pruner: Pruner,
+    inputs: PruneInputs,
+    cache: str | None,
+    context: RunContext,
+) -> None:
+    """Prune each layer of a model, in place, to its level of an allocation, block after block.
+
+    The pruned weights go to the cache, from where all ranks read them. Those of an offloaded model stay there as long
+    as the model lives.
+
+    Raises:
+        MSPError: see pruned_weights.
+        OutputError: the cache cannot be written.
+    """
+    ranks = context.ranks
+    with ExitStack() as stack:
+        folder = ranks.on_rank_zero(lambda: stack.enter_context(scratch_directory("pruned", cache)))
+        progress = partial(context.progress, "pruning")
+        database = pruned_weights(model, allocation, pruner, inputs, folder, progress, ranks)
+        for layer, level in allocation.by_layer.items():
+            if not level.is_dense:
+                place = weight_place(model.get_submodule(layer))
+                place.enter()
+                place.put(partial(database.weight_for, place, layer, level.name))
+        ranks.gather(lambda: None)  # all have read what they need
+        if offloaded_module(model) is not None:
+            weakref.finalize(model, stack.pop_all().close)
+
+
+@contextmanager
+def _eager_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Let a model compute attention by plain matrix products in the block, as llm-compressor's calibration does.
+
+    Fused attention rounds otherwise, and SparseGPT's weights would differ from llm-compressor's in the last bit.
+    """
+    own = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if own in (None, "eager"):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+def pruned_weights(
+    model: torch.nn.Module,
+    allocation: Allocation,
+    pruner: Pruner,
+    inputs: PruneInputs,
+    folder: Path,
+    progress: Progress = silent,
+    ranks: Ranks = ALONE,
+) -> LevelDatabase:
+    """Return the weights that pruning a model to an allocation gives, written to a folder; the model stays as it is.
+
+    Each block is pruned from the inputs that it gets behind the pruned blocks before it. A forward pass takes as many
+    samples as llm-compressor's would, so that statistics are added up in the same order.
+
+    Raises:
+        NumericsError: see build_database.
+    """
+    levels = {layer: level.name for layer, level in allocation.by_layer.items()}
+    database = LevelDatabase(folder, {"levels": levels}, tuple(dict.fromkeys(allocation.levels)))
+    with freed_memory_kept(), _eager_attention(model):
+        build_database(
+            database,
+            model,
+            allocation.table,
+            pruner,
+            inputs.data,
+            prefix=levels,
+            only_prefix=True,
+            batch_tokens=inputs.batch * max((len(sample) for sample in inputs.data.samples), default=1),
+            progress=progress,
+            ranks=ranks,
+        )
+    return database

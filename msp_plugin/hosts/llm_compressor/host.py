@@ -1,0 +1,136 @@
+"""llm-compressor as a host: runs a recipe through ``oneshot``, and cleans up if it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from msp_plugin.checkpoint.saved_names import saved_names
+from msp_plugin.checkpoint.saving import SHARD_BYTES
+from msp_plugin.errors import MSPError
+from msp_plugin.hosts.base import Pruned, PruneInputs
+from msp_plugin.hosts.llm_compressor.passes import shares_keys
+from msp_plugin.hosts.llm_compressor.recipe import Recipe
+from msp_plugin.models.layers import fused_experts
+from msp_plugin.passes.reach import check_called
+from msp_plugin.runtime.context import RunContext
+from msp_plugin.search.allocate import check_model
+from msp_plugin.search.resolve import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LLMCompressor:
+    """Runs a recipe of llm-compressor; its MixedSparsityModifier, if there is one, takes the resolved options."""
+
+    recipe: Recipe
+
+    name: ClassVar[str] = "llmcompressor"
+    on_all_ranks: ClassVar[bool] = False
+
+    def check(self, model: PreTrainedModel, options: Plan | None, inputs: PruneInputs) -> None:
+        """Raise what the model shows before any work.
+
+        Raises:
+            MSPError: see check_model, check_called and saved_names.
+        """
+        if options is None or fused_experts(model):  # oneshot splits experts before the modifier sees them
+            return
+        table = check_model(model, options)
+        saved_names(model, (layer.name for layer in table.layers))
+        if options.pruner.needs_statistics:
+            check_called(model, table, inputs.data)
+
+    def prune(
+        self,
+        model: PreTrainedModel,
+        options: Plan | None,
+        inputs: PruneInputs,
+        context: RunContext,
+        *,
+        announce: bool = True,
+    ) -> Pruned:
+        """Run the recipe on a loaded model (see Host).
+
+        Raises:
+            MSPError: ours, whatever the host wrapped it in. The model has no hooks left then.
+        """
+        from llmcompressor import oneshot
+        from torch.utils.data import DataLoader
+
+        recipe, ours = self.recipe.build(options)
+        one_pass = ours is not None and shares_keys(model)
+        if one_pass:
+            log.warning(
+                "%s is calibrated in one pass of the whole model, because its later blocks read keys and values of "
+                "earlier ones: no block sees what pruning the blocks before it changes",
+                type(model).__name__,
+            )
+        if ours is not None:
+            ours.report_to(context.progress, announce=announce, fresh=context.fresh, one_pass=one_pass)
+        samples = [{"input_ids": sample} for sample in inputs.data.samples]
+        with _traces_forgotten(), _cleaned_up(recipe.modifiers):
+            oneshot(
+                model=model,
+                recipe=recipe,
+                dataset=DataLoader(samples, batch_size=inputs.batch),
+                processor=inputs.tokenizer,
+                trust_remote_code_model=inputs.trust_remote_code,
+                pipeline="basic" if one_pass else "independent",
+            )
+        return Pruned() if ours is None else Pruned(ours.outcome, ours.stats)
+
+    def save(self, model: PreTrainedModel, directory: Path) -> None:
+        """Write the weights, config and recipe.yaml as llm-compressor does."""
+        model.save_pretrained(directory, save_compressed=True, max_shard_size=SHARD_BYTES)
+
+    def forget(self) -> None:
+        """Let the host's session go of the last model; its ``save_pretrained`` writes no recipe.yaml afterwards."""
+        from llmcompressor.core import reset_session
+
+        reset_session()
+
+
+@contextmanager
+def _traces_forgotten() -> Iterator[None]:
+    """Let torch.fx go of what the host traces in the block.
+
+    The host wraps functions in a namespace that holds the model, and torch keeps such namespaces for ever:
+    every model that was ever pruned would stay in memory.
+    """
+    from torch.fx import _symbolic_trace
+
+    held = getattr(_symbolic_trace, "_wrapped_fns_to_patch", {})
+    before = set(held)
+    try:
+        yield
+    finally:
+        for key in set(held) - before:
+            del held[key]
+
+
+@contextmanager
+def _cleaned_up(modifiers: list[Any]) -> Iterator[None]:
+    """Leave no hook in the model and no half-run session behind if the block fails."""
+    try:
+        yield
+    except BaseException as error:
+        for modifier in modifiers:
+            if hasattr(modifier, "abort"):
+                modifier.abort()
+            modifier.remove_hooks()
+            modifier.finalized_ = True  # the session's reset would otherwise finalize it again
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, MSPError):
+            cause = cause.__cause__
+        if cause is not None and cause is not error:
+            raise cause from error
+        raise

@@ -1,0 +1,65 @@
+"""Wanda: keep the weights with the largest product of magnitude and input norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from msp_plugin.plan.levels import Level
+from msp_plugin.pruning.base import Pruner, mean_over_ranks
+from msp_plugin.pruning.masks import least_by_topk, nm_masks
+from msp_plugin.runtime.ranks import Ranks
+
+
+@dataclass
+class InputSquares:
+    """The squares of one input by feature: float32[I], the sum over all tokens divided by the samples."""
+
+    mean: torch.Tensor
+    samples: int = 0
+    tokens: int = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add inputs [B, T, I], as llm-compressor's ``accumulate_row_scalars`` does, bit for bit."""
+        added = inputs.shape[0]
+        self.mean *= self.samples / (self.samples + added)
+        self.samples += added
+        self.tokens += inputs[..., 0].numel()
+        columns = inputs.reshape(-1, inputs.shape[-1]).t().float()
+        self.mean += torch.norm(columns, p=2, dim=1) ** 2 / self.samples
+
+
+@dataclass(frozen=True)
+class Wanda(Pruner):
+    """Wanda (arXiv 2306.11695): score |weight| times the norm of its input; the weights that stay do not change."""
+
+    name = "wanda"
+
+    def statistic_bytes(self, module: torch.nn.Linear) -> int:
+        return 4 * module.in_features
+
+    def new_statistic(self, module: torch.nn.Linear) -> InputSquares:
+        return InputSquares(torch.zeros(module.in_features, device=module.weight.device))
+
+    def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: InputSquares) -> InputSquares:
+        statistic.add(inputs.to(statistic.mean.device))
+        return statistic
+
+    def reduce(self, statistic: InputSquares, ranks: Ranks) -> InputSquares:
+        mean, samples = mean_over_ranks(statistic.mean, statistic.samples, ranks)
+        return InputSquares(mean, samples, sum(ranks.gather(lambda: statistic.tokens)))
+
+    def prune_levels(
+        self, module: torch.nn.Linear, statistic: InputSquares, levels: Sequence[Level], layer: str
+    ) -> Iterator[torch.Tensor]:
+        weight = module.weight.detach()
+        score = weight.float().abs() * statistic.mean.sqrt()
+        for mask in nm_masks(score, levels, settle=least_by_topk):  # among equals as llm-compressor
+            yield weight.masked_fill(~mask, 0)
+
+    def output_error(self, delta: torch.Tensor, statistic: InputSquares) -> float:
+        """Return the mean squared change of the output per token; features are taken as uncorrelated."""
+        squares = torch.linalg.vector_norm(delta, dim=0, dtype=torch.float64).square()
+        return float(squares @ statistic.mean.double()) * statistic.samples / statistic.tokens

@@ -1,0 +1,73 @@
+"""The built-in host gives what llm-compressor gives, and needs no package of it."""
+
+import subprocess
+import sys
+from fractions import Fraction
+
+import pytest
+import torch
+
+import msp_plugin
+from msp_plugin import Allocation, Level, Text
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.models.load import load_model
+
+LEVELS = ("2:4", "3:8", "2:8", "1:8", "dense", "2:4", "2:8", "7:8")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    lines = (f"the {i}th cat sat on mat {i * i % 97} and the dog {i % 13} did not" for i in range(300))
+    path.write_text("\n".join(lines))
+    return Text(str(path), samples=6, length=20, test_samples=0, batch=2)
+
+
+@pytest.fixture
+def allocation(llama_dir, tmp_path):
+    units = prunable_layers(load_model(llama_dir, "float32"))
+    kept = sum(
+        Level.parse(level).kept(a.out_features, a.in_features)
+        for unit, level in zip(units, LEVELS, strict=True)
+        for a in unit.layers
+    )
+    made = Allocation(units, tuple(map(Level.parse, LEVELS)), 1 - Fraction(kept, units.weights), {}, {})
+    path = tmp_path / "allocation.json"
+    path.write_text(made.to_json())
+    return str(path)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_it_prunes_bit_for_bit_as_llm_compressor_does(method, llama_dir, text, allocation, tmp_path):
+    line = {"allocation": allocation, "method": method}
+    own = msp_plugin.prune(llama_dir, text, tmp_path / "own", dtype="float32", baseline=False, **line)
+    recipe = {"a_stage": {"b_modifiers": {"MixedSparsityModifier": line}}}
+    theirs = msp_plugin.run_recipe(
+        recipe, llama_dir, text, tmp_path / "theirs", dtype="float32", baseline=False
+    )
+    weights = [dict(load_model(run.path, "float32").named_parameters()) for run in (own, theirs)]
+    assert weights[0].keys() == weights[1].keys()
+    assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
+    assert (own.path / "allocation.json").read_bytes() == (theirs.path / "allocation.json").read_bytes()
+    assert own.record["sparsity"] == theirs.record["sparsity"]
+
+
+def test_its_recipe_runs_in_llm_compressor(llama_dir, text, tmp_path):
+    own = msp_plugin.prune(
+        llama_dir, text, tmp_path / "own", dtype="float32", baseline=False, sparsity=0.5, method="wanda",
+        allocator="uniform",
+    )  # fmt: skip
+    again = msp_plugin.run_recipe(
+        own.path / "recipe.yaml", llama_dir, text, tmp_path / "again", dtype="float32", baseline=False
+    )
+    assert again.record["sparsity"] == own.record["sparsity"]
+
+
+def test_pruning_loads_no_host(llama_dir, text, tmp_path):
+    code = (
+        "import sys, msp_plugin\n"
+        f"text = msp_plugin.Text({text.data!r}, samples=6, length=20, test_samples=0)\n"
+        f"msp_plugin.prune({str(llama_dir)!r}, text, {str(tmp_path / 'own')!r}, sparsity=0.5, allocator='uniform')\n"
+        "assert 'llmcompressor' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
