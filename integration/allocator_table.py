@@ -65,7 +65,7 @@ def run_cell(
             continue
         allocators = {name: ALLOCATORS[name] for name in chosen}
         grid = Grid([sparsity], [method], allocators, list(wanted), shared)
-        found = compare(ModelSource(demo_model_path(model), "float32"), text, grid)
+        found = compare(ModelSource(demo_model_path(model), "float32"), text, grid).to_dict()
         if record is None:
             record = found
         else:

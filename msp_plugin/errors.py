@@ -60,7 +60,7 @@ class OutputError(MSPError):
 
 
 class HostError(MSPError):
-    """A host framework is missing, or did something other than what was asked of it."""
+    """A host framework is missing, or did not do as it was asked."""
 
 
 class NumericsError(MSPError):
@@ -68,46 +68,35 @@ class NumericsError(MSPError):
 
 
 class FormatError(MSPError):
-    """A checkpoint or a tensor is not in the format that it claims, or cannot be brought into it."""
+    """A checkpoint or a tensor is not in the format that it names, or cannot be stored in it."""
 
 
 class ServingError(MSPError):
-    """A server did not start, died or answered something else than was asked."""
+    """A server did not start, stopped, or gave an answer of another form."""
 
 
 class VerificationError(MSPError):
-    """What was written is not what was planned."""
+    """A written checkpoint differs from its plan."""
 
 
-class _Short(reprlib.Repr):
-    """A repr of bounded length and depth, whatever a file holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, _WIDEST, _WIDEST, _WIDEST
-
-    def repr_int(self, value: int, level: int) -> str:
-        if value.bit_length() > 4 * _WIDEST:  # Python refuses to write out more than 4,300 digits
-            return f"an integer of {value.bit_length():,} bits"
-        return super().repr_int(value, level)
-
-
-#: Characters of one value in a message.
+#: Most characters of one value in a message.
 _WIDEST = 100
+_QUOTED = reprlib.Repr()
+_QUOTED.maxlevel, _QUOTED.maxstring, _QUOTED.maxlong, _QUOTED.maxother = 3, _WIDEST, _WIDEST, _WIDEST
 
 
 def shown(value: object) -> str:
-    """Return a value that was found as an error quotes it: its repr, shortened where it is long or deep."""
-    return _Short().repr(value)
+    """Return the repr of a value for a message, shortened where it is long or deep."""
+    return _QUOTED.repr(value)
 
 
 def plain(name: object) -> str:
-    """Return a name or path on one line: what cannot be printed, or is no character, is written as an escape."""
+    """Return a name or path on one line, with an escape for each character that cannot be printed."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(name))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint that names the known word nearest to ``name``, or all known words."""
+    """Return a hint that lists the known words, and first the one nearest to ``name`` if any is near."""
     known = sorted(known)
     close = difflib.get_close_matches(str(name)[:_WIDEST], known, n=1, cutoff=0.5)
     if close:

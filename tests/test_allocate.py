@@ -15,6 +15,7 @@ from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import Level
 from msp_plugin.plugins.manager import Plugins
+from msp_plugin.records.parts import SearchRecord
 from msp_plugin.runtime.digests import versions
 from msp_plugin.search import level_database
 from msp_plugin.search.allocate import allocate as allocate_split
@@ -79,7 +80,7 @@ def test_the_allocation_is_on_the_budget_and_the_model_is_left_as_it_was(
     assert found.budget == AllocationProblem(found.table, made.menu, found.target).budget
     assert float(found.budget.sparsity) == pytest.approx(0.6, abs=0.005)
     assert set(found.sensitivities) == {"fisher"} and min(found.sensitivities["fisher"]) > 0
-    search = outcome.search
+    search = outcome.search.to_dict()
     assert search["loss"] <= search["uniform_loss"] and search["allocator"] == "msp"
     assert search["forward_tokens"] == search["evaluations"] * 48
     assert search["curve"][0] == [48, search["uniform_loss"]] and search["curve"][-1][1] == search["loss"]
@@ -110,7 +111,7 @@ def test_the_file_says_where_it_came_from_without_times_or_paths(llama, data, pl
 def test_uniform_needs_no_text_and_touches_no_cache(llama, plan, tmp_path):
     outcome = allocate(llama, None, plan(allocator="uniform"))
     assert {level.name for level in outcome.allocation.levels} == {"4:8"}
-    assert outcome.search == {} and not (tmp_path / "cache").exists()
+    assert outcome.search == SearchRecord() and not (tmp_path / "cache").exists()
     assert outcome.allocation.provenance["calibration"] is None
 
 
@@ -124,7 +125,7 @@ def test_an_estimator_of_the_weights_alone_needs_no_text(llama, data, plan, tmp_
     assert (
         set(without.allocation.sensitivities) == {"heavy_tail"} and not (tmp_path / "cache/database").exists()
     )
-    assert without.search["allocator"] == "alphapruning" and without.search["forward_tokens"] == 0
+    assert without.search.allocator == "alphapruning" and without.search.forward_tokens == 0
     wanda = plan(allocator="alphapruning", method="wanda")  # the method reads text, the allocation does not
     assert wanda.needs_data and not wanda.allocation_needs_data
     assert allocate(llama, None, wanda).allocation.levels == without.allocation.levels
@@ -150,7 +151,7 @@ def test_what_an_allocator_noted_is_in_the_record(llama, plan, caplog):
 
     with caplog.at_level(logging.INFO, logger="msp_plugin"):
         outcome = allocate(llama, None, dataclasses.replace(made, allocator=Noting()))
-    assert outcome.search["notes"] == ["all alike"] and "alphapruning: all alike" in caplog.text
+    assert outcome.search.notes == ("all alike",) and "alphapruning: all alike" in caplog.text
 
 
 def test_the_errors_that_an_allocator_reads_are_given_by_name(llama, data, plan):
@@ -275,7 +276,7 @@ def test_a_finished_allocation_is_taken_as_it_is(llama, data, plan, tmp_path):
     path = tmp_path / "allocation.json"
     path.write_text(allocate(llama, data, plan()).allocation.to_json())
     outcome = allocate(llama, None, plan(sparsity=None, allocation=str(path), allocator="search"))
-    assert outcome.allocation.to_json() == path.read_text() and outcome.search == {}
+    assert outcome.allocation.to_json() == path.read_text() and outcome.search == SearchRecord()
 
 
 def test_a_finished_allocation_brings_its_own_targets(llama, plan, tmp_path):
@@ -352,14 +353,14 @@ def test_a_plugins_estimator_and_allocator_work_together(llama, data, plan, plug
         for u in table
     ]
     assert norms == pytest.approx(expected)
-    assert outcome.allocation.budget.exact and outcome.search["forward_tokens"] == 0
+    assert outcome.allocation.budget.exact and outcome.search.forward_tokens == 0
 
 
 def test_a_plugins_allocator_reads_the_level_database(llama, data, plan, plugins_with):
     outcome = allocate(
         llama, data, plan(plugins_with("least_error"), allocator="least_error", method="wanda")
     )
-    assert outcome.allocation.budget.exact and outcome.search["allocator"] == "least_error"
+    assert outcome.allocation.budget.exact and outcome.search.allocator == "least_error"
 
 
 def test_a_plugins_pruner_fills_the_level_database(llama, data, plan, plugins_with):

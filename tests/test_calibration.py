@@ -214,7 +214,7 @@ def test_samples_say_what_was_read_for_them(tokenizer, tmp_path):
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     data = tokenize(tokenizer, load_texts(str(path)), samples=2, length=4, source="mine")
-    assert [reading.to_dict() for reading in join([data, data]).readings] == 2 * [
+    assert [reading.record().to_dict() for reading in join([data, data]).readings] == 2 * [
         {"source": "mine", "samples": 2, "columns": ["text"], "rows": 4, "skipped": 2, "bos": None}
     ]
 

@@ -44,6 +44,13 @@ def test_prune_leaves_a_whole_run_and_json_equals_the_file(msp, text_file, tmp_p
     assert record["sparsity"]["achieved"] == record["sparsity"]["target"] == 0.75
     assert set(record["perplexity"]) == {"dense", "uniform", "mixed"}
     assert all(value > 1 for value in record["perplexity"].values())
+    assert [stage["name"] for stage in record["stages"]] == ["dense", "uniform", "prune"]
+    assert [stage["perplexity"] for stage in record["stages"]] == [
+        record["perplexity"][name] for name in ("dense", "uniform", "mixed")
+    ]
+    assert [stage["sparsity"] for stage in record["stages"]] == [None, 0.75, 0.75]
+    assert record["stages"][0]["seconds"] is None and record["stages"][1]["seconds"] > 0
+    assert record["stages"][2]["seconds"] == record["seconds"]
     search = record["search"]
     assert search["allocator"] == "search" and search["forward_tokens"] > 128 and search["evaluations"] >= 3
     assert min(loss for _, loss in search["holdout"]) <= search["holdout"][0][1]  # uniform's

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from msp_plugin.cli.compare import comparison_tables
+from msp_plugin.records.comparison import CompareRecord
 
 SMALL = (
     "-m", "magnitude", "--samples", "8", "--length", "20", "--test-samples", "3", "--dtype", "float32",
@@ -182,7 +183,8 @@ def test_a_table_is_ordered_by_mean_kl_and_a_seed_without_a_finite_loss_comes_la
         made_up("broken", None), made_up("broken", 0.1, 1), made_up("good[x=1]", 1.0),
         made_up("good[x=1]", 2.0, 1), made_up("best", 1.25), made_up("failed", 0.0, error="no"),
     ]  # fmt: skip
-    (table,) = comparison_tables({"rows": rows}, "a [b] model")
+    record = CompareRecord.model_validate({"units": [], "rows": rows})
+    (table,) = comparison_tables(record, "a [b] model")
     from rich.console import Console
 
     console = Console(width=120, markup=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123

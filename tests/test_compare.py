@@ -22,6 +22,7 @@ from msp_plugin.plan.levels import Level
 from msp_plugin.plugins.hookspecs import hookimpl
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.masks import nm_mask
+from msp_plugin.records.comparison import ComparedRow, CompareRecord
 from msp_plugin.runs import compare as compare_module
 from msp_plugin.runs.compare import cells, compare
 from msp_plugin.runs.grid import Grid
@@ -51,7 +52,8 @@ def run(llama_dir, text, tmp_path):
         finals = shared.pop("finals", None)
         context = RunContext(**{name: shared.pop(name) for name in ("ranks", "fresh") if name in shared})
         grid = Grid(sparsities, methods, allocators, seeds, shared, prune)
-        return compare(ModelSource(llama_dir, "float32"), text, grid, finals=finals, context=context)
+        record = compare(ModelSource(llama_dir, "float32"), text, grid, finals=finals, context=context)
+        return record and record.to_dict()
 
     return run
 
@@ -159,11 +161,11 @@ def test_a_pruned_row_is_what_a_run_with_that_allocation_gives(run, text, llama_
     (tmp_path / "allocation.json").write_text(allocation.to_json())
     line = {"allocation": str(tmp_path / "allocation.json"), "method": "wanda"}
     done = msp_plugin.prune(llama_dir, text, tmp_path / "out", dtype="float32", baseline=False, **line)
-    assert row["perplexity"] == pytest.approx(done.record["perplexity"]["mixed"], rel=1e-6)
+    assert row["perplexity"] == pytest.approx(done.record.perplexity["mixed"], rel=1e-6)
     kl, perplexity = quality(dense, load_model(done.path, "float32"), test)
     assert (row["kl"], row["perplexity"]) == pytest.approx((kl, perplexity), rel=1e-4)
     assert row["database"]["kl"] != row["kl"]  # errors propagate only in the final pruning
-    assert record["dense"]["perplexity"] == pytest.approx(done.record["perplexity"]["dense"], rel=1e-6)
+    assert record["dense"]["perplexity"] == pytest.approx(done.record.perplexity["dense"], rel=1e-6)
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,10 @@ def test_an_allocator_that_fails_is_a_row_with_its_error_and_the_others_go_on(ru
     assert len(record["rows"]) == 7 and errors["uniform"] is None and row_of(record, "uniform")["kl"] > 0
     assert "no way to the budget" in errors["ours"] and "ZeroDivisionError" in errors["bug"]
     assert "kept weights, the budget is" in errors["dense"]
-    assert all("kl" not in row for row in record["rows"] if row["error"])
-    assert list(cells(record["rows"]).values()) == [{"uniform": [row_of(record, "uniform")]}]
+    assert all(row["kl"] is row["perplexity"] is None for row in record["rows"] if row["error"])
+    whole = CompareRecord.from_dict(record, "the record")
+    uniform = next(row for row in whole.rows if row.allocator == "uniform")
+    assert list(cells(whole.rows).values()) == [{"uniform": [uniform]}]
     assert record["model"]["fingerprint"] == fingerprint(load_model(llama_dir, "float32"))
     json.dumps(record, allow_nan=False)
 
@@ -316,7 +320,7 @@ def test_replace_one_measurements_are_paid_for(run):
 
 def test_cells_gather_the_rows_that_have_a_result():
     rows = [
-        {"method": m, "sparsity": s, "allocator": a, "seed": seed, "error": error}
+        ComparedRow(method=m, sparsity=s, allocator=a, seed=seed, error=error)
         for m, s, a, seed, error in (
             ("x", "3/4", "a", 0, None), ("x", "0.75", "a", 1, None), ("x", "3/4", "b", 0, "no"),
             ("y", "3/4", "a", 0, None),

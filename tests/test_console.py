@@ -11,6 +11,7 @@ from rich.table import Table
 
 from msp_plugin.cli import console
 from msp_plugin.progress import no_progress, prefixed
+from msp_plugin.records.run import RunRecord
 
 #: Each would be lost, coloured or replaced if it were markup or an emoji code.
 ODD = "out[1] [red]x[/red] [/] :smile:"
@@ -105,7 +106,7 @@ def test_no_text_is_read_as_markup(capsys):
     for place in (console.out, console.table, console.err):
         place.print(ODD)
         place.print(table)
-    console.table.print(console.quality_table({"perplexity": {"dense": 2.0}}, ODD))
+    console.table.print(console.quality_table(RunRecord(perplexity={"dense": 2.0}), ODD))
     console.set_up_logs(verbose=False)
     logging.getLogger("msp_plugin").warning(ODD)
     captured = capsys.readouterr()

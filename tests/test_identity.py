@@ -5,15 +5,15 @@ import pytest
 
 from msp_plugin.errors import OutputError
 from msp_plugin.runtime.digests import component_digest, digest
-from msp_plugin.runtime.locks import alone
+from msp_plugin.runtime.locks import locked
 from msp_plugin.sensitivity.fisher import FisherTrace
 from msp_plugin.sensitivity.outliers import Outliers
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from msp_plugin.resume import alone
-with alone(Path(sys.argv[1]), "it counts"):
+from msp_plugin.runtime.locks import locked
+with locked(Path(sys.argv[1]), "it counts"):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -30,22 +30,22 @@ def test_a_lock_refuses_a_second_process_and_is_free_when_the_first_is_killed(tm
     with start(path, 60) as process:
         with (
             pytest.raises(OutputError, match="another process holds .*: it counts"),
-            alone(path, "it counts"),
+            locked(path, "it counts"),
         ):
             pass
         process.kill()
-    with alone(path, "it counts"):
+    with locked(path, "it counts"):
         pass
 
 
 def test_a_lock_can_be_waited_for(tmp_path):
-    with start(tmp_path / "lock", 0.5) as process, alone(tmp_path / "lock", "it counts", wait=True):
+    with start(tmp_path / "lock", 0.5) as process, locked(tmp_path / "lock", "it counts", wait=True):
         assert process.wait(5) == 0
 
 
 def test_a_lock_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot lock") as error, alone(tmp_path / "file" / "lock", "x"):
+    with pytest.raises(OutputError, match="cannot lock") as error, locked(tmp_path / "file" / "lock", "x"):
         pass
     assert "MSP_CACHE" in error.value.hint
 

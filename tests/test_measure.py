@@ -190,14 +190,15 @@ def test_an_allocator_that_asks_for_nothing_measures_nothing(make, tmp_path, bit
 
     held = make(text=TextSplit())
     _, record = held.allocate(Plain(), problem_of(held), 0)
-    assert record["forward_tokens"] == 0 and not (tmp_path / "cache").exists()
+    assert record.forward_tokens == 0 and not (tmp_path / "cache").exists()
     assert held.estimators["zeros"].calls == []
 
 
 def test_the_record_counts_every_token_and_is_json(make):
     held, asking = make(), Asking()
     _, record = held.allocate(asking, problem_of(held), 0)
-    assert record["forward_tokens"] == (1 + 8 * 2) * 48 + 48 + 24  # replace-one, search, hold-out
+    assert record.forward_tokens == (1 + 8 * 2) * 48 + 48 + 24  # replace-one, search, hold-out
+    record = record.to_dict()
     assert record["holdout"] == [[1, None]] and record["predictions"] == [[0.5, None]]
     assert json.loads(json.dumps(record, allow_nan=False)) == record
 

@@ -150,7 +150,16 @@ def test_a_run_that_cannot_save_its_model_keeps_it_and_says_where(
 
 
 def test_a_run_that_fails_when_its_model_is_measured_keeps_it(llama_dir, text, msp, tmp_path, monkeypatch):
-    monkeypatch.setattr("msp_plugin.runs.prune.perplexity", failing(KeyError(1)))
+    from msp_plugin.runs import prune as runs
+
+    measured = []
+    real = runs.perplexity
+
+    def perplexity(*arguments, **options):
+        measured.append(1)
+        return real(*arguments, **options) if len(measured) == 1 else failing(KeyError(1))()
+
+    monkeypatch.setattr(runs, "perplexity", perplexity)
     said = msp(
         "prune", llama_dir, *PLAIN, *text, "--test-samples", "2", "--out", tmp_path / "out", code=2
     ).err

@@ -1,1 +1,1 @@
-"""Allocators: they choose one level per unit. No torch here; the true loss arrives as a callable."""
+"""Allocators choose one level per unit. They never import torch; the loss is a callable."""

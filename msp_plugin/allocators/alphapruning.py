@@ -14,14 +14,15 @@ from msp_plugin.allocators.profile import check_within, choose_by_block
 class AlphaPruning(Allocator):
     """Sparsity from the shape of the weights' spectra (arXiv 2410.10912; haiquanlu/AlphaPruning).
 
-    A block's sparsity is proportional to its exponent (see the estimator ``heavy_tail``), mapped linearly
-    onto [1 - epsilon, 1 + epsilon]; the factor makes the sparsity of the model S, with blocks weighted by
-    their weights, as in the authors' code. It needs no text. Deviations: the exact budget, clipped densities
-    and equal exponents, see allocators/profile.py; above S = 1 / (1 + epsilon) or so a sparsity can pass 1,
-    and is clipped.
+    The exponents of the blocks (see the estimator ``heavy_tail``) are mapped linearly onto [1 - epsilon, 1 +
+    epsilon], and multiplied by the factor that makes the sparsity of the model S, with blocks weighted by
+    their weights, as in the authors' code. It needs no text.
+
+    Deviations: the exact budget, clipped densities and equal exponents, see allocators/profile.py. Above
+    about S = 1 / (1 + epsilon) a sparsity can exceed 1, and is clipped.
 
     Args:
-        epsilon: half of the spread.
+        epsilon: half of the range of the factors, in [0, 1].
     """
 
     name = "alphapruning"
@@ -38,6 +39,7 @@ class AlphaPruning(Allocator):
 
         def density(exponent: np.ndarray, weights: np.ndarray) -> np.ndarray:
             ratio = 1 - self.epsilon + 2 * self.epsilon * exponent
-            return 1 - target * ratio * weights.sum() / (weights * ratio).sum()
+            kept: np.ndarray = 1 - target * ratio * weights.sum() / (weights * ratio).sum()
+            return kept
 
         return choose_by_block(inputs, "heavy_tail", density)

@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from msp_plugin.errors import PluginError
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.progress import NotedProgress
 
@@ -94,15 +95,42 @@ class AllocationInputs:
     estimate: Callable[[str, Choice], np.ndarray] | None = None
     clock: Callable[[], float] = time.monotonic
 
+    @property
+    def true_loss(self) -> TrueLoss:
+        """Return ``loss``.
+
+        Raises:
+            PluginError: there is none, because the allocator does not say ``measures``.
+        """
+        if self.loss is None:
+            raise PluginError(
+                "the allocator reads a loss that it did not ask for", hint="set measures = True in its class"
+            )
+        return self.loss
+
+    def remeasured(self, name: str, choice: Choice) -> np.ndarray:
+        """Return float64[U], the sensitivity of that name on the model as pruned by ``choice``.
+
+        Raises:
+            PluginError: the allocator does not say ``remeasures``.
+        """
+        if self.estimate is None:
+            raise PluginError(
+                "the allocator measures sensitivities that it did not ask for",
+                hint="set remeasures = True in its class",
+            )
+        return self.estimate(name, choice)
+
     def measure(self, choice: Choice, *, max_tokens: int = 0) -> float:
         """Return ``loss`` of a choice, if that stays within ``max_tokens`` forward tokens; 0 sets no limit.
 
         Raises:
             SpentError: it does not; nothing was measured.
         """
-        if max_tokens and self.loss.forward_tokens + sum(self.loss.lengths) > max_tokens:
+        loss = self.true_loss
+        if max_tokens and loss.forward_tokens + sum(loss.lengths) > max_tokens:
             raise SpentError
-        return self.loss(choice)
+        return loss(choice)
 
 
 @dataclass(frozen=True)

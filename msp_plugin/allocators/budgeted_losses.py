@@ -31,7 +31,7 @@ class BudgetedLosses:
     def forward_tokens(self) -> int:
         """Forward tokens of all measurements so far, move gradients included."""
         holdout = self.inputs.holdout
-        return self.inputs.loss.forward_tokens + (holdout.forward_tokens if holdout else 0)
+        return self.inputs.true_loss.forward_tokens + (holdout.forward_tokens if holdout else 0)
 
     @property
     def evaluations(self) -> int:
@@ -40,11 +40,11 @@ class BudgetedLosses:
 
     def tokens(self, samples: tuple[int, ...]) -> int:
         """Return the tokens of some samples of the search text."""
-        return sum(self.inputs.loss.lengths[i] for i in samples)
+        return sum(self.inputs.true_loss.lengths[i] for i in samples)
 
     def draw_samples(self, share: float, rng: np.random.Generator) -> tuple[int, ...]:
         """Return the numbers of a random share of the search text's samples, one at least, sorted."""
-        count = len(self.inputs.loss.lengths)
+        count = len(self.inputs.true_loss.lengths)
         take = max(1, min(count, round(share * count)))
         return tuple(int(i) for i in np.sort(rng.choice(count, take, replace=False)))
 
@@ -63,26 +63,26 @@ class BudgetedLosses:
         """
         if choice not in self.search:
             if not free:
-                self.check_budget(sum(self.inputs.loss.lengths))
+                self.check_budget(sum(self.inputs.true_loss.lengths))
             best = min(self.search.values(), default=np.inf)
-            self.search[choice] = self.inputs.loss(choice)
+            self.search[choice] = self.inputs.true_loss(choice)
             if self.search[choice] < best:
                 self.curve.append((self.forward_tokens, self.search[choice]))
         return self.search[choice]
 
     def screening_loss(self, choice: Choice, samples: tuple[int, ...]) -> float:
         """Return the loss on some samples of the search text."""
-        if len(samples) == len(self.inputs.loss.lengths):
+        if len(samples) == len(self.inputs.true_loss.lengths):
             return self.search_loss(choice)
         if (choice, samples) not in self.screening:
             self.check_budget(self.tokens(samples))
-            self.screening[choice, samples] = self.inputs.loss(choice, samples)
+            self.screening[choice, samples] = self.inputs.true_loss(choice, samples)
         return self.screening[choice, samples]
 
     def single_move_loss(self, choice: Choice, samples: tuple[int, ...]) -> float:
         """Return the loss on some samples of a choice that need not keep the budget of weights."""
         self.check_budget(self.tokens(samples))
-        loss = self.inputs.loss(choice, samples)
+        loss = self.inputs.true_loss(choice, samples)
         self.single_moves += 1
         return loss
 
@@ -102,7 +102,7 @@ class BudgetedLosses:
         The second decides where the first cannot: where no choice has a finite loss on the hold-out.
         """
         search, holdout = self.search_loss(choice), self.holdout_loss(choice)
-        tokens = sum(self.inputs.loss.lengths)
+        tokens = sum(self.inputs.true_loss.lengths)
         more = sum(self.inputs.holdout.lengths) if self.inputs.holdout else 0
         mean = (search * tokens + holdout * more) / (tokens + more) if np.isfinite(holdout) else np.inf
         return mean, search

@@ -12,12 +12,12 @@ from msp_plugin.allocators.profile import centred, check_within, choose_by_block
 class DLP(Allocator):
     """Dynamic layerwise pruning (arXiv 2505.23807).
 
-    With m the median of |W| * ||X|| over a block (see the estimator ``median``) its importance is
-    I = 1 - m / sum(m), and its sparsity S + mean(d) - d with d = 2a (I - min I) / (max I - min I).
+    A block's importance is I = 1 - m / sum(m), where m is the median of |W| * ||X|| over the block (see the
+    estimator ``median``). Its sparsity is S + mean(d) - d with d = 2a (I - min I) / (max I - min I).
     Deviations: the exact budget, clipped densities and equal medians, see allocators/profile.py.
 
     Args:
-        amplitude: a; .15 is the authors' at 70 % sparsity.
+        amplitude: a, in [0, 1]; .15 is the authors' value at 70 % sparsity.
     """
 
     name = "dlp"

@@ -1,4 +1,4 @@
-"""EvoPress: a (1 + lambda) evolutionary search from uniform, with few samples first.
+"""EvoPress: a (1 + lambda) evolutionary search from uniform that measures most candidates on little text.
 
 Shape legend: U units, K levels.
 """
@@ -18,24 +18,27 @@ from msp_plugin.plan.budget import AllocationProblem
 class EvoPress(Allocator):
     """EvoPress (arXiv 2410.14649, algorithm 1 and section 3.2; code IST-DASLab/EvoPress).
 
-    One parent, at first uniform. Each generation draws ``offspring`` mutants and keeps the best of them in
-    stages, ``survivors`` of them, each stage on more tokens; the samples of a stage are drawn anew and are
-    the same for all; the parent takes part in the last stage. No crossover. A mutant differs by
-    min(U{1..m}, U{1..m}) swaps: one unit a level sparser, another denser by the same count of weights. The
-    defaults are the authors'.
+    One parent, at first uniform. Each generation draws ``offspring`` mutants, and selects among them in
+    stages, each with more tokens and fewer survivors. The samples of a stage are drawn anew, and all
+    candidates are measured on the same ones; the parent takes part in the last stage. No crossover. A mutant
+    differs from the parent by min(U{1..m}, U{1..m}) swaps: one unit becomes a level sparser, another one
+    denser by the same count of weights. The defaults are the authors'.
 
-    Deviations: (1) the authors' levels remove an equal count of weights in every layer, so that a swap is one
-    level up and one down; here the level that is denser by exactly the same count is looked up, and a pair
-    without one is drawn anew; in a menu whose levels are not equally far apart, a third unit makes up the
-    difference. (2) Rows are units, not layers. (3) A stage asks for at most the search text
-    that there is. (4) Where uniform is not in the menu, the parent is the nearest mixture on the budget.
-    (5) Equal mutants are measured once, not drawn anew, so that a small model may measure fewer.
+    Deviations: (1) The authors' levels remove an equal count of weights in every layer, so that a swap is one
+    level up and one down. Here the level that is denser by exactly the same count is looked up, and a pair
+    without one is drawn anew; if the levels of the menu are not equally far apart, a third unit makes up the
+    difference. (2) Rows are units, not layers. (3) A stage uses at most the whole search text. (4) Where no
+    level has the target sparsity, the first parent is the mixture on the budget nearest to uniform. (5) Equal
+    mutants are measured once instead of being replaced, so that fewer may be measured for a small model.
 
     Args:
+        generations: most generations.
+        offspring: mutants of a generation.
+        survivors: candidates that are left after each stage.
         tokens_per_selection: forward tokens of one candidate in each stage.
         max_swaps: m, most swaps of a mutation.
-        max_tokens: most forward tokens, beside those that measure the result; 0 sets no limit. The
-            generation that it does not allow is left out.
+        max_tokens: most forward tokens, beside those that measure the result; 0 sets no limit. A generation
+            that would exceed it is not started.
         tokens: held-out calibration tokens, the text that the stages draw from.
     """
 
@@ -77,7 +80,7 @@ class EvoPress(Allocator):
 
     def allocate(self, inputs: AllocationInputs) -> AllocationResult:
         rng = np.random.default_rng(inputs.seed)
-        problem, loss = inputs.problem, inputs.loss
+        problem, loss = inputs.problem, inputs.true_loss
         parent = problem.uniform()
         uniform_loss = loss(parent)
         curve, evaluations = [(loss.forward_tokens, uniform_loss)], 1
@@ -90,21 +93,12 @@ class EvoPress(Allocator):
                 ended = "because its budget is spent"
                 break
             loss.set_incumbent(parent)
-            mutants = [swapped(problem, parent, self.max_swaps, rng) for _ in range(self.offspring)]
-            alive = list(dict.fromkeys(mutants))
-            for stage, (count, tokens) in enumerate(
-                zip(self.survivors, self.tokens_per_selection, strict=True), 1
-            ):
-                if stage == len(self.survivors) and parent not in alive:
-                    alive.insert(0, parent)  # first, so that its activations are there for the others
-                samples = _draw(loss, tokens, rng)
-                scores = {choice: loss(choice, samples) for choice in alive}
-                evaluations += len(alive)
-                alive = sorted(alive, key=lambda c: (scores[c], c))[:count]
+            best, best_loss, measured = self._generation(problem, loss, parent, rng)
+            evaluations += measured
             least = loss.forward_tokens - began
-            if alive[0] != parent and np.isfinite(scores[alive[0]]):
-                parent = alive[0]
-                curve.append((loss.forward_tokens, scores[parent]))
+            if best != parent and np.isfinite(best_loss):
+                parent = best
+                curve.append((loss.forward_tokens, best_loss))
                 incumbents.append((loss.forward_tokens, parent))
         inputs.progress(self.generations, self.generations)
         final = loss(parent)
@@ -112,15 +106,36 @@ class EvoPress(Allocator):
             raise NumericsError("no candidate has a finite loss", hint="try dtype float32")
         curve.append((loss.forward_tokens, final))
         return AllocationResult(
-            parent, final, uniform_loss, evaluations + 1, tuple(curve), incumbents=tuple(incumbents),
+            parent,
+            final,
+            uniform_loss,
+            evaluations + 1,
+            tuple(curve),
+            incumbents=tuple(incumbents),
             ended=ended,
-        )  # fmt: skip
+        )
+
+    def _generation(
+        self, problem: AllocationProblem, loss: TrueLoss, parent: Choice, rng: np.random.Generator
+    ) -> tuple[Choice, float, int]:
+        """Return (best candidate, its loss on the last samples, count of measurements) of a generation."""
+        mutants = [swapped(problem, parent, self.max_swaps, rng) for _ in range(self.offspring)]
+        alive, scores, measured = list(dict.fromkeys(mutants)), {}, 0
+        stages = zip(self.survivors, self.tokens_per_selection, strict=True)
+        for stage, (count, tokens) in enumerate(stages, 1):
+            if stage == len(self.survivors) and parent not in alive:
+                alive.insert(0, parent)  # first, so that the others reuse its activations
+            samples = _draw(loss, tokens, rng)
+            scores = {choice: loss(choice, samples) for choice in alive}
+            measured += len(alive)
+            alive = sorted(alive, key=lambda choice: (scores[choice], choice))[:count]
+        return alive[0], scores[alive[0]], measured
 
 
 def swapped(problem: AllocationProblem, parent: Choice, most: int, rng: np.random.Generator) -> Choice:
-    """Return the parent after min(U{1..most}, U{1..most}) swaps of equal counts of weights.
+    """Return the parent after min(U{1..most}, U{1..most}) swaps of equal counts of weights, int[U].
 
-    The parent itself where no swap is possible.
+    It is the parent itself if no swap is possible.
     """
     choice = list(parent)
     swaps = 1 + int(min(rng.integers(0, most, 2)))
@@ -137,17 +152,18 @@ def swapped(problem: AllocationProblem, parent: Choice, most: int, rng: np.rando
     return tuple(choice)
 
 
+#: (unit, its new level) of each unit that moves.
 Moves = tuple[tuple[int, int], ...]
 
 
 def _uneven(problem: AllocationProblem) -> bool:
-    """True if the levels of the menu are not equally far apart."""
+    """Return True if the levels of the menu are not equally far apart."""
     kept = np.unique(problem.kept[0])
     return len(kept) > 2 and len(np.unique(np.diff(kept))) > 1
 
 
 def _next(problem: AllocationProblem, choice: list[int], unit: int, denser: bool) -> tuple[int, int] | None:
-    """Return (level, change of kept weights) one step denser or sparser; None if there is none."""
+    """Return (level, change of kept weights) of a unit's next denser or sparser level, if any."""
     kept, allowed = problem.kept[unit], problem.allowed
     change = kept - kept[choice[unit]]
     steps = [
@@ -159,23 +175,26 @@ def _next(problem: AllocationProblem, choice: list[int], unit: int, denser: bool
 
 
 def _swap(problem: AllocationProblem, choice: list[int], a: int, b: int) -> Moves | None:
-    """Return new levels: a one level sparser, b denser by the same count; None if there is no such pair."""
+    """Return the moves of a to its next sparser level and of b to one as much denser, if any."""
     sparser, allowed = _next(problem, choice, a, denser=False), problem.allowed
     if sparser is None:
         return None
-    match = np.flatnonzero(problem.kept[b] == problem.kept[b, choice[b]] - sparser[1])
-    match = [k for k in match if allowed is None or allowed[b, k]]
-    return ((a, sparser[0]), (b, int(match[0]))) if match else None
+    equal = np.flatnonzero(problem.kept[b] == problem.kept[b, choice[b]] - sparser[1])
+    denser = [int(k) for k in equal if allowed is None or allowed[b, k]]
+    return ((a, sparser[0]), (b, denser[0])) if denser else None
 
 
 def _swap_of_three(
     problem: AllocationProblem, choice: list[int], a: int, b: int, rng: np.random.Generator
 ) -> Moves | None:
-    """Return a one level sparser, b one denser, and a third unit one level, so that the counts agree."""
+    """Return the moves of a by one level sparser, of b by one denser, and of a third unit by one level.
+
+    Together they keep the count of weights; None if no third unit does that.
+    """
     sparser, denser = _next(problem, choice, a, denser=False), _next(problem, choice, b, denser=True)
     if sparser is None or denser is None:
         return None
-    over = sparser[1] + denser[1]  # weights that a and b together keep more than before
+    over = sparser[1] + denser[1]  # count of weights that the moves of a and b keep in addition
     for c in rng.permutation(len(choice)):
         third = _next(problem, choice, int(c), denser=over < 0)
         if c not in (a, b) and third is not None and third[1] == -over:
@@ -184,7 +203,7 @@ def _swap_of_three(
 
 
 def _draw(loss: TrueLoss, tokens: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """Return the numbers of random samples with at least ``tokens`` tokens, or all."""
+    """Return sorted numbers of random samples with at least ``tokens`` tokens, or of all samples."""
     order = rng.permutation(len(loss.lengths))
     total = np.cumsum([loss.lengths[i] for i in order])
     return tuple(int(i) for i in np.sort(order[: int(np.searchsorted(total, tokens)) + 1]))

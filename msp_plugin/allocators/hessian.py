@@ -14,14 +14,16 @@ from msp_plugin.allocators.profile import check_within, finite_scores, flat_choi
 class OneShot(Allocator):
     """Density from the rank of the Hessian's trace per weight (arXiv 2310.09499).
 
-    The units are ranked by the trace of the Hessian of the cross entropy over their weights (see the
-    estimator ``hessian_trace``) and mapped linearly onto densities in [1 - S - a, 1 - S + a]. Deviations:
-    a unit may be several matrices that inference fuses (granularity: layer gives the paper's); units with
-    equal sensitivity get the mean of their ranks; the authors' budget drifts, ours is exact, see
-    allocators/profile.py. The paper's pruning criterion is another matter: any method can follow.
+    The units are ranked by the trace of the Hessian of the cross entropy, divided by their count of weights
+    (see the estimator ``hessian_trace``), and the ranks are mapped linearly onto densities in [1 - S - a, 1 -
+    S + a]. Any pruning method can follow; the paper's own criterion is not a part of this.
+
+    Deviations: a unit may hold several matrices that inference fuses (``granularity: layer`` gives the
+    paper's units). Units with equal sensitivity get the mean of their ranks. The authors' budget is
+    approximate, ours is exact, see allocators/profile.py.
 
     Args:
-        amplitude: a.
+        amplitude: a, in [0, 1].
     """
 
     name = "one_shot"
@@ -45,6 +47,6 @@ class OneShot(Allocator):
 
 
 def mean_ranks(values: np.ndarray) -> np.ndarray:
-    """Return ranks from 0, float64 of the values' shape; equal values share the mean of theirs."""
+    """Return the ranks, from 0, of values float64[n]; equal values share the mean of their ranks."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts + 1) / 2)[group.reshape(-1)]

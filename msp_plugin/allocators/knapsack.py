@@ -1,4 +1,4 @@
-"""The exact minimum of an additive surrogate: a multiple-choice knapsack."""
+"""The allocation with the exact minimum of an additive surrogate of the loss."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ SURROGATES = ("fisher", "output", "weight", "kl")
 
 @dataclass(frozen=True)
 class Knapsack(Allocator):
-    """The exact minimum of a loss that adds up over the units, by dynamic programming.
+    """The exact minimum of a surrogate loss that is a sum over the units, by dynamic programming.
 
-    The problem of HIGGS (arXiv 2411.17525, eq. 9) and Puzzle (arXiv 2411.19146, section 3.3). The loss of a
-    pruned model does not add up (EvoPress, arXiv 2410.14649, section 3.1): compare it with uniform before
-    you trust it.
+    The problem of HIGGS (arXiv 2411.17525, eq. 9) and Puzzle (arXiv 2411.19146, section 3.3). The true loss
+    of a pruned model is not such a sum (EvoPress, arXiv 2410.14649, section 3.1), so that the result may be
+    worse than uniform.
 
     Args:
-        surrogate: ``fisher``: weight change weighted with the Fisher diagonal; ``output``: mean squared
-            change of the layers' outputs; ``weight``: squared weight change; ``kl``: the KL divergence of
-            the dense model with one unit pruned, which takes units x levels measurements.
-        tokens: held-out calibration tokens of each such measurement; used by ``kl`` alone.
+        surrogate: ``fisher``: squared weight change, weighted with the Fisher diagonal; ``output``: mean
+            squared change of the layers' outputs; ``weight``: squared weight change; ``kl``: KL divergence
+            from the dense model of the model with one pruned unit, which takes units x levels measurements.
+        tokens: held-out calibration tokens of each measurement of ``kl``.
     """
 
     name = "knapsack"
@@ -41,11 +41,11 @@ class Knapsack(Allocator):
             raise RecipeError(f"knapsack: tokens = {self.tokens} must be at least 1")
 
     @property
-    def errors(self) -> tuple[str, ...]:
+    def errors(self) -> tuple[str, ...]:  # type: ignore[override] # a class attribute that may be a property
         return (self.surrogate,)
 
     @property
-    def measures(self) -> bool:
+    def measures(self) -> bool:  # type: ignore[override]
         return self.surrogate == "kl"
 
     def allocate(self, inputs: AllocationInputs) -> AllocationResult:

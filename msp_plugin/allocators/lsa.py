@@ -1,4 +1,4 @@
-"""LSA: blocks that a virtual removal harms much become sparser, as published."""
+"""LSA: blocks with a large error of a virtual removal become sparser, as published."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from msp_plugin.allocators.profile import centred, check_within, choose_by_block
 class LSA(Allocator):
     """Sparsity from the error of a virtual removal (LSA, ICLR 2026; BeiYazi0/LSA).
 
-    With E the error of a virtual greedy removal from a block (see the estimator ``virtual_removal``) its
-    importance is I = 1 - E / sum(E), and its sparsity S + mean(d) - d with d = (I - min I) / (max I - min I)
-    scaled to [0, 2b]: a large E means sparser. Deviations: the exact budget, clipped densities and equal
-    errors, see allocators/profile.py.
+    A block's importance is I = 1 - E / sum(E), where E is the error of a virtual greedy removal from it (see
+    the estimator ``virtual_removal``). Its sparsity is S + mean(d) - d with d = 2b (I - min I) / (max I - min
+    I), so that a larger E makes it sparser. Deviations: the exact budget, clipped densities and equal errors,
+    see allocators/profile.py.
 
     Args:
-        amplitude: b, half of the spread; .08 is the default of the authors' code.
+        amplitude: b, in [0, 1]; .08 is the default of the authors' code.
     """
 
     name = "lsa"

@@ -13,25 +13,27 @@ from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Alloc
 from msp_plugin.allocators.profile import block_means, blocks_of, check_within, finite_scores
 from msp_plugin.plan.budget import AllocationProblem
 
-#: How dear it is to move a unit of the block that was pruned last, where the others cost 1: that block
-#: takes up what the last step overshot.
-LAST_GIVES_WAY = 1e-6
+#: Price of moving a unit of the block that was pruned last (see AllocationProblem.repair), where all others
+#: have 1: that block corrects the overshoot of the last step.
+LAST_PRICE = 1e-6
 
 
 @dataclass(frozen=True)
 class MRP(Allocator):
     """Maximum redundancy pruning (arXiv 2503.18377, a reconstruction from its abstract).
 
-    All blocks start at a low sparsity. Each step measures every block's share of non-outliers in the model
-    as it is pruned so far (1 minus the estimator ``outliers``), and prunes the block with the largest one
-    level further; so that at the end the blocks are about equally redundant. Deviations, or ours where the
-    paper could not be read: the start; a step is one level of the menu in all units of a block, or the
-    units' own next level where bounds say so; of equally redundant blocks the densest goes first, then the
-    first; the last step is cut to the exact budget, its own block giving way first; weights come from the
-    level database, pruned from the dense model's inputs.
+    All blocks start at a low sparsity. Each step measures the redundancy of every block in the model as
+    pruned so far, which is 1 minus the estimator ``outliers``, and prunes the most redundant block by one
+    more level. At the end the blocks are about equally redundant.
+
+    Ours, because the paper's text was not available: the start; a step moves all units of a block to their
+    next sparser allowed level; of equally redundant blocks the densest is pruned first, then the first; the
+    last step is corrected to the exact budget, mostly in its own block; weights come from the level database,
+    pruned with the dense model's inputs.
 
     Args:
-        start: share of the target sparsity at which all units start, each at its level below it.
+        start: share of the target sparsity, in [0, 1], at which the units start, each at the nearest level
+            below.
     """
 
     name = "mrp"
@@ -52,7 +54,7 @@ class MRP(Allocator):
         first = problem.total_kept(choice)
         goal, last, measured = problem.budget.kept, -1, 0
         while problem.total_kept(choice) > goal:
-            scores = finite_scores(table, "outliers", inputs.estimate("outliers", choice))
+            scores = finite_scores(table, "outliers", inputs.remeasured("outliers", choice))
             measured += 1
             sparser = next_levels(problem, choice)
             redundancy = 1 - block_means(table, scores)
@@ -68,7 +70,7 @@ class MRP(Allocator):
 
 
 def start_choice(problem: AllocationProblem, sparsity: float) -> Choice:
-    """Return of each unit the sparsest allowed level up to a sparsity; its densest if none is below."""
+    """Return int[U], each unit's sparsest allowed level up to a sparsity; its densest if all are sparser."""
     choice = []
     for u, unit in enumerate(problem.table):
         levels, kept = _allowed(problem, u), problem.kept[u]
@@ -78,27 +80,28 @@ def start_choice(problem: AllocationProblem, sparsity: float) -> Choice:
 
 
 def next_levels(problem: AllocationProblem, choice: Choice) -> Choice:
-    """Return of each unit the densest allowed level below its own; its own if there is none."""
-    found = []
+    """Return int[U], each unit's next sparser allowed level after ``choice``; its own if there is none."""
+    levels = []
     for u, current in enumerate(choice):
         below = [k for k in _allowed(problem, u) if problem.kept[u, k] < problem.kept[u, current]]
-        found.append(max(below, key=lambda k: (problem.kept[u, k], -k), default=current))
-    return tuple(found)
+        levels.append(max(below, key=lambda k: (problem.kept[u, k], -k), default=current))
+    return tuple(levels)
 
 
-def on_budget(problem: AllocationProblem, choice: Choice, gives_way: np.ndarray) -> Choice:
-    """Return the choice on the budget that is nearest to another one.
+def on_budget(problem: AllocationProblem, choice: Choice, moves_first: np.ndarray) -> Choice:
+    """Return the choice on the budget, int[U], that is nearest to another choice.
 
     Args:
-        gives_way: bool[U], the units that move first.
+        moves_first: bool[U], True for the units that move first.
     """
     if problem.total_kept(choice) == problem.budget.kept:
         return choice
     sizes = np.array([unit.weights for unit in problem.table], dtype=np.float64)
     share = problem.kept[np.arange(len(choice)), list(choice)] / sizes
-    return problem.repair(share, np.where(gives_way, LAST_GIVES_WAY, 1.0))
+    return problem.repair(share, np.where(moves_first, LAST_PRICE, 1.0))
 
 
 def _allowed(problem: AllocationProblem, u: int) -> list[int]:
+    """Return the indices of the levels that a unit may take."""
     levels = range(len(problem.menu))
     return list(levels) if problem.allowed is None else [k for k in levels if problem.allowed[u, k]]

@@ -12,13 +12,13 @@ from msp_plugin.allocators.profile import centred, check_within, choose_by_block
 class OWL(Allocator):
     """Outlier-weighed layerwise sparsity (arXiv 2310.05175; luuyin/OWL).
 
-    A block's density is 1 - S + r - mean(r), with r = 2 lambda (D - min D) / (max D - min D) and D the share
-    of its outliers (see the estimator ``outliers``). Deviations: the exact budget, clipped densities and
-    equal D, see allocators/profile.py. For N:M the authors' code asks for 50 % and rounds N
-    by a rule of its own; here the levels nearest to the densities are taken.
+    A block's density is 1 - S + r - mean(r), where r = 2 lambda (D - min D) / (max D - min D) and D is the
+    share of its outliers (see the estimator ``outliers``). Deviations: the exact budget, clipped densities
+    and equal D, see allocators/profile.py. For N:M the authors' code requires 50 % and rounds N by a rule of
+    its own; here the levels nearest to the densities are taken.
 
     Args:
-        amplitude: lambda, the most that a block may gain over the target and half of the spread.
+        amplitude: lambda, in [0, 1]: half of the range of the densities.
     """
 
     name = "owl"

@@ -1,11 +1,11 @@
-"""From scores to a profile of densities, and from the profile to a choice on the exact budget.
+"""Turn scores of blocks into densities, and densities into a choice on the exact budget.
 
-Published allocation rules give each decoder block a density. Three things they leave open are settled here,
-for all of them: a density outside [0, 1] is clipped; a block's density is the wish of each of its units,
-and ``AllocationProblem.repair`` finds the choice of levels on the exact budget that is nearest to the wishes
-(the published means are mostly over blocks, not weights, so that blocks of unequal size miss the budget);
-and scores that are alike for all blocks, to rounding, divide by zero or blow rounding up: they give the
-uniform allocation, with a note that says so.
+Published allocation rules give each decoder block a density. Three questions that they leave open are
+answered here, in the same way for all. A density outside [0, 1] is clipped. A block's density is the target
+density of each of its units, and ``AllocationProblem.repair`` finds the nearest choice on the exact budget;
+the published densities mostly have the target as their mean over blocks, not over weights, and so miss the
+budget if blocks differ in size. Scores that are equal for all blocks, up to rounding, would divide by zero or
+amplify rounding errors: they give the uniform allocation and a note.
 
 Shape legend: U units, L blocks.
 """
@@ -21,18 +21,19 @@ from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.units import UnitTable
 
-#: Scores that differ by less than this, relative to the largest, are alike.
+#: Scores that differ by less than this, relative to the largest, count as equal.
 ROUNDING = 1e-12
 
-#: From the importance of each block, scaled to [0, 1], and its count of weights to its density.
+#: From the importance of each block, float64[L] in [0, 1], and its count of weights, float64[L], to its
+#: density.
 Density = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def check_within(owner: str, option: str, value: float, low: float, high: float) -> None:
-    """Raise unless an option's value is in [low, high].
+    """Raise unless the value of an allocator's option is in [low, high].
 
     Raises:
-        RecipeError: it is not.
+        RecipeError: it is outside.
     """
     if not low <= value <= high:
         raise RecipeError(f"{owner}: {option} = {value} is outside [{low:g}, {high:g}]")
@@ -42,7 +43,7 @@ def finite_scores(table: UnitTable, name: str, scores: np.ndarray) -> np.ndarray
     """Return the scores as float64[U].
 
     Raises:
-        NumericsError: one is not finite; its unit is named.
+        NumericsError: a score is not finite; the message names its unit.
     """
     scores = np.asarray(scores, dtype=np.float64)
     for unit, score in zip(table, scores, strict=True):
@@ -55,43 +56,46 @@ def finite_scores(table: UnitTable, name: str, scores: np.ndarray) -> np.ndarray
 
 
 def blocks_of(table: UnitTable) -> tuple[np.ndarray, np.ndarray]:
-    """Return (position int[U] of each unit's block among the blocks, weights float64[L] of each block)."""
-    positions = np.unique([unit.block for unit in table], return_inverse=True)[1].reshape(-1)
+    """Return (int[U], the index of each unit's block; float64[L], the count of weights of each block)."""
+    positions: np.ndarray = np.unique([unit.block for unit in table], return_inverse=True)[1].reshape(-1)
     return positions, np.bincount(positions, [unit.weights for unit in table])
 
 
 def block_means(table: UnitTable, values: np.ndarray) -> np.ndarray:
-    """Return float64[L]: the mean of the values of a block's units, weighted by their weights."""
+    """Return float64[L], each block's mean of the values of its units, weighted by their weights."""
     positions, weights = blocks_of(table)
     sizes = np.array([unit.weights for unit in table], dtype=np.float64)
-    return np.bincount(positions, sizes * values) / weights
+    means: np.ndarray = np.bincount(positions, sizes * values) / weights
+    return means
 
 
 def centred(amplitude: float, target: float) -> Density:
-    """Return the map to 1 - S + d - mean(d) with d = 2a * importance, the mean over blocks."""
+    """Return the Density 1 - S + d - mean(d), where d = 2a * importance and the mean is over blocks."""
 
     def density(importance: np.ndarray, weights: np.ndarray) -> np.ndarray:
         d = 2 * amplitude * importance
-        return 1 - target + d - d.mean()
+        kept: np.ndarray = 1 - target + d - d.mean()
+        return kept
 
     return density
 
 
 def relative_importance(unimportance: np.ndarray) -> np.ndarray:
-    """Return 1 - v / sum(v) (DLP, arXiv 2505.23807)."""
-    return 1 - unimportance / unimportance.sum()
+    """Return 1 - v / sum(v) for v float64[L] (DLP, arXiv 2505.23807)."""
+    importance: np.ndarray = 1 - unimportance / unimportance.sum()
+    return importance
 
 
 def nearest_choice(
     problem: AllocationProblem, density: np.ndarray, notes: tuple[str, ...] = ()
 ) -> AllocationResult:
-    """Return the choice on the exact budget nearest to a wished density of each unit, float64[U]."""
+    """Return the result with the choice on the budget nearest to target densities float64[U]."""
     ones = np.ones(len(problem.table))
     return AllocationResult(problem.repair(np.clip(density, 0.0, 1.0), ones), notes=notes)
 
 
 def flat_choice(problem: AllocationProblem, name: str, what: str = "block") -> AllocationResult:
-    """Return the uniform choice, with a note that the scores are all alike."""
+    """Return the result with the uniform choice, and a note that all scores are equal."""
     note = f"sensitivity {name!r} is the same for every {what}, so the allocation is uniform"
     return AllocationResult(problem.uniform(), notes=(note,))
 
@@ -102,12 +106,13 @@ def choose_by_block(
     density: Density,
     importance: Callable[[np.ndarray], np.ndarray] = lambda scores: scores,
 ) -> AllocationResult:
-    """Return the choice that follows from one score per block.
+    """Return the result of a rule that gives each block a density by its score.
 
     Args:
-        name: the sensitivity that is read.
-        density: see Density.
-        importance: from the blocks' scores, float64[L], to how dense they should be.
+        name: of the sensitivity whose mean over a block is its score.
+        density: the rule.
+        importance: from the blocks' scores, float64[L], to their importance, float64[L]; by default they are
+            equal.
 
     Raises:
         NumericsError: a score is not finite.

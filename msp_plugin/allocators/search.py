@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 #: and their means run over several rounds anyway.
 MOST_GRADIENTS = 0.5
 #: Forward tokens of a search by default: for each unit, and at least, as those of a small model cost little.
-TOKENS_PER_UNIT, LEAST_TOKENS = 4096, 2**19
+TOKENS_PER_UNIT, LEAST_TOKENS = 2048, 2**19
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class _State:
         If none is, single moves of the proposals are measured, and what follows from that is proposed.
         """
         self.rounds += 1
-        loss = self.inputs.loss
+        loss = self.inputs.true_loss
         samples = self.losses.draw_samples(min(share, MOST_GRADIENTS), self.rng)
         self.losses.check_budget(MOVE_GRADIENT_PASSES * self.losses.tokens(samples))
         seed = int(self.rng.integers(2**31))

@@ -1,4 +1,4 @@
-"""Uniform allocation: the same sparsity everywhere."""
+"""Uniform allocation: one sparsity for all units."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Alloc
 
 @dataclass(frozen=True)
 class Uniform(Allocator):
-    """One sparsity for all units; where no level has it, the nearest mixture that meets the budget."""
+    """One sparsity for all units; if no level has it, the nearest mixture of levels on the budget."""
 
     name = "uniform"
     seeded = False

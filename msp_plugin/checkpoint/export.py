@@ -17,12 +17,12 @@ from msp_plugin.checkpoint.card import model_card
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.manifest import MANIFEST_FILE, Manifest, describe_files
 from msp_plugin.checkpoint.packing import pack_layer, sparsity_config
-from msp_plugin.checkpoint.run_files import RUN_FILE
 from msp_plugin.errors import FormatError, ModelError, OutputError, RecipeError
 from msp_plugin.formats.sparse24 import packed_bytes
 from msp_plugin.formats.tensor_files import INDEX, ShardWriter
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.progress import Progress, silent
+from msp_plugin.records.run import RUN_FILE
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.disk import check_free, writing
 from msp_plugin.runtime.files import output_directory, write_json, write_text

@@ -15,18 +15,15 @@ from msp_plugin.checkpoint.recount import PruneStats
 from msp_plugin.checkpoint.saving import generation_config_kept, kept_if_it_fails
 from msp_plugin.models.layers import text_config
 from msp_plugin.plan.allocation import ALLOCATION_FILE
-from msp_plugin.records.run import Outcome
+from msp_plugin.records.run import PRUNE, RUN_FILE, Outcome, RunRecord, SparsityRecord, StageRecord
 from msp_plugin.runtime.digests import versions
-from msp_plugin.runtime.files import write_json, write_text
+from msp_plugin.runtime.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
-RUN_SCHEMA = "msp_plugin/run"
-RUN_VERSION = 1
 #: What transformers' processors are made of, beside the tokenizer's files.
 PROCESSOR_FILES = (
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json",
@@ -34,43 +31,34 @@ PROCESSOR_FILES = (
 )  # fmt: skip
 
 
-def run_record(outcome: Outcome, stats: PruneStats, seed: int) -> dict[str, Any]:
-    """Return the contents of run.json that the pruning itself knows.
-
-    ``schema``, ``version``; ``sparsity`` {target, planned, achieved: shares of zeros; weights, zeros,
-    planned_zeros, extra_zeros: counts over the prunable layers, extra ones were zero before or have a dead
-    input; exact: planned equals target}; ``perplexity``
-    {dense, uniform, mixed}: filled by the commands that measure them, null otherwise; ``search``
-    {allocator, forward_tokens, evaluations, seconds, total_seconds, loss, uniform_loss, curve}, empty
-    if a finished allocation was given; ``seed``; ``versions``; ``python``.
-    """
+def run_record(outcome: Outcome, stats: PruneStats, seed: int) -> RunRecord:
+    """Return the record of a run as far as the pruning itself knows it: no perplexities, no texts."""
     budget = outcome.allocation.budget
-    return {
-        "schema": RUN_SCHEMA,
-        "version": RUN_VERSION,
-        "sparsity": {
-            "target": float(budget.target),
-            "planned": float(budget.sparsity),
-            "achieved": stats.sparsity,
-            "exact": budget.exact,
-            "weights": stats.total_weights,
-            "zeros": stats.total_zeros,
-            "planned_zeros": budget.zeros,
-            "extra_zeros": stats.total_zeros - budget.zeros,
-        },
-        "perplexity": {"dense": None, "uniform": None, "mixed": None},
-        "search": outcome.search,
-        "seed": seed,
-        "versions": versions(),
-        "python": platform.python_version(),
-    }
+    return RunRecord(
+        stages=(StageRecord(name=PRUNE, sparsity=stats.sparsity),),
+        sparsity=SparsityRecord(
+            target=float(budget.target),
+            planned=float(budget.sparsity),
+            achieved=stats.sparsity,
+            exact=budget.exact,
+            weights=stats.total_weights,
+            zeros=stats.total_zeros,
+            planned_zeros=budget.zeros,
+            extra_zeros=stats.total_zeros - budget.zeros,
+        ),
+        perplexity=dict.fromkeys(("dense", "uniform", "mixed")),
+        search=outcome.search,
+        seed=seed,
+        versions=versions(),
+        python=platform.python_version(),
+    )
 
 
-def write_files(directory: Path, outcome: Outcome | None, record: dict[str, Any]) -> None:
+def write_files(directory: Path, outcome: Outcome | None, record: RunRecord) -> None:
     """Write allocation.json, where there is an allocation, and run.json into a checkpoint's directory."""
     if outcome is not None:
         write_text(directory / ALLOCATION_FILE, outcome.allocation.to_json())
-    write_json(directory / RUN_FILE, record)
+    record.write(directory / RUN_FILE)
 
 
 def attach_files(

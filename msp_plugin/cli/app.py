@@ -189,10 +189,10 @@ def _again(command: list[str]) -> str:
 
 def _cause(error: Exception) -> tuple[str | None, int]:
     """Return what to say of an error of a disk or of memory, None for a bug, and the exit code."""
-    from msp_plugin.runtime.disk import cannot_write, of_disk
+    from msp_plugin.runtime.disk import cannot_write, disk_errno
     from msp_plugin.runtime.memory import is_out_of_memory
 
-    if of_disk(error):  # of a cache or of stdout, which no command writes as its result
+    if disk_errno(error):  # of a cache or of stdout, which no command writes as its result
         return str(cannot_write(None, error)), 2
     if not is_out_of_memory(error):
         return None, 1

@@ -146,7 +146,10 @@ class LayerChoice:
     ] = None
     granularity: Annotated[
         str | None,
-        typer.Option("--granularity", help="what shares a level: unit (fused layers), layer or block"),
+        typer.Option(
+            "--granularity",
+            help="what shares a level: layer (nothing), unit (fused layers) or block; default: layer, unit for 2:4 kernels",
+        ),
     ] = None
     bounds: Annotated[
         list[str] | None,
@@ -257,7 +260,7 @@ def component_options(
         RecipeError: a pair that is not of this form, or another role.
     """
     from msp_plugin.errors import RecipeError, nearest, shown
-    from msp_plugin.runtime.yaml_text import parse_yaml
+    from msp_plugin.runtime.documents import parse_yaml
 
     specs: dict[str, dict[str, Any]] = {role: {"name": name} for role, name in names.items()}
     for pair in pairs or ():

@@ -25,6 +25,7 @@ from msp_plugin.cli.arguments import (
 )
 
 if TYPE_CHECKING:
+    from msp_plugin.records.comparison import CompareRecord
     from msp_plugin.runs.grid import Grid
 
 #: One of each kind that is cheap enough for a first look; `msp plugins` lists the others.
@@ -72,7 +73,7 @@ def compare_command(
         from msp_plugin.errors import MSPError
         from msp_plugin.runs.compare import compare
         from msp_plugin.runtime.disk import writing
-        from msp_plugin.runtime.files import output_directory, write_json
+        from msp_plugin.runtime.files import output_directory
         from msp_plugin.runtime.locks import sole_run
 
         if loading.offload and allocators == DEFAULT:  # its sensitivity needs the whole model in memory
@@ -86,17 +87,17 @@ def compare_command(
         if record is None:
             return
         with writing(path), output_directory(path) as temporary:
-            write_json(temporary / "compare.json", record)
+            record.write(temporary / record.FILE)
             has_report = all(map(importlib.util.find_spec, ("matplotlib", "jinja2")))
             failure = _write_report(temporary) if has_report else None
     as_json = output.as_json
     if as_json:
-        typer.echo(json.dumps(record, indent=2, sort_keys=True))
+        typer.echo(json.dumps(record.to_dict(), indent=2, sort_keys=True))
     else:
         for table in comparison_tables(record, model):
             console.table.print(table)
-    errors = [row["error"] for row in record["rows"] if row["error"]]
-    if len(errors) == len(record["rows"]):
+    errors = [row.error for row in record.rows if row.error]
+    if len(errors) == len(record.rows):
         raise MSPError(
             f"no row has a result; the first error: {errors[0]}", hint=f"all are in {out}/compare.json"
         )
@@ -108,7 +109,7 @@ def compare_command(
     if as_json:
         return
     if errors:
-        console.err.print(f"{len(errors)} of {len(record['rows'])} rows failed; see {out}/compare.json")
+        console.err.print(f"{len(errors)} of {len(record.rows)} rows failed; see {out}/compare.json")
     missing = "" if has_report else " (no report: pip install 'msp_plugin[report]')"
     console.out.print(f"Results: {out}{missing}")
 
@@ -161,7 +162,7 @@ def _write_report(folder: Path) -> Exception | None:
     return None
 
 
-def comparison_tables(record: dict[str, Any], title: str) -> list[Any]:
+def comparison_tables(record: CompareRecord, title: str) -> list[Any]:
     """Return one table per method and sparsity: the allocators in the order of their KL."""
     from rich.table import Table
 
@@ -169,18 +170,19 @@ def comparison_tables(record: dict[str, Any], title: str) -> list[Any]:
     from msp_plugin.runs.compare import cells
 
     tables = []
-    for (method, sparsity), allocators in cells(record["rows"]).items():
+    for (method, sparsity), allocators in cells(record.rows).items():
         table = Table(title=f"{title}, {method}, {float(sparsity):.4g} zeros", title_justify="left")
         table.add_column("allocator", overflow="fold")  # a label that is cut could be another's
         for heading in ("perplexity", "KL, nats", "+-", "tokens, with sensitivities", "seconds", "seeds"):
             table.add_column(heading, justify="right")
 
         def mean(rows: Any, key: str) -> float:
-            found = [row[key] for row in rows]  # a mean without the seeds that are not finite would flatter
+            found = [getattr(row, key) for row in rows]
+            # a mean without the seeds that are not finite would flatter
             return float("inf") if None in found else sum(found) / len(found)
 
         for label, rows in sorted(allocators.items(), key=lambda item: mean(item[1], "kl")):
-            kl = [row["kl"] for row in rows if row["kl"] is not None]
+            kl = [row.kl for row in rows if row.kl is not None]
             table.add_row(
                 label, f"{mean(rows, 'perplexity'):.2f}", f"{mean(rows, 'kl'):.4f}",
                 "" if deviation(kl) is None else f"{deviation(kl):.4f}",

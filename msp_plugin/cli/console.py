@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -25,6 +25,9 @@ from rich.progress import (
 from rich.table import Table
 
 from msp_plugin.progress import StepProgress, no_progress
+
+if TYPE_CHECKING:
+    from msp_plugin.records.run import RunRecord
 
 #: What is printed is never markup: paths and names may have brackets. Colour comes with rich's Text.
 _PLAIN = {"highlight": False, "markup": False, "emoji": False}
@@ -131,18 +134,18 @@ def nats(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def quality_table(record: dict[str, Any], title: str) -> Table:
+def quality_table(record: RunRecord, title: str) -> Table:
     """Return the table of a run: zeros and test perplexity of dense, uniform and mixed."""
     table = Table(title=title, title_justify="left")
     table.add_column("model")
     table.add_column("zeros", justify="right")
     table.add_column("test perplexity", justify="right")
     table.add_column("loss over dense", justify="right")
-    quality, dense = record["perplexity"], record["perplexity"].get("dense")
-    for name, value in quality.items():
+    dense = record.perplexity.get("dense")
+    for name, value in record.perplexity.items():
         if value is None:
             continue
-        zeros = 0.0 if name == "dense" else record.get("sparsity", {}).get("achieved")
+        zeros = 0.0 if name == "dense" else record.sparsity.achieved
         more = math.log(value / dense) if dense and math.isfinite(value) and name != "dense" else None
         table.add_row(
             name,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from msp_plugin.cli.arguments import AsJson, Bos, Column, Dtype, Length, Model, Remote, Verbose, resolve_model
+
+if TYPE_CHECKING:
+    from msp_plugin.records.evaluation import EvalRecord
 
 
 def evaluate_command(
@@ -53,7 +56,6 @@ def evaluate_command(
     set_up_logs(verbose)
     from msp_plugin.evaluation.evaluate import Request, Source, evaluate
     from msp_plugin.runtime.disk import check_new, writing
-    from msp_plugin.runtime.files import write_json
 
     models = [
         Source(name, resolve_model(name), dtype, trust_remote_code)
@@ -72,25 +74,25 @@ def evaluate_command(
         record = evaluate(request, quiet=not verbose, progress=progress)
     if out is not None:
         with writing(out):
-            write_json(out, record)
+            record.write(out)
     if as_json:
-        typer.echo(json.dumps(record, indent=2, sort_keys=True))
+        typer.echo(json.dumps(record.to_dict(), indent=2, sort_keys=True))
     else:
         _show(record)
         if out is not None:
             typer.echo(f"Written: {out}")
 
 
-def _show(record: dict[str, Any]) -> None:
+def _show(record: EvalRecord) -> None:
     from rich import box
     from rich.table import Table
 
     from msp_plugin.cli import console
 
-    compared = record["reference"] is not None
-    title = f"Evaluation of {record['model']['source']}"
-    if compared:
-        title += f" against {record['reference']['source']}"
+    compared = record.reference is not None
+    title = f"Evaluation of {record.model.source}"
+    if record.reference is not None:
+        title += f" against {record.reference.source}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("task and metric", overflow="fold", min_width=20)
     for heading in (
@@ -106,29 +108,29 @@ def _show(record: dict[str, Any]) -> None:
     console.table.print(table)
 
 
-def _task_rows(record: dict[str, Any]) -> list[list[str]]:
+def _task_rows(record: EvalRecord) -> list[list[str]]:
     rows = []
-    for task, about in record["tasks"].items():
-        for metric in about["metrics"]:
-            name = metric["name"] if metric["filter"] == "none" else f"{metric['name']} ({metric['filter']})"
+    for task, score in record.tasks.items():
+        for metric in score.metrics:
+            name = metric.name if metric.filter == "none" else f"{metric.name} ({metric.filter})"
             rows.append([
-                task, name, _number(metric["value"]), _number(metric["stderr"]), _number(metric.get("reference")),
-                _number(metric.get("difference"), "+"), _number(metric.get("difference_stderr")), str(about["samples"]),
+                task, name, _number(metric.value), _number(metric.stderr), _number(metric.reference),
+                _number(metric.difference, "+"), _number(metric.difference_stderr), str(score.samples),
             ])  # fmt: skip
     return rows
 
 
-def _text_rows(record: dict[str, Any]) -> list[list[str]]:
+def _text_rows(record: EvalRecord) -> list[list[str]]:
     """Return a row of the perplexity and, where there is a reference, one of the KL, for each text."""
     rows = []
-    for text in record["perplexity"]:
-        value, other, count = text["value"], text["reference"], str(text["samples"])
+    for text in record.perplexity:
+        value, other, count = text.value, text.reference, str(text.samples)
         more = None if value is None or other is None else value - other
         rows.append([
-            text["source"], "perplexity", _number(value), "-", _number(other), _number(more, "+"), "-", count,
+            str(text.source), "perplexity", _number(value), "-", _number(other), _number(more, "+"), "-", count,
         ])  # fmt: skip
-        if record["reference"] is not None:
-            rows.append([text["source"], "KL in nats", _number(text["kl"]), "-", "-", "-", "-", count])
+        if record.reference is not None:
+            rows.append([str(text.source), "KL in nats", _number(text.kl), "-", "-", "-", "-", count])
     return rows
 
 

@@ -36,10 +36,10 @@ def _show_run(run: Any, as_json: bool, title: str) -> None:
     if run is None:  # another rank has it
         return
     if as_json:
-        typer.echo(json.dumps(run.record, indent=2, sort_keys=True))
+        typer.echo(json.dumps(run.record.to_dict(), indent=2, sort_keys=True))
         return
     out.print(quality_table(run.record, title))
-    back = taken_back(*(run.record["perplexity"].get(name) for name in ("dense", "uniform", "mixed")))
+    back = taken_back(*(run.record.perplexity.get(name) for name in ("dense", "uniform", "mixed")))
     if back is not None:
         out.print(f"Mixed takes back {100 * back:.0f} % of the loss that uniform adds.")
     out.print(f"Results: {run.path}")
@@ -61,7 +61,7 @@ def demo(
     with output.running() as context:
         from msp_plugin.demo import demo_text
         from msp_plugin.runs.prune import prune as prune_model
-        from msp_plugin.runtime.yaml_text import parse_yaml
+        from msp_plugin.runtime.documents import parse_yaml
 
         recipe = parse_yaml((files("msp_plugin.demo") / "recipe.yaml").read_text(encoding="utf-8"))
         line = recipe["sparsity_stage"]["sparsity_modifiers"]["MixedSparsityModifier"]

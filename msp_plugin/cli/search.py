@@ -78,7 +78,7 @@ def allocate_command(
         with writing(out):
             write_text(out, outcome.allocation.to_json())
     if output.as_json:
-        found = {"allocation": outcome.allocation.to_dict(), "search": outcome.search}
+        found = {"allocation": outcome.allocation.to_dict(), "search": outcome.search.to_dict()}
         typer.echo(json.dumps(found, indent=2))
         return
     _show_allocation(outcome, f"{model} at {sparsity}")
@@ -97,8 +97,8 @@ def _show_allocation(outcome: Outcome, title: str) -> None:
     for unit, level in zip(outcome.allocation.table, outcome.allocation.levels, strict=True):
         table.add_row(unit.name, level.name, f"{unit.weights:,}")
     console.out.print(table)
-    if outcome.search.get("loss") is not None:
-        loss, uniform = (console.nats(outcome.search[name]) for name in ("loss", "uniform_loss"))
+    if outcome.search.loss is not None:
+        loss, uniform = map(console.nats, (outcome.search.loss, outcome.search.uniform_loss))
         console.out.print(f"search loss {loss} (uniform {uniform}) nats per token")
 
 

@@ -1,1 +1,1 @@
-"""Text: read it from any source, tokenize it, split it into samples."""
+"""Text: read it from many sources, tokenize it, cut it into samples."""

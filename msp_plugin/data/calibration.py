@@ -5,25 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from msp_plugin.errors import DataError
+from msp_plugin.records.parts import ReadingRecord, TextRecord
 from msp_plugin.runtime.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read of one source for samples.
+    """A report on the reading of one source.
 
     Args:
-        source: as the user named it.
-        samples: how many of the samples came from it.
-        columns: of a table, those that held the text.
-        rows: documents, or rows of a table, that were read: all, or until there was text enough.
-        skipped: of these, null or empty ones.
-        bos: the tokens that each sample starts with, as the tokenizer writes them; None if there are none.
+        source: the source as the user named it.
+        samples: count of samples from it.
+        columns: the columns of a table that held the text.
+        rows: count of documents, or rows of a table, that were read, until there was enough text.
+        skipped: count of these that were null or empty.
+        bos: the tokens that start each sample, as the tokenizer writes them; None if there are none.
     """
 
     source: str
@@ -33,16 +33,16 @@ class Reading:
     skipped: int = 0
     bos: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {**asdict(self), "columns": list(self.columns)}
+    def record(self) -> ReadingRecord:
+        """Return its part of a record."""
+        return ReadingRecord(**asdict(self))
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Samples of token ids, each int64[T], and where they came from.
+    """Samples of token ids, each int64[T], and their source.
 
-    ``readings`` say what was read for them; a part of a set has none.
+    ``readings`` holds one report for each source; it is empty for a part of a set.
     """
 
     samples: tuple[torch.Tensor, ...]
@@ -59,15 +59,15 @@ class CalibrationSet:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the token ids."""
+        """The hex SHA-256 of the lengths and token ids of all samples."""
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(len(sample).to_bytes(8, "little"))
-            digest.update(sample.contiguous().numpy())
+            digest.update(sample.contiguous().numpy().data)
         return digest.hexdigest()
 
     def batches(self, batch_tokens: int) -> Iterator[torch.Tensor]:
-        """Yield int64[B, T] of neighbouring samples of equal length, about ``batch_tokens`` each."""
+        """Yield int64[B, T]: neighbouring samples of equal length, up to ``batch_tokens`` tokens or one."""
         rows: list[torch.Tensor] = []
         for sample in self.samples:
             full = rows and (len(rows) + 1) * len(sample) > batch_tokens
@@ -83,13 +83,14 @@ class CalibrationSet:
         return CalibrationSet(tuple(ranks.share(self.samples)), self.source)
 
     def split(self, tail_tokens: int, *, fit: bool = False) -> tuple[CalibrationSet, CalibrationSet]:
-        """Return (head, tail): the tail holds at least ``tail_tokens`` tokens from the end.
+        """Return (head, tail), where the tail has the last samples with at least ``tail_tokens`` tokens.
 
         Args:
-            fit: let the tail hold less, half of the samples, where more would leave less than half for the head.
+            fit: if that would leave less than half of the samples for the head, split in the middle instead.
 
         Raises:
-            DataError: less than half of the samples would be left for the head; or there is one sample only.
+            DataError: without ``fit``, less than half of the samples would be left for the head; or there is
+                only one.
         """
         head, tail = self.cut(tail_tokens)
         count, cut = tail.tokens, len(head)
@@ -100,13 +101,25 @@ class CalibrationSet:
             raise DataError(
                 f"the search asks for {tail_tokens:,} held-out tokens, but {len(self)} calibration samples "
                 f"with {self.tokens:,} tokens leave at most {self.tokens // 2:,} for it",
-                hint="give more or longer samples, text of its own for the search, or the allocator's tokens and "
-                f"holdout less than {self.tokens // 2:,} together",
+                hint="give more or longer samples, text of its own for the search, or the allocator's tokens "
+                f"and holdout less than {self.tokens // 2:,} together",
             )
         return head, tail
 
+    def record(self, *, length: int | None = None, seed: int | None = None) -> TextRecord:
+        """Return its part of a record; ``length`` and ``seed`` are those that were asked for."""
+        return TextRecord(
+            source=self.source,
+            samples=len(self),
+            length=length,
+            tokens=self.tokens,
+            seed=seed,
+            fingerprint=self.fingerprint,
+            sources=tuple(reading.record() for reading in self.readings),
+        )
+
     def cut(self, tail_tokens: int) -> tuple[CalibrationSet, CalibrationSet]:
-        """Return (head, tail): the fewest samples from the end with ``tail_tokens`` tokens, or all."""
+        """Return (head, tail): the tail is the fewest last samples with ``tail_tokens`` tokens, or all."""
         count, cut = 0, len(self.samples)
         while cut > 0 and count < tail_tokens:
             cut -= 1
@@ -120,17 +133,8 @@ class CalibrationSet:
         )
 
 
-def _pieces(text: str, size: int = 2**20) -> Iterator[str]:
-    """Yield a text in pieces of about ``size`` characters that end with a line."""
-    start = 0
-    while start < len(text):
-        cut = text.find("\n", start + size) + 1 or len(text)
-        yield text[start:cut]
-        start = cut
-
-
 def join(parts: Sequence[CalibrationSet]) -> CalibrationSet:
-    """Return the samples of all parts, one part after the other."""
+    """Return one set with the samples of all parts, in their order."""
     return CalibrationSet(
         tuple(sample for part in parts for sample in part.samples),
         " + ".join(p.source for p in parts),

@@ -1,4 +1,4 @@
-"""Chat data: what rows call a conversation, and its text by the tokenizer's chat template."""
+"""Conversations: recognise them in rows of chat data, and write them as text by a chat template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from msp_plugin.errors import DataError, shown
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: ShareGPT's names of the roles that chat templates call otherwise.
+#: The roles of ShareGPT that have another name in chat templates.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 
 
@@ -23,7 +23,7 @@ class Chat:
     where: str
 
     def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Return the conversation as the tokenizer's chat template writes it.
+        """Return the conversation as text, written by the tokenizer's chat template.
 
         Raises:
             DataError: there is no template, or it refuses these messages.
@@ -34,20 +34,21 @@ class Chat:
                 hint="give plain text, or use the tokenizer of the model's chat version",
             )
         try:
-            return tokenizer.apply_chat_template([dict(m) for m in self.messages], tokenize=False)
-        except Exception as error:  # a template is code of the model's
+            messages = [dict(message) for message in self.messages]
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # a template is code that comes with the model
             raise DataError(
-                f"{self.where}: the tokenizer's chat template refuses the conversation: {type(error).__name__}: "
-                f"{shown(str(error))}",
+                f"{self.where}: the tokenizer's chat template refuses the conversation: "
+                f"{type(error).__name__}: {shown(str(error))}",
                 hint="the template says which roles it takes, and in which order; leave such rows out",
             ) from error
 
 
 def as_messages(value: object) -> list[dict[str, Any]] | None:
-    """Return the messages that a value holds, with ``role`` and ``content``; None if it holds something else.
+    """Return the messages in a value, each with ``role`` and ``content``; None if there are none.
 
-    Messages are a list of objects with ``role`` and ``content``, or ``from`` and ``value`` as in ShareGPT.
-    Older versions of datasets give an object of lists instead.
+    A conversation is a list of objects with ``role`` and ``content``, or ``from`` and ``value`` as in
+    ShareGPT. Older versions of datasets give an object of lists instead.
     """
     if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
         lengths = {len(v) for v in value.values()}
@@ -55,11 +56,17 @@ def as_messages(value: object) -> list[dict[str, Any]] | None:
             value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return None
-    messages = [_message(part) for part in value]
-    return None if None in messages else messages
+    messages = []
+    for part in value:
+        message = _message(part)
+        if message is None:
+            return None
+        messages.append(message)
+    return messages
 
 
 def _message(part: object) -> dict[str, Any] | None:
+    """Return a message with ``role`` and ``content``; None for anything else."""
     if not isinstance(part, Mapping):
         return None
     role, content = ("role", "content") if "role" in part else ("from", "value")
@@ -68,16 +75,18 @@ def _message(part: object) -> dict[str, Any] | None:
     text = _content(part[content])
     if text is None and part[content] is not None:
         return None
-    # Tables fill in null for what a message does not have; templates ask whether it is there.
+    # Tables fill in null for missing keys, but templates ask whether a key is there.
     more = {key: v for key, v in part.items() if key not in (role, content) and v is not None}
     return {**more, "role": _ROLES.get(part[role], part[role]), "content": text or ""}
 
 
 def _content(value: object) -> str | None:
-    """Return a message's text, also of one in parts that are all text; None if there is something else."""
+    """Return a message's text, joined if it is a list of parts; None if a part is not text."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         return None
-    parts = [part.get("text") if isinstance(part, Mapping) else None for part in value]
-    return "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    texts = [
+        part["text"] for part in value if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+    ]
+    return "".join(texts) if len(texts) == len(value) else None

@@ -1,8 +1,8 @@
-"""The embedded corpus: the source text of the Python standard library of the running interpreter.
+"""The embedded corpus: the source text of the standard library of the running Python.
 
-Every machine that runs this package has it, so the demo needs no download. A file belongs to one
-split for good: the split is a function of its path below the library's root and of nothing else,
-so texts used for training, calibration, search, stopping and testing never share a file.
+Every machine that runs this package has it, so that the demo needs no download. The split of a file depends
+only on its path below the library's root, so that training, calibration, search, hold-out and test never
+share a file.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from msp_plugin.errors import DataError
 
 SPLITS = ("train", "calibration", "search", "holdout", "test")
 
-# Tables, not source: their near-identical rows would make every split look like every other one.
+#: Tables instead of code: their rows are so alike that every split would contain the same text.
 _TABLES = ("encodings/", "pydoc_data/")
 _NOT_LIBRARY = ("site-packages/", "dist-packages/", "__pycache__/", "config-", "lib-dynload/")
 
 
 def split_of(name: str) -> str:
-    """Return the split of a library file from its posix path, e.g. ``"json/decoder.py"``.
+    """Return the split of a library file by its posix path, e.g. ``"json/decoder.py"``.
 
-    Eighty per cent of the names are for training and five per cent for each other split. The test
-    suites that ship with CPython are always training text: many systems leave them out, and the
-    evaluation splits must be the same on all of them.
+    Eighty per cent of the names are training text, and five per cent belong to each other split. CPython's
+    own tests are always training text, because many systems leave them out, and the other splits must be the
+    same on all.
     """
     if any(part in ("test", "tests", "idle_test") for part in name.split("/")):
         return "train"

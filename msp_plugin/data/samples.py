@@ -1,4 +1,4 @@
-"""The text of a run: which sources, how many samples, and the samples themselves, by their use."""
+"""The text of a run: its sources, and the tokenized samples by their use."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Calibration samples where nobody says how many, and how few do if the text holds no more.
+#: Calibration samples by default, and the fewest that are accepted by default from a short text.
 SAMPLES, LEAST = 128, 8
-#: Of a short text, one sample in so many tests.
+#: One sample in so many of a short text is a test sample.
 TEST_SHARE = 4
 
 
 @dataclass(frozen=True)
 class Text:
-    """Which text a run uses.
+    """The sources of a run's text, and how samples are made from them.
 
     Args:
-        data: source of the calibration samples (see calibration.load_texts).
+        data: source of the calibration samples (see sources.load_texts).
         search: source of the samples that measure candidates; None takes them from the end of ``data``.
-        test: source of the perplexity's samples; None sets samples of ``data`` aside for it.
-        samples: calibration samples; None takes SAMPLES, or fewer where the text is short.
+        test: source of the samples that measure perplexity; None sets samples of ``data`` aside.
+        samples: count of calibration samples; None takes SAMPLES, or fewer if the text is short.
         length: tokens of a sample; None takes 2,048, or the model's maximum if that is less.
-        test_samples: samples of the perplexity; 0 measures none.
-        column: of the text, or of a conversation's messages, in tables and datasets.
+        test_samples: count of test samples; with 0 no perplexity is measured.
+        column: of tables and datasets, the column with the text or the messages of a conversation.
         batch: samples per forward pass of the host's calibration.
         seed: of the choice of calibration and search samples; 0 spaces them evenly.
-        bos: start each sample with the beginning-of-text token; None does what the tokenizer does by itself.
-        vocabulary: ids of the model's embeddings, beyond which no token may be; None does not look.
+        bos: start each sample with the beginning-of-text token; None leaves it to the tokenizer.
+        vocabulary: count of the model's embeddings, which token ids must stay below; None does not check
+            them.
     """
 
     data: str
@@ -62,19 +63,19 @@ class Text:
                 raise DataError(f"{option} = {value}", hint=f"give at least {least}")
 
     def for_model(self, source: str | Path, *, trust_remote_code: bool = False) -> Text:
-        """Return this text with a length and a vocabulary that the model can take.
+        """Return this text with the length and the vocabulary of a model.
 
         Raises:
-            DataError: the asked length is beyond the model's maximum.
+            DataError: the asked length is above the model's maximum.
         """
         known = replace(self, vocabulary=vocabulary(source, trust_remote_code=trust_remote_code))
         return known.within(max_length(source, trust_remote_code=trust_remote_code))
 
     def within(self, most: int | None) -> Text:
-        """Return this text with a length of at most ``most`` tokens, where a model has a maximum.
+        """Return this text with a length of at most ``most`` tokens; None means no maximum.
 
         Raises:
-            DataError: the asked length is beyond it.
+            DataError: the asked length is above it.
         """
         if self.length is None:
             return replace(self, length=min(2048, most or 2048))
@@ -85,6 +86,19 @@ class Text:
             )
         return self
 
+    @property
+    def sample_tokens(self) -> int:
+        """The tokens of a sample.
+
+        Raises:
+            DataError: the length is not known yet.
+        """
+        if self.length is None:
+            raise DataError(
+                "the length of samples is not known yet", hint="call for_model first, or give a length"
+            )
+        return self.length
+
     def read(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -94,24 +108,27 @@ class Text:
         at_least: int | None = None,
         seed: int = 0,
     ) -> CalibrationSet:
-        """Return the samples of one source; the ``length`` must be known (see ``for_model``).
+        """Return up to ``samples`` samples of one source; the ``length`` must be known (see ``for_model``).
+
+        Args:
+            at_least: the fewest samples that will do; None asks for all.
 
         Raises:
-            DataError: it is missing, empty or too short, or has tokens that the model does not know.
+            DataError: the source is missing, empty or too short, or has tokens that the model does not know.
         """
-        found = tokenize(
+        data = tokenize(
             tokenizer,
             load_texts(source, self.column),
             samples=samples,
-            length=self.length,
+            length=self.sample_tokens,
             source=plain(source),
             at_least=at_least,
             seed=seed,
             bos=self.bos,
         )
         if self.vocabulary is not None:
-            check_ids(found, self.vocabulary)
-        return found
+            check_ids(data, self.vocabulary)
+        return data
 
 
 #: Stands for samples that nothing asks for.
@@ -160,46 +177,23 @@ class TextSplit:
 def load_split(tokenizer: PreTrainedTokenizerBase, text: Text, asked: SearchText = SearchText()) -> TextSplit:
     """Return the tokenized samples of a run.
 
-    The search's samples come from ``text.search``, or else from the end of ``text.data``. The text's ``length``
-    must be known (see ``Text.for_model``).
+    The samples of the search come from ``text.search``, or else from the end of ``text.data``. The text's
+    ``length`` must be known (see ``Text.for_model``).
 
     Raises:
-        DataError: a source is missing, empty or too short.
+        DataError: a source is missing, empty or too short, or most test samples are calibration samples too.
     """
-    held_out = -(-asked.tokens // text.length) if text.search and asked.tokens else 0
-    reserved = 0 if text.test else text.test_samples
-    wanted = (text.samples or SAMPLES) + reserved
-    least = None if text.samples else min(wanted, LEAST)
-    found = text.read(tokenizer, text.data, wanted, at_least=least, seed=text.seed)
-    if len(found) < wanted:
-        reserved = min(reserved, len(found) // TEST_SHARE)
-        log.warning(
-            "%s has %d samples of %d tokens, fewer than the default of %d: %d calibrate%s",
-            found.source,
-            len(found),
-            text.length,
-            wanted,
-            len(found) - reserved,
-            f", {reserved} test" if reserved else "",
-        )
-    cut = len(found) - reserved
-    parts = [_part(found, found.source, 0, cut)]
-    test = _part(found, f"{found.source} [{cut}:]", cut, len(found)) if reserved else NO_TEXT
-    if held_out:
-        parts.append(text.read(tokenizer, text.search, held_out, seed=text.seed))
+    data, reserved = _calibration_and_test(tokenizer, text)
+    cut = len(data) - reserved
+    parts = [_part(data, data.source, 0, cut)]
+    test = _part(data, f"{data.source} [{cut}:]", cut, len(data)) if reserved else NO_TEXT
+    if text.search and asked.tokens:
+        samples = -(-asked.tokens // text.sample_tokens)
+        parts.append(text.read(tokenizer, text.search, samples, seed=text.seed))
     if text.test and text.test_samples:
         test = text.read(tokenizer, text.test, text.test_samples, at_least=1)
         _check_apart(test, parts)
     return split_text(join(parts), asked, test)
-
-
-def _check_apart(test: CalibrationSet, others: Sequence[CalibrationSet]) -> None:
-    known = {tuple(s.tolist()) for part in others for s in part.samples}
-    shared = sum(tuple(s.tolist()) in known for s in test.samples)
-    if 2 * shared > len(test):
-        raise DataError(
-            f"{shared} of {len(test)} test samples are calibration samples too", hint="give another test text"
-        )
 
 
 def split_text(
@@ -239,6 +233,41 @@ def split_text(
     return TextSplit(head, search, holdout, test, data)
 
 
+def _calibration_and_test(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[CalibrationSet, int]:
+    """Return the samples of ``text.data``, and how many of the last ones are test samples."""
+    reserved = 0 if text.test else text.test_samples
+    wanted = (text.samples or SAMPLES) + reserved
+    at_least = None if text.samples else min(wanted, LEAST)
+    data = text.read(tokenizer, text.data, wanted, at_least=at_least, seed=text.seed)
+    if len(data) < wanted:
+        reserved = min(reserved, len(data) // TEST_SHARE)
+        log.warning(
+            "%s has %d samples of %d tokens, fewer than the default of %d: %d calibrate%s",
+            data.source,
+            len(data),
+            text.sample_tokens,
+            wanted,
+            len(data) - reserved,
+            f", {reserved} test" if reserved else "",
+        )
+    return data, reserved
+
+
+def _check_apart(test: CalibrationSet, parts: Sequence[CalibrationSet]) -> None:
+    """Raise if most test samples are samples of another part too.
+
+    Raises:
+        DataError: they are.
+    """
+    others = {tuple(sample.tolist()) for part in parts for sample in part.samples}
+    shared = sum(tuple(sample.tolist()) in others for sample in test.samples)
+    if 2 * shared > len(test):
+        raise DataError(
+            f"{shared} of {len(test)} test samples are calibration samples too", hint="give another test text"
+        )
+
+
 def _part(data: CalibrationSet, source: str, start: int, end: int) -> CalibrationSet:
+    """Return the samples from ``start`` to ``end`` under another source name, with the readings of all."""
     readings = tuple(replace(reading, samples=end - start) for reading in data.readings)
     return CalibrationSet(data.samples[start:end], source, readings)

@@ -1,4 +1,4 @@
-"""Sources of text: files, directories, saved datasets and hub datasets, read as far as is asked for."""
+"""Sources of text: files, directories, saved datasets and hub datasets, read only as far as they are used."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from msp_plugin.errors import DataError, nearest, plain, shown
 
 log = logging.getLogger(__name__)
 
-#: A document: its text, its text in pieces that end with a line, or a conversation.
+#: A text, the pieces of a text (each ends with a line), or a conversation.
 Document = str | Iterator[str] | Chat
 
 
 class Documents:
-    """The documents of a source, in their order; read when, and as far as, they are iterated over.
+    """The documents of a source, in their order, read only as far as they are iterated over.
 
-    ``rows`` counts what was read so far, of which ``skipped`` were null or empty; ``columns`` are those that
-    held the text, empty where there are none.
+    Attributes:
+        rows: count of the rows that were read so far.
+        skipped: count of those that were null or empty.
+        columns: the columns that held the text; empty if the source has none.
     """
 
     def __init__(self, source: str, read: Callable[[], Iterator[Row]], column: str = DEFAULT_COLUMN):
@@ -43,7 +45,7 @@ class Documents:
         """Yield the documents that are not empty.
 
         Raises:
-            DataError: a row cannot be read or holds something other than text, or none holds text.
+            DataError: a row cannot be read or holds no text but another value, or all rows are empty.
         """
         self.rows = self.skipped = 0
         for where, row in self._read():
@@ -58,6 +60,7 @@ class Documents:
             raise DataError(f"{self.source} holds no text{empty}", hint="give a file with text in it")
 
     def _document(self, row: Any, where: str) -> Document | None:
+        """Return the document of a row; None if it is null or empty."""
         if isinstance(row, str):
             return row if row.strip() else None
         if isinstance(row, Iterator):
@@ -73,7 +76,7 @@ class Documents:
 
 
 def near(column: str, columns: Iterable[object]) -> str:
-    """Return a hint that names the column nearest to ``column``, or some of them."""
+    """Return a hint that lists columns, and first the one nearest to ``column`` if any is near."""
     return nearest(column, [plain(name)[:60] for name in itertools.islice(columns, 50)])
 
 
@@ -82,23 +85,33 @@ def _is_text(value: object) -> bool:
 
 
 def _of_columns(values: Sequence[object], columns: Sequence[str], where: str) -> Document | None:
-    """Return the text or conversation of one column, or of a prompt and its completion; None if it is empty."""
-    if all(value is None or isinstance(value, str) for value in values):
-        text = "".join(value or "" for value in values)
+    """Return the text or the conversation of a row; None if it is empty.
+
+    Args:
+        values: of one column, or of a prompt and its completion.
+        where: the row's place, for errors.
+
+    Raises:
+        DataError: a value is neither text nor messages.
+    """
+    texts = [value or "" for value in values if value is None or isinstance(value, str)]
+    if len(texts) == len(values):
+        text = "".join(texts)
         return text if text.strip() else None
     messages: list[dict[str, Any]] = []
     for name, value in zip(columns, values, strict=True):
-        found = [] if value is None else as_messages(value)
-        if found is None:
+        part = [] if value is None else as_messages(value)
+        if part is None:
             raise DataError(
                 f"{where}: {name!r} is {shown(value)}, neither text nor messages with role and content",
                 hint="name the column that holds the text",
             )
-        messages += found
+        messages += part
     return Chat(tuple(messages), where) if any(m["content"].strip() for m in messages) else None
 
 
 def _unless_blank(pieces: Iterator[str]) -> Iterator[str] | None:
+    """Return the same pieces of a text; None if all are blank."""
     first: list[str] = []
     for piece in pieces:
         first.append(piece)
@@ -110,14 +123,17 @@ def _unless_blank(pieces: Iterator[str]) -> Iterator[str] | None:
 def load_texts(source: str, text_column: str = DEFAULT_COLUMN) -> Documents:
     """Return the documents of a source.
 
-    A source is ``demo:SPLIT`` (the embedded corpus); a text file; a table: jsonl, a JSON array, csv, tsv, parquet
-    or arrow; a directory of such files or of a saved dataset; or a hub dataset ``id[:config][:split]``. Texts,
-    JSON and csv may be compressed. A column holds text, or the messages of a conversation. Rows without a column
-    ``text`` are read by ``messages``, ``conversations``, or ``prompt`` and ``completion``, unless another
-    column is asked for.
+    Args:
+        source: ``demo:SPLIT`` (the embedded corpus); a text file; a table (jsonl, a JSON array, csv, tsv,
+            parquet or arrow); a directory of such files or of a saved dataset; or a hub dataset
+            ``id[:config][:split]``. Text, JSON and csv files may be compressed.
+        text_column: column with the text, or with the messages of a conversation. Where rows have no column
+            ``text``, the default also reads ``messages``, ``conversations``, or ``prompt`` and
+            ``completion``.
 
     Raises:
-        DataError: it is missing or unreadable; damaged lines, and columns that do not fit, show when they are read.
+        DataError: the source is missing or unreadable. Damaged lines and columns without text raise when they
+            are read.
     """
     if source.startswith("demo:"):
         from msp_plugin.data.demo_corpus import library_texts
@@ -137,6 +153,7 @@ def load_texts(source: str, text_column: str = DEFAULT_COLUMN) -> Documents:
 
 
 def _directory(path: Path, source: str, column: str) -> Documents:
+    """Return the documents of a saved dataset, or of the data files in a directory."""
     names = {entry.name for entry in path.iterdir()}
     if {"dataset_info.json", "state.json"} <= names or "dataset_dict.json" in names:
         datasets = need("datasets", f"{plain(path)}, a saved dataset,", "datasets")
@@ -156,7 +173,7 @@ def _directory(path: Path, source: str, column: str) -> Documents:
 
 
 def _hub_dataset(source: str) -> Any:
-    """Stream a hub dataset: only the shards that are read are downloaded."""
+    """Return a hub dataset as a stream, which downloads only the shards that are read."""
     name, *rest = source.split(":")
     config, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
     try:
@@ -176,7 +193,7 @@ def _hub_dataset(source: str) -> Any:
 
 
 def _dataset(data: Any, column: str, source: str) -> Documents:
-    """Return the documents of a dataset, of its train split if it has several."""
+    """Return the documents of a dataset; of several splits those of ``train``."""
     if isinstance(data, dict):
         if "train" not in data:
             raise DataError(
@@ -192,6 +209,7 @@ def _dataset(data: Any, column: str, source: str) -> Documents:
 
 
 def _dataset_rows(data: Any, source: str) -> Iterator[Row]:
+    """Yield the rows of a dataset."""
     number = 0
     try:
         for row in data:

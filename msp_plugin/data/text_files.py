@@ -1,6 +1,6 @@
-"""Files of text and tables, and which files of a directory are its data.
+"""Read files of text and tables as rows, and choose the data files of a directory.
 
-A file gives rows: its place for an error, and a text in pieces, a text, or an object of columns.
+A row is a pair: its place, for errors, and a text, the pieces of a text, or an object of columns.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import bz2
 import csv
 import gzip
 import importlib
+import json
 import logging
 import lzma
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 Row = tuple[str, Any]
 
 DEFAULT_COLUMN = "text"
-#: Where rows have no column of the default name, the columns that hold their text.
+#: Columns that usually hold the text where there is none of the default name.
 _USUAL = (("messages",), ("conversations",), ("prompt", "completion"))
 _TEXT = (".txt", ".md", ".py", ".text")
 _LINES = (".jsonl", ".json", ".ndjson")
@@ -36,7 +37,7 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 _ARROW = (".parquet", ".arrow", ".feather")
 _ROWS = (*_LINES, *_TABLES, *_ARROW)
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
-#: Files of a directory that describe its data.
+#: Files of a directory that describe its data, and are not data.
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _NOT_TRAIN = {"test", "validation", "valid", "val", "dev", "eval"}
 #: Characters of a piece of a text.
@@ -48,12 +49,12 @@ FORMS = (
 
 
 def is_known(path: Path) -> bool:
-    """Return True if a file's name tells that it holds text."""
+    """Return True if a file has the suffix of a text or a table."""
     return _kind(path)[0] in (*_TEXT, *_ROWS)
 
 
 def text_columns(row: Iterable[str], column: str) -> tuple[str, ...]:
-    """Return the columns of a row that hold its text: the asked one, else, by default, the usual ones."""
+    """Return the columns that hold a row's text: ``column``, or the usual ones if that is the default."""
     if column in row:
         return (column,)
     usual = _USUAL if column == DEFAULT_COLUMN else ()
@@ -61,11 +62,11 @@ def text_columns(row: Iterable[str], column: str) -> tuple[str, ...]:
 
 
 def data_files(path: Path) -> list[Path]:
-    """Return the files of a directory that are its data, by name.
+    """Return the data files of a directory, sorted by name.
 
-    Parquet and arrow files are data by themselves, whatever lies beside them; so are texts and lines of JSON where
-    a README beside tables is none; csv and whole JSON files are where there is nothing else. Of tables it is the
-    training split, if their names say what that is.
+    Parquet and arrow files are taken first, and all others then left out. Next come texts and jsonl, without
+    a README that lies beside tables, and last csv and whole JSON files. If the names of tables tell their
+    split, the ones for training are taken.
     """
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name not in _ABOUT and is_known(p)]
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
@@ -86,17 +87,17 @@ def data_files(path: Path) -> list[Path]:
 
 
 def _kind(path: Path) -> tuple[str, str]:
-    """Return the suffix that tells a file's form, and that of its compression."""
+    """Return (suffix of a file's form, suffix of its compression), lower case; the second may be empty."""
     name = path.name.lower()
     packing = next((suffix for suffix in _PACKED if name.endswith(suffix)), "")
     return Path(name.removesuffix(packing)).suffix, packing
 
 
 def file_rows(path: Path, column: str) -> Iterator[Row]:
-    """Yield the rows of a file, as far as they are asked for; of parquet and arrow with no more columns than needed.
+    """Yield the rows of a file; of parquet and arrow only the columns that hold the text.
 
     Raises:
-        DataError: it is not what its name says, or damaged; the line or row is named.
+        DataError: the file does not fit its suffix, or is damaged; the message names the line or row.
     """
     kind, packing = _kind(path)
     if kind in _LINES:
@@ -109,34 +110,43 @@ def file_rows(path: Path, column: str) -> Iterator[Row]:
 
 
 def _open(path: Path, newline: str | None = None) -> IO[str]:
+    """Open a text file, which may be compressed; a byte order mark is left out."""
+    openers: dict[str, Callable[..., IO[str]]]
     openers = {"": Path.open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     packing = _kind(path)[1]
     opener = openers.get(packing) or need("zstandard", path, "zstandard").open
-    return opener(path, "rt", encoding="utf-8-sig", newline=newline)  # a byte order mark is no text
+    return opener(path, "rt", encoding="utf-8-sig", newline=newline)
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
+    """Raise a DataError that names ``path`` if reading it in the block fails."""
     try:
         yield
     except UnicodeDecodeError as error:
         raise DataError(f"{plain(path)} is not UTF-8 text: {error}", hint=FORMS) from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, *_zstd_errors()) as error:
+    except _damage_errors() as error:
         raise DataError(
             f"cannot read {plain(path)}: {error}", hint="the file is damaged or incomplete"
         ) from None
 
 
-def _zstd_errors() -> tuple[type[Exception], ...]:
-    loaded = sys.modules.get("zstandard")
-    return () if loaded is None else (loaded.ZstdError,)
+def _damage_errors() -> tuple[type[Exception], ...]:
+    """Return the types of errors for damaged files; that of zstandard only if it is loaded."""
+    zstandard = sys.modules.get("zstandard")
+    own = () if zstandard is None else (zstandard.ZstdError,)
+    return (OSError, EOFError, zlib.error, lzma.LZMAError, *own)
 
 
 def need(module: str, source: object, package: str) -> Any:
-    """Return a module of a package that not everybody has.
+    """Return an imported module of an optional package.
+
+    Args:
+        source: the file that needs it, for the error.
+        package: name to install.
 
     Raises:
-        DataError: it is not installed; the package that brings it is named.
+        DataError: the module is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -147,14 +157,14 @@ def need(module: str, source: object, package: str) -> Any:
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    """Yield a file's text in pieces of about ``_PIECE`` characters that end with a line."""
+    """Yield a file's text in pieces of about ``_PIECE`` characters, each ending with a line."""
     with _reading(path), _open(path) as file:
         while piece := file.read(_PIECE) + file.readline():
             yield piece
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    """Yield a JSON document a line, or the elements of an array."""
+    """Yield the JSON value of each line, or the elements of one array."""
     with _reading(path), _open(path) as file:
         first = True
         for number, line in enumerate(file, 1):
@@ -165,7 +175,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 return
             first = False
             try:
-                row = parse_json(line)
+                row = _parse_text(line)
             except ValueError as error:
                 raise DataError(
                     f"{plain(path)}, line {number} is not JSON: {error}",
@@ -174,9 +184,22 @@ def _json_rows(path: Path) -> Iterator[Row]:
             yield f"{plain(path)}, line {number}", row
 
 
+def _parse_text(text: str) -> Any:
+    """Return the value of a JSON text that a tokenizer can read.
+
+    Raises:
+        ValueError: see parse_json; or the text has half of a surrogate pair, which UTF-8 cannot encode.
+    """
+    value = parse_json(text)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _array_rows(path: Path, text: str) -> Iterator[Row]:
+    """Yield the elements of a JSON array."""
     try:
-        rows = parse_json(text)
+        rows = _parse_text(text)
     except ValueError as error:
         raise DataError(f"{plain(path)} is not a JSON array: {error}", hint="the file is damaged") from None
     for number, row in enumerate(rows, 1):
@@ -184,6 +207,7 @@ def _array_rows(path: Path, text: str) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    """Yield the rows of a csv or tsv file."""
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # a document may be longer than 128 KiB
     with _reading(path), _open(path, newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -198,7 +222,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
 
 
 def _arrow_rows(path: Path, kind: str, column: str) -> Iterator[Row]:
-    """Yield the rows of a parquet or arrow file, batch by batch, with no more columns than the text's."""
+    """Yield the rows of a parquet or arrow file, batch by batch, with only the columns that hold the text."""
     pa = need("pyarrow", path, "datasets")
     number = 0
     try:

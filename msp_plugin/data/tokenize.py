@@ -1,39 +1,41 @@
-"""Turn text into samples of token ids."""
+"""Turn text, or the batches of a host, into samples of token ids."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from msp_plugin.data.calibration import CalibrationSet, Reading, _pieces
+from msp_plugin.data.calibration import CalibrationSet, Reading
 from msp_plugin.data.chats import Chat
 from msp_plugin.data.sources import Document, Documents
 from msp_plugin.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 log = logging.getLogger(__name__)
 
-
-#: Text read beyond what is asked for, so that a large corpus does not cost hours of tokenizing.
+#: At most so many times the asked tokens are read, so that a large corpus does not cost hours of tokenizing.
 _READ = 32
+#: Characters that are tokenized at once.
+_PIECE = 2**20
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> tuple[int, ...]:
-    """Return the tokens that a sample starts with.
+    """Return the tokens that start a sample.
 
     Args:
-        bos: None for those that the tokenizer itself puts before a text, if any; True for these, or else its
-            beginning-of-text token; False for none.
+        bos: None for the tokens that the tokenizer itself puts before a text, if any; True for these, or for
+            its beginning-of-text token if there are none; False for no tokens.
 
     Raises:
-        DataError: there is no such token.
+        DataError: ``bos`` is True and the tokenizer has no such token.
     """
     if bos is False:
         return ()
@@ -52,20 +54,30 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) 
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Return tokens as the tokenizer writes them."""
     return "".join(tokenizer.convert_ids_to_tokens(list(tokens)))
 
 
-def _stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Document], enough: int) -> list[int]:
-    """Return the tokens of documents, a little more than ``enough`` of them or all that there are.
+def _pieces(text: str) -> Iterator[str]:
+    """Yield a text in pieces of about ``_PIECE`` characters, each ending with a line."""
+    start = 0
+    while start < len(text):
+        cut = text.find("\n", start + _PIECE) + 1 or len(text)
+        yield text[start:cut]
+        start = cut
 
-    The end-of-text token closes each document; a conversation ends as its template has it, and what the tokenizer
-    puts before a text does not start it, because that starts every sample.
+
+def _stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Document], enough: int) -> list[int]:
+    """Return the tokens of documents: all, or a little more than ``enough`` of them.
+
+    The end-of-text token closes each document. A conversation ends as its template has it; the start tokens
+    that its template writes are left out, because every sample gets its own.
     """
     end, start = tokenizer.eos_token_id, _written(tokenizer, leading_tokens(tokenizer))
     stream: list[int] = []
     for document in texts:
         chat = isinstance(document, Chat)
-        text = document.text(tokenizer).removeprefix(start) if chat else document
+        text = document.text(tokenizer).removeprefix(start) if isinstance(document, Chat) else document
         for piece in _pieces(text) if isinstance(text, str) else text:
             if len(stream) > enough:
                 break
@@ -88,16 +100,20 @@ def tokenize(
     seed: int = 0,
     bos: bool | None = None,
 ) -> CalibrationSet:
-    """Return up to ``samples`` samples of exactly ``length`` tokens, cut from the joined documents.
+    """Return up to ``samples`` samples, each int64[length], cut from the joined documents.
 
-    Documents are closed by the end-of-text token and joined in their order. Each sample starts with the tokens
-    that ``bos`` asks for (see leading_tokens), and they are part of its length. When there is more text
-    than asked for, the samples are spread evenly over it, so that a corpus is not judged by its first
-    document; a ``seed`` other than 0 moves each at random within its share. At most ``_READ`` times the
-    asked tokens are read.
+    Documents are closed by the end-of-text token and joined in their order. If there is more text than
+    needed, the samples are spread evenly over it, so that a corpus is not represented by its first document.
+    At most ``_READ`` times the asked tokens are read.
+
+    Args:
+        source: its name, for the result and for errors.
+        at_least: the fewest samples that will do; None asks for all.
+        seed: moves each sample at random within its share of the text; 0 does not.
+        bos: which tokens start each sample, as a part of its length (see leading_tokens).
 
     Raises:
-        DataError: there are fewer than ``at_least`` samples (default: ``samples``) in the text.
+        DataError: there is too little text, or the length has no room beside the start tokens.
     """
     if samples < 1 or length < 2:
         raise DataError(f"asked for {samples} samples of {length} tokens", hint="ask for at least 1 x 2")
@@ -109,26 +125,30 @@ def tokenize(
         )
     own = length - len(start)
     stream = _stream(tokenizer, texts, _READ * samples * length)
-    found = len(stream) // own
-    if found < (samples if at_least is None else at_least):
+    count = len(stream) // own
+    if count < (samples if at_least is None else at_least):
         raise DataError(
-            f"{source} has {len(stream):,} tokens: {found} samples of {length}, {samples} were asked for",
+            f"{source} has {len(stream):,} tokens: {count} samples of {length}, {samples} were asked for",
             hint="give more text, or ask for fewer or shorter samples",
         )
-    take = min(samples, found)
-    edges = [i * found // take for i in range(take + 1)]
-    starts = edges[:-1]
-    if seed:
-        rng = np.random.default_rng(seed)
-        starts = [int(rng.integers(low, high)) for low, high in pairwise(edges)]
-    ids = torch.tensor(stream[: found * own], dtype=torch.int64).view(found, own)
+    ids = torch.tensor(stream[: count * own], dtype=torch.int64).view(count, own)
     head = torch.tensor(start, dtype=torch.int64)
-    reading = _reading(texts, source, take, _written(tokenizer, start) or None)
-    return CalibrationSet(tuple(torch.cat([head, ids[i]]) for i in starts), source, (reading,))
+    chosen = tuple(torch.cat([head, ids[i]]) for i in _spread(count, min(samples, count), seed))
+    reading = _reading(texts, source, len(chosen), _written(tokenizer, start) or None)
+    return CalibrationSet(chosen, source, (reading,))
+
+
+def _spread(count: int, take: int, seed: int) -> list[int]:
+    """Return ``take`` numbers below ``count``: evenly spaced, or with a seed one at random in each share."""
+    edges = [i * count // take for i in range(take + 1)]
+    if not seed:
+        return edges[:-1]
+    rng = np.random.default_rng(seed)
+    return [int(rng.integers(low, high)) for low, high in pairwise(edges)]
 
 
 def _reading(texts: Iterable[Document], source: str, samples: int, bos: str | None) -> Reading:
-    """Return what was read of the documents, and say so."""
+    """Return the report on the reading of the documents, and log it."""
     if bos is not None:
         log.info("%s: each sample starts with %s", source, bos)
     if not isinstance(texts, Documents):
@@ -141,15 +161,17 @@ def _reading(texts: Iterable[Document], source: str, samples: int, bos: str | No
 def from_dataloader(
     batches: Iterable[Any], source: str = "dataloader", *, keep_order: bool = True
 ) -> CalibrationSet:
-    """Return the samples of a host's DataLoader, padding removed.
+    """Return the samples of a host's DataLoader, without padding.
 
-    Without ``keep_order`` they are sorted by a digest of their content: hosts sort samples by length, or
-    shuffle them, and the last ones, which are held out, must be typical and the same in every run.
+    Args:
+        keep_order: keep the loader's order. Otherwise samples are sorted by a digest of their content: hosts
+            sort samples by length, or shuffle them, but the last ones, which are held out, must be typical
+            and the same in every run.
 
     Raises:
-        DataError: a batch has no ``input_ids`` of samples of equal length, or there is no token at all.
+        DataError: a batch has no integer ``input_ids`` [B, T], or there are no samples of two tokens or more.
     """
-    samples = []
+    samples: list[torch.Tensor] = []
     for batch in batches:
         if not hasattr(batch, "keys") or "input_ids" not in batch:
             keys = sorted(batch.keys()) if hasattr(batch, "keys") else type(batch).__name__
@@ -160,14 +182,18 @@ def from_dataloader(
             if len(kept) > 1:
                 samples.append(kept.to(torch.int64))
     if not keep_order:
-        samples.sort(key=lambda sample: hashlib.sha256(sample.contiguous().numpy()).digest())
+        samples.sort(key=lambda sample: hashlib.sha256(sample.contiguous().numpy().data).digest())
     if not samples:
         raise DataError("the calibration data holds no sample of two tokens or more")
     return CalibrationSet(tuple(samples), source)
 
 
 def _token_ids(batch: Any) -> torch.Tensor:
-    """Return a batch's token ids, [B, T]."""
+    """Return a batch's token ids, an integer tensor [B, T] on the CPU.
+
+    Raises:
+        DataError: ``input_ids`` has another shape or dtype.
+    """
     try:
         ids = torch.as_tensor(batch["input_ids"]).cpu()
     except (TypeError, ValueError) as error:
@@ -177,26 +203,27 @@ def _token_ids(batch: Any) -> torch.Tensor:
         ) from None
     if ids.dim() != 2 or ids.is_floating_point():
         raise DataError(
-            f"the input_ids of a calibration batch are {str(ids.dtype).removeprefix('torch.')}{list(ids.shape)}",
+            "the input_ids of a calibration batch are "
+            f"{str(ids.dtype).removeprefix('torch.')}{list(ids.shape)}",
             hint="give integers [samples, tokens], also for a single sample",
         )
     return ids
 
 
 def padding_mask(batch: Any) -> torch.Tensor | None:
-    """Return bool[B, T], False where a host's batch is padded; None where no mask says so for each token."""
+    """Return bool[B, T], False for padding; None if the batch has no attention_mask of that shape."""
     mask = batch.get("attention_mask")
     if mask is None:
         return None
-    mask = torch.as_tensor(mask).cpu()  # of other shapes are masks of who sees whom
+    mask = torch.as_tensor(mask).cpu()  # masks of other shapes tell which tokens attend to which
     return mask.bool() if mask.shape == torch.as_tensor(batch["input_ids"]).shape else None
 
 
 def check_ids(data: CalibrationSet, vocabulary: int) -> None:
-    """Raise unless a model with embeddings for ``vocabulary`` tokens knows every token.
+    """Raise unless all token ids are below ``vocabulary``, the count of a model's embeddings.
 
     Raises:
-        DataError: it does not.
+        DataError: an id is negative or too large.
     """
     largest = max(int(sample.max()) for sample in data.samples)
     least = min(int(sample.min()) for sample in data.samples)

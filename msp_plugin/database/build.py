@@ -17,8 +17,8 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError
 from msp_plugin.formats.bitmask import bitmask_bytes
-from msp_plugin.models.offload import onloaded
-from msp_plugin.models.places import weight_place
+from msp_plugin.models.offload import linear, onloaded
+from msp_plugin.models.weights import weight_place
 from msp_plugin.passes.by_block import BlockPass, runs_by_block
 from msp_plugin.passes.observe import check_reached, in_groups, reached_inputs
 from msp_plugin.plan.levels import DENSE, Level
@@ -213,7 +213,7 @@ def _pruned_block(
 ) -> Iterator[None]:
     """Let a block's layers hold their weights of the database at the levels of ``prefix``, then their own again."""
     layers = [layer.name for unit in table if unit.block == number for layer in unit.layers]
-    places = {name: weight_place(model.get_submodule(name)) for name in layers if prefix[name] != DENSE.name}
+    places = {name: weight_place(linear(model, name)) for name in layers if prefix[name] != DENSE.name}
     for place in places.values():
         place.enter()
     try:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from msp_plugin.errors import FormatError, VerificationError
 from msp_plugin.formats.bitmask import bitmask_bytes, pack_bitmask, unpack_bitmask
-from msp_plugin.models.places import Place
+from msp_plugin.models.weights import Place
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable
 from msp_plugin.runtime.digests import digest

@@ -10,7 +10,7 @@ from msp_plugin.errors import ModelError, nearest
 if TYPE_CHECKING:
     from msp_plugin.data.samples import Text
 
-#: The first is what `msp demo` prunes: its units differ more, so that there is more for a search to take back.
+#: `msp demo` prunes the first: its units differ more, so that a search gains more.
 DEMO_MODELS = ("qwen2", "llama")
 
 
@@ -26,10 +26,15 @@ def demo_model_path(name: str = "qwen2") -> Path:
 
 
 def demo_text() -> Text:
-    """Return the text of the demo: files of the standard library that share nothing with each other."""
+    """Return the text of the demo: separate library files for calibration, search and test."""
     from msp_plugin.data.samples import Text
 
     return Text(
-        data="demo:calibration", search="demo:search", test="demo:test",
-        samples=64, length=256, test_samples=128, batch=16,
-    )  # fmt: skip
+        data="demo:calibration",
+        search="demo:search",
+        test="demo:test",
+        samples=64,
+        length=256,
+        test_samples=128,
+        batch=16,
+    )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msp_plugin.checkpoint.load import load
 from msp_plugin.data.calibration import CalibrationSet
@@ -23,6 +23,8 @@ from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.source import check_dtype, load_tokenizer, max_length, vocabulary
 from msp_plugin.passes.losses import mean_kl, perplexity
 from msp_plugin.progress import StepProgress, no_progress, prefixed
+from msp_plugin.records.evaluation import EvalRecord, HarnessRecord, MetricScore, TaskScore, TextScore
+from msp_plugin.records.parts import ModelRecord
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.files import finite
 
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-EVAL_SCHEMA, EVAL_VERSION = "msp_plugin/eval", 1
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ class Request:
 class _Measured:
     """One model's share of the record."""
 
-    about: dict[str, Any]
+    about: ModelRecord
     answers: Answers | None
     perplexities: list[float]
 
 
-def evaluate(request: Request, *, quiet: bool = True, progress: StepProgress = no_progress) -> dict[str, Any]:
-    """Return the record of an evaluation, the contents of eval.json.
+def evaluate(request: Request, *, quiet: bool = True, progress: StepProgress = no_progress) -> EvalRecord:
+    """Return the record of an evaluation.
 
     Equal requests give equal records on one machine: there are no times in it, and no paths that the request
     does not name.
@@ -177,9 +177,12 @@ def _measure(
     texts: Sequence[CalibrationSet], quiet: bool, progress: StepProgress,
 ) -> _Measured:  # fmt: skip
     step = prefixed(f"{source.name}, ", progress)
-    about = {
-        "source": source.name, "dtype": str(model.dtype).removeprefix("torch."), "fingerprint": fingerprint(model),
-    }  # fmt: skip
+    about = ModelRecord(
+        source=source.name,
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        fingerprint=fingerprint(model),
+    )
     with on_best_device(model):
         values = [
             perplexity(model, text, progress=partial(step, f"perplexity of {text.source}")) for text in texts
@@ -204,50 +207,78 @@ def _kl(
 def _record(
     request: Request, suite: Suite | None, texts: Sequence[CalibrationSet], measured: Sequence[_Measured],
     kls: Sequence[float],
-) -> dict[str, Any]:  # fmt: skip
+) -> EvalRecord:  # fmt: skip
     own, other = measured[0], measured[1] if len(measured) > 1 else None
-    found = {"schema": EVAL_SCHEMA, "version": EVAL_VERSION, "model": own.about}
-    found["reference"] = other.about if other else None
-    found["perplexity"] = [
-        {
-            "source": text.source, "samples": len(text), "length": len(text.samples[0]), "tokens": text.tokens,
-            "fingerprint": text.fingerprint, "read": text.readings[0].to_dict(), "value": finite(own.perplexities[i]),
-            "reference": finite(other.perplexities[i]) if other else None, "kl": finite(kls[i]) if other else None,
-        }
-        for i, text in enumerate(texts)
-    ]  # fmt: skip
-    found["tasks"] = _task_records(own.answers, other.answers if other else None) if own.answers else {}
-    found["harness"] = None
+    packages = {**versions(), "python": platform.python_version()}
+    harness = None
     if suite is not None:
-        found["harness"] = {
-            "names": list(suite.names), "limit": suite.limit, "num_fewshot": suite.num_fewshot,
-            "batch": suite.batch, "seeds": SEEDS, "bootstrap": BOOTSTRAP,
-        }  # fmt: skip
-    found["versions"] = {**versions(), "python": platform.python_version()}
-    if suite is not None:
-        found["versions"] |= {name: importlib.metadata.version(name) for name in ("lm_eval", "datasets")}
-    return found
+        packages |= {name: importlib.metadata.version(name) for name in ("lm_eval", "datasets")}
+        harness = HarnessRecord(
+            names=suite.names,
+            limit=suite.limit,
+            num_fewshot=suite.num_fewshot,
+            batch=suite.batch,
+            seeds=SEEDS,
+            bootstrap=BOOTSTRAP,
+        )
+    return EvalRecord(
+        model=own.about,
+        reference=other and other.about,
+        perplexity=tuple(_text_score(text, i, own, other, kls) for i, text in enumerate(texts)),
+        tasks=_task_scores(own.answers, other and other.answers) if own.answers else {},
+        harness=harness,
+        versions=packages,
+    )
 
 
-def _task_records(own: Answers, other: Answers | None) -> dict[str, Any]:
-    """Return the tasks by name, each with the metrics of the model and what the reference makes of them."""
+def _text_score(
+    text: CalibrationSet, i: int, own: _Measured, other: _Measured | None, kls: Sequence[float]
+) -> TextScore:
+    """Return the perplexities on the text number ``i``, and the KL divergence to the reference."""
+    return TextScore(
+        source=text.source,
+        samples=len(text),
+        length=len(text.samples[0]),
+        tokens=text.tokens,
+        fingerprint=text.fingerprint,
+        read=text.readings[0].record(),
+        value=finite(own.perplexities[i]),
+        reference=finite(other.perplexities[i]) if other else None,
+        kl=finite(kls[i]) if other else None,
+    )
+
+
+def _task_scores(own: Answers, other: Answers | None) -> dict[str, TaskScore]:
+    """Return the tasks by name, each with the metrics of the model, compared with those of the reference."""
     theirs = {(m.task, m.name, m.filter): m for m in other.metrics} if other else {}
-    records = {task: {**about, "metrics": []} for task, about in own.tasks.items()}
+    scores: dict[str, list[MetricScore]] = {task: [] for task in own.tasks}
     for metric in own.metrics:
-        row = {
-            "name": metric.name, "filter": metric.filter, "value": finite(metric.value),
-            "stderr": finite(metric.stderr), "higher_is_better": metric.higher_is_better,
-        }  # fmt: skip
         reference = theirs.get((metric.task, metric.name, metric.filter))
-        if reference is not None:
-            row |= _compared(metric, reference)
-        records[metric.task]["metrics"].append(row)
-    return {task: record for task, record in records.items() if record["metrics"]}
-
-
-def _compared(metric: Metric, reference: Metric) -> dict[str, Any]:
-    more, stderr, paired = difference(metric, reference)
+        scores[metric.task].append(_metric_score(metric, reference))
     return {
-        "reference": finite(reference.value), "reference_stderr": finite(reference.stderr),
-        "difference": finite(more), "difference_stderr": finite(stderr), "paired": paired,
-    }  # fmt: skip
+        task: TaskScore(**about, metrics=tuple(scores[task]))
+        for task, about in own.tasks.items()
+        if scores[task]
+    }
+
+
+def _metric_score(metric: Metric, reference: Metric | None) -> MetricScore:
+    score = MetricScore(
+        name=metric.name,
+        filter=metric.filter,
+        value=finite(metric.value),
+        stderr=finite(metric.stderr),
+        higher_is_better=metric.higher_is_better,
+    )
+    if reference is None:
+        return score
+    more, stderr, paired = difference(metric, reference)
+    return score.model_copy(
+        update={
+            "reference": finite(reference.value),
+            "reference_stderr": finite(reference.stderr),
+            "difference": finite(more),
+            "difference_stderr": finite(stderr),
+            "paired": paired,
+        }
+    )

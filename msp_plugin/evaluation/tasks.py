@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import yaml
 
 from msp_plugin.errors import DataError, HostError, RecipeError, shown
-from msp_plugin.runtime.yaml_text import parse_yaml
+from msp_plugin.runtime.documents import parse_yaml
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

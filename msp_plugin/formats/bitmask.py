@@ -1,7 +1,7 @@
 """Pruned weights as kept values and a bitmask, for any pattern of zeros.
 
-numpy finds the places of the ones: torch's masked_scatter and nonzero are slower on a CPU. What reading costs against
-a dense copy: integration/database_bench.py.
+numpy finds the places of the ones, because torch's masked_scatter and nonzero are slower on a CPU.
+integration/database_bench.py measures the cost of reading against a dense copy.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from msp_plugin.errors import FormatError
 
 
 def bitmask_bytes(out_features: int, in_features: int) -> int:
-    """Return how many bytes the bitmask of a weight takes."""
+    """Return the bytes of the bitmask of a weight [out, in]."""
     return (out_features * in_features + 7) // 8
 
 
 def pack_bitmask(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (kept values [n] in row-major order, bitmask uint8[ceil(out * in / 8)], little-endian bits).
+    """Return (kept values [n] by rows, bitmask uint8[ceil(out * in / 8)] of little-endian bits).
 
-    -0.0, which a method that multiplies by a mask leaves, is a zero like 0.0 and comes back as 0.0; all other
-    values, NaN among them, come back bit for bit.
+    -0.0, which methods leave that multiply by a mask, is not kept and comes back as 0.0. All other values, also
+    NaN, come back bit for bit.
 
     Args:
         weight: [out, in], on the CPU, of any floating dtype.
@@ -36,10 +36,10 @@ def pack_bitmask(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def unpack_bitmask(values: torch.Tensor, mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """Return the weight [out, in] of :func:`pack_bitmask`, on the CPU.
+    """Return the weight [out, in] that pack_bitmask packed, on the CPU.
 
     Raises:
-        FormatError: the mask is not of this shape, or does not have as many ones as there are values.
+        FormatError: the mask is for another shape, or does not have as many ones as there are values.
     """
     count = math.prod(shape)
     if mask.numel() != bitmask_bytes(*shape):

@@ -21,8 +21,8 @@ from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import HostError
 from msp_plugin.hosts.base import Pruned, PruneInputs
 from msp_plugin.models.device import on_best_device
-from msp_plugin.models.offload import offloaded_module
-from msp_plugin.models.places import weight_place
+from msp_plugin.models.offload import linear, offloaded_module
+from msp_plugin.models.weights import weight_place
 from msp_plugin.passes.reach import check_called
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
@@ -137,7 +137,7 @@ def prune_to(
         database = pruned_weights(model, allocation, pruner, inputs, folder, progress, ranks)
         for layer, level in allocation.by_layer.items():
             if not level.is_dense:
-                place = weight_place(model.get_submodule(layer))
+                place = weight_place(linear(model, layer))
                 place.enter()
                 place.put(partial(database.weight_for, place, layer, level.name))
         ranks.gather(lambda: None)  # all have read what they need

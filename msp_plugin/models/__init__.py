@@ -1,1 +1,1 @@
-"""Load models, find their layers, identify them by content."""
+"""Models: load them, find their layers, read and exchange their weights, identify them by content."""

@@ -1,4 +1,4 @@
-"""Where the search runs."""
+"""Choose the device that a search runs on."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from msp_plugin.models.offload import offloaded_module
 log = logging.getLogger(__name__)
 
 
-#: Times the model that a search needs on a GPU: its own weights, a candidate's beside them, and half as much again
-#: for activations and what is held for later (see memory.cache_bytes).
+#: Memory that a search needs on a GPU, in sizes of the model: its weights, a candidate's weights, and half a
+#: model more for activations and caches (see memory.cache_bytes).
 ROOM = 2.5
 
 
 def _movable(model: torch.nn.Module) -> bool:
+    """Return True if a model is on the CPU and a GPU has room for a search of it."""
     if not torch.cuda.is_available() or hasattr(model, "hf_device_map") or offloaded_module(model):
         return False
     parameters = list(model.parameters())
@@ -28,9 +29,9 @@ def _movable(model: torch.nn.Module) -> bool:
 
 @contextmanager
 def on_best_device(model: torch.nn.Module) -> Iterator[None]:
-    """Move a CPU model to the GPU for the block if it fits there ROOM times.
+    """Move a CPU model to the GPU for the block if the GPU has ROOM times its size free.
 
-    A model that is already placed, offloaded or spread over devices stays as it is.
+    A model that is offloaded, or on other devices already, stays where it is.
     """
     if _movable(model):
         log.info("search on %s", torch.cuda.get_device_name())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
-from msp_plugin.models.offload import check_loadable, named_parameters, onloaded, own_parameters
+from msp_plugin.models.offload import check_loadable, linear, named_parameters, onloaded, own_parameters
 from msp_plugin.models.patterns import check_patterns, matches
 from msp_plugin.plan.bounds import Bounds
 from msp_plugin.plan.levels import Level
@@ -20,17 +20,19 @@ if TYPE_CHECKING:
 
 
 def text_config(model: torch.nn.Module) -> PreTrainedConfig:
-    """Return the config of a model's language part, which is the whole config where there is no other part."""
-    config = model.config
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    """Return the config of a model's language part, the whole config if the model has no other part."""
+    config: Any = model.config
+    text: PreTrainedConfig
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return text
 
 
 def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """Return the name and the list of the decoder blocks: those of the language model, whatever else there is.
+    """Return (name, modules) of the decoder blocks of a model's language part.
 
     Raises:
-        ModelError: the model has an encoder that its decoder reads, or its decoder holds no list of modules as
-            long as the config's ``num_hidden_layers``.
+        ModelError: the model is an encoder-decoder, or its decoder holds no list of modules whose length is
+            the config's ``num_hidden_layers``.
     """
     config = text_config(model)
     if getattr(config, "is_encoder_decoder", False):
@@ -39,8 +41,8 @@ def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
             hint="only decoder-only models can be pruned",
         )
     depth = getattr(config, "num_hidden_layers", None)
-    find = getattr(model, "get_decoder", None)
-    decoder = find() if find is not None else None
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
     inside = set((decoder if isinstance(decoder, torch.nn.Module) else model).modules())
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth and module in inside:
@@ -52,19 +54,19 @@ def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
 
 
 def fused_experts(model: torch.nn.Module) -> list[str]:
-    """Return the names of parameters that hold one matrix for each expert, which no linear does."""
+    """Return the names of parameters that hold the matrices of all experts in one tensor."""
     _, blocks = decoder_blocks(model)
     sizes = vars(text_config(model))
     counts = {n for key, n in sizes.items() if "expert" in key and type(n) is int and n > 1}
-    within = {id(module) for module in blocks.modules()}
-    return [
-        name
-        for name, module, parameter in named_parameters(model)
-        if id(module) in within
-        and not isinstance(module, torch.nn.Linear | torch.nn.modules.conv._ConvNd)
-        and ((parameter.dim() == 3 and parameter.shape[0] in counts)
-             or (parameter.dim() > 1 and "experts" in name.split(".")))
-    ]  # fmt: skip
+    inside = {id(module) for module in blocks.modules()}
+    names = []
+    for name, module, parameter in named_parameters(model):
+        if id(module) not in inside or isinstance(module, torch.nn.Linear | torch.nn.modules.conv._ConvNd):
+            continue
+        stacked = parameter.dim() == 3 and parameter.shape[0] in counts
+        if stacked or (parameter.dim() > 1 and "experts" in name.split(".")):
+            names.append(name)
+    return names
 
 
 def prunable_layers(
@@ -73,31 +75,32 @@ def prunable_layers(
     ignore: Sequence[str] = (),
     granularity: str = "unit",
 ) -> UnitTable:
-    """Return the units of the linears inside the decoder blocks that targets name and ignore does not.
+    """Return the units of the linears in the decoder blocks that ``targets`` match and ``ignore`` does not.
 
-    A pattern is a module's name, a name ending (``q_proj``), a class name, a shell pattern with
-    ``*``, or ``re:`` and a regular expression that is matched from the start of the name. The
-    output head and the embeddings are outside the blocks, so they are never pruned.
+    The output head and the embeddings are outside of the blocks, and never pruned.
+
+    Args:
+        targets, ignore: patterns (see patterns.matches).
+        granularity: see group_layers.
 
     Raises:
         RecipeError: a pattern matches nothing in the model.
-        ModelError: nothing is left to prune.
+        ModelError: no layer is left to prune, or the experts are not linears.
     """
     prefix, blocks = decoder_blocks(model)
     if fused := fused_experts(model):
         raise ModelError(
             f"{type(model).__name__} holds fused experts, e.g. {fused[0]}",
-            hint="only linears can be pruned; llm-compressor's oneshot splits most models' experts into linears "
-            "first: run MixedSparsityModifier there; where that is what failed, it does not split these",
+            hint="only linears can be pruned; llm-compressor's oneshot splits most models' experts into "
+            "linears first: run MixedSparsityModifier there; if that failed, it does not split these",
         )
-    named = {name: module for name, module in model.named_modules() if name}
     check_patterns(model, "target", targets)
     check_patterns(model, "ignore", ignore)
     layers = []
-    for name, module in named.items():
+    for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear) or not name.startswith(prefix + "."):
             continue
-        if "Router" in type(module).__name__:  # Phi-3.5-MoE's is a linear that returns the choice of experts
+        if "Router" in type(module).__name__:  # Phi-3.5-MoE's router is a linear, and chooses the experts
             continue
         if not any(matches(p, name, module) for p in targets):
             continue
@@ -105,38 +108,34 @@ def prunable_layers(
             continue
         block = int(name[len(prefix) + 1 :].split(".", 1)[0])
         layers.append((block, Layer(name, module.out_features, module.in_features)))
-    if not layers:
-        if not any(isinstance(module, torch.nn.Linear) for module in blocks.modules()):
-            kinds = sorted({type(m).__name__ for m in blocks.modules() if own_parameters(m)})
-            raise ModelError(
-                f"the blocks of {type(model).__name__} under {prefix!r} hold no linear; their weights are in "
-                f"{', '.join(kinds)}",
-                hint="only torch.nn.Linear can be pruned, and GPT-2's Conv1D of transformers is none: take "
-                "another model",
-            )
+    if layers:
+        return group_layers(layers, granularity)
+    if not any(isinstance(module, torch.nn.Linear) for module in blocks.modules()):
+        kinds = sorted({type(m).__name__ for m in blocks.modules() if own_parameters(m)})
         raise ModelError(
-            f"{type(model).__name__} has no prunable linear under {prefix!r} for targets {list(targets)} "
-            f"and ignore {list(ignore)}",
-            hint="widen targets or narrow ignore",
+            f"the blocks of {type(model).__name__} under {prefix!r} hold no linear; their weights are in "
+            f"{', '.join(kinds)}",
+            hint="only torch.nn.Linear can be pruned, which GPT-2's Conv1D is not: take another model",
         )
-    return group_layers(layers, granularity)
+    raise ModelError(
+        f"{type(model).__name__} has no prunable linear under {prefix!r} for targets {list(targets)} "
+        f"and ignore {list(ignore)}",
+        hint="widen targets or narrow ignore",
+    )
 
 
 def allowed_levels(
     model: torch.nn.Module, table: UnitTable, menu: Sequence[Level], bounds: Bounds
 ) -> np.ndarray | None:
-    """Return bool[U, K], the levels that each unit may take; None if all may take all.
-
-    A unit takes the intersection of the bounds of its layers.
+    """Return bool[U, K], True for the levels that each unit may take; None if all units may take all levels.
 
     Raises:
-        RecipeError: a pattern matches no layer of the table, bounds contradict each other, or no level of
-            the menu is inside them.
+        RecipeError: a pattern matches no layer of the table, or see Bounds.allowed.
     """
     if not bounds:
         return None
-    matched = {pattern: set() for pattern in bounds.patterns}
-    for kind, patterns in (("bounds", bounds.shares), ("protect", bounds.protect)):
+    matched: dict[str, set[str]] = {}
+    for kind, patterns in (("bounds", tuple(bounds.shares)), ("protect", bounds.protect)):
         check_patterns(model, kind, patterns)
         for pattern in patterns:
             matched[pattern] = {
@@ -154,7 +153,7 @@ def check_widths(table: UnitTable, menu: Iterable[Level]) -> None:
     """Raise unless every level fits every layer's in_features.
 
     Raises:
-        RecipeError: the first layers that do not fit are named.
+        RecipeError: a level does not; the message names the first layers.
     """
     for level in menu:
         odd = [layer for layer in table.layers if level.misfit(layer.in_features)]
@@ -172,12 +171,12 @@ def check_finite_weights(model: torch.nn.Module, table: UnitTable) -> None:
 
     Raises:
         ModelError: a weight cannot be read (see check_loadable).
-        NumericsError: the layers are named.
+        NumericsError: weights of some layers are infinite or NaN; the message names the first layers.
     """
     check_loadable(model)
     bad = []
     for layer in table.layers:
-        with onloaded(model.get_submodule(layer.name)) as module:
+        with onloaded(linear(model, layer.name)) as module:
             if not torch.isfinite(module.weight).all():
                 bad.append(layer.name)
     if bad:

@@ -11,7 +11,7 @@ import torch
 
 from msp_plugin.errors import ModelError
 from msp_plugin.models.source import auto_class, check_dtype, check_source
-from msp_plugin.runtime.disk import FULL, cannot_write, of_disk
+from msp_plugin.runtime.disk import FULL, cannot_write, disk_errno
 from msp_plugin.runtime.locks import scratch_directory
 from msp_plugin.runtime.memory import is_out_of_memory
 
@@ -29,21 +29,20 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU.
 
-    A model that reads images too comes whole; without images it is a causal language model.
+    A model that also reads images is loaded whole; without images it is a causal language model.
 
     Args:
-        offload: leave the weights on disk, from where each layer's are read when it runs; where there are GPUs,
-            accelerate places on them what fits. Weights that change, such as pruned ones, are written to the
-            cache, and removed with the model.
-        cache: that cache; None is the default one.
+        dtype: one of source.DTYPES.
+        offload: leave the weights on disk, and read those of each layer when it runs; accelerate places as
+            many layers on GPUs as fit. Changed weights, such as pruned ones, are written to the cache, and
+            removed when the model is freed.
+        cache: directory of the cache; None is the default one.
 
     Raises:
         RecipeError: an unknown dtype.
         ModelError: there is no such model, or transformers cannot load it.
         OutputError: the cache cannot be written.
     """
-    from transformers import AutoConfig
-
     target = check_dtype(dtype)
     check_source(source)
     with ExitStack() as stack:
@@ -54,35 +53,50 @@ def load_model(
             device_map = "auto" if torch.cuda.is_available() else {"": "disk"}
             placement = {"device_map": device_map, "offload_folder": str(folder), "use_safetensors": True}
         try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model, report = auto_class(config).from_pretrained(
-                source, dtype=target or "auto", trust_remote_code=trust_remote_code, output_loading_info=True,
-                **placement,
-            )  # fmt: skip
+            model = _from_pretrained(source, target, trust_remote_code, placement)
+        except ModelError:
+            raise
         except Exception as error:  # a config's values reach all of transformers
             if is_out_of_memory(error):
                 raise
-            if offload and of_disk(error) in FULL:
+            if offload and disk_errno(error) in FULL:
                 raise cannot_write(folder, error) from error
             raise ModelError(
                 f"cannot load a causal language model from {source}: {error}",
                 hint="give a directory with config.json and safetensors, or a hub id",
             ) from error
-        missing = sorted(report["missing_keys"])
-        if missing:  # transformers would go on with random weights
-            raise ModelError(
-                f"{source} lacks {len(missing)} tensors of {type(model).__name__}, e.g. {', '.join(missing[:3])}",
-                hint="a file is missing or damaged, or config.json is from another model",
-            )
         weakref.finalize(model, stack.pop_all().close)
-    return model.eval()
+    torch.nn.Module.eval(model)  # transformers' own is not typed
+    return model
+
+
+def _from_pretrained(
+    source: str | Path, dtype: torch.dtype | None, trust_remote_code: bool, placement: dict[str, Any]
+) -> PreTrainedModel:
+    """Return the model as transformers loads it; ``placement`` holds its options for offloading.
+
+    Raises:
+        ModelError: tensors are missing, for which transformers would take random weights.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    options = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    model: PreTrainedModel
+    model, report = auto_class(config).from_pretrained(source, **options, **placement)
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{source} lacks {len(missing)} tensors of {type(model).__name__}, e.g. {', '.join(missing[:3])}",
+            hint="a file is missing or damaged, or config.json is from another model",
+        )
+    return model
 
 
 def _check_safetensors(source: str | Path) -> None:
-    """Raise if a directory has weights in another form only, which offloading cannot read one by one.
+    """Raise if a directory has no safetensors files, the only ones that offloading can read tensor by tensor.
 
     Raises:
-        ModelError: it has.
+        ModelError: it has none.
     """
     path = Path(source)
     if path.is_dir() and not any(path.glob("*.safetensors")):

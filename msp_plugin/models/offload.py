@@ -1,27 +1,36 @@
-"""Weights that accelerate or compressed-tensors hold elsewhere: where they are, and how to read them."""
+"""Models whose weights stay on disk or in another memory, held there by accelerate or compressed-tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from msp_plugin.errors import ModelError
+from msp_plugin.runtime.disk import check_free
+from msp_plugin.runtime.files import cache_directory
 
-if TYPE_CHECKING:
-    pass
+AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
+
+
+def linear(model: torch.nn.Module, layer: str) -> torch.nn.Linear:
+    """Return the linear of that name in a model; its weight may be offloaded."""
+    module = model.get_submodule(layer)
+    assert isinstance(module, torch.nn.Linear), f"{layer} is a {type(module).__name__}"
+    return module
 
 
 def offload_hook(module: torch.nn.Module) -> Any:
-    """Return accelerate's hook that loads a module's own weights for each forward pass, None if there is none."""
+    """Return accelerate's hook that loads a module's own weights for each forward pass, if any."""
     hook = getattr(module, "_hf_hook", None)
     return hook if getattr(hook, "offload", False) else None
 
 
 def offload_cache(module: torch.nn.Module) -> Any:
-    """Return what compressed-tensors puts in the place of a module's parameters to load them, None if it does not."""
+    """Return compressed-tensors' cache, which replaces a module's parameters to load them, if any."""
     return None if isinstance(module._parameters, dict) else module._parameters
 
 
@@ -31,13 +40,15 @@ def is_offloaded(module: torch.nn.Module) -> bool:
 
 
 def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
-    """Return a module's parameters as they stay there, by name; reading them loads nothing."""
+    """Return a module's own parameters by name, where they are: offloaded ones are not loaded."""
     cache = offload_cache(module)
-    return module._parameters if cache is None else cache.offloaded_values
+    parameters: dict[str, torch.nn.Parameter | None]
+    parameters = module._parameters if cache is None else cache.offloaded_values
+    return parameters
 
 
 def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Parameter]]:
-    """Yield each parameter once, as it stays in its module, with its name and that module."""
+    """Yield (name, module, parameter) once for each parameter, where it is: offloaded ones are not loaded."""
     seen = set()
     for prefix, module in model.named_modules():
         for leaf, parameter in own_parameters(module).items():
@@ -47,7 +58,7 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Mod
 
 
 def offloaded_module(model: torch.nn.Module) -> str | None:
-    """Return the name of a module whose weights accelerate or a host holds elsewhere, None if there is none."""
+    """Return the name of the first module whose weights are held elsewhere, None if all are in memory."""
     for name, module in model.named_modules():
         if is_offloaded(module) or _is_away(module):
             return name or "the model"
@@ -59,8 +70,8 @@ def _is_away(module: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def onloaded(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield a module whose own weights are in memory, read from where they are offloaded to if they are."""
+def onloaded(module: AnyModule) -> Iterator[AnyModule]:
+    """Yield a module whose own weights are in memory during the block; offloaded ones are read first."""
     if offload_hook(module) is not None:
         from accelerate.utils import align_module_device
 
@@ -74,29 +85,35 @@ def onloaded(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def weight_device(module: torch.nn.Module) -> torch.device:
-    """Return the device on which a module works with its weight, wherever that is held meanwhile."""
+    """Return the device on which a module computes with its weight, wherever the weight is held."""
     hook, cache = offload_hook(module), offload_cache(module)
     if cache is not None:
         return torch.device(cache.onload_device)
-    return module.weight.device if hook is None else torch.device(hook.execution_device)
+    if hook is not None:
+        return torch.device(hook.execution_device)
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor), f"{type(module).__name__} has no weight"
+    return weight.device
 
 
 def input_device(model: torch.nn.Module) -> torch.device:
-    """Return the device that token ids belong on; where weights are offloaded, the one that they run on."""
-    embeddings = model.get_input_embeddings()
+    """Return the device for token ids: the one on which the embeddings compute."""
+    get_input_embeddings: Any = model.get_input_embeddings  # a method of transformers' models
+    embeddings = get_input_embeddings()
     return weight_device(embeddings) if is_offloaded(embeddings) else next(model.parameters()).device
 
 
 def check_loadable(model: torch.nn.Module) -> None:
-    """Raise unless all weights can be read and exchanged: in memory, or loaded by what is known here.
+    """Raise unless all weights can be read and exchanged, in memory or by a known hook or cache.
 
     Raises:
-        ModelError: they cannot; the first such module is named.
+        ModelError: some cannot; the message names the first such module.
     """
     for name, module in model.named_modules():
         if _is_away(module) and not is_offloaded(module):
             raise ModelError(
-                f"the weights of {name} are offloaded, and no hook of accelerate on the module itself loads them",
+                f"the weights of {name} are offloaded, and no hook of accelerate on the module itself "
+                "loads them",
                 hint="load the model anew with transformers, with device_map or without",
             )
         if getattr(offload_cache(module), "offloading_disabled", False):
@@ -104,3 +121,46 @@ def check_loadable(model: torch.nn.Module) -> None:
                 f"the weights of {name} stay loaded once they are read, so they cannot be exchanged",
                 hint="call it outside of compressed-tensors' disable_offloading",
             )
+
+
+def check_room(model: torch.nn.Module, cache: str | None) -> None:
+    """Raise if a model is offloaded and the disk of the cache has no room for the weights of a pruned copy.
+
+    Raises:
+        OutputError: there is too little room; the message gives the need, the free space and the place.
+    """
+    if offloaded_module(model) is None:
+        return
+    need = sum(p.numel() * p.element_size() for _, _, p in named_parameters(model))
+    what = "the pruned weights of an offloaded model need"
+    check_free(cache_directory(cache), need, what, "set cache (or MSP_CACHE) to a larger disk")
+
+
+@contextmanager
+def quantized_forward(model: torch.nn.Module) -> Iterator[None]:
+    """Hold the weights of each quantized module in memory while it runs, during the block.
+
+    compressed-tensors quantizes the weight that it has read, and the linear layer then reads its weight
+    again. Without this the layer would use the weight that was not quantized.
+    """
+    modules = [
+        module
+        for module in model.modules()
+        if offload_cache(module) is not None and getattr(module, "quantization_scheme", None) is not None
+    ]
+    forwards = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = partial(_onloaded_forward, module, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, forwards, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def _onloaded_forward(module: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with onloaded(module):
+        return forward(*args, **kwargs)

@@ -18,7 +18,7 @@ def matches(pattern: str, name: str, module: torch.nn.Module) -> bool:
     ``re:`` and a regular expression that is matched from the start of the name.
 
     Raises:
-        RecipeError: it is no regular expression.
+        RecipeError: the regular expression is not valid.
     """
     if pattern.startswith("re:"):
         try:
@@ -35,16 +35,16 @@ def check_patterns(model: torch.nn.Module, kind: str, patterns: Iterable[str]) -
     """Raise unless each pattern matches a linear or an embedding; ``kind`` names the option.
 
     Raises:
-        RecipeError: it matches nothing, or containers alone.
+        RecipeError: a pattern matches nothing, or only modules that hold others.
     """
     named = {name: module for name, module in model.named_modules() if name}
     for pattern in patterns:
-        hit = [module for name, module in named.items() if matches(pattern, name, module)]
-        if any(isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) for module in hit):
+        matched = [module for name, module in named.items() if matches(pattern, name, module)]
+        if any(isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) for module in matched):
             continue
-        if hit:
+        if matched:
             raise RecipeError(
-                f"{kind} {pattern!r} matches {type(hit[0]).__name__} modules, but no linear",
+                f"{kind} {pattern!r} matches {type(matched[0]).__name__} modules, but no linear",
                 hint=f'for the linears inside write "*{pattern}.*", or "re:.*{pattern}[.].*"',
             )
         leaves = {n.rpartition(".")[2] for n, m in named.items() if isinstance(m, torch.nn.Linear)}

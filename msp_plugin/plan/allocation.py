@@ -1,4 +1,4 @@
-"""Allocation: one level per unit, and the file that carries it (schema in docs of ``to_dict``)."""
+"""Allocation: one level per unit, and its file allocation.json (``Allocation.to_dict`` gives the schema)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from msp_plugin.errors import RecipeError, VerificationError, shown
 from msp_plugin.plan.budget import AllocationProblem, Budget
 from msp_plugin.plan.levels import Level, parse_fraction
 from msp_plugin.plan.units import Layer, Unit, UnitTable
-from msp_plugin.runtime.documents import check_document, parse_json
+from msp_plugin.runtime.documents import parse_json
 
 #: The file's name beside a checkpoint.
 ALLOCATION_FILE = "allocation.json"
 SCHEMA = "msp_plugin/allocation"
 VERSION = 1
-#: Rows or columns of the largest layer that is believed; sums over layers stay far below int64 then.
-_WIDEST = 2**31
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,9 @@ class Allocation:
         levels: one per unit, in the same order.
         target: the asked share of zeros.
         sensitivities: by estimator name, one float per unit (may be empty).
-        provenance: where it came from: model, calibration, method, allocator, versions. JSON values
+        provenance: origin of the allocation: model, calibration, method, allocator, versions. JSON values
             without times or paths of this machine, so that equal runs give equal bytes.
-        stored: by layer, its name in the checkpoint's files, for layers that are called otherwise there.
+        stored: by layer, its name in the checkpoint's files; only layers with another name there.
     """
 
     table: UnitTable
@@ -48,12 +46,8 @@ class Allocation:
 
     @property
     def budget(self) -> Budget:
-        """The weights kept by this allocation."""
-        kept = sum(
-            level.kept(layer.out_features, layer.in_features)
-            for unit, level in zip(self.table, self.levels, strict=True)
-            for layer in unit.layers
-        )
+        """The target, and the exact counts of weights and of kept weights."""
+        kept = sum(_kept(unit, level) for unit, level in zip(self.table, self.levels, strict=True))
         return Budget(self.target, self.table.weights, kept)
 
     @property
@@ -80,23 +74,21 @@ class Allocation:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form.
 
-        ``schema``, ``version``; ``budget`` {target, weights, kept, zeros, sparsity}; ``units``, a
-        list in the model's order of {name, block, level, weights, zeros, sensitivity: {estimator:
-        value}, layers: [{name, shape: [out, in]}]}; ``provenance``; ``stored`` {layer: its name in the
-        checkpoint's files}, only where a name differs there. Exact shares are written as fractions ("3/4")
-        beside their decimal value.
+        ``schema``, ``version``; ``budget`` {target, weights, kept, zeros, sparsity}; ``units``, a list in the
+        model's order of {name, block, level, weights, zeros, sensitivity: {estimator: value}, layers: [{name,
+        shape: [out, in]}]}; ``provenance``; ``stored`` {layer: its name in the checkpoint's files}, only if a
+        name differs there. ``target`` is an exact fraction such as "3/4".
         """
         budget = self.budget
         units = []
         for i, (unit, level) in enumerate(zip(self.table, self.levels, strict=True)):
-            kept = sum(level.kept(a.out_features, a.in_features) for a in unit.layers)
             units.append(
                 {
                     "name": unit.name,
                     "block": unit.block,
                     "level": level.name,
                     "weights": unit.weights,
-                    "zeros": unit.weights - kept,
+                    "zeros": unit.weights - _kept(unit, level),
                     "sensitivity": {name: values[i] for name, values in self.sensitivities.items()},
                     "layers": [
                         {"name": a.name, "shape": [a.out_features, a.in_features]} for a in unit.layers
@@ -124,10 +116,13 @@ class Allocation:
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "allocation") -> Allocation:
-        """Return the allocation that ``to_dict`` wrote.
+        """Return the allocation of a JSON document that ``to_dict`` wrote.
+
+        Args:
+            source: the file's name, for errors.
 
         Raises:
-            RecipeError: not an allocation, a newer version, or contents that contradict each other.
+            RecipeError: the document is not an allocation, has another version, or contradicts itself.
         """
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise RecipeError(f"{source} is not an allocation file", hint=f'expected schema "{SCHEMA}"')
@@ -137,49 +132,12 @@ class Allocation:
                 hint="update msp_plugin",
             )
         try:
-            check_document(data)
-            units, levels, names = [], [], set()
-            sensitivities: dict[str, list[float]] = {}
-            for entry in data["units"]:
-                unit = _read_unit(entry)
-                layers = unit.layers
-                taken = [name for name in (unit.name, *{a.name for a in layers}) if name in names]
-                twice = len({a.name for a in layers}) < len(layers) or bool(set(taken) - {unit.name})
-                if unit.name in taken or twice or unit.weights != entry["weights"] or not layers:
-                    raise RecipeError(f"{source}: unit {shown(unit.name)} is there twice or miscounted")
-                names.update({unit.name, *(a.name for a in layers)})
-                units.append(unit)
-                levels.append(_read_level(entry["level"], unit, source))
-                for name, value in entry.get("sensitivity", {}).items():
-                    sensitivities.setdefault(name, []).append(_typed(value, float, "sensitivity"))
-            target = parse_fraction(data["budget"]["target"])
-            if not 0 <= target < 1:
-                raise ValueError(f"target {target} is outside [0, 1)")
+            allocation = _read(data, source)
             kept = _typed(data["budget"]["kept"], int, "kept")
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise RecipeError(f"{source} is damaged: {type(error).__name__}: {error}") from None
-        if not units or any(len(values) != len(units) for values in sensitivities.values()):
-            raise RecipeError(f"{source} is damaged: no units, or a sensitivity for some of them only")
-        if not isinstance(data.get("provenance", {}), dict):
-            raise RecipeError(f"{source} is damaged: its provenance is no mapping")
-        stored = data.get("stored", {})
-        if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored.values()):
-            raise RecipeError(f"{source} is damaged: stored is no mapping from layers to names in files")
-        allocation = cls(
-            UnitTable(tuple(units)),
-            tuple(levels),
-            target,
-            {name: tuple(values) for name, values in sensitivities.items()},
-            data.get("provenance", {}),
-            stored,
-        )
         places = allocation.as_stored().by_layer
-        if set(stored) - set(allocation.by_layer) or len(places) < len(allocation.by_layer):
+        if set(allocation.stored) - set(allocation.by_layer) or len(places) < len(allocation.by_layer):
             raise RecipeError(f"{source} is damaged: stored names other layers, or two layers have one place")
         if allocation.budget.kept != kept:
             raise RecipeError(
@@ -193,7 +151,7 @@ class Allocation:
         """Return the allocation in a file.
 
         Raises:
-            RecipeError: the file is missing, no JSON, or no allocation.
+            RecipeError: the file is missing or unreadable, or does not hold an allocation.
         """
         path = Path(path)
         try:
@@ -208,7 +166,7 @@ class Allocation:
         """Raise unless every layer of this allocation is in ``table`` with the same shape.
 
         Raises:
-            VerificationError: layers are missing or shaped otherwise; the first are named.
+            VerificationError: layers are missing or have another shape; the message names the first.
         """
         known = set(table.layers)
         odd = [f"{a.name} [{a.out_features}, {a.in_features}]" for a in self.table.layers if a not in known]
@@ -220,30 +178,76 @@ class Allocation:
             )
 
 
+def _read(data: dict[str, Any], source: str) -> Allocation:
+    """Return the allocation of a document of the right schema and version.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: a value is missing, or of a wrong type
+            or size.
+        RecipeError: units are there twice, or a level does not fit its unit.
+    """
+    units, levels = [], []
+    names: set[str] = set()
+    sensitivities: dict[str, list[float]] = {}
+    for entry in data["units"]:
+        unit = _read_unit(entry)
+        own = [layer.name for layer in unit.layers]
+        own = own if unit.name in own else [unit.name, *own]
+        if len(set(own)) < len(own) or names & set(own) or unit.weights != entry["weights"]:
+            raise RecipeError(f"{source}: unit {shown(unit.name)} is there twice or miscounted")
+        names.update(own)
+        units.append(unit)
+        levels.append(_read_level(entry["level"], unit, source))
+        for name, value in entry.get("sensitivity", {}).items():
+            sensitivities.setdefault(name, []).append(_typed(value, float, "sensitivity"))
+    if not units or any(len(values) != len(units) for values in sensitivities.values()):
+        raise ValueError("it has no units, or a sensitivity for some of them only")
+    target = parse_fraction(data["budget"]["target"])
+    if not 0 <= target < 1:
+        raise ValueError(f"target {target} is outside [0, 1)")
+    provenance, stored = data.get("provenance", {}), data.get("stored", {})
+    if not isinstance(provenance, dict):
+        raise TypeError("its provenance is no mapping")
+    if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored.values()):
+        raise TypeError("stored is no mapping from layers to names in files")
+    return Allocation(
+        UnitTable(tuple(units)),
+        tuple(levels),
+        target,
+        {name: tuple(values) for name, values in sensitivities.items()},
+        provenance,
+        stored,
+    )
+
+
 def _read_unit(entry: dict[str, Any]) -> Unit:
     """Return the unit of an entry of ``units``.
 
     Raises:
-        KeyError, TypeError, ValueError: something is missing, or of another type or size.
+        KeyError, TypeError, ValueError: a value is missing, or of a wrong type or size.
     """
     layers = []
     for layer in entry["layers"]:
         name, (rows, columns) = _typed(layer["name"], str, "name"), _typed(layer["shape"], list, "shape")
-        for length in (rows, columns):
-            if not 1 <= _typed(length, int, "shape") < _WIDEST:
-                raise ValueError(f"layer {shown(name)} has the shape {shown(layer['shape'])}")
+        if min(_typed(length, int, "shape") for length in (rows, columns)) < 1:
+            raise ValueError(f"layer {shown(name)} has the shape {shown(layer['shape'])}")
         layers.append(Layer(name, rows, columns))
     block = _typed(entry["block"], int, "block")
-    if not 0 <= block < _WIDEST:
-        raise ValueError(f"block = {shown(block)}")
+    if block < 0 or not layers:
+        raise ValueError(f"unit {shown(entry['name'])} has block = {block} and {len(layers)} layers")
     return Unit(_typed(entry["name"], str, "name"), block, tuple(layers))
+
+
+def _kept(unit: Unit, level: Level) -> int:
+    """Return how many weights of a unit its level keeps."""
+    return sum(level.kept(layer.out_features, layer.in_features) for layer in unit.layers)
 
 
 def _read_level(text: object, unit: Unit, source: str) -> Level:
     """Return the level of a unit.
 
     Raises:
-        RecipeError: it is none, or does not fit a layer.
+        RecipeError: the text is not a level, or the level does not fit a layer.
     """
     try:
         level = Level.parse(text)
@@ -255,10 +259,10 @@ def _read_level(text: object, unit: Unit, source: str) -> Level:
 
 
 def _typed(value: Any, kind: type, what: str) -> Any:
-    """Return a value of a type; an int is a float too, a bool is neither.
+    """Return a value as the type ``kind``; an int is a float too, a bool is neither.
 
     Raises:
-        TypeError: it is of another type.
+        TypeError: the value has another type.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise TypeError(f"{what} is {shown(value)}, expected {kind.__name__}")
@@ -271,11 +275,11 @@ def make_allocation(
     sensitivities: Mapping[str, tuple[float, ...]] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Allocation:
-    """Return the allocation of a choice.
+    """Return the allocation of a choice of levels, int[U].
 
     Raises:
-        VerificationError: the choice misses the budget or takes a level that is not allowed; an allocator
-            must never return such a one.
+        VerificationError: the choice misses the budget or takes a forbidden level, which is a bug of the
+            allocator.
     """
     if problem.total_kept(choice) != problem.budget.kept:
         raise VerificationError(

@@ -1,4 +1,4 @@
-"""Bounds: how sparse the layers that a pattern names may and must be.
+"""Bounds: the least and the most sparsity of the layers that a pattern matches.
 
 Shape legend: U units, K levels.
 """
@@ -22,12 +22,13 @@ Shares = tuple[Fraction, Fraction]
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a recipe says about single layers. Empty bounds are false.
+    """A recipe's limits for single layers. Empty bounds are false.
 
     Args:
         shares: by pattern, the least and the most share of zeros.
         protect: patterns of layers that stay dense, and count in the budget.
-        dense_for_protected: True if ``dense`` is in the menu for the protected layers alone.
+        dense_for_protected: True if only protected layers may take ``dense``, because the recipe's levels
+            lack it.
     """
 
     shares: Mapping[str, Shares] = field(default_factory=dict)
@@ -46,48 +47,50 @@ class Bounds:
         return tuple(dict.fromkeys([*self.shares, *self.protect]))
 
     def menu(self, menu: Sequence[Level]) -> tuple[Level, ...]:
-        """Return the menu, with ``dense`` for the protected layers."""
+        """Return the menu, with ``dense`` added if there are protected layers."""
         return tuple(menu) if not self.protect or DENSE in menu else (DENSE, *menu)
 
     def allowed(
         self, table: UnitTable, menu: Sequence[Level], matched: Mapping[str, AbstractSet[str]]
     ) -> np.ndarray:
-        """Return bool[U, K], the levels that each unit may take.
+        """Return bool[U, K], True for the levels that each unit may take.
 
-        A unit takes the intersection over its layers; one with a protected layer is dense.
+        A unit may take the levels that all of its layers may take; with a protected layer it is dense.
 
         Args:
             matched: by pattern, the names of the layers that it matches.
 
         Raises:
-            RecipeError: bounds contradict each other, or no level is inside them.
+            RecipeError: the bounds of a unit contradict each other, or no level is inside them.
         """
         return np.array([self._row(unit, menu, matched) for unit in table], dtype=bool)
 
     def _row(self, unit: Unit, menu: Sequence[Level], matched: Mapping[str, AbstractSet[str]]) -> list[bool]:
+        """Return bool[K] for one unit."""
         names = {layer.name for layer in unit.layers}
-        mine = {pattern: its for pattern, its in self.shares.items() if names & matched[pattern]}
-        guards = [pattern for pattern in self.protect if names & matched[pattern]]
-        low = max((its[0] for its in mine.values()), default=Fraction(0))
-        high = min((its[1] for its in mine.values()), default=Fraction(1))
-        said = [f"{pattern!r}: [{its[0]}, {its[1]}]" for pattern, its in mine.items()]
-        if guards:
+        shares = {pattern: limits for pattern, limits in self.shares.items() if names & matched[pattern]}
+        protecting = [pattern for pattern in self.protect if names & matched[pattern]]
+        low = max((least for least, _ in shares.values()), default=Fraction(0))
+        high = min((most for _, most in shares.values()), default=Fraction(1))
+        limits = [f"{pattern!r}: [{least}, {most}]" for pattern, (least, most) in shares.items()]
+        if protecting:
             high = Fraction(0)
-            said.append(f"protect {', '.join(map(repr, guards))}")
+            limits.append(f"protect {', '.join(map(repr, protecting))}")
         if low > high:
             raise RecipeError(
-                f"the bounds of {unit.name} contradict each other: {'; '.join(said)}",
-                hint="several patterns match it, and all of them count: leave one out, or name the layers more narrowly"
+                f"the bounds of {unit.name} contradict each other: {'; '.join(limits)}",
+                hint="several patterns match it, and all of them count: leave one out, or name the layers "
+                "more narrowly"
                 if len(names) == 1
                 else "the layers of a unit share a level and take the bounds of each; granularity: layer "
                 "gives each its own",
             )
-        spare = self.dense_for_protected and not guards
-        row = [low <= level.sparsity <= high and not (spare and level.is_dense) for level in menu]
+        no_dense = self.dense_for_protected and not protecting
+        row = [low <= level.sparsity <= high and not (no_dense and level.is_dense) for level in menu]
         if not any(row):
             raise RecipeError(
                 f"no level of {', '.join(menu_names(menu))} is within the bounds of {unit.name}: "
-                f"{'; '.join(said)}",
+                f"{'; '.join(limits)}",
                 hint=f"add a level with a sparsity from {low} to {high}, or widen the bounds",
             )
         return row
@@ -95,16 +98,21 @@ class Bounds:
     def to_dict(self) -> dict[str, object]:
         """Return the JSON form: ``bounds`` {pattern: [least, most], as fractions} and ``protect``."""
         return {
-            "bounds": {pattern: [str(share) for share in its] for pattern, its in self.shares.items()},
+            "bounds": {pattern: [str(least), str(most)] for pattern, (least, most) in self.shares.items()},
             "protect": list(self.protect),
         }
 
 
 def parse_bounds(bounds: Mapping[str, object], protect: Iterable[str], menu: Sequence[Level]) -> Bounds:
-    """Return the bounds that a recipe wrote as ``{pattern: [least, most]}``; ``menu`` is the recipe's.
+    """Return the bounds of a recipe.
+
+    Args:
+        bounds: ``{pattern: [least, most]}``, shares of zeros.
+        protect: patterns of layers that stay dense.
+        menu: the recipe's levels.
 
     Raises:
-        RecipeError: shares that are no numbers in [0, 1], or in the wrong order.
+        RecipeError: a share is not a number in [0, 1], or the least is above the most.
     """
     shares = {str(pattern): _shares(str(pattern), value) for pattern, value in bounds.items()}
     protect = tuple(dict.fromkeys(protect))

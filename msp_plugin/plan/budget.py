@@ -1,11 +1,11 @@
 """Budgets in whole weights: choose one level per unit so that the count of kept weights is exact.
 
-Shape legend: U units, K levels. Sums of kept weights are counted in quanta, from the least that the
-units can keep.
+Every choice here is one multiple-choice knapsack with an equality constraint, solved exactly (knapsack.py).
+Sums of kept weights are counted in quanta, the greatest common divisor of all steps, from the least that the
+units can keep. Layer sizes share large factors, so that an 8B model has only about 12,000 sums with the
+default levels, and some millions with shares of zeros.
 
-Every choice here is one multiple-choice knapsack with an equality constraint, solved exactly
-(knapsack.py). Layer sizes share large factors, so that the sums are few: an 8B model has about 12,000 of
-them with the default levels, and some millions with shares of zeros.
+Shape legend: U units, K levels.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from msp_plugin.plan.knapsack import Steps, cheapest
 from msp_plugin.plan.levels import Level, menu_names
 from msp_plugin.plan.units import UnitTable
 
-#: Bytes of the choice table beyond which we say so instead of filling the memory.
+#: Bytes of the largest choice table that is tried; a larger one is an error instead of a full memory.
 _TABLE_LIMIT = 2 * 1024**3
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may stay: ``kept`` of ``weights`` prunable weights; ``target`` is the share asked for."""
+    """The plan to keep ``kept`` of ``weights`` prunable weights; ``target`` is the asked share of zeros."""
 
     target: Fraction
     weights: int
@@ -57,7 +57,8 @@ class AllocationProblem:
     A choice is a tuple of level indices int[U], one per unit in the table's order.
 
     Args:
-        allowed: bool[U, K], the levels that each unit may take; None allows all. It is copied and read-only.
+        allowed: bool[U, K], True for the levels that each unit may take; None allows all. A read-only copy is
+            kept.
 
     Raises:
         BudgetError: ``allowed`` has another shape, or leaves a unit without a level.
@@ -102,28 +103,35 @@ class AllocationProblem:
 
     @property
     def _nominal(self) -> Fraction:
-        """The most weights that could be kept if no row were rounded."""
-        return sum(
-            unit.weights * max(1 - level.sparsity for level, its in zip(self.menu, may, strict=True) if its)
-            for unit, may in zip(self.table, self._may, strict=True)
-        )
+        """The most weights that could be kept if shares of zeros did not round rows down."""
+        total = Fraction(0)
+        for unit, may in zip(self.table, self._may, strict=True):
+            densest = min(
+                level.sparsity for level, is_allowed in zip(self.menu, may, strict=True) if is_allowed
+            )
+            total += unit.weights * (1 - densest)
+        return total
 
     @cached_property
     def _may(self) -> np.ndarray:
+        """bool[U, K]: ``allowed``, or True everywhere."""
         return np.ones(self.kept.shape, dtype=bool) if self.allowed is None else self.allowed
 
     @cached_property
     def _least(self) -> np.ndarray:
-        return self.kept.min(axis=1, where=self._may, initial=np.iinfo(np.int64).max)
+        """int64[U]: the fewest weights that each unit can keep."""
+        least: np.ndarray = self.kept.min(axis=1, where=self._may, initial=np.iinfo(np.int64).max)
+        return least
 
     @cached_property
     def _quantum(self) -> int:
+        """The count of weights of which all steps between levels are multiples."""
         spread = (self.kept - self._least[:, None])[self._may]
         return int(np.gcd.reduce(spread)) or 1
 
     @cached_property
     def _steps(self) -> Steps:
-        """Of each unit the allowed levels with their quanta, sparsest first; the order settles ties."""
+        """The allowed levels of each unit with their quanta, sparsest first, as those win ties."""
         spread = (self.kept - self._least[:, None]) // self._quantum
         return [
             [(int(k), int(row[k])) for k in np.lexsort((np.arange(len(row)), row)) if may[k]]
@@ -132,41 +140,47 @@ class AllocationProblem:
 
     @cached_property
     def budget(self) -> Budget:
-        """The count of kept weights: the target's if the levels can express it, else the nearest.
+        """The reachable count of kept weights that is nearest to the target's; the smaller one of two.
 
-        A tie goes to the sparser side. A share of zeros keeps whole weights of each row, rounded down, so
-        its own sparsity is met to the nearest count too.
+        A share of zeros keeps whole weights of each row, rounded down, so that its own sparsity may be met
+        only to the nearest count.
 
         Raises:
-            BudgetError: the target is out of the allowed levels' reach; the reachable range is named.
+            BudgetError: the allowed levels cannot reach the target; the message gives the range that they
+                reach.
         """
         weights = self.table.weights
         low, high = self.reach
         wanted = (1 - self.target) * weights
-        if not low <= wanted <= max(high, self._nominal):
-            names = ", ".join(menu_names(self.menu))
-            bounds = "" if self.allowed is None else ", within bounds and protect,"
-            raise BudgetError(
-                f"sparsity {float(self.target):g} is out of reach: the levels {names}{bounds} reach "
-                f"{_exactly(1 - Fraction(high, weights))} to {_exactly(1 - Fraction(low, weights))}",
-                hint="add sparser or denser levels, "
-                + (
-                    ""
-                    if self.allowed is None
-                    else "widen the bounds, protect fewer layers (one makes its unit dense), "
-                )
-                + "or change the sparsity",
-            )
+        if not low <= wanted <= max(Fraction(high), self._nominal):
+            raise self._out_of_reach(low, high)
         at, sums = max(0, math.floor((wanted - low) / self._quantum)), self._sums()
-        near = [(sums & ((1 << (at + 1)) - 1)).bit_length() - 1]  # sum 0 is always there
+        near = [(sums & ((1 << (at + 1)) - 1)).bit_length() - 1]  # the sum 0 can always be reached
         above = sums >> (at + 1)
         if above:
             near.append(at + (above & -above).bit_length())
         kept = [low + quanta * self._quantum for quanta in near]
         return Budget(self.target, weights, min(kept, key=lambda count: (abs(count - wanted), count)))
 
+    def _out_of_reach(self, low: int, high: int) -> BudgetError:
+        """Return the error for a target that the levels cannot reach, keeping ``low`` to ``high`` weights."""
+        least, most = (_exactly(1 - Fraction(kept, self.table.weights)) for kept in (high, low))
+        within, widen = "", ""
+        if self.allowed is not None:
+            within = ", within bounds and protect,"
+            widen = "widen the bounds, protect fewer layers (one makes its unit dense), "
+        return BudgetError(
+            f"sparsity {float(self.target):g} is out of reach: the levels "
+            f"{', '.join(menu_names(self.menu))}{within} reach {least} to {most}",
+            hint=f"add sparser or denser levels, {widen}or change the sparsity",
+        )
+
     def _sums(self) -> int:
-        """Return the sums that can be reached, as the set bits of an integer."""
+        """Return an integer whose set bits are the sums, in quanta, that can be reached.
+
+        Raises:
+            BudgetError: there are too many sums for the choice table.
+        """
         size = (self.reach[1] - self.reach[0]) // self._quantum + 1
         if size * len(self.table) > _TABLE_LIMIT:
             raise BudgetError(
@@ -186,9 +200,9 @@ class AllocationProblem:
         return int(self.kept[np.arange(len(choice)), list(choice)].sum())
 
     def solve(self, cost: np.ndarray) -> tuple[int, ...]:
-        """Return the choice of least total cost that keeps exactly ``budget.kept`` weights.
+        """Return the choice, int[U], of least total cost that keeps exactly ``budget.kept`` weights.
 
-        Of equal ones, the last unit that differs takes the sparser level.
+        Of two choices of equal cost, the last unit that differs takes the sparser level.
 
         Args:
             cost: float64[U, K]; ``inf`` forbids a level for a unit.
@@ -207,23 +221,26 @@ class AllocationProblem:
             )
         return choice
 
-    def repair(self, wish: np.ndarray, give_way: np.ndarray) -> tuple[int, ...]:
-        """Return the choice on the budget that is nearest to a wished share of kept weights.
+    def repair(self, density: np.ndarray, price: np.ndarray) -> tuple[int, ...]:
+        """Return the choice, int[U], on the exact budget that is nearest to a target density of each unit.
 
-        Minimises sum_u give_way[u] * weights_u * (kept share - wish[u])^2, so a unit with a small
-        ``give_way`` moves first.
+        It minimises sum_u price[u] * weights_u * (kept share_u - density[u])^2, so that units with a low
+        price move first.
 
         Args:
-            wish: float64[U], the share of weights each unit would keep.
-            give_way: float64[U], positive; how dear it is to move a unit off its wish.
+            density: float64[U], the target share of kept weights of each unit.
+            price: float64[U], positive: cost of moving a unit away from its target density.
+
+        Raises:
+            BudgetError: no allowed choice meets the budget.
         """
         sizes = np.array([unit.weights for unit in self.table], dtype=np.float64)
         share = self.kept / sizes[:, None]
-        cost = (give_way * sizes)[:, None] * (share - np.asarray(wish)[:, None]) ** 2
+        cost = (price * sizes)[:, None] * (share - np.asarray(density)[:, None]) ** 2
         return self.solve(cost)
 
     def uniform(self) -> tuple[int, ...]:
-        """Return the choice nearest to one sparsity for all units; that level itself if it exists."""
+        """Return the choice nearest to one sparsity for all units: the target's own level if it exists."""
         return self._uniform
 
     @cached_property
@@ -233,6 +250,6 @@ class AllocationProblem:
 
 
 def _exactly(share: Fraction) -> str:
-    """Return a share as a decimal if a short one is exact, else as a fraction with its decimal value."""
+    """Return the text of a share: a short decimal if that is exact, else the fraction and its decimal."""
     short = f"{float(share):.6g}"
     return short if Fraction(short) == share else f"{share} ({float(share):.4g})"

@@ -1,8 +1,9 @@
 """The multiple-choice knapsack with an equality constraint: one step per unit, a sum that is met exactly.
 
-Dynamic programming over the sums (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, 11.5). Where
-the sums are many, only those are looked at that can be part of a cheapest choice: a known choice is dearer
-than the linear relaxation of all others (the bound of 11.2, applied to both sides of every unit).
+Dynamic programming over the sums (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, section 11.5).
+Where there are many sums, it first finds some choice, and then skips each sum through which the linear
+relaxation already costs more than that choice (the bound of section 11.2, applied to both sides of every
+unit). The result is exact.
 
 Shape legend: U units, K levels, E edges of the units' lower convex hulls.
 """
@@ -13,30 +14,34 @@ import itertools
 
 import numpy as np
 
-#: Of each unit the levels to choose from: (level's index, step); of equal choices the earlier one wins.
+#: For each unit, the levels to choose from as (index of the level, step); of equal choices the earlier one
+#: wins.
 Steps = list[list[tuple[int, int]]]
-#: After 0 to U units, the least and the most sum to look at.
+#: int64[U+1, 2]: the least and the most sum to consider after 0 to U units.
 Windows = np.ndarray
 
-#: Sums over all units up to which all are looked at; about 5 ms.
-_FEW = 2**21
-#: Half the width of the first look, in largest steps; each look is four times as wide.
+#: Up to so many sums over all units, all are considered; about 5 ms.
+_UNBOUNDED = 2**21
+#: Half the width of the first window around the relaxation's path, in largest steps; each next one is four
+#: times as wide.
 _FIRST_WIDTH = 0.1
 
 
-def cheapest(steps: Steps, cost: np.ndarray, goal: int, few: int = _FEW) -> tuple[int, ...] | None:
-    """Return the choice of least cost whose steps sum to ``goal``, None if there is none.
+def cheapest(
+    steps: Steps, cost: np.ndarray, goal: int, unbounded: int = _UNBOUNDED
+) -> tuple[int, ...] | None:
+    """Return the choice, int[U], of least cost whose steps sum to ``goal``; None if there is none.
 
-    Of equal ones, the last unit that differs takes the earlier of its levels.
+    Of two choices of equal cost, the last unit that differs takes the earlier of its levels.
 
     Args:
         cost: float64[U, K], finite for every level in ``steps``.
-        few: sums over all units beyond which bounds are used.
+        unbounded: with more sums than this over all units, the relaxation's bounds are used.
     """
     windows = feasible(steps, goal)
     if windows is None:
         return None
-    if area(windows) > few:
+    if area(windows) > unbounded:
         relaxed = _Relaxation(steps, cost)
         path, width = relaxed.path(goal), _FIRST_WIDTH * max(step for row in steps for _, step in row)
         while area(narrow := _meet(windows, path - width, path + width)) < area(windows) / 2:
@@ -51,7 +56,7 @@ def cheapest(steps: Steps, cost: np.ndarray, goal: int, few: int = _FEW) -> tupl
 
 
 def feasible(steps: Steps, goal: int) -> Windows | None:
-    """Return int64[U+1, 2], the sums after each unit that can end at ``goal``; None if there are none."""
+    """Return the windows of all sums from which ``goal`` can be reached; None if it cannot."""
     if not all(steps):
         return None
     least = np.array([min(step for _, step in row) for row in steps], dtype=np.int64)
@@ -63,19 +68,19 @@ def feasible(steps: Steps, goal: int) -> Windows | None:
 
 
 def area(windows: Windows) -> int:
-    """Return the count of sums in the windows of all units; the choice table takes a byte for each."""
+    """Return the count of sums in all windows; the choice table takes a byte for each."""
     return int((windows[:, 1] - windows[:, 0] + 1).sum())
 
 
 def _meet(windows: Windows, low: np.ndarray, high: np.ndarray) -> Windows:
-    """Return the windows cut to [low, high] after each unit; low and high reach into every window."""
+    """Return the windows cut to [low, high], float64[U+1] each, which overlap with all windows."""
     first = np.clip(np.floor(low).astype(np.int64), windows[:, 0], windows[:, 1])
     last = np.clip(np.ceil(high).astype(np.int64), windows[:, 0], windows[:, 1])
     return np.stack([first, last], axis=1)
 
 
 def _dynamic(steps: Steps, cost: np.ndarray, goal: int, windows: Windows) -> tuple[int, ...] | None:
-    """Return the cheapest choice among those whose sums stay in the windows, None if there is none."""
+    """Return the cheapest choice whose sums all lie in the windows; None if there is none."""
     best, taken = np.zeros(1), []
     for u, row in enumerate(steps):
         (a, b), (c, d) = windows[u].tolist(), windows[u + 1].tolist()
@@ -85,9 +90,9 @@ def _dynamic(steps: Steps, cost: np.ndarray, goal: int, windows: Windows) -> tup
             if first > last:
                 continue
             candidate = best[first - step - a : last - step - a + 1] + cost[u, k]
-            held = new[first - c : last - c + 1]
-            better = candidate < held
-            np.copyto(held, candidate, where=better)
+            known = new[first - c : last - c + 1]
+            better = candidate < known
+            np.copyto(known, candidate, where=better)
             np.copyto(level[first - c : last - c + 1], k, where=better)
         best = new
         taken.append(level)
@@ -102,11 +107,18 @@ def _dynamic(steps: Steps, cost: np.ndarray, goal: int, windows: Windows) -> tup
 
 
 class _Relaxation:
-    """The linear relaxation: between its levels, a unit moves along its lower convex hull."""
+    """The linear relaxation: a unit may take any step, at the cost on the lower convex hull of its levels.
+
+    Attributes:
+        base: float64[U, 2], the least step of each unit and its cost.
+        unit, edges: int64[E] and float64[E, 2], the unit of each edge of a hull, and its step and cost, by
+            rising slope.
+        slack: bound on the rounding error of sums of these costs.
+    """
 
     def __init__(self, steps: Steps, cost: np.ndarray):
         edges = []
-        self.base = np.zeros((len(steps), 2))  # of each unit its least step, and that step's cost
+        self.base = np.zeros((len(steps), 2))
         for u, row in enumerate(steps):
             hull = _lower_hull([(step, float(cost[u, k])) for k, step in row])
             self.base[u] = hull[0]
@@ -114,11 +126,10 @@ class _Relaxation:
         edges.sort(key=lambda edge: edge[2] / edge[1])
         self.unit = np.array([edge[0] for edge in edges], dtype=np.int64)
         self.edges = np.array([edge[1:] for edge in edges], dtype=np.float64).reshape(-1, 2)
-        # What rounding may add up to in sums of costs of this size.
         self.slack = 1e-9 * float(np.abs(self.edges[:, 1]).sum() + np.abs(self.base[:, 1]).sum())
 
     def path(self, goal: int) -> np.ndarray:
-        """Return float64[U+1], the sum after each unit of the relaxation's cheapest way to ``goal``."""
+        """Return float64[U+1], the sum after each unit on the relaxation's cheapest path to ``goal``."""
         length = self.edges[:, 0]
         left = goal - self.base[:, 0].sum() - (length.cumsum() - length)
         moved = self.base[:, 0].copy()
@@ -126,13 +137,11 @@ class _Relaxation:
         return np.append(0, moved.cumsum())
 
     def bounded(self, windows: Windows, goal: int, known: float) -> Windows:
-        """Return the windows without the sums through which every way costs more than ``known``."""
+        """Return the windows without the sums through which every relaxed path costs more than ``known``."""
         result = windows.copy()
         for u in range(len(windows)):
-            before, after = (
-                self._curve(self.unit < u, slice(0, u)),
-                self._curve(self.unit >= u, slice(u, None)),
-            )
+            before = self._curve(self.unit < u, slice(0, u))
+            after = self._curve(self.unit >= u, slice(u, None))
             at = np.concatenate([before[0], goal - after[0], windows[u]])
             at = np.unique(np.clip(at, *windows[u]))
             least = np.interp(at, *before) + np.interp(goal - at, *after) - known - self.slack
@@ -140,15 +149,24 @@ class _Relaxation:
             result[u] = _crossings(at, least, inside[0], inside[-1]) if len(inside) else windows[u]
         return _meet(windows, result[:, 0], result[:, 1])
 
-    def _curve(self, mine: np.ndarray, units: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Return the least relaxed cost of some units by their sum: the corners of a convex curve."""
+    def _curve(self, edges: np.ndarray, units: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return (sums, costs), the corners of the convex curve of some units' least relaxed cost by sum.
+
+        Args:
+            edges: bool[E], the edges of these units.
+        """
         start = self.base[units].sum(axis=0)
-        corners = start + np.concatenate([np.zeros((1, 2)), self.edges[mine].cumsum(axis=0)])
+        corners = start + np.concatenate([np.zeros((1, 2)), self.edges[edges].cumsum(axis=0)])
         return corners[:, 0], corners[:, 1]
 
 
 def _crossings(at: np.ndarray, height: np.ndarray, first: int, last: int) -> tuple[float, float]:
-    """Return where a convex curve crosses zero, given its corners, the first and the last of them below."""
+    """Return the two sums, rounded outwards, where a convex curve crosses zero.
+
+    Args:
+        at, height: the corners of the curve.
+        first, last: the first and the last corner that is not above zero.
+    """
     low, high = at[first], at[last]
     if first > 0:
         low -= (low - at[first - 1]) * height[first] / (height[first] - height[first - 1])

@@ -1,9 +1,9 @@
 """Levels: the sparsity patterns that an allocation chooses from.
 
-``N:M`` keeps N of every M consecutive weights along in_features, as in the papers and NVIDIA's
-documentation. (llm-compressor's ``mask_structure`` counts the pruned ones; the conversion is in
-hosts/llm_compressor/.) ``N:M in 2:4`` also keeps at most two of every aligned four, so that 2:4 kernels
-run it. A plain fraction is a share of zeros, and free within each output row.
+``N:M`` keeps N of every M consecutive weights along in_features, as in the papers and NVIDIA's documentation.
+(llm-compressor's ``mask_structure`` counts the pruned weights instead; hosts/llm_compressor/ converts.) ``N:M
+in 2:4`` also keeps at most two of every aligned four, so that 2:4 kernels run it. A plain fraction is a share
+of zeros, placed anywhere in each output row.
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ from msp_plugin.errors import RecipeError, shown
 
 _PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:(?:in|@)\s*(\d+)\s*:\s*(\d+)\s*)?", re.IGNORECASE)
 _SHARE = re.compile(r"\s*(\d+\s*/\s*0*[1-9]\d*|\d*\.?\d+(e-?\d{1,2})?)\s*", re.IGNORECASE)
-#: Characters of the longest number that is read: Python takes hours for 1e-999999999, and refuses 4,301 digits.
-_LONGEST = 64
-_HUGE_EXPONENT = re.compile(r"e[+-]?[\d_]{4,}", re.IGNORECASE)
 _FORMS = 'write "dense", "N:M" (N kept of M, e.g. "2:4"), "N:M in 2:4", or a share of zeros, e.g. "0.7"'
 
 
 class Kind(Enum):
-    """What a level keeps: a share of each row, N of each M, or N of each M inside 2:4. Freest first."""
+    """How a level's kept weights may lie: a share of a row, N of each M, or that inside 2:4; freest first."""
 
     SHARE = 0
     NM = 1
@@ -37,8 +34,8 @@ class Kind(Enum):
 class Level:
     """One sparsity pattern: ``n`` kept of every ``m`` weights along in_features.
 
-    ``dense`` is 1:1. A share of zeros keeps n/m of each row, rounded down to whole weights. The name is
-    what recipes and files carry. ``parse`` gives each pattern its one form.
+    ``dense`` is 1:1. A share of zeros keeps n/m of each row, rounded down to whole weights. Recipes and files
+    hold the name. Make levels with ``parse``, which gives equal patterns equal fields.
     """
 
     n: int
@@ -47,28 +44,26 @@ class Level:
 
     @classmethod
     def parse(cls, text: object) -> Level:
-        """Return the level that a recipe wrote: ``"dense"``, ``"N:M"``, ``"N:M in 2:4"`` or a share of zeros.
+        """Return the level of a recipe's text: ``"dense"``, ``"N:M"``, ``"N:M in 2:4"`` or a share of zeros.
 
         Raises:
-            RecipeError: not a level; an unquoted ``2:4``, which YAML 1.1 reads as the number 124,
-                is explained.
+            RecipeError: the text is not a level. The message explains an unquoted ``2:4``, which YAML 1.1
+                reads as the number 124.
         """
         if isinstance(text, Level):
             return text
         if isinstance(text, int) and not isinstance(text, bool) and text >= 60:
             n, m = divmod(text, 60)
             raise RecipeError(
-                f"level {shown(text)} is a number; YAML 1.1 reads an unquoted {shown(n)}:{m} in base 60",
-                hint=f'write it with quotes: "{shown(n)}:{m}"',
+                f"level {text} is a number; YAML 1.1 reads an unquoted {n}:{m} in base 60",
+                hint=f'write it with quotes: "{n}:{m}"',
             )
-        if isinstance(text, str) and len(text) <= _LONGEST:
-            if text.strip().lower() == "dense":
-                return DENSE
-            if match := _PATTERN.fullmatch(text):
-                return _groups(text, *(int(number) for number in match.groups() if number))
-        negative = isinstance(text, int) and text < 0  # it may have more digits than Python writes out
-        if isinstance(text, str | int | float | Fraction) and not negative and len(str(text)) <= _LONGEST:
-            zeros = Fraction(str(text).replace(" ", "")) if _SHARE.fullmatch(str(text)) else 1
+        if isinstance(text, str) and text.strip().lower() == "dense":
+            return DENSE
+        if isinstance(text, str) and (match := _PATTERN.fullmatch(text)):
+            return _groups(text, *(int(number) for number in match.groups() if number))
+        if isinstance(text, str | int | float | Fraction) and _SHARE.fullmatch(str(text)):
+            zeros = Fraction(str(text).replace(" ", ""))
             if zeros < 1:
                 kept = 1 - zeros
                 return cls(kept.numerator, kept.denominator, Kind.SHARE) if zeros else DENSE
@@ -90,22 +85,23 @@ class Level:
 
     @property
     def sparsity(self) -> Fraction:
-        """The nominal share of zeros; exact but for shares of rows that they do not divide."""
+        """The nominal share of zeros. A row whose length the share does not divide has slightly more."""
         return Fraction(self.m - self.n, self.m)
 
     @property
     def servable(self) -> bool:
         """True if every mask of this level keeps at most two in each aligned group of four.
 
-        Then 2:4 kernels can run it. A group of four meets at most two groups of M > 1, and each contributes at most
-        N: one of each is fine, two only if no group of four lies across groups of M.
+        Then 2:4 kernels can run it. A group of four overlaps with at most two groups of M > 1, each of which
+        keeps at most N. So N = 1 always fits, and N = 2 fits if no group of four crosses a border between
+        groups of M.
         """
         if self.kind is not Kind.NM:
             return self.kind is Kind.NM_IN_24
         return (self.n == 1 and self.m > 1) or (self.n == 2 and self.m % 4 == 0)
 
     def group(self, in_features: int) -> tuple[int, int]:
-        """Return (n, m): exactly n are kept of every m consecutive weights of a row; m divides in_features.
+        """Return (n, m): exactly n of every m consecutive weights of a row are kept; m divides in_features.
 
         Raises:
             RecipeError: the level does not fit the width.
@@ -122,13 +118,13 @@ class Level:
         return self.n, self.m
 
     def misfit(self, in_features: int) -> str | None:
-        """Return why the level cannot be had at a width, as a verb that takes the width; None if it can."""
+        """Return why the level does not fit a width, as the verb before "in_features"; None if it fits."""
         if self.kind is Kind.SHARE:
             return None if in_features * self.n >= self.m else "keeps nothing of"
         return "does not divide" if in_features % self.m else None
 
     def kept(self, out_features: int, in_features: int) -> int:
-        """Return how many weights of an [out, in] layer stay, exactly.
+        """Return the exact count of kept weights in a layer [out_features, in_features].
 
         Raises:
             RecipeError: the level does not fit the width.
@@ -141,7 +137,7 @@ class Level:
 
 
 def _groups(text: str, n: int, m: int, *inside: int) -> Level:
-    """Return the level N:M, or N:M inside another, in its one form."""
+    """Return the level N:M, or N:M in 2:4; equal patterns give equal levels."""
     if not 1 <= n <= m:
         raise RecipeError(f"level {text!r} keeps {n} of {m}", hint="N:M needs 1 <= N <= M: N are kept of M")
     if not inside:
@@ -158,12 +154,12 @@ def _groups(text: str, n: int, m: int, *inside: int) -> Level:
 
 DENSE = Level(1, 1)
 
-#: Eight steps of one eighth. One M for all keeps every layer's step a multiple of the same count,
-#: so budgets are met to the weight; 2:8 and 1:8 run on 2:4 kernels. The choice is ours: the paper's
-#: level set is not published.
+#: Eight steps of one eighth. With one M, the levels of every layer differ by multiples of one count of
+#: weights, so that budgets are met exactly; 2:8 and 1:8 run on 2:4 kernels. The choice is ours: the paper's
+#: levels are not published.
 DEFAULT_LEVELS = ("dense", "7:8", "6:8", "5:8", "4:8", "3:8", "2:8", "1:8")
 
-#: Names for whole menus. Every level of ``servable`` but dense runs on 2:4 kernels.
+#: Menus that have a name. 2:4 kernels run every level of ``servable`` except dense.
 MENUS = {
     "default": DEFAULT_LEVELS,
     "servable": ("dense", "2:4", "3:8 in 2:4", "2:8", "1:8", "1:16"),
@@ -171,12 +167,13 @@ MENUS = {
 
 
 def parse_menu(levels: Iterable[object]) -> tuple[Level, ...]:
-    """Return the distinct levels of a menu, densest first; of equal ones the freer pattern first.
+    """Return the distinct levels of a menu, densest first; at equal sparsity the freer pattern first.
 
-    ``"default"`` and ``"servable"`` stand for their levels; others may be named beside them.
+    Args:
+        levels: levels, or names of MENUS, or one text of them with commas.
 
     Raises:
-        RecipeError: the menu is empty, names a level twice, or holds something that is no level.
+        RecipeError: the menu is empty, names a level twice, or holds a text that is not a level.
     """
     if isinstance(levels, str):
         levels = [part for part in levels.split(",") if part.strip()]
@@ -202,31 +199,24 @@ def menu_names(menu: Sequence[Level]) -> list[str]:
 
 
 def parse_fraction(value: object) -> Fraction:
-    """Return a number, or the text of one, exactly.
+    """Return the exact value of a number or of its text; a float counts as its shortest decimal form.
 
     Raises:
-        ValueError: it is no finite number, or one of more digits than anyone means.
+        ValueError: the value is not a finite number.
     """
-    if isinstance(value, Fraction):
-        return value
     if isinstance(value, bool) or not isinstance(value, str | Number):
         raise ValueError("not a number")
-    if isinstance(value, int):
-        return Fraction(value)
-    text = str(value)
-    if len(text) > _LONGEST or _HUGE_EXPONENT.search(text):
-        raise ValueError("too long a number")
     try:
-        return Fraction(text)
+        return Fraction(str(value))
     except ZeroDivisionError as error:
         raise ValueError(str(error)) from None
 
 
 def parse_sparsity(value: object) -> Fraction:
-    """Return the asked share of zeros exactly, from a number or a text such as ``0.75`` or ``"5/8"``.
+    """Return the exact share of zeros that a number or text such as ``0.75`` or ``"5/8"`` asks for.
 
     Raises:
-        RecipeError: not a number in [0, 1); percentages are recognised and explained.
+        RecipeError: the value is not a number in [0, 1). The hint rewrites a percentage.
     """
     try:
         exact = parse_fraction(value)

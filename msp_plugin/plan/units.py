@@ -22,7 +22,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Unit:
-    """One layer, the layers that inference fuses into one matrix, or a block; its layers share a level."""
+    """Layers that share a level: one layer, the layers that inference fuses, or a whole block.
+
+    Args:
+        block: the number of its decoder block.
+    """
 
     name: str
     block: int
@@ -65,24 +69,23 @@ class UnitTable:
         return sum(unit.weights for unit in self.units)
 
 
-#: Projections that inference engines fuse, and the name of the fused unit. vLLM loads them into one
-#: matrix, so a format or kernel can only be chosen for all of them together.
+#: Projections that inference engines fuse, and the name of the fused unit. vLLM loads them into one matrix,
+#: so that they can only have one format and one kernel.
 FUSED = {
     ("q_proj", "k_proj", "v_proj"): "qkv_proj",
     ("gate_proj", "up_proj"): "gate_up_proj",
 }
 
-
-#: What a unit may be: what inference fuses, each layer on its own, or a whole decoder block.
+#: A unit is a group that inference fuses, a single layer, or a whole decoder block.
 GRANULARITIES = ("unit", "layer", "block")
 
 
 def group_layers(layers: Iterable[tuple[int, Layer]], granularity: str = "unit") -> UnitTable:
-    """Return the units of ``(block, layer)`` pairs.
+    """Return the units of ``(block, layer)`` pairs, in their order.
 
-    With ``unit``, siblings that inference fuses share a level: a group is fused with the members that are
-    there, so if the user ignores a layer, the others still share one. With ``layer`` each layer is a unit,
-    with ``block`` all layers of a decoder block are one.
+    Args:
+        granularity: one of GRANULARITIES. With ``unit``, a group that inference fuses has the members that
+            are given: if the user ignores one of its layers, the others still share a level.
     """
     units: dict[str, list[Layer]] = {}
     blocks: dict[str, int] = {}
@@ -99,6 +102,7 @@ def group_layers(layers: Iterable[tuple[int, Layer]], granularity: str = "unit")
 
 
 def _unit_name(block: int, layer: Layer, granularity: str) -> str:
+    """Return the name of the unit that a layer belongs to."""
     parent, _, leaf = layer.name.rpartition(".")
     if granularity == "layer":
         return layer.name
@@ -110,7 +114,7 @@ def _unit_name(block: int, layer: Layer, granularity: str) -> str:
 
 
 def shared_inputs(table: UnitTable) -> tuple[Unit, ...]:
-    """Return the layers of a table grouped by their input, whatever its granularity.
+    """Return the layers of a table, of any granularity, grouped by the input that they share.
 
     The layers that inference fuses read the same tensor.
     """

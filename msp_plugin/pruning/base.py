@@ -1,4 +1,4 @@
-"""What a pruning method is: calibration statistics in, pruned weights out."""
+"""The base classes of pruning methods, which turn calibration statistics into pruned weights."""
 
 from __future__ import annotations
 
@@ -22,41 +22,42 @@ from msp_plugin.runtime.ranks import Ranks
 class Pruner(ABC):
     """A pruning method. Subclasses are frozen dataclasses whose fields are recipe options.
 
-    ``host`` names the framework whose code does the work. ``needs_statistics`` is False for methods
-    that look at the weight alone. A statistic is an object of the method's own choosing: it is made
-    by ``new_statistic``, fed by ``observe`` and read by ``prune_levels``.
+    A statistic is an object of any type: ``new_statistic`` makes it, ``observe`` adds inputs to it, and
+    ``prune_levels`` and ``output_error`` read it.
     """
 
     name: ClassVar[str]
+    #: The framework whose code does the work.
     host: ClassVar[str] = "msp_plugin"
+    #: False for methods that only read the weight.
     needs_statistics: ClassVar[bool] = True
-    #: Modules whose functions do its arithmetic, beside those that its class and its bases are from.
+    #: Modules with arithmetic of the method, beside the modules of its class and of its bases.
     arithmetic: ClassVar[tuple[ModuleType, ...]] = (masks,)
 
     def version(self) -> str:
-        """The version of the distribution that brings the method; part of every file's key."""
+        """Return the version of the distribution that contains the method; a part of every file's key."""
         top = type(self).__module__.partition(".")[0]
         owners = [top] if top == "msp_plugin" else importlib.metadata.packages_distributions().get(top, [])
         return importlib.metadata.version(owners[0]) if owners else "unversioned"
 
     def code(self) -> str:
-        """Hex digest of the source that the weights depend on, so that an edited method is another one."""
+        """Return a hex digest of the method's source, so that no results of other source are reused."""
         return component_digest(self, self.arithmetic)
 
     def check_level(self, level: Level) -> None:  # noqa: B027 - optional to override
-        """Raise RecipeError if the method cannot produce ``level``."""
+        """Raise RecipeError if the method cannot prune to ``level``."""
 
     def statistic_bytes(self, module: torch.nn.Linear) -> int:
-        """Memory of one layer's statistic in bytes."""
+        """Return the memory of one layer's statistic in bytes."""
         return 0
 
     @abstractmethod
     def new_statistic(self, module: torch.nn.Linear) -> Any:
-        """Return an empty statistic for a layer."""
+        """Return an empty statistic for a layer, on the device of its weight."""
 
     @abstractmethod
     def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: Any) -> Any:
-        """Return the statistic with inputs [B, T, in] added."""
+        """Return the statistic with the layer's inputs [B, T, in] added."""
 
     def reduce(self, statistic: Any, ranks: Ranks) -> Any:
         """Return the statistic of all ranks' samples, on every rank, from the one of this rank's samples.
@@ -79,10 +80,11 @@ class Pruner(ABC):
     def prune_levels(
         self, module: torch.nn.Linear, statistic: Any, levels: Sequence[Level], layer: str
     ) -> Iterator[torch.Tensor]:
-        """Yield the pruned weight [out, in] for each level, in the weight's dtype.
+        """Yield the pruned weight [out, in] for each level, in the weight's dtype; ``module`` is not changed.
 
-        ``module`` is left as it is; ``statistic`` may be used up by the last level. ``layer`` is
-        the layer's name, for errors.
+        Args:
+            statistic: may be used up by the last level.
+            layer: name of the layer, for errors.
         """
 
     @abstractmethod
@@ -91,7 +93,7 @@ class Pruner(ABC):
 
 
 class InputNorm:
-    """Running sum of squares of every input feature, float64[in], and the count of tokens."""
+    """The sum of squares of every input feature, float64[in], and the count of tokens."""
 
     def __init__(self, in_features: int, device: torch.device):
         self.sum = torch.zeros(in_features, dtype=torch.float64, device=device)
@@ -122,10 +124,10 @@ def mean_over_ranks(mean: torch.Tensor, samples: int, ranks: Ranks) -> tuple[tor
 
 
 class LayerwisePruner(Pruner):
-    """A method that scores each weight and keeps the best of a level's pattern, weights unchanged.
+    """A method that scores each weight, keeps the best in each group of a level, and changes none of these.
 
-    A subclass writes ``score`` and nothing else. Set ``needs_statistics = False`` if the score does
-    not use ``input_norm``.
+    A subclass only defines ``score``. Set ``needs_statistics = False`` if the score does not use
+    ``input_norm``.
     """
 
     @abstractmethod
@@ -160,7 +162,7 @@ class LayerwisePruner(Pruner):
             yield weight.masked_fill(~mask, 0)
 
     def output_error(self, delta: torch.Tensor, statistic: InputNorm) -> float:
-        """The diagonal of the input's second moment only: features are taken as uncorrelated."""
+        """Return the mean squared output change per token, as if the input features were uncorrelated."""
         if not self.needs_statistics:
             return float(delta.double().square().sum())
         return float((delta.double().square() * statistic.rms.double().square()).sum())

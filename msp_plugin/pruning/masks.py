@@ -1,7 +1,6 @@
-"""Masks from scores, and the recount of what a weight holds.
+"""Masks from scores, and the count of zeros in a pruned weight.
 
-Shape legend: O out_features, I in_features, G groups of M along in_features, N columns
-of scores that are compared.
+Shape legend: O out_features, I in_features, M scores that compete with each other, C columns of such scores.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import torch
 from msp_plugin.errors import NumericsError
 from msp_plugin.plan.levels import Kind, Level
 
-#: Of scores [M, N] and a count bool[M, N], True for so many least of each column, whatever is equal.
-Settle = Callable[[torch.Tensor, int], torch.Tensor]
-#: So many extremes are found one by one; for more, sorting is faster.
+#: From scores [M, C] and a count to bool[M, C], True for exactly so many lowest of each column, however many
+#: are equal.
+TieBreaker = Callable[[torch.Tensor, int], torch.Tensor]
+#: Up to so many extremes are found one by one; for more, sorting is faster.
 _EXTREMES = 4
 
 
@@ -26,122 +26,129 @@ def nm_mask(score: torch.Tensor, level: Level) -> torch.Tensor:
 
 
 def nm_masks(
-    score: torch.Tensor, levels: Sequence[Level], settle: Settle | None = None
+    score: torch.Tensor, levels: Sequence[Level], tie_breaker: TieBreaker | None = None
 ) -> list[torch.Tensor]:
-    """Return bool[O, I] for each level, True where a weight is kept: the N best of every M along in_features.
+    """Return bool[O, I] for each level, True for kept weights: the N highest scores of every M in a row.
 
-    Exactly N are kept in every group. ``N:M in 2:4`` takes the two best of every four, and the N best of M among
-    those. A share of zeros takes the best of each row. Plain ``N:M`` levels of one M are made in one pass.
+    Exactly N are kept in every group. ``N:M in 2:4`` takes the two highest of every four, and the N highest
+    of M among those. A share of zeros takes the highest of each row. Plain ``N:M`` levels of one M share one
+    pass.
 
     Args:
-        score: float[O, I]; higher is more worth keeping.
-        settle: decides among equal scores at plain ``N:M`` levels (see ``least``); by default, and at all other
-            levels, the one further left is kept.
+        score: float[O, I]; higher for weights to keep.
+        tie_breaker: decides between equal scores at plain ``N:M`` levels; by default, and at all other
+            levels, the weight further left is kept.
 
     Raises:
         NumericsError: a score is not finite.
     """
     if not torch.isfinite(score).all():
         raise NumericsError(f"{int((~torch.isfinite(score)).sum())} scores are not finite")
-    found: dict[Level, torch.Tensor] = {}
+    masks: dict[Level, torch.Tensor] = {}
     width = score.shape[1]
     for m in dict.fromkeys(level.m for level in levels if level.kind is Kind.NM):
-        same = [level for level in dict.fromkeys(levels) if level.kind is Kind.NM and level.m == m]
-        kept = [level.group(width)[0] for level in same]
-        found |= zip(same, _best(score, kept, m, settle or _leftmost_kept), strict=True)
+        same_m = [level for level in dict.fromkeys(levels) if level.kind is Kind.NM and level.m == m]
+        counts = [level.group(width)[0] for level in same_m]
+        masks |= zip(same_m, _highest(score, counts, m, tie_breaker or _keep_leftmost), strict=True)
     for level in levels:
         if level.kind is not Kind.NM:
             n, m = level.group(width)
-            own = score
+            allowed = score
             if level.kind is Kind.NM_IN_24:
-                own = score.masked_fill(~_best(score, [2], 4, _leftmost_kept)[0], -torch.inf)
-            found[level] = _best(own, [n], m, _leftmost_kept)[0]
-    return [found[level] for level in levels]
+                allowed = score.masked_fill(~_highest(score, [2], 4, _keep_leftmost)[0], -torch.inf)
+            masks[level] = _highest(allowed, [n], m, _keep_leftmost)[0]
+    return [masks[level] for level in levels]
 
 
-def _best(score: torch.Tensor, counts: Sequence[int], m: int, settle: Settle) -> list[torch.Tensor]:
-    gone = least_of_each(score.reshape(-1, m).t(), [m - n for n in counts], settle)
-    return [~own.t().reshape(score.shape) for own in gone]
-
-
-def _leftmost_kept(score: torch.Tensor, worst: int) -> torch.Tensor:
-    rows = score.t().contiguous()
-    gone = rows.argsort(dim=-1, descending=True, stable=True)[:, len(score) - worst :]
-    return torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, gone, True).t()
-
-
-def least_by_topk(score: torch.Tensor, worst: int) -> torch.Tensor:
-    """Return bool like ``score`` [M, N], True for the ``worst`` least of each column as topk finds them.
-
-    Among equals torch's topk decides: it is what llm-compressor asks.
-    """
-    rows = score.t().contiguous()
-    found = torch.topk(rows, worst, dim=1, largest=False)[1]
-    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, found, True).t()
-
-
-def least(score: torch.Tensor, worst: int, settle: Settle = least_by_topk) -> torch.Tensor:
-    """Return bool like ``score`` [M, N], True for the ``worst`` least of each column (see least_of_each)."""
-    return least_of_each(score, [worst], settle)[0]
-
-
-def least_of_each(
-    score: torch.Tensor, counts: Sequence[int], settle: Settle = least_by_topk
+def _highest(
+    score: torch.Tensor, counts: Sequence[int], m: int, tie_breaker: TieBreaker
 ) -> list[torch.Tensor]:
-    """Return bool like ``score`` [M, N] for each count, True for so many least of each column.
+    """Return bool[O, I] for each count, True for so many highest scores of every m in a row."""
+    lowest = lowest_of_each(score.reshape(-1, m).t(), [m - n for n in counts], tie_breaker)
+    return [~mask.t().reshape(score.shape) for mask in lowest]
 
-    On a CPU, by as many extremes as there are to find of the kept or of the others, whichever are fewer: several
-    times faster than sorting each column for a small M. One pass from either end serves all counts.
+
+def _keep_leftmost(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Break ties (see TieBreaker) so that of equal scores the first ones are not among the lowest."""
+    rows = score.t().contiguous()
+    lowest = rows.argsort(dim=-1, descending=True, stable=True)[:, len(score) - count :]
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, lowest, True).t()
+
+
+def lowest_by_topk(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Break ties (see TieBreaker) as torch.topk does, and with it llm-compressor."""
+    rows = score.t().contiguous()
+    lowest = torch.topk(rows, count, dim=1, largest=False)[1]
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, lowest, True).t()
+
+
+def lowest(score: torch.Tensor, count: int, tie_breaker: TieBreaker = lowest_by_topk) -> torch.Tensor:
+    """Return bool[M, C], True for the ``count`` lowest scores of each column (see lowest_of_each)."""
+    return lowest_of_each(score, [count], tie_breaker)[0]
+
+
+def lowest_of_each(
+    score: torch.Tensor, counts: Sequence[int], tie_breaker: TieBreaker = lowest_by_topk
+) -> list[torch.Tensor]:
+    """Return bool[M, C] for each count, True for so many lowest scores of each column.
+
+    On a CPU the extremes are found one by one, the lowest scores or the highest, whichever are fewer: for a
+    small M several times faster than sorting each column. One pass from either end serves all counts.
 
     Args:
-        settle: decides the columns in which equal scores, or NaN, leave more than one answer.
+        score: float[M, C].
+        tie_breaker: decides in the columns where equal scores, or NaN, leave more than one answer.
     """
-    sides: dict[bool, dict[int, int]] = {True: {}, False: {}}
-    for worst in counts:
-        few = min(worst, len(score) - worst)
-        if 0 < few <= _EXTREMES and not score.is_cuda:
-            sides[few < worst][few] = worst
-    found: dict[int, torch.Tensor] = {}
-    for keep, wanted in sides.items():
-        if not wanted:
-            continue
-        found |= _by_extremes(score.contiguous(), wanted, keep, settle)
-    return [found[worst] if worst in found else settle(score, worst) for worst in counts]
+    from_top: dict[int, int] = {}
+    from_bottom: dict[int, int] = {}
+    for count in counts:
+        extremes = min(count, len(score) - count)
+        if 0 < extremes <= _EXTREMES and not score.is_cuda:
+            (from_top if extremes < count else from_bottom)[extremes] = count
+    masks: dict[int, torch.Tensor] = {}
+    for top, wanted in ((True, from_top), (False, from_bottom)):
+        if wanted:
+            masks |= _by_extremes(score.contiguous(), wanted, top, tie_breaker)
+    return [masks[count] if count in masks else tie_breaker(score, count) for count in counts]
 
 
 def _by_extremes(
-    score: torch.Tensor, wanted: Mapping[int, int], keep: bool, settle: Settle
+    score: torch.Tensor, wanted: Mapping[int, int], top: bool, tie_breaker: TieBreaker
 ) -> dict[int, torch.Tensor]:
-    """Return by count of least ones bool like ``score`` [M, N], from the greatest (``keep``) or the least found in turn.
+    """Return, by count, bool[M, C], True for so many lowest scores of each column.
 
     Args:
-        wanted: by count of extremes that of the least ones.
+        wanted: count of lowest scores, by the count of extremes that tell them.
+        top: the extremes are the highest scores, and all others the lowest; else they are the lowest
+            themselves.
     """
-    hit, rest, found = torch.zeros_like(score, dtype=torch.bool), score, {}
-    for few in range(1, max(wanted) + 1):
-        now = rest == (rest.amax(dim=0) if keep else rest.amin(dim=0))
-        rest = rest.masked_fill(now, -torch.inf if keep else torch.inf) if few < max(wanted) else rest
-        hit |= now
-        if few in wanted:
-            own = ~hit if keep else hit.clone()
-            tied = hit.sum(dim=0, dtype=torch.int32) != few
+    masks: dict[int, torch.Tensor] = {}
+    extreme, rest = torch.zeros_like(score, dtype=torch.bool), score
+    for count in range(1, max(wanted) + 1):
+        new = rest == (rest.amax(dim=0) if top else rest.amin(dim=0))
+        if count < max(wanted):
+            rest = rest.masked_fill(new, -torch.inf if top else torch.inf)
+        extreme |= new
+        if count in wanted:
+            mask = ~extreme if top else extreme.clone()
+            tied = extreme.sum(dim=0, dtype=torch.int32) != count
             if tied.any():
-                own[:, tied] = settle(score[:, tied], wanted[few])
-            found[wanted[few]] = own
-    return found
+                mask[:, tied] = tie_breaker(score[:, tied], wanted[count])
+            masks[wanted[count]] = mask
+    return masks
 
 
 @dataclass(frozen=True)
 class Recount:
-    """What a pruned weight holds.
+    """The counts of a pruned weight.
 
     Args:
         zeros: count of zeros.
-        most_in_group: the most nonzeros found in one group of M; for a share of zeros, in one row.
-        from_dead_inputs: zeros that columns which are zero throughout force beyond the pattern's own: a group
-            with j such columns cannot keep more than M - j weights.
-        finite: True if no weight is infinite or not a number.
-        broken: how the weight breaks the level's pattern, None if it holds everywhere.
+        most_in_group: the most nonzeros in any group of M; for a share of zeros, in any row.
+        from_dead_inputs: zeros beyond the pattern's own that are due to columns of zeros: a group with j such
+            columns cannot keep more than M - j weights.
+        finite: True if no weight is infinite or NaN.
+        broken: how the weight breaks the level's pattern, None if it does not.
     """
 
     zeros: int
@@ -152,7 +159,7 @@ class Recount:
 
 
 def recount(weight: torch.Tensor, level: Level) -> Recount:
-    """Return the counts of an [O, I] weight under the groups of ``level``."""
+    """Return the counts of a weight [O, I], in the groups of ``level``."""
     n, m = level.group(weight.shape[1])
     nonzero = weight != 0
     alive = nonzero.any(dim=0)
@@ -175,4 +182,5 @@ def recount(weight: torch.Tensor, level: Level) -> Recount:
 
 
 def _most(nonzero: torch.Tensor, m: int) -> int:
+    """Return the most True of bool[O, I] in any m neighbours of a row."""
     return int(nonzero.reshape(nonzero.shape[0], -1, m).sum(dim=-1).max())

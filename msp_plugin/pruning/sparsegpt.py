@@ -1,4 +1,4 @@
-"""SparseGPT: prune column by column, and let the columns to the right make up for the error.
+"""SparseGPT: prune column by column, and change the columns to the right to compensate for the error.
 
 Frantar and Alistarh, SparseGPT (arXiv 2301.00774), algorithm 1. The arithmetic is llm-compressor's, so
 that ``N:M`` comes out bit for bit as its ``sparsify_weight`` makes it; the Hessian is factored once for
@@ -7,7 +7,8 @@ all levels.
 Deviations from the paper: a singular Hessian is an error; a share of zeros is exact in every row, where
 the paper takes the least of each column block over all rows; ``N:M in 2:4`` is ours.
 
-Shape legend: O out_features, I in_features, B columns of a block, L levels, M columns of a group. W weight [O, I], H Hessian of the layer's squared output error [I, I].
+Shape legend: O out_features, I in_features, B columns of a block, L levels, M columns of a group.
+W weight [O, I], H Hessian of the layer's squared output error [I, I].
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.levels import Kind, Level
 from msp_plugin.pruning import masks
 from msp_plugin.pruning.base import Pruner, mean_over_ranks
-from msp_plugin.pruning.masks import least, least_by_topk, nm_mask
+from msp_plugin.pruning.masks import lowest, lowest_by_topk, nm_mask
 from msp_plugin.runtime.ranks import Ranks
 
-#: Rows of several levels that go through the column loop together on a CPU. More leave its cache, and are slower.
+#: Rows of several levels that go through the column loop together on a CPU. More leave its cache, and are
+#: slower.
 _ROWS = 4608
 #: Columns of a block of the quadratic form.
 _FORM_BLOCK = 256
@@ -33,14 +35,19 @@ _FORM_BLOCK = 256
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """The upper Cholesky factor float32[I, I] of the damped Hessian's inverse, and bool[I], the dead inputs."""
+    """The inverse of a damped Hessian.
+
+    Args:
+        upper: float32[I, I], its upper Cholesky factor.
+        dead: bool[I], True for inputs that were always zero.
+    """
 
     upper: torch.Tensor
     dead: torch.Tensor
 
 
 def factor_inverse(hessian: torch.Tensor, dampening_frac: float, layer: str) -> InverseFactor:
-    """Return the factor of a Hessian float32[I, I], which is left as it is.
+    """Return the factor of the inverse of a Hessian float32[I, I], which is not changed.
 
     Args:
         dampening_frac: share of the mean diagonal that is added to it.
@@ -62,17 +69,18 @@ def factor_inverse(hessian: torch.Tensor, dampening_frac: float, layer: str) -> 
             if not int(failed):
                 return InverseFactor(H, dead)
     raise NumericsError(
-        f"the Hessian of {layer} is {'singular' if finite else 'not finite'} with dampening {dampening_frac:g}",
+        f"the Hessian of {layer} is {'singular' if finite else 'not finite'} "
+        f"with dampening {dampening_frac:g}",
         hint="give more calibration samples, or raise the method's dampening_frac",
     )
 
 
 def sparsegpt(weight: torch.Tensor, factor: InverseFactor, level: Level, block_size: int) -> torch.Tensor:
-    """Return the pruned weight [O, I] in the weight's dtype; the weight is left as it is.
+    """Return the pruned weight [O, I] in the weight's dtype; ``weight`` itself is not changed.
 
     Args:
         factor: see ``factor_inverse``.
-        block_size: columns compressed in one pass; a multiple of the level's M.
+        block_size: columns that are pruned in one pass; a multiple of the level's M.
     """
     return sparsegpt_levels(weight, factor, [level], block_size)[0]
 
@@ -80,25 +88,25 @@ def sparsegpt(weight: torch.Tensor, factor: InverseFactor, level: Level, block_s
 def sparsegpt_levels(
     weight: torch.Tensor, factor: InverseFactor, levels: Sequence[Level], block_size: int
 ) -> list[torch.Tensor]:
-    """Return the pruned weight [O, I] at each level, in the weight's dtype; the weight is left as it is.
+    """Return the pruned weight [O, I] at each level, in the weight's dtype; ``weight`` itself is not changed.
 
-    Levels of small layers go through the columns together, so that one operation of the column loop serves
-    all of them; the products with the columns to the right stay one per level, because a matrix product of
-    another shape may round otherwise. Memory: O * I float32 per level.
+    Several levels of a small layer go through the column loop together, which is faster. The products with
+    the columns to the right are made level by level, because a matrix product of another shape may round
+    differently. Memory: O * I float32 per level.
 
     Args:
         factor: see ``factor_inverse``.
-        block_size: columns compressed in one pass; a multiple of every level's M.
+        block_size: columns that are pruned in one pass; a multiple of every level's M.
     """
     together = len(levels) if weight.is_cuda else max(1, _ROWS // weight.shape[0])
-    found: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
     for first in range(0, len(levels), max(together, 1)):
         part = levels[first : first + together]
         W = weight.detach().float().repeat(len(part), 1, 1)  # [L, O, I]
         W[..., factor.dead] = 0
         _prune_columns(W, factor, part, block_size)
-        found += W.to(weight.dtype).unbind()
-    return found
+        weights += W.to(weight.dtype).unbind()
+    return weights
 
 
 def _prune_columns(W: torch.Tensor, factor: InverseFactor, levels: Sequence[Level], block_size: int) -> None:
@@ -117,38 +125,38 @@ def _prune_columns(W: torch.Tensor, factor: InverseFactor, levels: Sequence[Leve
 def _prune_block(
     columns: torch.Tensor, upper: torch.Tensor, levels: Sequence[Level], quotas: Sequence[int]
 ) -> torch.Tensor:
-    """Prune a block [L, B, O] in place; return the errors [L, B, O] that the columns after it make up for."""
+    """Prune a block [L, B, O] in place; return its errors [L, B, O], for which later columns compensate."""
     count = columns.shape[1]
     errors, change = torch.empty_like(columns), torch.empty_like(columns)
-    gone, stays = (torch.zeros_like(columns, dtype=torch.bool) for _ in range(2))
+    pruned, kept = (torch.zeros_like(columns, dtype=torch.bool) for _ in range(2))
     square, diagonal = torch.diag(upper)[:, None] ** 2, torch.diag(upper).unbind()
     periods = [count if level.kind is Kind.SHARE else level.m for level in levels]
     for i in range(count):
         for k, (level, period) in enumerate(zip(levels, periods, strict=True)):
             if i % period == 0:
                 group = slice(i, i + period)
-                gone[k, group] = _pruned(columns[k, group] ** 2 / square[group], level, quotas[k])
-                torch.logical_not(gone[k, group], out=stays[k, group])
-        torch.div(columns[:, i].masked_fill(stays[:, i], 0), diagonal[i], out=errors[:, i])
+                pruned[k, group] = _pruned(columns[k, group] ** 2 / square[group], level, quotas[k])
+                torch.logical_not(pruned[k, group], out=kept[k, group])
+        torch.div(columns[:, i].masked_fill(kept[:, i], 0), diagonal[i], out=errors[:, i])
         rest = slice(i + 1, None)
         columns[:, rest] -= torch.mul(upper[i, rest, None], errors[:, i, None], out=change[:, rest])
-    columns.masked_fill_(gone, 0)
+    columns.masked_fill_(pruned, 0)
     return errors
 
 
 def _pruned(score: torch.Tensor, level: Level, quota: int) -> torch.Tensor:
-    """Return bool like ``score`` [M, O], True where a group's weights go; N:M settles ties as the host does."""
+    """Return bool[M, O], True for the weights of a group to prune; N:M breaks ties as llm-compressor does."""
     if level.kind is Kind.NM_IN_24:
         return ~nm_mask(score.t().contiguous(), level).t()
-    worst = level.m - level.n if level.kind is Kind.NM else len(score) - quota
-    return least(score, worst) if level.kind is Kind.NM else least_by_topk(score, worst)
+    if level.kind is Kind.NM:
+        return lowest(score, level.m - level.n)
+    return lowest_by_topk(score, len(score) - quota)
 
 
 def _quotas(level: Level, dead: torch.Tensor, block_size: int) -> list[int]:
-    """Return how many weights of each row every block keeps at a share of zeros; their sum is exact.
+    """Return how many weights of each row each block keeps at a share of zeros; the sum is exact.
 
-    The count is spread over the blocks by their columns that are not dead, so that none has to keep more
-    than it has.
+    Each block keeps in proportion to its columns that are not dead.
     """
     alive = (~dead).cumsum(0)[block_size - 1 :: block_size].tolist()
     total = int((~dead).sum())
@@ -162,10 +170,10 @@ def _quotas(level: Level, dead: torch.Tensor, block_size: int) -> list[int]:
 
 
 def quadratic_form(delta: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Return the sum over rows of d H d^T for delta float32[O, I] and a symmetric H float32[I, I].
+    """Return the sum over rows d of d H d^T for delta float32[O, I] and a symmetric H float32[I, I].
 
-    Products in float32, summed in float64. Of H only the blocks on and above the diagonal are read: half of
-    the product.
+    Products are float32, and summed in float64. Only the blocks of H on and above the diagonal are read,
+    which halves the work.
     """
     total = torch.zeros((), dtype=torch.float64, device=delta.device)
     for i1 in range(0, delta.shape[1], _FORM_BLOCK):

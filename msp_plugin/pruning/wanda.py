@@ -9,7 +9,7 @@ import torch
 
 from msp_plugin.plan.levels import Level
 from msp_plugin.pruning.base import Pruner, mean_over_ranks
-from msp_plugin.pruning.masks import least_by_topk, nm_masks
+from msp_plugin.pruning.masks import lowest_by_topk, nm_masks
 from msp_plugin.runtime.ranks import Ranks
 
 
@@ -33,7 +33,7 @@ class InputSquares:
 
 @dataclass(frozen=True)
 class Wanda(Pruner):
-    """Wanda (arXiv 2306.11695): score |weight| times the norm of its input; the weights that stay do not change."""
+    """Wanda (arXiv 2306.11695): score |weight| times the norm of its input; kept weights do not change."""
 
     name = "wanda"
 
@@ -56,7 +56,7 @@ class Wanda(Pruner):
     ) -> Iterator[torch.Tensor]:
         weight = module.weight.detach()
         score = weight.float().abs() * statistic.mean.sqrt()
-        for mask in nm_masks(score, levels, settle=least_by_topk):  # among equals as llm-compressor
+        for mask in nm_masks(score, levels, tie_breaker=lowest_by_topk):  # among equals as llm-compressor
             yield weight.masked_fill(~mask, 0)
 
     def output_error(self, delta: torch.Tensor, statistic: InputSquares) -> float:

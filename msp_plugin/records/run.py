@@ -1,16 +1,128 @@
-"""What a run found."""
+"""run.json: one run, from the dense model to the checkpoint beside the file."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import ClassVar, Self
 
+from msp_plugin.errors import RecipeError
 from msp_plugin.plan.allocation import Allocation
+from msp_plugin.records.base import Part, Record
+from msp_plugin.records.parts import ModelRecord, SearchRecord, SpeedRecord, TextRecord
+
+RUN_FILE = "run.json"
+#: The stages of a pruning run.
+DENSE, UNIFORM, PRUNE = "dense", "uniform", "prune"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """An allocation and what it cost to find. ``search`` holds the ``search`` part of run.json."""
+    """An allocation and the cost of finding it."""
 
     allocation: Allocation
-    search: dict[str, Any] = field(default_factory=dict)
+    search: SearchRecord = field(default_factory=SearchRecord)
+
+
+class StageRecord(Part):
+    """A step of a run that leaves a model, and the model that it leaves."""
+
+    name: str
+    """`dense`, the model before the run; `uniform`, the baseline of equal sparsity everywhere, if it was measured; \
+`prune`."""
+    perplexity: float | None = None
+    """Perplexity of the model on the test text."""
+    seconds: float | None = None
+    """Duration of the step without the measurement of the perplexity; null where it took none or nobody measured it."""
+    sparsity: float | None = None
+    """Share of zeros in the prunable layers, recounted; null for the dense model."""
+
+
+class SparsityRecord(Part):
+    """Zeros in the prunable layers."""
+
+    target: float | None = None
+    """Share of zeros that was asked for."""
+    planned: float | None = None
+    """Share of zeros of the allocation."""
+    achieved: float | None = None
+    """Share of zeros, recounted after pruning."""
+    exact: bool | None = None
+    """True if the levels can express the target to the weight."""
+    weights: int | None = None
+    """Weights of the prunable layers."""
+    zeros: int | None = None
+    """Zeros, recounted after pruning."""
+    planned_zeros: int | None = None
+    """Zeros of the allocation."""
+    extra_zeros: int | None = None
+    """Zeros beyond the allocation: weights that were zero before, or have a dead input."""
+
+
+class RunRecord(Record):
+    """A run. Version 1 had no `stages`; they are worked out when such a file is read."""
+
+    FILE: ClassVar[str] = RUN_FILE
+    TITLE: ClassVar[str] = "record of a run"
+    SCHEMA: ClassVar[str] = "msp_plugin/run"
+    VERSION: ClassVar[int] = 2
+
+    stages: tuple[StageRecord, ...] = ()
+    """The models of the run in the order in which they came about."""
+    sparsity: SparsityRecord = SparsityRecord()
+    """Zeros that were asked for, planned and achieved."""
+    perplexity: dict[str, float | None] = {}
+    """Perplexity on the test text of the models `dense`, `uniform` and `mixed`, the result; of a recipe without \
+MixedSparsityModifier, `dense` and `result`."""
+    kl: dict[str, float | None] = {}
+    """KL divergence from the dense model by model, nats per token. This package writes none; the report shows it."""
+    search: SearchRecord = SearchRecord()
+    """The search for the allocation."""
+    model: ModelRecord = ModelRecord()
+    """The dense model."""
+    calibration: TextRecord | None = None
+    """The calibration text."""
+    test: TextRecord | None = None
+    """The test text; null without one."""
+    seed: int | None = None
+    """The seed of the search."""
+    seconds: float | None = None
+    """Duration of search and pruning, without the baseline and the perplexities."""
+    speed: tuple[SpeedRecord, ...] = ()
+    """Measurements of speed for the report."""
+    command: str | None = None
+    """The command line. This package writes none; the report shows it."""
+    versions: dict[str, str] = {}
+    """Versions of the packages that ran."""
+    python: str | None = None
+    """Version of Python."""
+
+    @classmethod
+    def beside(cls, directory: Path) -> Self | None:
+        """Return the record in a checkpoint's directory, None if none can be read."""
+        try:
+            return cls.read(directory / RUN_FILE)
+        except RecipeError:
+            return None
+
+    @property
+    def result_perplexity(self) -> float | None:
+        """Perplexity of the checkpoint on the test text."""
+        mixed = self.perplexity.get("mixed")
+        return self.perplexity.get("result") if mixed is None else mixed
+
+    def _converted(self, version: int) -> Self:
+        return self.model_copy(update={"stages": tuple(self._stages())}) if version == 1 else self
+
+    def _stages(self) -> Iterator[StageRecord]:
+        """Yield the stages, as far as version 1 says them: it has a uniform perplexity too where that is the result."""
+        dense, uniform = (self.perplexity.get(name) for name in (DENSE, UNIFORM))
+        result = self.result_perplexity
+        if dense is not None:
+            yield StageRecord(name=DENSE, perplexity=dense)
+        if uniform not in (None, result):
+            yield StageRecord(name=UNIFORM, perplexity=uniform)
+        yield StageRecord(
+            name=PRUNE, perplexity=result, seconds=self.seconds, sparsity=self.sparsity.achieved
+        )

@@ -10,7 +10,7 @@ from fractions import Fraction
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import UnitTable
-from msp_plugin.report.records import ComparedRow, Comparison
+from msp_plugin.records.comparison import ComparedRow, CompareRecord
 from msp_plugin.report.statistics import deviation, finite_values, mean, within_noise
 
 UNIFORM = "uniform"
@@ -117,7 +117,7 @@ def labels(rows: Sequence[ComparedRow]) -> dict[int, str]:
     return found
 
 
-def cells(comparison: Comparison) -> list[Cell]:
+def cells(comparison: CompareRecord) -> list[Cell]:
     """Return the cells in the order of the rows' methods, sparser last."""
     names = labels(comparison.rows)
     slots = {

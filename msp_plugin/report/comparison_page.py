@@ -7,10 +7,10 @@ from pathlib import PurePath
 from typing import Any
 
 from msp_plugin.plan.allocation import Allocation
+from msp_plugin.records.comparison import CompareRecord
 from msp_plugin.report.charts import Chart, Series, draw
 from msp_plugin.report.comparison import Cell, Entry, allocation_of, cells, labels
 from msp_plugin.report.grid import Grid, Layout, lay_out, level_grid, sensitivity_grid
-from msp_plugin.report.records import Comparison
 from msp_plugin.report.run_page import NOT_RECORDED, text_facts
 from msp_plugin.report.statistics import finite_values, rank_correlation, taken_back
 from msp_plugin.report.storage import Storage, storage
@@ -65,7 +65,7 @@ class CellView:
     ranking: Chart | None
 
 
-def comparison_page(comparison: Comparison) -> dict[str, Any]:
+def comparison_page(comparison: CompareRecord) -> dict[str, Any]:
     """Return what the template of a comparison shows."""
     table = comparison.table
     layout = lay_out(table)
@@ -90,16 +90,16 @@ def comparison_page(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _model_name(comparison: Comparison) -> str:
-    source, architecture = (comparison.model.get(key) for key in ("source", "architecture"))
-    return (PurePath(source).name if isinstance(source, str) else "") or str(architecture or "a model")
+def _model_name(comparison: CompareRecord) -> str:
+    model = comparison.model
+    return PurePath(model.source or "").name or model.architecture or "a model"
 
 
-def _facts(comparison: Comparison, views: list[CellView], failed: int) -> list[tuple[str, str]]:
+def _facts(comparison: CompareRecord, views: list[CellView], failed: int) -> list[tuple[str, str]]:
     rows = comparison.rows
     seeds = sorted({row.seed for row in rows})
     return [
-        ("Model", f"{_model_name(comparison)}, {comparison.model.get('architecture', '–')}"),
+        ("Model", f"{_model_name(comparison)}, {comparison.model.architecture or '–'}"),
         ("Methods", ", ".join(dict.fromkeys(row.method for row in rows)) or "–"),
         ("Sparsities", ", ".join(rounded_percent(s) for s in sorted({row.sparsity for row in rows})) or "–"),
         ("Allocators", str(len(set(labels(rows).values())))),
@@ -110,7 +110,7 @@ def _facts(comparison: Comparison, views: list[CellView], failed: int) -> list[t
     ]
 
 
-def _cell(i: int, cell: Cell, comparison: Comparison, layout: Layout) -> CellView:
+def _cell(i: int, cell: Cell, comparison: CompareRecord, layout: Layout) -> CellView:
     name = f"cell{i}"
     uniform = cell.uniform.perplexity if cell.uniform else None
     entries = []
@@ -134,9 +134,8 @@ def _cell(i: int, cell: Cell, comparison: Comparison, layout: Layout) -> CellVie
     )  # fmt: skip
 
 
-def _bytes(allocation: Allocation, comparison: Comparison) -> Storage:
-    dtype = comparison.model.get("dtype")
-    return storage(allocation, dtype if isinstance(dtype, str) else None)
+def _bytes(allocation: Allocation, comparison: CompareRecord) -> Storage:
+    return storage(allocation, comparison.model.dtype)
 
 
 def _dtype_note(views: list[CellView]) -> str:
@@ -191,7 +190,7 @@ def _curves(cell: Cell, name: str) -> Chart | None:
     )
 
 
-def _cost(cell: Cell, name: str, comparison: Comparison) -> Chart | None:
+def _cost(cell: Cell, name: str, comparison: CompareRecord) -> Chart | None:
     series = []
     for entry in cell.entries:
         points = [(row.tokens or 0.0, row.perplexity) for row in entry.rows]
@@ -266,12 +265,12 @@ def _ranking(cell: Cell, name: str) -> Chart | None:
     )
 
 
-def _provenance(comparison: Comparison) -> list[tuple[str, str]]:
+def _provenance(comparison: CompareRecord) -> list[tuple[str, str]]:
     rows = [
-        ("Model", str(comparison.model.get("source", NOT_RECORDED))),
-        ("Architecture", str(comparison.model.get("architecture", NOT_RECORDED))),
-        ("Model fingerprint", str(comparison.model.get("fingerprint", NOT_RECORDED))),
-        ("Model dtype", str(comparison.model.get("dtype", NOT_RECORDED))),
+        ("Model", comparison.model.source or NOT_RECORDED),
+        ("Architecture", comparison.model.architecture or NOT_RECORDED),
+        ("Model fingerprint", comparison.model.fingerprint or NOT_RECORDED),
+        ("Model dtype", comparison.model.dtype or NOT_RECORDED),
         ("Levels offered", ", ".join(comparison.levels) or NOT_RECORDED),
         ("Granularity", comparison.granularity),
     ]

@@ -42,9 +42,10 @@ def render(source: Run | Compared, plugins: Plugins | None = None) -> str:
     )
     environment.filters.update(_FILTERS, number_of=number_of)
     if isinstance(source, Run):
-        name, page, record = "run.html", run_page(source), _run_record(source)
+        name, page = "run.html", run_page(source)
+        record = source.record.to_dict() | {"allocation": source.allocation.to_dict()}
     else:
-        name, page, record = "comparison.html", comparison_page(source.comparison), source.data
+        name, page, record = "comparison.html", comparison_page(source.record), source.record.to_dict()
     style = (files("msp_plugin.report") / "templates" / "style.css").read_text(encoding="utf-8")
     return environment.get_template(name).render(
         **page,
@@ -52,11 +53,6 @@ def render(source: Run | Compared, plugins: Plugins | None = None) -> str:
         version=__version__,
         sections=plugin_sections(record, plugins or Plugins()),
     )
-
-
-def _run_record(run: Run) -> dict[str, Any]:
-    """Return run.json with allocation.json inside; of an allocation alone, its schema."""
-    return {"schema": "msp_plugin/run", **run.data, "allocation": run.allocation.to_dict()}
 
 
 def plugin_sections(record: dict[str, Any], plugins: Plugins) -> list[Section]:

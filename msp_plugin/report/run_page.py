@@ -6,15 +6,17 @@ import json
 import math
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import PurePath
 from typing import Any
 
 from msp_plugin.plan.allocation import Allocation
+from msp_plugin.records.parts import SearchRecord, TextRecord
+from msp_plugin.records.run import RunRecord
 from msp_plugin.report.charts import Chart, Series, draw
 from msp_plugin.report.grid import lay_out, level_class, level_grid, sensitivity_grid
-from msp_plugin.report.records import RunRecord, Search
 from msp_plugin.report.source import Run
 from msp_plugin.report.statistics import finite_values, rank_correlation, taken_back
 from msp_plugin.report.storage import storage
@@ -39,12 +41,11 @@ def run_page(run: Run) -> dict[str, Any]:
     record, allocation = run.record, run.allocation
     layout = lay_out(allocation.table)
     given = allocation.provenance
-    dtype = record.model.get("dtype")
     return {
         "title": f"{model_name(record, given)} at {rounded_percent(allocation.target)} sparsity",
         "facts": _facts(run),
         "key": _key(record),
-        "pruned": bool(run.data),
+        "pruned": run.pruned,
         "levels": level_counts(allocation),
         "grid": level_grid(allocation, layout),
         "sensitivities": [
@@ -55,7 +56,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "curve": _curve(record.search, given),
         "predictions": _predictions(record.search),
         "quality": _quality(record),
-        "storage": storage(allocation, dtype if isinstance(dtype, str) else None, run.checkpoint),
+        "storage": storage(allocation, record.model.dtype, run.checkpoint),
         "speed": record.speed,
         "provenance": _provenance(run),
         "commands": _commands(run),
@@ -64,10 +65,8 @@ def run_page(run: Run) -> dict[str, Any]:
 
 def model_name(record: RunRecord, given: Any) -> str:
     """Return a model's name for people: the end of its path or id, else its architecture."""
-    source = record.model.get("source")
-    if isinstance(source, str) and PurePath(source).name:
-        return PurePath(source).name
-    return str(_inside(given, "model").get("architecture") or "Model")
+    name = PurePath(record.model.source or "").name
+    return name or str(_inside(given, "model").get("architecture") or "Model")
 
 
 def _inside(data: Any, *keys: str) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ),
     ]
     zeros, achieved = record.sparsity.zeros, record.sparsity.achieved
-    said = "not pruned yet" if not run.data else NOT_RECORDED
+    said = "not pruned yet" if not run.pruned else NOT_RECORDED
     if achieved is not None:
         said = percent(achieved, 4) + (f", {count(zeros)} zeros recounted" if zeros is not None else "")
     return [*facts, ("Sparsity, achieved", said)]
@@ -156,7 +155,7 @@ def level_counts(allocation: Allocation) -> list[LevelCount]:
     ]  # fmt: skip
 
 
-def _curve(search: Search, given: Any) -> Chart | None:
+def _curve(search: SearchRecord, given: Any) -> Chart | None:
     kind = _inside(given, "allocator").get("loss", "kl")
     curve = list(search.curve)
     if curve and search.forward_tokens and (curve[-1][0] or 0) < search.forward_tokens:
@@ -181,7 +180,7 @@ def _curve(search: Search, given: Any) -> Chart | None:
     )
 
 
-def _predictions(search: Search) -> Chart | None:
+def _predictions(search: SearchRecord) -> Chart | None:
     pairs = [(a, b) for a, b in search.predictions if len(finite_values((a, b))) == 2]
     rho = rank_correlation(pairs)  # type: ignore[arg-type]
     rank = f" Spearman's rank correlation {number(rho, 2)}." if rho is not None else ""
@@ -215,11 +214,11 @@ def _quality(record: RunRecord) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (order.get(row["name"], 3), row["name"]))
 
 
-def text_facts(text: dict[str, Any] | None) -> str:
+def text_facts(text: TextRecord | Mapping[str, Any] | None) -> str:
     """Return a text's provenance as one line."""
-    if not text:
-        return NOT_RECORDED
-    return ", ".join(f"{key} {value}" for key, value in sorted(text.items()) if value is not None)
+    facts = text.model_dump(exclude={"sources"}) if isinstance(text, TextRecord) else text or {}
+    said = [f"{key} {value}" for key, value in sorted(facts.items()) if value is not None]
+    return ", ".join(said) or NOT_RECORDED
 
 
 def _value(value: Any) -> str:
@@ -233,9 +232,9 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
     record, given = run.record, run.allocation.provenance
     model = _inside(given, "model")
     rows = [
-        ("Model", str(record.model.get("source", NOT_RECORDED))),
+        ("Model", record.model.source or NOT_RECORDED),
         ("Model fingerprint", str(model.get("fingerprint", NOT_RECORDED))),
-        ("Model dtype", str(record.model.get("dtype", NOT_RECORDED))),
+        ("Model dtype", record.model.dtype or NOT_RECORDED),
         ("Levels offered", ", ".join(map(str, given.get("levels") or [NOT_RECORDED]))),
         ("Targets", ", ".join(map(str, given.get("targets") or [NOT_RECORDED]))),
         ("Ignored", ", ".join(map(str, given.get("ignore") or ["nothing"]))),
@@ -259,8 +258,7 @@ def _commands(run: Run) -> list[tuple[str, str]]:
     record, commands = run.record, []
     if record.command:
         commands.append(("what was run", record.command))
-    source = record.model.get("source")
-    model = shlex.quote(source) if isinstance(source, str) else "MODEL"
+    model = "MODEL" if record.model.source is None else shlex.quote(record.model.source)
     if run.recipe:
         commands.append(
             ("run the recipe again", f"msp run recipe.yaml --model {model} --data TEXT --out NEW")

@@ -7,7 +7,7 @@ import logging
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -25,16 +25,18 @@ from msp_plugin.hosts.base import PruneInputs
 from msp_plugin.hosts.builtin import BuiltIn, pruned_weights
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
-from msp_plugin.models.offload import input_device
-from msp_plugin.models.offloaded_runs import check_room
+from msp_plugin.models.offload import check_room, input_device
 from msp_plugin.models.weights import Weights
 from msp_plugin.passes.losses import perplexity
 from msp_plugin.plan.allocation import make_allocation
 from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.plan.units import Unit
 from msp_plugin.plugins.manager import Plugins, spec_of
 from msp_plugin.progress import prefixed
+from msp_plugin.records.comparison import ComparedRow, CompareRecord, LayerRecord, UnitRecord
+from msp_plugin.records.parts import ModelRecord, QualityRecord
 from msp_plugin.runs.grid import Grid
-from msp_plugin.runs.prune import describe_text, host_for
+from msp_plugin.runs.prune import host_for
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import digest, versions
 from msp_plugin.runtime.disk import is_full
@@ -53,9 +55,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SCHEMA = "msp_plugin/compare"
-VERSION = 1
-
 
 def compare(
     source: ModelSource,
@@ -64,8 +63,8 @@ def compare(
     *,
     finals: Path | None = None,
     context: RunContext = RunContext(),
-) -> dict[str, Any] | None:
-    """Return the record of a comparison, the contents of compare.json.
+) -> CompareRecord | None:
+    """Return the record of a comparison.
 
     All allocators get the same calibration, search, stopping and test samples. A cell that fails is a
     row with its error; the others go on. A comparison that was stopped goes on with what lies in the cache.
@@ -114,40 +113,38 @@ def compare(
         }  # fmt: skip
         with closing(Journal(finals, identity)) as journal:
             rows = [bench.row(*cell, journal) for cell in bench.cells()]
-    return {
-        "schema": SCHEMA,
-        "version": VERSION,
-        "model": {
-            "source": str(source.name), "architecture": type(model).__name__, "dtype": source.dtype,
-            "fingerprint": fingerprint(model),
+    bounds = plans[0].bounds
+    return CompareRecord(
+        model=ModelRecord(
+            source=str(source.name),
+            architecture=type(model).__name__,
+            dtype=source.dtype,
+            fingerprint=fingerprint(model),
+        ),
+        levels=tuple(level.name for level in plans[0].menu),
+        granularity=plans[0].granularity,
+        bounds={pattern: tuple(map(str, shares)) for pattern, shares in bounds.shares.items()},
+        protect=bounds.protect,
+        texts={
+            "calibration": samples.calibration.record(),
+            "search": samples.search.record(),
+            "holdout": samples.holdout.record(),
+            "test": samples.test.record(),
         },
-        "levels": [level.name for level in plans[0].menu],
-        "granularity": plans[0].granularity,
-        **plans[0].bounds.to_dict(),
-        "texts": {
-            name: {key: value for key, value in describe_text(part).items() if key != "sources"}
-            for name, part in (
-                ("calibration", samples.calibration), ("search", samples.search), ("holdout", samples.holdout),
-                ("test", samples.test),
-            )
-        },
-        "sources": [
-            reading.to_dict() for part in (samples.pruning, samples.test) for reading in part.readings
-        ],
-        "units": [
-            {
-                "name": unit.name, "block": unit.block, "weights": unit.weights,
-                "layers": [{"name": a.name, "shape": [a.out_features, a.in_features]} for a in unit.layers],
-            }
-            for unit in bench.table
-        ],
-        "dense": {"perplexity": finite(dense)},
-        "sensitivities": {name: list(values) for name, values in bench.sensitivities.items()},
-        "rows": rows,
-        "versions": versions(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+        sources=tuple(r.record() for part in (samples.pruning, samples.test) for r in part.readings),
+        units=tuple(map(_unit_record, bench.table)),
+        dense=QualityRecord(perplexity=dense),
+        sensitivities=bench.sensitivities,
+        rows=tuple(rows),
+        versions=versions(),
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
         + (f", {ranks.size} ranks" if ranks.size > 1 else ""),
-    }  # fmt: skip
+    )
+
+
+def _unit_record(unit: Unit) -> UnitRecord:
+    layers = (LayerRecord(name=a.name, shape=(a.out_features, a.in_features)) for a in unit.layers)
+    return UnitRecord(name=unit.name, block=unit.block, weights=unit.weights, layers=tuple(layers))
 
 
 @dataclass
@@ -214,7 +211,7 @@ class _Bench:
     def _plan(self, method: Any, sparsity: str, label: str) -> Plan:
         return self.grid.plan(self.plugins, method, sparsity, self.grid.allocators[label])
 
-    def row(self, held: Measurements, plan: Plan, label: str, seed: int, finals: Journal) -> dict[str, Any]:
+    def row(self, held: Measurements, plan: Plan, label: str, seed: int, finals: Journal) -> ComparedRow:
         """Return one row: the allocation, what it cost, and how the pruned model does on the test text."""
         problem = make_problem(self.model, self.table, plan)
         row: dict[str, Any] = {
@@ -223,10 +220,9 @@ class _Bench:
         }  # fmt: skip
         began = time.monotonic()
         try:
-            result, record = held.allocate(plan.allocator, problem, seed)
+            result, search = held.allocate(plan.allocator, problem, seed)
             make_allocation(problem, result.choice)  # raises if it is off the budget
-            del record["allocator"]
-            row |= record
+            row |= dict(search) | {"allocator": label}
             row["levels"] = [problem.menu[k].name for k in result.choice]
             row["kept"], row["weights"] = problem.total_kept(result.choice), self.table.weights
             units = [[layer.name for layer in unit.layers] for unit in self.table]
@@ -243,7 +239,7 @@ class _Bench:
             log.exception("%s at %s", label, plan.sparsity)
             row["error"] = f"{type(error).__name__}: {error}"
         log.info("%s %s %s: %.1f s", plan.pruner.name, plan.sparsity, label, time.monotonic() - began)
-        return row
+        return ComparedRow.model_validate(row)
 
     def _final(
         self, held: Measurements, plan: Plan, problem: AllocationProblem, choice: Choice
@@ -293,13 +289,10 @@ def _named(quality: tuple[float, float]) -> dict[str, float | None]:
     return {"kl": finite(kl), "perplexity": finite(perplexity)}
 
 
-def cells(
-    rows: Sequence[Mapping[str, Any]],
-) -> dict[tuple[str, Fraction], dict[str, list[Mapping[str, Any]]]]:
+def cells(rows: Sequence[ComparedRow]) -> dict[tuple[str, Fraction], dict[str, list[ComparedRow]]]:
     """Return the rows that have a result by (method, sparsity) and allocator."""
-    found: dict[tuple[str, Fraction], dict[str, list[Mapping[str, Any]]]] = {}
+    found: dict[tuple[str, Fraction], dict[str, list[ComparedRow]]] = {}
     for row in rows:
-        if row.get("error") is None:
-            cell = found.setdefault((row["method"], Fraction(row["sparsity"])), {})
-            cell.setdefault(row["allocator"], []).append(row)
+        if row.error is None:
+            found.setdefault((row.method, row.sparsity), {}).setdefault(row.allocator, []).append(row)
     return found

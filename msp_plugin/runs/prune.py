@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -18,29 +18,22 @@ import torch
 import yaml
 
 from msp_plugin.checkpoint.load import is_packed
-from msp_plugin.checkpoint.run_files import (
-    RUN_SCHEMA,
-    RUN_VERSION,
-    copy_processor,
-    run_record,
-    write_files,
-)
+from msp_plugin.checkpoint.run_files import copy_processor, run_record, write_files
 from msp_plugin.checkpoint.saving import check_savable, generation_config_kept, kept_if_it_fails
 from msp_plugin.checkpoint.source import ModelSource
-from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import SearchText, Text, TextSplit, load_split
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.hosts.base import Host, Pruned, PruneInputs
 from msp_plugin.hosts.builtin import BuiltIn
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
-from msp_plugin.models.offload import named_parameters
-from msp_plugin.models.offloaded_runs import check_room, quantized_forward
+from msp_plugin.models.offload import check_room, named_parameters, quantized_forward
 from msp_plugin.passes.losses import perplexity
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import prefixed
-from msp_plugin.records.run import Outcome
+from msp_plugin.records.parts import ModelRecord
+from msp_plugin.records.run import DENSE, PRUNE, UNIFORM, Outcome, RunRecord, StageRecord
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.disk import check_free, writing
@@ -62,10 +55,10 @@ RECIPE_FILE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its directory and the contents of run.json."""
+    """A finished run: its directory and its record."""
 
     path: Path
-    record: dict[str, Any]
+    record: RunRecord
 
 
 def prune(
@@ -216,18 +209,18 @@ def run(
         samples = load_split(tokenizer, text, options.search_text if options else SearchText())
         inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
         job = _Job(host, source, text, options, samples, inputs, path, context)
-        quality = job.references(baseline, journal_file)
+        stages = job.references(baseline, journal_file)
         gc.collect()
         start = time.monotonic()
         model = source.load()
         pruned = host.prune(model, options, inputs, context)
-        seconds = time.monotonic() - start
+        seconds = round(time.monotonic() - start, 3)
         if ranks.size > 1:
             ranks.leave()
         if ranks.rank:
             return None
-        record = job.finish(model, pruned, quality, seconds)
-    Plugins().tell("msp_run_finished", record=record)
+        record = job.finish(model, pruned, stages, seconds)
+    Plugins().tell("msp_run_finished", record=record.to_dict())
     return Run(path, record)
 
 
@@ -274,8 +267,8 @@ class _Job:
         recipe = getattr(self.host, "recipe", None)
         return self.options is not None and (recipe is None or recipe.mixes)
 
-    def references(self, baseline: bool, journal_file: Path) -> dict[str, float | None]:
-        """Return the perplexities of the dense model and of uniform pruning; those in the journal cost nothing.
+    def references(self, baseline: bool, journal_file: Path) -> list[StageRecord]:
+        """Return the dense stage and, if it is measured, the uniform one; those in the journal cost nothing.
 
         Raises:
             MSPError: what the model shows before anything is pruned, or the uniform pruning.
@@ -289,22 +282,28 @@ class _Job:
             check_free(self.out, need, "the pruned model takes", "give an output directory on another disk")
         self.host.check(model, options, self.inputs)
         with closing(Journal(journal_file, self._identity(model), ranks)) as journal:
-            quality = {"dense": journal.get("dense", partial(self.measure, "dense", model))}
+            dense = journal.get("dense", partial(self.measure, "dense", model))
+            stages = [StageRecord(name=DENSE, perplexity=finite(dense))]
             del model
             gc.collect()
-            if options is not None:
-                wanted = baseline and self.samples.test and not options.is_uniform
-                quality["uniform"] = journal.get("uniform", self._uniform) if wanted else None
-        return quality
+            if options is not None and baseline and self.samples.test and not options.is_uniform:
+                stages.append(StageRecord.model_validate(journal.get("uniform stage", self._uniform)))
+        return stages
 
-    def _uniform(self) -> float | None:
-        """Return the perplexity of the model when it is pruned uniformly."""
+    def _uniform(self) -> dict[str, Any]:
+        """Return the stage, as JSON, of the model that is pruned uniformly."""
+        ranks, start = self.context.ranks, time.monotonic()
         model = self.source.load()
-        context = RunContext(progress=prefixed("uniform, ", self.context.progress), ranks=self.context.ranks)
-        self.host.prune(model, self.options.uniform(), self.inputs, context, announce=False)
-        measured = self.measure("uniform", model)
+        context = RunContext(progress=prefixed("uniform, ", self.context.progress), ranks=ranks)
+        pruned = self.host.prune(model, self.options.uniform(), self.inputs, context, announce=False)
+        stage = StageRecord(
+            name=UNIFORM,
+            seconds=ranks.on_rank_zero(lambda: round(time.monotonic() - start, 3)),
+            sparsity=pruned.stats and pruned.stats.sparsity,
+            perplexity=self.measure("uniform", model),
+        )
         self.host.forget()
-        return measured
+        return stage.to_dict()
 
     def measure(self, name: str, model: PreTrainedModel) -> float | None:
         """Return the test perplexity; None without test text, or, after pruning, if it is not a number."""
@@ -324,18 +323,18 @@ class _Job:
             return None
 
     def finish(
-        self, model: PreTrainedModel, pruned: Pruned, quality: dict[str, float | None], seconds: float
-    ) -> dict[str, Any]:
-        """Measure the pruned model, write its directory, and return the contents of run.json.
+        self, model: PreTrainedModel, pruned: Pruned, before: Sequence[StageRecord], seconds: float
+    ) -> RunRecord:
+        """Measure the pruned model, write its directory, and return the record.
 
         Raises:
             OutputError: it cannot be written; the error says where the pruned model is kept.
         """
         options, outcome = self.options, pruned.outcome
-        record = {"schema": RUN_SCHEMA, "version": RUN_VERSION, "versions": versions()}
+        record = RunRecord(stages=(StageRecord(name=PRUNE),), versions=versions())
         if outcome is not None:
             record = run_record(outcome, pruned.stats, options.seed)
-        record["seconds"] = round(seconds, 3)
+        record = record.model_copy(update={"seconds": seconds})
         kept = partial(
             kept_if_it_fails,
             model,
@@ -345,10 +344,8 @@ class _Job:
         )
         name = "result" if options is None else "mixed"
         with kept():
-            quality[name] = self._perplexity(name, model) if self.samples.test else None
-        if options is not None and options.is_uniform:
-            quality["uniform"] = quality[name]
-        record |= self._provenance(quality)
+            value = finite(self._perplexity(name, model)) if self.samples.test else None
+        record = self._measured(record, before, value)
         with writing(self.out), output_directory(self.out) as temporary, kept():
             with warnings.catch_warnings(), generation_config_kept(model, temporary):
                 warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
@@ -377,16 +374,26 @@ class _Job:
             "device": "cuda" if torch.cuda.is_available() else "cpu",
         }
 
-    def _provenance(self, quality: dict[str, float | None]) -> dict[str, Any]:
-        """Return the parts of run.json that say what was measured, on what."""
-        text, test = self.text, self.samples.test
-        calibration = {**describe_text(self.samples.pruning), "length": text.length, "seed": text.seed}
-        return {
-            "perplexity": {name: finite(value) for name, value in quality.items()},
-            "model": {"source": str(self.source.name), "dtype": self.source.dtype},
-            "calibration": calibration,
-            "test": {**describe_text(test), "length": text.length} if test else None,
-        }
+    def _measured(self, record: RunRecord, before: Sequence[StageRecord], value: float | None) -> RunRecord:
+        """Return the record with what was measured, on what; ``value`` is the perplexity of the pruned model."""
+        options, text, test = self.options, self.text, self.samples.test
+        perplexities = {stage.name: stage.perplexity for stage in before}
+        quality = {DENSE: perplexities[DENSE]}
+        if options is None:
+            quality["result"] = value
+        else:
+            quality[UNIFORM] = value if options.is_uniform else perplexities.get(UNIFORM)
+            quality["mixed"] = value
+        pruned = record.stages[-1].model_copy(update={"perplexity": value, "seconds": record.seconds})
+        return record.model_copy(
+            update={
+                "stages": (*before, pruned),
+                "perplexity": quality,
+                "model": ModelRecord(source=str(self.source.name), dtype=self.source.dtype),
+                "calibration": self.samples.pruning.record(length=text.length, seed=text.seed),
+                "test": test.record(length=text.length) if test else None,
+            }
+        )
 
 
 def recipe_text(options: Plan) -> str:
@@ -394,17 +401,6 @@ def recipe_text(options: Plan) -> str:
     line = options.spelled.model_dump(exclude_defaults=True, exclude={"cache"})
     recipe = {"sparsity_stage": {"sparsity_modifiers": {"MixedSparsityModifier": line}}}
     return yaml.safe_dump(recipe, sort_keys=False, width=100)
-
-
-def describe_text(data: CalibrationSet) -> dict[str, Any]:
-    """Return what run.json says of a set of samples: ``sources`` has a Reading for each source, none for parts."""
-    return {
-        "source": data.source,
-        "samples": len(data),
-        "tokens": data.tokens,
-        "fingerprint": data.fingerprint,
-        "sources": [reading.to_dict() for reading in data.readings],
-    }
 
 
 def search(source: ModelSource, text: Text, options: Plan, context: RunContext = RunContext()) -> Outcome:

@@ -1,4 +1,4 @@
-"""Digests of what measured numbers depend on."""
+"""Digests of source code and versions, which say whether a stored measurement is still valid."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ def digest(key: Any) -> str:
 
 
 def source_digest(*classes: type, modules: Iterable[ModuleType] = ()) -> str:
-    """Return the SHA-256 of the source of classes, with that of the modules that define them, in hex.
+    """Return the SHA-256 of the names of classes and of the source of the modules that define them, in hex.
 
-    A class that was typed at a prompt has no source and counts by its name alone.
+    A class that was typed at a prompt has no source and counts by its name only.
 
     Args:
-        modules: further ones.
+        modules: further modules whose source counts.
     """
-    found = hashlib.sha256()
-    owners = [inspect.getmodule(cls) for cls in classes]
+    sha256 = hashlib.sha256()
     for cls in classes:
-        found.update(cls.__qualname__.encode())
-    for module in dict.fromkeys([*owners, *modules]):  # each once, in the order given
-        with suppress(OSError, TypeError):
-            found.update(inspect.getsource(module).encode())
-    return found.hexdigest()
+        sha256.update(cls.__qualname__.encode())
+    for module in dict.fromkeys(
+        [*map(inspect.getmodule, classes), *modules]
+    ):  # each once, in the order given
+        if module is not None:
+            with suppress(OSError, TypeError):
+                sha256.update(inspect.getsource(module).encode())
+    return sha256.hexdigest()
 
 
 def folders_digest(root: Path, folders: Iterable[str]) -> str:
@@ -54,11 +56,11 @@ def component_digest(component: object, modules: Iterable[ModuleType] = ()) -> s
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on, those that are installed."""
-    found = {}
+    """Return, by name, the versions of the installed packages that a result depends on."""
+    installed = {}
     for name in ("msp_plugin", "torch", "transformers", "llmcompressor", "compressed-tensors", "numpy"):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

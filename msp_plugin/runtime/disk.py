@@ -1,4 +1,4 @@
-"""Errors of a disk, said as ours."""
+"""Turn errors of the disk into our own, with a hint."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from msp_plugin.errors import OutputError
 from msp_plugin.runtime.files import check_output
 
-#: By the number of an error of a disk: what to do.
-DISK = {
+#: By the number of an error of the disk: a hint for the user.
+HINTS = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some of your quota, or write to another disk",
     errno.EFBIG: "a limit on the size of files is set (ulimit -f): raise it, or write to another disk",
@@ -23,16 +23,16 @@ DISK = {
     errno.ENOTDIR: "a part of the path is a file: give another place",
     errno.EROFS: "give a place on a disk that is not read-only",
 }
-#: Those that no read gives.
+#: The numbers that only a failed write has, never a failed read.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say of an error of the disk in the block that ``path`` could not be written.
+    """Raise an OutputError that names ``path`` for every error of the disk in the block.
 
     Raises:
-        OutputError: the block failed with an OSError, or safetensors did, which wraps them.
+        OutputError: the block failed with an OSError, or with safetensors' own error, which wraps one.
     """
     try:
         yield
@@ -41,39 +41,43 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def cannot_write(path: Path | None, error: Exception) -> OutputError:
-    """Return the error for a failed write to ``path``; without one, of what the error itself names."""
-    number = of_disk(error)
-    what = (
-        f"write {path}"
-        if path is not None
-        else f"read or write {getattr(error, 'filename', None) or 'the output'}"
-    )
-    hint = DISK.get(number, "is the disk full, or the place read-only?")
-    return OutputError(f"cannot {what}: {getattr(error, 'strerror', None) or error}", hint=hint)
+    """Return the error for a failed write to ``path``, or to the file that the error itself names."""
+    action = f"write {path}"
+    if path is None:
+        action = f"read or write {getattr(error, 'filename', None) or 'the output'}"
+    number = disk_errno(error)
+    hint = "is the disk full, or the place read-only?" if number is None else HINTS[number]
+    return OutputError(f"cannot {action}: {getattr(error, 'strerror', None) or error}", hint=hint)
 
 
-def of_disk(error: BaseException) -> int | None:
-    """Return the number in DISK of an error of a disk, also one that safetensors wraps; None for any other."""
+def disk_errno(error: BaseException) -> int | None:
+    """Return the number of an error of the disk, a key of HINTS; None for any other error.
+
+    safetensors wraps such errors and gives the number in its message only.
+    """
     number = getattr(error, "errno", None)
-    if number in DISK:
+    if isinstance(number, int) and number in HINTS:
         return number
-    return next((n for n in DISK if f"(os error {n})" in str(error)), None)
+    return next((n for n in HINTS if f"(os error {n})" in str(error)), None)
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Return True if an error, or what it was made of, is that of a disk which takes nothing more."""
+    """Return True if an error, or one of its causes, says that the disk takes no more data."""
     while error is not None:
-        if of_disk(error) in FULL:
+        if disk_errno(error) in FULL:
             return True
         error = error.__cause__
     return False
 
 
 def check_free(path: Path, need: int, what: str, hint: str) -> None:
-    """Raise if the disk of a path, which need not exist yet, has less room than ``need`` bytes.
+    """Raise unless the disk of a path, which need not exist yet, has ``need`` bytes free.
+
+    Args:
+        what: begins the message, with its verb, e.g. "the pruned weights need".
 
     Raises:
-        OutputError: it has; the need, what is free and where are named.
+        OutputError: it has fewer; the message gives the need, the free space and the place.
     """
     where = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(where).free
@@ -84,10 +88,10 @@ def check_free(path: Path, need: int, what: str, hint: str) -> None:
 
 
 def check_new(path: Path) -> None:
-    """Raise unless a file can be made at a path, and none is there.
+    """Raise unless a new file can be made at a path.
 
     Raises:
-        OutputError: it exists, or its directory cannot be written.
+        OutputError: a file is there, or its directory cannot be written.
     """
     with writing(path):
         if path.exists():

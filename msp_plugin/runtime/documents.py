@@ -1,93 +1,77 @@
-"""What a JSON or YAML document from outside may hold, before anyone looks for a meaning in it.
-
-Python's parsers are more liberal than what is done with their result: they keep the last of two equal keys, halves
-of surrogate pairs that no file can hold, integers that no float can, and nesting that the next recursion fails on.
-"""
+"""Read JSON and YAML from outside: records, recipes, tasks of lm-eval, and values on the command line."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import yaml
+
 from msp_plugin.errors import shown
 
-#: The deepest nesting. Our own files have seven levels, a model's config about as many.
+#: The deepest nesting that is read. Our own files have seven levels, a model's config about as many.
 DEEPEST = 64
-#: Values that aliases may expand a YAML document to.
-MOST = 10**6
 
 
 def parse_json(text: str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: no JSON, a key twice in one object, or see ``check_document``.
+        ValueError: the text is not JSON, has a key twice in one object, or is nested deeper than DEEPEST
+            levels.
     """
     try:
-        data = json.loads(text, object_pairs_hook=_distinct)
+        data = json.loads(text, object_pairs_hook=_without_repeated_keys)
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
-    check_document(data)
+    check_depth(data)
     return data
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {shown(twice)} is there twice in one object")
-    return found
-
-
-def check_document(data: object) -> None:
-    """Raise unless every value of a document can be walked, written again and counted with.
+def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """Return the value of a YAML text; ``loader`` may know further tags.
 
     Raises:
-        ValueError: it is nested too deep (or contains itself), aliases expand it to too many values, or it holds an
-            integer beyond float64 or half of a surrogate pair.
+        ValueError: the text is not YAML, a value does not fit its tag, or it is nested deeper than DEEPEST
+            levels.
     """
-    if _measure(data, DEEPEST, {})[0] > MOST and _has_aliases(data):
-        raise ValueError(f"its aliases expand to more than {MOST:,} values")
+    try:
+        data = yaml.load(text, Loader=loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
+    except (TypeError, LookupError, AttributeError, ArithmeticError, ValueError) as error:
+        # PyYAML's constructors raise these for values such as "!!bool maybe".
+        raise ValueError(f"a value does not fit its tag: {type(error).__name__}: {error}") from None
+    check_depth(data)
+    return data
 
 
-def _measure(value: object, room: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Return how many values a value is made of, each alias counted, and its levels; ``known`` is by identity."""
-    if isinstance(value, str):
-        _check_text(value)
-    elif isinstance(value, int) and value.bit_length() > 1023:
-        raise ValueError(f"{shown(value)} is beyond every count")
-    if not isinstance(value, dict | list | tuple | set):
-        return 1, 0
-    if room < known.get(id(value), (0, 1))[1]:
-        raise ValueError(f"it is nested deeper than {DEEPEST} levels")
-    if id(value) not in known:
-        inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        parts = [_measure(part, room - 1, known) for part in inner]
-        known[id(value)] = (
-            1 + sum(size for size, _ in parts),
-            1 + max((levels for _, levels in parts), default=0),
-        )
-    return known[id(value)]
+def check_depth(data: object) -> None:
+    """Raise unless a document is nested at most DEEPEST levels deep.
+
+    Raises:
+        ValueError: the document is deeper, or contains itself by a YAML alias.
+    """
+    level = [data]
+    for _ in range(DEEPEST + 1):
+        collections = {id(value): value for value in level if isinstance(value, dict | list | tuple | set)}
+        level = [part for value in collections.values() for part in _parts(value)]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {DEEPEST} levels")
 
 
-def _has_aliases(data: object) -> bool:
-    """Return True if a collection stands in more than one place."""
-    seen: set[int] = set()
-    left = [data]
-    while left:
-        value = left.pop()
-        if isinstance(value, dict | list | tuple | set):
-            if id(value) in seen:
-                return True
-            seen.add(id(value))
-            left += [*value.keys(), *value.values()] if isinstance(value, dict) else value
-    return False
+def _parts(value: Any) -> list[object]:
+    return [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
 
 
-def _check_text(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{shown(text)} holds half of a surrogate pair, which is no character") from None
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs; Python itself would silently keep the last of two equal keys."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {shown(key)} is there twice in one object")
+        result[key] = value
+    return result

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files so that they appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def default_cache() -> Path:
 
 
 def cache_directory(cache: str | None) -> Path:
-    """Return the cache that was asked for, ``~`` being the user's home, or the default one."""
+    """Return the asked cache directory with ``~`` expanded, or the default one."""
     return Path(cache).expanduser() if cache else default_cache()
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; rename it to ``path`` if the block succeeds."""
+    """Yield a temporary name beside ``path``, and rename it to ``path`` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def finite(value: float | None) -> float | None:
-    """Return the value, or None if it is infinite or not a number, which JSON cannot say."""
+    """Return the value, or None for infinity and NaN, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -53,24 +53,24 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write sorted, indented JSON whole or not at all."""
-    text = json.dumps(_finite(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite_json(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
 
-def _finite(data: Any) -> Any:
-    """Return JSON data with null for numbers that are infinite or none, which JSON cannot say."""
+def finite_json(data: Any) -> Any:
+    """Return JSON data with null for infinity and NaN, which JSON does not have."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite_json(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite_json(value) for value in data]
     return finite(data) if isinstance(data, float) else data
 
 
 def check_output(path: str | Path) -> Path:
-    """Return an output directory's path if a run may write there.
+    """Return the absolute path of an output directory if a run may write there.
 
     Raises:
-        OutputError: it is a file, holds anything, or cannot be made.
+        OutputError: the path is a file, a directory that is not empty, or cannot be made.
     """
     path = Path(path).expanduser().resolve()
     try:
@@ -83,9 +83,8 @@ def check_output(path: str | Path) -> Path:
             raise OutputError(f"{parent} is a file", hint="give a directory that does not exist yet")
         if not os.access(parent, os.W_OK):
             raise OutputError(f"{parent} is not writable", hint="give a directory that you may write to")
-        probe = (
-            parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-        )  # root may write everywhere, and cannot in /proc
+        # A directory is made, because os.access lets root write everywhere, even in /proc.
+        probe = parent / f".{path.name}.{uuid.uuid4().hex}.partial"
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
@@ -97,10 +96,14 @@ def check_output(path: str | Path) -> Path:
 
 @contextmanager
 def output_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory whose files become those of ``path`` if the block succeeds.
+    """Yield a temporary directory that becomes ``path`` if the block succeeds.
 
-    The path appears whole, by one rename, in the place of an empty directory too. Only where that cannot be
-    renamed, being a mount point or in a directory that is not ours, the finished files are moved one by one.
+    ``path`` appears whole, by one rename, also where it was an empty directory. Only where it cannot be
+    renamed (it is a mount point, or its parent cannot be written) are the finished files moved into it one by
+    one.
+
+    Raises:
+        OutputError: the finished directory cannot be moved; the message says where it is.
     """
     inside = path.is_dir() and (path.is_mount() or not os.access(path.parent, os.W_OK))
     parent = path if inside else path.parent
@@ -122,7 +125,7 @@ def output_directory(path: Path) -> Iterator[Path]:
         else:
             temporary.rename(path)
     except OSError as error:
-        whole = temporary.with_suffix(".whole")  # what ends in .partial the next run to this path removes
+        whole = temporary.with_suffix(".whole")  # the next run to this path removes *.partial
         with suppress(OSError):
             temporary = temporary.rename(whole)
         raise OutputError(

@@ -1,4 +1,4 @@
-"""Runs that were stopped: who writes to a directory, and what an unfinished run to it has measured."""
+"""Locks: one process at a time writes to an output, and the leftovers of killed processes are removed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def alone(path: Path, what: str, *, wait: bool = False, remove: bool = False) -> Iterator[None]:
-    """Hold the lock file ``path`` for the block; it is free again however the process ends.
+def locked(path: Path, what: str, *, wait: bool = False, remove: bool = False) -> Iterator[None]:
+    """Hold the lock file ``path`` during the block; the system frees it when the process ends in any way.
 
     Args:
-        what: what the holder does, e.g. "a run writes to out".
-        wait: wait for another process instead of refusing.
-        remove: remove the file at the end, while it is held; only for locks that nobody waits for.
+        what: the holder's work for messages, e.g. "a run writes to out".
+        wait: wait for another process instead of raising.
+        remove: remove the file at the end, before the lock is freed; only for locks that no process waits
+            for.
 
     Raises:
-        OutputError: another process holds it, or the file cannot be made.
+        OutputError: another process holds the lock, or the file cannot be made.
     """
     from filelock import FileLock, Timeout
 
@@ -60,31 +61,37 @@ def alone(path: Path, what: str, *, wait: bool = False, remove: bool = False) ->
 
 @contextmanager
 def sole_output(out: str | Path, cache: str | None = None, *, file: bool = False) -> Iterator[Path]:
-    """Keep other processes off an output for the block, and yield its path; what killed ones left there goes.
+    """Yield the absolute path of an output, locked against other processes during the block.
+
+    Partial files that killed processes left there are removed first.
 
     Args:
-        out: a directory, new or empty, or, with ``file``, a file that is not there.
-        cache: where the lock lies if the output's own place cannot be written.
+        out: a new or empty directory; with ``file``, a new file.
+        cache: directory of the lock where the output's parent cannot be written.
 
     Raises:
-        OutputError: another process writes there, or see check_output and check_new.
+        OutputError: another process writes there, or the output cannot be made (see check_output and
+            check_new).
     """
     path = Path(out).expanduser().resolve()
     made = [folder for folder in path.parents if not folder.exists()]
-    with suppress(OSError):  # check_output will say why
+    with suppress(OSError):  # check_output raises with the reason
         path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output, because runs to it may have different caches; and not in it, because it must be empty.
-    # Always in the same place: the directory is made for the lock if it has to be.
+    # The lock lies beside the output: runs to it may have different caches, and the output itself must be
+    # empty. The parent is made first, so that all processes look for the lock in the same place.
     beside = path.parent.is_dir() and os.access(path.parent, os.W_OK)
     folder = path.parent if beside else cache_directory(cache) / "runs"
     try:
         lock = folder / f".{path.name}.{digest(str(path))[:8]}.lock"
-        with alone(lock, f"it writes to {path}", remove=True):
+        with locked(lock, f"it writes to {path}", remove=True):
             _remove_partial(path)
-            check_new(path) if file else check_output(path)
+            if file:
+                check_new(path)
+            else:
+                check_output(path)
             yield path
     finally:
-        for folder in made:  # from the inside out, those that nothing was written to
+        for folder in made:  # from the inside out; only empty ones can be removed
             with suppress(OSError):
                 folder.rmdir()
 
@@ -93,14 +100,14 @@ def sole_output(out: str | Path, cache: str | None = None, *, file: bool = False
 def sole_run(
     out: str | Path, cache: str | None, *, fresh: bool = False, keep: bool = False
 ) -> Iterator[tuple[Path, Path]]:
-    """Keep other processes off an output directory for the block (see sole_output).
+    """Yield (output directory, journal file), locked against other processes (see sole_output).
 
-    Yields the directory's path and that of a journal, which lies in the cache, is there if an earlier run to
-    this directory was stopped, and is removed if the block succeeds.
+    The journal lies in the cache. It exists if an earlier run to this directory was stopped, and is removed
+    if the block succeeds.
 
     Args:
-        fresh: forget what an earlier run had measured.
-        keep: leave the journal where it is: the block is not all of the run.
+        fresh: remove the journal of an earlier run first.
+        keep: do not remove the journal at the end, because the run goes on after the block.
 
     Raises:
         OutputError: see sole_output.
@@ -116,7 +123,9 @@ def sole_run(
 
 @contextmanager
 def scratch_directory(name: str, cache: str | None = None) -> Iterator[Path]:
-    """Yield a new directory in a part of the cache, which goes with the block; what killed processes left goes first.
+    """Yield a new directory ``name``/... in the cache, which is removed after the block.
+
+    Directories that killed processes left there are removed first.
 
     Raises:
         OutputError: the cache cannot be written or locked.
@@ -124,13 +133,12 @@ def scratch_directory(name: str, cache: str | None = None) -> Iterator[Path]:
     parent = cache_directory(cache) / name
     folder = parent / uuid.uuid4().hex
     with ExitStack() as stack:
-        with alone(
-            parent.with_name(f"{name}.lock"), "it tidies up", wait=True
-        ):  # so that a lock is not found before it is held
-            for lock in parent.glob("*.lock"):  # whoever holds it lives, on whatever machine
-                with suppress(OutputError), alone(lock, "it uses it", remove=True):
+        # One process at a time cleans up, so that none sees a lock file before its owner holds it.
+        with locked(parent.with_name(f"{name}.lock"), "it cleans up", wait=True):
+            for lock in parent.glob("*.lock"):
+                with suppress(OutputError), locked(lock, "it uses it", remove=True):  # else its owner lives
                     shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-            stack.enter_context(alone(folder.with_suffix(".lock"), "it uses it", remove=True))
+            stack.enter_context(locked(folder.with_suffix(".lock"), "it uses it", remove=True))
         try:
             with writing(folder):
                 folder.mkdir()
@@ -140,10 +148,13 @@ def scratch_directory(name: str, cache: str | None = None) -> Iterator[Path]:
 
 
 def _remove_partial(out: Path) -> None:
-    """Remove what output_directory(out) and replacing(out) wrote in a process that was killed."""
+    """Remove the partial files that output_directory(out) or replacing(out) left in a killed process."""
     name = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{32}}\.partial")
     for folder in (out.parent, out):
         if folder.is_dir():
             for entry in folder.iterdir():
                 if name.fullmatch(entry.name):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                    if entry.is_dir():
+                        shutil.rmtree(entry)
+                    else:
+                        entry.unlink()

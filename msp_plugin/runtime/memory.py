@@ -1,4 +1,4 @@
-"""Recognise that memory does not suffice, retry with less held for later, and give back what is freed."""
+"""Retry with less held in memory when it runs out, and give freed memory back to the system."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from msp_plugin.errors import ModelError
 
 T = TypeVar("T")
 
-#: What torch says in a plain RuntimeError: its allocator on the CPU, CUDA before 2.0's own type, cuBLAS.
-_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-#: Options of glibc's mallopt: bytes from which on a block is mapped by itself, and of free memory at the heap's end
-#: from which on it is given back. _GLIBC is what it comes to by itself in a process that has freed large tensors.
+#: Parts of the messages of torch's plain RuntimeErrors about memory: of its CPU allocator, of CUDA and of
+#: cuBLAS.
+_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+#: Options of glibc's mallopt (mallopt(3)), in bytes: a block of this size is mapped by itself, and this much
+#: free memory at the heap's end is given back. _GLIBC: its own values in a process that has freed large
+#: tensors.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _KEPT, _GLIBC = 2**30, (2**25, 2**26)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if an error says that memory did not suffice, on whatever device."""
+    """Return True if an error says that memory ran out, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _MESSAGES)
 
 
 def retried(work: Callable[[], T], release: Callable[[], bool]) -> T:
@@ -73,16 +75,16 @@ def short_of_memory(subject: str, remedy: str, error: BaseException) -> ModelErr
 
 
 def cache_bytes(device: torch.device, most: int) -> int:
-    """Return how much may be held for later on a device: ``most``, on a GPU at most an eighth of what is free."""
+    """Return how many bytes may be cached on a device: ``most``, on a GPU at most 1/8 of what is free."""
     return most if device.type != "cuda" else min(most, torch.cuda.mem_get_info(device)[0] // 8)
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Let glibc keep what is freed for the next tensor of that size; it goes back to the system at the end.
+    """Let glibc reuse freed memory for later tensors during the block, and give it back at the end.
 
-    Else it maps each tensor beyond 32 MiB, such as logits, anew, and the system clears every page of it again: of a
-    forward pass of a model with 49,152 tokens that is almost half of the seconds.
+    By default glibc maps each tensor beyond 32 MiB, such as logits, anew, and the system clears all of its
+    pages: almost half of the seconds of a forward pass of a model with 49,152 tokens.
     """
     _set_malloc(_KEPT, _KEPT)
     try:
@@ -101,10 +103,10 @@ def _set_malloc(mapped: int, trimmed: int) -> None:
 
 
 def free_cached() -> None:
-    """Give back what is freed, and kept for later: by torch on a GPU, by the C library on the CPU.
+    """Give freed memory that torch (on a GPU) or the C library (on the CPU) has kept back to the system.
 
-    On a GPU a smaller batch finds it in one piece then. glibc takes tensors below 32 MiB from its heap, and keeps
-    the gigabytes that a step of many of them has freed, until it is told to let them go.
+    On a GPU a smaller batch then gets it in one piece. glibc takes tensors below 32 MiB from its heap, and
+    keeps the gigabytes that a step with many of them has freed until it is asked to trim.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

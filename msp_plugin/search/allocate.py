@@ -19,6 +19,7 @@ from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins.manager import spec_of
 from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.records.parts import SearchRecord
 from msp_plugin.records.run import Outcome
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.files import finite
@@ -113,7 +114,7 @@ def allocate(
     allocation = _finish(
         model, measurements.model_id, used, plan, problem, result, measurements.sensitivities
     )
-    return Outcome(allocation, record if allocator.needs_database or plan.estimators else {})
+    return Outcome(allocation, record if allocator.needs_database or plan.estimators else SearchRecord())
 
 
 def make_problem(model: torch.nn.Module, table: UnitTable, plan: Plan) -> AllocationProblem:

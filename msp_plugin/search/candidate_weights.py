@@ -10,9 +10,8 @@ import torch
 
 from msp_plugin.allocators.base import Choice
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.models.offload import input_device
-from msp_plugin.models.places import Cached, Hooked, InMemory, weight_place
-from msp_plugin.models.weights import Weights
+from msp_plugin.models.offload import input_device, linear
+from msp_plugin.models.weights import InMemory, Place, Weights, weight_place
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.runtime.memory import cache_bytes, free_cached
 
@@ -45,13 +44,11 @@ class CandidateWeights:
         self._limit = cache_bytes(input_device(model), WEIGHT_BYTES) if held_bytes is None else held_bytes
         self._held: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
         self._bytes = self._unpacked = 0
-        self._places: dict[str, InMemory | Hooked | Cached] = {}
+        self._places: dict[str, Place] = {}
         self._now: list[str] = []
 
     def __enter__(self) -> CandidateWeights:
-        self._places = {
-            a.name: weight_place(self.model.get_submodule(a.name)) for a in self.problem.table.layers
-        }
+        self._places = {a.name: weight_place(linear(self.model, a.name)) for a in self.problem.table.layers}
         for place in self._places.values():
             place.enter()
         self._now = ["dense"] * len(self.problem.table)

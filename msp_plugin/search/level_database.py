@@ -18,7 +18,7 @@ from msp_plugin.pruning.base import Pruner
 from msp_plugin.runtime.files import cache_directory
 from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.search.keys import database_identity
-from msp_plugin.search.recorded import locked
+from msp_plugin.search.recorded import locked_for_all
 
 
 def open_database(
@@ -70,7 +70,7 @@ def complete_database(
         database.tidy()
         check_space(database, model, table)
 
-    with locked(database.lock, "it builds the level database", ranks):
+    with locked_for_all(database.lock, "it builds the level database", ranks):
         ranks.on_rank_zero(prepare)
         build_database(
             database,

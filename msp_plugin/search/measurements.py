@@ -29,6 +29,7 @@ from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.progress import StepProgress, no_progress
 from msp_plugin.pruning.base import Pruner
+from msp_plugin.records.parts import SearchRecord
 from msp_plugin.runtime.files import cache_directory
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.ranks import ALONE, Ranks
@@ -239,7 +240,7 @@ class Measurements:
 
     def allocate(
         self, allocator: Allocator, problem: AllocationProblem, seed: int
-    ) -> tuple[AllocationResult, dict[str, Any]]:
+    ) -> tuple[AllocationResult, SearchRecord]:
         """Return the allocator's result and the ``search`` part of run.json.
 
         Raises:

@@ -21,8 +21,9 @@ class Options(BaseModel):
         levels: the menu: "dense", "N:M" with N kept of M, "N:M in 2:4", shares of zeros such as "0.7"; or
             the name of a menu, "default" or "servable" (every level of it but dense runs on 2:4 kernels).
         targets, ignore: which linears of the decoder blocks are pruned (see models.prunable_layers).
-        granularity: what shares a level: ``unit``, the layers that inference fuses; ``layer``, nothing;
-            ``block``, all layers of a decoder block.
+        granularity: what shares a level: ``layer``, nothing; ``unit``, the layers that inference fuses; ``block``, all
+            layers of a decoder block. Default: ``layer``, but ``unit`` where all levels run on 2:4 kernels, which take
+            fused layers all or none.
         bounds: by pattern, the least and the most sparsity of the layers it matches, {pattern: [low, high]}.
         protect: patterns of layers that stay dense. Unlike ignored ones they count in the budget, so that
             the others make up for them. With bounds and protect, a unit takes those of all its layers.
@@ -41,7 +42,7 @@ class Options(BaseModel):
     levels: list[Any] = list(DEFAULT_LEVELS)
     targets: list[str] = ["Linear"]
     ignore: list[str] = []
-    granularity: str = "unit"
+    granularity: str | None = None
     bounds: dict[str, Any] = {}
     protect: list[str] = []
     allocator: str | dict[str, Any] = "search"

@@ -14,7 +14,7 @@ import numpy as np
 from msp_plugin.allocators.base import Choice, TrueLoss
 from msp_plugin.runtime.digests import digest
 from msp_plugin.runtime.journal import Journal, packed, unpacked
-from msp_plugin.runtime.locks import alone
+from msp_plugin.runtime.locks import locked
 from msp_plugin.runtime.memory import free_cached
 from msp_plugin.runtime.ranks import Ranks
 from msp_plugin.search.keys import journal_identity
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def locked(path: Path, reason: str, ranks: Ranks) -> Iterator[None]:
+def locked_for_all(path: Path, reason: str, ranks: Ranks) -> Iterator[None]:
     """Hold the lock of a file for all ranks while something is measured, then give its memory back.
 
     Args:
         reason: told to another process that waits for the lock.
     """
     try:
-        with alone(path, reason, wait=True) if ranks.rank == 0 else nullcontext():
+        with locked(path, reason, wait=True) if ranks.rank == 0 else nullcontext():
             yield
     finally:
         free_cached()
@@ -57,7 +57,9 @@ class Journals:
         """Yield the journal of what ``about`` names; another process that has it is waited for."""
         identity = journal_identity(about, self.device)
         path = folder / f"{name}-{digest(identity)[:16]}.jsonl"
-        with locked(path.with_suffix(".lock"), f"it measures {name} of this model and text", self.ranks):
+        with locked_for_all(
+            path.with_suffix(".lock"), f"it measures {name} of this model and text", self.ranks
+        ):
             if self.fresh and path not in self.renewed:
                 self.renewed.add(path)
                 self.ranks.on_rank_zero(lambda: path.unlink(missing_ok=True))

@@ -122,10 +122,11 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
     allocator = plugins.build("allocators", options.allocator)
     given = Allocation.read(options.allocation) if options.allocation else None
     sparsity, menu = _target(options, given)
-    if options.granularity not in GRANULARITIES:
+    served = all(level.is_dense or level.servable for level in menu)
+    granularity = ("unit" if served else "layer") if options.granularity is None else options.granularity
+    if granularity not in GRANULARITIES:
         raise RecipeError(
-            f"granularity {shown(options.granularity)} is unknown",
-            hint=nearest(options.granularity, GRANULARITIES),
+            f"granularity {shown(granularity)} is unknown", hint=nearest(granularity, GRANULARITIES)
         )
     bounds = parse_bounds(options.bounds, options.protect, menu)
     pruner.version()  # raises if its host is missing
@@ -157,7 +158,7 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
         given,
         options.seed,
         options.cache,
-        options.granularity,
+        granularity,
         bounds,
         Options(**options.model_dump(include=set(Options.model_fields))),
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from msp_plugin.allocators.base import AllocationResult, Allocator
+from msp_plugin.records.parts import SearchRecord
 from msp_plugin.runtime.files import finite
 from msp_plugin.search.recorded import Recorded
 
@@ -21,8 +21,8 @@ def search_record(
     sensitivity_tokens: int,
     seconds: float,
     total_seconds: float,
-) -> dict[str, Any]:
-    """Return what a search found and cost, as JSON values.
+) -> SearchRecord:
+    """Return the findings and the cost of a search.
 
     Args:
         paid: the losses and estimates that it asked; seconds of a search that was stopped before are added.
@@ -30,21 +30,21 @@ def search_record(
         seconds: of this process for the search; ``total_seconds`` with sensitivities and level database.
     """
     read = sum(part.saved_seconds for part in paid)
-    return {
-        "allocator": allocator.name,
-        "forward_tokens": sum(part.forward_tokens for part in paid),
-        "sensitivity_tokens": sensitivity_tokens,
-        "evaluations": result.evaluations,
-        "seconds": round(seconds + read, 3),
-        "total_seconds": round(total_seconds + read, 3),
-        "loss": finite(result.loss),
-        "uniform_loss": finite(result.uniform_loss),
-        "curve": [[tokens, finite(value)] for tokens, value in result.curve],
-        "holdout": [[tokens, finite(value)] for tokens, value in result.holdout],
-        "predictions": [[finite(value) for value in pair] for pair in result.predictions],
-        "notes": list(result.notes),
-        "ended": result.ended,
-    }
+    return SearchRecord(
+        allocator=allocator.name,
+        forward_tokens=sum(part.forward_tokens for part in paid),
+        sensitivity_tokens=sensitivity_tokens,
+        evaluations=result.evaluations,
+        seconds=round(seconds + read, 3),
+        total_seconds=round(total_seconds + read, 3),
+        loss=finite(result.loss),
+        uniform_loss=finite(result.uniform_loss),
+        curve=result.curve,
+        holdout=result.holdout,
+        predictions=result.predictions,
+        notes=result.notes,
+        ended=result.ended,
+    )
 
 
 def log_result(allocator: Allocator, result: AllocationResult, seconds: float) -> None:

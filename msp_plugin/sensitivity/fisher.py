@@ -21,12 +21,15 @@ from msp_plugin.sensitivity.base import Estimator
 class FisherTrace(Estimator):
     """Trace of the empirical Fisher information: mean over samples of ||dCE/dW||_F^2 (arXiv 2503.11164).
 
-    CE is the sample's mean next-token cross entropy in nats, so the unit is nats^2 per squared
-    weight. The paper gives neither loss nor sample count; both are ours. The weight's gradient never
-    stays: for one sample it is dY^T X, and its squared norm is either that product's, formed and
-    dropped layer by layer, or sum((dY dY^T) * (X X^T)) over token pairs (the ghost norm of Li et al.,
-    arXiv 2110.05679, eq. 3), whichever is cheaper. One sample at a time, because some models hand a
-    linear the tokens of a batch in one list. Memory: the activations of one sample.
+    CE is the sample's mean next-token cross entropy in nats, so that the unit is nats^2 per squared weight.
+    The paper gives neither loss nor sample count; both are ours. The gradients of the weights are not stored:
+    for one sample the gradient is dY^T X, and its squared norm comes from that product, layer by layer, or
+    from sum((dY dY^T) * (X X^T)) over pairs of tokens (the ghost norm of Li et al., arXiv 2110.05679, eq. 3),
+    whichever is cheaper. Samples are passed one at a time, because some models pass the tokens of a batch to
+    a linear as one list. Accumulates in float64. Memory: the activations of one sample.
+
+    Args:
+        samples: calibration samples that are used, the first ones.
     """
 
     name = "fisher"
@@ -60,7 +63,11 @@ class FisherTrace(Estimator):
 
 
 def squared_gradient_norms(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-    """Return float64[B]: the squared Frobenius norm of dY_b^T X_b for inputs [B, T, I] and [B, T, O]."""
+    """Return the squared Frobenius norms of dY_b^T X_b, float64[B].
+
+    Args:
+        x, dy: [B, T, I] and [B, T, O], a layer's inputs and the gradients of its outputs.
+    """
     _, t, i = x.shape
     o = dy.shape[-1]
     x, dy = x.float(), dy.float()

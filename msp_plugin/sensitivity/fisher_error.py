@@ -1,4 +1,4 @@
-"""The change of a layer's weight at each level, weighted with the diagonal of the Fisher information.
+"""The squared change of a layer's weight at each level, weighted with the diagonal of the Fisher information.
 
 Shape legend: T tokens of a sample, O out_features, I in_features.
 """
@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.models.offload import onloaded, weight_device
+from msp_plugin.models.offload import linear, onloaded, weight_device
 from msp_plugin.passes.gradients import backward_passes
 from msp_plugin.passes.observe import in_groups
 from msp_plugin.progress import Progress, silent
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.ranks import ALONE, Ranks
 
-#: Fisher diagonals held at once. With more, the samples are passed through the model again.
+#: Bytes of the Fisher diagonals of one pass over the samples; if there are more, further passes are made.
 DIAGONAL_BYTES = 4 * 1024**3
 
 
@@ -35,15 +35,15 @@ def fisher_errors(
 ) -> dict[str, dict[str, float]]:
     """Return T/2 sum_i F_ii (w_i - w_i(level))^2 by layer and level, nats per token.
 
-    F_ii is the mean over samples of the squared gradient of a sample's mean cross entropy: the diagonal
-    of the empirical Fisher information. T, the tokens of a sample, turns it into that of one token, as
-    if the tokens' gradients were uncorrelated, so that the sum approximates the growth of the loss per
-    token to second order (Kirkpatrick et al., arXiv 1612.00796, eq. 3; LLM-Pruner, arXiv 2305.11627,
-    eq. 5).
+    F_ii, the diagonal of the empirical Fisher information, is the mean over samples of the squared gradient
+    of a sample's mean cross entropy. The factor T, the tokens of a sample, makes it the information of one
+    token, as if the gradients of tokens were uncorrelated. The sum then approximates the growth of the loss
+    per token to second order (Kirkpatrick et al., arXiv 1612.00796, eq. 3; LLM-Pruner, arXiv 2305.11627, eq.
+    5).
 
     Args:
-        weight: returns the weight [O, I] of a layer at a level, by names.
-        journal: holds the layers that were measured; None keeps nothing.
+        weight: ``weight(layer, level)`` returns the weight [O, I] of a layer at a level.
+        journal: keeps measured groups of layers for a later run; None keeps nothing.
         ranks: share the samples, and the layers of a group.
     """
     journal = Journal(None, {}) if journal is None else journal
@@ -64,10 +64,8 @@ def fisher_errors(
 def diagonal_groups(
     model: torch.nn.Module, layers: Sequence[str], diagonal_bytes: int = DIAGONAL_BYTES
 ) -> list[list[str]]:
-    """Return the layers in groups whose diagonals are held at once; each costs a pass over all samples."""
-    return list(
-        in_groups(layers, lambda layer: 4 * model.get_submodule(layer).weight.numel(), diagonal_bytes)
-    )
+    """Return groups of layers whose diagonals fit into ``diagonal_bytes``; each costs one pass."""
+    return list(in_groups(layers, lambda layer: 4 * linear(model, layer).weight.numel(), diagonal_bytes))
 
 
 def _errors(
@@ -77,8 +75,12 @@ def _errors(
     levels: Sequence[str],
     weight: Callable[[str, str], torch.Tensor],
 ) -> dict[str, float]:
-    """Return the error of one layer at each level (see fisher_errors), for T times the diagonal float32[O, I]."""
-    with onloaded(model.get_submodule(layer)) as module:
+    """Return one layer's error at each level (see fisher_errors).
+
+    Args:
+        diagonal: float32[O, I], T times the diagonal of the Fisher information.
+    """
+    with onloaded(linear(model, layer)) as module:
         dense = module.weight.detach().float()
         return {
             level: 0.5 * float((diagonal * (dense - weight(layer, level).to(dense)).square()).sum())
@@ -98,7 +100,7 @@ def fisher_diagonals(
     Ranks share the samples.
     """
     own = data.of_rank(ranks)
-    modules = {layer: model.get_submodule(layer) for layer in layers}
+    modules = {layer: linear(model, layer) for layer in layers}
     totals = {
         layer: torch.zeros(module.weight.shape, device=weight_device(module))
         for layer, module in modules.items()

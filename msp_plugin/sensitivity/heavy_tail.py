@@ -1,4 +1,4 @@
-"""How heavy-tailed the spectra of a block's weights are: the Hill estimate of their power law."""
+"""The heavy tails of the spectra of a block's weights: the Hill estimate of their power law."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.models.offload import onloaded
+from msp_plugin.models.offload import linear, onloaded
 from msp_plugin.passes.observe import by_block
 from msp_plugin.progress import Progress, silent
 from msp_plugin.sensitivity.base import Estimator
@@ -23,15 +23,16 @@ BINS = 100
 class HeavyTail(Estimator):
     """Mean over a block's layers of the power-law exponent of the spectrum of W^T W (arXiv 2410.10912).
 
-    AlphaPruning's PL_Alpha_Hill, the Hill estimator: a small exponent is a heavy tail, the mark of a
-    well-trained layer. It needs no text. Deviations: eigenvalues of exactly zero have no logarithm and are
-    left out (the authors keep them, and get a number that is none); where no tail can be fitted, it is an
-    error (theirs is 0); the authors take all linears of a block, we those that targets and ignore leave.
-    Eigenvalues are squared singular values in float32, the fit is in float64.
+    AlphaPruning's PL_Alpha_Hill: a small exponent means a heavy tail, which is typical of well-trained
+    layers. It needs no text. Eigenvalues are squared singular values in float32; the fit is in float64.
+
+    Deviations: eigenvalues of zero, which have no logarithm, are left out (the authors keep them, and get
+    NaN). If no tail can be fitted it is an error (the authors take 0). The authors take all linears of a
+    block, we take those that targets and ignore leave.
 
     Args:
-        xmin: where the tail begins. ``peak``, the authors' default, takes the eigenvalue near the peak of
-            the spectrum whose fit has the least Kolmogorov-Smirnov distance; ``mid`` the median.
+        xmin: the smallest eigenvalue of the tail. ``peak``, the authors' default, takes the one near the peak
+            of the spectrum whose fit has the least Kolmogorov-Smirnov distance; ``mid`` takes the median.
     """
 
     name = "heavy_tail"
@@ -51,15 +52,20 @@ class HeavyTail(Estimator):
         layers: tuple[str, ...],
         progress: Progress = silent,
     ) -> Mapping[str, float]:
-        found: dict[str, float] = {}
+        sensitivities: dict[str, float] = {}
         for names in by_block(model, layers).values():
             exponents = [self._exponent(model, name) for name in names]
-            found.update(dict.fromkeys(names, sum(exponents) / len(exponents)))
-            progress(len(found), len(layers))
-        return found
+            sensitivities.update(dict.fromkeys(names, sum(exponents) / len(exponents)))
+            progress(len(sensitivities), len(layers))
+        return sensitivities
 
     def _exponent(self, model: torch.nn.Module, name: str) -> float:
-        with onloaded(model.get_submodule(name)) as module:
+        """Return the exponent of one layer.
+
+        Raises:
+            NumericsError: no power law can be fitted.
+        """
+        with onloaded(linear(model, name)) as module:
             values = torch.linalg.svdvals(module.weight.detach().float())
         exponent = power_law_exponent(values.double().square().cpu().numpy(), self.xmin)
         if exponent is None:
@@ -71,17 +77,17 @@ class HeavyTail(Estimator):
 
 
 def power_law_exponent(eigenvalues: np.ndarray, xmin: str) -> float | None:
-    """Return 1 + n / sum_i ln(lambda_i / lambda_min) over the n eigenvalues of the tail; None without one.
+    """Return 1 + n / sum_i ln(lambda_i / lambda_min) over the tail's n eigenvalues; None without a tail.
 
     Args:
-        eigenvalues: float64[n], in any order.
+        eigenvalues: float64, in any order.
         xmin: ``peak`` or ``mid`` (see HeavyTail).
     """
     tail = np.sort(eigenvalues[eigenvalues > 0])
     if len(tail) < 2:
         return None
-    # The authors' code compares an eigenvalue with the *logarithm* of the lower bound, so that it seldom
-    # binds; the published numbers come from it, so we keep it.
+    # The authors' code compares an eigenvalue with the *logarithm* of the lower bound, which is therefore
+    # seldom reached. We do the same, because the published numbers come from that code.
     starts = [len(tail) // 2]
     if xmin == "peak":
         counts, edges = np.histogram(np.log10(tail), bins=BINS)

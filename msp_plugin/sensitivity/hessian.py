@@ -15,16 +15,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
-from msp_plugin.models.offload import offloaded_module
+from msp_plugin.models.offload import linear, offloaded_module
 from msp_plugin.passes.gradients import BACKWARD
 from msp_plugin.passes.observe import by_block, in_groups
 from msp_plugin.progress import Progress, silent
 from msp_plugin.sensitivity.base import Estimator
 
-#: Attention whose backward pass torch can differentiate; flash attention's would be taken as constant.
+#: Kinds of attention whose backward pass torch can differentiate; it would take flash attention's as
+#: constant.
 DIFFERENTIABLE = ("eager", "sdpa")
 
-#: Weights that are probed together. Gradients, probes and products take the same each.
+#: Bytes of the weights that are probed together; their gradients, probes and products each take as many.
 PROBED_BYTES = 1024**3
 
 
@@ -32,18 +33,20 @@ PROBED_BYTES = 1024**3
 class HessianTrace(Estimator):
     """Trace of the Hessian of the cross entropy with respect to a weight (arXiv 2310.09499).
 
-    Hutchinson: the mean of v^T H v over random signs v, from a product of Hessian and vector by a second
-    backward pass. The cross entropy is a sample's mean over its tokens, in nats; the trace is the mean over
-    samples. A layer that no token reaches has a trace of zero.
-    Deviations: the paper does not publish samples and probes, these are ours; the layers of many blocks get
-    their probes together, so one pass serves them all: cross terms between layers have mean zero, so the
-    estimate stays unbiased. Products accumulate in float64; weights and passes have the model's dtype, since
-    a second backward pass in bfloat16 loses less than few probes do (1 % against 9 % on the demo model).
-    Attention runs on the kernel that has a second derivative. Memory: gradients, probes and products of
-    PROBED_BYTES or one block each, and the activations of one sample with their gradients.
+    Hutchinson's estimate: the mean of v^T H v over vectors v of random signs, where a second backward pass
+    gives H v. The cross entropy is a sample's mean over its tokens, in nats; the trace is the mean over
+    samples. A layer that no token reaches has a trace of zero. Products accumulate in float64. Weights and
+    passes have the model's dtype, because a second backward pass in bfloat16 loses less precision than the
+    small count of probes does (1 % against 9 % on the demo model). Attention runs on the one kernel with a
+    second derivative. Memory: gradients, probes and products of PROBED_BYTES or one block each, and the
+    activations of one sample with their gradients.
+
+    Deviations: samples and probes are ours, because the paper does not publish its own. The layers of many
+    blocks are probed in one pass: the cross terms between layers have mean zero, so that the estimate stays
+    unbiased.
 
     Args:
-        samples: calibration samples, the first ones.
+        samples: calibration samples that are used, the first ones.
         probes: random vectors per sample.
         seed: of the probes.
     """
@@ -61,7 +64,10 @@ class HessianTrace(Estimator):
                 )
 
     def forward_tokens(self, data: CalibrationSet) -> int:
-        """See Estimator. A probe runs the forward and the backward pass backwards. For weights of PROBED_BYTES."""
+        """Return the tokens of a measurement (see Estimator), if all weights are probed together.
+
+        A probe costs a backward pass through both the forward and the backward pass.
+        """
         passes = BACKWARD + 2 * BACKWARD * self.probes
         return passes * sum(map(len, data.samples[: self.samples]))
 
@@ -80,7 +86,7 @@ class HessianTrace(Estimator):
         groups = list(in_groups(by_block(model, layers).values(), partial(_bytes, model), PROBED_BYTES))
         done = 0
         for names in (sum(group, ()) for group in groups):
-            weights = [model.get_submodule(name).weight for name in names]
+            weights = [linear(model, name).weight for name in names]
             for number, sample in enumerate(samples):
                 with _gradients_of(model, weights), _second_derivatives():
                     loss = _cross_entropy(model, sample, number)
@@ -96,11 +102,11 @@ class HessianTrace(Estimator):
 def quadratic_forms(
     loss: torch.Tensor, weights: Sequence[torch.Tensor], probes: Iterator[list[torch.Tensor]]
 ) -> list[float]:
-    """Return for each weight the sum over probes v of v_w^T (H v)_w, H being the loss's Hessian.
+    """Return, for each weight w, the sum over probes v of v_w^T (H v)_w, where H is the Hessian of the loss.
 
     Args:
-        loss: a scalar whose graph reaches the weights, or some of them.
-        probes: P lists of one tensor per weight, of its shape and dtype.
+        loss: a scalar whose graph reaches some or all of the weights.
+        probes: P lists, each with one tensor per weight, of its shape and dtype.
     """
     gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
     sums = [0.0] * len(weights)
@@ -109,9 +115,12 @@ def quadratic_forms(
         return sums
     for probe in probes:
         products = torch.autograd.grad(
-            [gradients[i] for i in reached], [weights[i] for i in reached], [probe[i] for i in reached],
-            retain_graph=True, allow_unused=True,
-        )  # fmt: skip
+            [gradients[i] for i in reached],
+            [weights[i] for i in reached],
+            [probe[i] for i in reached],
+            retain_graph=True,
+            allow_unused=True,
+        )
         for i, product in zip(reached, products, strict=True):
             if product is not None:
                 sums[i] += float((probe[i] * product).sum(dtype=torch.float64))
@@ -119,16 +128,17 @@ def quadratic_forms(
 
 
 def _check_in_memory(model: torch.nn.Module) -> None:
-    """Raise if weights are offloaded: the graph of a second derivative holds all that a pass has loaded.
+    """Raise if weights are offloaded: the graph of a second derivative would keep all of them in memory.
 
     Raises:
-        ModelError: they are.
+        ModelError: some are offloaded.
     """
     name = offloaded_module(model)
     if name is not None:
         raise ModelError(
             f"the weights of {name} are offloaded; hessian_trace needs the whole model in memory",
-            hint="load the model without offloading or a device_map, or use an allocator that does not ask for hessian_trace",
+            hint="load the model without offloading or a device_map, or use an allocator without "
+            "hessian_trace",
         )
 
 
@@ -136,7 +146,7 @@ def _check_attention(model: torch.nn.Module) -> None:
     """Raise unless the model's attention has a second derivative.
 
     Raises:
-        ModelError: it has none.
+        ModelError: the attention is of another kind than DIFFERENTIABLE.
     """
     kind = getattr(model.config, "_attn_implementation", None) or "eager"
     if kind not in DIFFERENTIABLE:
@@ -148,10 +158,10 @@ def _check_attention(model: torch.nn.Module) -> None:
 
 @contextmanager
 def _second_derivatives() -> Iterator[None]:
-    """Allow gradients of gradients, on the one kernel of scaled dot product attention that has them.
+    """Enable second derivatives in the block, with the kernel of scaled dot product attention that has them.
 
     Raises:
-        ModelError: an operation of the model has none.
+        ModelError: an operation of the model has no second derivative.
     """
     try:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -166,7 +176,7 @@ def _second_derivatives() -> Iterator[None]:
 
 
 def random_signs(like: Sequence[torch.Tensor], random: torch.Generator) -> list[torch.Tensor]:
-    """Return -1 or 1 with equal chance in each tensor's shape, dtype and device; drawn on the CPU."""
+    """Return random -1 and 1 in the shape, dtype and device of each given tensor; drawn on the CPU."""
     return [
         (2 * torch.randint(0, 2, t.shape, generator=random, dtype=torch.int8) - 1).to(t.device, t.dtype)
         for t in like
@@ -191,8 +201,8 @@ def _cross_entropy(model: torch.nn.Module, sample: torch.Tensor, number: int) ->
 
 
 @contextmanager
-def _gradients_of(model: torch.nn.Module, weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Let gradients flow to these weights and to no other parameter."""
+def _gradients_of(model: torch.nn.Module, weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Require gradients of these weights only, during the block."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in required:
@@ -206,4 +216,5 @@ def _gradients_of(model: torch.nn.Module, weights: Sequence[torch.nn.Parameter])
 
 
 def _bytes(model: torch.nn.Module, names: Sequence[str]) -> int:
-    return sum(model.get_submodule(name).weight.nbytes for name in names)
+    """Return the bytes of the weights of layers."""
+    return sum(linear(model, name).weight.nbytes for name in names)

@@ -1,4 +1,4 @@
-"""The error of removing weights greedily without touching the model, per block.
+"""The error of a greedy removal of weights that is computed without changing the model, per block.
 
 Shape legend: T tokens, O out_features, I in_features.
 """
@@ -12,13 +12,13 @@ import torch
 
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import RecipeError
-from msp_plugin.models.offload import onloaded
+from msp_plugin.models.offload import linear, onloaded
 from msp_plugin.passes.observe import by_block, in_groups, observe_inputs, units_of
 from msp_plugin.plan.units import Unit
 from msp_plugin.progress import Progress, silent
 from msp_plugin.sensitivity.base import Estimator
 
-#: Hessians held at once. With more, the samples are passed through the model again.
+#: Bytes of the Hessians of one pass over the samples; if there are more, further passes are made.
 HESSIAN_BYTES = 4 * 1024**3
 
 
@@ -26,17 +26,19 @@ HESSIAN_BYTES = 4 * 1024**3
 class VirtualRemoval(Estimator):
     """Mean over a block's layers of the error of a virtual greedy removal (LSA, ICLR 2026, BeiYazi0/LSA).
 
-    In every row, in groups of neighbouring weights, the weight whose loss adds least to the row's squared
-    output error goes first, until ``share`` of the group is gone; each removal changes what the others
-    would cost by 2 w_j w_i H_ij. The sum of what was added is the error of the layer, here per token.
-    Deviations: a last group that is narrower loses its share, not that of a full one; the authors' code
-    passes the samples block by block from dense inputs, which is the same as one pass; they take all
-    linears of a block, we those that targets and ignore leave. H accumulates in float32, E in float64.
-    Memory: Hessians of HESSIAN_BYTES, or one layer's, and three times one layer's weight in float32.
+    In each row and group of neighbouring weights, the weight whose removal adds least to the row's squared
+    output error is removed first, until ``share`` of the group is gone. Each removal i changes the cost of
+    every other weight j by 2 w_j w_i H_ij. The sum of the costs is the error of the layer, here per token. H
+    accumulates in float32, the error in float64. Memory: Hessians of HESSIAN_BYTES, or of one layer, and
+    three times one layer's weight in float32.
+
+    Deviations: a narrower last group loses ``share`` of its own width, not of a full group. The authors' code
+    passes the samples block by block from dense inputs, which gives the same as our single pass. The authors
+    take all linears of a block, we take those that targets and ignore leave.
 
     Args:
-        share: of the weights that are removed (the authors' default).
-        group: columns within which weights compete.
+        share: share of the weights that are removed; .5 is the authors' default.
+        group: columns of a group.
     """
 
     name = "virtual_removal"
@@ -64,20 +66,20 @@ class VirtualRemoval(Estimator):
             for unit in units:
                 hessian = hessians.pop(unit.name)
                 for layer in unit.layers:
-                    with onloaded(model.get_submodule(layer.name)) as module:
+                    with onloaded(linear(model, layer.name)) as module:
                         weight = module.weight.detach().float()
                         errors[layer.name] = removal_error(weight, hessian, self.share, self.group)
                     progress(len(errors), len(layers))
-        found = {}
+        means: dict[str, float] = {}
         for names in by_block(model, layers).values():
-            found.update(dict.fromkeys(names, sum(errors[name] for name in names) / len(names)))
-        return found
+            means.update(dict.fromkeys(names, sum(errors[name] for name in names) / len(names)))
+        return means
 
 
 def input_hessians(
     model: torch.nn.Module, data: CalibrationSet, units: Sequence[Unit]
 ) -> dict[str, torch.Tensor]:
-    """Return H = X^T X / T by unit name, float32[I, I].
+    """Return H = X^T X / T, float32[I, I], by unit name.
 
     Raises:
         NumericsError: see observe_inputs.
@@ -97,13 +99,15 @@ def input_hessians(
 
 
 def removal_error(weight: torch.Tensor, hessian: torch.Tensor, share: float, group: int) -> float:
-    """Return the squared output error per token of a greedy removal, summed over the rows.
+    """Return the squared output error per token of a greedy removal, summed over the rows in float64.
 
     Args:
-        weight: float32[O, I]; hessian: float32[I, I].
+        weight: float32[O, I].
+        hessian: float32[I, I].
+        share, group: see VirtualRemoval.
     """
     width = weight.shape[1]
-    cost = weight.square() * hessian.diagonal()  # what removing a weight now would add to its row's error
+    cost = weight.square() * hessian.diagonal()  # of removing each weight next
     error = torch.zeros((), dtype=torch.float64, device=weight.device)
     for start in range(0, width, group):
         stop = min(start + group, width)
@@ -122,4 +126,5 @@ def removal_error(weight: torch.Tensor, hessian: torch.Tensor, share: float, gro
 
 
 def _hessian_bytes(unit: Unit) -> int:
+    """Return the bytes of the Hessian of a unit's input in float32."""
     return 4 * unit.layers[0].in_features ** 2

@@ -10,12 +10,11 @@ import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.load import load
-from msp_plugin.checkpoint.run_files import RUN_FILE
 from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.errors import FormatError, RecipeError, VerificationError
-from msp_plugin.formats.tensor_files import read_json
+from msp_plugin.errors import RecipeError, VerificationError
 from msp_plugin.models.device import on_best_device
 from msp_plugin.passes.losses import mean_kl, perplexity
+from msp_plugin.records.run import RunRecord
 from msp_plugin.runtime.files import finite
 from msp_plugin.verify.base import FAIL, OK, Check, Finding, StepProgress, Subject
 
@@ -110,14 +109,10 @@ def _recorded(checkpoint: Checkpoint, text: CalibrationSet, value: float, dtype:
 
 def _said(checkpoint: Checkpoint, text: CalibrationSet) -> tuple[float | None, str]:
     """Return the perplexity in run.json if it is of the same text, and the dtype in which it was measured."""
-    try:
-        record = read_json(checkpoint.path / RUN_FILE)
-        if record["test"]["fingerprint"] != text.fingerprint:
-            return None, ""
-        said = record["perplexity"].get("mixed") or record["perplexity"].get("result")
-        dtype = record["model"]["dtype"]
-    except (FormatError, KeyError, TypeError, AttributeError):
+    record = RunRecord.beside(checkpoint.path)
+    if record is None or record.test is None or record.test.fingerprint != text.fingerprint:
         return None, ""
+    dtype = record.model.dtype
     if dtype == "auto":
         dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return (said if isinstance(said, (int, float)) else None), str(dtype)
+    return record.result_perplexity, str(dtype)

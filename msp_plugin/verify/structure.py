@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.run_files import RUN_FILE
 from msp_plugin.errors import FormatError
-from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.plan.levels import Level
 from msp_plugin.pruning.masks import recount
+from msp_plugin.records.run import RunRecord
 from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, StepProgress, Subject
 
 #: Layers that fail are named one by one up to this many.
@@ -100,9 +99,5 @@ def _layer(checkpoint: Checkpoint, layer: str, level: Level) -> tuple[int, str |
 
 def _recorded_zeros(checkpoint: Checkpoint) -> int | None:
     """Return the zeros that the run counted when it had pruned, None if no run.json says so."""
-    if not (checkpoint.path / RUN_FILE).is_file():
-        return None
-    try:
-        return int(read_json(checkpoint.path / RUN_FILE)["sparsity"]["zeros"])
-    except (FormatError, KeyError, TypeError, ValueError):
-        return None
+    record = RunRecord.beside(checkpoint.path)
+    return None if record is None else record.sparsity.zeros

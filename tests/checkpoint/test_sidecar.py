@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from msp_plugin.checkpoint.recount import recount_model
-from msp_plugin.checkpoint.run_files import ALLOCATION_FILE, RUN_FILE, attach_files, run_record, write_files
+from msp_plugin.checkpoint.run_files import attach_files, run_record, write_files
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
-from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
-from msp_plugin.records.run import Outcome
+from msp_plugin.records.parts import SearchRecord
+from msp_plugin.records.run import RUN_FILE, Outcome, RunRecord
 
 
 @pytest.fixture
@@ -26,21 +27,22 @@ def run(llama):
         for name in allocation.by_layer:
             module = llama.get_submodule(name)
             module.weight.copy_(next(Magnitude().prune_levels(module, None, [level], name)))
-    search = {"allocator": "msp", "evaluations": 5, "curve": [[10, 0.5]]}
+    search = SearchRecord(allocator="msp", evaluations=5, curve=((10, 0.5),))
     return llama, Outcome(allocation, search), recount_model(llama, allocation)
 
 
 def test_the_record_says_what_was_asked_planned_and_achieved(run):
     _, outcome, stats = run
-    record = run_record(outcome, stats, 3)
-    assert (record["schema"], record["version"]) == ("msp_plugin/run", 1)
+    record = run_record(outcome, stats, 3).to_dict()
+    assert (record["schema"], record["version"]) == ("msp_plugin/run", 2)
     weights = outcome.allocation.budget.weights
     assert record["sparsity"] == {
         "target": 0.5, "planned": 0.5, "achieved": 0.5, "exact": True, "weights": weights,
         "zeros": weights // 2, "planned_zeros": weights // 2, "extra_zeros": 0,
     }  # fmt: skip
     assert record["perplexity"] == {"dense": None, "uniform": None, "mixed": None}
-    assert record["search"] == outcome.search and record["seed"] == 3
+    assert record["stages"] == [{"name": "prune", "perplexity": None, "seconds": None, "sparsity": 0.5}]
+    assert record["search"] == outcome.search.to_dict() and record["seed"] == 3
     assert record["python"] == platform.python_version() and record["versions"]["torch"] == torch.__version__
     assert json.loads(json.dumps(record)) == record
 
@@ -49,11 +51,11 @@ def test_more_zeros_than_planned_show_in_the_record(run):
     model, outcome, _ = run
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0] = 0
-    record = run_record(outcome, recount_model(model, outcome.allocation, exact=False), 0)["sparsity"]
+    record = run_record(outcome, recount_model(model, outcome.allocation, exact=False), 0).sparsity
     assert (
-        record["zeros"] == record["planned_zeros"] + 32
-        and record["extra_zeros"] == 32
-        and record["achieved"] > record["planned"]
+        record.zeros == record.planned_zeros + 32
+        and record.extra_zeros == 32
+        and record.achieved > record.planned
     )
 
 
@@ -63,7 +65,8 @@ def test_both_files_are_written_and_read_back(run, tmp_path):
     write_files(tmp_path, outcome, record)
     assert sorted(p.name for p in tmp_path.iterdir()) == [ALLOCATION_FILE, RUN_FILE]
     assert Allocation.read(tmp_path / ALLOCATION_FILE) == outcome.allocation
-    assert json.loads((tmp_path / RUN_FILE).read_text(encoding="utf-8")) == record
+    assert json.loads((tmp_path / RUN_FILE).read_text(encoding="utf-8")) == record.to_dict()
+    assert RunRecord.read(tmp_path / RUN_FILE) == record
 
 
 def test_saving_the_model_writes_the_files_beside_it(run, tmp_path):

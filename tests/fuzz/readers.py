@@ -186,7 +186,6 @@ READERS = {
     "tensors": Reader("model.safetensors", read_checkpoint, named=False),
     "index": Reader("model.safetensors.index.json", read_checkpoint),
     "config": Reader("config.json", read_checkpoint, named=False),
-    "loaded config": Reader("config.json", load_checkpoint, named=False),
     "loaded tokenizer": Reader("tokenizer.json", load_checkpoint, named=False),
     "manifest": Reader("export.json", read_checkpoint),
     "lines": Reader("data.jsonl", read_lines),
@@ -234,11 +233,15 @@ def unit(block: int, name: str, level: str, layers: list[tuple[str, int, int]]) 
 def run_document() -> dict[str, Any]:
     """A valid run.json beside it."""
     return {
-        "schema": "msp_plugin/run", "version": 1, "seed": 0, "seconds": 1.5, "versions": {"torch": "2"}, "python": "3",
+        "schema": "msp_plugin/run", "version": 2, "seed": 0, "seconds": 1.5, "versions": {"torch": "2"}, "python": "3",
         "sparsity": {
             "target": 0.5, "planned": 0.5, "achieved": 0.5, "exact": False, "weights": 5696, "zeros": 2848,
             "planned_zeros": 2848, "extra_zeros": 0,
         },
+        "stages": [
+            {"name": "dense", "perplexity": 12.0, "seconds": None, "sparsity": None},
+            {"name": "prune", "perplexity": 15.0, "seconds": 1.5, "sparsity": 0.5},
+        ],
         "perplexity": {"dense": 12.0, "uniform": 20.0, "mixed": 15.0}, "kl": {"uniform": 0.5, "mixed": 0.3},
         "search": {
             "allocator": "search", "forward_tokens": 4096, "evaluations": 7, "seconds": 1.0, "total_seconds": 2.0,

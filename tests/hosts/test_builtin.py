@@ -49,7 +49,7 @@ def test_it_prunes_bit_for_bit_as_llm_compressor_does(method, llama_dir, text, a
     assert weights[0].keys() == weights[1].keys()
     assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
     assert (own.path / "allocation.json").read_bytes() == (theirs.path / "allocation.json").read_bytes()
-    assert own.record["sparsity"] == theirs.record["sparsity"]
+    assert own.record.sparsity == theirs.record.sparsity
 
 
 def test_its_recipe_runs_in_llm_compressor(llama_dir, text, tmp_path):
@@ -60,7 +60,7 @@ def test_its_recipe_runs_in_llm_compressor(llama_dir, text, tmp_path):
     again = msp_plugin.run_recipe(
         own.path / "recipe.yaml", llama_dir, text, tmp_path / "again", dtype="float32", baseline=False
     )
-    assert again.record["sparsity"] == own.record["sparsity"]
+    assert again.record.sparsity == own.record.sparsity
 
 
 def test_pruning_loads_no_host(llama_dir, text, tmp_path):

@@ -41,7 +41,7 @@ def brute_force(steps, cost, goal):
 @given(knapsacks(), st.sampled_from([0, 10**9]))
 def test_the_choice_is_the_cheapest_of_all_with_bounds_and_without(problem, few):
     steps, cost, goal = problem
-    choice, least = cheapest(*problem, few=few), brute_force(*problem)
+    choice, least = cheapest(*problem, unbounded=few), brute_force(*problem)
     assert (choice is None) == (least is None)
     if choice is not None:
         assert sum(dict(steps[u])[k] for u, k in enumerate(choice)) == goal
@@ -64,8 +64,8 @@ def test_bounds_find_the_very_choice_of_the_whole_table(kind, seed):
     if kind == "pinned":
         steps[3], steps[9] = steps[3][:1], steps[9][4:]
     goal = int(sizes[:, 2].sum()) + int(rng.integers(-50, 50))
-    whole = cheapest(steps, cost, goal, few=10**9)
-    assert cheapest(steps, cost, goal, few=0) == whole
+    whole = cheapest(steps, cost, goal, unbounded=10**9)
+    assert cheapest(steps, cost, goal, unbounded=0) == whole
     assert sum(int(sizes[u, k]) for u, k in enumerate(whole)) == goal
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.levels import DENSE, Kind, Level
-from msp_plugin.pruning.masks import least, least_by_topk, nm_mask, nm_masks, recount
+from msp_plugin.pruning.masks import lowest, lowest_by_topk, nm_mask, nm_masks, recount
 
 LEVELS = [Level(n, m) for m in (2, 3, 4, 8, 16) for n in range(1, m)]
 INSIDE = [Level(n, m, Kind.NM_IN_24) for m in (4, 8, 12, 16) for n in range(1, m // 2 + 1)]
@@ -57,9 +57,9 @@ def test_inside_2_4_and_shares_take_the_best_and_ties_go_to_the_left(level, rows
 @given(st.lists(st.sampled_from([DENSE, *LEVELS, *INSIDE, *SHARES]), max_size=9), st.integers(0, 2**31))
 def test_levels_made_together_are_those_made_alone(levels, seed):
     score = torch.randint(0, 9, (3, 48), generator=torch.Generator().manual_seed(seed)).float()
-    for settle in (None, least_by_topk):
-        alone = [nm_masks(score, [level], settle)[0] for level in levels]
-        assert all(map(torch.equal, nm_masks(score, levels, settle), alone))
+    for tie_breaker in (None, lowest_by_topk):
+        alone = [nm_masks(score, [level], tie_breaker)[0] for level in levels]
+        assert all(map(torch.equal, nm_masks(score, levels, tie_breaker), alone))
 
 
 def test_a_level_inside_2_4_keeps_the_best_of_a_four_before_the_best_of_the_group():
@@ -172,12 +172,12 @@ def test_negative_zero_is_a_zero():
 def test_the_least_are_topks_whatever_is_equal(m, values):
     score = torch.randint(values, (m, 400), generator=torch.Generator().manual_seed(m)).float()
     for worst in range(m + 1):
-        assert torch.equal(least(score, worst), least_by_topk(score, worst))
-    assert torch.equal(least(-score.log(), 2), least_by_topk(-score.log(), 2))  # infinities
+        assert torch.equal(lowest(score, worst), lowest_by_topk(score, worst))
+    assert torch.equal(lowest(-score.log(), 2), lowest_by_topk(-score.log(), 2))  # infinities
 
 
 def test_more_equal_scores_than_a_byte_counts_are_settled():
     score = torch.zeros(512, 3)
     score[:257] = 1.0
-    gone = least(score, 511)
+    gone = lowest(score, 511)
     assert (~gone).sum(dim=0).tolist() == [1, 1, 1]

@@ -8,9 +8,9 @@ import pytest
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.units import Unit, UnitTable
 from msp_plugin.plugins.manager import Plugins
+from msp_plugin.records.comparison import CompareRecord
 from msp_plugin.report import write_report
 from msp_plugin.report.comparison import cells, labels
-from msp_plugin.report.records import Comparison
 
 ONE_CELL = {"methods": ("sparsegpt",), "sparsities": ("3/4",)}
 
@@ -33,7 +33,7 @@ def rows_of(numbers, **more):
 
 
 def comparison_of(rows):
-    return Comparison.model_validate({"units": [], "rows": rows})
+    return CompareRecord.model_validate({"units": [], "rows": rows})
 
 
 def test_an_allocation_that_several_seeds_found_is_ranked_once(comparison_dir, report, edit_json):

@@ -182,7 +182,7 @@ def test_an_allocation_alone_has_a_report(records, report):
 def test_equal_records_give_equal_bytes_in_any_place_and_process(records, comparison_dir, copied):
     code = """if True:
         import sys
-        from msp_plugin.plugins import Plugins
+        from msp_plugin.plugins.manager import Plugins
         from msp_plugin.report import write_report
         for path in sys.argv[1:]:
             write_report(path, plugins=Plugins(entry_points=False))

@@ -90,8 +90,8 @@ def test_groups_give_the_errors_of_one_within_the_memory_bound(llama, data, monk
     whole = fisher_errors(llama, data, names, ["less"], weight)
     groups = []
 
-    def recorded(model, samples, layers, progress):
-        found = fisher_diagonals(model, samples, layers, progress)
+    def recorded(model, samples, layers, progress, ranks):
+        found = fisher_diagonals(model, samples, layers, progress, ranks)
         groups.append((list(layers), sum(diagonal.nbytes for diagonal in found.values())))
         return found
 

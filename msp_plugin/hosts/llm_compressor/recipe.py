@@ -13,7 +13,7 @@ from msp_plugin.errors import MSPError, RecipeError, nearest, shown
 from msp_plugin.hosts.llm_compressor import HOST_KEYS
 from msp_plugin.hosts.llm_compressor.register import register_modifier
 from msp_plugin.plugins.manager import Plugins
-from msp_plugin.runtime.yaml_text import parse_yaml
+from msp_plugin.runtime.documents import parse_yaml
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import Plan, resolve
 

@@ -1,0 +1,110 @@
+"""Parts that several records have."""
+
+from __future__ import annotations
+
+from msp_plugin.records.base import Part
+
+#: (forward tokens, loss) or (predicted, measured).
+Point = tuple[int | float | None, float | None]
+
+
+class ModelRecord(Part):
+    """A model."""
+
+    source: str | None = None
+    """Its name as the user gave it, a path or a name on the hub."""
+    architecture: str | None = None
+    """The class of transformers."""
+    dtype: str | None = None
+    """The dtype in which it was loaded; `auto` is that of its files."""
+    fingerprint: str | None = None
+    """Digest of the weights."""
+
+
+class ReadingRecord(Part):
+    """The part of a text that was read from one source."""
+
+    source: str | None = None
+    """The file, data set or demo text."""
+    samples: int | None = None
+    """Samples that came from it."""
+    columns: tuple[str, ...] = ()
+    """Of a table, the columns that held the text."""
+    rows: int | None = None
+    """Documents, or rows of a table, that were read."""
+    skipped: int | None = None
+    """Of these rows, null or empty ones."""
+    bos: str | None = None
+    """Tokens that each sample starts with, as the tokenizer writes them."""
+
+
+class TextRecord(Part):
+    """Samples of text."""
+
+    source: str | None = None
+    """Where they came from, as the user named it; `[2:]` are those from the third on."""
+    samples: int | None = None
+    """How many there are."""
+    length: int | None = None
+    """Tokens of a sample that was asked for."""
+    tokens: int | None = None
+    """Tokens of all samples."""
+    seed: int | None = None
+    """Seed of the choice of samples."""
+    fingerprint: str | None = None
+    """Digest of the token ids."""
+    sources: tuple[ReadingRecord, ...] = ()
+    """What was read of each source; empty for a part of a text."""
+
+
+class SearchRecord(Part):
+    """The cost of an allocation, and the losses that its search measured."""
+
+    allocator: str | None = None
+    """Its name; null if the allocation was given, or found without looking at the model."""
+    ended: str | None = None
+    """Why the search stopped where it did."""
+    forward_tokens: int | float | None = None
+    """Tokens that candidates put through the model; a backward pass counts as two forward passes."""
+    sensitivity_tokens: int | float | None = None
+    """The same for the sensitivities that the allocator reads."""
+    evaluations: int | None = None
+    """Candidates that were measured."""
+    seconds: float | None = None
+    """Duration of the search alone."""
+    total_seconds: float | None = None
+    """Duration with the sensitivities and the level database, as far as they were not in the cache."""
+    loss: float | None = None
+    """Loss of the allocation on the search text, nats per token."""
+    uniform_loss: float | None = None
+    """The same of the uniform allocation."""
+    curve: tuple[Point, ...] = ()
+    """[forward tokens, least loss so far] whenever it fell."""
+    holdout: tuple[Point, ...] = ()
+    """[forward tokens, loss of the incumbent on the hold-out text] whenever it was measured."""
+    predictions: tuple[Point, ...] = ()
+    """[predicted, measured] change of the loss of proposals, nats per token."""
+    notes: tuple[str, ...] = ()
+    """Remarks of the allocator for a reader of the result."""
+
+
+class SpeedRecord(Part):
+    """One measurement of speed. This package writes none; what you add is shown in the report."""
+
+    name: str
+    """What was measured."""
+    value: float | None = None
+    """The number."""
+    unit: str = ""
+    """Its unit, such as `tokens/s`."""
+    source: str = ""
+    """The script that measured it."""
+
+
+class QualityRecord(Part):
+    """The quality of a model on the test text."""
+
+    perplexity: float | None = None
+    """Perplexity."""
+    kl: float | None = None
+    """KL divergence from the dense model, nats per token."""
