@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from msp_plugin.checkpoint.recount import PruneStats
 from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import TextSplit
 from msp_plugin.records.run import Outcome
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.search.resolve import Plan
@@ -21,16 +22,21 @@ class PruneInputs:
     """What a host reads beside the model.
 
     Args:
-        data: calibration samples, with those of the search at the end.
+        text: split as the search asks.
         batch: samples of one forward pass.
         tokenizer: saved beside the model, and asked for by some hosts.
         trust_remote_code: the model runs code of its repository.
     """
 
-    data: CalibrationSet
+    text: TextSplit
     batch: int
     tokenizer: PreTrainedTokenizerBase
     trust_remote_code: bool = False
+
+    @property
+    def data(self) -> CalibrationSet:
+        """The samples that calibrate the final pruning."""
+        return self.text.pruning
 
 
 @dataclass(frozen=True)

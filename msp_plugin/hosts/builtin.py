@@ -87,7 +87,7 @@ class BuiltIn:
         with on_best_device(model):
             found = allocate(
                 model,
-                inputs.data,
+                inputs.text,
                 options,
                 fresh=context.fresh,
                 progress=context.progress,

@@ -46,9 +46,17 @@ class Prefix:
         return self._skipped // len(self.blocks)
 
     @property
-    def holds(self) -> bool:
-        """True if any activations are kept."""
-        return any(self._inputs.values())
+    def bytes_held(self) -> int:
+        """Bytes of the activations in memory."""
+        storages = (given.untyped_storage() for held in self._inputs.values() for given in held.values())
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def release(self) -> bool:
+        """Let go of all activations, and hold none from now on; return False, and change nothing, if none are held."""
+        if not any(self._inputs.values()):
+            return False
+        self._starts, self._inputs = (), {}
+        return True
 
     def forget(self, first: int) -> None:
         """Drop what is beyond block ``first``: the inputs of later blocks are out of date."""

@@ -19,8 +19,7 @@ import torch
 
 from msp_plugin.allocators.base import Choice
 from msp_plugin.checkpoint.source import ModelSource
-from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.data.samples import Samples, Text, load_samples
+from msp_plugin.data.samples import SearchText, Text, TextSplit, load_split
 from msp_plugin.errors import DataError, MSPError
 from msp_plugin.hosts.base import PruneInputs
 from msp_plugin.hosts.builtin import BuiltIn, pruned_weights
@@ -45,7 +44,7 @@ from msp_plugin.runtime.files import finite
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.memory import freed_memory_kept
 from msp_plugin.runtime.ranks import LostError
-from msp_plugin.search.allocate import check_model, hold_out, make_problem, uniform_levels
+from msp_plugin.search.allocate import check_model, make_problem, uniform_levels
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
 from msp_plugin.search.measurements import Measurements
@@ -84,23 +83,22 @@ def compare(
     source.check()
     text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
     tokenizer = source.tokenizer()
-    search_tokens = max(plan.allocator.held_out_tokens for plan in plans)
-    stopping = max(plan.allocator.stopping_tokens for plan in plans)
-    fit = all(plan.fits for plan in plans)
-    samples = load_samples(tokenizer, text, search_tokens + stopping)
-    if samples.test is None:
+    asked = [plan.search_text for plan in plans]
+    most = SearchText(
+        max(a.search for a in asked), max(a.holdout for a in asked), fit=all(a.fit for a in asked)
+    )
+    samples = load_split(tokenizer, text, most)
+    if not samples.test:
         raise DataError("a comparison needs test text", hint="give test samples")
-    calibration, search, holdout = hold_out(samples.calibration, search_tokens, stopping, fit=fit)
     model = source.load()
     if grid.prune:
         check_room(model, source.cache)
-    inputs = PruneInputs(samples.calibration, text.batch, tokenizer, source.trust_remote_code)
+    inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
     for plan in plans:
         check_model(model, plan)
         if grid.prune:
             host_for(plan, plugins).check(model, plan, inputs)
-    parts = calibration, search, holdout
-    bench = _Bench(source, model, inputs, samples, parts, grid, plugins, context)
+    bench = _Bench(source, model, inputs, samples, grid, plugins, context)
     with freed_memory_kept(), on_best_device(model):
         if ranks.size > 1:
             bench.allocate_together()
@@ -108,8 +106,8 @@ def compare(
                 return None
         dense = perplexity(model, samples.test, progress=partial(context.progress, "perplexity, dense"))
         identity = {
-            "model": fingerprint(model), "calibration": samples.calibration.fingerprint, "batch": text.batch,
-            "test": samples.test.fingerprint, "holdout": holdout.fingerprint, "prune": grid.prune,
+            "model": fingerprint(model), "calibration": samples.pruning.fingerprint, "batch": text.batch,
+            "test": samples.test.fingerprint, "holdout": samples.holdout.fingerprint, "prune": grid.prune,
             "device": input_device(model).type,
             "versions": versions(),
         }  # fmt: skip
@@ -128,12 +126,12 @@ def compare(
         bounds={pattern: tuple(map(str, shares)) for pattern, shares in bounds.shares.items()},
         protect=bounds.protect,
         texts={
-            "calibration": calibration.record(),
-            "search": search.record(),
-            "holdout": holdout.record(),
+            "calibration": samples.calibration.record(),
+            "search": samples.search.record(),
+            "holdout": samples.holdout.record(),
             "test": samples.test.record(),
         },
-        sources=tuple(r.record() for part in (samples.calibration, samples.test) for r in part.readings),
+        sources=tuple(r.record() for part in (samples.pruning, samples.test) for r in part.readings),
         units=tuple(map(_unit_record, bench.table)),
         dense=QualityRecord(perplexity=dense),
         sensitivities=bench.sensitivities,
@@ -156,9 +154,7 @@ class _Bench:
     source: ModelSource
     model: PreTrainedModel
     inputs: PruneInputs
-    samples: Samples
-    #: Samples of calibration, search and hold-out.
-    parts: tuple[CalibrationSet, CalibrationSet, CalibrationSet]
+    samples: TextSplit
     grid: Grid
     plugins: Plugins
     context: RunContext
@@ -177,7 +173,7 @@ class _Bench:
             for sparsity in self.grid.sparsities:
                 of = make_problem(self.model, self.table, self._plan(method, sparsity, first_label))
                 held = Measurements(
-                    self.model, self.table, first.menu, first.pruner, *self.parts, estimators, first.cache,
+                    self.model, self.table, first.menu, first.pruner, self.samples, estimators, first.cache,
                     fresh=self.context.fresh, ranks=self.context.ranks, sensitivities=self.sensitivities, renewed=self.renewed, prefix=uniform_levels(of),
                 )  # fmt: skip
                 for label in self.grid.allocators:
@@ -252,8 +248,8 @@ class _Bench:
         with CandidateWeights(self.model, held.database, problem) as weights:
             test = CandidateLoss(weights, self.samples.test, reuse=False).prepare()
             stop = None
-            if held.holdout:
-                stop = CandidateLoss(weights, held.holdout, reuse=False).prepare()(choice)
+            if self.samples.holdout:
+                stop = CandidateLoss(weights, self.samples.holdout, reuse=False).prepare()(choice)
             weights.set(choice)
             found = {"holdout_loss": finite(stop), "database": _named(test.quality())}
         if not self.grid.prune:

@@ -21,7 +21,7 @@ from msp_plugin.checkpoint.load import is_packed
 from msp_plugin.checkpoint.run_files import copy_processor, run_record, write_files
 from msp_plugin.checkpoint.saving import check_savable, generation_config_kept, kept_if_it_fails
 from msp_plugin.checkpoint.source import ModelSource
-from msp_plugin.data.samples import Samples, Text, load_samples
+from msp_plugin.data.samples import SearchText, Text, TextSplit, load_split
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.hosts.base import Host, Pruned, PruneInputs
 from msp_plugin.hosts.builtin import BuiltIn
@@ -206,8 +206,8 @@ def run(
         )
         text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
         tokenizer = source.tokenizer()
-        samples = load_samples(tokenizer, text, options.search_tokens if options else 0)
-        inputs = PruneInputs(samples.calibration, text.batch, tokenizer, source.trust_remote_code)
+        samples = load_split(tokenizer, text, options.search_text if options else SearchText())
+        inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
         job = _Job(host, source, text, options, samples, inputs, path, context)
         stages = job.references(baseline, journal_file)
         gc.collect()
@@ -256,7 +256,7 @@ class _Job:
     source: ModelSource
     text: Text
     options: Plan | None
-    samples: Samples
+    samples: TextSplit
     inputs: PruneInputs
     out: Path
     context: RunContext
@@ -280,15 +280,13 @@ class _Job:
         if self.mixes_alone:
             need = sum(p.numel() * p.element_size() for _, _, p in named_parameters(model))
             check_free(self.out, need, "the pruned model takes", "give an output directory on another disk")
-        if options is not None:
-            self.samples.calibration.split(options.search_tokens, fit=options.fits)
         self.host.check(model, options, self.inputs)
         with closing(Journal(journal_file, self._identity(model), ranks)) as journal:
             dense = journal.get("dense", partial(self.measure, "dense", model))
             stages = [StageRecord(name=DENSE, perplexity=finite(dense))]
             del model
             gc.collect()
-            if options is not None and baseline and self.samples.test is not None and not options.is_uniform:
+            if options is not None and baseline and self.samples.test and not options.is_uniform:
                 stages.append(StageRecord.model_validate(journal.get("uniform stage", self._uniform)))
         return stages
 
@@ -309,7 +307,7 @@ class _Job:
 
     def measure(self, name: str, model: PreTrainedModel) -> float | None:
         """Return the test perplexity; None without test text, or, after pruning, if it is not a number."""
-        if self.samples.test is None:
+        if not self.samples.test:
             return None
         return self.context.ranks.on_rank_zero(partial(self._perplexity, name, model))
 
@@ -346,7 +344,7 @@ class _Job:
         )
         name = "result" if options is None else "mixed"
         with kept():
-            value = None if self.samples.test is None else finite(self._perplexity(name, model))
+            value = finite(self._perplexity(name, model)) if self.samples.test else None
         record = self._measured(record, before, value)
         with writing(self.out), output_directory(self.out) as temporary, kept():
             with warnings.catch_warnings(), generation_config_kept(model, temporary):
@@ -367,9 +365,9 @@ class _Job:
             "model": fingerprint(model),
             "recipe": json.loads(json.dumps(spelled, default=str)),
             "host": self.host.name,
-            "calibration": self.samples.calibration.fingerprint,
+            "calibration": self.samples.pruning.fingerprint,
             "batch": self.text.batch,
-            "test": test and test.fingerprint,
+            "test": test.fingerprint if test else None,
             "versions": versions(),
             "method": options and options.pruner.code(),
             "allocation": options and options.given and options.given.to_dict(),
@@ -392,8 +390,8 @@ class _Job:
                 "stages": (*before, pruned),
                 "perplexity": quality,
                 "model": ModelRecord(source=str(self.source.name), dtype=self.source.dtype),
-                "calibration": self.samples.calibration.record(length=text.length, seed=text.seed),
-                "test": None if test is None else test.record(length=text.length),
+                "calibration": self.samples.pruning.record(length=text.length, seed=text.seed),
+                "test": test.record(length=text.length) if test else None,
             }
         )
 
@@ -413,12 +411,12 @@ def search(source: ModelSource, text: Text, options: Plan, context: RunContext =
     """
     source.check()
     text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
-    samples = load_samples(source.tokenizer(), text, options.search_tokens)
+    samples = load_split(source.tokenizer(), text, options.search_text)
     model = source.load()
     with on_best_device(model):
         return allocate_on(
             model,
-            samples.calibration,
+            samples,
             options,
             fresh=context.fresh,
             progress=context.progress,
