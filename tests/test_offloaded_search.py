@@ -147,7 +147,11 @@ def allocate(tmp_path, make_samples):
         problem = AllocationProblem(table, MENU, parse_sparsity("0.6"))
         result, record = held.allocate(ALLOCATORS[allocator], problem, 0)
         assert state(model) == before
-        return result, {k: v for k, v in record.items() if "seconds" not in k}, held.sensitivities
+        return (
+            result,
+            {k: v for k, v in record.model_dump().items() if "seconds" not in k},
+            held.sensitivities,
+        )
 
     return allocate
 
