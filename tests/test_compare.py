@@ -48,7 +48,7 @@ def run(llama_dir, text, tmp_path):
     """Compare on the tiny Llama by magnitude, without the final pruning unless asked for."""
 
     def run(allocators, sparsities=("3/4",), methods=("magnitude",), seeds=(0,), prune=False, **options):
-        shared = {"cache": str(tmp_path / "cache"), **options}
+        shared = {"cache": str(tmp_path / "cache"), "granularity": "unit", **options}
         finals = shared.pop("finals", None)
         context = RunContext(**{name: shared.pop(name) for name in ("ranks", "fresh") if name in shared})
         grid = Grid(sparsities, methods, allocators, seeds, shared, prune)

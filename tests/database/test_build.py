@@ -166,10 +166,10 @@ def test_layers_that_share_an_input_share_a_statistic(llama, data):
     for unit in table:
         for layer in unit.layers:
             x = inputs_of(llama, layer.name, data)[0].double()
-            scalars, samples, tokens = found[unit.name]
-            assert (samples, tokens) == (6, 144)
+            statistic = found[unit.name]
+            assert (statistic.samples, statistic.tokens) == (6, 144)
             torch.testing.assert_close(
-                scalars.double() * samples / tokens, x.square().mean(0), rtol=1e-4, atol=1e-6
+                statistic.mean.double() * 6 / 144, x.square().mean(0), rtol=1e-4, atol=1e-6
             )
 
 
