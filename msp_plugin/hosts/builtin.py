@@ -106,8 +106,14 @@ class BuiltIn:
         return Pruned(outcome, stats)
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:
-        """Write the weights and config as transformers does."""
-        model.save_pretrained(directory, max_shard_size=SHARD_BYTES)
+        """Write the weights and config as transformers does; of an offloaded model in the order of one in memory."""
+        from transformers.core_model_loading import dot_natural_key
+
+        state = None
+        if offloaded_module(model) is not None:
+            model.tie_weights()  # running left a placeholder of its own in each place: a tied weight would come twice
+            state = dict(sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0])))
+        model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD_BYTES)
 
     def forget(self) -> None:
         """Do nothing: no model is held."""
