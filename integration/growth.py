@@ -40,6 +40,7 @@ def grow(size: str, levels: int, folder: str) -> dict[str, float]:
     """Return seconds, CPU seconds and peak memory of a database and a search of a model."""
     import torch
 
+    from msp_plugin.data.samples import TextSplit
     from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.budget import AllocationProblem
     from msp_plugin.plan.levels import parse_menu, parse_sparsity
@@ -52,7 +53,7 @@ def grow(size: str, levels: int, folder: str) -> dict[str, float]:
     search, holdout = rest.cut(4 * 256)
     table, menu, plugins = prunable_layers(model), parse_menu(["dense", *LEVELS[levels]]), Plugins()
     measurements = Measurements(
-        model, table, menu, plugins.build("pruners", "sparsegpt"), calibration, search, holdout,
+        model, table, menu, plugins.build("pruners", "sparsegpt"), TextSplit(calibration, search, holdout),
         {"fisher": plugins.build("estimators", {"name": "fisher", "samples": 2})}, folder,
     )  # fmt: skip
     found: dict[str, float] = {"parameters": sum(p.numel() for p in model.parameters())}

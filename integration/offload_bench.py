@@ -72,11 +72,13 @@ def search(way: str, model: Path, folder: str) -> dict[str, object]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from msp_plugin.data.samples import TextSplit
     from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.budget import AllocationProblem
     from msp_plugin.plan.levels import parse_menu, parse_sparsity
     from msp_plugin.plugins.manager import Plugins
     from msp_plugin.search import measurements as measure
+    from msp_plugin.search import unit_errors
     from msp_plugin.search.measurements import Measurements
 
     torch.set_num_threads(2)
@@ -90,12 +92,12 @@ def search(way: str, model: Path, folder: str) -> dict[str, object]:
             parameter.data = parameter.data.clone()
     size = sum(p.nbytes for p in loaded.parameters())
     measure.CandidateWeights = partial(measure.CandidateWeights, held_bytes=size // 8)
-    measure.fisher_errors = partial(measure.fisher_errors, diagonal_bytes=size // 8)
+    unit_errors.fisher_errors = partial(unit_errors.fisher_errors, diagonal_bytes=size // 8)
     calibration, rest = data.cut(8 * 256)
     part, holdout = rest.cut(4 * 256)
     table, menu = prunable_layers(loaded), parse_menu(["dense", *LEVELS])
     measurements = Measurements(
-        loaded, table, menu, pruner, calibration, part, holdout,
+        loaded, table, menu, pruner, TextSplit(calibration, part, holdout),
         {"fisher": plugins.build("estimators", {"name": "fisher", "samples": 2})}, folder,
     )  # fmt: skip
     found: dict[str, object] = {"parameters": size // 4, "model_gb": size / 1e9}

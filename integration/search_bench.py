@@ -26,7 +26,7 @@ PATIENT = {**SEARCH, "patience": 3}
 
 def bench_model(model_name: str, method: str, sparsity: str, cache: str | None):
     """Return (measurements, problem, hold-out that no search sees) of a demo model."""
-    from msp_plugin.data.samples import load_samples
+    from msp_plugin.data.samples import SearchText, TextSplit, load_split
     from msp_plugin.demo import demo_model_path, demo_text
     from msp_plugin.models.layers import prunable_layers
     from msp_plugin.models.load import load_model
@@ -38,15 +38,15 @@ def bench_model(model_name: str, method: str, sparsity: str, cache: str | None):
 
     path = demo_model_path(model_name)
     model, text = load_model(path, "float32"), demo_text().for_model(path)
-    samples = load_samples(load_tokenizer(path), text, 12288 + 4096 + 16384).calibration
+    samples = load_split(load_tokenizer(path), text, SearchText(12288 + 4096 + 16384)).pruning
     calibration, rest = samples.samples[:64], type(samples)(samples.samples[64:], "search")
     rest, unseen = rest.cut(16384)
     search, holdout = rest.cut(4096)
     table, menu = prunable_layers(model), parse_menu(DEFAULT_LEVELS)
     plugins = Plugins()
     measurements = Measurements(
-        model, table, menu, plugins.build("pruners", method), type(samples)(calibration, "calibration"),
-        search, holdout, {"fisher": plugins.build("estimators", FISHER)}, cache,
+        model, table, menu, plugins.build("pruners", method), TextSplit(
+            type(samples)(calibration, "calibration"), search, holdout), {"fisher": plugins.build("estimators", FISHER)}, cache,
     )  # fmt: skip
     return measurements, AllocationProblem(table, menu, parse_sparsity(sparsity)), unseen
 
@@ -189,10 +189,10 @@ def prefix_reuse(model: str, cache: str | None, candidates: int = 40) -> dict:
             moves.append((*now[:unit], level, *now[unit + 1 :]))
     with CandidateWeights(measurements.model, measurements.database, problem) as weights:
         losses = {
-            reuse: CandidateLoss(weights, measurements.search, reuse=reuse).prepare()
+            reuse: CandidateLoss(weights, measurements.text.search, reuse=reuse).prepare()
             for reuse in (True, False)
         }
-        losses[True].keep(now)
+        losses[True].set_incumbent(now)
         times: dict[bool, list[float]] = {True: [], False: []}
         worst = 0.0
         for reuse in (True, False):
@@ -206,7 +206,7 @@ def prefix_reuse(model: str, cache: str | None, candidates: int = 40) -> dict:
             worst = max(worst, abs(values[0] - values[1]))
     ratios = [b / a for a, b in zip(times[True], times[False], strict=True)]
     return {
-        "model": model, "candidates": candidates, "tokens": measurements.search.tokens,
+        "model": model, "candidates": candidates, "tokens": measurements.text.search.tokens,
         "seconds_with": statistics.median(times[True]), "seconds_without": statistics.median(times[False]),
         "speedup_all": sum(times[False]) / sum(times[True]), "speedup_median": statistics.median(ratios),
         "largest_difference": worst,

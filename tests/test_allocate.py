@@ -8,6 +8,7 @@ import torch
 
 from msp_plugin.allocators.base import AllocationResult
 from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import TextSplit, split_text
 from msp_plugin.errors import BudgetError, DataError, NumericsError, RecipeError, VerificationError
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
@@ -16,9 +17,10 @@ from msp_plugin.plan.levels import Level
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.records.parts import SearchRecord
 from msp_plugin.runtime.digests import versions
-from msp_plugin.search import measurements as measure
-from msp_plugin.search.allocate import allocate, check_model, make_problem, parts, uniform_levels
-from msp_plugin.search.measurements import open_database
+from msp_plugin.search import level_database
+from msp_plugin.search.allocate import allocate as allocate_split
+from msp_plugin.search.allocate import check_model, make_problem, uniform_levels
+from msp_plugin.search.level_database import open_database
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
 
@@ -35,9 +37,21 @@ def plan(tmp_path):
             "cache": str(tmp_path / "cache"),
             **options,
         }
+        if "allocation" not in options:
+            options = {"granularity": "unit", **options}
         return resolve(Options(**options), plugins or Plugins(entry_points=False))
 
     return make
+
+
+def allocate(model, data, made, **options):
+    text = TextSplit() if data is None else split_text(data, made.search_text)
+    return allocate_split(model, text, made, **options)
+
+
+def parts(data, made):
+    text = split_text(data, made.search_text)
+    return text.calibration, text.search, text.holdout
 
 
 def key_of(model_id, data, made):
@@ -217,13 +231,13 @@ def test_the_three_parts_are_used_for_what_they_are_for(llama, make_samples, pla
             seen["search"], seen["holdout"] = inputs.loss.data.samples, inputs.holdout.data.samples
             return AllocationResult(inputs.problem.uniform())
 
-    original = measure.build_database
+    original = level_database.build_database
 
     def build(database, model, table, pruner, samples, **options):
         seen["statistics"] = samples.samples
         return original(database, model, table, pruner, samples, **options)
 
-    monkeypatch.setattr(measure, "build_database", build)
+    monkeypatch.setattr(level_database, "build_database", build)
     allocate(llama, data, dataclasses.replace(made, allocator=Stopping(tokens=48)))
     assert {name: [len(part), [torch.equal(a, b) for a in part for b in data.samples].index(True)]
             for name, part in seen.items()} == {"statistics": [6, 0], "search": [2, 6], "holdout": [2, 8]}  # fmt: skip

@@ -5,10 +5,12 @@ from fractions import Fraction
 
 import pytest
 
+from msp_plugin.data.samples import split_text
 from msp_plugin.errors import BudgetError, RecipeError
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
-from msp_plugin.search.allocate import allocate, check_model
+from msp_plugin.search.allocate import allocate as allocate_split
+from msp_plugin.search.allocate import check_model
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
 
@@ -28,6 +30,10 @@ def plan(tmp_path):
         return resolve(Options(**options), Plugins(entry_points=False))
 
     return make
+
+
+def allocate(model, data, made):
+    return allocate_split(model, split_text(data, made.search_text), made)
 
 
 def sparsities(allocation):

@@ -23,9 +23,10 @@ from msp_plugin.passes.losses import mean_kl, perplexity
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
-from msp_plugin.search import candidate_loss as candidates
+from msp_plugin.search import batches
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
+from msp_plugin.search.dense_reference import make_reference
 
 MENU = parse_menu(["dense", "2:4", "1:4"])
 SIZES = {
@@ -216,7 +217,7 @@ def test_the_dense_weights_are_back_when_the_block_fails(llama, data, measured, 
     held = measured(llama)
     before, where, hooks = bits(llama), places(llama), count_hooks(llama)
     with pytest.raises(cause), loss_of(llama, held, data) as loss:
-        loss.keep(A)
+        loss.set_incumbent(A)
         loss(A)
         loss((1, 2) * 4)
         raise cause
@@ -341,7 +342,7 @@ def test_held_weights_are_read_once_and_make_way_when_they_grow_too_large(llama,
 
     monkeypatch.setattr(database, "weight", counting)
     choices = [A, B, (2,) * 8, A, B]
-    one = max(layer.weights for layer in problem.table.layers) * 4
+    one, every = max(layer.weights for layer in problem.table.layers) * 4, problem.table.weights * 4 * 2
     found, reads = {}, {}
     for limit in (1, 3 * one, 1 << 30):
         read.clear()
@@ -350,9 +351,8 @@ def test_held_weights_are_read_once_and_make_way_when_they_grow_too_large(llama,
             found[limit] = []
             for choice in choices:
                 found[limit].append(loss(choice))
-                held = [tensor.nbytes for tensor in weights._held.values()]
-                assert sum(held) <= limit or len(held) == 1
-            assert sum(held) > limit - one or len(held) == 28  # and no more makes way than must
+                assert weights.bytes_held <= max(limit, one)
+            assert weights.bytes_held > min(limit, every) - one  # and no more makes way than must
         reads[limit] = len(read)
     assert found[1] == found[3 * one] == found[1 << 30]
     assert reads[1 << 30] == 2 * 14 == len(set(read)) and reads[1] > reads[1 << 30]
@@ -389,22 +389,22 @@ def memory_for(model, rows, error, seen=None):
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("reuse", [True, False])
-def test_a_batch_that_does_not_fit_is_measured_in_parts(
+def test_batches_are_halved_until_one_fits_when_the_loss_is_prepared(
     llama, make_samples, measured, error, reuse, caplog, monkeypatch
 ):
-    monkeypatch.setattr(candidates, "SHARES", 1)
+    monkeypatch.setattr(batches, "SHARES", 1)
     data, held = make_samples(7, 20), measured(llama)
     with loss_of(llama, held, data, reuse=reuse) as loss:
-        loss.keep(A)
+        loss.set_incumbent(A)
         expected = [loss(A), loss(B), *loss.quality()]
     seen = []
     with memory_for(llama, 2, error, seen), loss_of(llama, held, data, reuse=reuse) as loss:
         first, seen[:] = max(seen), []
-        loss.keep(A)
+        loss.set_incumbent(A)
         found = [loss(A), loss(B), *loss.quality()]
         assert loss.forward_tokens == 2 * data.tokens
     assert found == pytest.approx(expected, rel=1e-5) and first == 7
-    assert max(seen) <= 2  # the first batch showed what fits
+    assert max(seen) <= 2
     assert [r.message for r in caplog.records].count(caplog.messages[0]) == len(caplog.messages) == 1
     assert "7 samples of 20 tokens do not fit into memory at once, 2 do" in caplog.text
 
@@ -419,7 +419,7 @@ def test_a_sample_that_does_not_fit_is_an_error_that_says_what_to_do(llama, make
     with loss_of(llama, held, make_samples(3, 20)) as loss:
         loss(A)
         with memory_for(llama, 0, error), pytest.raises(ModelError, match="one sample of 20 tokens"):
-            loss.slopes(A, [0, 1], 1, 0)
+            loss.move_gradients(A, [0, 1], 1, 0)
 
 
 @pytest.mark.parametrize("where", ["weights", "pass"])
@@ -432,7 +432,7 @@ def test_what_is_held_for_later_goes_before_a_candidate_fails(
     failing, read = [], database.weight
 
     def full() -> None:
-        if failing and weights._held:  # as long as anything is held
+        if failing and weights.bytes_held:  # as long as anything is held
             raise NO_MEMORY[0]
 
     def weight(layer, level):
@@ -443,7 +443,7 @@ def test_what_is_held_for_later_goes_before_a_candidate_fails(
     monkeypatch.setattr(database, "weight", weight)
     with CandidateWeights(llama, database, problem) as weights:
         loss = CandidateLoss(weights, data).prepare()
-        loss.keep(A)
+        loss.set_incumbent(A)
         found = [loss(A)]
         failing.append(True)
         handle = llama.model.layers[0].register_forward_pre_hook(
@@ -451,7 +451,10 @@ def test_what_is_held_for_later_goes_before_a_candidate_fails(
         )
         found += [loss(B), loss(A)]
         handle.remove()
-        assert found == expected and not weights._held and loss._prefix is None
+        assert found == expected and not weights.bytes_held
+        saved = loss.forward_tokens - loss.block_tokens
+        loss.set_incumbent(B)
+        assert [loss(B), loss(B)] == [expected[1]] * 2 and loss.forward_tokens - loss.block_tokens == saved
     assert caplog.text.count("memory is short") == 1
 
 
@@ -469,16 +472,15 @@ def test_weights_that_do_not_fit_are_an_error_that_says_what_to_do(llama, data, 
         assert "offloaded weights" in error.value.hint
 
 
-def test_what_scales_or_caps_logits_is_run_again_instead_of_holding_them(make_samples, measured):
+def test_what_scales_or_caps_logits_is_run_again_instead_of_holding_them(make_samples):
     for model in (gemma2(), granite()):
-        data = make_samples(3, 16)
-        with loss_of(model, measured(model), data) as loss:
-            kept = [reference.kept for reference in loss._reference]
-            assert loss._tail and all(k.shape == (16, model.config.hidden_size) for k in kept)
+        reference = make_reference(model, make_samples(3, 16).samples)
+        reference.measure_dense([0, 1, 2])
+        assert [tuple(reference.outputs[i].shape) for i in range(3)] == [(16, model.config.hidden_size)] * 3
 
 
 def test_any_other_error_of_a_model_comes_through(llama, make_samples, measured, monkeypatch):
-    monkeypatch.setattr(candidates, "SHARES", 1)
+    monkeypatch.setattr(batches, "SHARES", 1)
     held = measured(llama)
     refused = pytest.raises(RuntimeError, match="^mine$")
     with memory_for(llama, 1, RuntimeError("mine")), refused, loss_of(llama, held, make_samples(3, 20)):

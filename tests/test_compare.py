@@ -12,7 +12,7 @@ import torch
 
 from msp_plugin.allocators.base import AllocationResult, Allocator
 from msp_plugin.checkpoint.source import ModelSource
-from msp_plugin.data.samples import Text, load_samples
+from msp_plugin.data.samples import Text, load_split
 from msp_plugin.errors import BudgetError, DataError, MSPError
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
@@ -48,7 +48,7 @@ def run(llama_dir, text, tmp_path):
     """Compare on the tiny Llama by magnitude, without the final pruning unless asked for."""
 
     def run(allocators, sparsities=("3/4",), methods=("magnitude",), seeds=(0,), prune=False, **options):
-        shared = {"cache": str(tmp_path / "cache"), **options}
+        shared = {"cache": str(tmp_path / "cache"), "granularity": "unit", **options}
         finals = shared.pop("finals", None)
         context = RunContext(**{name: shared.pop(name) for name in ("ranks", "fresh") if name in shared})
         grid = Grid(sparsities, methods, allocators, seeds, shared, prune)
@@ -134,7 +134,7 @@ def test_kl_and_perplexity_are_those_of_the_pruned_weights_by_hand(run, text, ll
         {**by_name("uniform", "knapsack"), "search": SEARCH}, ("5/8",), levels=["dense", "2:4", "1:4"]
     )
     dense = load_model(llama_dir, "float32")
-    test = load_samples(tokenizer, text).test.samples
+    test = load_split(tokenizer, text).test.samples
     assert record["dense"]["perplexity"] == pytest.approx(quality(dense, dense, test)[1], rel=1e-5)
     for row in record["rows"]:
         pruned = load_model(llama_dir, "float32")
@@ -154,7 +154,7 @@ def test_a_pruned_row_is_what_a_run_with_that_allocation_gives(run, text, llama_
     import msp_plugin
 
     record = run(by_name("uniform", "knapsack"), methods=("wanda",), prune=True)
-    dense, test = load_model(llama_dir, "float32"), load_samples(tokenizer, text).test.samples
+    dense, test = load_model(llama_dir, "float32"), load_split(tokenizer, text).test.samples
     row = row_of(record, "knapsack")
     levels = tuple(map(Level.parse, row["levels"]))
     allocation = Allocation(prunable_layers(dense), levels, Fraction(3, 4), {}, {})
@@ -247,11 +247,13 @@ def test_without_test_text_there_is_nothing_to_compare(run, llama_dir, text, no_
 def test_a_database_is_built_once_for_each_method_and_sparsity_and_serves_the_next_comparison(
     run, tmp_path, monkeypatch
 ):
-    from msp_plugin.search import measurements as measure
+    from msp_plugin.search import level_database
 
     built = []
-    real = measure.build_database
-    monkeypatch.setattr(measure, "build_database", lambda *a, **b: built.append(a[3].name) or real(*a, **b))
+    real = level_database.build_database
+    monkeypatch.setattr(
+        level_database, "build_database", lambda *a, **b: built.append(a[3].name) or real(*a, **b)
+    )
     cell = {"uniform": "uniform", "knapsack": "knapsack", "msp": MSP}
     run(cell, ("1/2", "3/4"), ("magnitude", "wanda"), (0, 1))
     files = list((tmp_path / "cache").rglob("*.safetensors"))

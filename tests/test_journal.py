@@ -24,14 +24,14 @@ class Loss:
         self.forward_tokens += 2 * (3 if samples is None else len(samples))
         return math.inf if choice == (9,) else sum(choice) / 3
 
-    def slopes(self, choice, samples, reach, seed):
+    def move_gradients(self, choice, samples, reach, seed):
         self.calls.append((choice, samples, reach, seed))
         self.forward_tokens += 10 * len(samples)
         found = np.random.default_rng(seed).standard_normal((2, len(samples), 2, 3))
         found[:, :, 1, 2] = np.nan
         return tuple(found)
 
-    def keep(self, choice):
+    def set_incumbent(self, choice):
         self.kept.append(choice)
 
 
@@ -51,9 +51,16 @@ def open_loss(tmp_path, make_samples):
 
 
 def ask(loss):
-    loss.keep((0, 1))
-    slopes = loss.slopes((0, 1), (0, 2), 2, 7)
-    values = [loss((0, 1)), loss((9,)), loss((0, 1), (1,)), loss((0, 1)), *slopes[0].flat, *slopes[1].flat]
+    loss.set_incumbent((0, 1))
+    gradients = loss.move_gradients((0, 1), (0, 2), 2, 7)
+    values = [
+        loss((0, 1)),
+        loss((9,)),
+        loss((0, 1), (1,)),
+        loss((0, 1)),
+        *gradients[0].flat,
+        *gradients[1].flat,
+    ]
     return values, loss.forward_tokens
 
 

@@ -11,6 +11,7 @@ import torch
 
 from msp_plugin.allocators.base import AllocationResult, Allocator
 from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import NO_TEXT, TextSplit
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
@@ -21,9 +22,11 @@ from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.sparsegpt import SparseGPT
 from msp_plugin.pruning.wanda import Wanda
-from msp_plugin.search import measurements as measure
+from msp_plugin.runtime.files import cache_directory
+from msp_plugin.search import keys, level_database, measurements, unit_errors
 from msp_plugin.search.candidate_loss import CandidateLoss
-from msp_plugin.search.measurements import Measurements, open_database
+from msp_plugin.search.level_database import open_database
+from msp_plugin.search.measurements import Measurements
 from msp_plugin.sensitivity import fisher as fisher_module
 from msp_plugin.sensitivity import fisher_error
 from msp_plugin.sensitivity.base import Estimator, silent
@@ -74,11 +77,16 @@ def make(llama, tmp_path, make_samples):
     samples = make_samples(10)
 
     def make(**changes):
+        text = TextSplit(
+            CalibrationSet(samples.samples[:4], "head"),
+            CalibrationSet(samples.samples[4:8], "search"),
+            CalibrationSet(samples.samples[8:], "holdout"),
+        )
+        parts = changes.keys() & {"calibration", "search", "holdout"}
+        text = replace(text, **{name: changes.pop(name) for name in parts})
         options = {
             "model": llama, "table": prunable_layers(llama), "menu": MENU, "pruner": Wanda(),
-            "calibration": CalibrationSet(samples.samples[:4], "head"),
-            "search": CalibrationSet(samples.samples[4:8], "search"),
-            "holdout": CalibrationSet(samples.samples[8:], "holdout"),
+            "text": text,
             "estimators": {"fisher": FisherTrace(), "zeros": Zeros()}, "cache": str(tmp_path / "cache"),
         }  # fmt: skip
         return Measurements(**{**options, **changes})
@@ -88,16 +96,16 @@ def make(llama, tmp_path, make_samples):
 
 @pytest.fixture
 def count(monkeypatch):
-    """Count the calls of a function that measure.py imported."""
+    """Count the calls of a function that a module imported."""
 
-    def count(name):
-        calls, original = [], getattr(measure, name)
+    def count(module, name):
+        calls, original = [], getattr(module, name)
 
         def counting(*args, **kwargs):
             calls.append(args)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(measure, name, counting)
+        monkeypatch.setattr(module, name, counting)
         return calls
 
     return count
@@ -127,7 +135,11 @@ def pruned_copy(held, choice):
 
 
 def test_everything_is_measured_once_for_all_allocators_budgets_and_seeds(make, count, tmp_path, bits):
-    built, fishers, prints = count("build_database"), count("fisher_errors"), count("fingerprint")
+    built, fishers, prints = (
+        count(level_database, "build_database"),
+        count(unit_errors, "fisher_errors"),
+        count(measurements, "fingerprint"),
+    )
     held = make()
     before = bits(held.model)
     asking = Asking()
@@ -159,7 +171,7 @@ def test_an_allocator_gets_what_it_asks_for_and_no_more(make):
     assert all(error.shape == (8, 3) for error in inputs.errors.values())
     assert inputs.loss.lengths == (24, 24) and inputs.holdout.lengths == (24,)
     pruned = pruned_copy(held, inputs.problem.uniform())
-    for value, samples in ((loss, held.search.samples[-2:]), (stop, held.holdout.samples[-1:])):
+    for value, samples in ((loss, held.text.search.samples[-2:]), (stop, held.text.holdout.samples[-1:])):
         assert value == pytest.approx(mean_kl(held.model, pruned, CalibrationSet(samples, "")), rel=1e-4)
     few = Asking(errors=("weight",), tokens=10, holdout=0)
     held.allocate(few, problem_of(held), 0)
@@ -176,7 +188,7 @@ def test_an_allocator_that_asks_for_nothing_measures_nothing(make, tmp_path, bit
             assert inputs.errors == inputs.sensitivities == {}
             return AllocationResult(inputs.problem.uniform())
 
-    held = make(calibration=None, search=None, holdout=None)
+    held = make(text=TextSplit())
     _, record = held.allocate(Plain(), problem_of(held), 0)
     assert record.forward_tokens == 0 and not (tmp_path / "cache").exists()
     assert held.estimators["zeros"].calls == []
@@ -195,9 +207,9 @@ def test_every_pass_for_the_fisher_weighted_error_is_counted(make, monkeypatch):
     held = make()
     once = held.sensitivity_tokens(Asking(sensitivities=()))
     monkeypatch.setattr(
-        measure, "diagonal_groups", lambda model, layers: diagonal_groups(model, layers, 20_000)
+        measurements, "diagonal_groups", lambda model, layers: diagonal_groups(model, layers, 20_000)
     )
-    groups = len(measure.diagonal_groups(held.model, [layer.name for layer in held.table.layers]))
+    groups = len(measurements.diagonal_groups(held.model, [layer.name for layer in held.table.layers]))
     assert groups > 3 and held.sensitivity_tokens(Asking(sensitivities=())) == groups * once
 
 
@@ -206,7 +218,7 @@ def test_a_fisher_weighted_error_that_is_not_finite_is_named(make, monkeypatch):
         found = fisher_errors(*args, **kwargs)
         return {**found, "model.layers.1.mlp.down_proj": {"2:4": float("nan"), "1:4": 1.0}}
 
-    monkeypatch.setattr(measure, "fisher_errors", errors)
+    monkeypatch.setattr(unit_errors, "fisher_errors", errors)
     with pytest.raises(
         NumericsError, match=r"not finite for 1 layers, e\.g\. model\.layers\.1\.mlp\.down_proj"
     ):
@@ -214,14 +226,14 @@ def test_a_fisher_weighted_error_that_is_not_finite_is_named(make, monkeypatch):
 
 
 def test_code_that_measures_differently_reads_nothing_of_the_old(make, count, monkeypatch):
-    calls = count("fisher_errors")
+    calls = count(unit_errors, "fisher_errors")
     for code in ("", "edited", "edited"):
         if code:
-            monkeypatch.setattr(measure, "_code", lambda: "edited")
+            monkeypatch.setattr(keys, "measuring_code", lambda: "edited")
         make().error("fisher")
-    assert len(calls) == 3 and measure._MEASURING  # each object asks; what is measured is in the journals
-    keys = {path.name for path in measure.cache_directory(make().cache).rglob("fisher-error-*.jsonl")}
-    assert len(keys) == 2
+    assert len(calls) == 3  # each object asks; what is measured is in the journals
+    names = {path.name for path in cache_directory(make().cache).rglob("fisher-error-*.jsonl")}
+    assert len(names) == 2
 
 
 def test_the_replace_one_kl_is_that_of_one_pruned_unit(make, bits):
@@ -229,7 +241,7 @@ def test_the_replace_one_kl_is_that_of_one_pruned_unit(make, bits):
     before = bits(held.model)
     found, measured = held.replace_one(48)
     assert bits(held.model) == before and measured.forward_tokens == 17 * 48
-    part = CalibrationSet(held.search.samples[-2:], "")
+    part = CalibrationSet(held.text.search.samples[-2:], "")
     for u in range(8):
         for k in range(3):
             choice = tuple(k if v == u else 0 for v in range(8))
@@ -250,7 +262,7 @@ def test_errors_by_layer_are_summed_over_the_unit(make):
     names = [level.name for level in MENU if not level.is_dense]
 
     def expected(samples):
-        data = CalibrationSet(held.calibration.samples[:samples], "")
+        data = CalibrationSet(held.text.calibration.samples[:samples], "")
         found = fisher_errors(held.model, data, layers, names, held.database.weight)
         return np.array(
             [[0.0, *(sum(found[a.name][name] for a in unit.layers) for name in names)] for unit in held.table]
@@ -287,7 +299,7 @@ def test_a_second_object_reads_from_disk_what_the_first_measured(make, count, pa
 
     expected, files = ask(make()), times(tmp_path)
     passes.clear()
-    losses = count("CandidateLoss")
+    losses = count(measurements, "CandidateLoss")
     found = ask(make())
     assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
     assert found[2:] == expected[2:] and not passes and not losses and times(tmp_path) == files
@@ -337,7 +349,7 @@ def test_a_file_that_is_damaged_is_measured_anew(make, tmp_path, name, damage, c
 
 
 def test_other_text_units_or_method_are_measured_on_their_own(make, count, make_samples, tmp_path):
-    calls = count("fisher_errors")
+    calls = count(unit_errors, "fisher_errors")
     make().error("fisher")
     other = make_samples(4, seed=3)
     changes = [
@@ -384,7 +396,7 @@ def test_the_dense_weights_are_back_when_an_allocator_fails(make, bits, count_ho
 
     class Failing(Asking):
         def allocate(self, inputs):
-            inputs.loss.keep((1,) * 8)
+            inputs.loss.set_incumbent((1,) * 8)
             inputs.loss((1,) * 8)
             inputs.estimate("fisher", (2,) * 8)
             raise KeyboardInterrupt
@@ -407,13 +419,13 @@ def test_an_unknown_error_or_sensitivity_is_refused_with_the_known_ones(make):
 
 
 def test_text_that_is_missing_is_named_before_any_work(make, tmp_path):
-    for search in (None, CalibrationSet((), "none")):
+    for search in (NO_TEXT, CalibrationSet((), "empty")):
         held = make(search=search)
         with pytest.raises(RecipeError, match="allocator 'asking' needs search text"):
             held.allocate(Asking(), problem_of(held), 0)
         with pytest.raises(RecipeError, match="needs search text"):
             held.replace_one(24)
-    for calibration in (None, CalibrationSet((), "none")):
+    for calibration in (NO_TEXT, CalibrationSet((), "empty")):
         held = make(calibration=calibration)
         with pytest.raises(RecipeError, match="sensitivity 'fisher' needs calibration text"):
             held.sensitivity("fisher")
@@ -466,14 +478,14 @@ def test_a_database_is_named_by_what_its_weights_depend_on(llama, qwen2, make_sa
 
     assert len({held(), held(128), held(device="cuda")}) == 3  # sums of other batches round otherwise
     before = held()
-    monkeypatch.setattr(measure, "_code", lambda: "other code")
+    monkeypatch.setattr(keys, "measuring_code", lambda: "other code")
     assert held() != before
     monkeypatch.undo()
-    keys = [
+    found = [
         key(), key(qwen2), key(samples=other), key(pruner=replace(SparseGPT(), dampening_frac=0.02)),
         key(pruner=Wanda()), key(menu=MENU[:2]),
     ]  # fmt: skip
-    assert len(set(keys)) == len(keys) and key() == keys[0]
+    assert len(set(found)) == len(found) and key() == found[0]
     assert key(pruner=Magnitude()) == key(pruner=Magnitude(), samples=other)  # it needs no statistics
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from msp_plugin.runtime.memory import free_cached
+from msp_plugin.errors import ModelError
+from msp_plugin.runtime.memory import free_cached, retried, shortage_explained
 
 MIB = 2**20
 
@@ -31,3 +32,38 @@ def test_the_many_small_tensors_of_a_step_are_not_resident_after_it():
     free_cached()
     assert resident() - before < 25 * MIB
     assert last.sum() == 16384
+
+
+def test_work_is_tried_again_once_what_is_held_is_let_go():
+    held, calls = [1], []
+
+    def work():
+        calls.append(len(held))
+        if held:
+            raise MemoryError
+        return "done"
+
+    def release():
+        found = bool(held)
+        held.clear()
+        return found
+
+    assert retried(work, release) == "done" and calls == [1, 0]
+    held.append(1)
+    with pytest.raises(MemoryError):
+        retried(work, lambda: False)
+    with pytest.raises(MemoryError):
+        retried(work, lambda: True)  # it does not suffice even then
+    assert len(calls) == 5
+
+
+def test_a_shortage_is_explained_and_any_other_error_comes_through():
+    explained = pytest.raises(ModelError, match="one sample does not fit into memory")
+    with explained as error, shortage_explained("one sample does", "shorter samples"):
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore lines")
+    assert "give shorter samples" in error.value.hint and "more lines" not in str(error.value)
+    with (
+        pytest.raises(RuntimeError, match="^mine$"),
+        shortage_explained("one sample does", "shorter samples"),
+    ):
+        raise RuntimeError("mine")

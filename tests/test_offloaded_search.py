@@ -15,6 +15,7 @@ from msp_plugin.allocators.knapsack import Knapsack
 from msp_plugin.allocators.msp import MSP
 from msp_plugin.allocators.search import Search
 from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import TextSplit
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import ModelError, VerificationError
@@ -139,14 +140,18 @@ def allocate(tmp_path, make_samples):
     def allocate(model, allocator):
         calls.append(allocator)
         table, before = prunable_layers(model), state(model)
+        text = TextSplit(make_samples(2), make_samples(4, seed=1), make_samples(2, seed=2))
         held = Measurements(
-            model, table, MENU, Magnitude(), make_samples(2), make_samples(4, seed=1),
-            make_samples(2, seed=2), ESTIMATORS, str(tmp_path / f"cache {len(calls)}"), batch_tokens=48,
+            model, table, MENU, Magnitude(), text, ESTIMATORS, str(tmp_path / f"cache {len(calls)}"), batch_tokens=48,
         )  # fmt: skip
         problem = AllocationProblem(table, MENU, parse_sparsity("0.6"))
         result, record = held.allocate(ALLOCATORS[allocator], problem, 0)
         assert state(model) == before
-        return result, {k: v for k, v in record.items() if "seconds" not in k}, held.sensitivities
+        return (
+            result,
+            {k: v for k, v in record.model_dump().items() if "seconds" not in k},
+            held.sensitivities,
+        )
 
     return allocate
 
@@ -176,7 +181,9 @@ def test_an_allocator_finds_what_it_finds_in_memory(tmp_path, llama, allocate, a
     ],
     ids=str,
 )
-def test_losses_slopes_and_quality_are_those_in_memory(pair, data, measured, dtype, objective, tmp_path):
+def test_losses_move_gradients_and_quality_are_those_in_memory(
+    pair, data, measured, dtype, objective, tmp_path
+):
     model, away = pair
     if dtype != torch.float32:
         away = on_disk(model.to(dtype), tmp_path / "16 bits")
@@ -186,14 +193,14 @@ def test_losses_slopes_and_quality_are_those_in_memory(pair, data, measured, dty
     for its in (model, away):
         with CandidateWeights(its, *held) as weights:
             loss = CandidateLoss(weights, data, objective, batch_tokens=48).prepare()
-            loss.keep(choices[1])
+            loss.set_incumbent(choices[1])
             numbers = [loss(choice) for choice in (*choices, *reversed(choices))]
             numbers += [loss(choices[2], [0, 3])]
-            slopes = loss.slopes(choices[1], [0, 2, 5], 2, seed=1)
+            gradients = loss.move_gradients(choices[1], [0, 2, 5], 2, seed=1)
             if objective == "kl":
                 weights.put({name: held[0].weight(name, "1:4") for name in names_of(held)})
                 numbers += loss.quality()
-            found.append((numbers, loss.forward_tokens, loss.block_tokens, slopes))
+            found.append((numbers, loss.forward_tokens, loss.block_tokens, gradients))
     for here, there in zip(*found, strict=True):
         np.testing.assert_array_equal(here, there)
     assert len(set(found[0][0])) > 3 and all(map(math.isfinite, found[0][0]))
@@ -241,7 +248,9 @@ def test_perplexity_and_kl_are_those_in_memory(pair, data):
 
 
 @pytest.mark.parametrize("make", [deep, falcon])
-def test_a_backward_pass_holds_the_weights_of_one_block_and_what_follows_the_blocks(tmp_path, measured, make):
+def test_a_backward_pass_holds_the_weights_of_one_block_and_what_follows_the_blocks(
+    tmp_path, measured, make, monkeypatch
+):
     model, text = make(), small()
     away, held = on_disk(model, tmp_path / "away"), measured(model)
     Counted.watch(away)
@@ -259,9 +268,11 @@ def test_a_backward_pass_holds_the_weights_of_one_block_and_what_follows_the_blo
         with CandidateWeights(its, *held, held_bytes=0) as weights:
             loss = CandidateLoss(weights, text, "perplexity").prepare()
             if its is away:  # pruned weights count too, as many as the hooks load
-                weights._stored = lambda layer, level: Counted.of(own(layer, level), layer)
+                monkeypatch.setattr(
+                    held[0], "weight", lambda layer, level: Counted.of(own(layer, level), layer)
+                )
                 Counted.peak = 0
-            found.append(loss.slopes(choice, [0, 1], 1, seed=0))
+            found.append(loss.move_gradients(choice, [0, 1], 1, seed=0))
     np.testing.assert_array_equal(*found)
     largest = max(model.get_submodule(name).weight.nbytes for name in names_of(held))
     assert block // 2 < Counted.peak <= block + around + 2 * largest < nbytes(model) // 2
@@ -318,7 +329,7 @@ def test_skipped_blocks_and_embeddings_load_no_weights(tmp_path, measured):
     with CandidateWeights(away, *held) as weights:
         loss = CandidateLoss(weights, text).prepare()
         first, last = (1,) * 16, (1,) * 15 + (0,)
-        loss.keep(first)
+        loss.set_incumbent(first)
         loss(first)
         Counted.reads.clear()
         loss(last)
@@ -363,7 +374,7 @@ def test_a_backward_pass_that_fails_leaves_the_model_as_it_was(pair, data, measu
     with pytest.raises(LookupError), CandidateWeights(away, *held) as weights:
         loss = CandidateLoss(weights, data, "perplexity").prepare()
         weights.weight = fail
-        loss.slopes((1,) * 8, [0], 1, seed=0)
+        loss.move_gradients((1,) * 8, [0], 1, seed=0)
     assert state(away) == before
     assert [block.forward for block in away.model.layers] == forwards
 
@@ -395,7 +406,7 @@ def test_a_copy_of_another_weight_at_the_same_address_is_not_taken(tmp_path, mea
     with CandidateWeights(away, *held) as weights:
         loss = CandidateLoss(weights, data).prepare()
         for name in names_of(held):
-            weight = weights._stored(name, "1:8")
+            weight = weights.weight(name, "1:8")
             stale[weight.data_ptr()] = {HERE: torch.nn.Parameter(torch.zeros_like(weight))}
         assert loss(choice) == expected
 

@@ -24,7 +24,7 @@ from msp_plugin.passes.prefix import Prefix, last_outputs, tail_is_exact
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
-from msp_plugin.search import candidate_loss as candidates
+from msp_plugin.search import batches
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
 
@@ -92,7 +92,7 @@ def test_reuse_changes_no_bit_wherever_a_candidate_differs_first(setting, object
         expected = [loss(choice) for choice in candidates]
         assert loss.block_tokens == loss.forward_tokens
     with loss_of(setting, objective=objective) as loss:
-        loss.keep(KEPT)
+        loss.set_incumbent(KEPT)
         assert [loss(choice) for choice in candidates] == expected
         tokens = setting[3].tokens
         skipped = [0, 0, 1, 2, 3, 4, 4]  # the kept one runs whole at first, then its last block alone
@@ -101,7 +101,7 @@ def test_reuse_changes_no_bit_wherever_a_candidate_differs_first(setting, object
 
 
 def test_blocks_that_are_skipped_do_not_run(setting, monkeypatch):
-    monkeypatch.setattr(candidates, "SHARES", 1)  # one batch, so that each block runs once
+    monkeypatch.setattr(batches, "SHARES", 1)  # one batch, so that each block runs once
     model = setting[0]
     ran = []
     handles = [
@@ -110,7 +110,7 @@ def test_blocks_that_are_skipped_do_not_run(setting, monkeypatch):
     ]
     try:
         with loss_of(setting, batch_tokens=4096) as loss:
-            loss.keep(KEPT)
+            loss.set_incumbent(KEPT)
             for choice, expected in [
                 (changed(KEPT, 2), range(BLOCKS)), (KEPT, range(BLOCKS)), (changed(KEPT, 2), range(2, BLOCKS)),
                 (changed(KEPT, 4), range(4, BLOCKS)), (changed(KEPT, 0), range(BLOCKS)),
@@ -132,14 +132,14 @@ def test_what_the_next_kept_choice_shares_stays_and_no_more(setting):
     with loss_of(setting, reuse=False) as loss:
         expected = [loss(choice) for choice in [second, *others, KEPT]]
     with loss_of(setting) as loss:
-        loss.keep(KEPT)
+        loss.set_incumbent(KEPT)
         loss(KEPT)
-        loss.keep(second)
+        loss.set_incumbent(second)
         before = loss.block_tokens
         found = [loss(second)]
         assert loss.block_tokens - before == pytest.approx(setting[3].tokens * 3 / BLOCKS, abs=1)
         found += [loss(choice) for choice in others]
-        loss.keep(KEPT)
+        loss.set_incumbent(KEPT)
         assert [*found, loss(KEPT)] == expected
 
 
@@ -152,7 +152,7 @@ def test_a_memory_bound_keeps_every_second_block_or_none(setting, fits, held):
         expected = [loss(choice) for choice in candidates]
     for extra in (0, bytes_for(1, data) - data.tokens):
         with loss_of(setting, activation_bytes=bytes_for(fits, data) + extra) as loss:
-            loss.keep(KEPT)
+            loss.set_incumbent(KEPT)
             assert [loss(choice) for choice in candidates] == expected
             skipped = sum(
                 max([start for start in held if start <= block], default=0) for block in range(BLOCKS)
@@ -161,16 +161,15 @@ def test_a_memory_bound_keeps_every_second_block_or_none(setting, fits, held):
 
 
 def test_held_activations_stay_within_the_bound_when_batches_overlap(setting):
-    data = setting[3]
+    model, data = setting[0], setting[3]
     limit = bytes_for(2, data)
-    with loss_of(setting, activation_bytes=limit) as loss:
-        loss.keep(KEPT)
-        for samples in ([0, 1, 2], [0, 3, 6], [1, 3, 6], [2], [4, 5], [0, 1, 2, 3, 4, 5, 6]):
-            loss(KEPT, samples)
-        held = [tensor for inputs in loss._prefix._inputs.values() for tensor in inputs.values()]
-        assert len(held) == 2 * len(data)
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-        assert sum(storages.values()) <= limit
+    prefix = Prefix(model, limit // data.tokens)
+    for samples in ([0, 1, 2], [0, 3, 6], [1, 3, 6], [2], [4, 5], *([i] for i in range(7))):
+        with prefix.use(samples, 0, record=True), torch.no_grad():
+            model(torch.stack([data.samples[i] for i in samples]), use_cache=False)
+        assert 0 < prefix.bytes_held <= limit
+    assert prefix.bytes_held == limit  # of every sample the inputs of two blocks
+    assert prefix.release() and prefix.bytes_held == 0 and not prefix.release()
 
 
 def sequences():
@@ -204,7 +203,7 @@ def test_a_loss_is_never_that_of_an_older_choice(setting):
             ).prepare()
             for keeps, number, samples in steps:
                 if keeps:
-                    loss.keep(choices[number])
+                    loss.set_incumbent(choices[number])
                 found = loss(choices[number], samples)
                 assert found == pytest.approx(expected(choices[number], samples), rel=2e-5, abs=1e-6)
 
@@ -227,7 +226,7 @@ def test_hooks_and_replaced_forwards_are_gone_afterwards_and_after_a_failure(set
 
     with loss_of(setting) as loss:
         assert (count_hooks(model), own_forwards(model)) == (hooks, [])
-        loss.keep(KEPT)
+        loss.set_incumbent(KEPT)
         for choice in (KEPT, changed(KEPT, 3)):  # while it records, and while it skips
             handle = model.model.layers[4].mlp.register_forward_hook(fail)
             with pytest.raises(StopError):
@@ -244,7 +243,7 @@ def test_a_forward_that_a_block_had_of_its_own_is_put_back(setting):
     own = block.forward = types.MethodType(type(block).forward, block)  # as accelerate's hooks leave it
     try:
         with loss_of(setting) as loss:
-            loss.keep(KEPT)
+            loss.set_incumbent(KEPT)
             first = loss(changed(KEPT, 3)), loss(KEPT), loss(changed(KEPT, 3))
             assert vars(block)["forward"] is own and first[0] == first[2]
     finally:
@@ -260,7 +259,7 @@ def test_a_failure_while_recording_leaves_nothing_wrong_behind(setting):
         raise StopError
 
     with loss_of(setting) as loss:
-        loss.keep(KEPT)
+        loss.set_incumbent(KEPT)
         handle = model.model.layers[2].mlp.register_forward_hook(fail)
         with pytest.raises(StopError):
             loss(KEPT)
@@ -344,7 +343,7 @@ def test_a_model_of_another_calling_convention_is_measured_without_reuse(tmp_pat
     with loss_of(setting, reuse=False) as loss:
         expected = [loss(choice) for choice in (kept, *moves)]
     with loss_of(setting) as loss:
-        loss.keep(kept)
+        loss.set_incumbent(kept)
         found = [loss(choice) for choice in (kept, *moves)]
         assert found == pytest.approx(expected, rel=1e-5)
         assert (loss.block_tokens < loss.forward_tokens) is reused
@@ -371,7 +370,7 @@ def test_what_a_block_leaves_in_the_model_is_not_taken_for_that_of_another_run(t
     with loss_of(setting, reuse=False) as loss:
         expected = [loss(choice, [0]) for choice in (kept, (2,) * 6, moved)]
     with loss_of(setting) as loss:
-        loss.keep(kept)
+        loss.set_incumbent(kept)
         assert [loss(choice, [0]) for choice in (kept, (2,) * 6, moved)] == expected
         assert loss.block_tokens == loss.forward_tokens
 

@@ -15,7 +15,7 @@ import torch
 from msp_plugin.allocators.search import Search
 from msp_plugin.cli import app
 from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.data.samples import Text
+from msp_plugin.data.samples import Text, TextSplit
 from msp_plugin.errors import HostError, NumericsError, RecipeError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
@@ -39,9 +39,13 @@ def measured(llama, make_samples, tmp_path):
 
     def make(ranks=ALONE, cache="cache", model=None):
         own = copy.deepcopy(llama if model is None else model)
+        text = TextSplit(
+            CalibrationSet(samples[:7], "head"),
+            CalibrationSet(samples[7:16], "search"),
+            CalibrationSet(samples[16:], "holdout"),
+        )
         return Measurements(
-            own, prunable_layers(own), MENU, SparseGPT(), CalibrationSet(samples[:7], "head"),
-            CalibrationSet(samples[7:16], "search"), CalibrationSet(samples[16:], "holdout"),
+            own, prunable_layers(own), MENU, SparseGPT(), text,
             {"fisher": FisherTrace()}, str(tmp_path / cache), ranks=ranks,
         )  # fmt: skip
 
@@ -115,17 +119,17 @@ def test_works_that_fail_on_one_rank_alone_leave_the_ranks_in_step(on_ranks, err
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_losses_and_slopes_are_those_of_one_process_bit_for_bit(on_ranks, measured, size):
+def test_losses_and_move_gradients_are_those_of_one_process_bit_for_bit(on_ranks, measured, size):
     def work(ranks):
         held = measured(ranks)
         problem = AllocationProblem(held.table, MENU, Fraction(1, 2))
         with CandidateWeights(held.model, held.database, problem) as weights:
-            loss = CandidateLoss(weights, held.search, batch_tokens=48, ranks=ranks).prepare()
+            loss = CandidateLoss(weights, held.text.search, batch_tokens=48, ranks=ranks).prepare()
             uniform, other = problem.uniform(), (0, 2, *problem.uniform()[2:])
-            loss.keep(uniform)
+            loss.set_incumbent(uniform)
             values = [loss(uniform), loss(other), loss(other, (1, 4, 5)), loss(uniform, (3,))]
-            slopes = loss.slopes(uniform, (0, 3, 4, 8), 2, 5)
-        return values, [part.tobytes() for part in slopes], loss.forward_tokens
+            gradients = loss.move_gradients(uniform, (0, 3, 4, 8), 2, 5)
+        return values, [part.tobytes() for part in gradients], loss.forward_tokens
 
     expected = work(ALONE)
     assert on_ranks(size, work) == [expected] * size

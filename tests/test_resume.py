@@ -86,7 +86,7 @@ def test_text_that_changed_in_between_is_named_and_nothing_of_the_old_is_taken(r
 
 
 def test_a_directory_that_another_run_writes_to_is_refused_before_any_work(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "load_samples", None)
+    monkeypatch.setattr(pipeline, "load_split", None)
     with (
         sole_run(tmp_path / "out", None),
         pytest.raises(OutputError, match="another process holds .*it writes to .*out"),

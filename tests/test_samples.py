@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from msp_plugin.data.samples import Text, load_samples
+from msp_plugin.data.samples import SearchText, Text, load_split, split_text
 from msp_plugin.errors import DataError
 
 
@@ -24,7 +24,7 @@ def rows(samples):
 
 
 def test_calibration_and_test_samples_of_one_text_share_nothing(tokenizer, text_file):
-    found = load_samples(tokenizer, Text(text_file, samples=8, length=16, test_samples=4))
+    found = load_split(tokenizer, Text(text_file, samples=8, length=16, test_samples=4))
     assert (len(found.calibration), len(found.test)) == (8, 4)
     assert not rows(found.calibration) & rows(found.test)
 
@@ -32,29 +32,29 @@ def test_calibration_and_test_samples_of_one_text_share_nothing(tokenizer, text_
 def test_search_samples_are_the_last_ones_and_as_many_as_the_tokens_need(tokenizer, text_file, tmp_path):
     other = write_text(tmp_path / "other.txt", 1)
     text = Text(text_file, search=other, samples=8, length=16, test_samples=0)
-    found = load_samples(tokenizer, text, search_tokens=33)
-    assert len(found.calibration) == 8 + 3 and found.test is None
-    alone = load_samples(tokenizer, Text(other, samples=3, length=16, test_samples=0))
-    assert rows(alone.calibration) <= {tuple(s.tolist()) for s in found.calibration.samples[8:]}
-    head, tail = found.calibration.split(33)
-    assert len(head) == 8 and len(tail) == 3
+    found = load_split(tokenizer, text, SearchText(33))
+    assert (len(found.calibration), len(found.search), len(found.pruning)) == (8, 3, 8 + 3) and not found.test
+    alone = load_split(tokenizer, Text(other, samples=3, length=16, test_samples=0))
+    assert rows(alone.calibration) == rows(found.search)
+    again = split_text(found.pruning, SearchText(33))
+    assert (again.calibration, again.search) == (found.calibration, found.search)
 
 
 def test_a_search_text_is_left_alone_when_nothing_is_searched(tokenizer, text_file):
     text = Text(text_file, search="/nowhere.txt", samples=2, length=16, test_samples=0)
-    assert len(load_samples(tokenizer, text).calibration) == 2
+    assert len(load_split(tokenizer, text).calibration) == 2
 
 
 def test_a_test_text_that_is_the_calibration_text_is_refused(tokenizer, text_file):
     text = Text(text_file, test=text_file, samples=8, length=16, test_samples=8)
     with pytest.raises(DataError, match="8 of 8 test samples are calibration samples too"):
-        load_samples(tokenizer, text)
+        load_split(tokenizer, text)
 
 
 def test_a_seed_moves_the_calibration_samples_and_not_the_test(tokenizer, text_file, tmp_path):
     other = write_text(tmp_path / "test.txt", 2)
     made = [
-        load_samples(tokenizer, Text(text_file, test=other, samples=4, length=16, test_samples=4, seed=s))
+        load_split(tokenizer, Text(text_file, test=other, samples=4, length=16, test_samples=4, seed=s))
         for s in (0, 1)
     ]
     assert made[0].calibration.fingerprint != made[1].calibration.fingerprint
@@ -97,24 +97,24 @@ def test_search_and_test_samples_start_as_the_calibration_samples(bos_tokenizer,
     other = write_text(tmp_path / "other.txt", 1)
     for test in (None, write_text(tmp_path / "test.txt", 2)):
         text = Text(text_file, search=other, test=test, samples=4, length=16, test_samples=2)
-        found = load_samples(bos_tokenizer, text, search_tokens=33)
-        samples = [*found.calibration.samples, *found.test.samples]
+        found = load_split(bos_tokenizer, text, SearchText(33))
+        samples = [*found.pruning.samples, *found.test.samples]
         assert len(samples) == 4 + 3 + 2 and {int(s[0]) for s in samples} == {bos_tokenizer.bos_token_id}
-    readings = [*found.calibration.readings, *found.test.readings]
+    readings = [*found.pruning.readings, *found.test.readings]
     assert [(r.source, r.samples, r.bos) for r in readings] == [
         (text_file, 4, "<s>"), (other, 3, "<s>"), (test, 2, "<s>"),
     ]  # fmt: skip
-    plain = load_samples(bos_tokenizer, Text(text_file, samples=4, length=16, test_samples=0, bos=False))
+    plain = load_split(bos_tokenizer, Text(text_file, samples=4, length=16, test_samples=0, bos=False))
     assert bos_tokenizer.bos_token_id not in torch.cat(plain.calibration.samples)
 
 
 def test_without_a_count_a_short_text_gives_what_it_holds_and_says_so(tokenizer, text_file, caplog):
-    found = load_samples(tokenizer, Text(text_file, length=512))
+    found = load_split(tokenizer, Text(text_file, length=512))
     calibration, test = len(found.calibration), len(found.test)
     assert 8 < calibration + test < 128 + 32 and test == (calibration + test) // 4
     assert f"fewer than the default of 160: {calibration} calibrate, {test} test" in caplog.text
     with pytest.raises(DataError, match="128 were asked for"):
-        load_samples(tokenizer, Text(text_file, samples=128, length=512, test_samples=0))
+        load_split(tokenizer, Text(text_file, samples=128, length=512, test_samples=0))
 
 
 def test_a_search_text_of_its_own_that_is_too_short_is_refused(tokenizer, text_file, tmp_path):
@@ -122,4 +122,4 @@ def test_a_search_text_of_its_own_that_is_too_short_is_refused(tokenizer, text_f
         text_file, search=write_text(tmp_path / "other.txt", 1), samples=8, length=512, test_samples=0
     )
     with pytest.raises(DataError, match="other.txt has .* were asked for"):
-        load_samples(tokenizer, text, 10**6)
+        load_split(tokenizer, text, SearchText(10**6))

@@ -59,6 +59,7 @@ def make_model(size: str, device: str):
 
 def measurements_of(model, data, method: str, levels: tuple[str, ...], cache: str):
     """Return Measurements of a model: the first half of the text calibrates, the rest measures."""
+    from msp_plugin.data.samples import TextSplit
     from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.levels import parse_menu
     from msp_plugin.plugins.manager import Plugins
@@ -67,8 +68,8 @@ def measurements_of(model, data, method: str, levels: tuple[str, ...], cache: st
     plugins, (calibration, rest) = Plugins(), data.cut(data.tokens - 6144)
     search, holdout = rest.cut(2048)
     return Measurements(
-        model, prunable_layers(model), parse_menu(["dense", *levels]), plugins.build("pruners", method), calibration,
-        search, holdout, {"fisher": plugins.build("estimators", FISHER)}, cache,
+        model, prunable_layers(model), parse_menu(["dense", *levels]), plugins.build("pruners", method),
+        TextSplit(calibration, search, holdout), {"fisher": plugins.build("estimators", FISHER)}, cache,
     )  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def correctness(device: str) -> dict[str, Any]:
     """Return how far the demo model's results on a device are from those on the CPU."""
     import torch
 
-    from msp_plugin.data.samples import load_samples
+    from msp_plugin.data.samples import SearchText, load_split
     from msp_plugin.demo import demo_model_path, demo_text
     from msp_plugin.models.load import load_model
     from msp_plugin.models.source import load_tokenizer
@@ -124,7 +125,7 @@ def correctness(device: str) -> dict[str, Any]:
     from msp_plugin.plugins.manager import Plugins
 
     path, results = demo_model_path("qwen2"), {}
-    text = load_samples(load_tokenizer(path), demo_text().for_model(path), 24576).calibration
+    text = load_split(load_tokenizer(path), demo_text().for_model(path), SearchText(24576)).pruning
     for where in ("cpu", device):
         model = load_model(path, "float32").to(where)
         with tempfile.TemporaryDirectory() as folder:

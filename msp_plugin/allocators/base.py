@@ -1,4 +1,4 @@
-"""What an allocator is: the inputs it may read and the result it returns.
+"""The interface of allocators: the inputs that one may read, and its result.
 
 Shape legend: U units, K levels.
 """
@@ -19,6 +19,10 @@ from msp_plugin.progress import NotedProgress
 
 Choice = tuple[int, ...]
 
+#: Forward passes that the move gradients of one sample count as: one forward pass, and two backward passes of
+#: two each (the gradients of the activations, and those of the weights).
+MOVE_GRADIENT_PASSES = 5
+
 
 class TrueLoss(Protocol):
     """The measured loss of a choice on held-out text, nats per token (KL) or log-perplexity.
@@ -35,19 +39,20 @@ class TrueLoss(Protocol):
     def __call__(self, choice: Choice, samples: Sequence[int] | None = None) -> float:
         """Return the mean loss over the samples (default: all); ``inf`` if it is not a number."""
 
-    def slopes(
+    def move_gradients(
         self, choice: Choice, samples: Sequence[int], reach: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return how the loss changes when one unit of ``choice`` moves by up to ``reach`` levels.
 
-        (slopes, draws), each float64[S, U, K] for S samples, NaN for the present level and beyond reach. The
-        mean of the slopes and half the mean square of the draws are the change to second order, nats per
-        token; both add up over units before the square is taken. One forward and two backward passes,
-        counted as five forward passes. ``seed`` draws the labels that the draws are taken with.
+        (first_order, curvature_samples), each float64[S, U, K] for S samples, NaN for the present level and
+        beyond reach. The mean of the first-order changes and half the mean square of the curvature samples are
+        the change to second order, nats per token; both add up over units before the square is taken. One
+        forward and two backward passes a sample, counted as MOVE_GRADIENT_PASSES. ``seed`` draws the labels of
+        the curvature samples.
         """
 
-    def keep(self, choice: Choice) -> None:
-        """Keep the activations of ``choice`` from its next measurement on.
+    def set_incumbent(self, choice: Choice) -> None:
+        """Hold the activations of ``choice`` from its next measurement on.
 
         A candidate whose first blocks are those of ``choice`` is then run from the first that differs.
         """

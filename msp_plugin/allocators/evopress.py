@@ -92,7 +92,7 @@ class EvoPress(Allocator):
             if self.max_tokens and began + max(least, sum(loss.lengths)) > self.max_tokens:
                 ended = "because its budget is spent"
                 break
-            loss.keep(parent)
+            loss.set_incumbent(parent)
             best, best_loss, measured = self._generation(problem, loss, parent, rng)
             evaluations += measured
             least = loss.forward_tokens - began

@@ -1,4 +1,4 @@
-"""The text of a run: its sources, and the tokenized samples of each part."""
+"""The text of a run: its sources, and the tokenized samples by their use."""
 
 from __future__ import annotations
 
@@ -131,19 +131,54 @@ class Text:
         return data
 
 
+#: Stands for samples that nothing asks for.
+NO_TEXT = CalibrationSet((), "none")
+
+
 @dataclass(frozen=True)
-class Samples:
-    """Tokenized text for calibration and search, and for the test. They share no sample."""
+class SearchText:
+    """How much text a search sets aside.
 
-    calibration: CalibrationSet
-    test: CalibrationSet | None
+    Args:
+        search: tokens that measure candidates.
+        holdout: further tokens that tell when to stop.
+        fit: where the text is too short for that, take half of its samples, and say so; else that is an error.
+    """
+
+    search: int = 0
+    holdout: int = 0
+    fit: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that measure candidates or tell when to stop."""
+        return self.search + self.holdout
 
 
-def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: int = 0) -> Samples:
+@dataclass(frozen=True)
+class TextSplit:
+    """The samples of a run, by their use; NO_TEXT where there is none. The test shares no sample with the others.
+
+    Args:
+        calibration: gives the search its sensitivities and pruning statistics.
+        search: measures candidates.
+        holdout: tells a search when to stop.
+        test: gives the perplexity.
+        pruning: calibrates the final pruning: calibration, search and hold-out, in the order in which they were read.
+    """
+
+    calibration: CalibrationSet = NO_TEXT
+    search: CalibrationSet = NO_TEXT
+    holdout: CalibrationSet = NO_TEXT
+    test: CalibrationSet = NO_TEXT
+    pruning: CalibrationSet = NO_TEXT
+
+
+def load_split(tokenizer: PreTrainedTokenizerBase, text: Text, asked: SearchText = SearchText()) -> TextSplit:
     """Return the tokenized samples of a run.
 
-    The samples of the search, of about ``search_tokens`` tokens, are the last ones of ``calibration``, where
-    the modifier looks for them. The text's ``length`` must be known (see ``Text.for_model``).
+    The samples of the search come from ``text.search``, or else from the end of ``text.data``. The text's
+    ``length`` must be known (see ``Text.for_model``).
 
     Raises:
         DataError: a source is missing, empty or too short, or most test samples are calibration samples too.
@@ -151,15 +186,51 @@ def load_samples(tokenizer: PreTrainedTokenizerBase, text: Text, search_tokens: 
     data, reserved = _calibration_and_test(tokenizer, text)
     cut = len(data) - reserved
     parts = [_part(data, data.source, 0, cut)]
-    test = _part(data, f"{data.source} [{cut}:]", cut, len(data)) if reserved else None
-    if text.search and search_tokens:
-        parts.append(
-            text.read(tokenizer, text.search, -(-search_tokens // text.sample_tokens), seed=text.seed)
-        )
+    test = _part(data, f"{data.source} [{cut}:]", cut, len(data)) if reserved else NO_TEXT
+    if text.search and asked.tokens:
+        samples = -(-asked.tokens // text.sample_tokens)
+        parts.append(text.read(tokenizer, text.search, samples, seed=text.seed))
     if text.test and text.test_samples:
         test = text.read(tokenizer, text.test, text.test_samples, at_least=1)
         _check_apart(test, parts)
-    return Samples(join(parts), test)
+    return split_text(join(parts), asked, test)
+
+
+def split_text(
+    data: CalibrationSet, asked: SearchText, test: CalibrationSet = NO_TEXT, *, warn: bool = True
+) -> TextSplit:
+    """Return the samples of one set by their use.
+
+    The last samples are the hold-out, those before them the search text; all others calibrate.
+
+    Args:
+        warn: log that the text is too short for what is asked, where ``asked`` lets it fit.
+
+    Raises:
+        DataError: see CalibrationSet.split.
+    """
+    head, held_out = data.split(asked.tokens, fit=asked.fit)
+    if held_out.tokens < asked.tokens:
+        search, holdout = held_out.cut(held_out.tokens * asked.holdout // asked.tokens)
+        if not search:
+            search, holdout = holdout, search
+        if warn:
+            log.warning(
+                "%d samples with %d tokens: candidates are measured on %d tokens, and %d tell when to stop, instead "
+                "of %d and %d; with more or longer samples the choice is surer",
+                len(data),
+                data.tokens,
+                search.tokens,
+                holdout.tokens,
+                asked.search,
+                asked.holdout,
+            )
+        return TextSplit(head, search, holdout, test, data)
+    search, holdout = held_out.cut(asked.holdout)
+    if search.tokens < asked.search:  # the hold-out, in whole samples, took from it
+        head, held_out = data.split(holdout.tokens + asked.search, fit=asked.fit)
+        search, holdout = held_out.cut(asked.holdout)
+    return TextSplit(head, search, holdout, test, data)
 
 
 def _calibration_and_test(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[CalibrationSet, int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from msp_plugin.checkpoint.recount import PruneStats
 from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import TextSplit
 from msp_plugin.records.run import Outcome
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.search.resolve import Plan
@@ -22,16 +23,21 @@ class PruneInputs:
     """The inputs of a host beside the model.
 
     Args:
-        data: calibration samples; the last ones are the samples of the search.
+        text: the samples, split as the search asks.
         batch: samples of one forward pass.
         tokenizer: saved beside the model; some hosts read it.
         trust_remote_code: run code of the model's repository.
     """
 
-    data: CalibrationSet
+    text: TextSplit
     batch: int
     tokenizer: PreTrainedTokenizerBase
     trust_remote_code: bool = False
+
+    @property
+    def data(self) -> CalibrationSet:
+        """The samples that calibrate the final pruning."""
+        return self.text.pruning
 
 
 @dataclass(frozen=True)

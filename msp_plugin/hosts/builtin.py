@@ -91,7 +91,7 @@ class BuiltIn:
         with on_best_device(model):
             found = allocate(
                 model,
-                inputs.data,
+                inputs.text,
                 options,
                 fresh=context.fresh,
                 progress=context.progress,
@@ -110,8 +110,14 @@ class BuiltIn:
         return Pruned(outcome, stats)
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:
-        """Write the weights and config as transformers does."""
-        model.save_pretrained(directory, max_shard_size=SHARD_BYTES)
+        """Write the weights and config as transformers does; the files of an offloaded model are those of one in memory."""
+        from transformers.core_model_loading import dot_natural_key
+
+        state = None
+        if offloaded_module(model) is not None:
+            model.tie_weights()  # a pass leaves two placeholders for a tied weight, which would be written twice
+            state = dict(sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0])))
+        model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD_BYTES)
 
     def forget(self) -> None:
         """Do nothing: this host holds no model."""

@@ -15,7 +15,7 @@ from msp_plugin.progress import Progress, silent
 _LOGITS = 2**23
 #: Rows of an output head that are turned into float32 at once.
 _ROWS = 2**14
-#: Tokens of a position whose own logits the KL to the dense model reads (see search.candidate_loss).
+#: Tokens of a position whose own logits the KL to the dense model reads (see search.dense_reference).
 LIKELY = 32
 
 

@@ -46,9 +46,17 @@ class Prefix:
         return self._skipped // len(self.blocks)
 
     @property
-    def holds(self) -> bool:
-        """True if any activations are kept."""
-        return any(self._inputs.values())
+    def bytes_held(self) -> int:
+        """Bytes of the activations in memory."""
+        storages = (x.untyped_storage() for batches in self._inputs.values() for x in batches.values())
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def release(self) -> bool:
+        """Drop all activations and keep none from now on; return False, and change nothing, if there are none."""
+        if not any(self._inputs.values()):
+            return False
+        self._starts, self._inputs = (), {}
+        return True
 
     def forget(self, first: int) -> None:
         """Drop the inputs of the blocks after block ``first``, which are out of date."""

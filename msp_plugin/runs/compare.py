@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from msp_plugin.checkpoint.source import ModelSource
-from msp_plugin.data.samples import Samples, Text, load_samples
+from msp_plugin.data.samples import SearchText, Text, TextSplit, load_split
 from msp_plugin.errors import DataError
 from msp_plugin.hosts.base import PruneInputs
 from msp_plugin.models.device import on_best_device
@@ -26,12 +26,12 @@ from msp_plugin.records.comparison import ComparedRow, CompareRecord, LayerRecor
 from msp_plugin.records.parts import ModelRecord, QualityRecord
 from msp_plugin.runs.grid import Grid
 from msp_plugin.runs.prune import host_for
-from msp_plugin.runs.rows import ComparedTexts, ComparisonRows
+from msp_plugin.runs.rows import ComparisonRows
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.memory import freed_memory_kept
-from msp_plugin.search.allocate import check_model, hold_out
+from msp_plugin.search.allocate import check_model
 from msp_plugin.search.resolve import Plan
 
 if TYPE_CHECKING:
@@ -65,25 +65,25 @@ def compare(
     source.check()
     text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
     tokenizer = source.tokenizer()
-    samples, texts = _samples(tokenizer, text, plans)
+    samples = _samples(tokenizer, text, plans)
     model = source.load()
     if grid.prune:
         check_room(model, source.cache)
-    inputs = PruneInputs(samples.calibration, text.batch, tokenizer, source.trust_remote_code)
+    inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
     table = _check(model, plans, inputs, plugins, prune=grid.prune)
-    bench = ComparisonRows(source, model, table, inputs, texts, grid, plugins, context)
+    bench = ComparisonRows(source, model, table, inputs, samples, grid, plugins, context)
     with freed_memory_kept(), on_best_device(model):
         if ranks.size > 1:
             bench.allocate_together()
             if ranks.rank:
                 return None
-        dense = perplexity(model, texts.test, progress=partial(context.progress, "perplexity, dense"))
+        dense = perplexity(model, samples.test, progress=partial(context.progress, "perplexity, dense"))
         identity = {
             "model": fingerprint(model),
-            "calibration": samples.calibration.fingerprint,
+            "calibration": samples.pruning.fingerprint,
             "batch": text.batch,
-            "test": texts.test.fingerprint,
-            "holdout": texts.holdout.fingerprint,
+            "test": samples.test.fingerprint,
+            "holdout": samples.holdout.fingerprint,
             "prune": grid.prune,
             "device": input_device(model).type,
             "versions": versions(),
@@ -102,8 +102,10 @@ def compare(
         granularity=plans[0].granularity,
         bounds={pattern: tuple(map(str, shares)) for pattern, shares in plans[0].bounds.shares.items()},
         protect=plans[0].bounds.protect,
-        texts={name: part.record() for name, part in texts._asdict().items()},
-        sources=tuple(r.record() for part in (samples.calibration, texts.test) for r in part.readings),
+        texts={
+            name: getattr(samples, name).record() for name in ("calibration", "search", "holdout", "test")
+        },
+        sources=tuple(r.record() for part in (samples.pruning, samples.test) for r in part.readings),
         units=tuple(map(_unit_record, table)),
         dense=QualityRecord(perplexity=dense),
         sensitivities=dict(bench.sensitivities),
@@ -113,23 +115,20 @@ def compare(
     )
 
 
-def _samples(
-    tokenizer: PreTrainedTokenizerBase, text: Text, plans: Sequence[Plan]
-) -> tuple[Samples, ComparedTexts]:
-    """Return all samples, and their parts: enough search and hold-out tokens for every plan.
+def _samples(tokenizer: PreTrainedTokenizerBase, text: Text, plans: Sequence[Plan]) -> TextSplit:
+    """Return the samples, with enough search and hold-out tokens for every plan.
 
     Raises:
         DataError: there is no test text, or too little text.
     """
-    search_tokens = max(plan.allocator.held_out_tokens for plan in plans)
-    stopping_tokens = max(plan.allocator.stopping_tokens for plan in plans)
-    samples = load_samples(tokenizer, text, search_tokens + stopping_tokens)
-    if samples.test is None:
-        raise DataError("a comparison needs test text", hint="give test samples")
-    parts = hold_out(
-        samples.calibration, search_tokens, stopping_tokens, fit=all(plan.fits for plan in plans)
+    asked = [plan.search_text for plan in plans]
+    most = SearchText(
+        max(a.search for a in asked), max(a.holdout for a in asked), fit=all(a.fit for a in asked)
     )
-    return samples, ComparedTexts(*parts, samples.test)
+    samples = load_split(tokenizer, text, most)
+    if not samples.test:
+        raise DataError("a comparison needs test text", hint="give test samples")
+    return samples
 
 
 def _check(

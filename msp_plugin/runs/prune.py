@@ -12,7 +12,7 @@ from typing import Any
 
 from msp_plugin.checkpoint.load import is_packed
 from msp_plugin.checkpoint.source import ModelSource
-from msp_plugin.data.samples import Text, load_samples
+from msp_plugin.data.samples import SearchText, Text, load_split
 from msp_plugin.errors import ModelError, RecipeError
 from msp_plugin.hosts.base import Host, PruneInputs
 from msp_plugin.hosts.builtin import BuiltIn
@@ -182,8 +182,8 @@ def run(
         )
         text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
         tokenizer = source.tokenizer()
-        samples = load_samples(tokenizer, text, options.search_tokens if options else 0)
-        inputs = PruneInputs(samples.calibration, text.batch, tokenizer, source.trust_remote_code)
+        samples = load_split(tokenizer, text, options.search_text if options else SearchText())
+        inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
         steps = RunSteps(host, source, text, options, samples, inputs, path, context)
         stages = steps.references(baseline, journal_file)
         gc.collect()
@@ -232,12 +232,12 @@ def search(source: ModelSource, text: Text, options: Plan, context: RunContext =
     """
     source.check()
     text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
-    samples = load_samples(source.tokenizer(), text, options.search_tokens)
+    samples = load_split(source.tokenizer(), text, options.search_text)
     model = source.load()
     with on_best_device(model):
         return allocate_on(
             model,
-            samples.calibration,
+            samples,
             options,
             fresh=context.fresh,
             progress=context.progress,

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from msp_plugin.allocators.base import Choice
 from msp_plugin.checkpoint.source import ModelSource
-from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import TextSplit
 from msp_plugin.errors import MSPError
 from msp_plugin.hosts.base import PruneInputs
 from msp_plugin.hosts.builtin import BuiltIn, pruned_weights
@@ -46,15 +46,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class ComparedTexts(NamedTuple):
-    """The samples of a comparison, the same ones for all its rows."""
-
-    calibration: CalibrationSet
-    search: CalibrationSet
-    holdout: CalibrationSet
-    test: CalibrationSet
-
-
 @dataclass(frozen=True)
 class Cell:
     """An allocator, with the measurements that it shares with the others of its method and sparsity."""
@@ -77,7 +68,7 @@ class ComparisonRows:
     model: PreTrainedModel
     table: UnitTable
     inputs: PruneInputs
-    texts: ComparedTexts
+    samples: TextSplit
     grid: Grid
     plugins: Plugins
     context: RunContext
@@ -108,7 +99,7 @@ class ComparisonRows:
             self.table,
             first.menu,
             first.pruner,
-            *self.texts[:3],
+            self.samples,
             {name: built for plan in plans for name, built in plan.estimators.items()},
             first.cache,
             fresh=self.context.fresh,
@@ -195,12 +186,12 @@ class ComparisonRows:
 
     def _quality(self, cell: Cell, problem: AllocationProblem, choice: Choice) -> dict[str, Any]:
         """Return the test perplexity and KL of an allocation, pruned anew and with the database's weights."""
-        database, holdout = cell.measurements.database, cell.measurements.holdout
+        database = cell.measurements.database
         with CandidateWeights(self.model, database, problem) as weights:
-            test = CandidateLoss(weights, self.texts.test, reuse=False).prepare()
+            test = CandidateLoss(weights, self.samples.test, reuse=False).prepare()
             holdout_loss = None
-            if holdout:
-                holdout_loss = CandidateLoss(weights, holdout, reuse=False).prepare()(choice)
+            if self.samples.holdout:
+                holdout_loss = CandidateLoss(weights, self.samples.holdout, reuse=False).prepare()(choice)
             weights.set(choice)
             unpruned = _named(test.quality())
         quality = {"holdout_loss": finite(holdout_loss), "database": unpruned}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from msp_plugin.checkpoint.source import ModelSource
-from msp_plugin.data.samples import Text, load_samples
+from msp_plugin.data.samples import Text, load_split
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.units import UnitTable
@@ -29,7 +29,7 @@ def measure_sensitivity(
         MSPError: the model or the text cannot be read; see also Measurements.sensitivity.
     """
     source.check()
-    samples = load_samples(
+    samples = load_split(
         source.tokenizer(), text.for_model(source.name, trust_remote_code=source.trust_remote_code)
     )
     model = source.load()
@@ -40,9 +40,7 @@ def measure_sensitivity(
             units,
             (),
             None,
-            samples.calibration,
-            None,
-            None,
+            samples,
             {estimator.name: estimator},
             source.cache,
             progress=context.progress,

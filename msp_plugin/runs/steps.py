@@ -20,7 +20,7 @@ import yaml
 from msp_plugin.checkpoint.run_files import copy_processor, run_record, write_files
 from msp_plugin.checkpoint.saving import check_savable, generation_config_kept, kept_if_it_fails
 from msp_plugin.checkpoint.source import ModelSource
-from msp_plugin.data.samples import Samples, Text
+from msp_plugin.data.samples import Text, TextSplit
 from msp_plugin.errors import NumericsError
 from msp_plugin.hosts.base import Host, Pruned, PruneInputs
 from msp_plugin.models.device import on_best_device
@@ -59,7 +59,7 @@ class RunSteps:
     source: ModelSource
     text: Text
     options: Plan | None
-    samples: Samples
+    samples: TextSplit
     inputs: PruneInputs
     out: Path
     context: RunContext
@@ -79,15 +79,13 @@ class RunSteps:
         if options is not None and self.host.prunes_only:  # a quantized model is smaller
             need = sum(p.numel() * p.element_size() for _, _, p in named_parameters(model))
             check_free(self.out, need, "the pruned model takes", "give an output directory on another disk")
-        if options is not None:
-            self.samples.calibration.split(options.search_tokens, fit=options.fits)
         self.host.check(model, options, self.inputs)
         with closing(Journal(journal_file, self._identity(model), ranks)) as journal:
             dense = journal.get("dense", partial(self.measure, "dense", model))
             stages = [StageRecord(name=DENSE, perplexity=finite(dense))]
             del model
             gc.collect()
-            if options is not None and baseline and self.samples.test is not None and not options.is_uniform:
+            if options is not None and baseline and self.samples.test and not options.is_uniform:
                 uniform = journal.get("uniform stage", partial(self._uniform, options))
                 stages.append(StageRecord.model_validate(uniform))
         return stages
@@ -115,7 +113,7 @@ class RunSteps:
         return self.context.ranks.on_rank_zero(partial(self._perplexity, name, model))
 
     def _perplexity(self, name: str, model: PreTrainedModel) -> float | None:
-        if self.samples.test is None:
+        if not self.samples.test:
             return None
         progress = partial(self.context.progress, f"perplexity, {name}")
         try:
@@ -174,9 +172,9 @@ class RunSteps:
             "model": fingerprint(model),
             "recipe": json.loads(json.dumps(spelled, default=str)),
             "host": self.host.name,
-            "calibration": self.samples.calibration.fingerprint,
+            "calibration": self.samples.pruning.fingerprint,
             "batch": self.text.batch,
-            "test": test and test.fingerprint,
+            "test": test.fingerprint if test else None,
             "versions": versions(),
             "method": options and options.pruner.code(),
             "allocation": options and options.given and options.given.to_dict(),
@@ -203,8 +201,8 @@ class RunSteps:
                 "stages": (*before, pruned),
                 "perplexity": quality,
                 "model": ModelRecord(source=str(self.source.name), dtype=self.source.dtype),
-                "calibration": self.samples.calibration.record(length=text.length, seed=text.seed),
-                "test": None if test is None else test.record(length=text.length),
+                "calibration": self.samples.pruning.record(length=text.length, seed=text.seed),
+                "test": test.record(length=text.length) if test else None,
             }
         )
 

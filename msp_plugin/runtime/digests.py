@@ -9,6 +9,7 @@ import json
 from abc import ABC
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +37,15 @@ def source_digest(*classes: type, modules: Iterable[ModuleType] = ()) -> str:
             with suppress(OSError, TypeError):
                 sha256.update(inspect.getsource(module).encode())
     return sha256.hexdigest()
+
+
+def folders_digest(root: Path, folders: Iterable[str]) -> str:
+    """Return the SHA-256 of the names and contents of all Python files below some folders of ``root``, in hex."""
+    found = hashlib.sha256()
+    for file in sorted(file for folder in folders for file in (root / folder).rglob("*.py")):
+        found.update(f"{file.relative_to(root).as_posix()}\n".encode())
+        found.update(hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
 
 
 def component_digest(component: object, modules: Iterable[ModuleType] = ()) -> str:

@@ -1,4 +1,4 @@
-"""Retry with smaller batches when memory runs out, and give freed memory back to the system."""
+"""Retry with less held in memory when it runs out, and give freed memory back to the system."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from msp_plugin.errors import ModelError
 
-Part = TypeVar("Part")
+T = TypeVar("T")
 
 #: Parts of the messages of torch's plain RuntimeErrors about memory: of its CPU allocator, of CUDA and of
 #: cuBLAS.
@@ -30,36 +30,46 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _MESSAGES)
 
 
-def in_parts(measure: Callable[[list[int]], Part], group: list[int], tokens: int) -> list[Part]:
-    """Return the results of ``measure`` for a batch: one, or one for each part where memory ran out.
+def retried(work: Callable[[], T], release: Callable[[], bool]) -> T:
+    """Return the result of ``work``; where memory does not suffice for it, of a second try after ``release``.
 
     Args:
-        group: numbers of samples of one length.
-        tokens: that length.
-
-    Raises:
-        ModelError: a single sample does not fit into memory.
+        release: lets go of what is held for later; False if there was nothing, so that the error stands.
     """
     try:
-        return [measure(group)]
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or not release():
+            raise
+    free_cached()  # here, where no traceback holds the tensors of what failed
+    return work()
+
+
+@contextmanager
+def shortage_explained(subject: str, remedy: str) -> Iterator[None]:
+    """Raise a ModelError in the place of an error in the block that says that memory does not suffice.
+
+    Args:
+        subject, remedy: see short_of_memory.
+    """
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        if len(group) == 1:
-            raise short_of_memory(
-                f"one sample of {tokens:,} tokens does", "shorter samples (a smaller length)", error
-            ) from error
-    free_cached()  # outside of the except clause, whose traceback holds the tensors of the failed pass
-    half = len(group) // 2
-    return in_parts(measure, group[:half], tokens) + in_parts(measure, group[half:], tokens)
+        raise short_of_memory(subject, remedy, error) from error
 
 
-def short_of_memory(what: str, remedy: str, error: BaseException) -> ModelError:
-    """Return the error for lack of memory; ``what`` comes with its verb, e.g. ``one sample does``."""
+def short_of_memory(subject: str, remedy: str, error: BaseException) -> ModelError:
+    """Return the error that something does not fit into memory beside the model.
+
+    Args:
+        subject: it, with its verb, e.g. ``one sample does``.
+        remedy: something to give instead, e.g. ``shorter samples``.
+    """
     lines = str(error).strip().splitlines()
     return ModelError(
-        f"{what} not fit into memory beside the model{_free()}: "
-        f"{lines[0] if lines else type(error).__name__}",
+        f"{subject} not fit into memory beside the model{_free()}: {lines[0] if lines else type(error).__name__}",
         hint=f"give {remedy}, a smaller dtype, or a device with more memory",
     )
 

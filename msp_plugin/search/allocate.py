@@ -9,6 +9,7 @@ import torch
 from msp_plugin.allocators.base import AllocationResult
 from msp_plugin.checkpoint.quantized import check_unquantized
 from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import NO_TEXT, TextSplit
 from msp_plugin.data.tokenize import check_ids
 from msp_plugin.errors import RecipeError
 from msp_plugin.models.layers import allowed_levels, check_finite_weights, check_widths, prunable_layers
@@ -49,20 +50,23 @@ def check_model(model: torch.nn.Module, plan: Plan) -> UnitTable:
         if budget.kept == least and not plan.is_uniform:
             log.warning(
                 "sparsity %s is the sparsest that the levels reach: one allocation only meets it; add sparser "
-                "levels, e.g. 1:16, to leave a choice", float(plan.sparsity),
-            )  # fmt: skip
+                "levels, e.g. 1:16, to leave a choice",
+                float(plan.sparsity),
+            )
         if not budget.exact:
             log.info(
                 "sparsity %s cannot be met to the weight: nearest is %d zeros of %d",
-                plan.sparsity, budget.zeros, budget.weights,
-            )  # fmt: skip
+                plan.sparsity,
+                budget.zeros,
+                budget.weights,
+            )
     check_finite_weights(model, table)
     return table
 
 
 def allocate(
     model: torch.nn.Module,
-    data: CalibrationSet | None,
+    text: TextSplit,
     plan: Plan,
     *,
     batch_tokens: int = 4096,
@@ -72,30 +76,41 @@ def allocate(
 ) -> Outcome:
     """Return the allocation that the plan asks for; the model is left as it was found.
 
-    The last samples of ``data`` are held out to measure candidates, as many as the allocator's
-    ``tokens`` ask for; all others give sensitivities and statistics. What the cache holds of this model, text
-    and method is taken from there, unless ``fresh``; so a search that was stopped goes on.
+    What the cache holds of this model, text and method is taken from there, unless ``fresh``; so a search that was
+    stopped goes on.
+
+    Args:
+        text: split as ``plan.search_text`` asks; ``TextSplit()`` where there is no text.
 
     Raises:
-        MSPError: see check_model, check_ids, CalibrationSet.split, build_database and the components.
+        MSPError: see check_model, check_ids, build_database and the components.
     """
     table = check_model(model, plan)
-    if data is not None:
-        check_ids(data, own_parameters(model.get_input_embeddings())["weight"].shape[0])
+    if text.pruning:
+        check_ids(text.pruning, own_parameters(model.get_input_embeddings())["weight"].shape[0])
     if plan.given is not None:
         return Outcome(plan.given)
     problem = make_problem(model, table, plan)
     allocator = plan.allocator
-    if data is None and plan.allocation_needs_data:
+    if not text.pruning and plan.allocation_needs_data:
         raise RecipeError(f"allocator {allocator.name!r} needs calibration text", hint="pass a dataset")
-    head, search, holdout = parts(data, plan)
     measurements = Measurements(
-        model, table, plan.menu, plan.pruner, head, search, holdout, plan.estimators, plan.cache,
-        batch_tokens, progress=progress, fresh=fresh, ranks=ranks, prefix=uniform_levels(problem),
-    )  # fmt: skip
+        model,
+        table,
+        plan.menu,
+        plan.pruner,
+        text,
+        plan.estimators,
+        plan.cache,
+        batch_tokens,
+        progress=progress,
+        fresh=fresh,
+        ranks=ranks,
+        prefix=uniform_levels(problem),
+    )
     with freed_memory_kept():
         result, record = measurements.allocate(allocator, problem, plan.seed)
-    used = data if plan.allocation_needs_data else None
+    used = text.pruning if plan.allocation_needs_data else NO_TEXT
     allocation = _finish(
         model, measurements.model_id, used, plan, problem, result, measurements.sensitivities
     )
@@ -118,53 +133,10 @@ def uniform_levels(problem: AllocationProblem) -> tuple[str, ...]:
     return tuple(problem.menu[k].name for k in problem.uniform())
 
 
-Parts = tuple[CalibrationSet, CalibrationSet, CalibrationSet]
-
-
-def parts(data: CalibrationSet | None, plan: Plan) -> Parts | tuple[None, None, None]:
-    """Return the samples that calibrate, that measure candidates, and that tell when to stop (see hold_out)."""
-    if data is None:
-        return None, None, None
-    allocator = plan.allocator
-    if plan.given is not None:
-        return hold_out(data, 0, 0)
-    return hold_out(data, allocator.held_out_tokens, allocator.stopping_tokens, fit=plan.fits)
-
-
-def hold_out(data: CalibrationSet, tokens: int, stopping: int, *, fit: bool = False) -> Parts:
-    """Return the samples that calibrate, that measure candidates, and that tell when to stop.
-
-    The last samples measure, of ``tokens`` tokens, and the last of all tell when to stop, of ``stopping``; all others
-    give sensitivities and statistics.
-
-    Args:
-        fit: take half of the samples where the text is too short for that, and say so.
-
-    Raises:
-        DataError: see CalibrationSet.split.
-    """
-    head, held_out = data.split(tokens + stopping, fit=fit)
-    if held_out.tokens < tokens + stopping:
-        search, holdout = held_out.cut(held_out.tokens * stopping // (tokens + stopping))
-        if not search:
-            search, holdout = holdout, search
-        log.warning(
-            "%d samples with %d tokens: candidates are measured on %d tokens, and %d tell when to stop, instead of %d "
-            "and %d; with more or longer samples the choice is surer",
-            len(data), data.tokens, search.tokens, holdout.tokens, tokens, stopping,
-        )  # fmt: skip
-        return head, search, holdout
-    search, holdout = held_out.cut(stopping)
-    if search.tokens < tokens:  # the hold-out, in whole samples, took from it
-        head, held_out = data.split(holdout.tokens + tokens, fit=fit)
-        search, holdout = held_out.cut(stopping)
-    return head, search, holdout
-
-
 def _finish(
     model: torch.nn.Module,
     model_id: str,
-    data: CalibrationSet | None,
+    data: CalibrationSet,
     plan: Plan,
     problem: AllocationProblem,
     result: AllocationResult,
@@ -185,7 +157,7 @@ def _finish(
         "granularity": plan.granularity,
         **plan.bounds.to_dict(),
         "seed": plan.seed,
-        "calibration": (None if data is None else {"fingerprint": data.fingerprint, "samples": len(data)}),
+        "calibration": {"fingerprint": data.fingerprint, "samples": len(data)} if data else None,
         "loss": finite(result.loss),
         "uniform_loss": finite(result.uniform_loss),
         "versions": versions(),

@@ -10,10 +10,7 @@ import torch
 
 from msp_plugin.allocators.base import Choice
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.models.offload import (
-    input_device,
-    linear,
-)
+from msp_plugin.models.offload import input_device, linear
 from msp_plugin.models.weights import InMemory, Place, Weights, weight_place
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.runtime.memory import cache_bytes, free_cached
@@ -86,8 +83,16 @@ class CandidateWeights:
             return lambda: weight
         return give
 
-    def hold_nothing(self) -> bool:
-        """Hold no pruned weights for later from now on; return False, and change nothing, if none are held."""
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the pruned weights in memory."""
+        return self._bytes
+
+    def release(self) -> bool:
+        """Let go of all pruned weights that are held for later, and hold none from now on.
+
+        Returns False, and changes nothing, if there are none.
+        """
         if not self._held:
             return False
         self._held.clear()

@@ -6,46 +6,59 @@ Shape legend: S samples, U units, K levels, T tokens of a sample, V vocabulary, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from msp_plugin.allocators.base import Choice
 from msp_plugin.passes.gradients import activation_gradients
-
-#: Forward passes that one sample's slopes count as: one forward, and two backward passes of two each
-#: (the gradients of the activations, and those of the weights).
-FORWARD_EQUIVALENT = 5
+from msp_plugin.search.candidate_weights import CandidateWeights
 
 #: Of a layer's name: its unit, and the change of its weight [O, I], in its dtype, for each level that is asked about.
 Changes = Callable[[str], tuple[int, Mapping[int, torch.Tensor]]]
 
 
-def measure_slopes(
+def changes_within(weights: CandidateWeights, choice: Choice, reach: int) -> Changes:
+    """Return the changes of weight by moves of one unit of ``choice`` by up to ``reach`` levels."""
+    problem = weights.problem
+    units = {layer.name: u for u, unit in enumerate(problem.table) for layer in unit.layers}
+
+    def changes(layer: str) -> tuple[int, dict[int, torch.Tensor]]:
+        u = units[layer]
+        now = weights.weight(layer, problem.menu[choice[u]].name)
+        near = range(max(0, choice[u] - reach), min(len(problem.menu), choice[u] + reach + 1))
+        return u, {k: weights.weight(layer, problem.menu[k].name) - now for k in near if k != choice[u]}
+
+    return changes
+
+
+def sample_gradients(
     model: torch.nn.Module,
-    layers: Sequence[str],
-    samples: Sequence[torch.Tensor],
-    loss: Callable[[int, torch.Tensor], torch.Tensor],
+    ids: torch.Tensor,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    layers: Iterable[str],
     changes: Changes,
     shape: tuple[int, int],
-    generator: torch.Generator,
+    seed: tuple[int, int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (slopes, draws), each float64[S, U, K] for S samples, NaN where nothing was asked.
+    """Return (first_order, curvature_sample) of one sample, each float64[U, K], NaN where nothing was asked.
 
-    For a change D of the weights the loss grows by about <g, D> + 1/2 D^T F D. A slope is <g_s, D> of one
-    unit and level, nats per token; it adds up over units. F is the Fisher information of the pruned model
-    itself, that is the Gauss-Newton curvature of its KL divergence (Martens, arXiv 1412.1193, section 5):
-    with labels drawn from the model's own output, the square of <g_s, D> is T D^T F D on average. A draw is
-    <g_s, D> / sqrt(T); draws add up over units too, so that half the mean square of their sum is the
-    curvature of a joint move, cross terms included.
+    For a change D of the weights the loss grows by about <g, D> + 1/2 D^T F D. The first-order change is <g, D> of
+    one unit and level, nats per token; it adds up over units. F is the Fisher information of the pruned model
+    itself, that is the Gauss-Newton curvature of its KL divergence (Martens, arXiv 1412.1193, section 5): with
+    labels drawn from the model's own output, the square of <g, D> is T D^T F D on average. A curvature sample is
+    this <g, D> / sqrt(T); they add up over units too, so that half the mean square of their sum is the curvature
+    of a joint move, cross terms included.
 
     Args:
-        samples: token ids int64[T], on the model's device.
-        loss: of a sample's number and its logits [T, V] the mean loss, nats per token.
+        ids: int64[T], on the model's device.
+        loss: of logits [T, V] the mean loss, nats per token, as a node of the graph.
+        shape: (U, K).
+        seed: of the labels: the search's, and the sample's number, so that it does not matter who measures it.
     """
-    slopes = np.zeros((len(samples), *shape))
-    draws = np.zeros_like(slopes)
-    into, asked = slopes[0], np.zeros(shape, dtype=bool)
+    first_order, curvature_sample = np.zeros((2, *shape))
+    into, asked = first_order, np.zeros(shape, dtype=bool)
 
     def add(name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
         unit, wanted = changes(name)
@@ -53,15 +66,26 @@ def measure_slopes(
             into[unit, level] += float((dy.float() * (x @ change.T)).sum())
             asked[unit, level] = True
 
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     with activation_gradients(model, layers, add):
-        for number, ids in enumerate(samples):
-            logits = model(ids[None], use_cache=False).logits[0].float()
-            labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-            own = torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-            into = slopes[number]
-            loss(number, logits).backward(retain_graph=True)
-            into = draws[number]
-            own.backward()
-            into /= math.sqrt(len(ids))
-    slopes[:, ~asked] = draws[:, ~asked] = np.nan
-    return slopes, draws
+        logits = model(ids[None], use_cache=False).logits[0].float()
+        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        own = torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+        loss(logits).backward(retain_graph=True)
+        into = curvature_sample
+        own.backward()
+    curvature_sample /= math.sqrt(len(ids))
+    first_order[~asked] = curvature_sample[~asked] = np.nan
+    return first_order, curvature_sample
+
+
+def stack_samples(samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the gradients of all samples, each float64[S, U, K].
+
+    Where a sample does not reach a unit that others do, e.g. an expert, its loss does not change: 0 instead of NaN.
+    """
+    first_order, curvature_samples = (np.stack(found) for found in zip(*samples, strict=True))
+    missed, asked = np.isnan(first_order).all(axis=2), ~np.isnan(first_order).all(axis=0)
+    unreached = missed[:, :, None] & asked
+    first_order[unreached] = curvature_samples[unreached] = 0.0
+    return first_order, curvature_samples

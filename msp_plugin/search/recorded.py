@@ -1,26 +1,78 @@
-"""Losses and sensitivities of candidates whose values are in a journal, so that a search can go on."""
+"""Losses and sensitivities whose values are in a journal, so that a search that was stopped goes on."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from msp_plugin.allocators.base import Choice, TrueLoss
+from msp_plugin.runtime.digests import digest
 from msp_plugin.runtime.journal import Journal, packed, unpacked
+from msp_plugin.runtime.locks import locked
+from msp_plugin.runtime.memory import free_cached
+from msp_plugin.runtime.ranks import Ranks
+from msp_plugin.search.keys import journal_identity
 
 if TYPE_CHECKING:
     from msp_plugin.data.calibration import CalibrationSet
 
 
-class _Recorded:
-    """Values of a journal with what they cost: forward tokens, and seconds of those that another process measured."""
+@contextmanager
+def locked_for_all(path: Path, reason: str, ranks: Ranks) -> Iterator[None]:
+    """Hold the lock of a file for all ranks while something is measured, then give its memory back.
+
+    Args:
+        reason: told to another process that waits for the lock.
+    """
+    try:
+        with locked(path, reason, wait=True) if ranks.rank == 0 else nullcontext():
+            yield
+    finally:
+        free_cached()
+
+
+@dataclass(frozen=True)
+class Journals:
+    """Opens the journals of a model's measurements.
+
+    Args:
+        device: the kind of device that measures.
+        fresh: begin each journal anew that is not in ``renewed``, and add it there.
+        ranks: of the run; rank 0 reads and writes the files.
+    """
+
+    device: str
+    fresh: bool
+    renewed: set[Path]
+    ranks: Ranks
+
+    @contextmanager
+    def open(self, folder: Path, name: str, about: Mapping[str, Any]) -> Iterator[Journal]:
+        """Yield the journal of what ``about`` names; another process that has it is waited for."""
+        identity = journal_identity(about, self.device)
+        path = folder / f"{name}-{digest(identity)[:16]}.jsonl"
+        with locked_for_all(
+            path.with_suffix(".lock"), f"it measures {name} of this model and text", self.ranks
+        ):
+            if self.fresh and path not in self.renewed:
+                self.renewed.add(path)
+                self.ranks.on_rank_zero(lambda: path.unlink(missing_ok=True))
+            with closing(Journal(path, identity, self.ranks)) as journal:
+                yield journal
+
+
+class Recorded:
+    """Values of a journal with their cost: forward tokens, and seconds of those that another process measured."""
 
     def __init__(self, journal: Journal):
         self.forward_tokens = 0
-        #: What the values that were read had taken to measure, in another process.
+        #: Seconds that another process had taken to measure the values that were read.
         self.saved_seconds = 0.0
         self._journal = journal
         self._mine: set[str] = set()
@@ -29,24 +81,24 @@ class _Recorded:
         """Return the value of a key; ``measure`` returns it with its forward tokens where it is missing."""
 
         def measured() -> dict[str, Any]:
-            self._get_ready()  # what a run that goes on does again is no part of what the value took
+            self._get_ready()  # every process does this again: it is no part of the value's seconds
             began = time.monotonic()
             value, tokens = measure()
             self._mine.add(key)
             return {"value": value, "tokens": tokens, "seconds": round(time.monotonic() - began, 4)}
 
-        held = self._journal.get(key, measured)
-        self.forward_tokens += held["tokens"]
+        record = self._journal.get(key, measured)
+        self.forward_tokens += record["tokens"]
         if key not in self._mine:
             self._mine.add(key)
-            self.saved_seconds += held["seconds"]
-        return held["value"]
+            self.saved_seconds += record["seconds"]
+        return record["value"]
 
     def _get_ready(self) -> None:
         """Do what every process does before its first measurement."""
 
 
-class RecordedLoss(_Recorded):
+class RecordedLoss(Recorded):
     """A true loss (see allocators.base.TrueLoss) whose values are in a journal.
 
     The model is not touched before a value is missing: ``make`` is called then.
@@ -62,33 +114,33 @@ class RecordedLoss(_Recorded):
         self.data, self.lengths = data, tuple(len(sample) for sample in data.samples)
         self._make, self._name = make, name
         self._loss: TrueLoss | None = None
-        self._kept: Choice | None = None
+        self._incumbent: Choice | None = None
 
     def __call__(self, choice: Choice, samples: Sequence[int] | None = None) -> float:
         key = f"{self._name} {_text(choice)} {'all' if samples is None else _text(samples)}"
         return self._get(key, lambda: self._measure(lambda loss: loss(choice, samples)))
 
-    def slopes(
+    def move_gradients(
         self, choice: Choice, samples: Sequence[int], reach: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        key = f"{self._name} slopes {_text(choice)} {_text(samples)} {reach} {seed}"
+        key = f"{self._name} gradients {_text(choice)} {_text(samples)} {reach} {seed}"
 
         def measure(loss: TrueLoss) -> dict[str, Any]:
-            return packed(np.stack(loss.slopes(choice, samples, reach, seed)))
+            return packed(np.stack(loss.move_gradients(choice, samples, reach, seed)))
 
-        slopes, draws = unpacked(self._get(key, lambda: self._measure(measure)))
-        return slopes, draws
+        first_order, curvature_samples = unpacked(self._get(key, lambda: self._measure(measure)))
+        return first_order, curvature_samples
 
-    def keep(self, choice: Choice) -> None:
-        self._kept = choice
+    def set_incumbent(self, choice: Choice) -> None:
+        self._incumbent = choice
         if self._loss is not None:
-            self._loss.keep(choice)
+            self._loss.set_incumbent(choice)
 
     def _get_ready(self) -> None:
         if self._loss is None:
             self._loss = self._make()
-            if self._kept is not None:
-                self._loss.keep(self._kept)
+            if self._incumbent is not None:
+                self._loss.set_incumbent(self._incumbent)
 
     def _measure(self, measure: Callable[[TrueLoss], Any]) -> tuple[Any, int]:
         before = self._loss.forward_tokens
@@ -96,7 +148,7 @@ class RecordedLoss(_Recorded):
         return value, self._loss.forward_tokens - before
 
 
-class RecordedEstimate(_Recorded):
+class RecordedEstimate(Recorded):
     """Sensitivities of pruned models (see allocators.base.AllocationInputs.estimate) that are in a journal.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any
 
 from msp_plugin.allocators.base import Allocator
 from msp_plugin.allocators.uniform import Uniform
+from msp_plugin.data.samples import SearchText
 from msp_plugin.errors import RecipeError, nearest, shown
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.bounds import Bounds, parse_bounds
@@ -54,16 +55,14 @@ class Plan:
         )
 
     @property
-    def search_tokens(self) -> int:
-        """Calibration tokens that are held out to measure candidates and to know when to stop."""
+    def search_text(self) -> SearchText:
+        """The text that the search sets aside; less will do where nobody asked for just that much."""
         if self.given is not None:
-            return 0
-        return self.allocator.held_out_tokens + self.allocator.stopping_tokens
-
-    @property
-    def fits(self) -> bool:
-        """True if the search makes do with less text than ``search_tokens``, as nobody asked for just that."""
-        return self.given is not None or not self.allocator.asks_for_text
+            return SearchText()
+        allocator = self.allocator
+        return SearchText(
+            allocator.held_out_tokens, allocator.stopping_tokens, fit=not allocator.asks_for_text
+        )
 
     @property
     def is_uniform(self) -> bool:
@@ -149,6 +148,17 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
         )
     estimators = {name: built[name] for name in allocator.estimators}
     return Plan(
-        sparsity, pruner, bounds.menu(menu), tuple(options.targets), tuple(options.ignore), allocator,
-        estimators, given, options.seed, options.cache, granularity, bounds, Options(**options.model_dump(include=set(Options.model_fields))),
-    )  # fmt: skip
+        sparsity,
+        pruner,
+        bounds.menu(menu),
+        tuple(options.targets),
+        tuple(options.ignore),
+        allocator,
+        estimators,
+        given,
+        options.seed,
+        options.cache,
+        granularity,
+        bounds,
+        Options(**options.model_dump(include=set(Options.model_fields))),
+    )

@@ -55,22 +55,25 @@ class QuadraticLoss:
         self.forward_tokens += sum(self.lengths if samples is None else (self.lengths[i] for i in samples))
         return self.odd.get(choice, self.exact(choice, samples))
 
-    def slopes(self, choice, samples, reach, seed):
+    def move_gradients(self, choice, samples, reach, seed):
         self.asked.append((choice, tuple(samples), reach, seed))
         self.forward_tokens += 5 * sum(self.lengths[i] for i in samples)
         units, levels = self.change.shape[:2]
         x = self.change[np.arange(units), list(choice)].ravel()
-        slopes, draws = np.full((2, len(samples), units, levels), np.nan)
+        first_order, curvature_samples = np.full((2, len(samples), units, levels), np.nan)
         for s, i in enumerate(samples):
             gradient = (self.hessians[i] @ x).reshape(units, 4)
             for u, k in itertools.product(range(units), range(levels)):
                 if 0 < abs(k - choice[u]) <= reach:
                     d = self.change[u, k] - self.change[u, choice[u]]
                     block = self.hessians[i][4 * u : 4 * u + 4, 4 * u : 4 * u + 4]
-                    slopes[s, u, k], draws[s, u, k] = gradient[u] @ d, math.sqrt(max(d @ block @ d, 0.0))
-        return slopes, draws
+                    first_order[s, u, k], curvature_samples[s, u, k] = (
+                        gradient[u] @ d,
+                        math.sqrt(max(d @ block @ d, 0.0)),
+                    )
+        return first_order, curvature_samples
 
-    def keep(self, choice):
+    def set_incumbent(self, choice):
         self.kept.append(choice)
 
 

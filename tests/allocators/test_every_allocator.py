@@ -29,11 +29,11 @@ class MadeUpLoss:
         self.forward_tokens += 12
         return float(self.values[np.arange(len(choice)), list(choice)].sum())
 
-    def slopes(self, choice, samples, reach, seed):
+    def move_gradients(self, choice, samples, reach, seed):
         now = self.values[np.arange(len(choice)), list(choice)]
         return np.repeat((self.values - now[:, None])[None], len(samples), axis=0), self.draws[list(samples)]
 
-    def keep(self, choice):
+    def set_incumbent(self, choice):
         pass
 
 

@@ -39,7 +39,7 @@ class CountingLoss:
         self.forward_tokens += sum(self.lengths if samples is None else (self.lengths[i] for i in samples))
         return self.exact(choice)
 
-    def keep(self, choice):
+    def set_incumbent(self, choice):
         self.kept.append(choice)
 
     @property

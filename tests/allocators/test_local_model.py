@@ -13,11 +13,11 @@ def known(at=(0, 0, 0), decay=0.5):
     return local
 
 
-def test_known_slopes_fade_and_a_unit_that_moved_starts_anew():
+def test_known_move_gradients_fade_and_a_unit_that_moved_starts_anew():
     local = LocalModel(2, 3, decay=0.5)
-    slopes, draws = np.ones((4, 2, 3)), np.full((4, 2, 3), 2.0)
-    slopes[:, :, 0] = draws[:, :, 0] = np.nan
-    local.add((0, 0), slopes, draws)
+    first_order, curvature_samples = np.ones((4, 2, 3)), np.full((4, 2, 3), 2.0)
+    first_order[:, :, 0] = curvature_samples[:, :, 0] = np.nan
+    local.add((0, 0), first_order, curvature_samples)
     assert local.cost().tolist() == [[0, 3, 3], [0, 3, 3]]
     local.add((0, 1), np.full((1, 2, 3), 7.0), np.zeros((1, 2, 3)))
     old = (0.5 * 4 * 3 + 7) / (0.5 * 4 + 1)
@@ -26,45 +26,45 @@ def test_known_slopes_fade_and_a_unit_that_moved_starts_anew():
 
 def test_a_level_without_a_finite_slope_is_unknown_and_one_that_changes_nothing_costs_nothing():
     local = LocalModel(1, 4, decay=0.5)
-    slopes = np.array([[[np.inf, np.nan, 0.0, 2.0]], [[1.0, np.nan, 0.0, np.nan]]])
-    local.add((1,), slopes, np.array([[[0.0, np.nan, 0.0, np.inf]], [[2.0, np.nan, 0.0, 1.0]]]))
+    first_order = np.array([[[np.inf, np.nan, 0.0, 2.0]], [[1.0, np.nan, 0.0, np.nan]]])
+    local.add((1,), first_order, np.array([[[0.0, np.nan, 0.0, np.inf]], [[2.0, np.nan, 0.0, 1.0]]]))
     assert local.cost().tolist() == [[3.0, 0.0, 0.0, np.inf]]
 
 
 def test_what_a_move_changes_alone_replaces_its_prediction_until_its_unit_moves():
     local = known()
-    local.learn_alone((0, 1), 7.0)
-    local.learn_alone((1, 2), -1.0)
+    local.correct_move((0, 1), 7.0)
+    local.correct_move((1, 2), -1.0)
     assert local.cost().tolist() == [[0, 7, 3], [0, 3, -1], [0, 3, 3]]
     local.add((0, 1, 0), np.ones((4, 3, 3)), np.full((4, 3, 3), 2.0))
     assert local.cost()[0, 1] == 7 and local.cost()[1, 2] == 3
-    assert np.argwhere(local.alone).tolist() == [[0, 1]]
+    assert np.argwhere(local.measured).tolist() == [[0, 1]]
 
 
 def test_what_moves_changed_together_fades():
     local = known(decay=0.5)
-    local.learn((1, 1, 0), 16.0)
+    local.correct_joint_move((1, 1, 0), 16.0)
     local.add((0, 0, 0), np.ones((4, 3, 3)), np.full((4, 3, 3), 2.0))
     assert local.cost()[:2, 1].tolist() == [3 + 5 / 2] * 2
 
 
 def test_a_move_whose_loss_is_infinite_is_ruled_out():
     local = known()
-    local.learn_alone((0, 1), np.inf)
+    local.correct_move((0, 1), np.inf)
     assert local.cost()[0, 1] == np.inf and np.isfinite(local.cost()).sum() == 8
 
 
 def test_what_moves_change_together_is_charged_to_them_less_to_those_measured_alone():
     local = known()
-    local.learn((1, 1, 0), 16.0)  # 10 beyond 3 + 3
+    local.correct_joint_move((1, 1, 0), 16.0)  # 10 beyond 3 + 3
     assert local.cost().tolist() == [[0, 8, 3], [0, 8, 3], [0, 3, 3]]
     local = known()
-    local.learn_alone((0, 1), 3.0)
-    local.learn((1, 1, 0), 16.0)
+    local.correct_move((0, 1), 3.0)
+    local.correct_joint_move((1, 1, 0), 16.0)
     assert local.cost()[:2, 1] == pytest.approx([3 + 10 / 5, 3 + 10 * 4 / 5])
 
 
 def test_a_joint_change_that_is_not_finite_says_nothing():
     local = known()
-    local.learn((1, 1, 0), np.inf)
+    local.correct_joint_move((1, 1, 0), np.inf)
     assert (local.cost()[:, 1:] == 3).all()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from msp_plugin.data.samples import TextSplit, split_text
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.search.allocate import allocate
 from msp_plugin.search.options import Options
@@ -25,7 +26,8 @@ def test_a_run_is_on_the_budget_repeats_and_leaves_the_model(
         granularity=granularity, cache=str(tmp_path), estimators=ESTIMATORS.get(name, {}),
     )  # fmt: skip
     plan = resolve(options, Plugins(entry_points=False))
-    first, second = (allocate(llama, data, plan).allocation for _ in range(2))
+    text = split_text(data, plan.search_text)
+    first, second = (allocate(llama, text, plan).allocation for _ in range(2))
     assert first.to_json() == second.to_json() and first.budget.zeros * 4 == first.budget.weights * 3
     assert bits(llama) == before and count_hooks(llama) == hooks
 
@@ -35,4 +37,4 @@ def test_alphapruning_runs_without_text(llama, tmp_path):
         Options(sparsity=0.75, method="magnitude", allocator="alphapruning", cache=str(tmp_path)),
         Plugins(entry_points=False),
     )
-    assert allocate(llama, None, plan).allocation.budget.exact
+    assert allocate(llama, TextSplit(), plan).allocation.budget.exact

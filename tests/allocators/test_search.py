@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
-from msp_plugin.allocators.search import GAIN_ROUNDS, LEAST_TOKENS, SLOPES_COST, TOKENS_PER_UNIT, Search
+from msp_plugin.allocators.search import LEAST_TOKENS, TOKENS_PER_UNIT, Search
+from msp_plugin.allocators.selection import GAIN_ROUNDS
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu
-from msp_plugin.search.move_gradients import FORWARD_EQUIVALENT
 
 SHORT = Search(rounds=4, seeds=5)
 AWKWARD = ["dense", "4:8", "2:4", "3:8 in 2:4", "2:8", "1:12", "0.7"]
@@ -142,10 +142,6 @@ def test_a_search_takes_no_more_tokens_than_it_may_and_returns_what_it_had_found
     assert "before the first round: uniform is returned; give max_tokens" in caplog.text
 
 
-def test_the_cost_of_slopes_is_that_which_is_counted():
-    assert SLOPES_COST == FORWARD_EQUIVALENT
-
-
 def spent(inputs):
     return inputs.loss.forward_tokens + inputs.holdout.forward_tokens
 
@@ -154,9 +150,9 @@ def test_seconds_let_no_round_start_after_them():
     problem, clock = problem_of(SHAPES), [0.0]
 
     class Slow(QuadraticLoss):
-        def slopes(self, *arguments):
+        def move_gradients(self, *arguments):
             clock[0] += 10
-            return super().slopes(*arguments)
+            return super().move_gradients(*arguments)
 
     for seconds, rounds in ((25, 3), (9, 1), (0, 6)):
         clock[0] = 1e6
@@ -257,12 +253,12 @@ def test_a_search_ends_when_a_round_promises_too_little_and_says_why():
 
 def test_the_default_budget_grows_with_the_units():
     tokens = []
-    for shapes in (SHAPES, SHAPES * 12):
+    for shapes in (SHAPES, SHAPES * 48):
         given_inputs = inputs_of(problem_of(shapes))
         given_inputs.loss.lengths = tuple(2000 * n for n in given_inputs.loss.lengths)
         Search(least_gain=0, patience=99).allocate(given_inputs)
         tokens.append(given_inputs.loss.forward_tokens)
-    assert LEAST_TOKENS / 2 < tokens[0] <= LEAST_TOKENS < tokens[1] <= TOKENS_PER_UNIT * 144
+    assert LEAST_TOKENS / 2 < tokens[0] <= LEAST_TOKENS < tokens[1] <= TOKENS_PER_UNIT * 576
 
 
 @pytest.mark.parametrize("option, value", [

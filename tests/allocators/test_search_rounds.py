@@ -129,32 +129,32 @@ def test_no_unit_moves_further_than_the_reach_in_a_round(reach):
 def test_rounds_without_a_move_look_at_more_samples():
     problem = problem_of(SHAPES)
     loss = QuadraticLoss(problem, lengths=(5,) * 20)
-    loss.slopes_of = loss.slopes
+    loss.gradients_of = loss.move_gradients
 
     def useless(choice, samples, reach, seed):
-        slopes, draws = loss.slopes_of(choice, samples, reach, seed)
-        return np.zeros_like(slopes), draws
+        first_order, curvature_samples = loss.gradients_of(choice, samples, reach, seed)
+        return np.zeros_like(first_order), curvature_samples
 
-    loss.slopes = useless
+    loss.move_gradients = useless
     Search(patience=4, least_gain=0, screen=0.2).allocate(inputs_of(problem, loss))
     assert [len(samples) for _, samples, *_ in loss.asked] == [4, 8, 10, *[10] * 4]
 
 
 def distorted(problem, number):
-    """A loss whose slopes err for every move by a factor of its own, the same in every round."""
+    """A loss whose gradients err for every move by a factor of its own, the same in every round."""
     loss = QuadraticLoss(problem, number, cross=0.3, noise=0.05)
-    measure = loss.slopes
+    measure = loss.move_gradients
     factors = 1 + np.random.default_rng(number).normal(0, 1, loss.change.shape[:2])
 
-    def slopes(choice, samples, reach, seed):
-        found, draws = measure(choice, samples, reach, seed)
-        return found * np.where(found > 0, factors, 2 - factors), draws
+    def gradients(choice, samples, reach, seed):
+        found, curvature_samples = measure(choice, samples, reach, seed)
+        return found * np.where(found > 0, factors, 2 - factors), curvature_samples
 
-    loss.slopes = slopes
+    loss.move_gradients = gradients
     return loss
 
 
-def test_moves_measured_alone_find_what_wrong_slopes_hide():
+def test_moves_measured_alone_find_what_wrong_move_gradients_hide():
     problem = problem_of(SHAPES * 2)
     for number in range(4):
         with_probes, without = (

@@ -5,8 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from msp_plugin.database.build import build_database, check_space
-from msp_plugin.database.statistics import collect
+from msp_plugin.database.build import build_database, check_space, collect
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import MSPError, NumericsError, OutputError
 from msp_plugin.models.layers import prunable_layers
@@ -167,10 +166,11 @@ def test_layers_that_share_an_input_share_a_statistic(llama, data):
     for unit in table:
         for layer in unit.layers:
             x = inputs_of(llama, layer.name, data)[0].double()
-            squares = found[unit.name]
-            assert (squares.samples, squares.tokens) == (6, 144)
-            mean = squares.mean.double() * squares.samples / squares.tokens
-            torch.testing.assert_close(mean, x.square().mean(0), rtol=1e-4, atol=1e-6)
+            statistic = found[unit.name]
+            assert (statistic.samples, statistic.tokens) == (6, 144)
+            torch.testing.assert_close(
+                statistic.mean.double() * 6 / 144, x.square().mean(0), rtol=1e-4, atol=1e-6
+            )
 
 
 def test_a_forward_pass_ends_after_the_last_layer_that_is_observed(llama, data):

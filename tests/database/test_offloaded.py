@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from msp_plugin.allocators.knapsack import Knapsack
+from msp_plugin.data.samples import TextSplit
 from msp_plugin.database.build import build_database, check_space
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.models.fingerprint import fingerprint
@@ -76,7 +77,7 @@ def test_an_offloaded_model_is_allocated_by_errors_alone(tmp_path, pair, data):
     found = []
     for number, its in enumerate(pair):
         table = prunable_layers(its)
-        held = Measurements(its, table, MENU, Wanda(), data, None, None, {}, str(tmp_path / str(number)))
+        held = Measurements(its, table, MENU, Wanda(), TextSplit(data), {}, str(tmp_path / str(number)))
         problem = AllocationProblem(table, MENU, parse_sparsity("0.5"))
         found.append(held.allocate(Knapsack(surrogate="output"), problem, 0)[0].choice)
     assert found[0] == found[1]

@@ -20,6 +20,7 @@ from msp_plugin.checkpoint.run_files import attach_files
 from msp_plugin.checkpoint.saved_names import saved_names
 from msp_plugin.checkpoint.saving import check_savable
 from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import TextSplit, split_text
 from msp_plugin.data.tokenize import from_dataloader
 from msp_plugin.errors import HostError, ModelError, RecipeError, nearest
 from msp_plugin.hosts.llm_compressor import HOST_KEYS
@@ -160,7 +161,9 @@ class MixedSparsityModifier(Options, Modifier):
         with on_best_device(model):
             if self._plan.pruner.needs_statistics:
                 check_called(model, table, data)
-            found = allocate(model, data, self._plan, fresh=self._fresh, progress=self._progress)
+            asked = self._plan.search_text
+            text = TextSplit() if data is None else split_text(data, asked, warn=self._alone)
+            found = allocate(model, text, self._plan, fresh=self._fresh, progress=self._progress)
         self._outcome = replace(found, allocation=replace(found.allocation, stored=stored))
         allocation = self._outcome.allocation
         self._zeros_before = count_zeros(model, allocation)

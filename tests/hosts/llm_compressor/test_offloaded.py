@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from msp_plugin import MixedSparsityModifier
 from msp_plugin.allocators.search import Search
+from msp_plugin.data.samples import TextSplit
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import ModelError
@@ -60,7 +61,7 @@ def test_a_search_finds_what_it_finds_in_memory(tmp_path, pair, make_samples):
     for number, its in enumerate(pair):
         table, before = prunable_layers(its), state(its)
         held = Measurements(
-            its, table, MENU, Wanda(), make_samples(2), make_samples(4, seed=1), make_samples(2, seed=2),
+            its, table, MENU, Wanda(), TextSplit(make_samples(2), make_samples(4, seed=1), make_samples(2, seed=2)),
             {e.name: e for e in (FisherTrace(samples=2), HeavyTail())}, str(tmp_path / str(number)),
             batch_tokens=48,
         )  # fmt: skip

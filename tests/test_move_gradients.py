@@ -13,9 +13,9 @@ from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
-from msp_plugin.search import candidate_loss as candidates
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
+from msp_plugin.search.move_gradients import stack_samples
 
 MENU = parse_menu(["dense", "6:8", "4:8", "2:8", "1:8"])
 SIZES = {
@@ -43,7 +43,7 @@ def data():
 @pytest.fixture
 def measured(tmp_path, model):
     problem = AllocationProblem(prunable_layers(model), MENU, 1 / 2)
-    database = LevelDatabase(tmp_path, {"test": "slopes"}, MENU)
+    database = LevelDatabase(tmp_path, {"test": "move gradients"}, MENU)
     build_database(database, model, problem.table, Magnitude(), None)
     return database, problem
 
@@ -83,8 +83,11 @@ def test_a_slope_is_the_gradient_times_the_change_of_the_weight(model, data, mea
     database, problem = measured
     with CandidateWeights(model, *measured) as weights:
         loss = CandidateLoss(weights, data, objective).prepare()
-        slopes, draws = loss.slopes(NOW, [0, 2], len(MENU), 0)
-    assert slopes.shape == draws.shape == (2, 8, 5) and slopes.dtype == draws.dtype == np.float64
+        first_order, curvature_samples = loss.move_gradients(NOW, [0, 2], len(MENU), 0)
+    assert (
+        first_order.shape == curvature_samples.shape == (2, 8, 5)
+        and first_order.dtype == curvature_samples.dtype == np.float64
+    )
     dense, candidate = copy.deepcopy(model).double(), at(model, database, problem, NOW)
     for s, i in enumerate([0, 2]):
         candidate.zero_grad()
@@ -96,18 +99,18 @@ def test_a_slope_is_the_gradient_times_the_change_of_the_weight(model, data, mea
                     for name, delta in change(model, database, unit, NOW[u], k).items()
                 )
                 if k == NOW[u]:
-                    assert expected == 0.0 and np.isnan(slopes[s, u, k])
+                    assert expected == 0.0 and np.isnan(first_order[s, u, k])
                 else:
-                    assert slopes[s, u, k] == pytest.approx(expected, rel=1e-3, abs=2e-6)
-    assert np.nanmax(np.abs(slopes)) > 1e-2
+                    assert first_order[s, u, k] == pytest.approx(expected, rel=1e-3, abs=2e-6)
+    assert np.nanmax(np.abs(first_order)) > 1e-2
 
 
-def test_slopes_add_up_to_the_change_of_the_kl_along_a_joint_move(model, data, measured):
+def test_move_gradients_add_up_to_the_change_of_the_kl_along_a_joint_move(model, data, measured):
     database, problem = measured
     then = (2, 1, 1, 4, 2, 3, 3, 0)
     with CandidateWeights(model, *measured) as weights:
-        slopes, _ = CandidateLoss(weights, data).prepare().slopes(NOW, [1], len(MENU), 0)
-    found = np.nansum(slopes[0, np.arange(8), list(then)])
+        first_order, _ = CandidateLoss(weights, data).prepare().move_gradients(NOW, [1], len(MENU), 0)
+    found = np.nansum(first_order[0, np.arange(8), list(then)])
     dense, step = copy.deepcopy(model).double(), 1e-4
     ends = []
     for sign in (-1, 1):
@@ -143,17 +146,17 @@ def test_the_mean_square_of_the_draws_is_the_gauss_newton_curvature(model, data,
     database, problem = measured
     count, then = 250, (2, 1, 1, 4, 1, 3, 2, 3)
     with CandidateWeights(model, *measured) as weights:
-        _, draws = CandidateLoss(weights, data).prepare().slopes(NOW, [2] * count, 1, 5)
+        _, curvature_samples = CandidateLoss(weights, data).prepare().move_gradients(NOW, [2] * count, 1, 5)
     rows, sample = np.arange(8), data.samples[2]
     candidate = at(model, database, problem, NOW)
     deltas = [change(model, database, unit, NOW[u], then[u]) for u, unit in enumerate(problem.table)]
-    joint = draws[:, rows, list(then)].sum(axis=1)
+    joint = curvature_samples[:, rows, list(then)].sum(axis=1)
     tolerance = 4 * math.sqrt(2 / count)  # four standard deviations of a mean square of normal numbers
     expected = curvature(candidate, sample, {k: v for delta in deltas for k, v in delta.items()})
     assert (joint**2).mean() == pytest.approx(expected, rel=tolerance)
     assert abs(joint.mean()) < 4 * math.sqrt(expected / count)
     for u in range(8):
-        found = (draws[:, u, then[u]] ** 2).mean()
+        found = (curvature_samples[:, u, then[u]] ** 2).mean()
         assert found == pytest.approx(curvature(candidate, sample, deltas[u]), rel=tolerance)
 
 
@@ -173,38 +176,40 @@ def test_half_the_curvature_is_how_the_kl_grows_around_the_dense_model(model, da
 @pytest.mark.parametrize("reach", [1, 2])
 def test_there_is_nothing_at_the_present_level_and_beyond_reach(model, data, measured, reach):
     with CandidateWeights(model, *measured) as weights:
-        slopes, draws = CandidateLoss(weights, data).prepare().slopes(NOW, [0, 1], reach, 0)
+        first_order, curvature_samples = (
+            CandidateLoss(weights, data).prepare().move_gradients(NOW, [0, 1], reach, 0)
+        )
     distance = np.abs(np.arange(len(MENU))[None, :] - np.array(NOW)[:, None])
     asked = (distance > 0) & (distance <= reach)
-    for found in (slopes, draws):
+    for found in (first_order, curvature_samples):
         assert np.array_equal(np.isfinite(found), np.broadcast_to(asked, found.shape))
 
 
-def test_a_seed_fixes_the_draws_and_leaves_the_slopes_alone(model, data, measured):
+def test_a_seed_fixes_the_draws_and_leaves_the_move_gradients_alone(model, data, measured):
     with CandidateWeights(model, *measured) as weights:
         loss = CandidateLoss(weights, data).prepare()
-        first, again, other = (loss.slopes(NOW, [0, 1, 2], 1, seed) for seed in (3, 3, 4))
+        first, again, other = (loss.move_gradients(NOW, [0, 1, 2], 1, seed) for seed in (3, 3, 4))
     for found, same in ((again[0], first[0]), (again[1], first[1]), (other[0], first[0])):
         assert np.array_equal(found, same, equal_nan=True)
     assert not np.array_equal(first[1], other[1], equal_nan=True)
 
 
-def test_slopes_cost_five_forward_passes_and_none_is_saved(model, data, measured):
+def test_move_gradients_cost_five_forward_passes_and_none_is_saved(model, data, measured):
     with CandidateWeights(model, *measured) as weights:
         loss = CandidateLoss(weights, data).prepare()
-        loss.slopes(NOW, [0, 2], 1, 0)
+        loss.move_gradients(NOW, [0, 2], 1, 0)
         assert loss.forward_tokens == loss.block_tokens == 5 * (9 + 6)
 
 
-def test_slopes_neither_use_nor_change_the_kept_activations(model, data, measured):
+def test_move_gradients_neither_use_nor_change_the_kept_activations(model, data, measured):
     other = (*NOW[:7], 3)
     with CandidateWeights(model, *measured) as weights:
         loss = CandidateLoss(weights, data).prepare()
-        expected = loss(NOW), loss(other), loss.slopes(NOW, [0, 1], 1, 0)[0]
-        loss.keep(NOW)
+        expected = loss(NOW), loss(other), loss.move_gradients(NOW, [0, 1], 1, 0)[0]
+        loss.set_incumbent(NOW)
         assert loss(NOW) == expected[0]
-        assert np.array_equal(loss.slopes(NOW, [0, 1], 1, 0)[0], expected[2], equal_nan=True)
-        loss.slopes((4,) * 8, [0, 1], 1, 0)
+        assert np.array_equal(loss.move_gradients(NOW, [0, 1], 1, 0)[0], expected[2], equal_nan=True)
+        loss.move_gradients((4,) * 8, [0, 1], 1, 0)
         assert (loss(NOW), loss(other)) == expected[:2]
 
 
@@ -221,30 +226,23 @@ def test_the_model_is_left_as_it_was(model, data, measured, bits, count_hooks, f
         if fails:
             handle = model.model.layers[1].register_forward_hook(stop)
             with pytest.raises(LookupError):
-                loss.slopes(NOW, [0, 1], 1, 0)
+                loss.move_gradients(NOW, [0, 1], 1, 0)
             handle.remove()
         else:
-            loss.slopes(NOW, [0, 1], 1, 0)
+            loss.move_gradients(NOW, [0, 1], 1, 0)
         assert count_hooks(model) == hooks and all(p.grad is None for p in model.parameters())
     assert bits(model) == before
     assert not model(data.samples[0][None]).logits.isnan().any()
 
 
-def test_a_sample_that_does_not_reach_a_unit_counts_as_no_change(model, data, measured, monkeypatch):
-    whole = candidates.measure_slopes
-
-    def without(model, layers, samples, *rest):
-        slopes, draws = whole(model, layers, samples, *rest)
-        if torch.equal(samples[0], data.samples[1]):
-            slopes[:, 3] = draws[:, 3] = np.nan
-        return slopes, draws
-
+def test_a_sample_that_does_not_reach_a_unit_counts_as_no_change(model, data, measured):
     with CandidateWeights(model, *measured) as weights:
         loss = CandidateLoss(weights, data).prepare()
-        expected = loss.slopes(NOW, [0, 1, 2], 1, 0)
-        monkeypatch.setattr(candidates, "measure_slopes", without)
-        found = loss.slopes(NOW, [0, 1, 2], 1, 0)
-    for now, before in zip(found, expected, strict=True):
+        expected = loss.move_gradients(NOW, [0, 1, 2], 1, 0)
+    samples = [tuple(values[s].copy() for values in expected) for s in range(3)]
+    for values in samples[1]:
+        values[3] = np.nan
+    for now, before in zip(stack_samples(samples), expected, strict=True):
         known = ~np.isnan(before[0, 3])
         assert known.any() and (now[1, 3, known] == 0.0).all()
         before[1, 3, known] = 0.0

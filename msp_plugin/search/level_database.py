@@ -1,0 +1,85 @@
+"""The level database of a model, a method and its text: opened by its identity, and built where it is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.database.build import BATCH_TOKENS, build_database, check_space
+from msp_plugin.database.store import LevelDatabase
+from msp_plugin.plan.levels import Level
+from msp_plugin.plan.units import UnitTable
+from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.pruning.base import Pruner
+from msp_plugin.runtime.files import cache_directory
+from msp_plugin.runtime.ranks import ALONE, Ranks
+from msp_plugin.search.keys import database_identity
+from msp_plugin.search.recorded import locked_for_all
+
+
+def open_database(
+    model_id: str,
+    data: CalibrationSet,
+    pruner: Pruner,
+    menu: tuple[Level, ...],
+    cache: str | None,
+    *,
+    prefix: Mapping[str, str] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    device: str = "cpu",
+) -> LevelDatabase:
+    """Return the level database of a model (its fingerprint), samples, method and levels, built or not."""
+    identity = database_identity(
+        model_id, data, pruner, prefix=prefix, batch_tokens=batch_tokens, device=device
+    )
+    return LevelDatabase(cache_directory(cache), identity, menu)
+
+
+def complete_database(
+    database: LevelDatabase,
+    model: torch.nn.Module,
+    table: UnitTable,
+    pruner: Pruner,
+    data: CalibrationSet,
+    *,
+    prefix: Mapping[str, str] | None,
+    batch_tokens: int,
+    fresh: bool = False,
+    renewed: set[Path],
+    progress: StepProgress = no_progress,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Build what is missing of a level database; another process that builds it is waited for.
+
+    Args:
+        prefix, batch_tokens: see build_database.
+        fresh: build all of it anew, unless its path is in ``renewed``, which it is added to.
+
+    Raises:
+        MSPError: see build_database and check_space.
+    """
+
+    def prepare() -> None:
+        if fresh and database.path not in renewed:
+            renewed.add(database.path)
+            database.renew()
+        database.tidy()
+        check_space(database, model, table)
+
+    with locked_for_all(database.lock, "it builds the level database", ranks):
+        ranks.on_rank_zero(prepare)
+        build_database(
+            database,
+            model,
+            table,
+            pruner,
+            data,
+            prefix=prefix,
+            batch_tokens=batch_tokens,
+            progress=partial(progress, "level database"),
+            ranks=ranks,
+        )
