@@ -200,7 +200,7 @@ def world_size(environment: Mapping[str, str] = os.environ) -> int:
     size = environment.get("WORLD_SIZE", "1")
     if not size.isdecimal():
         raise HostError(
-            f"WORLD_SIZE is {shown(size)}, which is not a number of ranks", hint="unset it, or use torchrun"
+            f"WORLD_SIZE is {shown(size)}, no number of ranks", hint="unset it, or use torchrun"
         )
     return int(size)
 
