@@ -90,6 +90,20 @@ def compare(
         }
         with closing(Journal(finals, identity)) as journal:
             rows = [bench.row(cell, journal) for cell in bench.cells()]
+    return _record(bench, plans[0], dense, rows, ranks.size)
+
+
+def _record(
+    bench: ComparisonRows, plan: Plan, dense: float, rows: Sequence[ComparedRow], ranks: int
+) -> CompareRecord:
+    """Return the record of the rows.
+
+    Args:
+        plan: any cell's; levels, granularity and bounds are the same for all.
+        dense: test perplexity of the dense model.
+    """
+    source, model, samples = bench.source, bench.model, bench.samples
+    texts = ("calibration", "search", "holdout", "test")
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
     return CompareRecord(
         model=ModelRecord(
@@ -98,20 +112,18 @@ def compare(
             dtype=source.dtype,
             fingerprint=fingerprint(model),
         ),
-        levels=tuple(level.name for level in plans[0].menu),
-        granularity=plans[0].granularity,
-        bounds={pattern: tuple(map(str, shares)) for pattern, shares in plans[0].bounds.shares.items()},
-        protect=plans[0].bounds.protect,
-        texts={
-            name: getattr(samples, name).record() for name in ("calibration", "search", "holdout", "test")
-        },
+        levels=tuple(level.name for level in plan.menu),
+        granularity=plan.granularity,
+        bounds={pattern: tuple(map(str, shares)) for pattern, shares in plan.bounds.shares.items()},
+        protect=plan.bounds.protect,
+        texts={name: getattr(samples, name).record() for name in texts},
         sources=tuple(r.record() for part in (samples.pruning, samples.test) for r in part.readings),
-        units=tuple(map(_unit_record, table)),
+        units=tuple(map(_unit_record, bench.table)),
         dense=QualityRecord(perplexity=dense),
         sensitivities=dict(bench.sensitivities),
         rows=tuple(rows),
         versions=versions(),
-        machine=machine + (f", {ranks.size} ranks" if ranks.size > 1 else ""),
+        machine=machine + (f", {ranks} ranks" if ranks > 1 else ""),
     )
 
 
