@@ -12,7 +12,7 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import TextSplit
 from msp_plugin.records.run import Outcome
 from msp_plugin.runtime.context import RunContext
-from msp_plugin.search.resolve import Plan
+from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,13 +68,13 @@ class Host(Protocol):
     def prunes_only(self) -> bool:
         """True if the host prunes to the options and does nothing else, such as quantizing."""
 
-    def check(self, model: PreTrainedModel, options: Plan | None, inputs: PruneInputs) -> None:
+    def check(self, model: PreTrainedModel, options: ResolvedOptions | None, inputs: PruneInputs) -> None:
         """Raise, before any work, if the host cannot run the model or the options do not fit it."""
 
     def prune(
         self,
         model: PreTrainedModel,
-        options: Plan | None,
+        options: ResolvedOptions | None,
         inputs: PruneInputs,
         context: RunContext,
         *,

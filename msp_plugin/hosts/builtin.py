@@ -33,7 +33,7 @@ from msp_plugin.runtime.locks import scratch_directory
 from msp_plugin.runtime.memory import freed_memory_kept
 from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.search.allocate import allocate, check_model
-from msp_plugin.search.resolve import Plan
+from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ class BuiltIn:
     steps: ClassVar[Mapping[str, Any]] = {}
     prunes_only: ClassVar[bool] = True
 
-    def check(self, model: PreTrainedModel, options: Plan | None, inputs: PruneInputs) -> None:
+    def check(self, model: PreTrainedModel, options: ResolvedOptions | None, inputs: PruneInputs) -> None:
         """Raise, before any work, if this host cannot run the model or the options do not fit it.
 
         Raises:
@@ -76,7 +76,7 @@ class BuiltIn:
     def prune(
         self,
         model: PreTrainedModel,
-        options: Plan | None,
+        options: ResolvedOptions | None,
         inputs: PruneInputs,
         context: RunContext,
         *,
@@ -123,7 +123,7 @@ class BuiltIn:
         """Do nothing: this host holds no model."""
 
 
-def _given(options: Plan | None) -> Plan:
+def _given(options: ResolvedOptions | None) -> ResolvedOptions:
     """Return the options; only a recipe of another host comes without them."""
     assert options is not None, "the built-in host runs options, not recipes"
     return options

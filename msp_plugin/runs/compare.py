@@ -32,7 +32,7 @@ from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.memory import freed_memory_kept
 from msp_plugin.search.allocate import check_model
-from msp_plugin.search.resolve import Plan
+from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,7 +127,7 @@ def _record(
     )
 
 
-def _samples(tokenizer: PreTrainedTokenizerBase, text: Text, plans: Sequence[Plan]) -> TextSplit:
+def _samples(tokenizer: PreTrainedTokenizerBase, text: Text, plans: Sequence[ResolvedOptions]) -> TextSplit:
     """Return the samples, with enough search and hold-out tokens for every plan.
 
     Raises:
@@ -144,7 +144,12 @@ def _samples(tokenizer: PreTrainedTokenizerBase, text: Text, plans: Sequence[Pla
 
 
 def _check(
-    model: PreTrainedModel, plans: Sequence[Plan], inputs: PruneInputs, plugins: Plugins, *, prune: bool
+    model: PreTrainedModel,
+    plans: Sequence[ResolvedOptions],
+    inputs: PruneInputs,
+    plugins: Plugins,
+    *,
+    prune: bool,
 ) -> UnitTable:
     """Return the units of a model, which are the same for all plans, after the checks of every plan.
 

@@ -10,7 +10,7 @@ from msp_plugin.errors import RecipeError
 from msp_plugin.plan.levels import parse_sparsity
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.search.options import Options
-from msp_plugin.search.resolve import Plan, resolve
+from msp_plugin.search.resolve import ResolvedOptions, resolve
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Grid:
     options: Mapping[str, Any] = field(default_factory=dict)
     prune: bool = True
 
-    def plan(self, plugins: Plugins, method: Any, sparsity: str, allocator: Any) -> Plan:
+    def plan(self, plugins: Plugins, method: Any, sparsity: str, allocator: Any) -> ResolvedOptions:
         """Return the plan of one cell, with the options of the estimators that its allocator reads.
 
         Raises:
@@ -48,7 +48,7 @@ class Grid:
             }
         return resolve(Options.parse(spelled), plugins)
 
-    def check(self, plugins: Plugins) -> list[Plan]:
+    def check(self, plugins: Plugins) -> list[ResolvedOptions]:
         """Return the plans of all cells, after the checks that need no model.
 
         Raises:

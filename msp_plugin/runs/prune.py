@@ -25,7 +25,7 @@ from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import sole_run
 from msp_plugin.search.allocate import allocate as allocate_on
 from msp_plugin.search.options import Options
-from msp_plugin.search.resolve import Plan, resolve
+from msp_plugin.search.resolve import ResolvedOptions, resolve
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def run_recipe(
     return run(LLMCompressor(parsed), source, text, resolved, out, baseline=baseline, context=context)
 
 
-def host_for(options: Plan, plugins: Plugins) -> Host:
+def host_for(options: ResolvedOptions, plugins: Plugins) -> Host:
     """Return the host of a method: the built-in one, or llm-compressor for a method that is its modifier.
 
     Raises:
@@ -149,7 +149,7 @@ def run(
     host: Host,
     source: ModelSource,
     text: Text,
-    options: Plan | None,
+    options: ResolvedOptions | None,
     out: str | Path,
     *,
     baseline: bool = True,
@@ -201,7 +201,12 @@ def run(
 
 
 def _search_together(
-    host: Host, source: ModelSource, text: Text, options: Plan | None, out: str | Path, context: RunContext
+    host: Host,
+    source: ModelSource,
+    text: Text,
+    options: ResolvedOptions | None,
+    out: str | Path,
+    context: RunContext,
 ) -> None:
     """Search with all ranks, which puts everything into the cache; afterwards rank 0 works by itself.
 
@@ -224,7 +229,9 @@ def _search_together(
         ranks.leave()
 
 
-def search(source: ModelSource, text: Text, options: Plan, context: RunContext = RunContext()) -> Outcome:
+def search(
+    source: ModelSource, text: Text, options: ResolvedOptions, context: RunContext = RunContext()
+) -> Outcome:
     """Return the allocation that a search finds, with its cost; the model is not pruned.
 
     Raises:

@@ -38,7 +38,7 @@ from msp_plugin.search.allocate import make_problem, uniform_levels
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
 from msp_plugin.search.measurements import Measurements
-from msp_plugin.search.resolve import Plan
+from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +51,7 @@ class Cell:
     """An allocator, with the measurements that it shares with the others of its method and sparsity."""
 
     measurements: Measurements
-    plan: Plan
+    plan: ResolvedOptions
     label: str
     seed: int
 
@@ -91,7 +91,7 @@ class ComparisonRows:
                     for seed in seeds:
                         yield Cell(measurements, plan, label, seed)
 
-    def _measurements(self, plans: list[Plan], problem: AllocationProblem) -> Measurements:
+    def _measurements(self, plans: list[ResolvedOptions], problem: AllocationProblem) -> Measurements:
         """Return the measurements for the allocators of these plans, which differ in nothing else."""
         first = plans[0]
         return Measurements(
@@ -109,7 +109,7 @@ class ComparisonRows:
             prefix=uniform_levels(problem),
         )
 
-    def _plan(self, method: Any, sparsity: str, label: str) -> Plan:
+    def _plan(self, method: Any, sparsity: str, label: str) -> ResolvedOptions:
         return self.grid.plan(self.plugins, method, sparsity, self.grid.allocators[label])
 
     def allocate_together(self) -> None:

@@ -36,7 +36,7 @@ from msp_plugin.runtime.disk import check_free, writing
 from msp_plugin.runtime.files import finite, output_directory, write_text
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.memory import freed_memory_kept
-from msp_plugin.search.resolve import Plan
+from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ class RunSteps:
     host: Host
     source: ModelSource
     text: Text
-    options: Plan | None
+    options: ResolvedOptions | None
     samples: TextSplit
     inputs: PruneInputs
     out: Path
@@ -90,7 +90,7 @@ class RunSteps:
                 stages.append(StageRecord.model_validate(uniform))
         return stages
 
-    def _uniform(self, options: Plan) -> dict[str, Any]:
+    def _uniform(self, options: ResolvedOptions) -> dict[str, Any]:
         """Return the stage of the uniformly pruned model, as JSON; the model is not written."""
         ranks, start = self.context.ranks, time.monotonic()
         model = self.source.load()
@@ -207,7 +207,7 @@ class RunSteps:
         )
 
 
-def recipe_text(options: Plan) -> str:
+def recipe_text(options: ResolvedOptions) -> str:
     """Return llm-compressor's recipe for the same options, as YAML."""
     line = options.spelled.model_dump(exclude_defaults=True, exclude={"cache"})
     recipe = {"sparsity_stage": {"sparsity_modifiers": {"MixedSparsityModifier": line}}}

@@ -199,9 +199,7 @@ def world_size(environment: Mapping[str, str] = os.environ) -> int:
     """
     size = environment.get("WORLD_SIZE", "1")
     if not size.isdecimal():
-        raise HostError(
-            f"WORLD_SIZE is {shown(size)}, no number of ranks", hint="unset it, or use torchrun"
-        )
+        raise HostError(f"WORLD_SIZE is {shown(size)}, no number of ranks", hint="unset it, or use torchrun")
     return int(size)
 
 

@@ -19,7 +19,7 @@ from msp_plugin.models.layers import fused_experts
 from msp_plugin.passes.reach import check_called
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.search.allocate import check_model
-from msp_plugin.search.resolve import Plan
+from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ class LLMCompressor:
         """True if the recipe has a MixedSparsityModifier and nothing else."""
         return self.recipe.mixes
 
-    def check(self, model: PreTrainedModel, options: Plan | None, inputs: PruneInputs) -> None:
+    def check(self, model: PreTrainedModel, options: ResolvedOptions | None, inputs: PruneInputs) -> None:
         """Raise, before any work, if the host cannot run the model or the options do not fit it.
 
         Raises:
@@ -62,7 +62,7 @@ class LLMCompressor:
     def prune(
         self,
         model: PreTrainedModel,
-        options: Plan | None,
+        options: ResolvedOptions | None,
         inputs: PruneInputs,
         context: RunContext,
         *,

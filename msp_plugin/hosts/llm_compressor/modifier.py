@@ -37,7 +37,7 @@ from msp_plugin.progress import StepProgress, no_progress
 from msp_plugin.records.run import Outcome
 from msp_plugin.search.allocate import allocate, check_model
 from msp_plugin.search.options import Options
-from msp_plugin.search.resolve import Plan, resolve
+from msp_plugin.search.resolve import ResolvedOptions, resolve
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class MixedSparsityModifier(Options, Modifier):
 
     requires_calibration_data: bool = True
 
-    _plan: Plan = PrivateAttr()
+    _plan: ResolvedOptions = PrivateAttr()
     _plugins: Plugins = PrivateAttr()
     _outcome: Outcome | None = PrivateAttr(default=None)
     _stats: PruneStats | None = PrivateAttr(default=None)
@@ -100,7 +100,7 @@ class MixedSparsityModifier(Options, Modifier):
         return self
 
     @classmethod
-    def of(cls, options: Plan, host_arguments: Mapping[str, Any]) -> MixedSparsityModifier:
+    def of(cls, options: ResolvedOptions, host_arguments: Mapping[str, Any]) -> MixedSparsityModifier:
         """Return a modifier for resolved options, which are not parsed again."""
         modifier = cls.model_construct(**options.spelled.model_dump(), **host_arguments)
         modifier._plugins, modifier._plan = Plugins(), options

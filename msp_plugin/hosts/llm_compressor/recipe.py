@@ -15,7 +15,7 @@ from msp_plugin.hosts.llm_compressor.register import register_modifier
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.runtime.documents import parse_yaml
 from msp_plugin.search.options import Options
-from msp_plugin.search.resolve import Plan, resolve
+from msp_plugin.search.resolve import ResolvedOptions, resolve
 
 if TYPE_CHECKING:
     from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
@@ -129,7 +129,7 @@ class Recipe:
     """
 
     steps: Mapping[str, Any]
-    options: Plan | None
+    options: ResolvedOptions | None
 
     @classmethod
     def parse(cls, source: str | Path | Mapping[str, Any], plugins: Plugins) -> Recipe:
@@ -153,7 +153,7 @@ class Recipe:
         modifiers = [name for _, group in self._groups() for name in group]
         return modifiers == [OURS]
 
-    def build(self, options: Plan | None) -> tuple[Any, MixedSparsityModifier | None]:
+    def build(self, options: ResolvedOptions | None) -> tuple[Any, MixedSparsityModifier | None]:
         """Return llm-compressor's own Recipe with new modifiers, and the MixedSparsityModifier among them.
 
         Args:
