@@ -94,7 +94,7 @@ def compare(
 
 
 def _record(
-    bench: ComparisonRows, plan: Plan, dense: float, rows: Sequence[ComparedRow], ranks: int
+    bench: ComparisonRows, plan: ResolvedOptions, dense: float, rows: Sequence[ComparedRow], ranks: int
 ) -> CompareRecord:
     """Return the record of the rows.
 
