@@ -3,7 +3,8 @@
     python integration/smollm2.py --out smollm2 --text wiki.valid.tokens
     python integration/smollm2_cost.py --model smollm2
 
-Both are ``msp prune`` from nothing, one after the other, each with a cache of its own. The figures go to
+The uniform run is ``msp run`` of a recipe, which llm-compressor carries out; the searched one is ``msp prune``. Both are
+from nothing, one after the other, each with a cache of its own. The figures go to
 results/smollm2_cost.json; the searched run's directory, with its report.html, is left in ``--work``.
 """
 
@@ -29,11 +30,29 @@ def run(model: Path, work: Path, sparsity: str, allocator: str, samples: int) ->
     for path in (out, cache):
         shutil.rmtree(path, ignore_errors=True)
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    if allocator == "uniform":
+        line = {"sparsity": sparsity, "method": "sparsegpt", "allocator": allocator, "cache": str(cache)}
+        recipe = work / "uniform.json"
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(
+            json.dumps({"a_stage": {"a_modifiers": {"MixedSparsityModifier": line}}}), encoding="utf-8"
+        )
+        what = ["run", str(recipe), "--model", str(model / "model")]
+    else:
+        what = [
+            "prune",
+            str(model / "model"),
+            "-s",
+            sparsity,
+            "--allocator",
+            allocator,
+            "--cache",
+            str(cache),
+        ]
     command = [
-        sys.executable, "-m", "msp_plugin", "prune", str(model / "model"), "-s", sparsity, "--allocator", allocator,
-        "--data", str(text / "calibration.txt"), "--search-data", str(text / "search.txt"),
-        "--test-data", str(text / "test.txt"), "--samples", str(samples), "--length", "512", "--no-baseline",
-        "--cache", str(cache), "--out", str(out),
+        sys.executable, "-m", "msp_plugin", *what, "--data", str(text / "calibration.txt"),
+        "--search-data", str(text / "search.txt"), "--test-data", str(text / "test.txt"),
+        "--samples", str(samples), "--length", "512", "--no-baseline", "--out", str(out),
     ]  # fmt: skip
     subprocess.run(command, check=True, env={**os.environ, "TQDM_DISABLE": "1"})
     after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - began
