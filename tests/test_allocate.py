@@ -37,6 +37,8 @@ def plan(tmp_path):
             "cache": str(tmp_path / "cache"),
             **options,
         }
+        if "allocation" not in options:
+            options = {"granularity": "unit", **options}
         return resolve(Options(**options), plugins or Plugins(entry_points=False))
 
     return make

@@ -22,7 +22,7 @@ def test_enable_makes_an_unchanged_script_know_the_modifier_and_disable_undoes_i
     code = (
         "import sysconfig, sys; from pathlib import Path\n"
         f"sysconfig.get_paths = lambda *a, **k: {{'purelib': {str(tmp_path)!r}}}\n"
-        "from msp_plugin import enable\n"
+        "from msp_plugin.cli import enable\n"
     )
     script = f"import site; site.addsitedir({str(tmp_path)!r})\n{SCRIPT}"
     before = python(script)

@@ -84,7 +84,7 @@ def test_an_allocation_made_once_prunes_later(msp, text_file, tmp_path, monkeypa
         "allocate", "demo:qwen2", "-s", "5/8", "--method", "magnitude", "--data", text_file,
         "--out=~/allocation.json", *SMALL, *SEARCH, "--dtype", "float32",  # no shell opens this ~
     )  # fmt: skip
-    assert "model.layers.0.self_attn.qkv_proj" in shown.out and not (tmp_path / "~").exists()
+    assert "model.layers.0.self_attn.q_proj" in shown.out and not (tmp_path / "~").exists()
     msp(
         "prune", "demo:qwen2", "--allocation", path.name, "--method", "magnitude", "--data", text_file,
         "--out", out, *SMALL, "--test-samples", "4", "--dtype", "float32", "--no-baseline",

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import importlib.util
 import json
 import types
 from pathlib import Path
@@ -12,10 +13,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from msp_plugin.demo import demo_model_path
+from msp_plugin.errors import ModelError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import load_tokenizer
-from msp_plugin.runs import prune as pipeline
+from msp_plugin.runs import steps
 from msp_plugin.runtime import disk as writing
 
 SMALL = ["--samples", "6", "--length", "64", "--dtype", "float32"]
@@ -127,13 +129,13 @@ def test_a_quantized_model_is_measured_with_the_weights_that_are_saved(msp, half
 
 def test_changed_weights_go_to_the_cache_that_is_asked_for(msp, half, text_file, tmp_path, monkeypatch):
     seen = []
-    real = pipeline.perplexity
+    real = steps.perplexity
 
     def look(*arguments, **options):
         seen.append(sorted(path.name for path in (tmp_path / "mine" / "pruned").glob("**/*.safetensors")))
         return real(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "perplexity", look)
+    monkeypatch.setattr(steps, "perplexity", look)
     msp("prune", half, "-s", "0.5", "--method", "magnitude", "--allocator", "uniform", "--data", text_file, *SMALL,
         "--test-samples", "4", "--out", tmp_path / "out", "--cache", tmp_path / "mine", "--offload")  # fmt: skip
     assert not seen[0] and seen[-1], "pruned weights are on disk"
@@ -144,7 +146,7 @@ def test_a_disk_without_room_for_the_pruned_weights_is_found_before_any_work(
     msp, half, text_file, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    monkeypatch.setattr(pipeline, "perplexity", lambda *a, **b: pytest.fail("work was done"))
+    monkeypatch.setattr(steps, "perplexity", lambda *a, **b: pytest.fail("work was done"))
     ran = msp("prune", half, "-s", "0.5", "--method", "magnitude", "--data", text_file, *SMALL, "--out",
               tmp_path / "out", "--offload", code=2)  # fmt: skip
     assert "the pruned weights of an offloaded model need 0." in ran.err and "MSP_CACHE" in ran.err
@@ -189,6 +191,17 @@ def test_weights_that_are_not_in_safetensors_are_refused(msp, half, copied, text
     torch.save(state, half / "pytorch_model.bin")
     ran = msp("sensitivity", half, "--data", text_file, *SMALL, "--offload", code=2)
     assert "has no safetensors files" in ran.err and "save_pretrained" in ran.err
+
+
+def test_offloading_without_accelerate_is_refused_before_anything_is_loaded(half, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **b: pytest.fail("it was loaded"))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: find_spec(name) if name != "accelerate" else None
+    )
+    with pytest.raises(ModelError, match="accelerate") as refused:
+        load_model(half, offload=True, cache=str(tmp_path / "cache"))
+    assert "pip install accelerate" in refused.value.hint and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow

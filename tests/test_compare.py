@@ -23,9 +23,9 @@ from msp_plugin.plugins.hookspecs import hookimpl
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.masks import nm_mask
 from msp_plugin.records.comparison import ComparedRow, CompareRecord
-from msp_plugin.runs import compare as compare_module
 from msp_plugin.runs.compare import cells, compare
 from msp_plugin.runs.grid import Grid
+from msp_plugin.runs.rows import ComparisonRows
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.ranks import LostError
 from msp_plugin.sensitivity.base import Estimator
@@ -48,7 +48,7 @@ def run(llama_dir, text, tmp_path):
     """Compare on the tiny Llama by magnitude, without the final pruning unless asked for."""
 
     def run(allocators, sparsities=("3/4",), methods=("magnitude",), seeds=(0,), prune=False, **options):
-        shared = {"cache": str(tmp_path / "cache"), **options}
+        shared = {"cache": str(tmp_path / "cache"), "granularity": "unit", **options}
         finals = shared.pop("finals", None)
         context = RunContext(**{name: shared.pop(name) for name in ("ranks", "fresh") if name in shared})
         grid = Grid(sparsities, methods, allocators, seeds, shared, prune)
@@ -333,8 +333,8 @@ def test_cells_gather_the_rows_that_have_a_result():
 
 def test_what_a_stopped_comparison_left_serves_the_same_layers_and_no_others(run, tmp_path, monkeypatch):
     finals, measured = tmp_path / "finals.jsonl", []
-    real = compare_module._Bench._final
-    monkeypatch.setattr(compare_module._Bench, "_final", lambda *a: measured.append(1) or real(*a))
+    real = ComparisonRows._quality
+    monkeypatch.setattr(ComparisonRows, "_quality", lambda *a: measured.append(1) or real(*a))
 
     def kl(target, **options):
         return row_of(run(by_name("uniform"), targets=[target], **options), "uniform")["kl"]

@@ -90,7 +90,9 @@ def test_without_a_terminal_progress_goes_to_stderr_as_it_is(capsys):
 
 
 def test_a_bar_shows_step_and_note_as_they_are(monkeypatch, capsys):
-    terminal = console.Console(stderr=True, force_terminal=True, width=200, **console._PLAIN)
+    terminal = console.Console(
+        stderr=True, force_terminal=True, width=200, highlight=False, markup=False, emoji=False
+    )
     monkeypatch.setattr(console, "err", terminal)
     with console.progress_bars() as report:
         report(ODD, 1, 2, "first")

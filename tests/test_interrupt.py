@@ -115,7 +115,7 @@ def test_what_compiled_code_makes_of_a_stop_is_a_stop(made, msp, monkeypatch):
         except Stopped:
             raise made from None
 
-    monkeypatch.setattr("msp_plugin.models.source.load_tokenizer", load)
+    monkeypatch.setattr("msp_plugin.checkpoint.source.load_tokenizer", load)
     ran = msp("sensitivity", "demo:qwen2", "--data", "demo:calibration", code=143)
     assert ran.err.startswith("stopped; nothing half-written is left") and "error" not in ran.err
 
@@ -124,7 +124,7 @@ def test_an_error_without_a_stop_is_an_error(msp, monkeypatch):
     def load(*arguments, **options):
         raise VerificationError("cannot read a level")
 
-    monkeypatch.setattr("msp_plugin.models.source.load_tokenizer", load)
+    monkeypatch.setattr("msp_plugin.checkpoint.source.load_tokenizer", load)
     assert (
         "error: cannot read a level"
         in msp("sensitivity", "demo:qwen2", "--data", "demo:calibration", code=1).err

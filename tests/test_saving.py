@@ -150,7 +150,7 @@ def test_a_run_that_cannot_save_its_model_keeps_it_and_says_where(
 
 
 def test_a_run_that_fails_when_its_model_is_measured_keeps_it(llama_dir, text, msp, tmp_path, monkeypatch):
-    from msp_plugin.runs import prune as runs
+    from msp_plugin.runs import steps as runs
 
     measured = []
     real = runs.perplexity

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 
 from msp_plugin.errors import VerificationError
+from msp_plugin.models.offload import onloaded
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.pruning.masks import recount
 
@@ -102,12 +103,8 @@ def recount_model(
 
 @contextmanager
 def _readable(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the weight of a module on any device, loaded if a host has offloaded it."""
-    try:
-        from compressed_tensors.utils import align_module_device as loaded
-    except ImportError:  # without a host nothing is offloaded in its way
-        loaded = nullcontext
-    with loaded(module):
+    """Yield the weight of a module on any device, read if it is offloaded."""
+    with onloaded(module):
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         yield weight.detach()

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 
-# Read by these packages when they are imported, so they are set before anything is.
+# Packages read these variables when they are imported, so they are set before any import.
 _QUIET = {
     "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",
     "TQDM_DISABLE": "1",
@@ -23,10 +23,15 @@ def main() -> None:
     if not {"-v", "--verbose"} & set(sys.argv):
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end a run
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a character that the terminal's encoding lacks must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    atexit.register(gc.freeze)  # or Python would search all that was imported for garbage, seconds, to end
+    atexit.register(
+        gc.freeze
+    )  # or Python would search all imported objects for garbage at its end, for seconds
     from msp_plugin.cli.stopping import stopping
 
     with stopping() as stopped:

@@ -22,8 +22,9 @@ from msp_plugin.cli.stopping import Stopped
 from msp_plugin.errors import HostError, MSPError
 from msp_plugin.runtime.ranks import world_size
 
-#: Commands that share their search among ranks, and those that go on where they were stopped.
+#: Commands whose search ranks share.
 SHARED = {"run", "prune", "demo", "allocate", "compare"}
+#: Commands that continue from the cache after a stop.
 RESUMED = SHARED | {"sensitivity"}
 
 app = typer.Typer(
@@ -57,25 +58,27 @@ def plugins(as_json: AsJson = False) -> None:
     from msp_plugin.cli import console
     from msp_plugin.plugins.manager import Plugins
 
-    found = Plugins()
-    rows = [
-        {
-            "kind": kind[:-1], "name": c.name, "owner": c.owner, "options": c.options, "summary": c.summary,
-        }
-        for kind, components in found.components.items()
-        for c in sorted(components.values(), key=lambda c: c.name)
-    ]  # fmt: skip
+    components = {
+        kind[:-1]: sorted(by_name.values(), key=lambda component: component.name)
+        for kind, by_name in Plugins().components.items()
+        if by_name
+    }
     if as_json:
+        rows = [
+            {"kind": kind, "name": c.name, "owner": c.owner, "options": c.options, "summary": c.summary}
+            for kind, known in components.items()
+            for c in known
+        ]
         typer.echo(json.dumps(rows, indent=2))
         return
-    for kind in dict.fromkeys(row["kind"] for row in rows):
+    for kind, known in components.items():
         table = Table(title=f"{kind}s", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("name", no_wrap=True)
         table.add_column("what it does, and its options", overflow="fold")
         table.add_column("from", overflow="fold")
-        for row in (row for row in rows if row["kind"] == kind):
-            options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-            table.add_row(row["name"], f"{row['summary']}\n{options}".strip(), row["owner"])
+        for c in known:
+            options = ", ".join(f"{name}={value}" for name, value in c.options.items())
+            table.add_row(c.name, f"{c.summary}\n{options}".strip(), c.owner)
         console.table.print(table)
 
 
@@ -138,7 +141,11 @@ def _root(
 
 
 def run(stopped: Callable[[], int] = lambda: 0) -> None:
-    """Run the command line with the commands that plugins add; ``stopped`` is that of ``stopping``."""
+    """Run the command line, with the plugins' commands.
+
+    Args:
+        stopped: returns the exit code once a signal has come, 0 before (see ``stopping``).
+    """
     debug = bool(os.environ.get("MSP_DEBUG"))
     where = ""
     try:
@@ -156,7 +163,7 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
         try:
             app()
         except Exception as error:
-            if code := stopped():  # the error is what something made of it
+            if code := stopped():  # compiled code has turned the Stopped into this error
                 raise Stopped(code) from error
             raise
     except MSPError as error:
@@ -168,15 +175,15 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
         typer.echo(f"stopped; nothing half-written is left. {_again(sys.argv)}".strip(), err=True)
         raise
     except Exception as error:
-        said, code = _cause(error)
-        if debug or said is None:
+        message, code = _cause(error)
+        if debug or message is None:
             raise
-        typer.echo(f"{where}error: {said}", err=True)
+        typer.echo(f"{where}error: {message}", err=True)
         sys.exit(code)
 
 
 def _again(command: list[str]) -> str:
-    """Return what the user may do after a command was stopped."""
+    """Return advice for after a stop: how the command is continued; empty if it cannot be."""
     if not RESUMED & set(command[1:2]):
         return ""
     if "--fresh" in command:
@@ -188,11 +195,11 @@ def _again(command: list[str]) -> str:
 
 
 def _cause(error: Exception) -> tuple[str | None, int]:
-    """Return what to say of an error of a disk or of memory, None for a bug, and the exit code."""
+    """Return the message and the exit code of an error of a disk or of memory; no message for a bug."""
     from msp_plugin.runtime.disk import cannot_write, disk_errno
     from msp_plugin.runtime.memory import is_out_of_memory
 
-    if disk_errno(error):  # of a cache or of stdout, which no command writes as its result
+    if disk_errno(error):  # of the cache or stdout; the results have errors of ours
         return str(cannot_write(None, error)), 2
     if not is_out_of_memory(error):
         return None, 1

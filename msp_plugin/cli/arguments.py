@@ -1,4 +1,4 @@
-"""Options that several commands share, in groups, and what they mean in a recipe."""
+"""Options that several commands share, in groups, and the recipe line that they make."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ Bos = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationText:
-    """The text that calibrates."""
+    """Options of the calibration text."""
 
     data: Data
     samples: Count = None
@@ -96,7 +96,7 @@ class CalibrationText:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchText(CalibrationText):
-    """The texts that calibrate and that measure candidates."""
+    """Options of the texts for calibration and for measuring candidates."""
 
     search_data: Annotated[
         str | None, typer.Option("--search-data", help="text that measures candidates")
@@ -109,7 +109,7 @@ class SearchText(CalibrationText):
 
 @dataclass(frozen=True, kw_only=True)
 class RunText(SearchText):
-    """The texts of a whole run, which is tested too."""
+    """Options of the texts of a whole run, with its test text."""
 
     test_data: TestData = None
     test_samples: TestCount = 32
@@ -122,14 +122,14 @@ class RunText(SearchText):
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How a model is loaded, and where what was measured of it lies."""
+    """How a model is loaded."""
 
     dtype: Dtype = "auto"
     trust_remote_code: Remote = False
     offload: Offload = False
 
     def source(self, model: str, cache: str | None = None) -> ModelSource:
-        """Return the source of a model."""
+        """Return the source of a model, with the cache for its measurements and changed weights."""
         from msp_plugin.checkpoint.source import ModelSource
 
         return ModelSource(resolve_model(model), self.dtype, self.trust_remote_code, self.offload, cache)
@@ -137,7 +137,7 @@ class Loading:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerChoice:
-    """Which layers are pruned, to which levels, within which bounds."""
+    """Options for the layers to prune, their levels and their bounds."""
 
     levels: Levels = None
     target: Annotated[list[str] | None, typer.Option("--target", help="layers to prune (repeatable)")] = None
@@ -161,7 +161,7 @@ class LayerChoice:
     ] = None
 
     def recipe(self) -> dict[str, Any]:
-        """Return the keys of a recipe line that were given.
+        """Return the recipe keys of the options that were given.
 
         Raises:
             RecipeError: bounds that are not PATTERN=LOW,HIGH.
@@ -178,7 +178,7 @@ class LayerChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What the cache may give, and how the command reports."""
+    """Options for reusing the cache, and for how the command reports."""
 
     fresh: Annotated[
         bool, typer.Option("--fresh", help="measure anew what an earlier or stopped run left in the cache")
@@ -200,7 +200,7 @@ class Output:
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command whose parameters of a dataclass type are options of their own, as typer reads them."""
+    """Return a command in which each field of a dataclass parameter is an option of its own, for typer."""
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
@@ -230,18 +230,18 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
         }
         command(**values, **parts)
 
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined] # inspect reads it
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
 def given(**values: Any) -> dict[str, Any]:
-    """Return the values that are neither None nor empty."""
+    """Return the values that are neither None nor an empty list or dictionary."""
     return {key: value for key, value in values.items() if value not in (None, [], {})}
 
 
 def resolve_model(model: str) -> str:
-    """Return the directory of ``demo:NAME``, anything else as it is."""
+    """Return the directory of a demo model for ``demo:NAME``; any other model is returned unchanged."""
     from msp_plugin.demo import demo_model_path
 
     return str(demo_model_path(model[5:])) if model.startswith("demo:") else model
@@ -253,11 +253,11 @@ def component_options(
     """Return components by role, with the options of ``--set role.option=value`` merged in.
 
     Args:
-        estimators: names that may be roles too, for the options of the estimators that an allocator uses.
+        estimators: further roles, for the options of the estimators that an allocator reads.
         names: the component's name by role.
 
     Raises:
-        RecipeError: a pair that is not of this form, or another role.
+        RecipeError: a pair that is not of this form, or an unknown role.
     """
     from msp_plugin.errors import RecipeError, nearest, shown
     from msp_plugin.runtime.documents import parse_yaml
@@ -281,7 +281,7 @@ def component_options(
 
 
 def recipe_line(method: str, allocator: str, pairs: list[str] | None, **keys: Any) -> dict[str, Any]:
-    """Return a recipe line: method and allocator with the options of ``--set``, and further keys.
+    """Return a recipe line: the method and the allocator with the options of ``--set``, and other keys.
 
     Raises:
         RecipeError: see component_options.
@@ -295,6 +295,11 @@ def recipe_line(method: str, allocator: str, pairs: list[str] | None, **keys: An
 
 
 def _bounds(pairs: list[str] | None) -> dict[str, list[str]]:
+    """Return [least, most] share of zeros by pattern.
+
+    Raises:
+        RecipeError: a text that is not PATTERN=LOW,HIGH.
+    """
     from msp_plugin.errors import RecipeError
 
     shares: dict[str, list[str]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,12 +18,14 @@ from msp_plugin.cli.arguments import (
     Verbose,
     component_options,
     resolve_model,
+    with_groups,
 )
 
 if TYPE_CHECKING:
     from msp_plugin.checkpoint.manifest import Manifest
+    from msp_plugin.data.calibration import CalibrationSet
     from msp_plugin.plugins.manager import Plugins
-    from msp_plugin.verify.base import Check, CheckResult
+    from msp_plugin.verify.base import Check, CheckResult, Subject
 
 Directory = Annotated[Path, typer.Argument(help="directory that `msp prune` or `msp export` wrote")]
 
@@ -39,7 +42,7 @@ def export_command(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Bring a checkpoint into another form: packed for 2:4 kernels, dense, or a plain llm-compressor recipe.
+    """Write a checkpoint in another form: packed for 2:4 kernels, dense, or a plain llm-compressor recipe.
 
     Example: msp export llama-75 --to sparse24 --out llama-75-packed
     """
@@ -62,11 +65,16 @@ def export_command(
 
 
 def _export_record(manifest: Manifest, out: Path) -> dict[str, Any]:
-    return {
-        "path": str(out), "format": manifest.format, "files": manifest.files, "packed": manifest.packed,
-        "kept_dense": manifest.kept_dense, "packed_bytes": manifest.packed_bytes, "dense_bytes": manifest.dense_bytes,
-        "negative_zeros": manifest.negative_zeros,
-    }  # fmt: skip
+    names = (
+        "format",
+        "files",
+        "packed",
+        "kept_dense",
+        "packed_bytes",
+        "dense_bytes",
+        "negative_zeros",
+    )
+    return {"path": str(out), **{name: getattr(manifest, name) for name in names}}
 
 
 def _show_export(manifest: Manifest, out: Path) -> None:
@@ -86,19 +94,46 @@ def _show_export(manifest: Manifest, out: Path) -> None:
     console.out.print(f"Results: {out} ({len(manifest.files)} files, {total:,} bytes)")
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerificationText:
+    """Options of the test text of a verification."""
+
+    data: Annotated[str | None, typer.Option("--data", "-d", help="test text, for perplexity and KL")] = None
+    samples: Annotated[int, typer.Option("--samples", help="test samples")] = 32
+    length: Annotated[int | None, typer.Option("--length", help="tokens per sample")] = None
+    text_column: Column = "text"
+    bos: Bos = None
+
+    def read(self, checkpoint: Path, *, trust_remote_code: bool) -> CalibrationSet | None:
+        """Return the samples, tokenized for a checkpoint; None without a text.
+
+        Raises:
+            MSPError: the text or the tokenizer cannot be read.
+        """
+        from msp_plugin.data.samples import Text
+        from msp_plugin.models.source import load_tokenizer
+
+        if not self.data:
+            return None
+        text = Text(
+            self.data, samples=self.samples, length=self.length, column=self.text_column, bos=self.bos
+        )
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+        text = text.for_model(checkpoint, trust_remote_code=trust_remote_code)
+        return text.read(tokenizer, self.data, self.samples, at_least=1)
+
+
+@with_groups
 def verify(
     checkpoint: Directory,
+    text: VerificationText,
     reference: Annotated[
-        Path | None, typer.Option("--reference", help="what it was exported from; must equal it bit for bit")
+        Path | None,
+        typer.Option("--reference", help="the checkpoint it was exported from; must equal it bit for bit"),
     ] = None,
     original: Annotated[
         str | None, typer.Option("--original", help="the model before pruning: directory, hub id, demo:llama")
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", "-d", help="test text, for perplexity and KL")] = None,
-    samples: Annotated[int, typer.Option("--samples", help="test samples")] = 32,
-    length: Annotated[int | None, typer.Option("--length", help="tokens per sample")] = None,
-    text_column: Column = "text",
-    bos: Bos = None,
     vllm: Annotated[
         Path | None,
         typer.Option("--vllm", help="virtual environment with vLLM and msp_plugin, to serve it in"),
@@ -113,7 +148,7 @@ def verify(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Prove that a checkpoint is what was planned, stored and served. Exit code 1 if a check fails.
+    """Check that a checkpoint has the planned zeros, is stored whole, and is served right. Exit code 1 if not.
 
     Example: msp verify packed --reference llama-75 --original demo:llama --data wiki.txt --vllm ~/venvs/vllm
     """
@@ -121,29 +156,26 @@ def verify(
 
     set_up_logs(verbose)
     from msp_plugin.checkpoint.checkpoint import Checkpoint
-    from msp_plugin.data.samples import Text
-    from msp_plugin.models.source import load_tokenizer
     from msp_plugin.plugins.manager import Plugins
     from msp_plugin.verify.base import Subject, run_checks
     from msp_plugin.verify.server import vllm_executable
 
-    chosen = _build_checks(Plugins(), check, options)
-    opened = Checkpoint.open(checkpoint)
-    text = None
-    if data:
-        asked = Text(data, samples=samples, length=length, column=text_column, bos=bos)
-        tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-        asked = asked.for_model(checkpoint, trust_remote_code=trust_remote_code)
-        text = asked.read(tokenizer, data, samples, at_least=1)
+    checks = _build_checks(Plugins(), check, options)
+    pruned = Checkpoint.open(checkpoint)
+    test = text.read(checkpoint, trust_remote_code=trust_remote_code)
     if vllm is not None:
         vllm_executable(vllm)
     subject = Subject(
-        opened, Checkpoint.open(reference) if reference else None, resolve_model(original) if original else None,
-        text, vllm, trust_remote_code,
-    )  # fmt: skip
-    _require_needs(chosen, subject, check)
+        pruned,
+        Checkpoint.open(reference) if reference else None,
+        resolve_model(original) if original else None,
+        test,
+        vllm,
+        trust_remote_code,
+    )
+    _require_needs(checks, subject, check)
     with progress_bars(not as_json) as progress:
-        results = run_checks(subject, chosen, progress)
+        results = run_checks(subject, checks, progress)
     if as_json:
         typer.echo(json.dumps([result.to_dict() for result in results], indent=2))
     else:
@@ -152,26 +184,26 @@ def verify(
 
 
 def _build_checks(plugins: Plugins, names: list[str] | None, options: list[str] | None) -> list[Check]:
-    """Return the checks, cheapest first: structure, round_trip, quality, served, then those of plugins by name."""
+    """Return the checks, cheapest first: structure, round_trip, quality, served, then the plugins' by name."""
     order = ("structure", "round_trip", "quality", "served")
     known = plugins.components["checks"]
     for name in names or ():
         plugins.options("checks", name)  # raises for an unknown one
-    found = sorted(names or known, key=lambda n: (order.index(n) if n in order else len(order), n))
-    specs = component_options(options, **{name: name for name in found})
-    return [plugins.build("checks", specs[name]) for name in dict.fromkeys(found)]
+    chosen = sorted(names or known, key=lambda n: (order.index(n) if n in order else len(order), n))
+    specs = component_options(options, **{name: name for name in chosen})
+    return [plugins.build("checks", specs[name]) for name in dict.fromkeys(chosen)]
 
 
-def _require_needs(checks: list[Check], subject: Any, asked: list[str] | None) -> None:
-    """Raise if a check that was asked for by name lacks what it needs."""
+def _require_needs(checks: list[Check], subject: Subject, names: list[str] | None) -> None:
+    """Raise RecipeError if a check that was chosen by name lacks an argument that it needs."""
     from msp_plugin.errors import RecipeError
     from msp_plugin.verify.base import missing_needs
 
-    for check in checks if asked else ():
-        lacking = missing_needs(check, subject)
-        if lacking:
+    for check in checks if names else ():
+        missing = missing_needs(check, subject)
+        if missing:
             raise RecipeError(
-                f"check {check.name!r} needs {', '.join(lacking)}", hint="give it, or leave the check out"
+                f"check {check.name!r} needs {', '.join(missing)}", hint="give it, or leave the check out"
             )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,11 +27,76 @@ from msp_plugin.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from msp_plugin.records.comparison import CompareRecord
+    from rich.table import Table
+
+    from msp_plugin.records.comparison import ComparedRow, CompareRecord
     from msp_plugin.runs.grid import Grid
 
-#: One of each kind that is cheap enough for a first look; `msp plugins` lists the others.
+#: The cheapest allocators of each kind; `msp plugins` lists the others.
 DEFAULT = "uniform,owl,alphapruning,dlp,lsa,one_shot,knapsack,search"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Options for the cells of a comparison."""
+
+    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="comma list of shares of zeros")] = "0.75"
+    methods: Annotated[str, typer.Option("--methods", "-m", help="comma list")] = "sparsegpt"
+    allocators: Annotated[
+        str,
+        typer.Option(
+            "--allocators",
+            help="comma list; name@label for one with options of its own; the default has no one_shot with --offload",
+        ),
+    ] = DEFAULT
+    seeds: Annotated[str, typer.Option("--seeds", help="comma list; of allocators that use one")] = "0"
+    prune: Annotated[
+        bool, typer.Option(help="prune to each allocation, or measure the level database's weights only")
+    ] = True
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="option by name or label, e.g. search.tokens=8192, knapsack@kl.surrogate=kl, sparsegpt.block_size=64",
+        ),
+    ] = None
+
+    def grid(self, keys: dict[str, Any], *, offload: bool) -> Grid:
+        """Return the grid of a comparison.
+
+        Args:
+            keys: further keys of the recipe line of every cell.
+            offload: leave out the default allocator one_shot, whose sensitivity needs the whole model in memory.
+
+        Raises:
+            RecipeError: a name twice, seeds that are not numbers, or an option for a name that is not compared.
+        """
+        from msp_plugin.errors import RecipeError
+        from msp_plugin.plugins.manager import Plugins
+        from msp_plugin.runs.grid import Grid, parse_allocators, parse_sparsities
+
+        allocators = self.allocators
+        if offload and allocators == DEFAULT:
+            allocators = DEFAULT.replace("one_shot,", "")
+        labels = parse_allocators(allocators)
+        pruners = [part.strip() for part in self.methods.split(",") if part.strip()]
+        roles = labels | {name: name for name in (*labels.values(), *pruners)}
+        specs = component_options(self.options, Plugins().components["estimators"], **roles)
+        try:
+            numbers = [int(part) for part in self.seeds.split(",") if part.strip()]
+        except ValueError:
+            raise RecipeError(
+                f"seeds {self.seeds!r} are no numbers", hint="write e.g. --seeds 0,1,2"
+            ) from None
+        estimators = {role: spec for role, spec in specs.items() if role not in roles}
+        return Grid(
+            parse_sparsities(self.sparsity),
+            [specs[name] for name in pruners],
+            {label: {**specs[name], **specs[label]} for label, name in labels.items()},
+            numbers,
+            {**keys, **given(estimators=estimators)},
+            self.prune,
+        )
 
 
 @with_groups
@@ -40,62 +107,61 @@ def compare_command(
     layers: LayerChoice,
     loading: Loading,
     output: Output,
-    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="comma list of shares of zeros")] = "0.75",
-    methods: Annotated[str, typer.Option("--methods", "-m", help="comma list")] = "sparsegpt",
-    allocators: Annotated[
-        str,
-        typer.Option(
-            "--allocators",
-            help="comma list; name@label for one with options of its own; the default has no one_shot with --offload",
-        ),
-    ] = DEFAULT,
-    seeds: Annotated[str, typer.Option("--seeds", help="comma list; of allocators that use one")] = "0",
-    prune: Annotated[
-        bool, typer.Option(help="prune to each allocation, or measure the level database's weights only")
-    ] = True,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="option by name or label, e.g. search.tokens=8192, knapsack@kl.surrogate=kl, sparsegpt.block_size=64",
-        ),
-    ] = None,
+    compared: Compared,
     cache: Cache = None,
 ) -> None:
     """Compare allocators on one model: the same text, level database and budget for all of them.
 
-    Leaves compare.json and report.html. Example: msp compare Qwen/Qwen2.5-7B -s 0.625,0.75 --methods
+    Writes compare.json and report.html. Example: msp compare Qwen/Qwen2.5-7B -s 0.625,0.75 --methods
     sparsegpt,wanda --allocators uniform,owl,evopress,search --data c4.jsonl --test-data wiki.txt --out cmp
     """
     from msp_plugin.cli import console
 
     with output.running() as context, ExitStack() as stack:
-        from msp_plugin.errors import MSPError
         from msp_plugin.runs.compare import compare
-        from msp_plugin.runtime.disk import writing
-        from msp_plugin.runtime.files import output_directory
         from msp_plugin.runtime.locks import sole_run
 
-        if loading.offload and allocators == DEFAULT:  # its sensitivity needs the whole model in memory
-            allocators = DEFAULT.replace("one_shot,", "")
-        keys = given(cache=cache, **layers.recipe())
-        grid = _grid(sparsity, methods, allocators, seeds, options, keys, prune)
+        grid = compared.grid(given(cache=cache, **layers.recipe()), offload=loading.offload)
         path, finals = context.ranks.on_rank_zero(
             lambda: stack.enter_context(sole_run(out, cache, fresh=context.fresh))
         )
         record = compare(loading.source(model, cache), text.text(), grid, finals=finals, context=context)
         if record is None:
             return
-        with writing(path), output_directory(path) as temporary:
-            record.write(temporary / record.FILE)
-            has_report = all(map(importlib.util.find_spec, ("matplotlib", "jinja2")))
-            failure = _write_report(temporary) if has_report else None
-    as_json = output.as_json
-    if as_json:
+        has_report = all(map(importlib.util.find_spec, ("matplotlib", "jinja2")))
+        failure = _write(record, path, with_report=has_report)
+    if output.as_json:
         typer.echo(json.dumps(record.to_dict(), indent=2, sort_keys=True))
     else:
         for table in comparison_tables(record, model):
             console.table.print(table)
+    _check_written(record, failure, out)
+    if output.as_json:
+        return
+    if errors := [row.error for row in record.rows if row.error]:
+        console.err.print(f"{len(errors)} of {len(record.rows)} rows failed; see {out}/compare.json")
+    missing = "" if has_report else " (no report: pip install 'msp_plugin[report]')"
+    console.out.print(f"Results: {out}{missing}")
+
+
+def _write(record: CompareRecord, path: Path, *, with_report: bool) -> Exception | None:
+    """Write compare.json and the report; return the error of a report that fails, which must not cost the rest.
+
+    Raises:
+        OutputError: the directory cannot be written.
+    """
+    from msp_plugin.runtime.disk import writing
+    from msp_plugin.runtime.files import output_directory
+
+    with writing(path), output_directory(path) as temporary:
+        record.write(temporary / record.FILE)
+        return _write_report(temporary) if with_report else None
+
+
+def _check_written(record: CompareRecord, failure: Exception | None, out: Path) -> None:
+    """Raise MSPError if no row has a result, or if the report has failed."""
+    from msp_plugin.errors import MSPError
+
     errors = [row.error for row in record.rows if row.error]
     if len(errors) == len(record.rows):
         raise MSPError(
@@ -106,53 +172,10 @@ def compare_command(
             f"{out}/compare.json is whole, but no report could be drawn: {failure}",
             hint=f"once that is mended: msp report {shlex.quote(str(out))}",
         ) from failure
-    if as_json:
-        return
-    if errors:
-        console.err.print(f"{len(errors)} of {len(record.rows)} rows failed; see {out}/compare.json")
-    missing = "" if has_report else " (no report: pip install 'msp_plugin[report]')"
-    console.out.print(f"Results: {out}{missing}")
-
-
-def _grid(
-    sparsities: str,
-    methods: str,
-    allocators: str,
-    seeds: str,
-    options: list[str] | None,
-    keys: dict[str, Any],
-    prune: bool,
-) -> Grid:
-    """Return the comparison that the command line asks for.
-
-    Raises:
-        RecipeError: a name twice, seeds that are no numbers, or an option of nothing that is compared.
-    """
-    from msp_plugin.errors import RecipeError
-    from msp_plugin.plugins.manager import Plugins
-    from msp_plugin.runs.grid import Grid, parse_allocators, parse_sparsities
-
-    labels = parse_allocators(allocators)
-    pruners = [part.strip() for part in methods.split(",") if part.strip()]
-    roles = labels | {name: name for name in (*labels.values(), *pruners)}
-    specs = component_options(options, Plugins().components["estimators"], **roles)
-    try:
-        numbers = [int(part) for part in seeds.split(",") if part.strip()]
-    except ValueError:
-        raise RecipeError(f"seeds {seeds!r} are no numbers", hint="write e.g. --seeds 0,1,2") from None
-    estimators = {role: spec for role, spec in specs.items() if role not in roles}
-    return Grid(
-        parse_sparsities(sparsities),
-        [specs[name] for name in pruners],
-        {label: {**specs[name], **specs[label]} for label, name in labels.items()},
-        numbers,
-        {**keys, **given(estimators=estimators)},
-        prune,
-    )
 
 
 def _write_report(folder: Path) -> Exception | None:
-    """Write report.html beside compare.json, which must not be lost: return the error if that fails."""
+    """Write report.html beside compare.json; return the error if that fails."""
     from msp_plugin.report import write_report
 
     try:
@@ -162,7 +185,7 @@ def _write_report(folder: Path) -> Exception | None:
     return None
 
 
-def comparison_tables(record: CompareRecord, title: str) -> list[Any]:
+def comparison_tables(record: CompareRecord, title: str) -> list[Table]:
     """Return one table per method and sparsity: the allocators in the order of their KL."""
     from rich.table import Table
 
@@ -175,19 +198,23 @@ def comparison_tables(record: CompareRecord, title: str) -> list[Any]:
         table.add_column("allocator", overflow="fold")  # a label that is cut could be another's
         for heading in ("perplexity", "KL, nats", "+-", "tokens, with sensitivities", "seconds", "seeds"):
             table.add_column(heading, justify="right")
-
-        def mean(rows: Any, key: str) -> float:
-            found = [getattr(row, key) for row in rows]
-            # a mean without the seeds that are not finite would flatter
-            return float("inf") if None in found else sum(found) / len(found)
-
-        for label, rows in sorted(allocators.items(), key=lambda item: mean(item[1], "kl")):
-            kl = [row.kl for row in rows if row.kl is not None]
+        for label, rows in sorted(allocators.items(), key=lambda item: _mean(item[1], "kl")):
+            spread = deviation(row.kl for row in rows)
+            tokens = _mean(rows, "forward_tokens") + _mean(rows, "sensitivity_tokens")
             table.add_row(
-                label, f"{mean(rows, 'perplexity'):.2f}", f"{mean(rows, 'kl'):.4f}",
-                "" if deviation(kl) is None else f"{deviation(kl):.4f}",
-                f"{mean(rows, 'forward_tokens') + mean(rows, 'sensitivity_tokens'):,.0f}",
-                f"{mean(rows, 'seconds'):.1f}", str(len(rows)),
-            )  # fmt: skip
+                label,
+                f"{_mean(rows, 'perplexity'):.2f}",
+                f"{_mean(rows, 'kl'):.4f}",
+                "" if spread is None else f"{spread:.4f}",
+                f"{tokens:,.0f}",
+                f"{_mean(rows, 'seconds'):.1f}",
+                str(len(rows)),
+            )
         tables.append(table)
     return tables
+
+
+def _mean(rows: Sequence[ComparedRow], field: str) -> float:
+    """Return the mean of a field over seeds; infinite if one is not finite, whose omission would flatter."""
+    values = [getattr(row, field) for row in rows]
+    return float("inf") if None in values else float(sum(values) / len(values))

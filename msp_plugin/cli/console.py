@@ -1,4 +1,4 @@
-"""What the command line shows: progress, tables, errors."""
+"""The consoles of the command line, its log, its progress and its tables."""
 
 from __future__ import annotations
 
@@ -29,19 +29,24 @@ from msp_plugin.progress import StepProgress, no_progress
 if TYPE_CHECKING:
     from msp_plugin.records.run import RunRecord
 
-#: What is printed is never markup: paths and names may have brackets. Colour comes with rich's Text.
-_PLAIN = {"highlight": False, "markup": False, "emoji": False}
-#: Results go to stdout, everything about the way there to stderr.
-out = Console(soft_wrap=True, **_PLAIN)
-#: For tables with long cells: these are folded at the terminal's width.
-table = Console(**_PLAIN)
-err = Console(stderr=True, soft_wrap=True, **_PLAIN)
-#: Seconds between two lines on one step where stderr is no terminal.
+
+def _console(*, soft_wrap: bool, stderr: bool = False) -> Console:
+    """Return a console that prints no text as markup: paths and names may have brackets. rich's Text has colour."""
+    return Console(stderr=stderr, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
+
+
+#: For results, on stdout.
+out = _console(soft_wrap=True)
+#: For tables with long cells, which are folded at the terminal's width.
+table = _console(soft_wrap=False)
+#: For progress, logs and errors, on stderr.
+err = _console(soft_wrap=True, stderr=True)
+#: Seconds between two lines about one step where stderr is not a terminal.
 _EVERY = 30.0
 
 
 def set_up_logs(verbose: bool, rank: int = 0) -> None:
-    """Send our log to stderr: one line per step if asked for, else warnings; of other ranks, errors."""
+    """Send our log to stderr: one line per step if ``verbose``, else warnings; from other ranks only errors."""
     handler = RichHandler(console=err, show_path=False, show_time=verbose)
     least = logging.ERROR if rank else logging.WARNING
     logging.basicConfig(level=least, format="%(message)s", handlers=[handler], force=True)
@@ -53,7 +58,7 @@ def set_up_logs(verbose: bool, rank: int = 0) -> None:
 
 @contextmanager
 def progress_bars(show: bool = True) -> Iterator[StepProgress]:
-    """Yield a StepProgress: a bar per step on a terminal, else lines; see ProgressLines."""
+    """Yield a StepProgress: a bar per step on a terminal, else lines (see ProgressLines)."""
     if not show:
         yield no_progress
         return
@@ -61,9 +66,14 @@ def progress_bars(show: bool = True) -> Iterator[StepProgress]:
         yield ProgressLines(err.print)
         return
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
-    )  # fmt: skip
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
     with Progress(*columns, console=err) as bars:
         tasks: dict[str, Any] = {}
 
@@ -77,7 +87,7 @@ def progress_bars(show: bool = True) -> Iterator[StepProgress]:
 
 @dataclass
 class _Running:
-    """A step that is not done: when it began, when it was last printed, and its first report."""
+    """A step that is not done: its start, its last printed line, its first count and the time of that count."""
 
     began: float
     printed: float
@@ -100,28 +110,28 @@ class ProgressLines:
         now = self._clock()
         running = self._steps.setdefault(step, _Running(self._last, self._last, done, now))
         self._last = now
-        after = f"; {note}" if note else ""
+        suffix = f"; {note}" if note else ""
         if done >= total:
             del self._steps[step]
-            self._write(f"{step}: {done} of {total} done in {_minutes(now - running.began)}{after}")
+            self._write(f"{step}: {done} of {total} done in {_minutes(now - running.began)}{suffix}")
         elif now - running.printed >= _EVERY:
             running.printed = now
             left = ""
-            if done > running.first:  # what a stopped run left in the cache took no time: count from there
+            if done > running.first:  # results from the cache took no time, so they are not counted
                 seconds = (now - running.reported) * (total - done) / (done - running.first)
                 left = f", about {_minutes(seconds)} left"
-            self._write(f"{step}: {done} of {total}, {100 * done // total} %{left}{after}")
+            self._write(f"{step}: {done} of {total}, {100 * done // total} %{left}{suffix}")
 
 
 def _minutes(seconds: float) -> str:
-    """Return a duration as people read it: 0:07, 12:30, 1:02:03."""
+    """Return a duration as text: 0:07, 12:30, 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def number(value: float | None) -> str:
-    """Return a perplexity as people read it."""
+    """Return a perplexity as text: - without one, else three decimals below 1,000 and none above."""
     if value is None:
         return "-"
     if not math.isfinite(value):
@@ -130,12 +140,12 @@ def number(value: float | None) -> str:
 
 
 def nats(value: float | None) -> str:
-    """Return a loss as people read it; None is one that is not finite."""
+    """Return a loss as text; None stands for a loss that is not finite."""
     return "not finite" if value is None else f"{value:.4f}"
 
 
 def quality_table(record: RunRecord, title: str) -> Table:
-    """Return the table of a run: zeros and test perplexity of dense, uniform and mixed."""
+    """Return the table of a run: zeros and test perplexity of the dense, uniform and mixed models."""
     table = Table(title=title, title_justify="left")
     table.add_column("model")
     table.add_column("zeros", justify="right")

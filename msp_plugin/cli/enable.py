@@ -8,7 +8,7 @@ from pathlib import Path
 from msp_plugin.errors import OutputError
 from msp_plugin.runtime.files import write_text
 
-# Python runs a line of a .pth file that begins with import. It must stay silent after an uninstall.
+# Python runs each line of a .pth file that begins with import. This one must stay silent after an uninstall.
 _LINE = r"""import sys; exec("try:\n import msp_plugin._autoload\nexcept ImportError: pass")""" + "\n"
 
 
@@ -40,7 +40,7 @@ def enable() -> Path:
 
 
 def disable() -> Path:
-    """Remove the start-up file and return its path; fine if it is not there.
+    """Remove the start-up file, if it is there, and return its path.
 
     Raises:
         OutputError: it cannot be removed.

@@ -1,44 +1,84 @@
-"""``msp eval``: what a checkpoint can do, beside its perplexity."""
+"""``msp eval``: scores of a checkpoint on tasks and texts."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msp_plugin.cli.arguments import AsJson, Bos, Column, Dtype, Length, Model, Remote, Verbose, resolve_model
+from msp_plugin.cli.arguments import (
+    AsJson,
+    Bos,
+    Column,
+    Dtype,
+    Length,
+    Model,
+    Remote,
+    Verbose,
+    resolve_model,
+    with_groups,
+)
 
 if TYPE_CHECKING:
+    from msp_plugin.evaluation.evaluate import Request, Source
     from msp_plugin.records.evaluation import EvalRecord
 
 
-def evaluate_command(
-    model: Model,
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Options for the tasks and texts of an evaluation."""
+
     tasks: Annotated[
         str | None,
         typer.Option("--tasks", "-t", help="comma list of lm-eval's tasks and groups, and of your own"),
-    ] = None,
+    ] = None
     task_dir: Annotated[
         Path | None, typer.Option("--task-dir", help="directory with YAML files of your own tasks")
-    ] = None,
+    ] = None
     data: Annotated[
         list[str] | None, typer.Option("--data", "-d", help="text for perplexity and KL (repeatable)")
-    ] = None,
+    ] = None
+    limit: Annotated[int | None, typer.Option("--limit", help="documents of each task; default: all")] = None
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", help="worked examples; default: each task's own")
+    ] = None
+    batch: Annotated[int, typer.Option("--batch", help="requests per forward pass")] = 8
+    samples: Annotated[int, typer.Option("--samples", help="samples of each text")] = 32
+    length: Length = None
+    text_column: Column = "text"
+    bos: Bos = None
+
+    def request(self, model: Source, reference: Source | None) -> Request:
+        """Return the request of an evaluation."""
+        from msp_plugin.evaluation.evaluate import Request
+
+        return Request(
+            model,
+            reference,
+            tasks=tuple(name.strip() for name in (self.tasks or "").split(",") if name.strip()),
+            task_dir=self.task_dir,
+            limit=self.limit,
+            num_fewshot=self.num_fewshot,
+            batch=self.batch,
+            data=tuple(self.data or ()),
+            samples=self.samples,
+            length=self.length,
+            column=self.text_column,
+            bos=self.bos,
+        )
+
+
+@with_groups
+def evaluate_command(
+    model: Model,
+    questions: Questions,
     reference: Annotated[
         str | None,
-        typer.Option("--reference", help="model that is asked the same, e.g. the one before pruning"),
+        typer.Option("--reference", help="model for the same questions, e.g. the one before pruning"),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="documents of each task; default: all")] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", help="worked examples; default: what each task says")
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch", help="requests per forward pass")] = 8,
-    samples: Annotated[int, typer.Option("--samples", help="samples of each text")] = 32,
-    length: Length = None,
-    text_column: Column = "text",
-    bos: Bos = None,
     dtype: Dtype = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="file for the results, e.g. eval.json")
@@ -47,26 +87,20 @@ def evaluate_command(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Evaluate a checkpoint of any form: lm-eval's tasks, perplexity, and what pruning cost.
+    """Evaluate a checkpoint of any form: lm-eval's tasks, perplexity, and the difference from a reference.
 
     Example: msp eval llama-75 --reference meta-llama/Llama-3.1-8B --tasks arc_easy,hellaswag --data wiki.txt
     """
     from msp_plugin.cli.console import progress_bars, set_up_logs
 
     set_up_logs(verbose)
-    from msp_plugin.evaluation.evaluate import Request, Source, evaluate
+    from msp_plugin.evaluation.evaluate import Source, evaluate
     from msp_plugin.runtime.disk import check_new, writing
 
-    models = [
-        Source(name, resolve_model(name), dtype, trust_remote_code)
-        for name in (model, reference)
-        if name is not None
-    ]
-    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
-    request = Request(
-        *models, tasks=names, task_dir=task_dir, limit=limit, num_fewshot=num_fewshot, batch=batch,
-        data=tuple(data or ()), samples=samples, length=length, column=text_column, bos=bos,
-    )  # fmt: skip
+    def source(name: str) -> Source:
+        return Source(name, resolve_model(name), dtype, trust_remote_code)
+
+    request = questions.request(source(model), None if reference is None else source(reference))
     if out is not None:
         out = out.expanduser()
         check_new(out)
@@ -84,6 +118,7 @@ def evaluate_command(
 
 
 def _show(record: EvalRecord) -> None:
+    """Print the table of an evaluation."""
     from rich import box
     from rich.table import Table
 
@@ -95,12 +130,8 @@ def _show(record: EvalRecord) -> None:
         title += f" against {record.reference.source}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("task and metric", overflow="fold", min_width=20)
-    for heading in (
-        "value",
-        "stderr",
-        *(("reference", "difference", "stderr") if compared else ()),
-        "samples",
-    ):
+    difference = ("reference", "difference", "stderr") if compared else ()
+    for heading in ("value", "stderr", *difference, "samples"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, metric, *numbers in [*_task_rows(record), *_text_rows(record)]:
         cells = numbers if compared else [*numbers[:2], numbers[-1]]
@@ -109,28 +140,27 @@ def _show(record: EvalRecord) -> None:
 
 
 def _task_rows(record: EvalRecord) -> list[list[str]]:
+    """Return a row for each task and metric."""
     rows = []
     for task, score in record.tasks.items():
         for metric in score.metrics:
             name = metric.name if metric.filter == "none" else f"{metric.name} ({metric.filter})"
-            rows.append([
-                task, name, _number(metric.value), _number(metric.stderr), _number(metric.reference),
-                _number(metric.difference, "+"), _number(metric.difference_stderr), str(score.samples),
-            ])  # fmt: skip
+            value, stderr, reference = map(_number, (metric.value, metric.stderr, metric.reference))
+            difference = [_number(metric.difference, "+"), _number(metric.difference_stderr)]
+            rows.append([task, name, value, stderr, reference, *difference, str(score.samples)])
     return rows
 
 
 def _text_rows(record: EvalRecord) -> list[list[str]]:
-    """Return a row of the perplexity and, where there is a reference, one of the KL, for each text."""
+    """Return, for each text, a row of its perplexity and, with a reference, a row of its KL."""
     rows = []
     for text in record.perplexity:
-        value, other, count = text.value, text.reference, str(text.samples)
-        more = None if value is None or other is None else value - other
-        rows.append([
-            str(text.source), "perplexity", _number(value), "-", _number(other), _number(more, "+"), "-", count,
-        ])  # fmt: skip
+        name, value, reference, count = str(text.source), text.value, text.reference, str(text.samples)
+        difference = None if value is None or reference is None else value - reference
+        numbers = [_number(value), "-", _number(reference), _number(difference, "+"), "-"]
+        rows.append([name, "perplexity", *numbers, count])
         if record.reference is not None:
-            rows.append([str(text.source), "KL in nats", _number(text.kl), "-", "-", "-", "-", count])
+            rows.append([name, "KL in nats", _number(text.kl), "-", "-", "-", "-", count])
     return rows
 
 

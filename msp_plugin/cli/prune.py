@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,20 +28,24 @@ from msp_plugin.cli.arguments import (
     with_groups,
 )
 
+if TYPE_CHECKING:
+    from msp_plugin.runs.prune import Run
 
-def _show_run(run: Any, as_json: bool, title: str) -> None:
+
+def _show_run(run: Run | None, as_json: bool, title: str) -> None:
+    """Print the table of a run, or its record."""
     from msp_plugin.cli.console import out, quality_table
     from msp_plugin.report.statistics import taken_back
 
-    if run is None:  # another rank has it
+    if run is None:  # rank 0 prints it
         return
     if as_json:
         typer.echo(json.dumps(run.record.to_dict(), indent=2, sort_keys=True))
         return
     out.print(quality_table(run.record, title))
-    back = taken_back(*(run.record.perplexity.get(name) for name in ("dense", "uniform", "mixed")))
-    if back is not None:
-        out.print(f"Mixed takes back {100 * back:.0f} % of the loss that uniform adds.")
+    recovered = taken_back(*(run.record.perplexity.get(name) for name in ("dense", "uniform", "mixed")))
+    if recovered is not None:
+        out.print(f"Mixed takes back {100 * recovered:.0f} % of the loss that uniform adds.")
     out.print(f"Results: {run.path}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,7 @@ from msp_plugin.cli.arguments import (
 )
 
 if TYPE_CHECKING:
+    from msp_plugin.plan.units import UnitTable
     from msp_plugin.records.run import Outcome
 
 
@@ -66,7 +68,7 @@ def allocate_command(
 
         keys = {"sparsity": sparsity, "seed": seed, "cache": cache}
         line = recipe_line(method, allocator, options, **keys, **layers.recipe())
-        # of a short text as many samples stay unseen as `msp prune` tests with afterwards
+        # A short text must also leave as many samples unread as `msp prune` tests with afterwards.
         unseen = 0 if text.samples else Text.test_samples
         out, ranks = out.expanduser(), context.ranks
         resolved = resolve(Options.parse(line), Plugins())
@@ -78,15 +80,15 @@ def allocate_command(
         with writing(out):
             write_text(out, outcome.allocation.to_json())
     if output.as_json:
-        found = {"allocation": outcome.allocation.to_dict(), "search": outcome.search.to_dict()}
-        typer.echo(json.dumps(found, indent=2))
+        parts = {"allocation": outcome.allocation.to_dict(), "search": outcome.search.to_dict()}
+        typer.echo(json.dumps(parts, indent=2))
         return
     _show_allocation(outcome, f"{model} at {sparsity}")
     terminal.print(f"Written: {out}")
 
 
 def _show_allocation(outcome: Outcome, title: str) -> None:
-    """Print the level of each unit, and what the search found."""
+    """Print the level of each unit, and the loss of the allocation."""
     from rich.table import Table
 
     from msp_plugin.cli import console
@@ -120,12 +122,10 @@ def sensitivity(
     ] = None,
     cache: Cache = None,
 ) -> None:
-    """Measure the sensitivity of every unit; what the cache holds of it is not measured again.
+    """Measure the sensitivity of every unit; values in the cache are not measured again.
 
     Example: msp sensitivity Qwen/Qwen2.5-7B --data c4.jsonl --json > fisher.json
     """
-    from msp_plugin.cli import console
-
     with output.running() as context:
         from msp_plugin.plugins.manager import Plugins, spec_of
         from msp_plugin.runs.sensitivity import measure_sensitivity
@@ -143,20 +143,26 @@ def sensitivity(
             ignore=ignore or (),
             context=context,
         )
-    rows = [
-        {"unit": u.name, "weights": u.weights, "sensitivity": v, "per_weight": v / u.weights}
-        for u, v in zip(units, values, strict=True)
-    ]
     if output.as_json:
+        rows = [
+            {"unit": unit.name, "weights": unit.weights, "sensitivity": v, "per_weight": v / unit.weights}
+            for unit, v in zip(units, values, strict=True)
+        ]
         typer.echo(json.dumps({"estimator": spec_of(built), "units": rows}, indent=2))
-        return
+    else:
+        _show_sensitivities(units, values, f"{estimator}, {model}")
+
+
+def _show_sensitivities(units: UnitTable, values: Sequence[float], title: str) -> None:
+    """Print the sensitivity of each unit, and its sensitivity per weight."""
     from rich.table import Table
 
-    table = Table(title=f"{estimator}, {model}", title_justify="left")
+    from msp_plugin.cli import console
+
+    table = Table(title=title, title_justify="left")
     table.add_column("unit")
     for heading in ("weights", "sensitivity", "per weight"):
         table.add_column(heading, justify="right")
-    for row in rows:
-        numbers = (row["sensitivity"], row["per_weight"])
-        table.add_row(row["unit"], f"{row['weights']:,}", *(f"{number:.4g}" for number in numbers))
+    for unit, value in zip(units, values, strict=True):
+        table.add_row(unit.name, f"{unit.weights:,}", f"{value:.4g}", f"{value / unit.weights:.4g}")
     console.out.print(table)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a command unwinds, so that nothing half-written stays, and ends with 130 or 143."""
+"""End a command after Ctrl-C or SIGTERM with exit code 130 or 143, and leave nothing half-written."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-#: Seconds after which a stop that something swallowed is raised again. Packages import each other within bare
-#: ``except:``, and Python only reports an exception that leaves a destructor.
+#: Seconds after which a stop is raised again where it was caught: some packages import others in a bare ``except:``,
+#: and Python only reports an exception that leaves a destructor.
 _AGAIN = 0.5
 
 
@@ -19,12 +19,13 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], int]]:
-    """Let SIGINT and SIGTERM raise Stopped in the block until it leaves the block; ignored ones stay ignored.
+    """Let SIGINT and SIGTERM raise Stopped in the block; signals that are ignored stay ignored.
 
-    A Stopped that leaves a destructor prints no traceback: it is raised again.
+    A Stopped that is caught is raised again until it leaves the block. One that leaves a destructor prints no
+    traceback.
 
-    Yields what returns the exit code once a signal has come, 0 before: compiled code that calls Python may turn a
-    Stopped into an error of its own.
+    Yields a function that returns the exit code once a signal has come, and 0 before. It tells a stop from other
+    errors, because compiled code that calls Python may turn a Stopped into an error of its own.
     """
     code = 0
 

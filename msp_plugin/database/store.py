@@ -1,12 +1,11 @@
 """The level database on disk: one safetensors file per layer, in a directory named by its content.
 
-A level is held as its kept values, `<level>.values` [n], and `<level>.bitmask` (database/bitmask.py); the dense
-weight is the model's and not held. `<level>.rows` float32 [out] are the parts of the output error by output
-feature, where the method has them.
+A level is stored as its kept values, `<level>.values` [n], and `<level>.bitmask` (formats/bitmask.py). The dense
+weight is not stored; the model has it. `<level>.rows` float32 [out] are the parts of the output error by output
+feature, where the method gives them.
 
-The directory's name is a digest of everything that the weights depend on: model, calibration
-samples, method with host, version and options, and the levels. A second run with the same of these
-finds its files; a run with any other never does.
+The directory's name is a digest of everything that the weights depend on: model, calibration samples, method with
+host, version and options, and the levels. A second run on the same values finds these files, and no other run does.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ log = logging.getLogger(__name__)
 
 SCHEMA = "msp_plugin/level-database"
 VERSION = "5"
-#: What comes of a file that is not there, or holds something else; torch maps files too, and says RuntimeError.
+#: Errors of a file that is missing or holds something else; RuntimeError comes from torch, which maps files too.
 UNREADABLE = (SafetensorError, FormatError, OSError, KeyError, ValueError, RuntimeError)
-#: Layers whose files stay open, and so mapped into memory.
+#: Files that stay open, and so mapped into memory; one holds one layer.
 OPEN_FILES = 16
 
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """Errors of one layer at one level: squared weight change, and output change per token."""
+    """Errors of one layer at one level: squared change of the weight, and squared change of the output per token."""
 
     weight: float
     output: float
@@ -59,7 +58,7 @@ class LevelDatabase:
     """Pruned weights by layer and level.
 
     Args:
-        root: where databases live.
+        root: directory of all databases.
         identity: JSON values that name everything the weights depend on.
         menu: the levels; ``dense`` has errors, of zero, and no weights.
     """
@@ -76,18 +75,18 @@ class LevelDatabase:
 
     @property
     def lock(self) -> Path:
-        """Return the lock file of whoever builds this database."""
+        """Return the lock file of the process that builds this database."""
         return self.path.with_name(f"{self.path.name}.lock")
 
     def renew(self) -> None:
-        """Take no layer for built that this object has not written: each is written anew, in the old one's place.
+        """Count only layers that this object has written as present, so that each is written again, over the old file.
 
         Nothing is removed, because other processes may read it.
         """
         self._renewing = True
 
     def tidy(self) -> None:
-        """Remove what writers left behind that were killed; for the holder of the lock."""
+        """Remove the temporary files of killed writers; only the holder of the lock may call this."""
         for file in self.path.glob(".*.safetensors.*.partial"):
             file.unlink(missing_ok=True)
 
@@ -103,7 +102,7 @@ class LevelDatabase:
         rows: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         """Write a layer's weights [out, in] by level name, their errors, and the output errors by row [out]."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, weight in weights.items():
             packed = pack_bitmask(weight.detach().cpu())
             tensors |= dict(zip((f"{name}.values", f"{name}.bitmask"), packed, strict=True))
@@ -117,7 +116,7 @@ class LevelDatabase:
             "crc32": {name: _crc32(tensor) for name, tensor in tensors.items()},
             "dtypes": {name: str(tensor.dtype) for name, tensor in tensors.items()},
         }
-        # One entry, because safetensors writes several in no fixed order.
+        # One entry, because safetensors writes several entries in no fixed order.
         text = json.dumps(about, sort_keys=True)
         meta = {"about": f"{zlib.crc32(text.encode()):08x} {text}"}
         with writing(self.path), replacing(self.file(layer.name)) as temporary:
@@ -128,43 +127,42 @@ class LevelDatabase:
     def has(self, layer: Layer) -> bool:
         """Return True if the layer's file is there, whole, and of this database.
 
-        Every byte is read and compared with its checksum, the first time. A file that fails is named in
-        the log; write it anew.
+        The first call reads every byte and compares checksums. A file that fails is named in the log; write it again.
         """
         if layer.name in self._whole:
             return True
         if self._renewing or not self.file(layer.name).exists():
             return False
         try:
-            wrong = self._damage(layer)
+            damage = self._damage(layer)
         except (*UNREADABLE, TypeError, AttributeError) as error:
             if is_out_of_memory(error):
                 raise
-            wrong = str(error)
-        if wrong:
+            damage = str(error)
+        if damage:
             self._open.pop(layer.name, None)
             if layer.name not in self._damaged:
-                log.warning("%s cannot be used, it is built anew: %s", self.file(layer.name), wrong)
+                log.warning("%s cannot be used, it is built anew: %s", self.file(layer.name), damage)
             self._damaged.add(layer.name)
             return False
         self._whole.add(layer.name)
         return True
 
     def _damage(self, layer: Layer) -> str:
-        """Return what is wrong with a layer's file, or nothing."""
+        """Return a sentence about the damage of a layer's file; it is empty for a whole file of this database."""
         handle, about = self._handle(layer.name), self._about(layer.name)
         shape = [layer.out_features, layer.in_features]
         if about.get("key") != self.key or about.get("layer") != layer.name or about.get("shape") != shape:
             return "it is another database's, or another layer's"
-        wanted = [level.name for level in self.menu if not level.is_dense]
+        names = [level.name for level in self.menu if not level.is_dense]
         sums = about["crc32"]
-        needed = {f"{name}.{part}" for name in wanted for part in ("values", "bitmask")}
-        if set(sums) not in (needed, needed | {f"{name}.rows" for name in wanted}):
+        needed = {f"{name}.{part}" for name in names for part in ("values", "bitmask")}
+        if set(sums) not in (needed, needed | {f"{name}.rows" for name in names}):
             return "it holds other levels"
         if set(about["errors"]) != {level.name for level in self.menu} | {"dense"}:
             return "errors are missing"
         mask = [bitmask_bytes(*shape)]
-        if any(handle.get_slice(f"{name}.bitmask").get_shape() != mask for name in wanted):
+        if any(handle.get_slice(f"{name}.bitmask").get_shape() != mask for name in names):
             return "a bitmask has another size"
         for name, crc in sums.items():
             tensor = handle.get_tensor(name)
@@ -173,7 +171,7 @@ class LevelDatabase:
         return ""
 
     def weight(self, layer: str, level: str) -> torch.Tensor:
-        """Return the weight [out, in] of a layer at a level that is not dense, by its name.
+        """Return the weight [out, in] of a layer at a level that is not dense, both by name.
 
         Raises:
             VerificationError: the database does not hold it.
@@ -206,7 +204,7 @@ class LevelDatabase:
         return True
 
     def weight_for(self, place: Place, layer: str, level: str) -> torch.Tensor:
-        """Return the weight [out, in] of a layer at a level, on the device and in the dtype that its place holds."""
+        """Return the weight [out, in] of a layer at a level, on the device and in the dtype of the layer's place."""
         return self.weight(layer, level).to(place.at, place.dtype)
 
     def errors(self, table: UnitTable) -> tuple[np.ndarray, np.ndarray]:
@@ -219,8 +217,8 @@ class LevelDatabase:
         for u, unit in enumerate(table):
             for layer in unit.layers:
                 with self._readable(f"the errors of {layer.name}"):
-                    held = self._about(layer.name)["errors"]
-                result[:, u, :] += np.array([held[level.name] for level in self.menu]).T
+                    errors = self._about(layer.name)["errors"]
+                result[:, u, :] += np.array([errors[level.name] for level in self.menu]).T
         return result[0], result[1]
 
     @contextmanager
@@ -236,12 +234,15 @@ class LevelDatabase:
             ) from error
 
     def _about(self, layer: str) -> dict[str, Any]:
+        """Return the description of a layer's file: key, layer, shape, errors, checksums and dtypes."""
         crc, _, text = (self._handle(layer).metadata() or {})["about"].partition(" ")
         if crc != f"{zlib.crc32(text.encode()):08x}":
-            raise ValueError("the checksum of what it says of itself differs")
-        return json.loads(text)
+            raise ValueError("the checksum of its description differs")
+        about: dict[str, Any] = json.loads(text)
+        return about
 
     def _handle(self, layer: str) -> Any:
+        """Return safetensors' handle of a layer's file; the files used last stay open."""
         if layer in self._open:
             self._open.move_to_end(layer)
             return self._open[layer]
@@ -252,4 +253,4 @@ class LevelDatabase:
 
 
 def _crc32(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)

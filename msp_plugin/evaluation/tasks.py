@@ -98,7 +98,10 @@ def _read_task(file: Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         pass
 
-    Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+    def function_name(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+        return loader.construct_scalar(node)
+
+    Loader.add_constructor("!function", function_name)
     try:
         config = parse_yaml(file.read_text(encoding="utf-8"), Loader)
     except (ValueError, OSError) as error:

@@ -1,1 +1,1 @@
-"""Frameworks that own pruning methods; each is imported in one package, inside functions."""
+"""Hosts, which run a pruning method over a model; each framework is imported in one package, inside functions."""

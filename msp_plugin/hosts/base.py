@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from msp_plugin.checkpoint.recount import PruneStats
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import TextSplit
 from msp_plugin.records.run import Outcome
 from msp_plugin.runtime.context import RunContext
-from msp_plugin.search.resolve import Plan
+from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruneInputs:
-    """What a host reads beside the model.
+    """The inputs of a host beside the model.
 
     Args:
-        text: split as the search asks.
+        text: the samples, split as the search asks.
         batch: samples of one forward pass.
-        tokenizer: saved beside the model, and asked for by some hosts.
-        trust_remote_code: the model runs code of its repository.
+        tokenizer: saved beside the model; some hosts read it.
+        trust_remote_code: run code of the model's repository.
     """
 
     text: TextSplit
@@ -41,9 +42,9 @@ class PruneInputs:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a host made: the allocation that it pruned to, and the zeros counted afterwards.
+    """The result of a host: the allocation that it pruned to, and the zeros counted afterwards.
 
-    Both are None where the host ran a recipe without mixed sparsity.
+    Both are None for a recipe without mixed sparsity.
     """
 
     outcome: Outcome | None = None
@@ -53,32 +54,40 @@ class Pruned:
 class Host(Protocol):
     """Runs a pruning method over a model.
 
-    ``on_all_ranks`` is True if the pruning is shared among ranks; else they share the search alone.
+    ``on_all_ranks`` is True if ranks share the pruning; else they share only the search.
     """
 
-    name: str
-    on_all_ranks: bool
+    name: ClassVar[str]
+    on_all_ranks: ClassVar[bool]
 
-    def check(self, model: PreTrainedModel, options: Plan | None, inputs: PruneInputs) -> None:
-        """Raise what the model shows before any work: the host cannot run it, or the options do not fit it."""
+    @property
+    def steps(self) -> Mapping[str, Any]:
+        """The recipe that the host runs; empty for a host without recipes."""
+
+    @property
+    def prunes_only(self) -> bool:
+        """True if the host prunes to the options and does nothing else, such as quantizing."""
+
+    def check(self, model: PreTrainedModel, options: ResolvedOptions | None, inputs: PruneInputs) -> None:
+        """Raise, before any work, if the host cannot run the model or the options do not fit it."""
 
     def prune(
         self,
         model: PreTrainedModel,
-        options: Plan | None,
+        options: ResolvedOptions | None,
         inputs: PruneInputs,
         context: RunContext,
         *,
         announce: bool = True,
     ) -> Pruned:
-        """Search, prune the model in place and recount its zeros.
+        """Search an allocation, prune the model to it in place, and recount its zeros.
 
         Args:
-            announce: tell the plugins' observers; False for a baseline.
+            announce: call the plugins' observers; False for a baseline.
         """
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:
         """Write the weights and config of a model that this host has pruned."""
 
     def forget(self) -> None:
-        """Let go of the last model."""
+        """Release the last model, so that its memory can be freed."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -33,7 +33,7 @@ from msp_plugin.runtime.locks import scratch_directory
 from msp_plugin.runtime.memory import freed_memory_kept
 from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.search.allocate import allocate, check_model
-from msp_plugin.search.resolve import Plan
+from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,23 +43,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """Prunes block by block, each from the inputs that it gets behind the pruned blocks before it.
+    """Prunes block by block, each block from its inputs behind the pruned blocks before it.
 
-    It gives the weights that llm-compressor's sequential pipeline gives for the levels that both can make.
+    At the levels that both can make, the weights are those of llm-compressor's sequential pipeline, bit for bit.
     """
 
     plugins: Plugins
 
     name: ClassVar[str] = "msp_plugin"
     on_all_ranks: ClassVar[bool] = True
+    steps: ClassVar[Mapping[str, Any]] = {}
+    prunes_only: ClassVar[bool] = True
 
-    def check(self, model: PreTrainedModel, options: Plan, inputs: PruneInputs) -> None:
-        """Raise what the model shows before any work.
+    def check(self, model: PreTrainedModel, options: ResolvedOptions | None, inputs: PruneInputs) -> None:
+        """Raise, before any work, if this host cannot run the model or the options do not fit it.
 
         Raises:
             HostError: only a modifier of another host carries out the method.
             MSPError: see check_model, check_called and saved_names.
         """
+        options = _given(options)
         if options.pruner.host != self.name:
             raise HostError(
                 f"method {options.pruner.name!r} is carried out by {options.pruner.host}",
@@ -73,7 +76,7 @@ class BuiltIn:
     def prune(
         self,
         model: PreTrainedModel,
-        options: Plan,
+        options: ResolvedOptions | None,
         inputs: PruneInputs,
         context: RunContext,
         *,
@@ -84,6 +87,7 @@ class BuiltIn:
         Raises:
             MSPError: see allocate, build_database and recount_model.
         """
+        options = _given(options)
         with on_best_device(model):
             found = allocate(
                 model,
@@ -106,11 +110,23 @@ class BuiltIn:
         return Pruned(outcome, stats)
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:
-        """Write the weights and config as transformers does."""
-        model.save_pretrained(directory, max_shard_size=SHARD_BYTES)
+        """Write the weights and config as transformers does; the files of an offloaded model are those of one in memory."""
+        from transformers.core_model_loading import dot_natural_key
+
+        state = None
+        if offloaded_module(model) is not None:
+            model.tie_weights()  # a pass leaves two placeholders for a tied weight, which would be written twice
+            state = dict(sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0])))
+        model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD_BYTES)
 
     def forget(self) -> None:
-        """Do nothing: no model is held."""
+        """Do nothing: this host holds no model."""
+
+
+def _given(options: ResolvedOptions | None) -> ResolvedOptions:
+    """Return the options; only a recipe of another host comes without them."""
+    assert options is not None, "the built-in host runs options, not recipes"
+    return options
 
 
 def prune_to(
@@ -123,8 +139,8 @@ def prune_to(
 ) -> None:
     """Prune each layer of a model, in place, to its level of an allocation, block after block.
 
-    The pruned weights go to the cache, from where all ranks read them. Those of an offloaded model stay there as long
-    as the model lives.
+    The pruned weights go to the cache, and all ranks read them there. An offloaded model's weights stay in the cache
+    as long as the model lives.
 
     Raises:
         MSPError: see pruned_weights.
@@ -140,26 +156,27 @@ def prune_to(
                 place = weight_place(linear(model, layer))
                 place.enter()
                 place.put(partial(database.weight_for, place, layer, level.name))
-        ranks.gather(lambda: None)  # all have read what they need
+        ranks.gather(lambda: None)  # wait until all ranks have read their weights
         if offloaded_module(model) is not None:
             weakref.finalize(model, stack.pop_all().close)
 
 
 @contextmanager
 def _eager_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Let a model compute attention by plain matrix products in the block, as llm-compressor's calibration does.
+    """Let a model compute attention by plain matrix products in the block, as in llm-compressor's calibration.
 
-    Fused attention rounds otherwise, and SparseGPT's weights would differ from llm-compressor's in the last bit.
+    Fused attention rounds differently, and SparseGPT's weights would differ from llm-compressor's in the last bit.
     """
     own = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if own in (None, "eager"):
         yield
         return
-    model.set_attn_implementation("eager")
+    set_attention: Any = model.set_attn_implementation  # a method of transformers' models
+    set_attention("eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(own)
+        set_attention(own)
 
 
 def pruned_weights(
@@ -171,10 +188,10 @@ def pruned_weights(
     progress: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> LevelDatabase:
-    """Return the weights that pruning a model to an allocation gives, written to a folder; the model stays as it is.
+    """Return the weights of a model pruned to an allocation, written to a folder; the model is left as it was.
 
-    Each block is pruned from the inputs that it gets behind the pruned blocks before it. A forward pass takes as many
-    samples as llm-compressor's would, so that statistics are added up in the same order.
+    Each block is pruned from its inputs behind the pruned blocks before it. A forward pass has as many samples as
+    llm-compressor's, so that the statistics are summed in the same order.
 
     Raises:
         NumericsError: see build_database.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,7 +41,7 @@ def load_model(
 
     Raises:
         RecipeError: an unknown dtype.
-        ModelError: there is no such model, or transformers cannot load it.
+        ModelError: there is no such model, transformers cannot load it, or accelerate is missing for ``offload``.
         OutputError: the cache cannot be written.
     """
     target = check_dtype(dtype)
@@ -48,7 +49,7 @@ def load_model(
     with ExitStack() as stack:
         placement: dict[str, Any] = {}
         if offload:
-            _check_safetensors(source)
+            _check_offloading(source)
             folder = stack.enter_context(scratch_directory("offload", cache))
             device_map = "auto" if torch.cuda.is_available() else {"": "disk"}
             placement = {"device_map": device_map, "offload_folder": str(folder), "use_safetensors": True}
@@ -92,12 +93,18 @@ def _from_pretrained(
     return model
 
 
-def _check_safetensors(source: str | Path) -> None:
-    """Raise if a directory has no safetensors files, the only ones that offloading can read tensor by tensor.
+def _check_offloading(source: str | Path) -> None:
+    """Raise if the weights of a source cannot stay on disk.
 
     Raises:
-        ModelError: it has none.
+        ModelError: accelerate is not installed, or a directory has no safetensors files, the only ones that can be
+            read tensor by tensor.
     """
+    if importlib.util.find_spec("accelerate") is None:
+        raise ModelError(
+            "weights stay on disk by the package accelerate, which is not installed",
+            hint="pip install accelerate, or do not offload",
+        )
     path = Path(source)
     if path.is_dir() and not any(path.glob("*.safetensors")):
         raise ModelError(

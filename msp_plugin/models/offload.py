@@ -96,10 +96,16 @@ def weight_device(module: torch.nn.Module) -> torch.device:
     return weight.device
 
 
+def input_embeddings(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the module that turns a transformers model's token ids into hidden states."""
+    get_input_embeddings: Any = model.get_input_embeddings  # a method of transformers' models
+    embeddings: torch.nn.Module = get_input_embeddings()
+    return embeddings
+
+
 def input_device(model: torch.nn.Module) -> torch.device:
     """Return the device for token ids: the one on which the embeddings compute."""
-    get_input_embeddings: Any = model.get_input_embeddings  # a method of transformers' models
-    embeddings = get_input_embeddings()
+    embeddings = input_embeddings(model)
     return weight_device(embeddings) if is_offloaded(embeddings) else next(model.parameters()).device
 
 

@@ -22,7 +22,7 @@ from msp_plugin.runtime.memory import is_out_of_memory
 
 
 class BlockPass:
-    """The hidden states of all samples on their way through the blocks.
+    """The hidden states of all samples, moved on from block to block.
 
     Every block is run by the model's own forward, with the blocks before it skipped and its input replaced, so
     that it gets the masks and position embeddings that the model gives to it. That costs the embeddings
@@ -31,7 +31,7 @@ class BlockPass:
     Memory: tokens * D * bytes of a number. The weights that accelerate offloads are read anew for every batch.
 
     Args:
-        batch_tokens: of one forward pass.
+        batch_tokens: tokens of one forward pass.
     """
 
     def __init__(self, model: torch.nn.Module, data: CalibrationSet, batch_tokens: int):
@@ -56,7 +56,7 @@ class BlockPass:
         *,
         advance: bool = True,
     ) -> None:
-        """Run the block over all samples; with ``advance`` go on to the next one, else it may run again.
+        """Run the block over all samples; with ``advance`` the next call runs the next block, else this one again.
 
         Args:
             units: those of this block whose inputs are observed.
@@ -91,26 +91,32 @@ class BlockPass:
         self.block += advance
 
     def _place(self, number: int, like: torch.Tensor) -> torch.Tensor:
-        """Return where a batch's hidden state is held: in one tensor, whose memory no freed activation splits."""
-        if self._inputs[number] is None:
+        """Return the tensor [B, T, D] for a batch's hidden state, a part of one tensor for all batches.
+
+        One tensor keeps the freed activations of the passes from splitting the memory into small parts.
+        """
+        place = self._inputs[number]
+        if place is None:
             counts = [ids.numel() for ids in self._batches]
             if self._all is None:
                 self._all = like.new_empty(sum(counts), like.shape[-1])
-            self._inputs[number] = self._all.split(counts)[number].view(*self._batches[number].shape, -1)
-        return self._inputs[number]
+            place = self._all.split(counts)[number].view(*self._batches[number].shape, -1)
+            self._inputs[number] = place
+        return place
 
     def _forward(self, block: torch.nn.Module, number: int) -> None:
-        ids, given = self._batches[number], self._inputs[number] if self.block else None
+        """Run the model over a batch up to the block, whose input is the hidden state from the block before it."""
+        ids, hidden = self._batches[number], self._inputs[number] if self.block else None
         with ExitStack() as undo, suppress(EnoughError):
-            if given is not None:
-                undo.callback(replace_input(block, given))
-                undo.callback(without_embeddings(self.model, given))
+            if hidden is not None:
+                undo.callback(replace_input(block, hidden))
+                undo.callback(without_embeddings(self.model, hidden))
             self.model(ids.to(input_device(self.model)), use_cache=False)
 
 
 @torch.no_grad()
 def runs_by_block(model: torch.nn.Module, ids: torch.Tensor) -> bool:
-    """Return True if a BlockPass leaves the last block with what the model's own forward does, bit for bit.
+    """Return True if a BlockPass gives the last block's output of the model's own forward, bit for bit.
 
     False for models that hand more than the hidden state from block to block, as an argument or in an
     attribute: between the blocks another sample is passed, which overwrites what attributes hold.
@@ -127,9 +133,10 @@ def runs_by_block(model: torch.nn.Module, ids: torch.Tensor) -> bool:
         for _ in walk.blocks:
             walk.run()
         expected = whole[0][0] if isinstance(whole[0], tuple) else whole[0]
-        return torch.equal(walk.hidden[0], expected)
+        hidden = walk.hidden[0]
+        return hidden is not None and torch.equal(hidden, expected)
     except NumericsError:
-        return True  # the samples themselves will say which layer it is
+        return True  # the run over the samples will raise it again, with the layer's name
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise

@@ -10,11 +10,11 @@ import torch
 
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
-from msp_plugin.models.offload import input_device, named_parameters, own_parameters
+from msp_plugin.models.offload import input_device, input_embeddings, named_parameters, own_parameters
 from msp_plugin.passes.recompute import recomputed
 from msp_plugin.progress import Progress, silent
 
-#: Forward passes that one with its backward pass counts as.
+#: Cost of a forward pass with its backward pass, in forward passes.
 BACKWARD = 3
 
 
@@ -25,7 +25,7 @@ def backward_passes(
     add: Callable[[str, torch.Tensor, torch.Tensor], None],
     progress: Progress = silent,
 ) -> None:
-    """Run the mean cross entropy of each sample backwards; the model is left as it was found.
+    """Run a backward pass of each sample's mean cross entropy; the model is left as it was.
 
     Args:
         add: called with a layer's name, its inputs [T, I] and the gradients of its outputs [T, O], once
@@ -54,9 +54,9 @@ def backward_passes(
 def activation_gradients(
     model: torch.nn.Module, layers: Iterable[str], add: Callable[[str, torch.Tensor, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Let graphs be built, of activations alone, and call ``add`` for every layer whenever one runs backwards.
+    """Let graphs of the activations be built, and call ``add`` for every layer in each backward pass.
 
-    Where weights are offloaded, the graph holds no more of them than one block's (see ``recomputed``).
+    Of offloaded weights the graph holds at most one block's (see ``recomputed``).
     """
     with (
         gradients_without_weights(model),
@@ -75,18 +75,18 @@ def captured_gradients(
     *,
     again: bool = False,
 ) -> Iterator[None]:
-    """Call ``add`` for every layer whenever a backward pass runs.
+    """Call ``add`` for every layer in each backward pass that runs in the block.
 
     Args:
-        again: the layers run again in the backward pass, so that their inputs need not be kept.
+        again: the layers run again in the backward pass, so their inputs need not be kept.
     """
     handles = []
 
-    def forward_hook(name: str):
-        def hook(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def forward_hook(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1])
-            given = _saved(x) if again else lambda: x
-            output.register_hook(lambda dy: add(name, given(), dy.detach().reshape(-1, dy.shape[-1])))
+            inputs = _saved(x) if again else lambda: x
+            output.register_hook(lambda dy: add(name, inputs(), dy.detach().reshape(-1, dy.shape[-1])))
 
         return hook
 
@@ -100,13 +100,13 @@ def captured_gradients(
 
 
 def _saved(x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Return what gives ``x`` back, which is saved as the graph saves its own tensors: it may be made anew."""
-    node = _Saved.apply(x.new_zeros((), requires_grad=True), x).grad_fn
+    """Return a function that returns ``x``, saved as the graph saves its own tensors: it may be computed again."""
+    node = _Saved.apply(x.new_zeros((), requires_grad=True), x).grad_fn  # type: ignore[no-untyped-call] # of torch
     return lambda: node.saved_tensors[0]
 
 
 class _Saved(torch.autograd.Function):
-    """A node of no graph's way, for the tensor that it saves."""
+    """A node that no gradient passes, for the tensor that it saves."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -116,19 +116,25 @@ class _Saved(torch.autograd.Function):
 
 @contextmanager
 def gradients_without_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Let gradients flow through the activations from the embeddings on, and to no parameter."""
-    # By place: accelerate makes others of offloaded parameters in each forward pass.
+    """Let gradients flow through the activations, from the embeddings on, but to no parameter."""
+    # By module and name: accelerate replaces offloaded parameters in each forward pass.
     required = [
         (module, name.rpartition(".")[2], p.requires_grad) for name, module, p in named_parameters(model)
     ]
-    handle = model.get_input_embeddings().register_forward_hook(
+    handle = input_embeddings(model).register_forward_hook(
         lambda module, args, output: output.detach().requires_grad_(True)
     )
     try:
         for module, name, _ in required:
-            own_parameters(module)[name].requires_grad_(False)
+            _require_grad(module, name, False)
         yield
     finally:
         handle.remove()
         for module, name, flag in required:
-            own_parameters(module)[name].requires_grad_(flag)
+            _require_grad(module, name, flag)
+
+
+def _require_grad(module: torch.nn.Module, name: str, flag: bool) -> None:
+    parameter = own_parameters(module)[name]
+    assert parameter is not None, f"{name} of {type(module).__name__} has gone"
+    parameter.requires_grad_(flag)

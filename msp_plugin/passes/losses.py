@@ -25,7 +25,7 @@ def perplexity(
 ) -> float:
     """Return exp of the mean next-token cross entropy over all samples; ``inf`` beyond exp(700).
 
-    Each sample is scored on its own, its first token is context only.
+    Each sample is scored by itself; its first token is context only.
 
     Raises:
         NumericsError: the loss is not a number.
@@ -77,19 +77,21 @@ def likely_tokens(
     """Return the LIKELY likeliest tokens of logits [T, V], their probabilities, and the mean row of all others.
 
     Args:
-        rows: [V, D]; row v is weighted with the probability of token v, that of a likely one with 0.
+        rows: [V, D]; row v is weighted with the probability of token v, a likely token's row with 0.
 
     Returns:
         int64[T, K], float32[T, K] and float32[T, D].
     """
-    found = []
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for part in logits.split(max(1, _LOGITS // logits.shape[-1])):
         p = part.float().softmax(-1)
         shares, tokens = p.topk(min(LIKELY, p.shape[-1]), -1)
         p.scatter_(-1, tokens, 0.0)
         pieces = zip(p.split(_ROWS, -1), rows.split(_ROWS), strict=True)
-        found.append((tokens, shares, sum(share @ some.float() for share, some in pieces)))
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))  # type: ignore[return-value]
+        first, *others = (share @ some.float() for share, some in pieces)
+        parts.append((tokens, shares, sum(others, start=first)))
+    tokens, shares, means = (torch.cat(column) for column in zip(*parts, strict=True))
+    return tokens, shares, means
 
 
 @torch.no_grad()

@@ -1,20 +1,20 @@
-"""The inputs of layers over calibration text: which layers share one, and what is seen of them.
+"""Observe the inputs of layers over calibration text, and group the layers that share one.
 
-Shape legend: B samples, T tokens of a sample, N tokens that were routed to an expert, I in_features.
+Shape legend: B samples, T tokens of a sample, N tokens routed to an expert, I in_features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import NumericsError
 from msp_plugin.models.layers import decoder_blocks
-from msp_plugin.models.offload import input_device
+from msp_plugin.models.offload import input_device, linear
 from msp_plugin.plan.units import Layer, Unit, group_layers
 from msp_plugin.progress import Progress, silent
 
@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 
 class EnoughError(Exception):
-    """Ends a forward pass after the last layer that is observed."""
+    """Raised to end a forward pass after the last observed layer."""
 
 
 def by_block(model: torch.nn.Module, layers: Sequence[str]) -> dict[int, tuple[str, ...]]:
@@ -36,26 +36,26 @@ def by_block(model: torch.nn.Module, layers: Sequence[str]) -> dict[int, tuple[s
 
 
 def units_of(model: torch.nn.Module, layers: Sequence[str]) -> tuple[Unit, ...]:
-    """Return the layers grouped by their input: those that inference fuses read the same tensor."""
-    found = []
+    """Return the layers grouped by their input: layers that inference fuses read the same tensor."""
+    placed = []
     for block, names in by_block(model, layers).items():
         for name in names:
-            module = model.get_submodule(name)
-            found.append((block, Layer(name, module.out_features, module.in_features)))
-    return group_layers(found).units
+            module = linear(model, name)
+            placed.append((block, Layer(name, module.out_features, module.in_features)))
+    return group_layers(placed).units
 
 
 def in_groups(items: Iterable[Item], need: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
     """Yield neighbouring items whose needs add up to ``limit`` at most, or a single one beyond it."""
     group: list[Item] = []
-    held = 0
+    total = 0
     for item in items:
         size = need(item)
-        if group and held + size > limit:
+        if group and total + size > limit:
             yield group
-            group, held = [], 0
+            group, total = [], 0
         group.append(item)
-        held += size
+        total += size
     if group:
         yield group
 
@@ -63,8 +63,8 @@ def in_groups(items: Iterable[Item], need: Callable[[Item], int], limit: int) ->
 def all_finite(x: torch.Tensor) -> bool:
     """Return True if no number is infinite or NaN.
 
-    One sum tells in most cases, at a small part of what comparing every number costs; where the sum itself
-    overflows they are compared.
+    A finite sum shows it at a small part of the cost of comparing every number; only where the sum overflows are
+    the numbers compared.
     """
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
@@ -84,7 +84,7 @@ def observe_inputs(
     Args:
         add: called with a unit's name and a batch of its inputs as the layer gets them, [B, T, I] or [N, I],
             in the model's dtype.
-        batch_tokens: of one forward pass.
+        batch_tokens: tokens of one forward pass.
 
     Raises:
         NumericsError: an input is not finite, or a unit saw no token at all.
@@ -114,10 +114,10 @@ def observe_inputs(
 
 
 def check_reached(units: Sequence[Unit], reached: Collection[str]) -> None:
-    """Raise unless all units are among those, by name, that saw a token.
+    """Raise unless the names of all units are in ``reached``, the units that saw a token.
 
     Raises:
-        NumericsError: they are not.
+        NumericsError: units are missing; the first is named.
     """
     missed = [unit.layers[0].name for unit in units if unit.name not in reached]
     if missed:
@@ -136,12 +136,12 @@ def as_samples(inputs: torch.Tensor) -> torch.Tensor:
 def observed(
     model: torch.nn.Module, units: Sequence[Unit], add: Callable[[str, torch.Tensor], None]
 ) -> Iterator[set[str]]:
-    """Feed the units' inputs to ``add`` (see observe_inputs); yield the set of the names that were reached."""
+    """Feed the units' inputs to ``add`` (see observe_inputs); yield the set of the names reached so far."""
     seen: set[str] = set()
     handles = []
 
-    def hook_for(unit: Unit):
-        def hook(module: torch.nn.Linear, args: tuple) -> None:
+    def hook_for(unit: Unit) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             inputs = as_samples(args[0])
             if inputs.numel() == 0:
                 return

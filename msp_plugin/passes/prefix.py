@@ -1,4 +1,4 @@
-"""Activations of a model's first blocks, kept so that a model that shares those blocks skips them.
+"""Keep the activations of a model's first blocks, so that a model with the same first blocks can skip them.
 
 Shape legend: B samples, T tokens, D hidden size.
 """
@@ -12,28 +12,28 @@ from typing import Any
 import torch
 
 from msp_plugin.models.layers import decoder_blocks, text_config
-from msp_plugin.models.offload import input_device, is_offloaded
+from msp_plugin.models.offload import input_device, input_embeddings, is_offloaded
 from msp_plugin.runtime.memory import is_out_of_memory
 
 
 class Prefix:
     """The inputs [B, T, D] of some blocks for batches of samples, by the samples' numbers.
 
-    They serve the same batch again, and no other that some of its samples are in: how a product of matrices
-    rounds may depend on how many rows it has. Every sample is held in one batch, the last one.
+    They serve the same batch again, and no other batch with some of its samples: the rounding of a product of
+    matrices may depend on its number of rows. Every sample is held once, in the last batch that had it.
 
     Args:
-        bytes_per_token: how much may be held per token; with too little for every block, every second
-            or third is held, and a run starts at the last one before its first difference.
+        bytes_per_token: memory per token; if it is too little for every block, the inputs of every second or
+            third block are held, and a run starts at the last one before its first difference.
     """
 
     def __init__(self, model: torch.nn.Module, bytes_per_token: int):
         self.model = model
         self.blocks = decoder_blocks(model)[1]
-        embeddings = model.get_input_embeddings().weight
-        width = getattr(
-            text_config(model), "hidden_size", embeddings.shape[1]
-        )  # OPT's embeddings may be narrower
+        embeddings = input_embeddings(model).weight
+        assert isinstance(embeddings, torch.Tensor), "embeddings have a weight"
+        # The config first, because OPT's embeddings may be narrower.
+        width = getattr(text_config(model), "hidden_size", embeddings.shape[1])
         fit = bytes_per_token // (width * embeddings.element_size())
         stride = -(-len(self.blocks) // (fit + 1)) if fit else len(self.blocks)
         self._starts = tuple(range(stride, len(self.blocks), stride))
@@ -42,31 +42,31 @@ class Prefix:
 
     @property
     def saved_tokens(self) -> int:
-        """Tokens times the share of the blocks that was skipped, so far."""
+        """Tokens times the share of the blocks that were skipped, so far."""
         return self._skipped // len(self.blocks)
 
     @property
     def bytes_held(self) -> int:
         """Bytes of the activations in memory."""
-        storages = (given.untyped_storage() for held in self._inputs.values() for given in held.values())
+        storages = (x.untyped_storage() for batches in self._inputs.values() for x in batches.values())
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def release(self) -> bool:
-        """Let go of all activations, and hold none from now on; return False, and change nothing, if none are held."""
+        """Drop all activations and keep none from now on; return False, and change nothing, if there are none."""
         if not any(self._inputs.values()):
             return False
         self._starts, self._inputs = (), {}
         return True
 
     def forget(self, first: int) -> None:
-        """Drop what is beyond block ``first``: the inputs of later blocks are out of date."""
-        for start, held in self._inputs.items():
+        """Drop the inputs of the blocks after block ``first``, which are out of date."""
+        for start, batches in self._inputs.items():
             if start > first:
-                held.clear()
+                batches.clear()
 
     @contextmanager
     def use(self, samples: Sequence[int], first: int, *, record: bool) -> Iterator[None]:
-        """Let one forward pass of the samples skip what it may skip, and keep what it passes.
+        """Let one forward pass of the samples skip its first blocks where their activations are kept.
 
         Args:
             samples: numbers of the rows of the batch, in its order.
@@ -79,26 +79,28 @@ class Prefix:
         undo = []
         try:
             if start:
-                given = self._inputs[start][batch]
-                undo.append(replace_input(self.blocks[start], given))
+                hidden = self._inputs[start][batch]
+                undo.append(replace_input(self.blocks[start], hidden))
                 undo += [skip(block) for block in self.blocks[:start]]
-                undo.append(without_embeddings(self.model, given))
+                undo.append(without_embeddings(self.model, hidden))
             if record:
                 undo += [self._record(block, batch) for block in self._starts if block > start]
             yield
             if start:
-                self._skipped += given.shape[0] * given.shape[1] * start
+                self._skipped += hidden.shape[0] * hidden.shape[1] * start
         finally:
             for call in reversed(undo):
                 call()
 
-    def _record(self, block: int, batch: tuple[int, ...]) -> Any:
-        def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            held = self._inputs[block]
-            if batch not in held:
-                for other in [other for other in held if not set(batch).isdisjoint(other)]:
-                    del held[other]
-                held[batch] = _hidden(args, kwargs).detach()
+    def _record(self, block: int, batch: tuple[int, ...]) -> Callable[[], None]:
+        """Keep the input of a block for a batch, in place of batches with the same samples, until the returned call."""
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            batches = self._inputs[block]
+            if batch not in batches:
+                for other in [other for other in batches if not set(batch).isdisjoint(other)]:
+                    del batches[other]
+                batches[batch] = _hidden(args, kwargs).detach()
 
         return self.blocks[block].register_forward_pre_hook(hook, with_kwargs=True).remove
 
@@ -106,7 +108,7 @@ class Prefix:
         """Return True if skipping blocks gives the same logits, bit for bit, for ids int64[1, T].
 
         False for models that hand more than the hidden state from block to block, as an argument or in
-        an attribute. What was kept before is dropped.
+        an attribute. Activations kept before are dropped.
         """
         self.forget(-1)
         if not self._starts:
@@ -114,7 +116,7 @@ class Prefix:
         try:
             with self.use([0], 0, record=True):
                 whole = self.model(ids, use_cache=False).logits
-            if any(given.dim() != 3 for held in self._inputs.values() for given in held.values()):
+            if any(x.dim() != 3 for batches in self._inputs.values() for x in batches.values()):
                 raise ValueError("the blocks hand on more than one stream of hidden states")
             self.model(ids.flip(-1), use_cache=False)  # overwrites what blocks leave in attributes
             saved = self._skipped
@@ -131,36 +133,39 @@ class Prefix:
         return same
 
 
-def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """Return the hidden state [B, T, D] among the arguments of a decoder block."""
-    return args[0] if args else kwargs["hidden_states"]
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
 
 
-def replace_input(block: torch.nn.Module, given: torch.Tensor) -> Callable[[], None]:
-    """Give a block the hidden state ``given`` [B, T, D], whatever it is called with, until the returned call."""
+def replace_input(block: torch.nn.Module, hidden: torch.Tensor) -> Callable[[], None]:
+    """Give a block the hidden state [B, T, D] instead of its caller's, until the returned call."""
 
-    def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def hook(
+        module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (given, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": given}
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
 
     return block.register_forward_pre_hook(hook, with_kwargs=True).remove
 
 
-def skip(block: torch.nn.Module, given: torch.Tensor | None = None) -> Callable[[], None]:
-    """Make a module return its input, or what is given, until the returned call."""
-    own = block.__dict__.get("forward")
+def skip(module: torch.nn.Module, output: torch.Tensor | None = None) -> Callable[[], None]:
+    """Make a module return ``output``, or its input where that is None, until the returned call."""
+    own = module.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _hidden(args, kwargs) if given is None else given
+        return _hidden(args, kwargs) if output is None else output
 
-    block.forward = forward
+    module.forward = forward
 
     def undo() -> None:
         if own is None:
-            del block.__dict__["forward"]
+            del module.__dict__["forward"]
         else:
-            block.forward = own
+            module.forward = own
 
     return undo
 
@@ -181,13 +186,14 @@ def last_outputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def run_tail(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the logits [B, T, V] that a model makes of the last block's output [B, T, D]; no block runs."""
+    """Return a model's logits [B, T, V] for an output [B, T, D] of its last block; no block runs."""
     blocks = decoder_blocks(model)[1]
     undo = [skip(block, hidden) for block in blocks]
     undo.append(without_embeddings(model, hidden))
     try:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=input_device(model))
-        return model(ids, use_cache=False).logits
+        logits: torch.Tensor = model(ids, use_cache=False).logits
+        return logits
     finally:
         for call in reversed(undo):
             call()
@@ -208,11 +214,11 @@ def tail_is_exact(model: torch.nn.Module, ids: torch.Tensor) -> bool:
         return False  # another calling convention
 
 
-def without_embeddings(model: torch.nn.Module, given: torch.Tensor) -> Callable[[], None]:
-    """Let offloaded embeddings not be read for a pass that replaces what they give, until the returned call.
+def without_embeddings(model: torch.nn.Module, hidden: torch.Tensor) -> Callable[[], None]:
+    """Keep a pass that replaces a block's input from reading offloaded embeddings, until the returned call.
 
     Args:
-        given: what a block gets in their stead, [B, T, D].
+        hidden: the replaced input [B, T, D]; its shape is the one that the model expects of its embeddings.
     """
-    module = model.get_input_embeddings()
-    return skip(module, given) if is_offloaded(module) else lambda: None
+    module = input_embeddings(model)
+    return skip(module, hidden) if is_offloaded(module) else lambda: None

@@ -1,4 +1,4 @@
-"""Find layers that a forward pass over text does not reach, before any work."""
+"""Refuse a model with layers that a forward pass over text does not call, before any work."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from msp_plugin.plan.units import Unit, UnitTable
 
 @torch.no_grad()
 def check_called(model: torch.nn.Module, table: UnitTable, data: CalibrationSet | None) -> None:
-    """Raise if a forward pass over text does not call a layer, so that a method could see no input of it.
+    """Raise if a forward pass over text does not call some layer, whose inputs no method could see then.
 
-    Experts are left out: which tokens reach them is known after all text only.
+    Experts are left out: only after all text is it known which of them tokens reach.
 
     Raises:
         ModelError: layers are not called; the first are named.
@@ -38,7 +38,7 @@ def check_called(model: torch.nn.Module, table: UnitTable, data: CalibrationSet 
 
 
 def _patterns(missed: list[str], table: UnitTable) -> list[str]:
-    """Return patterns that name these layers and no others: a name ending where all that have it are missed."""
+    """Return patterns that match these layers and no others: a name's ending if no other layer has it, else the name."""
     called = {layer.name.rpartition(".")[2] for layer in table.layers if layer.name not in missed}
     endings = {name: name.rpartition(".")[2] for name in missed}
     return sorted({name if ending in called else ending for name, ending in endings.items()})

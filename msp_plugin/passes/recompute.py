@@ -1,4 +1,4 @@
-"""Backward passes of models whose weights accelerate offloads: blocks run again instead of being kept."""
+"""Backward passes of models with offloaded weights: each block runs again, so that its graph need not be kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from msp_plugin.models.offload import offloaded_module
 
 @contextmanager
 def recomputed(model: torch.nn.Module) -> Iterator[bool]:
-    """Let a backward pass run each decoder block again, if weights of the model are offloaded; yield whether.
+    """Let a backward pass run each decoder block again, if weights of the model are offloaded; yield True if they are.
 
     A graph of the whole model would hold every weight that its forward pass loaded. With this it holds the
     input of each block, and the weights and activations of the block that the backward pass is at. The
@@ -37,7 +37,7 @@ def _run_again(block: torch.nn.Module) -> Callable[[], None]:
     run = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # To stop early is to leave the block by an exception, before its hooks put the weights away again.
+        # Stopping early would leave the block by an exception, before its hooks put the weights away again.
         with set_checkpoint_early_stop(False):
             return checkpoint(partial(run, **kwargs), *args, use_reentrant=False)
 

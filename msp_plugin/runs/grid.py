@@ -1,4 +1,4 @@
-"""What a comparison is over: sparsities, methods, allocators and seeds, and how the command line names them."""
+"""The grid of a comparison: its sparsities, methods, allocators and seeds, and their spelling on the command line."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from msp_plugin.errors import RecipeError
 from msp_plugin.plan.levels import parse_sparsity
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.search.options import Options
-from msp_plugin.search.resolve import Plan, resolve
+from msp_plugin.search.resolve import ResolvedOptions, resolve
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is compared: every allocator for every method and sparsity, seeded ones with every seed.
+    """Every allocator for every method and sparsity; an allocator that uses a seed, for every seed.
 
     Args:
-        allocators: by label, the name or {name: ..., option: ...} of an allocator.
         methods: names or {name: ..., option: ...} of pruning methods.
+        allocators: the name or {name: ..., option: ...} of an allocator, by label.
         options: all other options of a recipe, such as levels, ignore and granularity.
-        prune: prune to each allocation as a run does, block by block with errors propagated; without it
-            the test text is measured with the level database's weights only.
+        prune: prune to each allocation as a run does, block by block; False measures the level database's weights
+            only.
     """
 
     sparsities: Sequence[str]
@@ -32,33 +32,34 @@ class Grid:
     options: Mapping[str, Any] = field(default_factory=dict)
     prune: bool = True
 
-    def plan(self, plugins: Plugins, method: Any, sparsity: str, allocator: Any) -> Plan:
-        """Return the plan of one cell; of the estimators' options it has those that the allocator reads.
+    def plan(self, plugins: Plugins, method: Any, sparsity: str, allocator: Any) -> ResolvedOptions:
+        """Return the plan of one cell, with the options of the estimators that its allocator reads.
 
         Raises:
-            RecipeError: see options.resolve.
+            RecipeError: see search.resolve.
         """
-        given = {**self.options, "method": method, "sparsity": sparsity, "allocator": allocator}
+        spelled = {**self.options, "method": method, "sparsity": sparsity, "allocator": allocator}
         if self.options.get("estimators"):
-            reads, known = plugins.build("allocators", allocator).estimators, plugins.components["estimators"]
-            given["estimators"] = {  # what nobody knows is left for resolve to refuse
-                name: options for name, options in self.options["estimators"].items()
-                if name in reads or name not in known
-            }  # fmt: skip
-        return resolve(Options.parse(given), plugins)
+            read = plugins.build("allocators", allocator).estimators
+            others = set(plugins.components["estimators"]) - set(read)
+            # An unknown name stays, so that resolve refuses it.
+            spelled["estimators"] = {
+                name: options for name, options in self.options["estimators"].items() if name not in others
+            }
+        return resolve(Options.parse(spelled), plugins)
 
-    def check(self, plugins: Plugins) -> list[Plan]:
+    def check(self, plugins: Plugins) -> list[ResolvedOptions]:
         """Return the plans of all cells, after the checks that need no model.
 
         Raises:
-            RecipeError: an unknown name or option, a sparsity or seed out of range, an empty list, or one
-                that names a thing twice.
+            RecipeError: an unknown name or option, a sparsity or seed out of range, an empty list, or a list
+                with an entry twice.
         """
-        for what in ("sparsities", "methods", "allocators", "seeds"):
-            if not getattr(self, what):
-                raise RecipeError(f"there are no {what} to compare", hint="name at least one")
+        for axis in ("sparsities", "methods", "allocators", "seeds"):
+            if not getattr(self, axis):
+                raise RecipeError(f"there are no {axis} to compare", hint="name at least one")
         for key in {"seed", "allocation"} & set(self.options):
-            raise RecipeError(f"{key} is no option of a comparison", hint="seeds and allocators say it")
+            raise RecipeError(f"{key} is no option of a comparison", hint="give seeds or allocators instead")
         for seed in self.seeds:
             if seed < 0:
                 raise RecipeError(f"seed = {seed}", hint="seeds are 0 or more")
@@ -68,9 +69,10 @@ class Grid:
             for sparsity in self.sparsities
             for allocator in self.allocators.values()
         ]
-        each = len(self.allocators)
-        _refuse_twice("sparsity", [plan.sparsity for plan in plans[: each * len(self.sparsities) : each]])
-        _refuse_twice("method", [plan.pruner.name for plan in plans[:: each * len(self.sparsities)]])
+        per_sparsity = len(self.allocators)
+        per_method = per_sparsity * len(self.sparsities)
+        _refuse_twice("sparsity", [plan.sparsity for plan in plans[:per_method:per_sparsity]])
+        _refuse_twice("method", [plan.pruner.name for plan in plans[::per_method]])
         _refuse_twice("seed", self.seeds)
         read = {name for plan in plans for name in plan.allocator.estimators}
         if unread := sorted(set(self.options.get("estimators") or {}) - read):
@@ -81,14 +83,15 @@ class Grid:
         return plans
 
 
-def _refuse_twice(what: str, values: Sequence[Any]) -> None:
+def _refuse_twice(axis: str, values: Sequence[Any]) -> None:
+    """Raise RecipeError if a value is there twice: its rows could not be told apart."""
     for value in values:
-        if values.count(value) > 1:  # its rows could not be told apart
-            raise RecipeError(f"{what} {value} is given twice", hint="give it once")
+        if values.count(value) > 1:
+            raise RecipeError(f"{axis} {value} is given twice", hint="give it once")
 
 
 def parse_allocators(text: str) -> dict[str, str]:
-    """Return the allocators' names by label of a comma list; ``name@label`` sets one apart from another of its name.
+    """Return the allocators of a comma list: names by label, which is the name itself or, as ``name@label``, the whole.
 
     Raises:
         RecipeError: a label is given twice.
@@ -96,13 +99,13 @@ def parse_allocators(text: str) -> dict[str, str]:
     names: dict[str, str] = {}
     for label in filter(None, map(str.strip, text.split(","))):
         if label in names:
-            raise RecipeError(f"{label!r} is given twice", hint="set them apart by labels: name@label")
+            raise RecipeError(f"{label!r} is given twice", hint="give them labels of their own: name@label")
         names[label] = label.partition("@")[0]
     return names
 
 
 def parse_sparsities(text: str) -> list[str]:
-    """Return the exact shares of zeros of a comma list.
+    """Return the exact shares of zeros in a comma list, as fractions.
 
     Raises:
         RecipeError: see parse_sparsity.

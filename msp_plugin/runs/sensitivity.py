@@ -23,10 +23,10 @@ def measure_sensitivity(
     ignore: Sequence[str] = (),
     context: RunContext = RunContext(),
 ) -> tuple[UnitTable, tuple[float, ...]]:
-    """Return a model's units and one sensitivity for each; the cache keeps them.
+    """Return a model's units and the sensitivity of each, which the cache keeps.
 
     Raises:
-        MSPError: the model or the text cannot be read, or see Measurements.sensitivity.
+        MSPError: the model or the text cannot be read; see also Measurements.sensitivity.
     """
     source.check()
     samples = load_split(

@@ -1,9 +1,9 @@
-"""What was measured so far, on disk, so that what was killed goes on where it stopped.
+"""A file of the measurements made so far, so that a run that was killed continues where it stopped.
 
-An allocator is a function of its inputs, its seed and the losses that it asks for. With the losses at hand it
-goes the same way again, at no cost, up to the first one that is missing. So the state of a search is the list
-of its measurements: one line each, appended when it is made, with a checksum. Any allocator resumes so, a
-third party's too.
+An allocator is a function of its inputs, its seed and the losses that it asks for. Given the recorded losses it
+repeats its steps, at no cost, up to the first loss that is missing. So the state of a search is the list of its
+measurements: one line each, with a checksum, appended as soon as it is made. Every allocator resumes in this way,
+also a third party's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,21 +25,18 @@ from msp_plugin.runtime.disk import writing
 from msp_plugin.runtime.files import replacing
 from msp_plugin.runtime.ranks import ALONE, Ranks
 
-if TYPE_CHECKING:
-    pass
 log = logging.getLogger(__name__)
-
 
 SCHEMA = "msp_plugin/journal"
 
 
 class Journal:
-    """Values by key, in an append-only file; a line that is torn or damaged is dropped and measured anew.
+    """Values by key, in an append-only file; a torn or damaged line is dropped, and its value measured again.
 
     Args:
-        path: of the file, made with the first value; None keeps the values in memory only.
-        identity: JSON values that name everything the values depend on; a file of another is not read.
-        ranks: of the run; rank 0 reads and writes the file, all hold the same values.
+        path: the file, written with the first value; None keeps the values in memory only.
+        identity: JSON values that name everything the values depend on; a file with another identity is not read.
+        ranks: the ranks of the run; rank 0 reads and writes the file, all hold the same values.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any], ranks: Ranks = ALONE):
@@ -48,43 +45,46 @@ class Journal:
         self._values: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
         if self.path is not None:
-            for left in self.path.parent.glob(f".{self.path.name}.*.partial"):  # by a process that was killed
-                left.unlink(missing_ok=True)
+            for partial in self.path.parent.glob(
+                f".{self.path.name}.*.partial"
+            ):  # of a process that was killed
+                partial.unlink(missing_ok=True)
             if self.path.exists():
-                self._read()
+                self._values = self._read(self.path)
         self._values = ranks.on_rank_zero(lambda: self._values)
 
-    def _read(self) -> None:
-        first, *lines = _lines_of(self.path)
-        before = _record(first)
-        known = before == self.identity
-        if isinstance(before, dict) and not known:
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Return the values of a file, which is written again without its damaged lines."""
+        first, *lines = _lines_of(path)
+        identity = _record(first)
+        known = identity == self.identity
+        if isinstance(identity, dict) and not known:
             changed = sorted(
-                k for k in before.keys() | self.identity if before.get(k) != self.identity.get(k)
+                key for key in identity.keys() | self.identity if identity.get(key) != self.identity.get(key)
             )
-            log.warning("%s is of another %s: it is begun anew", self.path, ", ".join(changed))
+            log.warning("%s is of another %s: it is begun anew", path, ", ".join(changed))
         elif not known and first.endswith(b"\n"):
-            log.warning("%s is damaged: it is begun anew", self.path)
+            log.warning("%s is damaged: it is begun anew", path)
         records = [_record(line) for line in lines] if known else []
         records = [record if _is_value(record) else None for record in records]
         good = [line for line, record in zip(lines, records, strict=False) if record is not None]
         damaged = sum(line.endswith(b"\n") for line in lines) - len(good) if known else 0
         if damaged:  # a torn last line is no damage: it is what a kill leaves
-            log.warning("%s: %d damaged lines are measured anew", self.path, damaged)
-        self._values = {record["key"]: record["value"] for record in records if record is not None}
+            log.warning("%s: %d damaged lines are measured anew", path, damaged)
         if not known or len(good) < len(lines):
-            with replacing(self.path) as temporary:
+            with replacing(path) as temporary:
                 temporary.write_bytes(b"".join([_line(self.identity), *good]))
+        return {record["key"]: record["value"] for record in records if record is not None}
 
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
-        """Return the JSON value of a key, measured and written down if it is not there.
+        """Return the JSON value of a key; a missing one is measured and written to the file.
 
         All ranks ask for the same keys in the same order, and measure the same values.
         """
         if key not in self._values:
             value = measure()
             if self.path is not None:
-                self._append({"key": key, "value": value})
+                self._append(self.path, {"key": key, "value": value})
             self._values[key] = value
         return self._values[key]
 
@@ -94,20 +94,20 @@ class Journal:
         if file is not None:
             file.close()
 
-    def _append(self, record: Mapping[str, Any]) -> None:
+    def _append(self, path: Path, record: Mapping[str, Any]) -> None:
         line = _line(record)
         try:
-            with writing(self.path):
-                self._write(line)
+            with writing(path):
+                self._write(path, line)
         except OutputError:
-            with suppress(OSError):  # what could not be written it tries again
+            with suppress(OSError):  # closing tries to write the same bytes again
                 self.close()
             raise
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, path: Path, line: bytes) -> None:
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
             if self._file.tell() == 0:
                 line = _line(self.identity) + line
         self._file.write(line)
@@ -130,7 +130,7 @@ def _is_value(record: Any) -> bool:
 
 
 def _record(line: bytes) -> Any:
-    """Return what a line says, None if it is torn or damaged."""
+    """Return the record of a line, None if the line is torn or damaged."""
     head, _, text = line.partition(b" ")
     if not line.endswith(b"\n") or head != b"%08x" % zlib.crc32(text[:-1]):
         return None
@@ -143,6 +143,7 @@ def packed(array: np.ndarray) -> dict[str, Any]:
     return {"shape": list(array.shape), "zlib": base64.b64encode(data).decode()}
 
 
-def unpacked(held: Mapping[str, Any]) -> np.ndarray:
-    data = zlib.decompress(base64.b64decode(held["zlib"]))
-    return np.frombuffer(data, dtype="<f8").reshape(held["shape"]).copy()
+def unpacked(record: Mapping[str, Any]) -> np.ndarray:
+    """Return the float64 array that ``packed`` made JSON of."""
+    data = zlib.decompress(base64.b64decode(record["zlib"]))
+    return np.frombuffer(data, dtype="<f8").reshape(record["shape"]).copy()

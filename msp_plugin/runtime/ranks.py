@@ -31,8 +31,8 @@ class LostError(HostError):
 class Ranks:
     """The ranks of a run: this process alone.
 
-    All methods but ``share`` are collective: every rank calls the same ones in the same order. Where work fails on
-    one rank, its error is raised on all of them; a rank that ends makes the others raise LostError.
+    All methods but ``share`` are collective: every rank calls the same ones in the same order. An error on one rank
+    is raised on all of them. If a rank ends, the others raise LostError.
     """
 
     rank = 0
@@ -71,7 +71,7 @@ class Ranks:
         raise failure
 
     def map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Return ``work`` of every item, in their order, on every rank; each item is done by one rank.
+        """Return the result of ``work`` for every item, in order, on every rank; one rank does each item.
 
         Raises: see gather.
         """
@@ -83,13 +83,13 @@ class Ranks:
 
         Raises: see gather.
         """
-        return self.gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        return self.gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value] # not None on rank 0
 
     def collective(self, work: Callable[[], T]) -> T:
-        """Return what ``work`` returns here; work that calls the ranks succeeds or fails on all of them.
+        """Return what ``work`` returns here, for work that itself calls the ranks; it succeeds or fails on all of them.
 
-        An error between two calls, on one rank, is its part of the others' next call. So all ranks have made equally
-        many calls afterwards, and may go on with other work.
+        If one rank fails between two of its calls, it answers the others' next call with the error. So all ranks have
+        made equally many calls afterwards, and may go on with other work.
 
         Raises: see gather.
         """
@@ -107,17 +107,17 @@ class Ranks:
         return value
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the ranks' tensors, in their dtype; they have one shape. The tensor may be overwritten.
+        """Return the sum of the ranks' tensors, which have one shape and dtype; ``tensor`` may be overwritten.
 
         The same number of ranks gives the same bytes.
 
         Raises: see gather.
         """
-        self.gather(lambda: None)  # a rank that has failed says so here
+        self.gather(lambda: None)  # raises where another rank has failed
         return self._all_reduce(tensor)
 
     def leave(self) -> None:
-        """End the sharing: rank 0 goes on by itself."""
+        """End the sharing of work; rank 0 continues by itself."""
 
     def _all_gather(self, value: Any) -> list[Any]:
         return [value]
@@ -129,14 +129,14 @@ class Ranks:
 ALONE = Ranks()
 
 
-def _described(error: Exception) -> tuple[str, str, int]:
+def _described(error: Exception) -> tuple[str, str | None, int]:
     """Return message, hint and exit code of an error, for the other ranks."""
     if isinstance(error, MSPError):
         return error.message, error.hint, error.exit_code
-    return f"{type(error).__name__}: {error}", "its own output says more", MSPError.exit_code
+    return f"{type(error).__name__}: {error}", "see its own output", MSPError.exit_code
 
 
-def _error_of(rank: int, message: str, hint: str, code: int) -> MSPError:
+def _error_of(rank: int, message: str, hint: str | None, code: int) -> MSPError:
     error = MSPError(f"rank {rank}: {message}", hint=hint)
     error.exit_code = code
     return error
@@ -179,7 +179,7 @@ class TorchRanks(Ranks):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LostError(
                 f"rank {self.rank} stops, because another rank has ended ({reason})",
-                hint="that one's own error says why. The same command goes on where it stopped",
+                hint="its own error says why. The same command continues where it stopped",
             ) from error
 
     def leave(self) -> None:
@@ -192,10 +192,10 @@ class TorchRanks(Ranks):
 
 
 def world_size(environment: Mapping[str, str] = os.environ) -> int:
-    """Return how many ranks a launcher says that there are; 1 without one.
+    """Return the number of ranks that a launcher has started; 1 without a launcher.
 
     Raises:
-        HostError: what it says is no number.
+        HostError: WORLD_SIZE is not a number.
     """
     size = environment.get("WORLD_SIZE", "1")
     if not size.isdecimal():
@@ -204,7 +204,7 @@ def world_size(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def join(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Return the ranks of this process: those of ``torchrun`` where it was started by it, else itself.
+    """Return the ranks that ``torchrun`` has started, this process alone where it has not.
 
     Raises:
         HostError: the ranks do not find each other.

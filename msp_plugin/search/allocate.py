@@ -26,12 +26,12 @@ from msp_plugin.runtime.files import finite
 from msp_plugin.runtime.memory import freed_memory_kept
 from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.search.measurements import Measurements
-from msp_plugin.search.resolve import Plan
+from msp_plugin.search.resolve import ResolvedOptions
 
 log = logging.getLogger(__name__)
 
 
-def check_model(model: torch.nn.Module, plan: Plan) -> UnitTable:
+def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
     """Return the model's units after the checks that need the model but no work.
 
     Raises:
@@ -67,7 +67,7 @@ def check_model(model: torch.nn.Module, plan: Plan) -> UnitTable:
 def allocate(
     model: torch.nn.Module,
     text: TextSplit,
-    plan: Plan,
+    plan: ResolvedOptions,
     *,
     batch_tokens: int = 4096,
     fresh: bool = False,
@@ -117,7 +117,7 @@ def allocate(
     return Outcome(allocation, record if allocator.needs_database or plan.estimators else SearchRecord())
 
 
-def make_problem(model: torch.nn.Module, table: UnitTable, plan: Plan) -> AllocationProblem:
+def make_problem(model: torch.nn.Module, table: UnitTable, plan: ResolvedOptions) -> AllocationProblem:
     """Return the plan's choice to make over a model's units.
 
     Raises:
@@ -137,7 +137,7 @@ def _finish(
     model: torch.nn.Module,
     model_id: str,
     data: CalibrationSet,
-    plan: Plan,
+    plan: ResolvedOptions,
     problem: AllocationProblem,
     result: AllocationResult,
     sensitivities: dict[str, tuple[float, ...]],

@@ -21,7 +21,7 @@ from msp_plugin.search.options import Options
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResolvedOptions:
     """Options that were checked as far as they can be without a model, with their components built."""
 
     sparsity: Fraction
@@ -39,7 +39,7 @@ class Plan:
     #: As they were given; recipe.yaml says them.
     spelled: Options
 
-    def uniform(self) -> Plan:
+    def uniform(self) -> ResolvedOptions:
         """Return the baseline: uniform sparsity over the same layers and levels."""
         baseline = replace(self, allocator=Uniform(), estimators={}, given=None)
         if self.given is None:
@@ -111,7 +111,7 @@ def _target(options: Options, given: Allocation | None) -> tuple[Fraction, tuple
     return given.target, tuple(dict.fromkeys(given.levels))
 
 
-def resolve(options: Options, plugins: Plugins) -> Plan:
+def resolve(options: Options, plugins: Plugins) -> ResolvedOptions:
     """Return the plan of the options.
 
     Raises:
@@ -147,7 +147,7 @@ def resolve(options: Options, plugins: Plugins) -> Plan:
             hint=f"it reads {', '.join(allocator.estimators) or 'no estimator'}",
         )
     estimators = {name: built[name] for name in allocator.estimators}
-    return Plan(
+    return ResolvedOptions(
         sparsity,
         pruner,
         bounds.menu(menu),

@@ -31,14 +31,16 @@ def kfac_errors(
     """Return 1/2 sum_o g_o d_o H d_o^T by layer and level, nats per token.
 
     d_o is the change of row o of the weight, H the mean over tokens of x x^T for the inputs x of the layer, and g_o
-    the mean over tokens of the squared gradient, with respect to output o, of T times a sample's mean cross entropy. H and
-    g are the Kronecker factors of a layer's Fisher information (Martens and Grosse, K-FAC, arXiv 1503.05671, eq. 1
-    and section 3): inputs and gradients are taken as independent, and gradients of different tokens as uncorrelated.
-    Other than ``fisher_errors``, the sum sees that weights of a row make up for each other, as SparseGPT's do.
+    the mean over tokens of the squared gradient, with respect to output o, of T times a sample's mean cross entropy.
+    H and g are the Kronecker factors of the layer's Fisher information (Martens and Grosse, K-FAC, arXiv 1503.05671,
+    section 3): inputs and gradients are taken as independent, and the gradients of different tokens as uncorrelated.
+    Unlike ``fisher_errors``, the sum sees that the changes of a row's weights make up for each other, as SparseGPT's
+    do.
 
-    Deviations: the factor of the outputs is its diagonal, because the whole one gives the same sums within 1 %
-    and takes O^2 numbers; the labels are those of the text, as in ``fisher_errors``; nothing is damped, because
-    nothing is inverted; H is the pruning method's, whose inputs may come from pruned blocks.
+    Deviations: the factor of the outputs is its diagonal, because the whole one gives nearly the same sums and takes
+    O^2 numbers; the labels are those of the text, as in ``fisher_errors``, where the paper draws them from the
+    model, because the allocations are as good; nothing is damped, because nothing is inverted; H is the pruning
+    method's, whose inputs may come from pruned blocks and whose features may be taken as uncorrelated.
 
     Args:
         row_errors: ``row_errors(layer, level)`` returns d_o H d_o^T, float[O].

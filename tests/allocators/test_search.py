@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
+from msp_plugin.allocators.proposals import make_seeds
 from msp_plugin.allocators.search import LEAST_TOKENS, TOKENS_PER_UNIT, Search
 from msp_plugin.allocators.selection import GAIN_ROUNDS
 from msp_plugin.errors import RecipeError
@@ -283,7 +284,10 @@ def test_the_minimum_of_the_kfac_error_is_measured_as_a_seed():
     problem = problem_of(SHAPES)
     given_inputs = inputs_of(problem)
     best = problem.solve(given_inputs.errors["kfac"])
-    assert best not in {problem.uniform(), *(problem.solve(given_inputs.errors[n]) for n in ("fisher", "output"))}
+    assert best not in {
+        problem.uniform(),
+        *(problem.solve(given_inputs.errors[n]) for n in ("fisher", "output")),
+    }
     Search(rounds=0, seeds=2).allocate(given_inputs)
     assert best in given_inputs.loss.full
 

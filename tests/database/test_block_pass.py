@@ -10,7 +10,8 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.database.build import build_database, collect
+from msp_plugin.database.build import build_database
+from msp_plugin.database.statistics import collect
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.models.layers import decoder_blocks, prunable_layers
 from msp_plugin.passes.by_block import BlockPass, runs_by_block

@@ -93,7 +93,9 @@ def test_errors_are_the_weights_and_the_outputs_change(tmp_path, llama, data):
                 by_row = (x @ delta.T).square().mean(dim=0)
                 found = database.row_errors(layer.name, level.name)
                 assert found.dtype == torch.float32
-                torch.testing.assert_close(found.double(), by_row, rtol=1e-3, atol=1e-3 * float(by_row.mean()))
+                torch.testing.assert_close(
+                    found.double(), by_row, rtol=1e-3, atol=1e-3 * float(by_row.mean())
+                )
                 output += float(by_row.sum())
             assert weight_error[u, k] == pytest.approx(weight, rel=1e-5)
             assert output_error[u, k] == pytest.approx(output, rel=1e-3)
@@ -170,10 +172,10 @@ def test_layers_that_share_an_input_share_a_statistic(llama, data):
     for unit in table:
         for layer in unit.layers:
             x = inputs_of(llama, layer.name, data)[0].double()
-            scalars, samples, tokens = found[unit.name]
-            assert (samples, tokens) == (6, 144)
+            statistic = found[unit.name]
+            assert (statistic.samples, statistic.tokens) == (6, 144)
             torch.testing.assert_close(
-                scalars.double() * samples / tokens, x.square().mean(0), rtol=1e-4, atol=1e-6
+                statistic.mean.double() * 6 / 144, x.square().mean(0), rtol=1e-4, atol=1e-6
             )
 
 

@@ -144,6 +144,6 @@ def test_ranks_that_see_differently_whether_a_model_runs_by_block_take_the_way_t
         seen.append(ids)
         return len(seen) != 2
 
-    monkeypatch.setattr("msp_plugin.database.build.runs_by_block", differs)
+    monkeypatch.setattr("msp_plugin.database.statistics.runs_by_block", differs)
     found = on_ranks(2, lambda ranks: build("shared", ranks)[1])
     assert found == [7 * BLOCKS] * 2 and len(seen) == 2

@@ -249,7 +249,10 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 
 def test_row_errors_come_back_and_are_checked(tmp_path):
-    rows, table = {name: torch.rand(4, dtype=torch.float64) for name in ("2:4", "1:4")}, UnitTable((Unit("one", 0, (LAYER,)),))
+    rows, table = (
+        {name: torch.rand(4, dtype=torch.float64) for name in ("2:4", "1:4")},
+        UnitTable((Unit("one", 0, (LAYER,)),)),
+    )
     database(tmp_path).write(LAYER, weights(), ERRORS, rows)
     fresh = database(tmp_path)
     assert fresh.has(LAYER) and fresh.has_row_errors(table)

@@ -18,22 +18,21 @@ def names_of(model):
 
 def squares_by_hand(model, data, names):
     """Mean over tokens of autograd's squared gradient of T times the mean loss by output, float64."""
-    totals = dict.fromkeys(names, 0.0)
+    totals, outputs = dict.fromkeys(names, 0.0), {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: outputs.__setitem__(name, output)
+        )
+        for name in names
+    ]
     for sample in data.samples:
-        outputs = {}
-        handles = [
-            model.get_submodule(name).register_forward_hook(
-                lambda module, args, output, name=name: outputs.__setitem__(name, output)
-            )
-            for name in names
-        ]
         logits = model(sample[None]).logits[0, :-1]
         loss = len(sample) * torch.nn.functional.cross_entropy(logits, sample[1:])
         gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
         for name, gradient in zip(names, gradients, strict=True):
             totals[name] += gradient.flatten(0, -2).double().square().sum(0) / data.tokens
-        for handle in handles:
-            handle.remove()
+    for handle in handles:
+        handle.remove()
     return totals
 
 

@@ -1,4 +1,4 @@
-"""llm-compressor: the modifier that lives in its recipes, and the driver of its methods."""
+"""llm-compressor as a host: our modifier in its recipes, and its modifiers for our levels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 
 from msp_plugin.errors import HostError
 
-#: Arguments that llm-compressor itself gives to every modifier, beside our options.
+#: Arguments that llm-compressor gives to every modifier, beside our options.
 HOST_KEYS = frozenset(
     {
         "index",
@@ -27,7 +27,7 @@ def require_host() -> None:
     """Raise unless llm-compressor is installed.
 
     Raises:
-        HostError: it is not; the extra that brings it is named.
+        HostError: it is not; the hint names the extra that installs it.
     """
     if importlib.util.find_spec("llmcompressor") is None:
         raise HostError("llm-compressor is not installed", hint="pip install 'msp_plugin[llmcompressor]'")

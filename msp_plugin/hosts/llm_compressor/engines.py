@@ -1,7 +1,7 @@
-"""The final pruning inside llm-compressor's calibration, error-propagating as its pipeline does it.
+"""The final pruning inside llm-compressor's calibration, where a block's inputs come from the pruned blocks before it.
 
-Each engine has the modifier's own life cycle: ``initialize``, ``event``, ``finalize``, and ``abort``
-which leaves no hook and no statistic behind after a failure.
+Each engine has the life cycle of the modifier: ``initialize``, ``event``, ``finalize``, and ``abort``, which leaves no
+hook and no statistic behind after a failure.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.llm_compressor.methods import HostMethod, host_method
+from msp_plugin.models.offload import linear
 from msp_plugin.passes.observe import as_samples
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
@@ -29,8 +30,8 @@ def make_engine(
 ) -> HostEngine | LayerwiseEngine | BothEngines:
     """Return the engine for a method and its layers' levels.
 
-    The host's own modifiers make what they can; layer-wise scores, and the levels that only our functions
-    make, go through our hooks.
+    The host's own modifiers make the levels that they can. Layer-wise methods, and levels that only our functions make,
+    go through our hooks.
     """
     levels = {name: level for name, level in allocation.by_layer.items() if not level.is_dense}
     method = host_method(pruner)
@@ -99,11 +100,11 @@ class HostEngine:
 
 
 def _flatten_inputs(instance: Modifier) -> None:
-    """Let the host's modifier see inputs of more than three dimensions as [B, T, I]; it fails on others."""
+    """Give the host's modifier inputs of more than three dimensions as [B, T, I]; it fails on others."""
     own = getattr(instance, "calibrate_module", None)
     if own is not None:
 
-        def calibrate(module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        def calibrate(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             return own(module, (as_samples(args[0]), *args[1:]), output)
 
         object.__setattr__(instance, "calibrate_module", calibrate)  # it is no field of the modifier
@@ -114,27 +115,28 @@ class LayerwiseEngine:
 
     def __init__(self, pruner: Pruner, levels: Mapping[str, Level], owner: Modifier):
         self.pruner, self.levels, self.owner = pruner, levels, owner
-        self.statistics: dict[torch.nn.Module, Any] = {}
+        self.statistics: dict[torch.nn.Linear, Any] = {}
         self.pruned: set[torch.nn.Module] = set()
-        self.names: dict[torch.nn.Module, str] = {}
+        self.names: dict[torch.nn.Linear, str] = {}
 
     def initialize(self, state: State, **kwargs: Any) -> None:
-        self.names = {state.model.get_submodule(name): name for name in self.levels}
+        self.names = {linear(state.model, name): name for name in self.levels}
 
     def event(self, state: State, event: Event, **kwargs: Any) -> None:
         from llmcompressor.core.events import EventType
 
         if event.type_ == EventType.CALIBRATION_START and self.pruner.needs_statistics:
+            observe: Any = self._observe  # llm-compressor types every hook as a function of one argument
             for module in self.names:
-                self.owner.register_hook(module, self._observe, "forward")
+                self.owner.register_hook(module, observe, "forward")
         elif event.type_ == EventType.SEQUENTIAL_EPOCH_END:
             self._prune(kwargs.get("modules") or ())
         elif event.type_ == EventType.CALIBRATION_END:
             if not self.pruner.needs_statistics:
-                self._prune(self.names)  # modules that no step of the pipeline ran
+                self._prune(self.names)  # the modules that no step of the pipeline ran
             self.owner.remove_hooks()
 
-    def _observe(self, module: torch.nn.Linear, args: tuple, output: torch.Tensor) -> None:
+    def _observe(self, module: torch.nn.Linear, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if module not in self.statistics:
             self.statistics[module] = self.pruner.new_statistic(module)
         self.statistics[module] = self.pruner.observe(module, as_samples(args[0]), self.statistics[module])
@@ -146,7 +148,11 @@ class LayerwiseEngine:
         if self.pruner.needs_statistics:
             ready = list(self.statistics)
         else:
-            ready = [module for module in modules if module in self.names and module not in self.pruned]
+            ready = [
+                module
+                for module in modules
+                if isinstance(module, torch.nn.Linear) and module in self.names and module not in self.pruned
+            ]
         for module in ready:
             name = self.names[module]
             with align_module_device(module):

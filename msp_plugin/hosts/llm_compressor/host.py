@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from msp_plugin.models.layers import fused_experts
 from msp_plugin.passes.reach import check_called
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.search.allocate import check_model
-from msp_plugin.search.resolve import Plan
+from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,15 +29,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LLMCompressor:
-    """Runs a recipe of llm-compressor; its MixedSparsityModifier, if there is one, takes the resolved options."""
+    """Runs a recipe of llm-compressor; its MixedSparsityModifier, if it has one, takes the resolved options."""
 
     recipe: Recipe
 
     name: ClassVar[str] = "llmcompressor"
     on_all_ranks: ClassVar[bool] = False
 
-    def check(self, model: PreTrainedModel, options: Plan | None, inputs: PruneInputs) -> None:
-        """Raise what the model shows before any work.
+    @property
+    def steps(self) -> Mapping[str, Any]:
+        """The recipe's stages."""
+        return self.recipe.steps
+
+    @property
+    def prunes_only(self) -> bool:
+        """True if the recipe has a MixedSparsityModifier and nothing else."""
+        return self.recipe.mixes
+
+    def check(self, model: PreTrainedModel, options: ResolvedOptions | None, inputs: PruneInputs) -> None:
+        """Raise, before any work, if the host cannot run the model or the options do not fit it.
 
         Raises:
             MSPError: see check_model, check_called and saved_names.
@@ -52,7 +62,7 @@ class LLMCompressor:
     def prune(
         self,
         model: PreTrainedModel,
-        options: Plan | None,
+        options: ResolvedOptions | None,
         inputs: PruneInputs,
         context: RunContext,
         *,
@@ -61,9 +71,9 @@ class LLMCompressor:
         """Run the recipe on a loaded model (see Host).
 
         Raises:
-            MSPError: ours, whatever the host wrapped it in. The model has no hooks left then.
+            MSPError: an error of ours, also where the host wraps it in its own. The model has no hooks left.
         """
-        from llmcompressor import oneshot
+        from llmcompressor.entrypoints.oneshot import oneshot
         from torch.utils.data import DataLoader
 
         recipe, ours = self.recipe.build(options)
@@ -76,13 +86,15 @@ class LLMCompressor:
             )
         if ours is not None:
             ours.report_to(context.progress, announce=announce, fresh=context.fresh, one_pass=one_pass)
-        samples = [{"input_ids": sample} for sample in inputs.data.samples]
+        # Typed more narrowly than they are: DataLoader takes lists, and oneshot any tokenizer.
+        samples: Any = [{"input_ids": sample} for sample in inputs.data.samples]
+        processor: Any = inputs.tokenizer
         with _traces_forgotten(), _cleaned_up(recipe.modifiers):
             oneshot(
                 model=model,
                 recipe=recipe,
                 dataset=DataLoader(samples, batch_size=inputs.batch),
-                processor=inputs.tokenizer,
+                processor=processor,
                 trust_remote_code_model=inputs.trust_remote_code,
                 pipeline="basic" if one_pass else "independent",
             )
@@ -93,7 +105,7 @@ class LLMCompressor:
         model.save_pretrained(directory, save_compressed=True, max_shard_size=SHARD_BYTES)
 
     def forget(self) -> None:
-        """Let the host's session go of the last model; its ``save_pretrained`` writes no recipe.yaml afterwards."""
+        """Release the host's session and its last model, whose ``save_pretrained`` writes no recipe.yaml from then on."""
         from llmcompressor.core import reset_session
 
         reset_session()
@@ -101,20 +113,20 @@ class LLMCompressor:
 
 @contextmanager
 def _traces_forgotten() -> Iterator[None]:
-    """Let torch.fx go of what the host traces in the block.
+    """Make torch.fx release the namespaces that the host traces in the block.
 
     The host wraps functions in a namespace that holds the model, and torch keeps such namespaces for ever:
-    every model that was ever pruned would stay in memory.
+    every pruned model would stay in memory.
     """
     from torch.fx import _symbolic_trace
 
-    held = getattr(_symbolic_trace, "_wrapped_fns_to_patch", {})
-    before = set(held)
+    wrapped = getattr(_symbolic_trace, "_wrapped_fns_to_patch", {})
+    before = set(wrapped)
     try:
         yield
     finally:
-        for key in set(held) - before:
-            del held[key]
+        for key in set(wrapped) - before:
+            del wrapped[key]
 
 
 @contextmanager

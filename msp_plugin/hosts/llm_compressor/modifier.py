@@ -1,10 +1,10 @@
-"""``MixedSparsityModifier``: one recipe line of llm-compressor for a searched mixed sparsity."""
+"""``MixedSparsityModifier``: mixed sparsity, searched and pruned, by one line of llm-compressor's recipe."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,12 +31,13 @@ from msp_plugin.hosts.llm_compressor.saving import name_experts
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.passes.reach import check_called
+from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import StepProgress, no_progress
 from msp_plugin.records.run import Outcome
 from msp_plugin.search.allocate import allocate, check_model
 from msp_plugin.search.options import Options
-from msp_plugin.search.resolve import Plan, resolve
+from msp_plugin.search.resolve import ResolvedOptions, resolve
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,9 @@ log = logging.getLogger(__name__)
 class MixedSparsityModifier(Options, Modifier):
     """Prune each layer at the level that a search chose for it, with the host's own method.
 
-    The search runs when the modifier is initialised, on the dense model and the calibration data of
-    ``oneshot``; the pruning then goes through the host's pipeline, block by block. After each run the
-    zeros are recounted. ``save_pretrained`` of the model also writes allocation.json and run.json.
+    The search runs when the modifier is initialised, on the dense model and the calibration data of ``oneshot``. The
+    pruning then runs in the host's pipeline, block by block. Afterwards the zeros are recounted, and the model's
+    ``save_pretrained`` also writes allocation.json and run.json.
 
     Sample recipe::
 
@@ -63,7 +64,7 @@ class MixedSparsityModifier(Options, Modifier):
 
     requires_calibration_data: bool = True
 
-    _plan: Plan = PrivateAttr()
+    _plan: ResolvedOptions = PrivateAttr()
     _plugins: Plugins = PrivateAttr()
     _outcome: Outcome | None = PrivateAttr(default=None)
     _stats: PruneStats | None = PrivateAttr(default=None)
@@ -87,7 +88,8 @@ class MixedSparsityModifier(Options, Modifier):
                         f"MixedSparsityModifier has no key {key!r}", hint=nearest(key, Options.model_fields)
                     )
             ours = {key: value for key, value in data.items() if key in Options.model_fields}
-            data = {**data, **Options._known_keys(ours)}
+            check: Any = Options._known_keys  # pydantic's type of a validator cannot be called
+            data = {**data, **check(ours)}
         return data
 
     @model_validator(mode="after")
@@ -98,8 +100,8 @@ class MixedSparsityModifier(Options, Modifier):
         return self
 
     @classmethod
-    def of(cls, options: Plan, host_arguments: Mapping[str, Any]) -> MixedSparsityModifier:
-        """Return a modifier that carries out resolved options, without parsing them again."""
+    def of(cls, options: ResolvedOptions, host_arguments: Mapping[str, Any]) -> MixedSparsityModifier:
+        """Return a modifier for resolved options, which are not parsed again."""
         modifier = cls.model_construct(**options.spelled.model_dump(), **host_arguments)
         modifier._plugins, modifier._plan = Plugins(), options
         modifier.requires_calibration_data = options.needs_data
@@ -107,21 +109,26 @@ class MixedSparsityModifier(Options, Modifier):
 
     @property
     def outcome(self) -> Outcome | None:
-        """The allocation and the cost of the search, once the modifier is initialised."""
+        """The allocation and the cost of the search; None until the modifier is initialised."""
         return self._outcome
 
     @property
     def stats(self) -> PruneStats | None:
-        """The recounted zeros, once the model is pruned."""
+        """The recounted zeros; None until the model is pruned."""
         return self._stats
 
     def report_to(
         self, progress: StepProgress, *, announce: bool = True, fresh: bool = False, one_pass: bool = False
     ) -> None:
-        """Report the steps to ``progress``; ``announce=False`` keeps a baseline from the plugins' observers.
+        """Set how this run reports and measures; the caller is responsible for saving the model.
 
-        ``fresh`` measures anew what the cache holds of this run. ``one_pass``: the host runs the model whole. The
-        caller sees to the saving of the model: that nothing will be refused, and that it is kept if that fails.
+        It checks that the model can be saved, and keeps the model if saving fails.
+
+        Args:
+            progress: called with each step.
+            announce: call the plugins' observers; False for a baseline.
+            fresh: measure again what the cache holds of this run.
+            one_pass: the host calibrates in one pass of the whole model.
         """
         self._progress, self._announce, self._fresh, self._alone = progress, announce, fresh, False
         self._one_pass = one_pass
@@ -136,7 +143,7 @@ class MixedSparsityModifier(Options, Modifier):
         if (ranks := _ranks()) > 1:
             raise HostError(
                 f"there are {ranks} ranks, and each would prune the whole model",
-                hint="llm-compressor's pruning does not reduce its statistics over ranks: start it in one process. "
+                hint="llm-compressor's pruning does not sum its statistics over ranks: start it in one process. "
                 "`torchrun ... -m msp_plugin allocate` shares the search; give the recipe its allocation",
             )
         model = state.model
@@ -148,7 +155,7 @@ class MixedSparsityModifier(Options, Modifier):
         if self._alone:
             try:
                 check_savable(model)
-            except ModelError as error:  # who called oneshot may not want to save it
+            except ModelError as error:  # the caller of oneshot may not want to save it
                 log.warning("%s", error)
         data = self._calibration(state)
         with on_best_device(model):
@@ -167,6 +174,11 @@ class MixedSparsityModifier(Options, Modifier):
         return True
 
     def _calibration(self, state: State) -> CalibrationSet | None:
+        """Return the calibration samples of oneshot, without padding; None if no step needs them.
+
+        Raises:
+            RecipeError: there are none.
+        """
         if not self._plan.needs_data:
             return None
         if state.data.calib is None:
@@ -176,7 +188,7 @@ class MixedSparsityModifier(Options, Modifier):
         sampler = getattr(state.data.calib, "sampler", None)
         if isinstance(sampler, RandomSampler):
             log.warning(
-                "llm-compressor draws calibration samples at random, anew for every pass: the search and the "
+                "llm-compressor draws calibration samples at random, others for every pass: the search and the "
                 "pruning see different ones, and no two runs are equal. Pass "
                 "shuffle_calibration_samples=False to oneshot to avoid that"
             )
@@ -187,7 +199,7 @@ class MixedSparsityModifier(Options, Modifier):
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         if event.type_ == EventType.CALIBRATION_START and self._padding is not None:
-            self._padding.hide(state, self._outcome.allocation.by_layer, self)
+            self._padding.hide(state, self._allocation.by_layer, self)
         self._guarded(self._engine.event, state, event, **kwargs)
         if event.type_ == EventType.SEQUENTIAL_EPOCH_END:
             self._steps += 1
@@ -195,12 +207,10 @@ class MixedSparsityModifier(Options, Modifier):
             self._progress("pruning", min(self._steps, total), total)
         if event.type_ == EventType.CALIBRATION_END:
             self.remove_hooks()
-            self._stats = recount_model(state.model, self._outcome.allocation, before=self._zeros_before)
-            for layer, level in self._outcome.allocation.by_layer.items() if self._announce else ():
-                self._plugins.tell(
-                    "msp_layer_pruned", layer=layer, level=level, zeros=self._stats.zeros[layer],
-                    weights=self._stats.weights[layer],
-                )  # fmt: skip
+            self._stats = recount_model(state.model, self._allocation, before=self._zeros_before)
+            for layer, level in self._allocation.by_layer.items() if self._announce else ():
+                zeros, weights = self._stats.zeros[layer], self._stats.weights[layer]
+                self._plugins.tell("msp_layer_pruned", layer=layer, level=level, zeros=zeros, weights=weights)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         self._guarded(self._engine.finalize, state)
@@ -209,14 +219,17 @@ class MixedSparsityModifier(Options, Modifier):
                 "the calibration ended before MixedSparsityModifier had pruned",
                 hint="the pipeline sent no calibration_end event; use pipeline sequential or independent",
             )
+        assert self._outcome is not None, "the modifier is initialised first"
         self._stats = recount_model(
             state.model, self._outcome.allocation, exact=False, after="a later modifier"
         )
         attach_files(state.model, self._outcome, self._stats, self._plan.seed, keep=self._alone)
         log.info(
             "mixed sparsity: %d of %d weights are zero (%.4f %%)",
-            self._stats.total_zeros, self._stats.total_weights, 100 * self._stats.sparsity,
-        )  # fmt: skip
+            self._stats.total_zeros,
+            self._stats.total_weights,
+            100 * self._stats.sparsity,
+        )
         return True
 
     def abort(self) -> None:
@@ -225,7 +238,13 @@ class MixedSparsityModifier(Options, Modifier):
             self._engine.abort()
         self.remove_hooks()
 
-    def _guarded(self, step: Any, *args: Any, **kwargs: Any) -> None:
+    @property
+    def _allocation(self) -> Allocation:
+        assert self._outcome is not None, "the modifier is initialised first"
+        return self._outcome.allocation
+
+    def _guarded(self, step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Take a step of the engine; leave no hook behind if it fails."""
         try:
             step(*args, **kwargs)
         except BaseException:
@@ -234,7 +253,7 @@ class MixedSparsityModifier(Options, Modifier):
 
 
 def _ranks() -> int:
-    """Return how many processes run this script: those that have met, or those that torchrun started."""
+    """Return the number of processes that run this script: of torch.distributed, or of torchrun before they meet."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     # other launchers set WORLD_SIZE for jobs that have nothing in common

@@ -1,4 +1,4 @@
-"""Padding in the batches of a user's DataLoader: noted, and kept out of what the host counts.
+"""Keep the padding in the batches of a user's DataLoader out of the host's statistics.
 
 Shape legend: B samples of a batch, T tokens with padding.
 """
@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 
 
 class Padding:
-    """Which positions of which batch are padding.
+    """The padded positions of each batch.
 
-    The host's hooks see every position of a batch, the search sees samples without padding. ``hide`` makes the
-    layers' inputs zero there: zeros add nothing to a Hessian or a norm, and no other position looks at them.
+    The host's hooks see every position of a batch; the search sees samples without padding. ``hide`` sets the layers'
+    inputs to zero at padded positions: zeros add nothing to a Hessian or a norm, and no other position attends to them.
     """
 
     def __init__(self) -> None:
         self._masks: list[torch.Tensor | None] = []
 
     def noted(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield the batches; what is padding in them is known afterwards."""
+        """Yield the batches, and remember the padded positions of each."""
         self._masks = []
         for batch in batches:
             yield batch
@@ -41,12 +41,12 @@ class Padding:
 
     @property
     def share(self) -> float:
-        """Padded positions among all positions of the batches that have a mask."""
+        """The share of padded positions in the batches that have a mask."""
         masks = [mask for mask in self._masks if mask is not None]
         return sum(int((~m).sum()) for m in masks) / max(1, sum(m.numel() for m in masks))
 
-    def warn_unless_hidden(self, loader: DataLoader) -> bool:
-        """Return True if there is padding that can be hidden; say how much there is."""
+    def warn_unless_hidden(self, loader: DataLoader[Any]) -> bool:
+        """Return True if there is padding that ``hide`` can hide; log how much padding there is."""
         if not self.share:
             return False
         sampler, batches = loader.sampler, loader.batch_sampler
@@ -61,16 +61,16 @@ class Padding:
             "count it, because the batches come in another order each time. Pass batch_size=1, samples of one "
             "length, or a DataLoader that does not shuffle",
             100 * self.share,
-        )  # fmt: skip
+        )
         return False
 
     def hide(self, state: State, layers: Iterable[str], owner: Modifier) -> None:
-        """Make inputs zero at padded positions, of the layers and of the parts of each decoder block.
+        """Set the inputs of the layers, and of the parts of each decoder block, to zero at padded positions.
 
-        The parts are for experts, which get tokens without their positions. The owner's ``remove_hooks`` ends it.
+        The parts are for experts, which get tokens without their positions. The owner's ``remove_hooks`` undoes it.
         """
 
-        def zero(module: torch.nn.Module, args: tuple) -> tuple | None:
+        def zero(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             number = state.current_batch_idx
             mask = self._masks[number] if 0 <= number < len(self._masks) else None
             x = args[0] if args else None
@@ -80,5 +80,6 @@ class Padding:
 
         modules = [state.model.get_submodule(name) for name in layers]
         modules += [part for block in decoder_blocks(state.model)[1] for part in block.children()]
+        hook: Any = zero  # llm-compressor types every hook as a function of one argument
         for module in dict.fromkeys(modules):
-            owner.register_hook(module, zero, "forward_pre")
+            owner.register_hook(module, hook, "forward_pre")

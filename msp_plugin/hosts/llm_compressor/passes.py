@@ -1,4 +1,4 @@
-"""Find what llm-compressor's calibration by blocks cannot run of a model, before the search."""
+"""Refuse, before the search, a model that llm-compressor's calibration by blocks cannot run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def shares_keys(model: torch.nn.Module) -> bool:
 def check_by_block(model: torch.nn.Module) -> None:
     """Raise if llm-compressor's calibration cannot run the model block by block.
 
-    Its pipeline hands on the hidden states, and each block gets a new copy of everything else.
+    Its pipeline passes on the hidden states, and each block gets a new copy of everything else.
 
     Raises:
-        ModelError: later blocks read what earlier ones left.
+        ModelError: later blocks read keys and values of earlier ones.
     """
     if shares_keys(model):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Read a recipe for llm-compressor, and refuse what the host would silently ignore."""
+"""Read a recipe for llm-compressor, and refuse entries that the host would silently ignore."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msp_plugin.hosts.llm_compressor.register import register_modifier
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.runtime.documents import parse_yaml
 from msp_plugin.search.options import Options
-from msp_plugin.search.resolve import Plan, resolve
+from msp_plugin.search.resolve import ResolvedOptions, resolve
 
 if TYPE_CHECKING:
     from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
@@ -24,9 +24,9 @@ OURS = "MixedSparsityModifier"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error; the host would keep the last one in silence."""
+    """YAML where a repeated key is an error; the host would silently keep the last one."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -36,7 +36,8 @@ class _Loader(yaml.SafeLoader):
                     hint="llm-compressor would run the last one only: put the second into a group of its own",
                 )
             seen.add(key if isinstance(key, str) else id(key_node))
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def read_recipe(source: str | Path) -> dict[str, Any]:
@@ -57,23 +58,24 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     else:
         text = str(source)
     try:
-        data = parse_yaml(text, _Loader)
+        recipe: dict[str, Any] = parse_yaml(text, _Loader)
     except RecipeError as error:
         raise RecipeError(f"{name} {error.message}", hint=error.hint) from None
     except ValueError as error:
         raise RecipeError(f"{name} is not YAML: {error}") from None
-    _check_levels(data, name)
-    return data
+    _check_levels(recipe, name)
+    return recipe
 
 
 _EXAMPLE = "sparsity_stage: {sparsity_modifiers: {MixedSparsityModifier: {sparsity: 0.75}}}"
 
 
-def _check_levels(data: Any, name: str) -> None:
-    if not isinstance(data, dict) or not data:
+def _check_levels(recipe: Any, name: str) -> None:
+    """Raise RecipeError unless a recipe has the levels stage, group and modifier."""
+    if not isinstance(recipe, dict) or not recipe:
         raise RecipeError(f"{name} is empty or no mapping", hint=f"write e.g. {_EXAMPLE}")
     stages = 0
-    for stage, groups in data.items():
+    for stage, groups in recipe.items():
         if stage == "args":
             continue
         if not str(stage).endswith("_stage") or not isinstance(groups, dict):
@@ -99,7 +101,7 @@ def _check_levels(data: Any, name: str) -> None:
 
 
 def our_line(recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments of the MixedSparsityModifier of a recipe, for reading and changing, or None.
+    """Return the arguments of a recipe's MixedSparsityModifier, None if it has no such modifier.
 
     Raises:
         RecipeError: there is more than one.
@@ -127,11 +129,11 @@ class Recipe:
     """
 
     steps: Mapping[str, Any]
-    options: Plan | None
+    options: ResolvedOptions | None
 
     @classmethod
     def parse(cls, source: str | Path | Mapping[str, Any], plugins: Plugins) -> Recipe:
-        """Return the recipe of a file, a text or a mapping, after every check that needs no model.
+        """Return the recipe of a file, a text or a mapping, checked as far as is possible without a model.
 
         Raises:
             RecipeError: see read_recipe, Options.parse, resolve and build.
@@ -147,18 +149,18 @@ class Recipe:
 
     @property
     def mixes(self) -> bool:
-        """True if mixed sparsity is all that the recipe does."""
+        """True if the recipe has a MixedSparsityModifier and nothing else."""
         modifiers = [name for _, group in self._groups() for name in group]
         return modifiers == [OURS]
 
-    def build(self, options: Plan | None) -> tuple[Any, MixedSparsityModifier | None]:
-        """Return llm-compressor's own Recipe with new modifiers, and the one that is ours.
+    def build(self, options: ResolvedOptions | None) -> tuple[Any, MixedSparsityModifier | None]:
+        """Return llm-compressor's own Recipe with new modifiers, and the MixedSparsityModifier among them.
 
         Args:
-            options: what our modifier does; the uniform baseline gives it other ones.
+            options: the options of our modifier, which may differ from the recipe's for a uniform baseline.
 
         Raises:
-            RecipeError: an unknown modifier, or arguments that it refuses.
+            RecipeError: an unknown modifier, or arguments that a modifier refuses.
         """
         modifier_class = register_modifier()
         from llmcompressor.modifiers.factory import ModifierFactory
@@ -171,7 +173,8 @@ class Recipe:
             *ModifierFactory._experimental_registry,
             *ModifierFactory._registered_registry,
         }
-        ours, modifiers = None, []
+        ours: MixedSparsityModifier | None = None
+        modifiers: list[Any] = []
         try:
             for group, entries in self._groups():
                 for name, arguments in entries.items():

@@ -1,7 +1,7 @@
-"""Names under which the experts that llm-compressor has split are saved.
+"""Save the experts that llm-compressor has split under the names from which transformers loads them.
 
-llm-compressor splits fused experts into linears,
-whose names it leaves to those rules, which do not know them.
+transformers renames weights when it loads and saves a model, by rules for fused experts. llm-compressor splits fused
+experts into linears, whose names these rules do not know.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import re
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    MergeModulelist,
-    WeightRenaming,
-)
+from transformers.core_model_loading import MergeModulelist, WeightRenaming
 
 from msp_plugin.checkpoint.saved_names import weight_conversions
 from msp_plugin.errors import ModelError
 
-#: The linears that llm-compressor makes of one expert's two matrices that transformers puts into one.
+#: llm-compressor's linears for the two matrices of an expert that transformers puts into one.
 _GATE_UP = ("gate_proj", "up_proj")
-#: How the name of a linear of an expert looks among the names that transformers maps.
+#: A part of the name of an expert's linear in the rules of transformers.
 _SPLIT = r"experts.\1."
 
 
@@ -44,22 +41,21 @@ def name_experts(model: PreTrainedModel) -> None:
             "checkpoint that transformers cannot load",
             hint="prune a model whose checkpoint holds each expert's matrices one by one, such as Mixtral or Qwen3-MoE",
         )
-    model._weight_conversions = [
-        one for own, parts in zip(conversions, split, strict=True) for one in (parts or [own])
-    ]
+    rules: Any = [one for own, parts in zip(conversions, split, strict=True) for one in (parts or [own])]
+    model._weight_conversions = rules
 
 
 def _of_experts(conversion: Any) -> list[WeightRenaming]:
-    """Return how a conversion's experts are renamed where they stay apart; empty if it is not of experts."""
+    """Return a conversion's rules for experts that stay apart; empty for a conversion of other weights."""
     operations = getattr(conversion, "operations", ())
     if not any(isinstance(operation, MergeModulelist) for operation in operations):
         return []
     sources, (target,) = conversion._original_source_patterns, conversion._original_target_patterns
     leaves = _GATE_UP if len(sources) == 2 else (target.rpartition(".")[2],)
-    found = []
+    renamings = []
     for source, leaf in zip(sources, leaves, strict=True):
         parent, _, stored = source.removesuffix(".weight").partition("*")
         one = WeightRenaming(rf"{re.escape(parent)}(\d+){re.escape(stored)}\.", rf"{parent}\1.{leaf}.")
         one.scope_prefix, one.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
-        found.append(one)
-    return found
+        renamings.append(one)
+    return renamings

@@ -5,8 +5,6 @@ import weakref
 
 import pytest
 
-import msp_plugin.runs.compare
-import msp_plugin.runs.prune
 from msp_plugin.checkpoint.load import load
 
 SMALL = ["--samples", "6", "--length", "64", "--test-samples", "4", "--dtype", "float32"]
@@ -22,8 +20,7 @@ def alive(monkeypatch):
         models.append(weakref.ref(model := load(*args, **options)))
         return model
 
-    monkeypatch.setattr(msp_plugin.runs.prune, "load", recorded)
-    monkeypatch.setattr(msp_plugin.runs.compare, "load", recorded)
+    monkeypatch.setattr("msp_plugin.checkpoint.source.load", recorded)
     gc.collect()
     return seen
 

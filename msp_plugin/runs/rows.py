@@ -1,0 +1,230 @@
+"""The rows of a comparison: one allocation each, and the quality of the model that is pruned to it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msp_plugin.allocators.base import Choice
+from msp_plugin.checkpoint.source import ModelSource
+from msp_plugin.data.samples import TextSplit
+from msp_plugin.errors import MSPError
+from msp_plugin.hosts.base import PruneInputs
+from msp_plugin.hosts.builtin import BuiltIn, pruned_weights
+from msp_plugin.models.weights import Weights
+from msp_plugin.plan.allocation import make_allocation
+from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.plan.units import UnitTable
+from msp_plugin.plugins.manager import Plugins, spec_of
+from msp_plugin.progress import prefixed
+from msp_plugin.records.comparison import ComparedRow
+from msp_plugin.runs.grid import Grid
+from msp_plugin.runs.prune import host_for
+from msp_plugin.runtime.context import RunContext
+from msp_plugin.runtime.digests import digest
+from msp_plugin.runtime.disk import is_full
+from msp_plugin.runtime.files import finite
+from msp_plugin.runtime.journal import Journal
+from msp_plugin.runtime.ranks import LostError
+from msp_plugin.search.allocate import make_problem, uniform_levels
+from msp_plugin.search.candidate_loss import CandidateLoss
+from msp_plugin.search.candidate_weights import CandidateWeights
+from msp_plugin.search.measurements import Measurements
+from msp_plugin.search.resolve import ResolvedOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An allocator, with the measurements that it shares with the others of its method and sparsity."""
+
+    measurements: Measurements
+    plan: ResolvedOptions
+    label: str
+    seed: int
+
+
+@dataclass
+class ComparisonRows:
+    """Computes the rows of a comparison on a loaded model.
+
+    Args:
+        inputs: for the hosts that prune the model to an allocation.
+    """
+
+    source: ModelSource
+    model: PreTrainedModel
+    table: UnitTable
+    inputs: PruneInputs
+    samples: TextSplit
+    grid: Grid
+    plugins: Plugins
+    context: RunContext
+    sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    renewed: set[Path] = field(default_factory=set)
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield the cell of each row; the rows of one method and sparsity share a level database."""
+        first_label = next(iter(self.grid.allocators))
+        for method in self.grid.methods:
+            plans = [self._plan(method, self.grid.sparsities[0], label) for label in self.grid.allocators]
+            for sparsity in self.grid.sparsities:
+                problem = make_problem(self.model, self.table, self._plan(method, sparsity, first_label))
+                measurements = self._measurements(plans, problem)
+                for label in self.grid.allocators:
+                    plan = self._plan(method, sparsity, label)
+                    step = f"{plan.pruner.name} {float(plan.sparsity):g} {label}: "
+                    measurements.progress = prefixed(step, self.context.progress)
+                    seeds = self.grid.seeds if plan.allocator.seeded else self.grid.seeds[:1]
+                    for seed in seeds:
+                        yield Cell(measurements, plan, label, seed)
+
+    def _measurements(self, plans: list[ResolvedOptions], problem: AllocationProblem) -> Measurements:
+        """Return the measurements for the allocators of these plans, which differ in nothing else."""
+        first = plans[0]
+        return Measurements(
+            self.model,
+            self.table,
+            first.menu,
+            first.pruner,
+            self.samples,
+            {name: built for plan in plans for name, built in plan.estimators.items()},
+            first.cache,
+            fresh=self.context.fresh,
+            ranks=self.context.ranks,
+            sensitivities=self.sensitivities,
+            renewed=self.renewed,
+            prefix=uniform_levels(problem),
+        )
+
+    def _plan(self, method: Any, sparsity: str, label: str) -> ResolvedOptions:
+        return self.grid.plan(self.plugins, method, sparsity, self.grid.allocators[label])
+
+    def allocate_together(self) -> None:
+        """Find all allocations with all ranks, which puts them into the cache; then rank 0 works by itself.
+
+        Raises:
+            LostError: a rank has ended.
+            HostError: the ranks hold different models or texts.
+        """
+        for cell in self.cells():
+            _ = cell.measurements.model_id
+            try:
+                self.context.ranks.collective(partial(self._allocate, cell))
+            except (LostError, OSError):
+                raise
+            except Exception as error:  # raised again on rank 0, for its row
+                if is_full(error):
+                    raise
+                log.info("%s at %s: %s", cell.plan.allocator.name, cell.plan.sparsity, error)
+        self.context.ranks.leave()
+        self.context = RunContext(progress=self.context.progress)
+
+    def _allocate(self, cell: Cell) -> None:
+        _ = cell.measurements.database  # every row is measured with its weights, whatever the allocator reads
+        problem = make_problem(self.model, self.table, cell.plan)
+        cell.measurements.allocate(cell.plan.allocator, problem, cell.seed)
+
+    def row(self, cell: Cell, finals: Journal) -> ComparedRow:
+        """Return one row: the allocation, its cost, and the quality of the pruned model on the test text.
+
+        Args:
+            finals: the quality of the models that were pruned before.
+
+        Raises:
+            OSError: the disk fails; any other error becomes the error of the row.
+        """
+        plan, label = cell.plan, cell.label
+        row: dict[str, Any] = {
+            "method": plan.pruner.name,
+            "sparsity": str(plan.sparsity),
+            "allocator": label,
+            "options": spec_of(plan.allocator),
+            "seed": cell.seed,
+            "seeded": plan.allocator.seeded,
+            "error": None,
+        }
+        start = time.monotonic()
+        try:
+            self._fill(row, cell, finals)
+        except OSError:
+            raise
+        except MSPError as error:
+            if is_full(error):
+                raise
+            log.warning("%s at %s: %s", label, plan.sparsity, error)
+            row["error"] = str(error)
+        except Exception as error:  # a plugin's bug must not cost the rows of all others
+            log.exception("%s at %s", label, plan.sparsity)
+            row["error"] = f"{type(error).__name__}: {error}"
+        log.info("%s %s %s: %.1f s", plan.pruner.name, plan.sparsity, label, time.monotonic() - start)
+        return ComparedRow.model_validate(row)
+
+    def _fill(self, row: dict[str, Any], cell: Cell, finals: Journal) -> None:
+        """Add the allocation, its cost and the quality to a row; after an error the row has what came before it."""
+        problem = make_problem(self.model, self.table, cell.plan)
+        result, search = cell.measurements.allocate(cell.plan.allocator, problem, cell.seed)
+        make_allocation(problem, result.choice)  # raises if it is off the budget
+        row |= dict(search) | {"allocator": cell.label}
+        row["levels"] = [problem.menu[k].name for k in result.choice]
+        row["kept"], row["weights"] = problem.total_kept(result.choice), self.table.weights
+        units = [[layer.name for layer in unit.layers] for unit in self.table]
+        key = f"{cell.measurements.database.key} {digest(units)[:16]} {','.join(row['levels'])}"
+        row |= finals.get(key, partial(self._quality, cell, problem, result.choice))
+
+    def _quality(self, cell: Cell, problem: AllocationProblem, choice: Choice) -> dict[str, Any]:
+        """Return the test perplexity and KL of an allocation, pruned anew and with the database's weights."""
+        database = cell.measurements.database
+        with CandidateWeights(self.model, database, problem) as weights:
+            test = CandidateLoss(weights, self.samples.test, reuse=False).prepare()
+            holdout_loss = None
+            if self.samples.holdout:
+                holdout_loss = CandidateLoss(weights, self.samples.holdout, reuse=False).prepare()(choice)
+            weights.set(choice)
+            unpruned = _named(test.quality())
+        quality = {"holdout_loss": finite(holdout_loss), "database": unpruned}
+        if not self.grid.prune:
+            return {**quality, **unpruned}
+        with (
+            tempfile.TemporaryDirectory(dir=database.path.parent) as folder,
+            self._pruned(cell, problem, choice, Path(folder)),
+        ):
+            return {**quality, **_named(test.quality())}
+
+    @contextmanager
+    def _pruned(self, cell: Cell, problem: AllocationProblem, choice: Choice, folder: Path) -> Iterator[None]:
+        """Let the model hold, in the block, the weights of a run with this allocation on all samples."""
+        plan, measurements = cell.plan, cell.measurements
+        allocation = make_allocation(problem, choice)
+        if plan.pruner.host == BuiltIn.name:
+            progress = partial(measurements.progress, "pruning")
+            database = pruned_weights(self.model, allocation, plan.pruner, self.inputs, folder, progress)
+            with CandidateWeights(self.model, database, problem) as weights:
+                weights.set(choice)
+                yield
+            return
+        gc.collect()  # the modules of the last model refer to each other
+        model, host = self.source.load(), host_for(plan, self.plugins)
+        given = replace(plan, given=allocation)
+        host.prune(model, given, self.inputs, RunContext(), announce=False)
+        host.forget()
+        with CandidateWeights(self.model, measurements.database, problem) as weights:
+            weights.put(Weights(model))
+            yield
+
+
+def _named(quality: tuple[float, float]) -> dict[str, float | None]:
+    kl, perplexity = quality
+    return {"kl": finite(kl), "perplexity": finite(perplexity)}
