@@ -73,7 +73,10 @@ class Pruner(ABC):
         """Return the mean squared change of the layer's output per token for delta float32[out, in]."""
 
     def row_errors(self, delta: torch.Tensor, statistic: Any) -> torch.Tensor | None:
-        """Return float64[out], the parts of ``output_error`` by output feature; None if the method has none."""
+        """Return float64[out], the parts of ``output_error`` by output feature; None if the method gives none.
+
+        Their sum is the layer's output error, and ``output_error`` is not called then.
+        """
         return None
 
 
