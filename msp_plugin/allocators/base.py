@@ -195,7 +195,7 @@ class Allocator(ABC):
     @property
     def held_out_tokens(self) -> int:
         """How many calibration tokens are held out to measure candidates; 0 if none are measured."""
-        return self.tokens if self.measures else 0
+        return int(getattr(self, "tokens", 0)) if self.measures else 0
 
     @property
     def stopping_tokens(self) -> int:
@@ -205,7 +205,7 @@ class Allocator(ABC):
     @property
     def asks_for_text(self) -> bool:
         """True if ``tokens`` or ``holdout`` is not the default, so that less text will not do."""
-        options = {f.name: f.default for f in fields(self) if f.name in ("tokens", "holdout")}
+        options = {f.name: f.default for f in fields(self) if f.name in ("tokens", "holdout")}  # type: ignore[arg-type]  # a dataclass by contract
         return any(getattr(self, name) != default for name, default in options.items())
 
     @property

@@ -31,7 +31,7 @@ class LocalModel:
 
     def __init__(self, units: int, levels: int, decay: float):
         self.decay = decay
-        self.incumbent: Choice | None = None
+        self.incumbent: Choice = ()
         #: float64[U, K] each: means over rounds, and the mean square of first order and curvature together.
         self.first_order, self.curvature, self.square = np.zeros((3, units, levels))
         self.correction, self.weight = np.zeros((2, units, levels))
@@ -40,7 +40,7 @@ class LocalModel:
 
     def add(self, choice: Choice, first_order: np.ndarray, curvature_samples: np.ndarray) -> None:
         """Add the move gradients float64[S, U, K] at ``choice``; NaN and inf say nothing of a level."""
-        if self.incumbent is not None:
+        if self.incumbent:
             moved = np.not_equal(self.incumbent, choice)
             self.weight[moved] = self.correction[moved] = 0.0
             self.measured[moved] = False

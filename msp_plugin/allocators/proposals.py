@@ -21,7 +21,8 @@ PRICES, PRICE_STEP = 24, 1.5
 
 def make_seeds(inputs: AllocationInputs, count: int) -> Iterator[Choice]:
     """Yield up to ``count`` distinct choices: uniform, the minima of the additive surrogates, and Fisher rankings."""
-    problem, seen = inputs.problem, set()
+    problem = inputs.problem
+    seen: set[Choice] = set()
     candidates = [problem.uniform()]
     candidates += [problem.solve(inputs.errors[name]) for name in ("kfac", "fisher", "output")]
     candidates += fisher_seeds(inputs, count, 0.25, np.random.default_rng(inputs.seed))

@@ -87,7 +87,7 @@ def allocate(
     """
     table = check_model(model, plan)
     if text.pruning:
-        check_ids(text.pruning, own_parameters(model.get_input_embeddings())["weight"].shape[0])
+        check_ids(text.pruning, _vocabulary(model))
     if plan.given is not None:
         return Outcome(plan.given)
     problem = make_problem(model, table, plan)
@@ -115,6 +115,14 @@ def allocate(
         model, measurements.model_id, used, plan, problem, result, measurements.sensitivities
     )
     return Outcome(allocation, record if allocator.needs_database or plan.estimators else SearchRecord())
+
+
+def _vocabulary(model: torch.nn.Module) -> int:
+    """Return the number of token ids that the model has embeddings for."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]  # of transformers' models
+    weight = own_parameters(embeddings)["weight"]
+    assert weight is not None
+    return int(weight.shape[0])
 
 
 def make_problem(model: torch.nn.Module, table: UnitTable, plan: ResolvedOptions) -> AllocationProblem:

@@ -79,6 +79,7 @@ class PlainHeadReference:
         """
         logits, head_input = self.forward(group)
         _check_finite(logits)
+        assert head_input is not None
         with onloaded(self.head):
             for row, i in enumerate(group):
                 likely, shares, expected = likely_tokens(logits[row], self.head.weight)
@@ -97,6 +98,7 @@ class PlainHeadReference:
         def dense(name: str) -> torch.Tensor:
             return torch.stack([getattr(self._samples[i], name) for i in group])
 
+        assert passed.head_input is not None
         moved = passed.head_input.float() - dense("head_input").float()
         own = passed.logits.gather(-1, dense("likely")).float()
         own -= dense("logits").float()
@@ -160,7 +162,7 @@ class OutputReference:
 
 def plain_head(model: torch.nn.Module, ids: torch.Tensor) -> torch.nn.Linear | None:
     """Return the output head if the logits of ids int64[T] are its output and nothing more; else None."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[operator]  # of transformers' models
     if not isinstance(head, torch.nn.Linear):
         return None
     with _head_inputs(head) as inputs:
@@ -176,7 +178,8 @@ def _mean_kl(dense: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def _logits(model: torch.nn.Module, ids: Sequence[torch.Tensor], group: Sequence[int]) -> torch.Tensor:
-    return model(torch.stack([ids[i] for i in group]), use_cache=False).logits
+    logits: torch.Tensor = model(torch.stack([ids[i] for i in group]), use_cache=False).logits
+    return logits
 
 
 def _check_finite(logits: torch.Tensor) -> None:

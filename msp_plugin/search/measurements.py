@@ -121,15 +121,22 @@ class Measurements:
         Raises:
             MSPError: see complete_database.
         """
+        if self.pruner is None:
+            raise RecipeError("the level database needs a pruning method", hint="name one")
         prefix = None
-        if (
-            self.prefix is not None and self.pruner.needs_statistics
-        ):  # else the method does not look at inputs
+        if self.prefix is not None and self.pruner.needs_statistics:  # else no input is looked at
             levels = zip(self.table, self.prefix, strict=True)
             prefix = {layer.name: level for unit, level in levels for layer in unit.layers}
-        data, how = self.text.calibration, {"prefix": prefix, "batch_tokens": self.batch_tokens}
+        data = self.text.calibration
         database = open_database(
-            self.model_id, data, self.pruner, self.menu, self.cache, device=self.device, **how
+            self.model_id,
+            data,
+            self.pruner,
+            self.menu,
+            self.cache,
+            device=self.device,
+            prefix=prefix,
+            batch_tokens=self.batch_tokens,
         )
         complete_database(
             database,
@@ -141,7 +148,8 @@ class Measurements:
             renewed=self.renewed,
             progress=self.progress,
             ranks=self.ranks,
-            **how,
+            prefix=prefix,
+            batch_tokens=self.batch_tokens,
         )
         return database
 
@@ -276,7 +284,7 @@ class Measurements:
         began = time.monotonic()
         paid: list[Recorded] = []
         if "kl" in allocator.errors:
-            errors["kl"], loss = self.replace_one(allocator.tokens)
+            errors["kl"], loss = self.replace_one(int(getattr(allocator, "tokens", 0)))
             paid.append(loss)
         with self._measured(allocator, problem, seed) as measured:
             paid += [part for part in measured if part is not None]

@@ -118,7 +118,7 @@ class RecordedLoss(Recorded):
 
     def __call__(self, choice: Choice, samples: Sequence[int] | None = None) -> float:
         key = f"{self._name} {_text(choice)} {'all' if samples is None else _text(samples)}"
-        return self._get(key, lambda: self._measure(lambda loss: loss(choice, samples)))
+        return float(self._get(key, lambda: self._measure(lambda loss: loss(choice, samples))))
 
     def move_gradients(
         self, choice: Choice, samples: Sequence[int], reach: int, seed: int
@@ -137,15 +137,21 @@ class RecordedLoss(Recorded):
             self._loss.set_incumbent(choice)
 
     def _get_ready(self) -> None:
+        self._ready_loss()
+
+    def _ready_loss(self) -> TrueLoss:
+        """Return the loss that measures, made when it is first needed."""
         if self._loss is None:
             self._loss = self._make()
             if self._incumbent is not None:
                 self._loss.set_incumbent(self._incumbent)
+        return self._loss
 
     def _measure(self, measure: Callable[[TrueLoss], Any]) -> tuple[Any, int]:
-        before = self._loss.forward_tokens
-        value = measure(self._loss)
-        return value, self._loss.forward_tokens - before
+        loss = self._ready_loss()
+        before = loss.forward_tokens
+        value = measure(loss)
+        return value, loss.forward_tokens - before
 
 
 class RecordedEstimate(Recorded):
