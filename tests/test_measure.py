@@ -32,6 +32,7 @@ from msp_plugin.sensitivity import fisher_error
 from msp_plugin.sensitivity.base import Estimator, silent
 from msp_plugin.sensitivity.fisher import FisherTrace
 from msp_plugin.sensitivity.fisher_error import diagonal_groups, fisher_errors
+from msp_plugin.sensitivity.kfac_error import kfac_errors
 
 MENU = parse_menu(["dense", "2:4", "1:4"])
 
@@ -213,6 +214,27 @@ def test_every_pass_for_the_fisher_weighted_error_is_counted(make, monkeypatch):
     assert groups > 3 and held.sensitivity_tokens(Asking(sensitivities=())) == groups * once
 
 
+def test_the_kfac_error_is_the_fisher_weighted_one_where_a_method_gives_no_rows(make):
+    held, allocator = make(pruner=Magnitude()), Asking(errors=("kfac",), sensitivities=())
+    assert np.array_equal(held.error("kfac"), held.error("fisher"))
+    assert held.sensitivity_tokens(allocator) == held.sensitivity_tokens(
+        replace(allocator, errors=("fisher",))
+    )
+
+
+def test_the_kfac_error_costs_one_backward_pass_over_the_samples(make):
+    held = make()
+    allocator = Asking(errors=("kfac",), sensitivities=())
+    assert allocator.estimators == ("fisher",)
+    assert held.sensitivity_tokens(allocator) == 3 * held.text.calibration.tokens
+
+
+def test_a_second_object_reads_the_kfac_error_from_disk(make, monkeypatch):
+    first = make().error("kfac")
+    monkeypatch.delattr("msp_plugin.sensitivity.kfac_error.backward_passes")
+    assert np.array_equal(make().error("kfac"), first)
+
+
 def test_a_fisher_weighted_error_that_is_not_finite_is_named(make, monkeypatch):
     def errors(*args, **kwargs):
         found = fisher_errors(*args, **kwargs)
@@ -268,6 +290,14 @@ def test_errors_by_layer_are_summed_over_the_unit(make):
             [[0.0, *(sum(found[a.name][name] for a in unit.layers) for name in names)] for unit in held.table]
         )
 
+    def expected_kfac():
+        data = CalibrationSet(held.text.calibration.samples[:4], "")
+        found = kfac_errors(held.model, data, layers, names, held.database.row_errors)
+        return np.array(
+            [[0.0, *(sum(found[a.name][name] for a in unit.layers) for name in names)] for unit in held.table]
+        )
+
+    assert held.error("kfac") == pytest.approx(expected_kfac(), rel=1e-6)
     assert held.error("fisher") == pytest.approx(expected(4), rel=1e-6)
     assert make(estimators={"fisher": FisherTrace(samples=2)}).error("fisher") == pytest.approx(
         expected(2), rel=1e-6

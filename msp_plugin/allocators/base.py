@@ -72,8 +72,10 @@ class AllocationInputs:
         errors: by name, float64[U, K], those that the allocator asked for. ``weight``: squared Frobenius
             change of the weight under the method; ``output``: mean squared change of the layers' outputs
             per token; ``fisher``: the change of the weight, squared and weighted with the diagonal of
-            the Fisher information, 1/2 sum_i F_ii (w_i - w_i(level))^2, nats per token; ``kl``: the KL
-            divergence from the dense model with this unit alone pruned, nats per token.
+            the Fisher information, 1/2 sum_i F_ii (w_i - w_i(level))^2, nats per token; ``kfac``: the squared
+            change of each output, weighted with the Fisher information of that output, nats per token, and
+            ``fisher`` where the method gives no errors by row; ``kl``: the KL divergence from the dense model
+            with this unit alone pruned, nats per token.
         loss: measures a choice; None if the allocator does not need it.
         seed: of every random choice.
         progress: called with (done, total), and where it helps with a note, e.g. "round 3, loss 0.2163, -0.0041".
@@ -171,7 +173,7 @@ class Allocator(ABC):
     name: ClassVar[str]
     #: Names of the estimators whose numbers it reads.
     sensitivities: ClassVar[tuple[str, ...]] = ()
-    #: Names of the errors that it reads: weight, output, fisher, kl. They come from the level database;
+    #: Names of the errors that it reads: weight, output, fisher, kfac, kl. They come from the level database;
     #: ``kl`` is measured on ``tokens`` tokens, so that it wants ``measures`` too.
     errors: ClassVar[tuple[str, ...]] = ()
     #: True if it needs the level database, for its errors or to measure candidates.
@@ -186,8 +188,9 @@ class Allocator(ABC):
 
     @property
     def estimators(self) -> tuple[str, ...]:
-        """Names of the estimators that it reads; the Fisher-weighted error goes by the options of ``fisher``."""
-        return tuple(dict.fromkeys([*self.sensitivities, *(["fisher"] if "fisher" in self.errors else [])]))
+        """Names of the estimators that it reads; errors from gradients go by the options of ``fisher``."""
+        gradients = {"fisher", "kfac"} & set(self.errors)
+        return tuple(dict.fromkeys([*self.sensitivities, *(["fisher"] if gradients else [])]))
 
     @property
     def held_out_tokens(self) -> int:

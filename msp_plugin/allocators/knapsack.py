@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator
 from msp_plugin.errors import RecipeError
 
-SURROGATES = ("fisher", "output", "weight", "kl")
+SURROGATES = ("fisher", "kfac", "output", "weight", "kl")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Knapsack(Allocator):
     worse than uniform.
 
     Args:
-        surrogate: ``fisher``: squared weight change, weighted with the Fisher diagonal; ``output``: mean
+        surrogate: ``fisher``: squared weight change, weighted with the Fisher diagonal; ``kfac``: squared change
+            of the layers' outputs, weighted with the Fisher information of each output; ``output``: mean
             squared change of the layers' outputs; ``weight``: squared weight change; ``kl``: KL divergence
             from the dense model of the model with one pruned unit, which takes units x levels measurements.
         tokens: held-out calibration tokens of each measurement of ``kl``.

@@ -24,7 +24,7 @@ def make_seeds(inputs: AllocationInputs, count: int) -> Iterator[Choice]:
     problem = inputs.problem
     seen: set[Choice] = set()
     candidates = [problem.uniform()]
-    candidates += [problem.solve(inputs.errors[name]) for name in ("fisher", "output")]
+    candidates += [problem.solve(inputs.errors[name]) for name in ("kfac", "fisher", "output")]
     candidates += fisher_seeds(inputs, count, 0.25, np.random.default_rng(inputs.seed))
     for choice in candidates:
         if choice not in seen and len(seen) < count:

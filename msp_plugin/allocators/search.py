@@ -36,7 +36,8 @@ class Search(Allocator):
     """Search around an incumbent on the measured loss; the default.
 
     The start is the best of several cheap allocations: uniform, the exact minima of additive surrogates
-    (Fisher-weighted and output error, the weight error by the Fisher trace), and rankings by the Fisher trace.
+    (K-FAC, Fisher-weighted and output error, the weight error by the Fisher trace), and rankings by the Fisher
+    trace.
 
     A round measures by gradients what a move of any unit by one or two levels does to the loss of the incumbent
     (TrueLoss.move_gradients: the first-order change, and the Gauss-Newton curvature), and averages that with the
@@ -88,7 +89,7 @@ class Search(Allocator):
 
     name = "search"
     sensitivities = ("fisher",)
-    errors = ("weight", "output", "fisher")
+    errors = ("weight", "output", "fisher", "kfac")
     needs_database = True
     measures = True
 

@@ -173,7 +173,7 @@ def _write_layer(
     """
     with onloaded(linear(model, layer.name)) as module:
         dense = module.weight.detach()
-        weights, errors = {}, {"dense": LayerErrors(0.0, 0.0)}
+        weights, rows, errors = {}, {}, {"dense": LayerErrors(0.0, 0.0)}
         for level, pruned in zip(
             levels, pruner.prune_levels(module, statistic, levels, layer.name), strict=True
         ):
@@ -185,5 +185,10 @@ def _write_layer(
                     hint="give more calibration samples, or a larger dampening",
                 )
             weights[level.name] = pruned
-            errors[level.name] = LayerErrors(change, pruner.output_error(delta, statistic))
-    database.write(layer, weights, errors)
+            by_row = pruner.row_errors(delta, statistic)
+            if by_row is None:
+                output = pruner.output_error(delta, statistic)
+            else:
+                rows[level.name], output = by_row, float(by_row.sum())
+            errors[level.name] = LayerErrors(change, output)
+    database.write(layer, weights, errors, rows)

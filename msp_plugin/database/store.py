@@ -1,7 +1,8 @@
 """The level database on disk: one safetensors file per layer, in a directory named by its content.
 
 A level is stored as its kept values, `<level>.values` [n], and `<level>.bitmask` (formats/bitmask.py). The dense
-weight is not stored; the model has it.
+weight is not stored; the model has it. `<level>.rows` float32 [out] are the parts of the output error by output
+feature, where the method gives them.
 
 The directory's name is a digest of everything that the weights depend on: model, calibration samples, method with
 host, version and options, and the levels. A second run on the same values finds these files, and no other run does.
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,7 @@ from msp_plugin.runtime.memory import is_out_of_memory
 log = logging.getLogger(__name__)
 
 SCHEMA = "msp_plugin/level-database"
-VERSION = "4"
+VERSION = "5"
 #: Errors of a file that is missing or holds something else; RuntimeError comes from torch, which maps files too.
 UNREADABLE = (SafetensorError, FormatError, OSError, KeyError, ValueError, RuntimeError)
 #: Files that stay open, and so mapped into memory; one holds one layer.
@@ -93,13 +95,18 @@ class LevelDatabase:
         return self.path / f"{layer}.safetensors"
 
     def write(
-        self, layer: Layer, weights: Mapping[str, torch.Tensor], errors: Mapping[str, LayerErrors]
+        self,
+        layer: Layer,
+        weights: Mapping[str, torch.Tensor],
+        errors: Mapping[str, LayerErrors],
+        rows: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
-        """Write a layer's weights [out, in] by level name, and their errors."""
+        """Write a layer's weights [out, in] by level name, their errors, and the output errors by row [out]."""
         tensors: dict[str, torch.Tensor] = {}
         for name, weight in weights.items():
             packed = pack_bitmask(weight.detach().cpu())
             tensors |= dict(zip((f"{name}.values", f"{name}.bitmask"), packed, strict=True))
+        tensors |= {f"{name}.rows": by_row.float().cpu() for name, by_row in rows.items()}
         about = {
             "schema": SCHEMA,
             "key": self.key,
@@ -149,7 +156,8 @@ class LevelDatabase:
             return "it is another database's, or another layer's"
         names = [level.name for level in self.menu if not level.is_dense]
         sums = about["crc32"]
-        if set(sums) != {f"{name}.{part}" for name in names for part in ("values", "bitmask")}:
+        needed = {f"{name}.{part}" for name in names for part in ("values", "bitmask")}
+        if set(sums) not in (needed, needed | {f"{name}.rows" for name in names}):
             return "it holds other levels"
         if set(about["errors"]) != {level.name for level in self.menu} | {"dense"}:
             return "errors are missing"
@@ -172,6 +180,28 @@ class LevelDatabase:
             handle = self._handle(layer)
             values, mask = (handle.get_tensor(f"{level}.{part}") for part in ("values", "bitmask"))
             return unpack_bitmask(values, mask, tuple(self._about(layer)["shape"]))
+
+    def row_errors(self, layer: str, level: str) -> torch.Tensor:
+        """Return float32[out], the output error of a layer at a level by output feature.
+
+        Raises:
+            VerificationError: the database does not hold it.
+        """
+        with self._readable(f"the row errors of {layer} at {level}"):
+            return self._handle(layer).get_tensor(f"{level}.rows")
+
+    def has_row_errors(self, table: UnitTable) -> bool:
+        """Return True if the files of all layers hold row errors.
+
+        Raises:
+            VerificationError: the database does not hold a layer.
+        """
+        wanted = {f"{level.name}.rows" for level in self.menu if not level.is_dense}
+        for layer in table.layers:
+            with self._readable(f"the tensors of {layer.name}"):
+                if not wanted <= self._about(layer.name)["crc32"].keys():
+                    return False
+        return True
 
     def weight_for(self, place: Place, layer: str, level: str) -> torch.Tensor:
         """Return the weight [out, in] of a layer at a level, on the device and in the dtype of the layer's place."""

@@ -72,6 +72,13 @@ class Pruner(ABC):
     def output_error(self, delta: torch.Tensor, statistic: Any) -> float:
         """Return the mean squared change of the layer's output per token for delta float32[out, in]."""
 
+    def row_errors(self, delta: torch.Tensor, statistic: Any) -> torch.Tensor | None:
+        """Return float64[out], the parts of ``output_error`` by output feature; None if the method gives none.
+
+        Their sum is the layer's output error, and ``output_error`` is not called then.
+        """
+        return None
+
 
 class InputNorm:
     """The sum of squares of every input feature, float64[in], and the count of tokens."""
@@ -134,4 +141,9 @@ class LayerwisePruner(Pruner):
         """Return the mean squared output change per token, as if the input features were uncorrelated."""
         if not self.needs_statistics:
             return float(delta.double().square().sum())
-        return float((delta.double().square() * statistic.rms.double().square()).sum())
+        return float(self.row_errors(delta, statistic).sum())
+
+    def row_errors(self, delta: torch.Tensor, statistic: InputNorm) -> torch.Tensor | None:
+        if not self.needs_statistics:
+            return None
+        return delta.double().square() @ statistic.rms.double().square()

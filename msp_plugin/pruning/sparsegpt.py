@@ -168,21 +168,21 @@ def _quotas(level: Level, dead: torch.Tensor, block_size: int) -> list[int]:
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def quadratic_form(delta: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Return the sum over rows d of d H d^T for delta float32[O, I] and a symmetric H float32[I, I].
+def quadratic_form(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Return d H d^T for each row d, float64[O], for delta float32[O, I] and a symmetric H float32[I, I].
 
     Products are float32, and summed in float64. Only the blocks of H on and above the diagonal are read,
     which halves the work.
     """
-    total = torch.zeros((), dtype=torch.float64, device=delta.device)
+    total = torch.zeros(len(delta), dtype=torch.float64, device=delta.device)
     for i1 in range(0, delta.shape[1], _FORM_BLOCK):
         own, after = delta[:, i1 : i1 + _FORM_BLOCK], delta[:, i1 + _FORM_BLOCK :]
         rows = hessian[i1 : i1 + _FORM_BLOCK, i1:]
         product = own @ rows[:, : own.shape[1]]
         if after.shape[1]:
             product += 2 * (after @ rows[:, own.shape[1] :].t())
-        total += product.mul_(own).sum(dtype=torch.float64)
-    return float(total)
+        total += product.mul_(own).sum(dim=1, dtype=torch.float64)
+    return total
 
 
 @dataclass
@@ -258,5 +258,7 @@ class SparseGPT(Pruner):
 
     def output_error(self, delta: torch.Tensor, statistic: InputHessian) -> float:
         """Return the mean squared change of the output per token, exact over the calibration tokens."""
-        total = quadratic_form(delta, statistic.hessian)
-        return total * statistic.samples / (2 * statistic.tokens)
+        return float(self.row_errors(delta, statistic).sum())
+
+    def row_errors(self, delta: torch.Tensor, statistic: InputHessian) -> torch.Tensor:
+        return quadratic_form(delta, statistic.hessian) * (statistic.samples / (2 * statistic.tokens))

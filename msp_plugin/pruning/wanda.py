@@ -56,5 +56,7 @@ class Wanda(Pruner):
 
     def output_error(self, delta: torch.Tensor, statistic: InputSquares) -> float:
         """Return the mean squared change of the output per token; features are taken as uncorrelated."""
-        squares = torch.linalg.vector_norm(delta, dim=0, dtype=torch.float64).square()
-        return float(squares @ statistic.mean.double()) * statistic.samples / statistic.tokens
+        return float(self.row_errors(delta, statistic).sum())
+
+    def row_errors(self, delta: torch.Tensor, statistic: InputSquares) -> torch.Tensor:
+        return delta.double().square() @ statistic.mean.double() * (statistic.samples / statistic.tokens)

@@ -39,7 +39,7 @@ from msp_plugin.search.keys import problem_identity, search_identity, sensitivit
 from msp_plugin.search.level_database import complete_database, open_database
 from msp_plugin.search.recorded import Journals, Recorded, RecordedEstimate, RecordedLoss
 from msp_plugin.search.search_record import log_result, search_record
-from msp_plugin.search.unit_errors import ERRORS, fisher_unit_errors, replace_one_errors
+from msp_plugin.search.unit_errors import ERRORS, fisher_unit_errors, kfac_unit_errors, replace_one_errors
 from msp_plugin.sensitivity.base import Estimator, unit_sensitivities
 from msp_plugin.sensitivity.fisher import FisherTrace
 from msp_plugin.sensitivity.fisher_error import diagonal_groups
@@ -183,7 +183,7 @@ class Measurements:
         return unit_sensitivities(estimator, self.model, data, self.table, progress, journal, self.ranks)
 
     def error(self, name: str) -> np.ndarray:
-        """Return float64[U, K] of the error ``weight``, ``output`` or ``fisher`` (see AllocationInputs).
+        """Return float64[U, K] of the error ``weight``, ``output``, ``fisher`` or ``kfac`` (see AllocationInputs).
 
         Raises:
             RecipeError: there is no error of that name.
@@ -192,6 +192,8 @@ class Measurements:
             return self.database.errors(self.table)[("weight", "output").index(name)]
         if name == "fisher":
             return self._fisher_error
+        if name == "kfac":
+            return self._kfac_error if self.database.has_row_errors(self.table) else self._fisher_error
         raise RecipeError(f"there is no error {name!r}", hint=nearest(name, ERRORS))
 
     def replace_one(self, tokens: int) -> tuple[np.ndarray, RecordedLoss]:
@@ -221,29 +223,42 @@ class Measurements:
         """Return the forward tokens of the sensitivities and errors that an allocator reads, whoever measured them."""
         data = self.text.calibration
         total = sum(self.estimators[name].forward_tokens(data) for name in allocator.sensitivities)
-        if "fisher" in allocator.errors:
+        read = set(allocator.errors)
+        if "kfac" in read and self.database.has_row_errors(self.table):
+            total += BACKWARD * self._fisher_data().tokens
+        elif "kfac" in read:
+            read.add("fisher")
+        if "fisher" in read:
             layers = [layer.name for layer in self.table.layers]
             total += BACKWARD * self._fisher_data().tokens * len(diagonal_groups(self.model, layers))
         return total
 
     @cached_property
     def _fisher_error(self) -> np.ndarray:
+        return self._gradient_error("Fisher-weighted error", "fisher-error", fisher_unit_errors)
+
+    @cached_property
+    def _kfac_error(self) -> np.ndarray:
+        return self._gradient_error("K-FAC error", "kfac-error", kfac_unit_errors)
+
+    def _gradient_error(self, title: str, name: str, measure: Callable[..., np.ndarray]) -> np.ndarray:
+        """Return float64[U, K] of an error from gradients, kept in the database's journal ``name``."""
         data, database = self._fisher_data(), self.database
         layers = [layer.name for layer in self.table.layers]
         about = {"data": data.fingerprint, "layers": layers, "database": database.key}
-        with self.journals.open(database.path, "fisher-error", about) as journal:
+        with self.journals.open(database.path, name, about) as journal:
             began = time.monotonic()
-            errors = fisher_unit_errors(
+            errors = measure(
                 self.model,
                 data,
                 database,
                 self.table,
                 self.menu,
                 journal=journal,
-                progress=partial(self.progress, "Fisher-weighted error"),
+                progress=partial(self.progress, title),
                 ranks=self.ranks,
             )
-            log.info("Fisher-weighted error: %.1f s", time.monotonic() - began)
+            log.info("%s: %.1f s", title, time.monotonic() - began)
         return errors
 
     def allocate(
@@ -257,7 +272,9 @@ class Measurements:
         start = time.monotonic()
         if allocator.measures and not self.text.search:
             raise RecipeError(f"allocator {allocator.name!r} needs search text", hint="pass a dataset")
-        exchanges = allocator.measures or allocator.remeasures or {"kl", "fisher"} & set(allocator.errors)
+        exchanges = (
+            allocator.measures or allocator.remeasures or {"kl", "fisher", "kfac"} & set(allocator.errors)
+        )
         if allocator.needs_database and exchanges:
             check_loadable(self.model)
         values = {name: np.array(self.sensitivity(name)) for name in allocator.sensitivities}

@@ -22,9 +22,10 @@ from msp_plugin.progress import Progress, silent
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.sensitivity.fisher_error import fisher_errors
+from msp_plugin.sensitivity.kfac_error import kfac_errors
 
 #: Names of the errors, see AllocationInputs.
-ERRORS = ("weight", "output", "fisher", "kl")
+ERRORS = ("weight", "output", "fisher", "kfac", "kl")
 
 
 def fisher_unit_errors(
@@ -56,12 +57,52 @@ def fisher_unit_errors(
         journal=journal,
         ranks=ranks,
     )
+    return _summed(by_layer, table, menu)
+
+
+def kfac_unit_errors(
+    model: torch.nn.Module,
+    data: CalibrationSet,
+    database: LevelDatabase,
+    table: UnitTable,
+    menu: Sequence[Level],
+    *,
+    journal: Journal | None = None,
+    progress: Progress = silent,
+    ranks: Ranks = ALONE,
+) -> np.ndarray:
+    """Return the K-FAC error float64[U, K], nats per token, summed over the layers of a unit.
+
+    Args:
+        database: holds row errors.
+        journal, ranks: see kfac_errors.
+
+    Raises:
+        NumericsError: it is not finite for a layer.
+    """
+    by_layer = kfac_errors(
+        model,
+        data,
+        [layer.name for layer in table.layers],
+        [level.name for level in menu if not level.is_dense],
+        database.row_errors,
+        progress=progress,
+        journal=journal,
+        ranks=ranks,
+    )
+    return _summed(by_layer, table, menu)
+
+
+def _summed(
+    by_layer: Mapping[str, Mapping[str, float]], table: UnitTable, menu: Sequence[Level]
+) -> np.ndarray:
+    """Return float64[U, K], the errors of layers summed over each unit; a dense layer has none."""
     _check_finite(by_layer)
     return np.array(
         [
             [sum(by_layer[layer.name].get(level.name, 0.0) for layer in unit.layers) for level in menu]
             for unit in table
-        ]  # a dense layer has no error
+        ]
     )
 
 

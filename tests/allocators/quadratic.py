@@ -87,6 +87,7 @@ def inputs_of(problem, loss=None, holdout="other text", seed=0, progress=lambda 
         "weight": (loss.change**2).sum(-1),
         "output": np.einsum("uki,uij,ukj->uk", loss.change, blocks, loss.change),
         "fisher": 0.5 * np.einsum("uki,uii->uk", loss.change**2, blocks),
+        "kfac": 0.5 * np.einsum("uki,uij,ukj->uk", loss.change, blocks, loss.change),
     }
     trace = np.einsum("uii->u", blocks)
     return AllocationInputs(problem, {"fisher": trace}, errors, loss, seed, progress, holdout)

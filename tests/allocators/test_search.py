@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
+from msp_plugin.allocators.proposals import make_seeds
 from msp_plugin.allocators.search import LEAST_TOKENS, TOKENS_PER_UNIT, Search
 from msp_plugin.allocators.selection import GAIN_ROUNDS
 from msp_plugin.errors import RecipeError
@@ -276,4 +277,24 @@ def test_it_says_what_it_reads():
     search = Search(tokens=100, holdout=50, loss="perplexity")
     assert (search.held_out_tokens, search.stopping_tokens, search.objective) == (100, 50, "perplexity")
     assert Search.needs_database and Search.seeded and Search.sensitivities == ("fisher",)
-    assert Search.errors == ("weight", "output", "fisher")
+    assert Search.errors == ("weight", "output", "fisher", "kfac")
+
+
+def test_the_minimum_of_the_kfac_error_is_measured_as_a_seed():
+    problem = problem_of(SHAPES)
+    given_inputs = inputs_of(problem)
+    others = {problem.uniform(), *(problem.solve(given_inputs.errors[name]) for name in ("fisher", "output"))}
+    kfac = np.random.default_rng(0).random(given_inputs.errors["kfac"].shape)
+    best = problem.solve(kfac)
+    assert best not in others
+    given_inputs = replace(given_inputs, errors={**given_inputs.errors, "kfac": kfac})
+    Search(rounds=0, seeds=2).allocate(given_inputs)
+    assert best in given_inputs.loss.full
+
+
+def test_seeds_of_equal_errors_are_measured_once():
+    problem = problem_of(SHAPES)
+    given_inputs = inputs_of(problem)
+    same = replace(given_inputs, errors={**given_inputs.errors, "kfac": given_inputs.errors["fisher"]})
+    choices = list(make_seeds(same, 10))
+    assert len(set(choices)) == len(choices) and problem.solve(same.errors["fisher"]) in choices

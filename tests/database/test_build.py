@@ -90,7 +90,13 @@ def test_errors_are_the_weights_and_the_outputs_change(tmp_path, llama, data):
                 )
                 x = inputs_of(llama, layer.name, data)[0].double()
                 weight += float(delta.square().sum())
-                output += float((x @ delta.T).square().sum(dim=1).mean())
+                by_row = (x @ delta.T).square().mean(dim=0)
+                found = database.row_errors(layer.name, level.name)
+                assert found.dtype == torch.float32
+                torch.testing.assert_close(
+                    found.double(), by_row, rtol=1e-3, atol=1e-3 * float(by_row.mean())
+                )
+                output += float(by_row.sum())
             assert weight_error[u, k] == pytest.approx(weight, rel=1e-5)
             assert output_error[u, k] == pytest.approx(output, rel=1e-3)
 

@@ -246,3 +246,24 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises((ValueError, AttributeError)):
         store.write(LAYER, {"2:4": "no tensor"}, ERRORS)
     assert not store.path.exists() or not list(store.path.iterdir())
+
+
+def test_row_errors_come_back_and_are_checked(tmp_path):
+    rows, table = (
+        {name: torch.rand(4, dtype=torch.float64) for name in ("2:4", "1:4")},
+        UnitTable((Unit("one", 0, (LAYER,)),)),
+    )
+    database(tmp_path).write(LAYER, weights(), ERRORS, rows)
+    fresh = database(tmp_path)
+    assert fresh.has(LAYER) and fresh.has_row_errors(table)
+    assert torch.equal(fresh.row_errors(LAYER.name, "1:4"), rows["1:4"].float())
+    database(tmp_path).write(LAYER, weights(), ERRORS, {"2:4": rows["2:4"]})
+    assert not database(tmp_path).has(LAYER)  # a level has none
+
+
+def test_a_method_without_row_errors_leaves_none(tmp_path):
+    database(tmp_path).write(LAYER, weights(), ERRORS)
+    fresh = database(tmp_path)
+    assert fresh.has(LAYER) and not fresh.has_row_errors(UnitTable((Unit("one", 0, (LAYER,)),)))
+    with pytest.raises(VerificationError, match="the row errors of"):
+        fresh.row_errors(LAYER.name, "1:4")

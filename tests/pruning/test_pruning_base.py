@@ -111,12 +111,13 @@ def test_the_output_error_takes_features_as_uncorrelated(ria):
     module, pruner, x = linear(), ria(), inputs()
     statistic = pruner.observe(module, x, pruner.new_statistic(module))
     delta = torch.randn(12, 32)
-    expected = sum(
-        float(delta[i, j]) ** 2 * float(x[..., j].double().square().mean())
+    expected = [
+        sum(float(delta[i, j]) ** 2 * float(x[..., j].double().square().mean()) for j in range(32))
         for i in range(12)
-        for j in range(32)
-    )
-    assert pruner.output_error(delta, statistic) == pytest.approx(expected, rel=1e-5)
+    ]
+    assert pruner.row_errors(delta, statistic).tolist() == pytest.approx(expected, rel=1e-5)
+    assert pruner.output_error(delta, statistic) == pytest.approx(sum(expected), rel=1e-5)
+    assert Magnitude().row_errors(delta, None) is None
     assert Magnitude().output_error(delta, None) == pytest.approx(
         float(delta.double().square().sum()), rel=1e-9
     )
