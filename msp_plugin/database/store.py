@@ -188,7 +188,8 @@ class LevelDatabase:
             VerificationError: the database does not hold it.
         """
         with self._readable(f"the row errors of {layer} at {level}"):
-            return self._handle(layer).get_tensor(f"{level}.rows")
+            rows: torch.Tensor = self._handle(layer).get_tensor(f"{level}.rows")
+            return rows
 
     def has_row_errors(self, table: UnitTable) -> bool:
         """Return True if the files of all layers hold row errors.

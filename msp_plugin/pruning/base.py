@@ -139,9 +139,8 @@ class LayerwisePruner(Pruner):
 
     def output_error(self, delta: torch.Tensor, statistic: InputNorm) -> float:
         """Return the mean squared output change per token, as if the input features were uncorrelated."""
-        if not self.needs_statistics:
-            return float(delta.double().square().sum())
-        return float(self.row_errors(delta, statistic).sum())
+        rows = self.row_errors(delta, statistic)
+        return float(delta.double().square().sum() if rows is None else rows.sum())
 
     def row_errors(self, delta: torch.Tensor, statistic: InputNorm) -> torch.Tensor | None:
         if not self.needs_statistics:

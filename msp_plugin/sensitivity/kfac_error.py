@@ -58,7 +58,8 @@ def kfac_errors(
             for layer in layers
         }
 
-    return journal.get("all layers", measure)
+    errors: dict[str, dict[str, float]] = journal.get("all layers", measure)
+    return errors
 
 
 def output_gradient_squares(
