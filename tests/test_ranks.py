@@ -143,7 +143,7 @@ def test_a_search_finds_the_same_from_the_same_files_whatever_the_ranks(on_ranks
         def run(ranks):
             held = measured(ranks, cache)
             result, record = held.allocate(search, AllocationProblem(held.table, MENU, Fraction(1, 2)), 3)
-            return result, record["forward_tokens"], held.sensitivities, held.error("output").tobytes()
+            return result, record.forward_tokens, held.sensitivities, held.error("output").tobytes()
 
         return run
 
@@ -228,7 +228,7 @@ def test_a_recipe_that_is_not_ours_alone_is_refused_by_several_ranks(llama_dir, 
 
     modifiers = {"MixedSparsityModifier": {"sparsity": 0.5}, "WandaPruningModifier": {"sparsity": 0.5}}
     recipe = {"a_stage": {"b_modifiers": modifiers}}
-    with pytest.raises(RecipeError, match="2 ranks share a search, and this recipe is not one of"):
+    with pytest.raises(RecipeError, match="2 ranks share a search, and this recipe has other modifiers"):
         run_recipe(
             recipe,
             llama_dir,

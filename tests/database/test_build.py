@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from msp_plugin.database.build import build_database, check_space, collect
+from msp_plugin.database.build import build_database, check_space
+from msp_plugin.database.statistics import collect
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import MSPError, NumericsError, OutputError
 from msp_plugin.models.layers import prunable_layers
