@@ -331,7 +331,7 @@ def test_two_ranks_are_refused_with_a_reason(tmp_path):
         "from llmcompressor import oneshot\n"
         "from msp_plugin import MixedSparsityModifier\n"
         "from msp_plugin.demo import demo_model_path\n"
-        "from msp_plugin.models.offload import load_model\n"
+        "from msp_plugin.models.load import load_model\n"
         "data = DataLoader([{'input_ids': torch.arange(32)}])\n"
         "oneshot(model=load_model(demo_model_path('qwen2')), dataset=data,\n"
         "        recipe=[MixedSparsityModifier(sparsity=0.5, method='wanda', allocator='uniform')])\n"
