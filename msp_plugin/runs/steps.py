@@ -167,7 +167,7 @@ class RunSteps:
     def _identity(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return the values that the measurements of an unfinished run depend on, by names that a user can read."""
         options, test = self.options, self.samples.test
-        spelled = options.spelled.model_dump() if options else self.host.steps
+        spelled = {"ours": options.spelled.model_dump() if options else None, "recipe": dict(self.host.steps)}
         return {
             "model": fingerprint(model),
             "recipe": json.loads(json.dumps(spelled, default=str)),
