@@ -101,7 +101,8 @@ def captured_gradients(
 
 def _saved(x: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Return a function that returns ``x``, saved as the graph saves its own tensors: it may be computed again."""
-    node = _Saved.apply(x.new_zeros((), requires_grad=True), x).grad_fn  # type: ignore[no-untyped-call] # of torch
+    apply: Any = _Saved.apply  # not every torch has types for it
+    node = apply(x.new_zeros((), requires_grad=True), x).grad_fn
     return lambda: node.saved_tensors[0]
 
 
