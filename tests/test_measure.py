@@ -23,7 +23,7 @@ from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.sparsegpt import SparseGPT
 from msp_plugin.pruning.wanda import Wanda
 from msp_plugin.runtime.files import cache_directory
-from msp_plugin.search import keys, level_database, measurements, unit_errors
+from msp_plugin.search import keys, level_database, measurements
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.level_database import open_database
 from msp_plugin.search.measurements import Measurements
@@ -138,7 +138,7 @@ def pruned_copy(held, choice):
 def test_everything_is_measured_once_for_all_allocators_budgets_and_seeds(make, count, tmp_path, bits):
     built, fishers, prints = (
         count(level_database, "build_database"),
-        count(unit_errors, "fisher_errors"),
+        count(measurements, "fisher_errors"),
         count(measurements, "fingerprint"),
     )
     held = make()
@@ -240,7 +240,7 @@ def test_a_fisher_weighted_error_that_is_not_finite_is_named(make, monkeypatch):
         found = fisher_errors(*args, **kwargs)
         return {**found, "model.layers.1.mlp.down_proj": {"2:4": float("nan"), "1:4": 1.0}}
 
-    monkeypatch.setattr(unit_errors, "fisher_errors", errors)
+    monkeypatch.setattr(measurements, "fisher_errors", errors)
     with pytest.raises(
         NumericsError, match=r"not finite for 1 layers, e\.g\. model\.layers\.1\.mlp\.down_proj"
     ):
@@ -248,7 +248,7 @@ def test_a_fisher_weighted_error_that_is_not_finite_is_named(make, monkeypatch):
 
 
 def test_code_that_measures_differently_reads_nothing_of_the_old(make, count, monkeypatch):
-    calls = count(unit_errors, "fisher_errors")
+    calls = count(measurements, "fisher_errors")
     for code in ("", "edited", "edited"):
         if code:
             monkeypatch.setattr(keys, "measuring_code", lambda: "edited")
@@ -379,7 +379,7 @@ def test_a_file_that_is_damaged_is_measured_anew(make, tmp_path, name, damage, c
 
 
 def test_other_text_units_or_method_are_measured_on_their_own(make, count, make_samples, tmp_path):
-    calls = count(unit_errors, "fisher_errors")
+    calls = count(measurements, "fisher_errors")
     make().error("fisher")
     other = make_samples(4, seed=3)
     changes = [

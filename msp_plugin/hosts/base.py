@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from msp_plugin.checkpoint.recount import PruneStats
+from msp_plugin.checkpoint.saved_names import saved_names
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import TextSplit
+from msp_plugin.passes.reach import check_called
 from msp_plugin.records.run import Outcome
 from msp_plugin.runtime.context import RunContext
+from msp_plugin.search.allocate import check_model
 from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
@@ -49,6 +52,18 @@ class Pruned:
 
     outcome: Outcome | None = None
     stats: PruneStats | None = None
+
+
+def check_layers(model: PreTrainedModel, options: ResolvedOptions, inputs: PruneInputs) -> None:
+    """Raise, before any work, if the options do not fit the model, or if its layers cannot be saved or reached.
+
+    Raises:
+        MSPError: see check_model, saved_names and check_called.
+    """
+    table = check_model(model, options)
+    saved_names(model, (layer.name for layer in table.layers))
+    if options.pruner.needs_statistics:
+        check_called(model, table, inputs.data)
 
 
 class Host(Protocol):

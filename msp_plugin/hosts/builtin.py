@@ -19,11 +19,10 @@ from msp_plugin.checkpoint.saving import SHARD_BYTES
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import HostError
-from msp_plugin.hosts.base import Pruned, PruneInputs
+from msp_plugin.hosts.base import Pruned, PruneInputs, check_layers
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.offload import linear, offloaded_module
 from msp_plugin.models.weights import weight_place
-from msp_plugin.passes.reach import check_called
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import Progress, silent
@@ -32,7 +31,7 @@ from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import scratch_directory
 from msp_plugin.runtime.memory import freed_memory_kept
 from msp_plugin.runtime.ranks import ALONE, Ranks
-from msp_plugin.search.allocate import allocate, check_model
+from msp_plugin.search.allocate import allocate
 from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class BuiltIn:
 
         Raises:
             HostError: only a modifier of another host carries out the method.
-            MSPError: see check_model, check_called and saved_names.
+            MSPError: see check_layers.
         """
         options = _given(options)
         if options.pruner.host != self.name:
@@ -68,10 +67,7 @@ class BuiltIn:
                 f"method {options.pruner.name!r} is carried out by {options.pruner.host}",
                 hint="use it in a recipe: msp run",
             )
-        table = check_model(model, options)
-        saved_names(model, (layer.name for layer in table.layers))
-        if options.pruner.needs_statistics:
-            check_called(model, table, inputs.data)
+        check_layers(model, options, inputs)
 
     def prune(
         self,

@@ -15,15 +15,8 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from msp_plugin.allocators.base import Allocator
-    from msp_plugin.checkpoint.export import Exporter
-    from msp_plugin.formats.base import PackedFormat
     from msp_plugin.plan.allocation import Allocation
     from msp_plugin.plan.levels import Level
-    from msp_plugin.pruning.base import Pruner
-    from msp_plugin.report.section import Section
-    from msp_plugin.sensitivity.base import Estimator
-    from msp_plugin.verify.base import Check
 
 PROJECT = "msp_plugin"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -31,39 +24,33 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def msp_register_estimators() -> list[type[Estimator]]:
-    """Return sensitivity estimators: what pruning a layer costs the model."""
-    raise NotImplementedError
+def msp_register_estimators() -> list[type[Any]]:
+    """Return classes of ``msp_plugin.Estimator``: they measure what pruning a layer costs the model."""
 
 
 @hookspec
-def msp_register_allocators() -> list[type[Allocator]]:
-    """Return allocators: they choose one level per unit on an exact budget."""
-    raise NotImplementedError
+def msp_register_allocators() -> list[type[Any]]:
+    """Return classes of ``msp_plugin.Allocator``: they choose one level per unit on an exact budget."""
 
 
 @hookspec
-def msp_register_pruners() -> list[type[Pruner]]:
-    """Return pruning methods: they turn a weight and a level into a pruned weight."""
-    raise NotImplementedError
+def msp_register_pruners() -> list[type[Any]]:
+    """Return classes of ``msp_plugin.Pruner``: they turn a weight and a level into a pruned weight."""
 
 
 @hookspec
-def msp_register_formats() -> list[type[PackedFormat]]:
-    """Return formats of packed weights, which every reader of checkpoints then knows."""
-    raise NotImplementedError
+def msp_register_formats() -> list[type[Any]]:
+    """Return classes of ``msp_plugin.PackedFormat``, which every reader of checkpoints then knows."""
 
 
 @hookspec
-def msp_register_exporters() -> list[type[Exporter]]:
-    """Return exporters: they write a run's checkpoint in another form (``msp export --to``)."""
-    raise NotImplementedError
+def msp_register_exporters() -> list[type[Any]]:
+    """Return classes of ``msp_plugin.Exporter``: they write a checkpoint in another form (``msp export --to``)."""
 
 
 @hookspec
-def msp_register_checks() -> list[type[Check]]:
-    """Return checks: each proves one thing of a checkpoint (``msp verify``)."""
-    raise NotImplementedError
+def msp_register_checks() -> list[type[Any]]:
+    """Return classes of ``msp_plugin.Check``: each proves one thing of a checkpoint (``msp verify``)."""
 
 
 @hookspec
@@ -87,8 +74,8 @@ def msp_run_finished(record: dict[str, Any]) -> None:
 
 
 @hookspec
-def msp_report_section(record: dict[str, Any]) -> Section | None:
-    """Return a section for the report (``msp report``), or None if there is nothing to say.
+def msp_report_section(record: dict[str, Any]) -> Any:
+    """Return a ``msp_plugin.Section`` for the report (``msp report``), or None if there is nothing to say.
 
     ``record["schema"]`` says what it is of: ``msp_plugin/run``, the contents of run.json with those of
     allocation.json under ``allocation``, or ``msp_plugin/compare``, the contents of compare.json.

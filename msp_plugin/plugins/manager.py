@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import inspect
 import logging
@@ -66,12 +67,10 @@ class Plugins:
     """
 
     def __init__(self, extra: Mapping[str, object] | None = None, *, entry_points: bool = True):
-        from msp_plugin.plugins import builtin
-
         self.manager = pluggy.PluginManager(hookspecs.PROJECT)
         self.manager.add_hookspecs(hookspecs)
         self.owners: dict[int, str] = {}
-        self._add(builtin, BUILTIN)
+        self._add(importlib.import_module(BUILTIN), BUILTIN)
         if entry_points:
             for name, plugin, owner in _installed():
                 self._add(plugin, owner, name)

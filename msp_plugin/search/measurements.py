@@ -39,10 +39,11 @@ from msp_plugin.search.keys import problem_identity, search_identity, sensitivit
 from msp_plugin.search.level_database import complete_database, open_database
 from msp_plugin.search.recorded import Journals, Recorded, RecordedEstimate, RecordedLoss
 from msp_plugin.search.search_record import log_result, search_record
-from msp_plugin.search.unit_errors import ERRORS, fisher_unit_errors, kfac_unit_errors, replace_one_errors
+from msp_plugin.search.unit_errors import ERRORS, replace_one_errors, sum_over_units
 from msp_plugin.sensitivity.base import Estimator, unit_sensitivities
 from msp_plugin.sensitivity.fisher import FisherTrace
-from msp_plugin.sensitivity.fisher_error import diagonal_groups
+from msp_plugin.sensitivity.fisher_error import diagonal_groups, fisher_errors
+from msp_plugin.sensitivity.kfac_error import kfac_errors
 
 log = logging.getLogger(__name__)
 
@@ -235,31 +236,45 @@ class Measurements:
 
     @cached_property
     def _fisher_error(self) -> np.ndarray:
-        return self._gradient_error("Fisher-weighted error", "fisher-error", fisher_unit_errors)
+        return self._gradient_error(
+            "Fisher-weighted error", "fisher-error", fisher_errors, self.database.weight
+        )
 
     @cached_property
     def _kfac_error(self) -> np.ndarray:
-        return self._gradient_error("K-FAC error", "kfac-error", kfac_unit_errors)
+        return self._gradient_error("K-FAC error", "kfac-error", kfac_errors, self.database.row_errors)
 
-    def _gradient_error(self, title: str, name: str, measure: Callable[..., np.ndarray]) -> np.ndarray:
-        """Return float64[U, K] of an error from gradients, kept in the database's journal ``name``."""
+    def _gradient_error(
+        self,
+        title: str,
+        name: str,
+        measure: Callable[..., dict[str, dict[str, float]]],
+        stored: Callable[[str, str], torch.Tensor],
+    ) -> np.ndarray:
+        """Return float64[U, K] of an error from gradients, kept in the database's journal ``name``.
+
+        Args:
+            measure: fisher_errors or kfac_errors.
+            stored: what the database holds for it, of a layer at a level.
+        """
         data, database = self._fisher_data(), self.database
         layers = [layer.name for layer in self.table.layers]
+        levels = [level.name for level in self.menu if not level.is_dense]
         about = {"data": data.fingerprint, "layers": layers, "database": database.key}
         with self.journals.open(database.path, name, about) as journal:
             began = time.monotonic()
             errors = measure(
                 self.model,
                 data,
-                database,
-                self.table,
-                self.menu,
-                journal=journal,
+                layers,
+                levels,
+                stored,
                 progress=partial(self.progress, title),
+                journal=journal,
                 ranks=self.ranks,
             )
             log.info("%s: %.1f s", title, time.monotonic() - began)
-        return errors
+        return sum_over_units(errors, title, self.table, self.menu)
 
     def allocate(
         self, allocator: Allocator, problem: AllocationProblem, seed: int

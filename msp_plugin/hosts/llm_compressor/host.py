@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from msp_plugin.checkpoint.saved_names import saved_names
 from msp_plugin.checkpoint.saving import SHARD_BYTES
 from msp_plugin.errors import MSPError
-from msp_plugin.hosts.base import Pruned, PruneInputs
+from msp_plugin.hosts.base import Pruned, PruneInputs, check_layers
 from msp_plugin.hosts.llm_compressor.passes import shares_keys
 from msp_plugin.hosts.llm_compressor.recipe import Recipe
 from msp_plugin.models.layers import fused_experts
-from msp_plugin.passes.reach import check_called
 from msp_plugin.runtime.context import RunContext
-from msp_plugin.search.allocate import check_model
 from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
@@ -50,14 +47,11 @@ class LLMCompressor:
         """Raise, before any work, if the host cannot run the model or the options do not fit it.
 
         Raises:
-            MSPError: see check_model, check_called and saved_names.
+            MSPError: see check_layers.
         """
         if options is None or fused_experts(model):  # oneshot splits experts before the modifier sees them
             return
-        table = check_model(model, options)
-        saved_names(model, (layer.name for layer in table.layers))
-        if options.pruner.needs_statistics:
-            check_called(model, table, inputs.data)
+        check_layers(model, options, inputs)
 
     def prune(
         self,
