@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 #: Memory that a search needs on a GPU, in sizes of the model: its weights, a candidate's weights, and half a
-#: model more for activations and caches (see memory.cache_bytes).
+#: model more for activations and caches (see cache_bytes).
 ROOM = 2.5
 
 

@@ -129,7 +129,7 @@ def make_problem(model: torch.nn.Module, table: UnitTable, plan: ResolvedOptions
     """Return the plan's choice to make over a model's units.
 
     Raises:
-        RecipeError: see models.allowed_levels.
+        RecipeError: see allowed_levels.
         BudgetError: see AllocationProblem.budget, which is computed when first asked for.
     """
     allowed = allowed_levels(model, table, plan.menu, plan.bounds)

@@ -41,7 +41,7 @@ class CandidateLoss:
         weights: an entered CandidateWeights.
         batch_tokens: of a batch; fewer where they do not fit into memory.
         reuse: run a candidate from the first block that differs from the incumbent.
-        activation_bytes: of the incumbent's activations; None: ACTIVATION_BYTES, or what memory.cache_bytes gives.
+        activation_bytes: of the incumbent's activations; None: ACTIVATION_BYTES, or what cache_bytes gives.
         ranks: share the batches; each has the model, the data and the database.
     """
 

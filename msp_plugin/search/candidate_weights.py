@@ -30,7 +30,7 @@ class CandidateWeights:
 
     Args:
         held_bytes: of pruned weights that are kept for the next candidates, beside those of the present one that have
-            made way; None: WEIGHT_BYTES, or what memory.cache_bytes gives.
+            made way; None: WEIGHT_BYTES, or what cache_bytes gives.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ class Options(BaseModel):
         method: the pruner: sparsegpt, wanda, magnitude, or one that a plugin registers.
         levels: the menu: "dense", "N:M" with N kept of M, "N:M in 2:4", shares of zeros such as "0.7"; or
             the name of a menu, "default" or "servable" (every level of it but dense runs on 2:4 kernels).
-        targets, ignore: which linears of the decoder blocks are pruned (see models.prunable_layers).
+        targets, ignore: which linears of the decoder blocks are pruned (see prunable_layers).
         granularity: what shares a level: ``layer``, nothing; ``unit``, the layers that inference fuses; ``block``, all
             layers of a decoder block. Default: ``layer``, but ``unit`` where all levels run on 2:4 kernels, which take
             fused layers all or none.

@@ -41,7 +41,7 @@ class Estimator(ABC):
         """Return one number per layer name; higher means that pruning it costs more.
 
         The model is left as it was found: weights, hooks and ``requires_grad``. Weights are read under
-        ``models.onloaded``, and gradients taken under ``fisher.activation_gradients``: the model may be offloaded.
+        ``onloaded``, and gradients taken under ``activation_gradients``: the model may be offloaded.
         """
 
     def forward_tokens(self, data: CalibrationSet) -> int:
