@@ -17,6 +17,8 @@ from msp_plugin.runtime.files import write_json
 MANIFEST_FILE = "export.json"
 SCHEMA = "msp_plugin/export"
 VERSION = 1
+#: Bytes of a file's name that file systems take at most.
+LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,18 @@ class Manifest:
                 f"{path} has version {shown(data.get('version'))}, this package reads {VERSION}",
                 hint="update msp_plugin",
             )
+        hints = get_type_hints(cls)
+        if unknown := data.keys() - hints.keys() - {"schema", "version"}:
+            raise FormatError(f"{path} is damaged: {shown(min(unknown))} is no key of a manifest")
         try:
-            manifest = cls(**{key: value for key, value in data.items() if key not in ("schema", "version")})
-            for key, kind in get_type_hints(cls).items():
+            manifest = cls(**{key: value for key, value in data.items() if key in hints})
+            for key, kind in hints.items():
                 TypeAdapter(kind).validate_python(getattr(manifest, key), strict=True)
             for name, entry in manifest.files.items():
                 size = entry["bytes"]
                 whole = isinstance(size, int) and not isinstance(size, bool) and size >= 0
-                if Path(name).name != name or not isinstance(entry["sha256"], str) or not whole:
+                known = Path(name).name == name and len(name.encode()) <= LONGEST_NAME
+                if not known or not isinstance(entry["sha256"], str) or not whole:
                     raise ValueError(f"file {shown(name)}")
         except ValidationError as error:
             first = error.errors()[0]
