@@ -15,6 +15,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,30 @@ CELLS = ("sparsegpt:0.5:layer", "sparsegpt:0.625:layer", "sparsegpt:0.75:layer",
 EARLIER = ("sparsegpt:0.625:unit",)
 #: Forward tokens of atp, msp, evopress and search each, beside what measures uniform.
 TOKENS = 400_000
-ALLOCATORS = ("uniform", "owl", "atp", "knapsack", "msp", "evopress", "search")
+ALLOCATORS = ("uniform", "owl", "atp", "knapsack", "knapsack@kfac", "msp", "evopress", "search")
 #: EvoPress' and MSP's authors spend hundreds of times as much: with their own counts one generation would be all.
 OPTIONS = (
     f"atp.max_tokens={TOKENS}", f"msp.max_tokens={TOKENS}", f"evopress.max_tokens={TOKENS}", f"search.max_tokens={TOKENS}",
     "msp.tokens=4096", "msp.generations=1000", "evopress.tokens=16384", "evopress.offspring=16",
-    "evopress.survivors=[4,1]", "evopress.tokens_per_selection=[512,4096]",
+    "evopress.survivors=[4,1]", "knapsack@kfac.surrogate=kfac", "evopress.tokens_per_selection=[512,4096]",
 )  # fmt: skip
 
 
-def run_cell(cell: str, model: Path, work: Path) -> dict[str, Any]:
+def run_cell(cell: str, model: Path, work: Path, allocators: Sequence[str]) -> dict[str, Any]:
     """Return the record of one cell, measured or, if it is there, read."""
     method, sparsity, granularity = cell.split(":")
     out, text = work / cell.replace(":", "-"), model / "text"
     if not (out / "compare.json").exists():
         command = [
             sys.executable, "-m", "msp_plugin", "compare", str(model / "model"), "-s", sparsity, "--methods", method,
-            "--allocators", ",".join(ALLOCATORS), "--data", str(text / "calibration.txt"),
+            "--allocators", ",".join(allocators), "--data", str(text / "calibration.txt"),
             "--search-data", str(text / "search.txt"), "--test-data", str(text / "test.txt"),
             "--samples", "64", "--length", "512", "--test-samples", "32", "--granularity", granularity, "--cache", str(work / "cache"),
             "--out", str(out), "--verbose",
         ]  # fmt: skip
         for option in OPTIONS:
-            command += ["--set", option]
+            if option.partition(".")[0] in allocators:
+                command += ["--set", option]
         subprocess.run(command, check=True)
     return json.loads((out / "compare.json").read_text(encoding="utf-8"))
 
@@ -138,11 +140,12 @@ if __name__ == "__main__":
         "--work", type=Path, default=Path("smollm2/compared"), help="where the comparisons lie"
     )
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS + EARLIER)
+    parser.add_argument("--allocators", nargs="+", default=ALLOCATORS, choices=ALLOCATORS)
     options = parser.parse_args()
     known = RESULTS / "smollm2.json"
     cells = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
     for name in options.cells:
-        record = run_cell(name, options.model, options.work)
+        record = run_cell(name, options.model, options.work, options.allocators)
         cells[name] = {
             "dense": record["dense"]["perplexity"], "rows": rows_of(record), "machine": record["machine"],
             "versions": record["versions"],
