@@ -13,7 +13,7 @@ ROOT = Path(msp_plugin.__file__).parent
 #: From the bottom up. Whoever adds a room finds its place here.
 ORDER = (
     "errors", "progress", "runtime", "plan", "formats", "records", "models", "pruning", "allocators", "data", "demo",
-    "passes", "plugins", "checkpoint", "sensitivity", "database", "verify", "serving", "search", "hosts", "evaluation",
+    "passes", "plugins", "checkpoint", "sensitivity", "database", "recovery", "verify", "serving", "search", "hosts", "evaluation",
     "runs", "report", "cli",
 )  # fmt: skip
 #: Files that name what lies above them, and that nobody imports: the public names, the start of the command and of a

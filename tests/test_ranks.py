@@ -3,6 +3,7 @@
 import copy
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -307,7 +308,11 @@ def test_processes_end_with_the_error_of_one():
 
 def test_a_rank_that_is_killed_ends_the_others():
     (said, _, code), (_, _, killed) = run_two("end")
-    assert said.startswith("rank 0 stops, because another rank has ended (") and (code, killed) == (3, -9)
+    assert said.startswith("rank 0 stops, because another rank has ended (") and killed == -9
+    assert code in (
+        3,
+        -signal.SIGABRT,
+    )  # gloo may abort a plain Python process at its end; the command avoids it
 
 
 def test_torchrun_starts_ranks(tmp_path):

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -20,7 +20,7 @@ from msp_plugin.cli.report import report
 from msp_plugin.cli.search import allocate_command, sensitivity
 from msp_plugin.cli.stopping import Stopped
 from msp_plugin.errors import HostError, MSPError
-from msp_plugin.runtime.ranks import world_size
+from msp_plugin.runtime.ranks import LostError, world_size
 
 #: Commands whose search ranks share.
 SHARED = {"run", "prune", "demo", "allocate", "compare"}
@@ -170,6 +170,8 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
         if debug:
             raise
         typer.echo(f"{where}error: {error}", err=True)
+        if isinstance(error, LostError):
+            _leave(error.exit_code)
         sys.exit(error.exit_code)
     except Stopped:
         typer.echo(f"stopped; nothing half-written is left. {_again(sys.argv)}".strip(), err=True)
@@ -180,6 +182,13 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
             raise
         typer.echo(f"{where}error: {message}", err=True)
         sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without its tidying up, in which torch.distributed may abort once a rank is lost."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _again(command: list[str]) -> str:
