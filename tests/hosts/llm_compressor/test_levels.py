@@ -1,6 +1,7 @@
 """Levels that llm-compressor's own modifiers cannot make, by our functions and beside theirs."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from msp_plugin import MixedSparsityModifier
 from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
-from msp_plugin.errors import NumericsError, RecipeError, VerificationError
+from msp_plugin.errors import HostError, NumericsError, RecipeError, VerificationError
 from msp_plugin.formats.sparse24 import is_packable
 from msp_plugin.hosts.llm_compressor.methods import host_method
 from msp_plugin.models.layers import prunable_layers
@@ -20,6 +21,8 @@ from msp_plugin.plan.units import Layer
 from msp_plugin.pruning.masks import nm_mask, recount
 from msp_plugin.pruning.sparsegpt import SparseGPT
 from msp_plugin.pruning.wanda import Wanda
+from msp_plugin.search.options import Options
+from msp_plugin.search.resolve import resolve
 
 LEVELS = [Pattern(7, 8), Pattern(3, 8), Pattern(2, 4), Pattern(1, 8)]
 OTHERS = [Level.parse(text) for text in ("3:8 in 2:4", "5:16 in 2:4", "0.7", "1/3")]
@@ -114,7 +117,7 @@ def test_a_block_holds_the_groups_of_a_level_inside_2_4_too():
 
 
 #: The levels of the eight units of the tiny model.
-MIXED = ("2:4", "3:8 in 2:4", "7/10", "dense", "7/10", "2:8", "3:8 in 2:4", "1/3")
+MIXED = ("2:4", "3:8 in 2:4", "7/10", "dense", "dropped", "2:8", "3:8 in 2:4", "1/3")
 
 
 @pytest.fixture
@@ -168,7 +171,7 @@ def test_one_run_prunes_levels_of_all_kinds_to_exact_counts(
             == weight.numel() - modifier.stats.zeros[name]
         )
         assert recount(weight, level).broken is None
-        if level.kind is Kind.SHARE:
+        if isinstance(level, Pattern) and level.kind is Kind.SHARE:
             assert ((weight != 0).sum(1) == level.group(weight.shape[1])[0]).all()
         if level.servable:
             assert is_packable(weight)
@@ -177,6 +180,17 @@ def test_one_run_prunes_levels_of_all_kinds_to_exact_counts(
     dense = {f"{name}.weight" for name, level in allocation.by_layer.items() if not level.is_dense}
     assert {name for name in after if after[name] != before[name]} == dense
     assert count_hooks(model) == hooks
+
+
+def test_a_method_that_prunes_whole_units_is_refused_before_any_work(llama, data, given, run, plugins_with):
+    class WholeUnits(Wanda):
+        def prune_unit(self, modules, statistics, levels):
+            return super().prune_unit(modules, statistics, levels)
+
+    options = resolve(Options(allocation=given(), method="wanda"), plugins_with())
+    modifier = MixedSparsityModifier.of(replace(options, pruner=WholeUnits()), {})
+    with pytest.raises(HostError, match="'wanda' prunes whole units"):
+        run(llama, [modifier], data)
 
 
 @pytest.mark.parametrize("method", [{"name": "sparsegpt", "block_size": 64}, "wanda"])
