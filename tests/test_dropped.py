@@ -136,8 +136,8 @@ def text(tmp_path):
 @pytest.fixture
 def pruned(llama_dir, text, tmp_path):
     table = prunable_layers(load_model(llama_dir, "float32"), granularity="half")
-    levels = tuple(map(Level.parse, ("dropped", "2:4", "dense", "dropped")))
-    zeros = ATTENTION + MLP // 2 + MLP
+    levels = tuple(map(Level.parse, ("dropped", "2:4", "dropped", "dropped")))
+    zeros = 2 * ATTENTION + MLP // 2 + MLP
     given = tmp_path / "allocation.json"
     given.write_text(Allocation(table, levels, Fraction(zeros, table.weights)).to_json())
     return msp_plugin.prune(
@@ -151,13 +151,15 @@ def pruned(llama_dir, text, tmp_path):
     )
 
 
-def test_a_dropped_half_adds_nothing_and_its_export_stays_that_way(pruned, llama_dir, tmp_path):
-    assert pruned.record.sparsity.zeros == ATTENTION + MLP // 2 + MLP
+def test_dropped_halves_add_nothing_even_without_any_attention_and_exports_stay_that_way(
+    pruned, llama_dir, tmp_path
+):
+    assert pruned.record.sparsity.zeros == 2 * ATTENTION + MLP // 2 + MLP
     model, bare = load_model(pruned.path, "float32"), load_model(pruned.path, "float32")
     for weight in (model.model.layers[0].self_attn.q_proj.weight, model.model.layers[1].mlp.up_proj.weight):
         assert not weight.any()
     for name, result in (
-        ("layers.0.self_attn", lambda output: (0 * output[0], *output[1:])),
+        *((f"layers.{i}.self_attn", lambda output: (0 * output[0], *output[1:])) for i in (0, 1)),
         ("layers.1.mlp", lambda output: 0 * output),
     ):
         bare.model.get_submodule(name).register_forward_hook(
@@ -189,7 +191,7 @@ def test_the_reports_map_shows_dropped_halves(pruned):
     assert grid.columns == ("self_attn", "mlp")
     assert [[cell.text for (cell,) in row.cells] for row in grid.rows] == [
         ["dropped", "2:4"],
-        ["dense", "dropped"],
+        ["dropped", "dropped"],
     ]
 
 

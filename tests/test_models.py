@@ -279,7 +279,7 @@ def test_the_longest_sequence_comes_from_the_config(llama_dir):
     assert max_length(llama_dir) == load_model(llama_dir).config.max_position_embeddings
 
 
-@pytest.mark.parametrize("granularity, count", [("unit", 8), ("layer", 14), ("block", 2)])
+@pytest.mark.parametrize("granularity, count", [("unit", 8), ("layer", 14), ("half", 4), ("block", 2)])
 def test_a_granularity_regroups_the_same_layers(model, granularity, count):
     table = prunable_layers(model, granularity=granularity)
     assert len(table) == count

@@ -191,7 +191,7 @@ def test_a_level_that_the_methods_blocks_would_break_is_refused_as_a_run_would(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("level", ["3:8 in 2:4", "7/10"])
+@pytest.mark.parametrize("level", ["3:8 in 2:4", "7/10", "dropped"])
 def test_levels_that_llm_compressor_alone_cannot_make_are_refused_by_name(allocation, method, level):
     with pytest.raises(RecipeError, match=f"{MODIFIERS[method]} of llm-compressor cannot make level {level}"):
         plain_recipe(allocation(METHODS[method], levels=("2:4", level) * 4))
