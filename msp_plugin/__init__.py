@@ -20,6 +20,7 @@ _PUBLIC = {
     "Text": "data.samples",
     "RunContext": "runtime.context",
     "Level": "plan.levels",
+    "Pattern": "plan.levels",
     "Unit": "plan.units",
     "UnitTable": "plan.units",
     "Allocation": "plan.allocation",

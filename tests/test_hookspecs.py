@@ -15,7 +15,7 @@ from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.checkpoint.packing import pack_layer
 from msp_plugin.errors import FormatError, RecipeError
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plan.levels import Level
+from msp_plugin.plan.levels import Pattern
 from msp_plugin.plugins import hookspecs
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import write_report
@@ -201,7 +201,7 @@ def test_observers_are_told_of_a_run(plugins_with, sample_plugin, make_problem):
     allocation = Allocation(problem.table, problem.menu, Fraction(1, 2))
     events.clear()
     plugins.tell("msp_run_started", allocation=allocation)
-    plugins.tell("msp_layer_pruned", layer="layers.0.proj", level=Level(4, 8), zeros=16, weights=32)
+    plugins.tell("msp_layer_pruned", layer="layers.0.proj", level=Pattern(4, 8), zeros=16, weights=32)
     plugins.tell("msp_run_finished", record={"seed": 0})
     assert events == [
         ("started", allocation),

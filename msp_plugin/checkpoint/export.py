@@ -22,6 +22,7 @@ from msp_plugin.formats.base import PackedFormat, TensorInfo, without_shape
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.formats.tensor_files import INDEX, ShardWriter
 from msp_plugin.plan.allocation import ALLOCATION_FILE
+from msp_plugin.plan.units import Layer
 from msp_plugin.progress import Progress, silent
 from msp_plugin.records.run import RUN_FILE
 from msp_plugin.runtime.digests import versions
@@ -195,7 +196,7 @@ class PackedExporter(Sharded):
             if layer is not None:
                 rows, columns = info.shape
                 levels = source.allocation.by_layer if source.allocation else {}
-                kept = levels[layer].kept(rows, columns) if layer in levels else rows * columns
+                kept = levels[layer].kept(Layer(layer, rows, columns)) if layer in levels else rows * columns
                 sizes[layer] = self.format.sizes((rows, columns), info.dtype, kept)
         return sizes
 

@@ -148,7 +148,8 @@ class LayerChoice:
         str | None,
         typer.Option(
             "--granularity",
-            help="what shares a level: layer (nothing), unit (fused layers) or block; default: layer, unit for 2:4 kernels",
+            help="what shares a level: layer (nothing), unit (fused layers), half (attention, MLP) or block; default: "
+            "layer, unit for 2:4 kernels, half with dropped",
         ),
     ] = None
     bounds: Annotated[

@@ -113,7 +113,7 @@ def _parts(
         stored = info.bytes
         if reason is None:
             shape = (layer.out_features, layer.in_features)
-            kept = allocation.by_layer[layer.name].kept(*shape)
+            kept = allocation.by_layer[layer.name].kept(layer)
             stored = sum(format.sizes(shape, info.dtype, kept).values())
         short = "fused with a layer that stays dense" if reason and reason.startswith("inference") else reason
         for sums in (total, packed if reason is None else dense.setdefault(short or "", [0, 0, 0, 0])):
