@@ -88,7 +88,7 @@ TYPES = st.sampled_from([torch.uint8, torch.int64, torch.bfloat16, torch.float64
 
 @given(st.data(), st.integers(1, 5), st.integers(1, 20))
 def test_any_bitmask_tensors_are_unpacked_to_their_shape_or_refused(data, rows, columns):
-    tensors = SparseBitmask().pack(torch.arange(rows * columns).reshape(rows, columns) % 3, "layer")
+    tensors = SparseBitmask().pack(torch.arange(rows * columns).reshape(rows, columns) % 3.0, "layer")
     for _ in range(data.draw(st.integers(1, 3))):
         suffix = data.draw(st.sampled_from(SUFFIXES))
         action, tensor = data.draw(st.sampled_from(["one", "cut", "type", "shape", "all"])), tensors[suffix]
