@@ -1,0 +1,175 @@
+// The operator msp_plugin::bitmask_linear: x times a transposed weight that stays packed (expand.h), on torch's threads.
+//
+// Up to kTokens inputs are multiplied straight from the packed weights. More of them share the cost of unpacking:
+// tiles of rows are unpacked into cache and multiplied by oneDNN, through torch.
+//
+// Shape legend: O out_features, I in_features, T tokens.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+
+#include "expand.h"
+
+namespace {
+
+using at::Tensor;
+using msp::Packed;
+
+// Rows of a tile and columns unpacked at a time: 64 KiB to 256 KiB of weights, beside the inputs of those columns.
+int64_t env(const char* n, int64_t d) { return std::getenv(n) ? std::atoi(std::getenv(n)) : d; }
+const int64_t kFewRows = env("FEW", 32), kManyRows = env("MANY", 128), kColumns = env("COLS", 1024);
+// Rows that a thread takes at a time in products straight from packed weights.
+constexpr int64_t kDotRows = 16;
+// Weights that are worth a second thread.
+constexpr int64_t kWeightsPerThread = 1 << 16;
+
+// Call work(begin, end) for pieces of rows. Threads take pieces as they get free, which changes no result.
+template <class Work>
+void for_rows(int64_t rows, int64_t columns, int64_t piece, const Work& work) {
+  const int64_t pieces = (rows + piece - 1) / piece;
+  const int64_t worth = std::max<int64_t>(1, rows * columns / kWeightsPerThread);
+  const int64_t threads = std::min({int64_t(at::get_num_threads()), pieces, worth});
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1)) < pieces;) work(i * piece, std::min(rows, (i + 1) * piece));
+  });
+}
+
+// x [T, I] in another type, with zeros up to the padded width.
+Tensor padded_input(const Tensor& x, at::ScalarType type) {
+  const int64_t columns = x.size(1), width = msp::padded(columns);
+  if (width == columns) return x.to(type).contiguous();
+  Tensor out = at::zeros({x.size(0), width}, x.options().dtype(type));
+  out.narrow(1, 0, columns).copy_(x);
+  return out;
+}
+
+// out[t, row] = sums[row - begin, t] plus bias[row]; in blocks, because one of the two is read or written across rows.
+template <class Float>
+void write(const float* sums, const Tensor* bias, int64_t begin, int64_t end, int64_t tokens, int64_t rows, Float* out) {
+  constexpr int64_t kBlock = 16;
+  const Float* add = bias ? bias->const_data_ptr<Float>() : nullptr;
+  for (int64_t first = begin; first < end; first += kBlock)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t row = first; row < std::min(first + kBlock, end); ++row) {
+        const float value = sums[(row - begin) * tokens + t];
+        out[t * rows + row] = static_cast<Float>(add ? value + static_cast<float>(add[row]) : value);
+      }
+}
+
+template <class Float>
+void few(const Packed& w, const msp::Kernel& kernel, const Tensor& x, const Tensor* bias, Tensor& out) {
+  const int64_t tokens = x.size(0);
+  const Tensor input = padded_input(x, kernel.input16 ? at::kBFloat16 : at::kFloat);
+  const char* data = static_cast<const char*>(input.const_data_ptr());
+  Float* to = out.mutable_data_ptr<Float>();
+  const int64_t bytes = msp::padded(w.columns) * input.element_size();
+  for_rows(w.rows, w.columns, kDotRows, [&](int64_t begin, int64_t end) {
+    float sums[kDotRows * msp::kTokens];
+    for (int64_t t = 0; t < tokens; t += msp::kTokens) {
+      const int64_t some = std::min(msp::kTokens, tokens - t);
+      kernel.dot(w, data + t * bytes, some, begin, end, sums);
+      write(sums, bias, begin, end, some, w.rows, to + t * w.rows);
+    }
+  });
+}
+
+// out [T, O] by tiles: W [rows, columns] x^T [columns, T], summed over the columns in float.
+template <class Float, class Weight>
+void many(const Packed& w, msp::Unpack unpack, const Tensor& x, const Tensor* bias, Tensor& out) {
+  constexpr bool pairs = sizeof(Weight) == 2;  // 16-bit inputs stand in pairs of columns, as AMX reads them
+  const int64_t tokens = x.size(0), width = msp::padded(w.columns);
+  Tensor input = padded_input(x, c10::CppTypeToScalarType<Weight>::value);
+  input = (pairs ? input.view(at::kInt) : input).t().contiguous();
+  const Weight* data = static_cast<const Weight*>(input.const_data_ptr());
+  Float* to = out.mutable_data_ptr<Float>();
+  const int64_t tile = tokens > 64 ? kManyRows : kFewRows, step = std::min(kColumns, width);
+  for_rows(w.rows, w.columns, tile, [&](int64_t begin, int64_t end) {
+    const int64_t rows = end - begin;
+    std::unique_ptr<Weight[]> weights(new Weight[tile * step]);
+    std::unique_ptr<float[]> sums(new float[tile * tokens]);
+    int64_t places[1024];
+    for (int64_t row = begin; row < end; ++row) places[row - begin] = w.start(row);
+    for (int64_t c = 0; c < width; c += step) {
+      const int64_t columns = std::min(step, width - c);
+      unpack(w, begin, end, c, c + columns, places, weights.get(), step);
+      at::native::cpublas::brgemm(rows, tokens, columns, step, tokens, tokens, c > 0, weights.get(), data + c * tokens,
+                                  sums.get(), pairs);
+    }
+    at::native::cpublas::brgemm_release(pairs);
+    write(sums.get(), bias, begin, end, tokens, w.rows, to);
+  });
+}
+
+template <class Float>
+void product(const Packed& w, msp::Type type, msp::Isa isa, const Tensor& x, const Tensor* bias, Tensor& out) {
+  const msp::Kernel kernel = msp::kernel(isa, type);
+  static const int64_t most = std::getenv("MSP_MOST") ? std::atoi(std::getenv("MSP_MOST")) : msp::kTokens;
+  if (x.size(0) <= most) return few<Float>(w, kernel, x, bias, out);
+  if constexpr (sizeof(Float) == 2)
+    if (kernel.unpack16 && at::native::cpublas::could_pack(c10::CppTypeToScalarType<Float>::value))
+      return many<Float, Float>(w, kernel.unpack16, x, bias, out);
+  many<Float, float>(w, kernel.unpack, x, bias, out);
+}
+
+msp::Isa isa_named(c10::string_view name) {
+  if (name == "avx512_bf16") return msp::Isa::kAvx512Bf16;
+  if (name == "avx512") return msp::Isa::kAvx512;
+  if (name == "avx2") return msp::Isa::kAvx2;
+  TORCH_CHECK(name == "portable", "there is no kernel ", name, "; known: avx512_bf16, avx512, avx2, portable");
+  return msp::Isa::kPortable;
+}
+
+bool cpu_supports(c10::string_view kernel) { return msp::supported(isa_named(kernel)); }
+
+Tensor bitmask_linear(const Tensor& x, const Tensor& values, const Tensor& bitmask, const Tensor& row_offsets,
+                      const std::optional<Tensor>& bias, int64_t in_features, c10::string_view kernel) {
+  const int64_t rows = row_offsets.numel();
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == in_features, "an input of width ", x.dim() ? x.size(-1) : 0,
+              " meets a weight with in_features = ", in_features);
+  TORCH_CHECK(x.scalar_type() == values.scalar_type() && (!bias || bias->scalar_type() == values.scalar_type()),
+              "input, values and bias must share a dtype, found ", x.scalar_type(), " and ", values.scalar_type());
+  TORCH_CHECK(values.is_contiguous() && bitmask.is_contiguous() && row_offsets.is_contiguous() &&
+                  bitmask.scalar_type() == at::kByte && row_offsets.scalar_type() == at::kLong &&
+                  bitmask.numel() == rows * ((in_features + 7) / 8) &&
+                  (!bias || (bias->is_contiguous() && bias->numel() == rows)),
+              "bitmask, row offsets and bias do not belong to a weight [", rows, ", ", in_features, "]");
+  const msp::Isa isa = isa_named(kernel);
+  TORCH_CHECK(msp::supported(isa), "this CPU does not run the kernel ", kernel);
+  auto shape = x.sizes().vec();
+  shape.back() = rows;
+  Tensor out = at::empty(shape, x.options());
+  if (!out.numel()) return out;
+  const Packed w{values.const_data_ptr(), values.numel(), bitmask.const_data_ptr<uint8_t>(),
+                 row_offsets.const_data_ptr<int64_t>(), rows, in_features};
+  const Tensor flat = x.reshape({-1, in_features});
+  const Tensor* add = bias ? &*bias : nullptr;
+  if (x.scalar_type() == at::kBFloat16)
+    product<at::BFloat16>(w, msp::Type::kBFloat16, isa, flat, add, out);
+  else if (x.scalar_type() == at::kHalf)
+    product<at::Half>(w, msp::Type::kHalf, isa, flat, add, out);
+  else if (x.scalar_type() == at::kFloat)
+    product<float>(w, msp::Type::kFloat, isa, flat, add, out);
+  else
+    TORCH_CHECK(false, "a weight of ", x.scalar_type(), "; the kernels take bfloat16, float16 and float32");
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(msp_plugin, library) {
+  library.def(
+      "bitmask_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? bias, int in_features, "
+      "str kernel) -> Tensor");
+  library.def("cpu_supports(str kernel) -> bool", cpu_supports);
+}
+
+TORCH_LIBRARY_IMPL(msp_plugin, CPU, library) { library.impl("bitmask_linear", bitmask_linear); }
