@@ -38,7 +38,7 @@ def sort_layers(
     """Return which layers of a dense checkpoint a format packs, and why the others stay dense.
 
     With an allocation, the level decides; without one, the weights themselves do, for every matrix in the
-    decoder blocks. Layers that inference fuses are packed all or none.
+    decoder blocks. Layers that inference fuses are packed all or none, if the format asks for it.
 
     Args:
         tensors: the headers of the checkpoint.
@@ -56,7 +56,7 @@ def sort_layers(
             packed[layer] = level.name if level else format.structure
         else:
             dense[layer] = reason
-    for layer in list(packed):
+    for layer in list(packed) if format.fused_together else ():
         for sibling in _siblings(layer):
             if sibling not in packed and f"{sibling}.weight" in tensors:
                 why = dense.get(sibling, "it was not pruned")
