@@ -110,7 +110,7 @@ def _prepare(model: PreTrainedModel) -> None:
     packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedLinear)]
     kernels: Counter[str] = Counter()
     for name, module in packed:
-        choice = module.prepare()
+        choice = module.to(model.dtype).prepare()
         kernels[choice.kernel if choice.kernel != "dense" else f"dense ({choice.reason})"] += 1
         if choice.kernel == "dense":
             linear = nn.Linear(0, 0, bias=False)
