@@ -64,6 +64,15 @@ def sort_layers(
     return Packing({layer: level for layer, level in packed.items() if layer not in dense}, dense)
 
 
+def short_reason(reason: str) -> str:
+    """Return why a layer stays dense without other layers' names and its bytes, so that equal reasons can be counted."""
+    return (
+        "inference fuses them with a dense one"
+        if reason.startswith("inference fuses")
+        else reason.partition(" (")[0]
+    )
+
+
 def _candidates(tensors: Mapping[str, TensorInfo], allocation: Allocation | None) -> dict[str, Level | None]:
     """Return the layers that may be packed, with their level where an allocation gives it."""
     if allocation is not None:

@@ -81,7 +81,9 @@ def _serving() -> Check:
         return Check("vllm", "ok", "not in this environment; serving has one of its own (extra: vllm)")
     entries = {entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")}
     if "msp_sparse24" not in entries:
-        return Check("vllm", "fail", f"{version} does not see the sparse24 plugin", "reinstall msp_plugin")
+        return Check(
+            "vllm", "fail", f"{version} does not see the plugin msp_sparse24", "reinstall msp_plugin"
+        )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "msp_sparse24" not in allowed.split(","):
         return Check(
@@ -90,7 +92,7 @@ def _serving() -> Check:
             f"{version}; VLLM_PLUGINS leaves msp_sparse24 out",
             "add it, or unset VLLM_PLUGINS",
         )
-    return Check("vllm", "ok", f"{version}; the plugin msp_sparse24 serves packed checkpoints")
+    return Check("vllm", "ok", f"{version}; the plugin msp_sparse24 serves sparse24 and bitmask checkpoints")
 
 
 def _device() -> Check:

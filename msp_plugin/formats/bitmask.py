@@ -94,21 +94,17 @@ def pack(weight: torch.Tensor, name: str = "weight") -> Packed:
             hint="make them positive first (positive_zeros): no value changes",
         )
     rows, columns = weight.shape
-    bits, chunks = as_integers(weight).numpy(), row_chunks(rows, columns)
+    integers, chunks = as_integers(weight), row_chunks(rows, columns)
+    bits = integers.numpy()
     bitmask = np.empty((rows, -(-columns // 8)), dtype=np.uint8)
     for part in chunks:
         bitmask[part] = np.packbits(bits[part] != 0, axis=1, bitorder="little")
     ends = _row_counts(bitmask).cumsum()
-    values = np.empty(ends[-1], dtype=bits.dtype)
+    values = torch.empty(int(ends[-1]), dtype=integers.dtype)
     for part in chunks:
-        values[_span(ends, part)] = bits[part][bits[part] != 0]
-    offsets = np.concatenate([[0], ends[:-1]])
-    return Packed(
-        torch.from_numpy(values).view(weight.dtype),
-        torch.from_numpy(bitmask),
-        torch.from_numpy(offsets),
-        (rows, columns),
-    )
+        values.numpy()[_span(ends, part)] = bits[part][bits[part] != 0]
+    offsets = torch.from_numpy(np.concatenate([[0], ends[:-1]]))
+    return Packed(values.view(weight.dtype), torch.from_numpy(bitmask), offsets, (rows, columns))
 
 
 def unpack(packed: Packed, name: str = "weight") -> torch.Tensor:

@@ -5,7 +5,8 @@ Shape legend, for one process of a tensor parallel group: O output rows of all f
 
 from __future__ import annotations
 
-from typing import Any
+from types import MethodType
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -28,6 +29,9 @@ from msp_plugin.serving.vllm.shards import Linear, Shards
 class Sparse24LinearMethod(LinearMethodBase):
     """A linear that runs on a 2:4 kernel where there is one, dense elsewhere.
 
+    Attributes:
+        suffixes: of the tensors that stand for a packed weight.
+
     Args:
         report: collects how the layers of a model are served.
         algorithms: of the kernels, found so far; shared by the layers of a model.
@@ -35,6 +39,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         names: the checkpoint's names of the layers fused into it.
         packed: for each of them, whether the checkpoint holds it packed.
     """
+
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
 
     def __init__(
         self,
@@ -45,7 +51,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         packed: tuple[bool, ...],
     ):
         self.report, self.algorithms, self.prefix = report, algorithms, prefix
-        self.shards = Shards(prefix, names, packed)
+        self.shards = Shards(prefix, names, packed, self.suffixes)
         self._dense = UnquantizedLinearMethod()
 
     def create_weights(
@@ -58,20 +64,19 @@ class Sparse24LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Create ``weight`` if a shard is dense, ``compressed``, ``bitmask`` and ``shape`` if one is packed.
+        """Create ``weight`` if a shard is dense, the tensors of the format if one is packed.
 
         Raises:
             ServingError: vLLM fuses the layer in another way than is known, or cuts a packed weight between
                 bytes.
         """
         loader = extra_weight_attrs.pop("weight_loader")
-        rows, columns = sum(output_partition_sizes), input_size_per_partition
         layer.sparse24_rows, layer.sparse24_columns = list(output_partition_sizes), input_size
         self.shards.expect_parts(len(output_partition_sizes))
         if not all(self.shards.packed):
             self._dense.create_weights(
                 layer,
-                columns,
+                input_size_per_partition,
                 output_partition_sizes,
                 input_size,
                 output_size,
@@ -81,8 +86,16 @@ class Sparse24LinearMethod(LinearMethodBase):
             )
         if getattr(layer, "has_bias", False):  # the bias is created after this, with the loader that it finds
             layer.weight_loader = self.shards.counted(layer, "bias", layer.weight_loader)
-        if not any(self.shards.packed):
-            return
+        if any(self.shards.packed):
+            self._create_packed(layer, input_size_per_partition, params_dtype, loader)
+
+    def _create_packed(self, layer: Linear, columns: int, dtype: torch.dtype, loader: MethodType) -> None:
+        """Create ``compressed``, ``bitmask`` and ``shape``, for the rows of all shards.
+
+        Raises:
+            ServingError: a packed weight would be cut between bytes.
+        """
+        rows, input_size = sum(layer.sparse24_rows), layer.sparse24_columns
         if columns % 8:
             raise ServingError(
                 f"{self.prefix} has {columns} input columns in each process; a packed weight is cut at "
@@ -91,10 +104,10 @@ class Sparse24LinearMethod(LinearMethodBase):
                 if columns < input_size
                 else "export the model to dense, and serve that with quantization sparse24",
             )
-        sizes = {"compressed": (columns // 2, params_dtype), "bitmask": (columns // 8, torch.uint8)}
-        for suffix, (width, dtype) in sizes.items():
+        sizes = {"compressed": (columns // 2, dtype), "bitmask": (columns // 8, torch.uint8)}
+        for suffix, (width, kind) in sizes.items():
             parameter = ModelWeightParameter(
-                data=torch.empty(rows, width, dtype=dtype),
+                data=torch.empty(rows, width, dtype=kind),
                 input_dim=1,
                 output_dim=0,
                 weight_loader=self.shards.counted(layer, suffix, loader),
@@ -106,8 +119,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         )
         # A reload ends when as many values came as there are: each shard writes its shape over the last
         # one's.
-        packed = {n for n, p in zip(self.shards.names, self.shards.packed, strict=True) if p}
-        shape.weight_loader_numel = 2 * len(packed)
+        shape.weight_loader_numel = 2 * len(self.shards.packed_names)
         layer.register_parameter("shape", shape)
 
     def process_weights_after_loading(self, layer: Linear) -> None:
@@ -118,7 +130,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         """
         if hasattr(layer, "sparse24_kernel") and not self.shards.any_loaded:  # called again without a reload
             return
-        if not _is_dummy():
+        if not is_dummy():
             self.shards.check(layer)
         self.shards.forget()
         weight = self._weight(layer)
@@ -166,7 +178,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             dense: torch.Tensor = layer.weight.data
             return dense
         columns = 2 * layer.compressed.shape[1]
-        if _is_dummy():
+        if is_dummy():
             layer.compressed.data.zero_()
             layer.bitmask.data.fill_(0x33)  # any two of four
         parts, start = [], 0
@@ -231,7 +243,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         return out
 
 
-def _is_dummy() -> bool:
+def is_dummy() -> bool:
     """Return True if vLLM makes up the weights (``--load-format dummy``)."""
     config = get_current_vllm_config_or_none()
     return config is not None and str(config.load_config.load_format) == "dummy"
