@@ -68,6 +68,13 @@ def pack_dense(weight: torch.Tensor) -> PackedWeight:
     )
 
 
+def pays(weight: torch.Tensor) -> bool:
+    """Return True if a weight [O, I] takes fewer bytes packed than dense."""
+    rows, columns = weight.shape
+    packed = int(torch.count_nonzero(weight)) * weight.element_size() + rows * (-(-columns // 8) + 8)
+    return packed < weight.nbytes
+
+
 def equal_rows(values: torch.Tensor, bitmask: torch.Tensor, in_features: int) -> PackedWeight:
     """Return the weight whose rows keep equally many values [O, n], as ``sparse-24-bitmask`` stores them."""
     rows, kept = values.shape

@@ -13,7 +13,6 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <cstdlib>
 #include <memory>
 
 #include "expand.h"
@@ -23,9 +22,10 @@ namespace {
 using at::Tensor;
 using msp::Packed;
 
-// Rows of a tile and columns unpacked at a time: 64 KiB to 256 KiB of weights, beside the inputs of those columns.
-int64_t env(const char* n, int64_t d) { return std::getenv(n) ? std::atoi(std::getenv(n)) : d; }
-const int64_t kFewRows = env("FEW", 32), kManyRows = env("MANY", 128), kColumns = env("COLS", 1024);
+// Rows of a tile and columns unpacked at a time: 64 KiB to 1 MiB of weights, beside the inputs of those columns.
+constexpr int64_t kFewRows = 32, kManyRows = 256, kColumns = 1024;
+// Tokens at a time, so that their inputs and sums stay in cache.
+constexpr int64_t kMostTokens = 1024;
 // Rows that a thread takes at a time in products straight from packed weights.
 constexpr int64_t kDotRows = 16;
 // Weights that are worth a second thread.
@@ -52,72 +52,94 @@ Tensor padded_input(const Tensor& x, at::ScalarType type) {
   return out;
 }
 
-// out[t, row] = sums[row - begin, t] plus bias[row]; in blocks, because one of the two is read or written across rows.
+// out[t, row] = sums[(row - begin) * stride + t] plus bias[row]; in blocks, because one of the two is read or written across rows.
 template <class Float>
-void write(const float* sums, const Tensor* bias, int64_t begin, int64_t end, int64_t tokens, int64_t rows, Float* out) {
+void write(const float* sums, int64_t stride, const Tensor* bias, int64_t begin, int64_t end, int64_t tokens,
+           int64_t rows, Float* out) {
   constexpr int64_t kBlock = 16;
   const Float* add = bias ? bias->const_data_ptr<Float>() : nullptr;
   for (int64_t first = begin; first < end; first += kBlock)
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t row = first; row < std::min(first + kBlock, end); ++row) {
-        const float value = sums[(row - begin) * tokens + t];
+        const float value = sums[(row - begin) * stride + t];
         out[t * rows + row] = static_cast<Float>(add ? value + static_cast<float>(add[row]) : value);
       }
 }
 
 template <class Float>
-void few(const Packed& w, const msp::Kernel& kernel, const Tensor& x, const Tensor* bias, Tensor& out) {
+void few(const Packed& w, const msp::Kernel& kernel, const Tensor& x, const Tensor* bias, Float* out) {
   const int64_t tokens = x.size(0);
   const Tensor input = padded_input(x, kernel.input16 ? at::kBFloat16 : at::kFloat);
   const char* data = static_cast<const char*>(input.const_data_ptr());
-  Float* to = out.mutable_data_ptr<Float>();
   const int64_t bytes = msp::padded(w.columns) * input.element_size();
   for_rows(w.rows, w.columns, kDotRows, [&](int64_t begin, int64_t end) {
     float sums[kDotRows * msp::kTokens];
     for (int64_t t = 0; t < tokens; t += msp::kTokens) {
       const int64_t some = std::min(msp::kTokens, tokens - t);
       kernel.dot(w, data + t * bytes, some, begin, end, sums);
-      write(sums, bias, begin, end, some, w.rows, to + t * w.rows);
+      write(sums, some, bias, begin, end, some, w.rows, out + t * w.rows);
     }
   });
 }
 
+// x [T, words] to [words, padded_tokens], zeros for the tokens that are not there.
+Tensor transposed(const Tensor& x, int64_t padded_tokens) {
+  constexpr int64_t kBlock = 16;  // a cache line of words
+  const int64_t tokens = x.size(0), words = x.size(1);
+  Tensor out = at::zeros({words, padded_tokens}, x.options());
+  const auto* from = static_cast<const uint32_t*>(x.const_data_ptr());
+  auto* to = static_cast<uint32_t*>(out.mutable_data_ptr());
+  at::parallel_for(0, words / kBlock, std::max<int64_t>(1, 4096 / tokens), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin * kBlock; block < end * kBlock; block += kBlock)
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = block; i < block + kBlock; ++i) to[i * padded_tokens + t] = from[t * words + i];
+  });
+  return out;
+}
+
 // out [T, O] by tiles: W [rows, columns] x^T [columns, T], summed over the columns in float.
 template <class Float, class Weight>
-void many(const Packed& w, msp::Unpack unpack, const Tensor& x, const Tensor* bias, Tensor& out) {
+void many(const Packed& w, msp::Unpack unpack, const Tensor& x, const Tensor* bias, Float* out) {
   constexpr bool pairs = sizeof(Weight) == 2;  // 16-bit inputs stand in pairs of columns, as AMX reads them
   const int64_t tokens = x.size(0), width = msp::padded(w.columns);
+  // oneDNN makes a kernel for each number of tokens: few numbers, few kernels.
+  const int64_t even = tokens > 64 ? (tokens + 63) / 64 * 64 : (tokens + 15) / 16 * 16;
   Tensor input = padded_input(x, c10::CppTypeToScalarType<Weight>::value);
-  input = (pairs ? input.view(at::kInt) : input).t().contiguous();
+  input = transposed(pairs ? input.view(at::kInt) : input, even);
   const Weight* data = static_cast<const Weight*>(input.const_data_ptr());
-  Float* to = out.mutable_data_ptr<Float>();
   const int64_t tile = tokens > 64 ? kManyRows : kFewRows, step = std::min(kColumns, width);
   for_rows(w.rows, w.columns, tile, [&](int64_t begin, int64_t end) {
     const int64_t rows = end - begin;
     std::unique_ptr<Weight[]> weights(new Weight[tile * step]);
-    std::unique_ptr<float[]> sums(new float[tile * tokens]);
-    int64_t places[1024];
+    std::unique_ptr<float[]> sums(new float[tile * even]);
+    int64_t places[kManyRows];
     for (int64_t row = begin; row < end; ++row) places[row - begin] = w.start(row);
     for (int64_t c = 0; c < width; c += step) {
       const int64_t columns = std::min(step, width - c);
       unpack(w, begin, end, c, c + columns, places, weights.get(), step);
-      at::native::cpublas::brgemm(rows, tokens, columns, step, tokens, tokens, c > 0, weights.get(), data + c * tokens,
+      at::native::cpublas::brgemm(rows, even, columns, step, even, even, c > 0, weights.get(), data + c * even,
                                   sums.get(), pairs);
     }
-    at::native::cpublas::brgemm_release(pairs);
-    write(sums.get(), bias, begin, end, tokens, w.rows, to);
+    at::native::cpublas::brgemm_release(pairs);  // gives AMX's registers back
+    write(sums.get(), even, bias, begin, end, tokens, w.rows, out);
   });
 }
 
 template <class Float>
 void product(const Packed& w, msp::Type type, msp::Isa isa, const Tensor& x, const Tensor* bias, Tensor& out) {
   const msp::Kernel kernel = msp::kernel(isa, type);
-  static const int64_t most = std::getenv("MSP_MOST") ? std::atoi(std::getenv("MSP_MOST")) : msp::kTokens;
-  if (x.size(0) <= most) return few<Float>(w, kernel, x, bias, out);
-  if constexpr (sizeof(Float) == 2)
-    if (kernel.unpack16 && at::native::cpublas::could_pack(c10::CppTypeToScalarType<Float>::value))
-      return many<Float, Float>(w, kernel.unpack16, x, bias, out);
-  many<Float, float>(w, kernel.unpack, x, bias, out);
+  Float* to = out.mutable_data_ptr<Float>();
+  if (x.size(0) <= msp::kTokens) return few<Float>(w, kernel, x, bias, to);
+  const bool amx = kernel.unpack16 && at::native::cpublas::could_pack(c10::CppTypeToScalarType<Float>::value);
+  for (int64_t t = 0; t < x.size(0); t += kMostTokens) {
+    const Tensor some = x.narrow(0, t, std::min(kMostTokens, x.size(0) - t));
+    if constexpr (sizeof(Float) == 2)
+      if (amx) {
+        many<Float, Float>(w, kernel.unpack16, some, bias, to + t * w.rows);
+        continue;
+      }
+    many<Float, float>(w, kernel.unpack, some, bias, to + t * w.rows);
+  }
 }
 
 msp::Isa isa_named(c10::string_view name) {
