@@ -113,8 +113,7 @@ def _prepare(model: PreTrainedModel) -> None:
         choice = module.to(model.dtype).prepare()
         kernels[choice.kernel if choice.kernel != "dense" else f"dense ({choice.reason})"] += 1
         if choice.kernel == "dense":
-            linear = nn.Linear(0, 0, bias=False)
-            linear.in_features, linear.out_features = module.in_features, module.out_features
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(module.weight, requires_grad=False)
             linear.bias = module.bias
             model.set_submodule(name, linear.eval())

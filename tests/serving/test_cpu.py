@@ -148,7 +148,9 @@ def test_rows_of_equal_length_are_those_of_2_4():
 
 
 def test_weights_of_any_mix_are_one_call():
-    weights = [weight_of(rows, 48, kept, torch.bfloat16, rows) for rows, kept in ((5, 0.5), (3, 1.0), (9, 0.2))]
+    weights = [
+        weight_of(rows, 48, kept, torch.bfloat16, rows) for rows, kept in ((5, 0.5), (3, 1.0), (9, 0.2))
+    ]
     x = inputs(2, 48, torch.bfloat16)
     packed = concatenate([pack_dense(weight) for weight in weights])
     check_structure(packed, "fused")
@@ -188,13 +190,17 @@ def test_tensors_that_contradict_each_other_are_refused_by_name(damage, message)
     seed=st.integers(0, 2**20), dtype=st.sampled_from(DTYPES), rows=st.integers(1, 12), columns=st.integers(1, 150),
     count=st.integers(0, 300), tokens=st.sampled_from([1, 3, 6]),
 )  # fmt: skip
-def test_hostile_masks_and_offsets_end_in_numbers_of_the_values(kernel, seed, dtype, rows, columns, count, tokens):
+def test_hostile_masks_and_offsets_end_in_numbers_of_the_values(
+    kernel, seed, dtype, rows, columns, count, tokens
+):
     """Where they lead beyond the values, zeros are read: each output is a sum of the values that are there."""
     random = np.random.default_rng(seed)
     values = torch.ones(count, dtype=dtype)
     bitmask = torch.from_numpy(random.integers(0, 256, (rows, -(-columns // 8)), dtype=np.uint8))
     offsets = torch.from_numpy(random.choice([-(2**62), -1, 0, 1, count, count + 1, 2**62], rows))
-    out = linear(torch.ones(tokens, columns, dtype=dtype), PackedWeight(values, bitmask, offsets, columns), kernel)
+    out = linear(
+        torch.ones(tokens, columns, dtype=dtype), PackedWeight(values, bitmask, offsets, columns), kernel
+    )
     bits = np.unpackbits(bitmask.numpy(), axis=1, count=columns, bitorder="little").sum(axis=1)
     starts = [o if 0 <= o <= count else count for o in offsets.tolist()]
     expected = [min(int(b), count - start) for b, start in zip(bits, starts, strict=True)]
@@ -208,7 +214,12 @@ def test_a_call_with_wrong_tensors_is_refused():
         (lambda: linear(x.half(), packed, HERE[0]), "must share a dtype"),
         (lambda: linear(x, packed, "sse"), "there is no kernel sse"),
         (lambda: linear(x, packed, HERE[0], torch.ones(5)), "do not belong to a weight"),
-        (lambda: linear(x, PackedWeight(packed.values, packed.bitmask[1:], packed.row_offsets, 16), HERE[0]), "do not"),
+        (
+            lambda: linear(
+                x, PackedWeight(packed.values, packed.bitmask[1:], packed.row_offsets, 16), HERE[0]
+            ),
+            "do not",
+        ),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
@@ -235,7 +246,10 @@ def test_the_environment_forces_a_kernel(kernel, monkeypatch):
 
 def test_the_environment_forces_dense_and_no_unknown_kernel(monkeypatch):
     monkeypatch.setenv(FORCE, "dense")
-    assert (choose(torch.bfloat16).kernel, choose(torch.bfloat16).reason) == ("dense", "MSP_CPU_KERNEL says so")
+    assert (choose(torch.bfloat16).kernel, choose(torch.bfloat16).reason) == (
+        "dense",
+        "MSP_CPU_KERNEL says so",
+    )
     monkeypatch.setenv(FORCE, "avx1024")
     with pytest.raises(ServingError, match="avx1024") as error:
         choose(torch.bfloat16)
@@ -305,8 +319,8 @@ def test_processes_that_build_at_once_share_one_library(tmp_path):
     real = build._library()
     script = tmp_path / "cxx"
     script.write_text(
-        f"#!/bin/sh\n[ \"$1\" = --version ] && echo mine && exit\necho x >> {tmp_path}/calls\nsleep 1\n"
-        f"for last; do :; done\ncp {real} \"$last\"\n"
+        f'#!/bin/sh\n[ "$1" = --version ] && echo mine && exit\necho x >> {tmp_path}/calls\nsleep 1\n'
+        f'for last; do :; done\ncp {real} "$last"\n'
     )
     script.chmod(0o755)
     environment = {**os.environ, "CXX": str(script), "MSP_CACHE": str(tmp_path / "cache")}

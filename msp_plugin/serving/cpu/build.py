@@ -64,8 +64,26 @@ def _fake(
     return x.new_empty((*x.shape[:-1], row_offsets.numel()))
 
 
+def is_built() -> bool | str:
+    """Return whether the cache holds the library for this machine and torch; the reason if it cannot be built."""
+    try:
+        return _plan()[1].is_file()
+    except _BuildError as error:
+        return str(error)
+
+
 def _library() -> Path:
-    """Return the built library in the cache, named by all that it depends on."""
+    """Return the library in the cache, built if it is not there."""
+    command, library = _plan()
+    if not library.is_file():
+        with locked(library.with_suffix(".lock"), "it builds the CPU kernels", wait=True):
+            if not library.is_file():  # another process may have built it meanwhile
+                _build(command, library)
+    return library
+
+
+def _plan() -> tuple[list[str], Path]:
+    """Return the compiler's command, and the library's place, named by all that it depends on."""
     if sys.platform not in ("linux", "darwin"):
         raise _BuildError(f"the kernels are not built on {sys.platform}")
     compiler = shlex.split(os.environ.get("CXX") or "c++")
@@ -84,12 +102,7 @@ def _library() -> Path:
     ]
     sources = [(folder / name).read_text(encoding="utf-8") for name in _SOURCES]
     key = digest([sources, command, version, torch.__version__, platform.machine(), sys.platform])
-    library = cache_directory(None) / "kernels" / f"{key[:32]}.so"
-    if not library.is_file():
-        with locked(library.with_suffix(".lock"), "it builds the CPU kernels", wait=True):
-            if not library.is_file():  # another process may have built it meanwhile
-                _build(command, library)
-    return library
+    return command, cache_directory(None) / "kernels" / f"{key[:32]}.so"
 
 
 def _build(command: list[str], library: Path) -> None:
@@ -110,7 +123,9 @@ def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     except OSError as error:
-        raise _BuildError(f"no C++ compiler: {command[0]}: {error.strerror} (set CXX, or install g++)") from error
+        raise _BuildError(
+            f"no C++ compiler: {command[0]}: {error.strerror} (set CXX, or install g++)"
+        ) from error
     except subprocess.TimeoutExpired as error:
         raise _BuildError(f"the compiler {command[0]} did not end within {_TIMEOUT} s") from error
     if done.returncode:

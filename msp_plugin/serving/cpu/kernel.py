@@ -63,9 +63,7 @@ def pack_dense(weight: torch.Tensor) -> PackedWeight:
     kept = (weight != 0) | torch.signbit(weight)
     counts = kept.sum(1)
     bits = np.packbits(kept.numpy(), axis=1, bitorder="little")
-    return PackedWeight(
-        weight[kept], torch.from_numpy(bits), _starts(counts), weight.shape[1]
-    )
+    return PackedWeight(weight[kept], torch.from_numpy(bits), _starts(counts), weight.shape[1])
 
 
 def pays(weight: torch.Tensor) -> bool:
@@ -118,11 +116,15 @@ def check_structure(weight: PackedWeight, name: str) -> None:
     beyond = columns % 8 and int((bits[:, -1] >> columns % 8).max(initial=0))
     wrong = torch.nonzero(weight.row_offsets != _starts(counts))
     if beyond or len(wrong) or int(counts.sum()) != weight.values.numel():
-        found = "the bitmask has ones beyond the last column" if beyond else (
-            f"row {int(wrong[0])} starts at {int(weight.row_offsets[wrong[0]])}, the bitmask has "
-            f"{int(_starts(counts)[wrong[0]])} ones before it"
-            if len(wrong)
-            else f"the bitmask has {int(counts.sum()):,} ones, there are {weight.values.numel():,} values"
+        found = (
+            "the bitmask has ones beyond the last column"
+            if beyond
+            else (
+                f"row {int(wrong[0])} starts at {int(weight.row_offsets[wrong[0]])}, the bitmask has "
+                f"{int(_starts(counts)[wrong[0]])} ones before it"
+                if len(wrong)
+                else f"the bitmask has {int(counts.sum()):,} ones, there are {weight.values.numel():,} values"
+            )
         )
         raise FormatError(f"{name}: {found}", hint="the file is damaged: export or download it anew")
 

@@ -39,7 +39,9 @@ class PackedLinear(nn.Module):
         self.format, self.name, self.kernel = format, name, "dense"
         self.out_features, self.in_features = shape
         for suffix, tensor in stored.items():
-            if tensor.is_floating_point():  # a parameter, because those come in the dtype that a load asks for
+            if (
+                tensor.is_floating_point()
+            ):  # a parameter, because those come in the dtype that a load asks for
                 self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
             else:
                 self.register_buffer(suffix, tensor)
@@ -49,7 +51,9 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight [out_features, in_features], unpacked anew each time."""
-        return self.format.unpack({suffix: self._stored(suffix) for suffix in self.format.suffixes}, self.name)
+        return self.format.unpack(
+            {suffix: self._stored(suffix) for suffix in self.format.suffixes}, self.name
+        )
 
     @property
     def packed(self) -> PackedWeight:

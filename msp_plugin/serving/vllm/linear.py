@@ -229,7 +229,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Return True if the weight is a CPU's own to serve."""
         if weight.device.type != "cpu":
             return False
-        return kernels.choose((weight.shape[0], weight.shape[1]), weight.dtype, weight.device).kernel == "dense"
+        return (
+            kernels.choose((weight.shape[0], weight.shape[1]), weight.dtype, weight.device).kernel == "dense"
+        )
 
     def _pack_on_cpu(self, weight: torch.Tensor) -> tuple[PackedWeight | None, kernels.Choice, str]:
         """Return the weight of all shards for the CPU's kernel, or None; why; and the kernel that was wanted.
