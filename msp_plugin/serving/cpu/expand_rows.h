@@ -5,13 +5,16 @@
 template <class Step, bool safe, int rows, int tokens>
 MSP_TARGET void dot_rows(const Packed& w, const typename Step::Input* x, int64_t row, float* out) {
   const int64_t width = padded(w.columns), whole = w.columns / kStep * kStep;
-  int64_t stride = w.mask_bytes(), end = whole, places[rows];
-  const uint8_t* masks = w.masks + row * stride;
+  const uint8_t *values = static_cast<const uint8_t*>(w.values), *values_end = values + w.count * Step::kBytes;
+  const uint8_t *masks = w.masks + row * w.mask_bytes(), *from[rows];
+  int64_t stride = w.mask_bytes(), end = whole, ahead[rows];  // ahead: bytes to the same place in the next rows
   uint32_t tails[rows];  // the masks of the last columns
   typename Step::Sum sums[rows][tokens];
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
-    places[r] = w.start(row + r);
+    const int64_t next = row + r + rows < w.rows ? w.start(row + r + rows) : w.count;
+    from[r] = values + w.start(row + r) * Step::kBytes;
+    ahead[r] = (next - w.start(row + r)) * Step::kBytes;
     tails[r] = mask_bits(masks + r * stride, whole, w.columns);
 #pragma GCC unroll 4
     for (int t = 0; t < tokens; ++t) sums[r][t] = Step::zero();
@@ -22,13 +25,12 @@ MSP_TARGET void dot_rows(const Packed& w, const typename Step::Input* x, int64_t
       for (int r = 0; r < rows; ++r) {
         uint32_t bits;
         std::memcpy(&bits, masks + r * stride, 4);
-        if constexpr (safe)
-          _mm_prefetch(static_cast<const char*>(w.values) + places[r] * Step::kBytes + kAhead, _MM_HINT_T0);
+        if constexpr (safe) _mm_prefetch(reinterpret_cast<const char*>(from[r] + ahead[r]), _MM_HINT_T0);
 #pragma GCC unroll 4
         for (int i = 0; i < kStep; i += Step::kLanes) {
           const uint32_t part = kept_bits<Step::kLanes>(bits, i);
-          const auto weights = Step::template expand<safe>(w, part, places[r]);
-          places[r] += _mm_popcnt_u32(part);
+          const auto weights = Step::template expand<safe>(from[r], values_end, part);
+          from[r] += _mm_popcnt_u32(part) * Step::kBytes;
 #pragma GCC unroll 4
           for (int t = 0; t < tokens; ++t) sums[r][t] = Step::add(sums[r][t], weights, x + t * width + c + i);
         }
@@ -73,19 +75,18 @@ void dot(const Packed& w, const void* x, int64_t tokens, int64_t begin, int64_t 
 template <class Step, bool safe>
 MSP_TARGET int64_t unpack_row(const Packed& w, int64_t row, int64_t first, int64_t last, int64_t place,
                               typename Step::Output* out) {
-  const uint8_t* mask = w.masks + row * w.mask_bytes();
+  const uint8_t *values = static_cast<const uint8_t*>(w.values), *values_end = values + w.count * Step::kBytes;
+  const uint8_t *mask = w.masks + row * w.mask_bytes(), *from = values + place * Step::kBytes;
   for (int64_t c = first; c < last; c += kStep, out += kStep) {
     const uint32_t bits = mask_bits(mask, c, w.columns);
-    if constexpr (safe)
-      _mm_prefetch(static_cast<const char*>(w.values) + place * Step::kBytes + kAhead, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int i = 0; i < kStep; i += Step::kLanes) {
       const uint32_t part = kept_bits<Step::kLanes>(bits, i);
-      Step::store(out + i, Step::template expand<safe>(w, part, place));
-      place += _mm_popcnt_u32(part);
+      Step::store(out + i, Step::template expand<safe>(from, values_end, part));
+      from += _mm_popcnt_u32(part) * Step::kBytes;
     }
   }
-  return place;
+  return (from - values) / Step::kBytes;
 }
 
 template <class Step>

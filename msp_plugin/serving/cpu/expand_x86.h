@@ -12,8 +12,6 @@
 namespace msp::x86 {
 
 constexpr int64_t kRows = 4;  // rows at a time: their chains of loads and sums overlap
-// Bytes ahead of the values in use that are fetched; measured on Sapphire Rapids, flat from 512 to 2048.
-constexpr int64_t kAhead = 1024;
 
 inline bool supported(Isa isa) {
   __builtin_cpu_init();
@@ -29,13 +27,18 @@ inline bool supported(Isa isa) {
 // True if no mask of the row can lead a load of `lanes` values beyond the last value.
 inline bool is_safe(const Packed& w, int64_t place) { return place <= w.count - padded(w.columns) - 64; }
 
-inline int64_t left(const Packed& w, int64_t place) { return place < w.count ? w.count - place : 0; }
+// How many values of `bytes` each are left from `from` on, at most `most`.
+MSP_INLINE int64_t left(const uint8_t* from, const uint8_t* end, int64_t bytes, int64_t most) {
+  return from >= end ? 0 : (end - from) / bytes < most ? (end - from) / bytes : most;
+}
 
 // Bits `from` to `from + lanes` of 32, lowest first.
 template <int lanes>
 MSP_INLINE uint32_t kept_bits(uint32_t bits, int from) {
-  if constexpr (lanes == 32) return bits;
-  return bits >> from & ((uint32_t(1) << lanes) - 1);
+  if constexpr (lanes == 32)
+    return bits;
+  else
+    return bits >> from & ((uint32_t(1) << lanes) - 1);
 }
 
 // For each byte of a mask: which of the next values each of eight columns takes; 0x80 for none.
@@ -67,11 +70,10 @@ struct Avx2 {
   using Sum = __m256;
 
   template <bool safe>
-  MSP_AVX2 static MSP_INLINE __m256 expand(const Packed& w, uint32_t bits, int64_t place) {
+  MSP_AVX2 static MSP_INLINE __m256 expand(const uint8_t* from, const uint8_t* end, uint32_t bits) {
     alignas(32) uint8_t rest[kLanes * kBytes] = {};
-    const uint8_t* from = static_cast<const uint8_t*>(w.values) + place * kBytes;
     if constexpr (!safe) {
-      const int64_t some = left(w, place) < kLanes ? left(w, place) : kLanes;
+      const int64_t some = left(from, end, kBytes, kLanes);
       if (some) std::memcpy(rest, from, some * kBytes);
       from = rest;
     }
@@ -109,15 +111,14 @@ struct Avx512 {
   using Sum = __m512;
 
   template <bool safe>
-  MSP_AVX512 static MSP_INLINE __m512 expand(const Packed& w, uint32_t bits, int64_t place) {
-    const int64_t some = safe ? kLanes : left(w, place) < kLanes ? left(w, place) : kLanes;
+  MSP_AVX512 static MSP_INLINE __m512 expand(const uint8_t* from, const uint8_t* end, uint32_t bits) {
+    const int64_t some = safe ? kLanes : left(from, end, kBytes, kLanes);
     const __mmask16 here = static_cast<__mmask16>((uint32_t(1) << some) - 1);
     __m512 kept;
     if constexpr (type == Type::kFloat) {
-      const float* from = static_cast<const float*>(w.values) + place;
       kept = safe ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(here, from);
+      asm("" : "+v"(kept));
     } else {
-      const uint16_t* from = static_cast<const uint16_t*>(w.values) + place;
       const __m256i raw = safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
                                : _mm256_maskz_loadu_epi16(here, from);
       kept = type == Type::kHalf ? _mm512_cvtph_ps(raw)
@@ -141,12 +142,12 @@ struct Bf16 {
   using Sum = __m512;
 
   template <bool safe>
-  MSP_BF16 static MSP_INLINE __m512i expand(const Packed& w, uint32_t bits, int64_t place) {
-    const uint16_t* from = static_cast<const uint16_t*>(w.values) + place;
-    if constexpr (safe) return _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(from));
-    const int64_t some = left(w, place) < kLanes ? left(w, place) : kLanes;
+  MSP_BF16 static MSP_INLINE __m512i expand(const uint8_t* from, const uint8_t* end, uint32_t bits) {
+    const int64_t some = safe ? kLanes : left(from, end, kBytes, kLanes);
     const __mmask32 here = static_cast<__mmask32>((uint64_t(1) << some) - 1);
-    return _mm512_maskz_expand_epi16(bits, _mm512_maskz_loadu_epi16(here, from));
+    __m512i kept = safe ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(here, from);
+    asm("" : "+v"(kept));  // in a register: vpexpandw from memory was slower
+    return _mm512_maskz_expand_epi16(bits, kept);
   }
   MSP_BF16 static MSP_INLINE __m512 zero() { return _mm512_setzero_ps(); }
   MSP_BF16 static MSP_INLINE __m512 add(__m512 sum, __m512i weights, const uint16_t* x) {
