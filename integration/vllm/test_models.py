@@ -178,13 +178,15 @@ def test_a_file_with_a_flipped_bit_is_refused(answers):
     assert "model.safetensors has other bytes than were written" in answers["flipped"]["error"]
 
 
-def test_a_packed_model_runs_with_weights_that_vllm_makes_up(answers):
-    assert "error" not in answers["made-up"], answers["made-up"]["error"]
+@pytest.mark.parametrize("name", ["made-up", "made-up-bitmask"])
+def test_a_packed_model_runs_with_weights_that_vllm_makes_up(answers, name):
+    assert "error" not in answers[name], answers[name]["error"]
 
 
-def test_two_tensor_parallel_processes_give_the_same_tokens(answers, models, tmp_path):
+@pytest.mark.parametrize("form", ["packed", "bitmask"])
+def test_two_tensor_parallel_processes_give_the_same_tokens(answers, models, form, tmp_path):
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    jobs = {"two": {"model": str(models / "llama-packed"), "options": options}}
+    jobs = {"two": {"model": str(models / f"llama-{form}"), "options": options}}
     found = run(jobs, tmp_path, 150)["two"]
     assert answer(found)[0] == answers["llama"]["tokens"]
     assert sorted(line["rank"] for line in found["report"]) == [0] * 8 + [1] * 8
