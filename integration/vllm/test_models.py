@@ -112,8 +112,8 @@ def test_the_answers_are_worth_comparing(answers):
 def test_a_dense_model_is_served_with_the_methods_name(answers):
     assert answer(answers["llama-at-load"]) == answer(answers["llama"])
     found = {line["layer"]: line["reason"] for line in answers["llama-at-load"]["report"]}
-    assert found.pop(DENSE_LAYER) == "no sparse kernel on cpu"
-    assert set(found.values()) == {"no sparse kernel on cpu"} and len(found) == 7
+    assert found.pop(DENSE_LAYER) == "packing does not pay"
+    assert set(found.values()) == {"MSP_CPU_KERNEL says so"} and len(found) == 7
 
 
 @pytest.mark.parametrize("name", ["llama-packed", "llama-bitmask", "llama-at-load"])

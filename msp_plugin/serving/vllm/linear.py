@@ -22,6 +22,7 @@ from msp_plugin.errors import MSPError, ServingError
 from msp_plugin.formats.sparse24 import SUFFIXES, Packed, is_packable, unpack
 from msp_plugin.serving import kernels
 from msp_plugin.serving.algorithms import TOLERANCE, FoundAlgorithms
+from msp_plugin.serving.cpu.kernel import KERNELS, PackedWeight, checked_choice, choose, pack_dense, pays
 from msp_plugin.serving.vllm.report import LayerReport, Report
 from msp_plugin.serving.vllm.shards import Linear, Shards
 
@@ -134,12 +135,20 @@ class Sparse24LinearMethod(LinearMethodBase):
             self.shards.check(layer)
         self.shards.forget()
         weight = self._weight(layer)
-        choice, served = self._choose(weight), None
-        wanted = choice.kernel
-        if wanted != "dense":
-            served, choice = self._pack(weight, choice)
+        served: kernels.Packed24 | PackedWeight | None = None
+        if self._on_cpu(weight):
+            served, choice, wanted = self._pack_on_cpu(weight)
+        else:
+            choice = self._choose(weight)
+            wanted = choice.kernel
+            if wanted != "dense":
+                served, choice = self._pack(weight, choice)
         layer.sparse24_kernel = choice.kernel
-        if served is None:
+        if isinstance(served, PackedWeight):
+            layer.register_parameter("weight", torch.nn.Parameter(served.values, requires_grad=False))
+            layer.register_buffer("msp_bitmask", served.bitmask)
+            layer.register_buffer("msp_row_offsets", served.row_offsets)
+        elif served is None:
             if any(self.shards.packed):  # else vLLM's own parameter stays, which it can load into again
                 layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
         else:
@@ -154,7 +163,11 @@ class Sparse24LinearMethod(LinearMethodBase):
             self._dense.process_weights_after_loading(layer)
 
     def _report(
-        self, choice: kernels.Choice, wanted: str, dense_bytes: int, served: kernels.Packed24 | None
+        self,
+        choice: kernels.Choice,
+        wanted: str,
+        dense_bytes: int,
+        served: kernels.Packed24 | PackedWeight | None,
     ) -> None:
         """Report how the layer is served: by which kernel, why not by the wanted one, in how many bytes."""
         shards = zip(self.shards.names, self.shards.packed, strict=True)
@@ -212,6 +225,30 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Return True if dense weights are packed when they are 2:4."""
         return False
 
+    def _on_cpu(self, weight: torch.Tensor) -> bool:
+        """Return True if the weight is a CPU's own to serve."""
+        if weight.device.type != "cpu":
+            return False
+        return (
+            kernels.choose((weight.shape[0], weight.shape[1]), weight.dtype, weight.device).kernel == "dense"
+        )
+
+    def _pack_on_cpu(self, weight: torch.Tensor) -> tuple[PackedWeight | None, kernels.Choice, str]:
+        """Return the weight of all shards for the CPU's kernel, or None; why; and the kernel that was wanted.
+
+        Shards of all forms become one packed weight, so that a fused linear is one call.
+        """
+        if not any(self.shards.packed) and not self._may_pack():
+            return None, kernels.Choice("dense", "the checkpoint stores it dense"), "dense"
+        if not pays(weight):
+            return None, kernels.Choice("dense", "packing does not pay"), "dense"
+        wanted = choose(weight.dtype)
+        if wanted.kernel == "dense":
+            return None, wanted, "dense"
+        packed = pack_dense(weight)
+        choice = checked_choice(weight, packed)
+        return packed if choice.kernel != "dense" else None, choice, wanted.kernel
+
     def _pack(
         self, weight: torch.Tensor, choice: kernels.Choice
     ) -> tuple[kernels.Packed24 | None, kernels.Choice]:
@@ -230,6 +267,16 @@ class Sparse24LinearMethod(LinearMethodBase):
         out: torch.Tensor
         if layer.sparse24_kernel == "dense":
             out = self._dense.apply(layer, x, bias)
+        elif layer.sparse24_kernel in KERNELS:
+            out = torch.ops.msp_plugin.bitmask_linear(
+                x,
+                layer.weight,
+                layer.msp_bitmask,
+                layer.msp_row_offsets,
+                bias,
+                x.shape[-1],
+                layer.sparse24_kernel,
+            )
         else:
             out = torch.ops.msp_plugin.sparse24_linear(
                 x,
