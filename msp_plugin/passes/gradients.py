@@ -22,32 +22,32 @@ def backward_passes(
     model: torch.nn.Module,
     data: CalibrationSet,
     layers: Iterable[str],
-    add: Callable[[str, torch.Tensor, torch.Tensor], None],
+    add: Callable[[int, str, torch.Tensor, torch.Tensor], None],
     progress: Progress = silent,
 ) -> None:
     """Run a backward pass of each sample's mean cross entropy; the model is left as it was.
 
     Args:
-        add: called with a layer's name, its inputs [T, I] and the gradients of its outputs [T, O], once
-            per sample and call of the layer.
+        add: called with the number of the sample, a layer's name, its inputs [T, I] and the gradients of its outputs
+            [T, O], once per sample and call of the layer.
 
     Raises:
         NumericsError: a sample's loss is not finite.
     """
-    device = input_device(model)
-    with activation_gradients(model, layers, add):
-        for done, sample in enumerate(data.samples):
+    device, number = input_device(model), 0
+    with activation_gradients(model, layers, lambda name, x, dy: add(number, name, x, dy)):
+        for number, sample in enumerate(data.samples):
             ids = sample[None].to(device)
             logits = model(ids, use_cache=False).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
             if not torch.isfinite(loss):
-                which = f"calibration sample {done}" if len(data) > 1 else "a calibration sample"
+                which = f"calibration sample {number}" if len(data) > 1 else "a calibration sample"
                 raise NumericsError(
                     f"the loss of {which} is not finite",
                     hint="the activations overflow: try dtype float32",
                 )
             loss.backward()
-            progress(done + 1, len(data))
+            progress(number + 1, len(data))
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class FisherTrace(Estimator):
         chosen = CalibrationSet(data.samples[: self.samples], data.source)
         totals = {name: torch.zeros((), dtype=torch.float64) for name in layers}
 
-        def add(name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
+        def add(number: int, name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
             totals[name] += squared_gradient_norms(x[None], dy[None]).sum().cpu()
 
         backward_passes(model, chosen, layers, add, progress)

@@ -105,19 +105,13 @@ def fisher_diagonals(
         layer: torch.zeros(module.weight.shape, device=weight_device(module))
         for layer, module in modules.items()
     }
-    at = 0
 
-    def add(name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
+    def add(number: int, name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
         gradient = dy.float().T @ x.float()
-        tokens = len(own.samples[at])  # not len(x): an expert sees some of them
+        tokens = len(own.samples[number])  # not len(x): an expert sees some of them
         totals[name].addcmul_(gradient, gradient, value=tokens / len(data))
 
-    def report(done: int, total: int) -> None:
-        nonlocal at
-        at = done
-        progress(done, total)
-
-    ranks.gather(lambda: backward_passes(model, own, layers, add, report))
+    ranks.gather(lambda: backward_passes(model, own, layers, add, progress))
     return {layer: ranks.all_reduce_sum(total) for layer, total in totals.items()}
 
 

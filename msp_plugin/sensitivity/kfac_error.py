@@ -79,17 +79,11 @@ def output_gradient_squares(
         layer: torch.zeros(len(module.weight), dtype=torch.float64, device=weight_device(module))
         for layer, module in modules.items()
     }
-    at = 0
 
-    def add(name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
-        tokens = len(own.samples[at])  # not len(dy): an expert sees some of them
+    def add(number: int, name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
+        tokens = len(own.samples[number])  # not len(dy): an expert sees some of them
         squares = dy.float().square().sum(dim=0, dtype=torch.float64)
         totals[name].add_(squares, alpha=tokens**2 / data.tokens)
 
-    def report(done: int, total: int) -> None:
-        nonlocal at
-        at = done
-        progress(done, total)
-
-    ranks.gather(lambda: backward_passes(model, own, layers, add, report))
+    ranks.gather(lambda: backward_passes(model, own, layers, add, progress))
     return {layer: ranks.all_reduce_sum(total).cpu() for layer, total in totals.items()}
