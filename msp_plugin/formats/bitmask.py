@@ -215,7 +215,9 @@ class SparseBitmask(PackedFormat):
         rows, columns = shape
         if level is None:
             return None
-        return self._cost((rows, columns), dtype, level.kept(rows, columns), f"at level {level.name} ")
+        return self._cost(
+            (rows, columns), dtype, level.kept(Layer(layer, rows, columns)), f"at level {level.name} "
+        )
 
     def refuses_weight(self, weight: torch.Tensor) -> str | None:
         rows, columns = weight.shape
