@@ -25,6 +25,7 @@ from msp_plugin.formats.base import SHAPE, PackedFormat, TensorInfo
 from msp_plugin.formats.bits import INTEGERS, as_integers, positive_zeros, row_chunks
 from msp_plugin.formats.sparse24 import VALUE_DTYPES
 from msp_plugin.formats.tensor_files import read_tensor
+from msp_plugin.plan.units import Layer
 
 if TYPE_CHECKING:
     from msp_plugin.plan.levels import Level

@@ -44,6 +44,19 @@ def msp_register_pruners() -> list[type]:
 
 
 @hookimpl
+def msp_register_recoveries() -> list[type]:
+    from msp_plugin.recovery.blockwise import Blockwise
+    from msp_plugin.recovery.full import Full
+    from msp_plugin.recovery.lora import LoRA
+    from msp_plugin.recovery.masked_lora import MaskedLoRA
+    from msp_plugin.recovery.sparse_delta import SparseDelta
+    from msp_plugin.recovery.spp import SPP
+    from msp_plugin.recovery.weight_update import WeightUpdate
+
+    return [Blockwise, Full, LoRA, MaskedLoRA, SPP, SparseDelta, WeightUpdate]
+
+
+@hookimpl
 def msp_register_formats() -> list[type]:
     from msp_plugin.formats.bitmask import SparseBitmask
     from msp_plugin.formats.sparse24 import Sparse24Bitmask
