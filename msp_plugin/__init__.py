@@ -16,7 +16,7 @@ _PUBLIC = {
     "prune": "runs.prune",
     "allocate": "runs.prune",
     "run_recipe": "runs.prune",
-    "load": "checkpoint.load",
+    "load": "serving.load",
     "Text": "data.samples",
     "RunContext": "runtime.context",
     "Level": "plan.levels",

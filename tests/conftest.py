@@ -310,6 +310,16 @@ def packed_dir(tmp_path_factory, run_dir):
     return path
 
 
+@pytest.fixture(scope="session")
+def packed_any_dir(tmp_path_factory, run_dir):
+    """``run_dir``, in the bitmask format, which packs any level: eleven layers of fourteen, three are dense."""
+    from msp_plugin.checkpoint.export import Bitmask, export_checkpoint
+
+    path = tmp_path_factory.mktemp("runs") / "packed_any"
+    export_checkpoint(run_dir, Bitmask(), path)
+    return path
+
+
 @pytest.fixture
 def copied(tmp_path):
     """Copy a directory to one that a test may damage."""

@@ -24,7 +24,7 @@ def text_file(tmp_path):
 
 def test_every_command_shows_an_example_in_its_help(msp):
     commands = (
-        "demo", "run", "prune", "allocate", "sensitivity", "export", "verify", "eval", "report", "compare",
+        "demo", "run", "prune", "allocate", "sensitivity", "export", "verify", "eval", "bench", "report", "compare",
         "plugins", "doctor", "enable", "disable",
     )  # fmt: skip
     listed = msp("--help").out

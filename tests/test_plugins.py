@@ -55,8 +55,8 @@ def test_the_builtin_components_are_there():
             "alphapruning", "atp", "dlp", "evopress", "knapsack", "lsa", "mrp", "msp", "one_shot", "owl",
             "search", "uniform",
         ],
-        "pruners": ["magnitude", "sparsegpt", "wanda"], "formats": ["sparse-24-bitmask"],
-        "exporters": ["dense", "recipe", "sparse24"],
+        "pruners": ["magnitude", "sparsegpt", "wanda"], "formats": ["sparse-24-bitmask", "sparse-bitmask"],
+        "exporters": ["bitmask", "dense", "recipe", "sparse24"],
         "checks": ["quality", "round_trip", "served", "structure"],
     }  # fmt: skip
     assert {c.owner for kind in KINDS for c in found[kind].values()} == {"msp_plugin.plugins.builtin"}

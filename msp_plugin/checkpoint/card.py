@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from msp_plugin.checkpoint.packing import short_reason
+
 if TYPE_CHECKING:
     from msp_plugin.checkpoint.checkpoint import Checkpoint
     from msp_plugin.checkpoint.manifest import Manifest
@@ -62,15 +64,10 @@ def _contents(source: Checkpoint, manifest: Manifest, format: PackedFormat | Non
         lines.append("Layers of the allocation that stay dense:\n")
         lines += [
             f"- {count} because {reason}"
-            for reason, count in sorted(Counter(map(_short, manifest.kept_dense.values())).items())
+            for reason, count in sorted(Counter(map(short_reason, manifest.kept_dense.values())).items())
         ]
         lines.append("")
     return "\n".join(lines)
-
-
-def _short(reason: str) -> str:
-    """Return a reason without the names of other layers, so that equal ones are counted together."""
-    return "inference fuses them with a dense one" if reason.startswith("inference fuses") else reason
 
 
 _SERVED_USE = """## Use it

@@ -6,7 +6,7 @@ import itertools
 import logging
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from msp_plugin.checkpoint.manifest import MANIFEST_FILE, Manifest, describe_fil
 from msp_plugin.checkpoint.packing import other_matrices, pack_layer
 from msp_plugin.errors import FormatError, ModelError, OutputError, RecipeError
 from msp_plugin.formats.base import PackedFormat, TensorInfo, without_shape
+from msp_plugin.formats.bitmask import SparseBitmask
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.formats.tensor_files import INDEX, ShardWriter
 from msp_plugin.plan.allocation import ALLOCATION_FILE
@@ -117,8 +118,8 @@ class Dense(Sharded):
 class PackedExporter(Sharded):
     """Layers packed in ``format``, all else dense. A plugin's exporter gives ``name`` and ``format``.
 
-    The format decides by a layer's level (allocation.json), or, without one, by its weights. Layers that
-    inference fuses are packed all or none.
+    The format decides by a layer's level (allocation.json), or, without one, by its weights; and whether layers
+    that inference fuses are packed all or none.
     """
 
     format: ClassVar[PackedFormat]
@@ -141,11 +142,12 @@ class PackedExporter(Sharded):
         packing = source.packing_in(self.format)
         if not packing.packed:
             reasons = sorted(set(packing.dense.values()))
-            runs = "that 2:4 kernels could run" if self.format.served else f"that {self.name} packs"
+            for_kernels = self.format.structure == "2:4"
+            runs = "that 2:4 kernels could run" if for_kernels else f"that {self.name} packs"
             raise FormatError(
                 f"{source.path} has no layer {runs}: {'; '.join(reasons[:3]) or 'no layers'}",
                 hint="prune with servable levels: levels servable, or names such as 2:4 and 2:8"
-                if self.format.served
+                if for_kernels
                 else "export it to dense",
             )
 
@@ -154,7 +156,8 @@ class PackedExporter(Sharded):
         return packed + sum(info.bytes for _, info, layer in self._planned(source) if layer is None)
 
     def write(self, source: Checkpoint, directory: Path, progress: Progress) -> Manifest:
-        packing, negative_zeros = source.packing_in(self.format), dict[str, int]()
+        packing = source.packing_in(self.format)
+        packed_bytes, negative_zeros = dict[str, int](), dict[str, int]()
         packed_sizes, sizes = self._packed_sizes(source), dict[str, int]()
         for name, info, layer in self._planned(source):
             if layer is None:
@@ -164,20 +167,18 @@ class PackedExporter(Sharded):
         config = dict(source.config)
         others = other_matrices(source.tensors, packing)
         config["quantization_config"] = self.format.config(list(packing.packed), others)
-        tensors = Tensors(sizes, self._tensors(source, negative_zeros))
-        manifest = write_export(
-            self,
-            source,
-            directory,
-            config,
-            tensors,
-            progress,
-            packed=packing.packed,
-            kept_dense=packing.dense,
-            packed_bytes=sum(map(without_shape, packed_sizes.values())),
-            dense_bytes=sum(source.tensors[f"{layer}.weight"].bytes for layer in packing.packed),
-            negative_zeros=negative_zeros,
-        )
+        tensors = Tensors(sizes, self._tensors(source, packed_bytes, negative_zeros))
+
+        def about() -> dict[str, Any]:
+            return {
+                "packed": packing.packed,
+                "kept_dense": packing.dense,
+                "packed_bytes": sum(packed_bytes.values()),
+                "dense_bytes": sum(source.tensors[f"{layer}.weight"].bytes for layer in packing.packed),
+                "negative_zeros": negative_zeros,
+            }
+
+        manifest = write_export(self, source, directory, config, tensors, progress, about)
         if negative_zeros:
             log.info("%d negative zeros became positive", sum(negative_zeros.values()))
         return manifest
@@ -201,9 +202,9 @@ class PackedExporter(Sharded):
         return sizes
 
     def _tensors(
-        self, source: Checkpoint, negative_zeros: dict[str, int]
+        self, source: Checkpoint, packed_bytes: dict[str, int], negative_zeros: dict[str, int]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the export's tensors, and note the negative zeros of each layer that became positive."""
+        """Yield the export's tensors; note each layer's packed bytes, and its negative zeros that became positive."""
         for name, _, layer in self._planned(source):
             tensor = source.tensors.read(name)
             if layer is None:
@@ -212,6 +213,7 @@ class PackedExporter(Sharded):
             stored, count = pack_layer(self.format, tensor, layer)
             if count:
                 negative_zeros[layer] = count
+            packed_bytes[layer] = without_shape({suffix: part.nbytes for suffix, part in stored.items()})
             del tensor
             yield from ((f"{layer}.{suffix}", part) for suffix, part in stored.items())
 
@@ -226,6 +228,14 @@ class Sparse24(PackedExporter):
 
     name = "sparse24"
     format = Sparse24Bitmask()
+
+
+@dataclass(frozen=True)
+class Bitmask(PackedExporter):
+    """Layers packed as their nonzero weights and a bitmask, at any level; dense where that takes no fewer bytes."""
+
+    name = "bitmask"
+    format = SparseBitmask()
 
 
 @dataclass(frozen=True)
@@ -248,13 +258,13 @@ def write_export(
     config: dict[str, Any],
     tensors: Tensors,
     progress: Progress,
-    **about: Any,
+    about: Callable[[], Mapping[str, Any]] = dict,
 ) -> Manifest:
     """Write tensors, config, card and the source's other files; return the manifest.
 
     Args:
         config: the contents of the export's config.json.
-        about: further fields of the manifest.
+        about: returns further fields of the manifest, once all tensors were made.
     """
     source.allocation  # noqa: B018 - an allocation of another model fails here, before anything is written
     writer, shapes = ShardWriter(directory, tensors.sizes, exporter.shard_bytes), {}
@@ -267,7 +277,7 @@ def write_export(
     write_json(directory / "config.json", config)
     records = [directory / name for name in (INDEX, "config.json", ALLOCATION_FILE, RUN_FILE)]
     described = describe_files([*files, *(file for file in records if file.is_file())])
-    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **about)
+    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **about())
     format = exporter.format if isinstance(exporter, PackedExporter) else None
     write_text(directory / CARD_FILE, model_card(source, manifest, format))
     return manifest

@@ -12,6 +12,7 @@ import typer
 
 from msp_plugin import __version__
 from msp_plugin.cli.arguments import AsJson
+from msp_plugin.cli.bench import bench_command
 from msp_plugin.cli.checkpoint import export_command, verify
 from msp_plugin.cli.compare import compare_command
 from msp_plugin.cli.evaluate import evaluate_command
@@ -42,6 +43,7 @@ app.command()(sensitivity)
 app.command(name="export")(export_command)
 app.command()(verify)
 app.command(name="eval")(evaluate_command)
+app.command(name="bench")(bench_command)
 app.command()(report)
 app.command(name="compare")(compare_command)
 

@@ -33,7 +33,7 @@ Directory = Annotated[Path, typer.Argument(help="directory that `msp prune` or `
 def export_command(
     source: Directory,
     to: Annotated[
-        str, typer.Option("--to", help="sparse24, dense, recipe, or a plugin's; see `msp plugins`")
+        str, typer.Option("--to", help="sparse24, bitmask, dense, recipe, or a plugin's; see `msp plugins`")
     ],
     out: Out,
     options: Annotated[

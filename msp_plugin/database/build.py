@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.database.bitmask import bitmask_bytes
 from msp_plugin.database.statistics import StatisticsCollector
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError
-from msp_plugin.formats.bitmask import bitmask_bytes
 from msp_plugin.models.offload import linear, onloaded
 from msp_plugin.models.weights import weight_place
 from msp_plugin.plan.levels import DENSE, Level

@@ -45,17 +45,18 @@ def msp_register_pruners() -> list[type]:
 
 @hookimpl
 def msp_register_formats() -> list[type]:
+    from msp_plugin.formats.bitmask import SparseBitmask
     from msp_plugin.formats.sparse24 import Sparse24Bitmask
 
-    return [Sparse24Bitmask]
+    return [Sparse24Bitmask, SparseBitmask]
 
 
 @hookimpl
 def msp_register_exporters() -> list[type]:
-    from msp_plugin.checkpoint.export import Dense, Sparse24
+    from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24
     from msp_plugin.hosts.llm_compressor.export import PlainRecipe
 
-    return [Dense, PlainRecipe, Sparse24]
+    return [Bitmask, Dense, PlainRecipe, Sparse24]
 
 
 @hookimpl

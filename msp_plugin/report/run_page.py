@@ -20,7 +20,7 @@ from msp_plugin.report.charts import Chart, Series, draw
 from msp_plugin.report.grid import lay_out, level_class, level_grid, sensitivity_grid
 from msp_plugin.report.source import Run
 from msp_plugin.report.statistics import finite_pairs, finite_values, rank_correlation, taken_back
-from msp_plugin.report.storage import storage
+from msp_plugin.report.storage import storages
 from msp_plugin.report.text import count, number, percent, rounded_percent, seconds
 
 NOT_RECORDED = "not recorded"
@@ -69,7 +69,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "curve": _curve(record.search, given),
         "predictions": _predictions(record.search),
         "quality": _quality(record),
-        "storage": storage(allocation, record.model.dtype, run.checkpoint),
+        "storages": storages(allocation, record.model.dtype, run.checkpoint),
         "speed": record.speed,
         "provenance": _provenance(run),
         "commands": _commands(run),
@@ -286,4 +286,5 @@ def _commands(run: Run) -> list[tuple[str, str]]:
     )
     if run.checkpoint is not None and not run.checkpoint.packed:
         commands.append(("pack it for 2:4 kernels", "msp export . --to sparse24 --out ../PACKED"))
+        commands.append(("pack it at any level", "msp export . --to bitmask --out ../PACKED"))
     return commands
