@@ -25,6 +25,7 @@ from msp_plugin.formats.base import SHAPE, PackedFormat, TensorInfo
 from msp_plugin.formats.bits import INTEGERS, as_integers, positive_zeros, row_chunks
 from msp_plugin.formats.sparse24 import VALUE_DTYPES
 from msp_plugin.formats.tensor_files import read_tensor
+from msp_plugin.plan.units import Layer
 
 if TYPE_CHECKING:
     from msp_plugin.plan.levels import Level
@@ -215,7 +216,9 @@ class SparseBitmask(PackedFormat):
         rows, columns = shape
         if level is None:
             return None
-        return self._cost((rows, columns), dtype, level.kept(rows, columns), f"at level {level.name} ")
+        return self._cost(
+            (rows, columns), dtype, level.kept(Layer(layer, rows, columns)), f"at level {level.name} "
+        )
 
     def refuses_weight(self, weight: torch.Tensor) -> str | None:
         rows, columns = weight.shape

@@ -14,6 +14,7 @@ from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.errors import FormatError
 from msp_plugin.formats.bitmask import SUFFIXES, SparseBitmask
 from msp_plugin.formats.bits import same_bits
+from msp_plugin.plan.units import Layer
 
 BLOCKS = [f"model.layers.{i}" for i in range(2)]
 UP = f"{BLOCKS[1]}.mlp.up_proj"
@@ -40,7 +41,7 @@ def test_every_pruned_layer_is_packed_at_its_own_size_and_the_dense_ones_say_why
     tensors = load_file(packed_any_dir / "model.safetensors")
     for layer in manifest.packed:
         rows, columns = tensors[f"{layer}.shape"].tolist()
-        kept = levels[layer].kept(rows, columns)
+        kept = levels[layer].kept(Layer(layer, rows, columns))
         assert tensors[f"{layer}.compressed"].shape == (kept,)
         assert tensors[f"{layer}.bitmask"].shape == (rows, columns // 8)
         assert tensors[f"{layer}.row_offsets"].tolist() == list(range(0, kept, kept // rows))

@@ -16,6 +16,7 @@ from msp_plugin.formats.base import TensorInfo
 from msp_plugin.formats.bitmask import SUFFIXES, Packed, SparseBitmask, pack, unpack
 from msp_plugin.formats.bits import positive_zeros
 from msp_plugin.plan.levels import Level
+from msp_plugin.plan.units import Layer
 
 FORMAT = SparseBitmask()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
@@ -266,7 +267,7 @@ def test_a_shape_of_something_else_is_refused(said):
 def test_a_layer_is_packed_where_that_takes_fewer_bytes(level, packed):
     shape, dtype = (256, 512), torch.bfloat16
     reason = FORMAT.refuses("layer", shape, dtype, Level.parse(level))
-    kept = Level.parse(level).kept(*shape)
+    kept = Level.parse(level).kept(Layer("layer", *shape))
     size = sum(FORMAT.sizes(shape, dtype, kept).values())
     assert (reason is None) == (size < 256 * 512 * 2)
     if reason:
