@@ -44,7 +44,7 @@ def test_export_json_is_what_the_directory_holds(to, msp, run_dir, tmp_path):
     assert record == {
         "path": str(out), "format": to, "files": manifest.files, "packed": manifest.packed,
         "kept_dense": manifest.kept_dense, "packed_bytes": manifest.packed_bytes,
-        "dense_bytes": manifest.dense_bytes, "negative_zeros": {},
+        "dense_bytes": manifest.dense_bytes, "negative_zeros": {}, "structure": {},
     }  # fmt: skip
     assert len(record["packed"]) == {"sparse24": 9, "bitmask": 11}.get(to, 0)
 
@@ -124,6 +124,36 @@ def test_export_needs_no_llm_compressor(run_dir, tmp_path):
     assert "9 layers packed" in done.stdout and len(Checkpoint.open(tmp_path / "out").packed) == 9
 
 
+def test_a_smaller_model_is_exported_and_verified(msp, llama, tmp_path):
+    with torch.no_grad():
+        llama.model.layers[0].self_attn.o_proj.weight.zero_()
+        llama.model.layers[1].mlp.down_proj.weight[:, 10:] = 0
+    llama.save_pretrained(tmp_path / "zeros")
+    forms = msp("export", tmp_path / "zeros", "--forms").out
+    assert "small: " in forms and "bytes" in forms.partition("small: ")[2].splitlines()[0]
+    assert "uniform: " in forms and "is not equally wide in all blocks" in " ".join(forms.split())
+    printed = msp("export", tmp_path / "zeros", "--to", "small", "--out", tmp_path / "small")
+    assert "1 of 4 attentions and MLPs dropped, 1 narrower" in printed.out
+    checks = ("--check", "structure", "--check", "round_trip", "--check", "logits")
+    found = states(msp("verify", tmp_path / "small", "--reference", tmp_path / "zeros", "--json", *checks))
+    assert found["structure"]["widths"] == "ok"
+    assert found["round_trip"]["reference"] == found["round_trip"]["left out"] == "ok"
+    assert found["logits"] == {"logits": "ok", "greedy tokens": "ok"}
+
+
+def test_forms_as_json_say_bytes_or_a_reason(msp, run_dir):
+    forms = json.loads(msp("export", run_dir, "--forms", "--json").out)
+    assert sorted(forms) == ["dense", "recipe", "small", "sparse24", "uniform"]
+    assert "nothing can be left out" in forms["small"]["refused"] and forms["small"]["bytes"] is None
+    assert forms["sparse24"]["refused"] is None and forms["sparse24"]["bytes"] < forms["dense"]["bytes"]
+
+
+def test_an_export_without_a_form_is_refused(msp, run_dir, tmp_path):
+    assert explained(
+        msp("export", run_dir, "--out", tmp_path / "out", code=2), "give --to and --out, or --forms"
+    )
+
+
 # msp verify
 
 
@@ -135,16 +165,18 @@ def test_verify_passes_and_its_json_holds_every_check(msp, packed_dir, run_dir, 
     assert states(printed) == {
         "structure": dict.fromkeys(["files", "tensors", "layers", "zeros"], "ok"),
         "round_trip": {"pack and unpack": "ok", "reference": "ok"},
+        "logits": {"logits": "skip"},
         "quality": {"perplexity": "ok", "reference": "ok", "original": "ok"},
         "served": {"served": "skip"},
     }  # fmt: skip
-    assert [r["check"] for r in json.loads(printed.out)] == ["structure", "round_trip", "quality", "served"]
+    checks = ["structure", "round_trip", "logits", "quality", "served"]
+    assert [r["check"] for r in json.loads(printed.out)] == checks
     assert "perplexity: " not in printed.err  # no progress of ours
 
 
 def test_verify_without_anything_to_hold_against_says_what_was_not_checked(msp, packed_dir):
     printed = msp("verify", packed_dir)
-    assert "passed (not checked: quality, served)" in printed.out
+    assert "passed (not checked: logits, quality, served)" in printed.out
     for words in (
         "data (test text)",
         "vllm (an environment",
@@ -160,7 +192,7 @@ def test_a_failed_check_is_exit_code_1_in_both_outputs(msp, packed_dir, copied, 
     found = states(printed)
     assert found["structure"]["files"] == "fail" and found["round_trip"]["pack and unpack"] == "ok"
     assert {r["check"]: r["passed"] for r in json.loads(printed.out)} == {
-        "structure": False, "round_trip": True, "quality": True, "served": True,
+        "structure": False, "round_trip": True, "logits": True, "quality": True, "served": True,
     }  # fmt: skip
     printed = msp("verify", path, code=1)
     assert "failed: structure" in printed.out and "FAIL" in printed.out

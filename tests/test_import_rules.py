@@ -12,7 +12,7 @@ import msp_plugin
 ROOT = Path(msp_plugin.__file__).parent
 #: From the bottom up. Whoever adds a room finds its place here.
 ORDER = (
-    "errors", "progress", "runtime", "plan", "formats", "records", "models", "pruning", "allocators", "data", "demo",
+    "errors", "progress", "runtime", "plan", "formats", "records", "models", "structure", "pruning", "allocators", "data", "demo",
     "passes", "plugins", "checkpoint", "sensitivity", "database", "recovery", "verify", "serving", "search", "hosts", "evaluation",
     "runs", "report", "cli",
 )  # fmt: skip

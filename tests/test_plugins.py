@@ -56,8 +56,8 @@ def test_the_builtin_components_are_there():
             "search", "uniform",
         ],
         "pruners": ["magnitude", "sparsegpt", "wanda"], "formats": ["sparse-24-bitmask", "sparse-bitmask"],
-        "exporters": ["bitmask", "dense", "recipe", "sparse24"],
-        "checks": ["quality", "round_trip", "served", "structure"],
+        "exporters": ["bitmask", "dense", "recipe", "small", "sparse24", "uniform"],
+        "checks": ["logits", "quality", "round_trip", "served", "structure"],
     }  # fmt: skip
     assert {c.owner for kind in KINDS for c in found[kind].values()} == {"msp_plugin.plugins.builtin"}
 

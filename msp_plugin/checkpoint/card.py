@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ def model_card(source: Checkpoint, manifest: Manifest, format: PackedFormat | No
         source: the checkpoint that was exported.
         format: the one that the export's layers are packed in; None for a dense export.
     """
+    if manifest.structure:
+        return _smaller_card(source, manifest)
     parts = [
         _FRONT.format(tag='"2:4"' if format is not None and format.structure == "2:4" else '"N:M"'),
         f"# {(source.config.get('architectures') or ['A model'])[0]}, pruned with mixed N:M sparsity\n",
@@ -36,6 +39,25 @@ def model_card(source: Checkpoint, manifest: Manifest, format: PackedFormat | No
         "(`msp verify` checks both), `run.json` how the run that pruned it went, where they are there.\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _smaller_card(source: Checkpoint, manifest: Manifest) -> str:
+    """Return the card of a model without its heads, channels and halves that did nothing."""
+    own = manifest.format == "small"
+    kept = sum(math.prod(shape) for shape in manifest.tensors.values())
+    weights = sum(math.prod(source.dense_info(name).shape) for name in source.dense_names)
+    dropped = sum(not entry["kept"] for entry in manifest.structure.values())
+    return "\n".join(
+        [
+            _FRONT.format(tag="structured"),
+            f"# {(source.config.get('architectures') or ['A model'])[0]}, pruned to smaller layers\n",
+            f"{kept:,} of {weights:,} weights: heads and channels that did nothing are left out, and {dropped} of "
+            f"{len(manifest.structure)} attentions and MLPs. `export.json` says which ones stay.\n",
+            _SMALL_USE if own else _UNIFORM_USE,
+            "Files: `export.json` says what the files must hold (`msp verify` checks it), `run.json` how the run that "
+            f"pruned it went{', `per_layer_config` in config.json how wide each block is' if own else ''}.\n",
+        ]
+    )
 
 
 def _use(source: Checkpoint, format: PackedFormat | None) -> str:
@@ -79,6 +101,26 @@ pip install '.[vllm]'    # in a checkout of msp_plugin
 vllm serve THIS_DIRECTORY
 ```
 
+"""
+
+_SMALL_USE = """## Use it
+
+```python
+import msp_plugin
+model = msp_plugin.load("THIS_DIRECTORY")
+```
+
+transformers alone refuses it: it reads one width for all blocks.
+"""
+
+_UNIFORM_USE = """## Use it
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")
+```
+
+vLLM serves it as any model: `vllm serve THIS_DIRECTORY`.
 """
 
 _PACKED_USE = """Load it in Python as a ready transformers model:

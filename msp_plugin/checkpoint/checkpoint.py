@@ -17,6 +17,8 @@ from msp_plugin.errors import FormatError, ModelError, VerificationError, shown
 from msp_plugin.formats.base import PackedFormat, TensorInfo
 from msp_plugin.formats.tensor_files import TensorFiles, read_json
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
+from msp_plugin.structure.removal import Structure, read_structure
+from msp_plugin.structure.small_model import empty_model
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,20 @@ class Checkpoint:
                 self.tensors, self.allocation, format, lambda layer: self.tensors.read(f"{layer}.weight")
             )
         return self._packings[format.name]
+
+    @cached_property
+    def structure(self) -> Structure:
+        """The attention and MLP of every block, and the heads and channels in them that do nothing.
+
+        Reads every weight of the blocks once.
+
+        Raises:
+            ModelError: heads and channels of this model cannot be removed one by one.
+            FormatError: a tensor is missing or damaged.
+        """
+        model = empty_model(self.path)
+        names = {name for name, _ in model.named_parameters()}
+        return read_structure(model, lambda name: self.dense(name) if name in names else None)
 
     def check_files(self) -> None:
         """Compare every file with its checksum in export.json, if there is one.

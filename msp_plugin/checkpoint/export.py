@@ -6,7 +6,7 @@ import itertools
 import logging
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from msp_plugin.checkpoint.card import model_card
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.manifest import MANIFEST_FILE, Manifest, describe_files
 from msp_plugin.checkpoint.packing import other_matrices, pack_layer
-from msp_plugin.errors import FormatError, ModelError, OutputError, RecipeError
+from msp_plugin.errors import FormatError, ModelError, MSPError, OutputError, RecipeError
 from msp_plugin.formats.base import PackedFormat, TensorInfo, without_shape
 from msp_plugin.formats.bitmask import SparseBitmask
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 #: Weights in other formats, and what an export writes itself; all other files are kept.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 CARD_FILE = "README.md"
+#: The allocation of the model that a smaller one was cut from.
+SOURCE_ALLOCATION_FILE = "allocation.source.json"
 _REWRITTEN = ("config.json", INDEX, MANIFEST_FILE)
 
 
@@ -77,6 +79,26 @@ def export_checkpoint(
             manifest.write(temporary)
     log.info("export %s: %d files in %s", exporter.name, len(manifest.files), path)
     return manifest
+
+
+def allowed_forms(source: str | Path, exporters: Iterable[Exporter]) -> dict[str, dict[str, Any]]:
+    """Return by exporter's name about how many ``bytes`` its export takes, and why it is ``refused``; one is None.
+
+    Weights are read, nothing is written.
+
+    Raises:
+        MSPError: the source is no checkpoint, or damaged.
+    """
+    opened = Checkpoint.open(source)
+    opened.check_files()
+    forms: dict[str, dict[str, Any]] = {}
+    for exporter in exporters:
+        try:
+            exporter.check(opened)
+            forms[exporter.name] = {"bytes": exporter.size(opened), "refused": None}
+        except MSPError as error:
+            forms[exporter.name] = {"bytes": None, "refused": error.message}
+    return forms
 
 
 @dataclass(frozen=True)
@@ -274,10 +296,16 @@ def write_export(
         progress(i, len(tensors.sizes))
     files = writer.finish()
     copy_other_files(source.path, directory)
+    details = about()
+    if details.get("structure") and (directory / ALLOCATION_FILE).is_file():
+        (directory / ALLOCATION_FILE).rename(
+            directory / SOURCE_ALLOCATION_FILE
+        )  # its layers have other shapes
     write_json(directory / "config.json", config)
-    records = [directory / name for name in (INDEX, "config.json", ALLOCATION_FILE, RUN_FILE)]
+    names = (INDEX, "config.json", ALLOCATION_FILE, SOURCE_ALLOCATION_FILE, RUN_FILE)
+    records = [directory / name for name in names]
     described = describe_files([*files, *(file for file in records if file.is_file())])
-    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **about())
+    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **details)
     format = exporter.format if isinstance(exporter, PackedExporter) else None
     write_text(directory / CARD_FILE, model_card(source, manifest, format))
     return manifest

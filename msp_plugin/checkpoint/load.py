@@ -15,6 +15,8 @@ from msp_plugin.errors import FormatError, ModelError, MSPError
 from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import auto_class, check_dtype, check_source
+from msp_plugin.structure.small_model import as_usual, plain_config, small_class
+from msp_plugin.structure.widths import read_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -31,7 +33,8 @@ def load(
 ) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU.
 
-    A packed checkpoint becomes a dense model with the same weights, bit for bit.
+    A packed checkpoint becomes a dense model with the same weights, bit for bit; one that ``msp export --to small`` wrote
+    transformers' own class with blocks of their own widths.
 
     Args:
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
@@ -60,6 +63,12 @@ def load(
             )
         if packed:
             return from_tensors(checkpoint, dtype, trust_remote_code, _in_memory(checkpoint))
+        if (widths := read_widths(checkpoint.config, str(path / "config.json"))) is not None:
+            config = plain_config(checkpoint.config)
+            kind = small_class(config, widths)
+            model = load_model(path, dtype, offload=offload, cache=cache, config=config, kind=kind)
+            as_usual(model)
+            return model
     return load_model(path, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=cache)
 
 

@@ -34,6 +34,8 @@ class Manifest:
         packed_bytes: bytes that the packed layers take, without their ``shape`` tensors.
         dense_bytes: bytes that the same layers take dense, in the same dtype.
         negative_zeros: zeros whose sign was dropped, by layer.
+        structure: of a smaller model, by half of the model before: its ``groups`` (KV heads or channels), the
+            ``kept`` ones as runs, and the ``module`` that holds them, empty for a dropped half.
         versions: of the packages that wrote it.
     """
 
@@ -45,6 +47,7 @@ class Manifest:
     packed_bytes: int = 0
     dense_bytes: int = 0
     negative_zeros: Mapping[str, int] = field(default_factory=dict)
+    structure: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod

@@ -13,7 +13,6 @@ from msp_plugin.cli.arguments import (
     AsJson,
     Bos,
     Column,
-    Out,
     Remote,
     Verbose,
     component_options,
@@ -33,16 +32,24 @@ Directory = Annotated[Path, typer.Argument(help="directory that `msp prune` or `
 def export_command(
     source: Directory,
     to: Annotated[
-        str, typer.Option("--to", help="sparse24, bitmask, dense, recipe, or a plugin's; see `msp plugins`")
-    ],
-    out: Out,
+        str | None,
+        typer.Option(
+            "--to", help="sparse24, bitmask, small, uniform, dense, recipe, or a plugin's; see `msp plugins`"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="directory for the results; must be empty or new")
+    ] = None,
+    forms: Annotated[
+        bool, typer.Option("--forms", help="say which forms the checkpoint allows, and write nothing")
+    ] = False,
     options: Annotated[
         list[str] | None, typer.Option("--set", help="option of the exporter, e.g. shard_bytes=2000000000")
     ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a checkpoint in another form: packed for 2:4 kernels, dense, or a plain llm-compressor recipe.
+    """Write a checkpoint in another form: packed for 2:4 kernels, without what does nothing, dense, or a plain recipe.
 
     Example: msp export llama-75 --to sparse24 --out llama-75-packed
     """
@@ -50,8 +57,14 @@ def export_command(
 
     set_up_logs(verbose)
     from msp_plugin.checkpoint.export import export_checkpoint
+    from msp_plugin.errors import RecipeError
     from msp_plugin.plugins.manager import Plugins
 
+    if forms:
+        _show_forms(source, as_json)
+        return
+    if to is None or out is None:
+        raise RecipeError("the export has no form or no directory", hint="give --to and --out, or --forms")
     pairs = [f"exporter.{pair}" for pair in options or ()]
     exporter = Plugins().build("exporters", component_options(pairs, exporter=to)["exporter"])
     with progress_bars(not as_json) as progress:
@@ -64,6 +77,22 @@ def export_command(
         _show_export(manifest, out)
 
 
+def _show_forms(source: Path, as_json: bool) -> None:
+    """Print by exporter how many bytes an export takes, or why it is refused."""
+    from msp_plugin.checkpoint.export import allowed_forms
+    from msp_plugin.cli import console
+    from msp_plugin.plugins.manager import Plugins
+
+    plugins = Plugins()
+    exporters = [plugins.build("exporters", name) for name in sorted(plugins.components["exporters"])]
+    forms = allowed_forms(source, exporters)
+    if as_json:
+        typer.echo(json.dumps(forms, indent=2, sort_keys=True))
+        return
+    for name, form in forms.items():
+        console.out.print(f"{name}: {form['refused'] or format(form['bytes'], ',') + ' bytes'}")
+
+
 def _export_record(manifest: Manifest, out: Path) -> dict[str, Any]:
     names = (
         "format",
@@ -73,12 +102,14 @@ def _export_record(manifest: Manifest, out: Path) -> dict[str, Any]:
         "packed_bytes",
         "dense_bytes",
         "negative_zeros",
+        "structure",
     )
     return {"path": str(out), **{name: getattr(manifest, name) for name in names}}
 
 
 def _show_export(manifest: Manifest, out: Path) -> None:
     from msp_plugin.cli import console
+    from msp_plugin.structure.slices import from_runs
 
     if manifest.packed:
         ratio = manifest.packed_bytes / manifest.dense_bytes
@@ -86,6 +117,10 @@ def _show_export(manifest: Manifest, out: Path) -> None:
             f"{len(manifest.packed)} layers packed: {manifest.packed_bytes:,} bytes, "
             f"{ratio:.4f} of {manifest.dense_bytes:,} dense"
         )
+    if manifest.structure:
+        kept = [(len(from_runs(half["kept"])), half["groups"]) for half in manifest.structure.values()]
+        dropped, narrower = sum(not n for n, _ in kept), sum(0 < n < groups for n, groups in kept)
+        console.out.print(f"{dropped} of {len(kept)} attentions and MLPs dropped, {narrower} narrower")
     for layer, reason in manifest.kept_dense.items():
         console.out.print(f"dense: {layer}: {reason}")
     if manifest.negative_zeros:
@@ -184,8 +219,8 @@ def verify(
 
 
 def _build_checks(plugins: Plugins, names: list[str] | None, options: list[str] | None) -> list[Check]:
-    """Return the checks, cheapest first: structure, round_trip, quality, served, then the plugins' by name."""
-    order = ("structure", "round_trip", "quality", "served")
+    """Return the checks, cheapest first: structure, round_trip, logits, quality, served, then the plugins' by name."""
+    order = ("structure", "round_trip", "logits", "quality", "served")
     known = plugins.components["checks"]
     for name in names or ():
         plugins.options("checks", name)  # raises for an unknown one

@@ -17,7 +17,7 @@ from msp_plugin.runtime.locks import scratch_directory
 from msp_plugin.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def load_model(
@@ -27,6 +27,8 @@ def load_model(
     trust_remote_code: bool = False,
     offload: bool = False,
     cache: str | None = None,
+    config: PreTrainedConfig | None = None,
+    kind: Any = None,
 ) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU.
 
@@ -38,6 +40,8 @@ def load_model(
             many layers on GPUs as fit. Changed weights, such as pruned ones, are written to the cache, and
             removed when the model is freed.
         cache: directory of the cache; None is the default one.
+        config: in place of the source's own.
+        kind: the model's class; None for that which the config names.
 
     Raises:
         RecipeError: an unknown dtype.
@@ -54,7 +58,9 @@ def load_model(
             device_map = "auto" if torch.cuda.is_available() else {"": "disk"}
             placement = {"device_map": device_map, "offload_folder": str(folder), "use_safetensors": True}
         try:
-            model = _from_pretrained(source, target, trust_remote_code, placement)
+            if config is not None:
+                placement["config"] = config
+            model = _from_pretrained(source, target, trust_remote_code, kind, placement)
         except ModelError:
             raise
         except Exception as error:  # a config's values reach all of transformers
@@ -72,19 +78,20 @@ def load_model(
 
 
 def _from_pretrained(
-    source: str | Path, dtype: torch.dtype | None, trust_remote_code: bool, placement: dict[str, Any]
+    source: str | Path, dtype: torch.dtype | None, trust_remote_code: bool, kind: Any, further: dict[str, Any]
 ) -> PreTrainedModel:
-    """Return the model as transformers loads it; ``placement`` holds its options for offloading.
+    """Return the model as transformers loads it into a class; ``further`` holds more of its options.
 
     Raises:
         ModelError: tensors are missing, for which transformers would take random weights.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if kind is None:
+        kind = auto_class(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
     options = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code, "output_loading_info": True}
     model: PreTrainedModel
-    model, report = auto_class(config).from_pretrained(source, **options, **placement)
+    model, report = kind.from_pretrained(source, **options, **further)
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{source} lacks {len(missing)} tensors of {type(model).__name__}, e.g. {', '.join(missing[:3])}",

@@ -54,16 +54,18 @@ def msp_register_formats() -> list[type]:
 @hookimpl
 def msp_register_exporters() -> list[type]:
     from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24
+    from msp_plugin.checkpoint.smaller import Small, Uniform
     from msp_plugin.hosts.llm_compressor.export import PlainRecipe
 
-    return [Bitmask, Dense, PlainRecipe, Sparse24]
+    return [Bitmask, Dense, PlainRecipe, Small, Sparse24, Uniform]
 
 
 @hookimpl
 def msp_register_checks() -> list[type]:
+    from msp_plugin.verify.logits import Logits
     from msp_plugin.verify.quality import Quality
     from msp_plugin.verify.round_trip import RoundTrip
     from msp_plugin.verify.served import Served
     from msp_plugin.verify.structure import Structure
 
-    return [Quality, RoundTrip, Served, Structure]
+    return [Logits, Quality, RoundTrip, Served, Structure]

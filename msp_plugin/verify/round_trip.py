@@ -13,6 +13,7 @@ from msp_plugin.formats.bits import positive_zeros, same_bits
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.progress import StepProgress
 from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
+from msp_plugin.verify.sliced import sliced
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class RoundTrip(Check):
                     "reference", SKIP, "not compared: give a reference, the run that it was exported from"
                 )
             )
+        elif subject.checkpoint.manifest is not None and subject.checkpoint.manifest.structure:
+            rows += sliced(subject.checkpoint, subject.reference, progress)
         else:
             rows.append(_equality(subject.checkpoint, subject.reference, progress))
         return rows

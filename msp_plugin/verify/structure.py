@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
@@ -10,6 +11,8 @@ from msp_plugin.plan.levels import Level
 from msp_plugin.progress import StepProgress
 from msp_plugin.pruning.masks import recount
 from msp_plugin.records.run import RunRecord
+from msp_plugin.structure.halves import find_halves
+from msp_plugin.structure.small_model import empty_model
 from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
 
 #: Layers that fail are named one by one up to this many.
@@ -24,7 +27,12 @@ class Structure(Check):
 
     def run(self, subject: Subject, progress: StepProgress) -> list[Finding]:
         checkpoint = subject.checkpoint
-        return [*_files(checkpoint), *_tensors(checkpoint), *_layers(checkpoint, progress)]
+        return [
+            *_files(checkpoint),
+            *_tensors(checkpoint),
+            *_widths(checkpoint),
+            *_layers(checkpoint, progress),
+        ]
 
 
 def _files(checkpoint: Checkpoint) -> list[Finding]:
@@ -55,6 +63,24 @@ def _tensors(checkpoint: Checkpoint) -> list[Finding]:
         ]
         return [Finding("tensors", FAIL, "; ".join(parts), f"the {len(expected)} tensors of export.json")]
     return [Finding("tensors", OK, f"all {len(shapes)} of export.json")]
+
+
+def _widths(checkpoint: Checkpoint) -> list[Finding]:
+    """Compare the tensors of a smaller model with the widths of each block that its config.json gives."""
+    if checkpoint.manifest is None or not checkpoint.manifest.structure:
+        return []
+    model = empty_model(checkpoint.path)
+    planned = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    stored = {name: checkpoint.dense_info(name).shape for name in checkpoint.dense_names}
+    odd = sorted(name for name in {**planned, **stored} if planned.get(name) != stored.get(name))
+    halves = len(find_halves(model))
+    found = f"{halves} attentions and MLPs, {sum(map(math.prod, planned.values())):,} weights"
+    if odd:
+        shapes = (
+            f"{list(stored.get(odd[0], ()))} of the tensors is {list(planned.get(odd[0], ()))} in config.json"
+        )
+        return [Finding("widths", FAIL, f"{odd[0]}: {shapes}", found)]
+    return [Finding("widths", OK, found)]
 
 
 def _layers(checkpoint: Checkpoint, progress: StepProgress) -> list[Finding]:

@@ -1,0 +1,207 @@
+"""Exports that leave out heads, channels, halves and blocks that contribute nothing."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.export import Sharded, Tensors, write_export
+from msp_plugin.checkpoint.manifest import Manifest
+from msp_plugin.errors import FormatError, RecipeError
+from msp_plugin.progress import Progress
+from msp_plugin.structure.halves import ATTENTION, MLP, Half
+from msp_plugin.structure.removal import kept_groups
+from msp_plugin.structure.slices import Slices
+from msp_plugin.structure.small_model import empty_model
+from msp_plugin.structure.uniform import uniform_config
+from msp_plugin.structure.widths import read_widths, small_config
+
+
+@dataclass(frozen=True)
+class Smaller(Sharded):
+    """An export whose tensors are slices of the source's, the same bits.
+
+    Args:
+        quantum: the channels of each MLP that stay are a multiple of it, filled up with some that do nothing.
+    """
+
+    quantum: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantum < 1:
+            raise RecipeError(
+                f"quantum = {self.quantum}", hint="give the multiple that channels come in, e.g. 64"
+            )
+
+    @abstractmethod
+    def slices(self, source: Checkpoint) -> Slices:
+        """Return what stays of each half.
+
+        Raises:
+            MSPError: this form cannot hold the model, or nothing of it can be left out.
+        """
+
+    @abstractmethod
+    def config(self, source: Checkpoint, slices: Slices) -> dict[str, Any]:
+        """Return the contents of the export's config.json."""
+
+    def check(self, source: Checkpoint) -> None:
+        if source.quantization is not None:
+            raise FormatError(
+                f"{source.path} is quantized",
+                hint="export before quantizing: only unquantized weights are sliced",
+            )
+        self.config(source, self.slices(source))
+
+    def size(self, source: Checkpoint) -> int:
+        return sum(_sizes(source, self.slices(source)).values())
+
+    def write(self, source: Checkpoint, directory: Path, progress: Progress) -> Manifest:
+        slices = self.slices(source)
+        config = self.config(source, slices)
+        if source.packed:
+            config.pop("quantization_config")
+        tensors = Tensors(_sizes(source, slices), _sliced(source, slices))
+        return write_export(
+            self, source, directory, config, tensors, progress, lambda: {"structure": slices.to_record()}
+        )
+
+
+@dataclass(frozen=True)
+class Small(Smaller):
+    """Each block as wide as what it uses, recorded in config.json; ``msp_plugin.load`` reads it without remote code."""
+
+    name = "small"
+
+    def slices(self, source: Checkpoint) -> Slices:
+        structure = source.structure
+        kept = {}
+        for half in structure.halves:
+            least = 1 if half.name in structure.biased else 0
+            kept[half.name] = kept_groups(
+                half, structure.silent[half.name], least=least, quantum=self.quantum
+            )
+        _check_attention(source, kept)
+        _check_smaller(source, kept)
+        dropped = [half.name for half in structure.halves if half.kind == ATTENTION and not kept[half.name]]
+        if structure.mixed and dropped:
+            raise FormatError(
+                f"{source.path} mixes blocks with and without a sliding window, and {dropped[0]} does nothing",
+                hint="transformers' cache of such a model counts on every attention; drop whole blocks and "
+                "export it --to uniform, or keep every attention",
+            )
+        return Slices(structure.halves, kept, structure.depth)
+
+    def config(self, source: Checkpoint, slices: Slices) -> dict[str, Any]:
+        return small_config(source.config, slices.widths)
+
+
+@dataclass(frozen=True)
+class Uniform(Smaller):
+    """All blocks equally wide, and blocks that do nothing gone: plain transformers and vLLM load it.
+
+    Args:
+        pad: where blocks need different widths, give all the widest one's, filled up with heads and channels that do
+            nothing; otherwise such a model is refused.
+    """
+
+    name = "uniform"
+
+    pad: bool = False
+
+    def slices(self, source: Checkpoint) -> Slices:
+        structure = source.structure
+        needed = {half.name: int((~structure.silent[half.name]).sum()) for half in structure.halves}
+        used = {half.block for half in structure.halves if needed[half.name] or half.name in structure.biased}
+        kept: dict[str, tuple[int, ...]] = {}
+        for kind in (ATTENTION, MLP):
+            halves = [half for half in structure.halves if half.kind == kind and half.block in used]
+            least = self._width(source, kind, halves, needed, used)
+            for half in structure.halves:
+                if half.kind == kind:
+                    silent = structure.silent[half.name]
+                    groups = kept_groups(half, silent, least=least, quantum=self.quantum)
+                    kept[half.name] = groups if half.block in used else ()
+        if (
+            read_widths(source.config, str(source.path)) is None
+        ):  # else it is smaller already, in another form
+            _check_smaller(source, kept)
+        return Slices(structure.halves, kept, structure.depth, renumbered=True)
+
+    def _width(
+        self, source: Checkpoint, kind: str, halves: list[Half], needed: dict[str, int], used: set[int]
+    ) -> int:
+        """Return the groups that each half of a kind keeps.
+
+        Raises:
+            FormatError: the blocks need different numbers of groups, or one has no such half.
+        """
+        missing = sorted(used - {half.block for half in halves})
+        step = self.quantum if kind == MLP else 1
+        widths = {half.name: -(-needed[half.name] // step) * step for half in halves}
+        most = max(widths.values(), default=0)
+        different = [name for name, width in widths.items() if width != most]
+        if not most or missing or (different and not self.pad):
+            groups = "KV heads" if kind == ATTENTION else "channels"
+            found = (
+                f"every {kind} does nothing"
+                if not most
+                else f"block {missing[0]} has no {kind}"
+                if missing
+                else f"{different[0]} uses {widths[different[0]]} {groups}, others {most}"
+            )
+            raise FormatError(
+                f"{source.path} is not equally wide in all blocks: {found}",
+                hint="export it --to small, or give --set pad=true to fill all blocks up to the widest",
+            )
+        return most
+
+    def config(self, source: Checkpoint, slices: Slices) -> dict[str, Any]:
+        widths = slices.widths[next(iter(slices.blocks))]
+        attention = next(half for half in slices.halves if half.kind == ATTENTION)
+        head_dim = attention.inputs[f"{attention.name}.k_proj"]
+        return uniform_config(
+            source.config, empty_model(source.path).config, widths, list(slices.blocks), head_dim
+        )
+
+
+def _check_attention(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> None:
+    """Raise FormatError if no attention stays."""
+    if not any(kept[half.name] for half in source.structure.halves if half.kind == ATTENTION):
+        raise FormatError(
+            f"every attention of {source.path} does nothing: no token would see another one",
+            hint="keep one, or export it --to dense",
+        )
+
+
+def _check_smaller(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> None:
+    """Raise FormatError if every group stays."""
+    if all(len(kept[half.name]) == half.groups for half in source.structure.halves):
+        raise FormatError(
+            f"every KV head and channel of {source.path} does something: nothing can be left out",
+            hint="zeros within rows and columns, such as N:M, are packed by sparse24; a smaller quantum may help",
+        )
+
+
+def _sizes(source: Checkpoint, slices: Slices) -> dict[str, int]:
+    """Return the bytes of each tensor of the export by name, in order."""
+    sizes = {}
+    for name in source.dense_names:
+        if (after := slices.name(name)) is not None:
+            info = source.dense_info(name)
+            sizes[after] = torch.Size(slices.shape(name, info.shape)).numel() * info.dtype.itemsize
+    return sizes
+
+
+def _sliced(source: Checkpoint, slices: Slices) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the export's tensors, one at a time."""
+    for name in source.dense_names:
+        if (after := slices.name(name)) is not None:
+            yield after, slices.cut(name, source.dense(name))

@@ -1,0 +1,123 @@
+"""Which groups of a half contribute exactly zero, and which of them an export leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from msp_plugin.errors import NumericsError, RecipeError
+from msp_plugin.models.layers import decoder_blocks
+from msp_plugin.structure.halves import MLP, Half, find_halves, is_mixed
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The halves of a model, and what of them contributes nothing.
+
+    Args:
+        halves: block by block.
+        depth: number of blocks.
+        mixed: some blocks attend to a sliding window and others do not.
+        silent: by half, bool[groups] (see silent_groups).
+        biased: names of the halves that add a bias to the hidden state.
+    """
+
+    halves: tuple[Half, ...]
+    depth: int
+    mixed: bool
+    silent: Mapping[str, torch.Tensor]
+    biased: frozenset[str]
+
+
+def read_structure(model: torch.nn.Module, read: Callable[[str], torch.Tensor | None]) -> Structure:
+    """Return the structure of a model, whose own tensors may be on ``meta``; every weight of its halves is read once.
+
+    Args:
+        read: returns a tensor by name, None if the model has none of that name.
+
+    Raises:
+        ModelError: see find_halves.
+        NumericsError: see silent_groups.
+    """
+    halves, (_, blocks) = find_halves(model), decoder_blocks(model)
+    return Structure(
+        halves,
+        len(blocks),
+        is_mixed(model),
+        {half.name: silent_groups(half, read) for half in halves},
+        frozenset(half.name for half in halves if has_bias(half, read)),
+    )
+
+
+def silent_groups(half: Half, read: Callable[[str], torch.Tensor | None]) -> torch.Tensor:
+    """Return bool[groups], True for a group whose contribution to the hidden state is zero whatever the text.
+
+    That is so where its columns of the output projection are zero, or all its rows (and biases) of a projection that
+    silences it. It is read off the weights alone.
+
+    Args:
+        read: returns a tensor by name, None if the model has none of that name.
+
+    Raises:
+        NumericsError: a weight of the half is not finite: zero times infinity would be no zero.
+    """
+    silent = _largest(half, half.output, read, dim=1) == 0
+    for layer in half.inputs:
+        largest = _largest(half, layer, read, dim=0)
+        if layer in half.silencing:
+            silent |= largest == 0
+    return silent
+
+
+def has_bias(half: Half, read: Callable[[str], torch.Tensor | None]) -> bool:
+    """Return True if a half adds a bias to the hidden state, which it does without any group."""
+    bias = read(f"{half.output}.bias")
+    return bias is not None and bool((bias != 0).any())
+
+
+def kept_groups(half: Half, silent: torch.Tensor, *, least: int, quantum: int = 1) -> tuple[int, ...]:
+    """Return the groups of a half that stay, in order; none if it is dropped.
+
+    Silent groups, the first ones, stay to make up ``least`` groups and to fill an MLP's channels up to a multiple of
+    ``quantum``.
+
+    Args:
+        silent: bool[groups] (see silent_groups).
+
+    Raises:
+        RecipeError: ``quantum`` does not divide the channels.
+    """
+    step = quantum if half.kind == MLP else 1
+    if half.groups % step:
+        raise RecipeError(
+            f"{half.name} has {half.groups} channels, no multiple of quantum = {quantum}",
+            hint="give a quantum that divides them, e.g. 1",
+        )
+    used = int((~silent).sum())
+    wanted = -(-max(used, least) // step) * step
+    kept = ~silent
+    kept[torch.nonzero(silent).flatten()[: wanted - used]] = True
+    return tuple(torch.nonzero(kept).flatten().tolist())
+
+
+def _largest(half: Half, layer: str, read: Callable[[str], torch.Tensor | None], *, dim: int) -> torch.Tensor:
+    """Return [groups], the largest magnitude in each group's slice of a layer's weight along ``dim``.
+
+    The biases of rows are counted, that of columns belongs to no group.
+
+    Raises:
+        NumericsError: one is not finite.
+    """
+    weight, bias = read(f"{layer}.weight"), read(f"{layer}.bias")
+    assert weight is not None, f"a half without {layer}"
+    largest = weight.abs().amax(dim=1 - dim)
+    if bias is not None and dim == 0:
+        largest = torch.maximum(largest, bias.abs())
+    largest = largest.view(half.groups, -1).amax(dim=1)
+    if not torch.isfinite(largest).all():
+        raise NumericsError(
+            f"{layer} holds weights that are not finite", hint="repair or download the checkpoint anew"
+        )
+    return largest

@@ -1,0 +1,91 @@
+"""The check that a smaller model computes what the one does that it was cut from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from msp_plugin.checkpoint.load import load
+from msp_plugin.errors import RecipeError
+from msp_plugin.models.layers import text_config
+from msp_plugin.progress import StepProgress
+from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
+
+
+@dataclass(frozen=True)
+class Logits(Check):
+    """A smaller model's logits in float32 are those of the reference, on random tokens, and so are greedy tokens.
+
+    The sums have fewer terms, all of which are zero, but are rounded in another order. Every other export keeps the
+    bits of its weights, and is left out here.
+
+    Args:
+        samples, length: of the random tokens.
+        tokens: how many each sample is continued by, through the KV cache.
+        tolerance: the largest difference of two logits, as a share of the largest logit.
+    """
+
+    name = "logits"
+    needs = ("reference",)
+
+    samples: int = 4
+    length: int = 32
+    tokens: int = 16
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.length, self.tokens) < 1 or not self.tolerance > 0:
+            raise RecipeError(
+                f"logits: {self}", hint="give at least 1 sample of 1 token, and a tolerance above 0"
+            )
+
+    def run(self, subject: Subject, progress: StepProgress) -> list[Finding]:
+        reference = subject.reference
+        assert reference is not None, "the check needs a reference"
+        manifest = subject.checkpoint.manifest
+        if manifest is None or not manifest.structure:
+            return [Finding("logits", SKIP, "no smaller model: its tensors are compared bit for bit")]
+        ids, logits, greedy = None, [], []
+        for done, path in enumerate((reference.path, subject.checkpoint.path), 1):
+            model = load(path, "float32", checksums=False)
+            if ids is None:
+                generator = torch.Generator().manual_seed(0)
+                words = text_config(model).vocab_size
+                ids = torch.randint(0, words, (self.samples, self.length), generator=generator)
+            with torch.no_grad():
+                logits.append(model(ids).logits)
+            greedy.append(_greedy(model, ids, self.tokens))
+            del model
+            progress("logits", done, 2)
+        return [self._compared(*logits), _same_tokens(*greedy)]
+
+    def _compared(self, expected: torch.Tensor, found: torch.Tensor) -> Finding:
+        if expected.shape != found.shape:
+            return Finding("logits", FAIL, f"{list(found.shape)}", f"{list(expected.shape)}")
+        scale = float(expected.abs().max())
+        worst = float((expected - found).abs().max()) / scale if scale else float(found.abs().max())
+        return Finding(
+            "logits",
+            OK if worst <= self.tolerance else FAIL,
+            f"differ by {worst:.2g} of the largest, in float32",
+            f"at most {self.tolerance:g}",
+            {"difference": worst},
+        )
+
+
+def _greedy(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return the most likely continuation [samples, tokens] through the KV cache; no token ends it."""
+    cache, new, found = None, ids, []
+    with torch.no_grad():
+        for _ in range(tokens):
+            result = model(new, past_key_values=cache, use_cache=True)
+            cache, new = result.past_key_values, result.logits[:, -1:].argmax(dim=-1)
+            found.append(new)
+    return torch.cat(found, dim=1)
+
+
+def _same_tokens(expected: torch.Tensor, found: torch.Tensor) -> Finding:
+    same = int((expected == found).sum())
+    right = same == expected.numel()
+    return Finding("greedy tokens", OK if right else FAIL, f"{same} equal", f"{expected.numel()}")

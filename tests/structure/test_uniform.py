@@ -1,0 +1,118 @@
+"""``--to uniform``: what plain transformers load, or the reason why a model has no such form."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
+
+from msp_plugin.checkpoint.export import export_checkpoint
+from msp_plugin.checkpoint.smaller import Small, Uniform
+from msp_plugin.errors import FormatError, ModelError
+
+
+def config(path):
+    return json.loads((path / "config.json").read_text())
+
+
+def everywhere(model, zeros, heads=(), channels=()):
+    for block in range(len(model.model.layers)):
+        for head in heads:
+            zeros.head(block, (head + block) % model.config.num_key_value_heads)
+        for channel in channels:
+            zeros.channel(block, (channel + 5 * block) % model.config.intermediate_size)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mistral",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("mistral with a window", "qwen2", "qwen3", "gemma")
+        ),
+    ],
+)
+def test_equal_widths_and_dropped_blocks_load_in_plain_transformers(
+    name, tiny, zeroing, exported, same_outputs
+):
+    model = tiny(name)
+    zeros = zeroing(model)
+    everywhere(model, zeros, heads=(1,), channels=range(8))
+    zeros.half(2, "attention")
+    zeros.half(2, "mlp")
+    _, out = exported(model, Uniform())
+    found = config(out)
+    assert "per_layer_config" not in found and found["num_hidden_layers"] == 3
+    sizes = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim")
+    assert [found[key] for key in sizes] == [4, 2, 16, 8]
+    assert len(found.get("layer_types") or [0] * 3) == 3
+    small = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(small) is type(model)
+    same_outputs(model, small)
+
+
+def test_a_llama_whose_heads_do_not_divide_it_becomes_a_mistral(tiny, zeroing, exported, same_outputs):
+    model = tiny("llama")
+    everywhere(model, zeroing(model), heads=(0,))
+    _, out = exported(model, Uniform())
+    assert config(out)["model_type"] == "mistral" and config(out)["sliding_window"] is None
+    small = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(small) is MistralForCausalLM and small.config.num_attention_heads == 6
+    same_outputs(model, small)
+
+
+def test_a_llama_whose_heads_divide_it_stays_a_llama(tiny, zeroing, exported, same_outputs):
+    model = tiny("llama")
+    everywhere(model, zeroing(model), heads=(0, 1))
+    _, out = exported(model, Uniform())
+    small = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(small) is LlamaForCausalLM and small.config.num_attention_heads == 4
+    same_outputs(model, small, generate=False)
+
+
+def test_uneven_widths_are_filled_up_where_that_is_asked_for(tiny, zeroing, exported, same_outputs):
+    model = tiny("mistral")
+    zeros = zeroing(model)
+    everywhere(model, zeros, heads=(1,), channels=range(6))
+    zeros.channel(1, 20)
+    zeros.half(3, "mlp")
+    source, out = exported(model, Uniform(pad=True))
+    assert config(out)["intermediate_size"] == 18 and config(out)["num_hidden_layers"] == 4
+    same_outputs(model, AutoModelForCausalLM.from_pretrained(out).eval(), generate=False)
+    with pytest.raises(FormatError, match=r"model\.layers\.1\.mlp uses 1\d channels, others 18"):
+        export_checkpoint(source, Uniform(), out.parent / "other")
+
+
+def test_a_small_export_of_equal_widths_becomes_uniform(tiny, zeroing, exported, tmp_path, same_outputs):
+    model = tiny("mistral")
+    everywhere(model, zeroing(model), channels=(1, 2))
+    _, small = exported(model, Small())
+    export_checkpoint(small, Uniform(), tmp_path / "again")
+    assert config(tmp_path / "again")["intermediate_size"] == 22
+    same_outputs(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval(), generate=False)
+
+
+def test_a_half_that_is_dropped_by_itself_is_refused_by_name(tiny, zeroing, tmp_path):
+    model = tiny("llama")
+    zeroing(model).half(1, "attention")
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(FormatError) as error:
+        export_checkpoint(tmp_path / "source", Uniform(), tmp_path / "out")
+    assert "model.layers.1.self_attn uses 0 KV heads, others 4" in error.value.message
+    assert "--to small" in error.value.hint
+
+
+def test_a_gemma_that_its_config_cannot_hold_is_refused(tiny, zeroing, tmp_path):
+    model = tiny("gemma2")
+    everywhere(model, zeroing(model), heads=(0,))
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ModelError, match="transformers refuses the config of the smaller gemma2 model"):
+        export_checkpoint(tmp_path / "source", Uniform(), tmp_path / "out")
+
+
+def test_a_llama_with_biases_is_no_mistral(tiny, zeroing, tmp_path):
+    model = tiny("llama with biases")
+    everywhere(model, zeroing(model), heads=(0,))
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ModelError, match="transformers refuses the config"):
+        export_checkpoint(tmp_path / "source", Uniform(), tmp_path / "out")
