@@ -12,7 +12,7 @@ import torch
 import msp_plugin
 from msp_plugin import Allocation, AllocationProblem, Level, Text, Unit, UnitTable
 from msp_plugin.allocators.msp import mutate
-from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.recount import recount_model
 from msp_plugin.data.samples import split_text
 from msp_plugin.database.build import build_database
@@ -168,7 +168,7 @@ def test_dropped_halves_add_nothing_even_without_any_attention_and_exports_stay_
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, bare(ids).logits)
-        for format in (Dense(), Sparse24()):
+        for format in (Dense(), Sparse24(), Bitmask()):
             path = tmp_path / format.name
             export_checkpoint(pruned.path, format, path)
             assert torch.equal(msp_plugin.load(path, dtype="float32")(ids).logits, model(ids).logits)
