@@ -79,14 +79,19 @@ def test_a_plugin_written_from_a_readme_alone_prunes_a_model(code, llama_dir, tm
     monkeypatch.delitem(sys.modules, "written_from_readme", raising=False)
     importlib.invalidate_caches()
     name = re.search(r'name = "(\w+)"', code)[1]
-    role = "method" if "pruners" in code else "allocator"
-    msp_plugin.prune(
+    role = {"pruners": "method", "recoveries": "recover", "allocators": "allocator"}[
+        re.search(r"msp_register_(\w+)", code)[1]
+    ]
+    run = msp_plugin.prune(
         llama_dir, msp_plugin.Text(str(text), samples=8, length=16, test_samples=2), tmp_path / "out", sparsity=0.5,
         cache=str(tmp_path / "cache"),
         **{"method": "magnitude", "allocator": "uniform", role: name},
     )  # fmt: skip
     allocation = json.loads((tmp_path / "out" / "allocation.json").read_text())
-    assert allocation["provenance"][role]["name"] == name
+    if role == "recover":
+        assert run.record.stages[-1].recovery.method["name"] == name
+    else:
+        assert allocation["provenance"][role]["name"] == name
     assert 2 * allocation["budget"]["zeros"] == allocation["budget"]["weights"]
 
 

@@ -66,8 +66,8 @@ class Blockwise(Recovery):
     Args:
         blocks: whole blocks of a window; 0 for halves, where a block has them.
         epochs: passes over the samples for each window.
-        rates: learning rates, of which one is chosen for each window: the one whose first steps, up to 16, leave the
-            least error on the hold-out samples.
+        rates: learning rates in sizes of each parameter (see Schedule), of which one is chosen for each window: the one
+            whose first steps, up to 16, leave the least error on the hold-out samples.
         decay: AdamW's weight decay.
     """
 
@@ -75,7 +75,7 @@ class Blockwise(Recovery):
 
     blocks: int = 0
     epochs: int = 4
-    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (0.02, 0.06, 0.2)
     decay: float = 0.0
 
     def __post_init__(self) -> None:

@@ -16,6 +16,8 @@ from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.windows import Window
 
+#: Least size of a parameter, such as a bias of zeros, by which its steps are scaled (Adafactor's epsilon 2).
+LEAST_SIZE = 1e-3
 #: Returns the loss of a batch, by its number, as a node of the graph.
 BatchLoss = Callable[[int], torch.Tensor]
 
@@ -38,6 +40,11 @@ class Trained:
     def put(self) -> None:
         """Round the float32 values into the parameter."""
         self.parameter.data.copy_(self.master)
+
+    def size(self) -> float:
+        """Return the root mean square of the values that are not pruned, or LEAST_SIZE if that is more."""
+        count = self.master.numel() if self.kept is None else int(self.kept.sum())
+        return max(LEAST_SIZE, float(self.master.norm()) / math.sqrt(max(count, 1)))
 
     def take_gradient(self) -> None:
         """Move the parameter's gradient to the float32 values, without those of pruned weights."""
@@ -76,7 +83,8 @@ class Schedule:
 
     Args:
         steps: batches that are trained on.
-        rate: the highest learning rate; it rises over the first share ``warm`` of the steps and falls to zero as a
+        rate: the highest learning rate, as a share of each parameter's own size (Adafactor's relative step, arXiv
+            1804.04235, section 8), so that one rate suits models and layers of all scales; it rises over the first share ``warm`` of the steps and falls to zero as a
             cosine.
         decay: AdamW's weight decay of matrices; norms and biases have none.
     """
@@ -87,7 +95,7 @@ class Schedule:
     warm: float = 0.1
 
     def at(self, step: int) -> float:
-        """Return the learning rate of a step."""
+        """Return the rate of a step."""
         rise = min(1.0, (step + 1) / (self.warm * self.steps))
         return self.rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
@@ -130,11 +138,12 @@ def fit(
         start: the state to begin with.
     """
     set_state(trained, start.state)
-    matrices = [t.master for t in trained if t.master.dim() > 1]
-    others = [t.master for t in trained if t.master.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": schedule.decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": [t.master], "size": t.size(), "weight_decay": schedule.decay * (t.master.dim() > 1)}
+        for t in trained
+    ]
     # (0.9, 0.95): the mean of squares forgets within tens of steps, as many as a window has.
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=schedule.rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     best, order = start, list[int]()
     generator = torch.Generator().manual_seed(seed)
     for step in range(schedule.steps):
@@ -146,7 +155,7 @@ def fit(
         for each in trained:
             each.take_gradient()
         for group in optimizer.param_groups:
-            group["lr"] = schedule.at(step)
+            group["lr"] = schedule.at(step) * group["size"]
         optimizer.step()
         for each in trained:
             each.put()

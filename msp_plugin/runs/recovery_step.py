@@ -1,0 +1,247 @@
+"""One step of a run: recover a sparse model in memory, prove its zeros, and measure it before and after."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from msp_plugin.checkpoint.recount import recount_model
+from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import Text, load_split
+from msp_plugin.errors import DataError, NumericsError
+from msp_plugin.models.device import on_best_device
+from msp_plugin.models.fingerprint import fingerprint
+from msp_plugin.passes.losses import mean_kl, perplexity
+from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plugins.manager import spec_of
+from msp_plugin.records.run import DENSE, PRUNE, RECOVER, RecoveryRecord, StageRecord
+from msp_plugin.recovery.base import Recovery, RecoveryInputs
+from msp_plugin.recovery.masks import Masks
+from msp_plugin.runtime.context import RunContext
+from msp_plugin.runtime.digests import component_digest, versions
+from msp_plugin.runtime.disk import writing
+from msp_plugin.runtime.files import cache_directory, finite
+from msp_plugin.runtime.journal import Journal
+from msp_plugin.runtime.memory import freed_memory_kept
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+#: One sample in so many judges the recovery and is not recovered on.
+HOLDOUT_SHARE = 8
+
+
+@dataclass(frozen=True)
+class RecoveryText:
+    """The samples of a recovery, no two of which share a token's place in the text.
+
+    Args:
+        data: to recover on.
+        holdout: judges the recovery meanwhile.
+        test: measures the models; empty where nothing is measured.
+    """
+
+    data: CalibrationSet
+    holdout: CalibrationSet
+    test: CalibrationSet
+
+    @classmethod
+    def of(cls, samples: CalibrationSet, test: CalibrationSet) -> RecoveryText:
+        """Return the samples with the last ones as hold-out.
+
+        Raises:
+            DataError: there are fewer than two samples.
+        """
+        if len(samples) < 2:
+            raise DataError(
+                f"{samples.source} gives {len(samples)} sample, and a recovery needs one to learn from and another to judge it",
+                hint="give more text, or shorter samples (--length)",
+            )
+        data, holdout = samples.cut(max(1, samples.tokens // HOLDOUT_SHARE))
+        return cls(data, holdout, test)
+
+
+def recovery_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> RecoveryText:
+    """Return the samples of a text for a recovery.
+
+    Raises:
+        DataError: see load_split and RecoveryText.of.
+    """
+    split = load_split(tokenizer, text)
+    return RecoveryText.of(split.pruning, split.test)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The perplexity and the KL divergence from the dense model of one model on the test text; None where unmeasured."""
+
+    perplexity: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class RecoveryStep:
+    """A recovery method, its samples, and the way that it runs."""
+
+    recovery: Recovery
+    samples: RecoveryText
+    seed: int
+    cache: str | None
+    context: RunContext
+
+    def identity(self, model: PreTrainedModel, original: PreTrainedModel | None) -> dict[str, Any]:
+        """Return the values that the state of a stopped recovery depends on, by names that a user can read."""
+        return {
+            "model": fingerprint(model),
+            "original": None if original is None else fingerprint(original),
+            "recovery": spec_of(self.recovery),
+            "code": component_digest(self.recovery),
+            "text": [self.samples.data.fingerprint, self.samples.holdout.fingerprint],
+            "test": self.samples.test.fingerprint,
+            "seed": self.seed,
+            "versions": versions(),
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+        }
+
+    def references(
+        self, model: PreTrainedModel, original: PreTrainedModel | None, journal: Journal
+    ) -> dict[str, Measured]:
+        """Return the measurements of the dense and the sparse model by stage, from the journal if there."""
+        measured = {}
+        if original is not None:
+            measured[DENSE] = Measured(
+                **journal.get(DENSE, lambda: vars(self.measure(DENSE, original, None)))
+            )
+        measured[PRUNE] = Measured(
+            **journal.get("sparse", lambda: vars(self.measure("sparse", model, original)))
+        )
+        return measured
+
+    def measure(self, name: str, model: PreTrainedModel, original: PreTrainedModel | None) -> Measured:
+        """Return the measurements of a model on the test text."""
+        test = self.samples.test
+        if not test:
+            return Measured()
+        with freed_memory_kept(), on_best_device(model):
+            progress = partial(self.context.progress, f"perplexity, {name}")
+            value = self._finite(name, lambda: perplexity(model, test, progress=progress))
+        return Measured(value, self.divergence(name, model, original))
+
+    def divergence(self, name: str, model: PreTrainedModel, original: PreTrainedModel | None) -> float | None:
+        """Return the KL divergence of a model from the original on the test text, None without either."""
+        test = self.samples.test
+        if not test or original is None:
+            return None
+        progress = partial(self.context.progress, f"KL, {name}")
+        with freed_memory_kept(), on_best_device(model), on_best_device(original):
+            return self._finite(name, lambda: mean_kl(original, model, test, progress=progress))
+
+    def _finite(self, name: str, measure: Callable[[], float]) -> float | None:
+        """Return what is measured, None for a sparse model's loss that is not a number."""
+        try:
+            return finite(measure())
+        except NumericsError:
+            if name == DENSE:
+                raise
+            log.warning("the %s model's test loss is not a number", name)
+            return None
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        original: PreTrainedModel | None,
+        masks: Masks,
+        allocation: Allocation | None,
+        key: str,
+    ) -> StageRecord:
+        """Change the surviving weights of a model in place, prove its zeros, and return the stage with its measurements.
+
+        Args:
+            key: of everything that the state of a stopped recovery depends on.
+
+        Raises:
+            VerificationError: a zero was filled in, or a layer does not have its level any more.
+            MSPError: see the method.
+        """
+        recovery, start = self.recovery, time.monotonic()
+        with self._folder(key) as folder, ExitStack() as stack:
+            stack.enter_context(freed_memory_kept())
+            for each in (model, original):
+                if each is not None:
+                    stack.enter_context(on_best_device(each))
+            result = recovery.recover(
+                RecoveryInputs(
+                    model,
+                    masks,
+                    self.samples.data,
+                    self.samples.holdout,
+                    original,
+                    folder,
+                    _sensitivities(allocation),
+                    self.seed,
+                    progress=self.context.progress,
+                    ranks=self.context.ranks,
+                )
+            )
+        seconds = round(time.monotonic() - start, 3)
+        rounded = masks.check(model, f"recovery {recovery.name!r}")
+        if rounded:
+            log.warning(
+                "%d weights of %d layers became zero by rounding, most in %s",
+                sum(rounded.values()),
+                len(rounded),
+                max(rounded, key=lambda name: rounded[name]),
+            )
+        if allocation is not None:
+            recount_model(model, allocation, exact=False, after=f"recovery {recovery.name!r}")
+        zeros = sum(masks.zeros(layer) for layer in masks) + sum(rounded.values())
+        measured = self.measure("recovered", model, original)
+        return StageRecord(
+            name=RECOVER,
+            perplexity=measured.perplexity,
+            kl=measured.kl,
+            seconds=seconds,
+            sparsity=zeros / sum(out * width for out, width in masks.shapes.values()),
+            recovery=RecoveryRecord(
+                method=spec_of(recovery),
+                seed=self.seed,
+                tokens=result.tokens,
+                data=self.samples.data.record(),
+                holdout=self.samples.holdout.record(),
+                curve=result.curve,
+                rounded=rounded,
+                notes=result.notes,
+            ),
+        )
+
+    @contextmanager
+    def _folder(self, key: str) -> Iterator[Path]:
+        """Yield the directory for the state of this recovery, which is removed if the block succeeds."""
+        folder = cache_directory(self.cache) / "recovery" / key[:24]
+        if self.context.fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sensitivities(allocation: Allocation | None) -> dict[str, float]:
+    """Return the sensitivity of each layer's unit, by Fisher's trace if the run has it, else by its first estimator."""
+    if allocation is None or not allocation.sensitivities:
+        return {}
+    known = allocation.sensitivities
+    values = known["fisher"] if "fisher" in known else known[min(known)]
+    pairs = zip(allocation.table, values, strict=True)
+    return {layer.name: value for unit, value in pairs for layer in unit.layers}

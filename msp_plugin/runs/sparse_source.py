@@ -1,0 +1,137 @@
+"""Open a sparse checkpoint and the dense model that it was pruned from, with every check before work."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.quantized import check_source_unquantized
+from msp_plugin.checkpoint.recount import recount_model
+from msp_plugin.checkpoint.saving import check_savable
+from msp_plugin.checkpoint.source import ModelSource
+from msp_plugin.errors import ModelError
+from msp_plugin.models.layers import check_finite_weights, prunable_layers
+from msp_plugin.models.offload import input_embeddings, named_parameters, onloaded
+from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
+from msp_plugin.records.run import RunRecord
+from msp_plugin.recovery.masks import Masks
+from msp_plugin.runtime.disk import check_free
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+#: Entries of a config that two models of one architecture share.
+_SAME = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A sparse checkpoint that is loaded: its model, its zeros, and the allocation beside it, if any."""
+
+    model: PreTrainedModel
+    masks: Masks
+    allocation: Allocation | None
+    record: RunRecord | None
+
+
+def load_sparse(source: ModelSource, tokenizer: PreTrainedTokenizerBase, out: Path) -> Sparse:
+    """Return a sparse checkpoint, checked.
+
+    Raises:
+        ModelError: it is dense, or cannot be saved again.
+        VerificationError: its allocation.json is of another model.
+        OutputError: the disk of ``out`` has too little room.
+    """
+    folder = Path(source.name).expanduser()
+    allocation = None
+    if (folder / ALLOCATION_FILE).is_file():
+        assert Checkpoint.open(folder).allocation is not None  # compares it with the tensors
+        allocation = Allocation.read(folder / ALLOCATION_FILE)
+    model = source.load()
+    table = prunable_layers(model)
+    check_finite_weights(model, table)
+    masks = Masks.of(model, [layer.name for layer in table.layers])
+    if allocation is not None:
+        recount_model(model, allocation, exact=False, after="loading")
+    check_savable(model, tokenizer)
+    size = sum(p.numel() * p.element_size() for _, _, p in named_parameters(model))
+    check_free(out, size, "the recovered model takes", "give an output directory on another disk")
+    return Sparse(model, masks, allocation, RunRecord.beside(folder))
+
+
+def load_original(source: ModelSource, model: PreTrainedModel) -> PreTrainedModel:
+    """Return the dense model of a sparse one.
+
+    Raises:
+        ModelError: it has other parameters or other shapes.
+    """
+    original = source.load()
+    shapes, expected = (
+        {name: tuple(p.shape) for name, _, p in named_parameters(m)} for m in (original, model)
+    )
+    if shapes != expected:
+        names = sorted({*shapes, *expected}, key=lambda name: (shapes.get(name) == expected.get(name), name))
+        raise ModelError(
+            f"{source.name} is not the original of this model: {names[0]} is "
+            f"{shapes.get(names[0], 'missing')}, expected {expected.get(names[0], 'no such parameter')}",
+            hint="give the dense model that was pruned",
+        )
+    embeddings = []
+    for module in map(input_embeddings, (original, model)):
+        with onloaded(module):
+            embeddings.append(module.get_parameter("weight").detach().float().cpu().clone())
+    if not torch.equal(*embeddings):
+        log.warning(
+            "%s has other embeddings than the sparse model: is it the model that was pruned?", source.name
+        )
+    return original
+
+
+def check_sources(sparse: ModelSource, dense: ModelSource | None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a sparse model, after the checks that need no weights.
+
+    Raises:
+        ModelError: a source is missing or quantized, or the original's config or tokenizer is another one.
+    """
+    hint = "recover the sparse model from before its quantization, and quantize the result"
+    check_source_unquantized(sparse.name, trust_remote_code=sparse.trust_remote_code, hint=hint)
+    tokenizer = sparse.tokenizer()
+    if dense is None:
+        return tokenizer
+    dense.check()
+    own, other = (_config(source) for source in (sparse, dense))
+    for key in _SAME:
+        if own.get(key) != other.get(key):
+            raise ModelError(
+                f"{dense.name} is not the original of {sparse.name}: {key} is {other.get(key)}, expected {own.get(key)}",
+                hint="give the dense model that was pruned",
+            )
+    if dense.tokenizer().get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            f"{dense.name} has another tokenizer than {sparse.name}",
+            hint="give the dense model that was pruned",
+        )
+    return tokenizer
+
+
+def _config(source: ModelSource) -> dict[str, Any]:
+    """Return the entries of a model's config for text."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source.name, trust_remote_code=source.trust_remote_code)
+    return dict(config.get_text_config(decoder=True).to_dict())
