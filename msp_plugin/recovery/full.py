@@ -39,7 +39,7 @@ class Full(AdapterRecovery):
     A bfloat16 model trains float32 copies, because AdamW's steps are below what bfloat16 can add.
 
     Args:
-        learning_rate: the highest one; see TrainedRecovery for the options of training.
+        learning_rate: the highest one; see TrainingOptions for the others.
         norms: also train the norms and the biases of the layers.
     """
 

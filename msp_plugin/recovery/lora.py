@@ -29,7 +29,7 @@ class LoRA(TrainedRecovery):
     Args:
         rank, alpha: of the change.
         masked_merge: merge only what falls on surviving weights.
-        learning_rate: the highest one; see TrainedRecovery for the options of training.
+        learning_rate: the highest one; see TrainingOptions for the others.
     """
 
     name = "lora"

@@ -50,7 +50,7 @@ class MaskedLoRA(AdapterRecovery):
 
     Args:
         rank, alpha: of the change.
-        learning_rate: the highest one; see TrainedRecovery for the options of training.
+        learning_rate: the highest one; see TrainingOptions for the others.
         norms: also train the norms and the biases of the layers.
     """
 

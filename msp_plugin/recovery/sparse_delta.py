@@ -71,7 +71,7 @@ class SparseDelta(AdapterRecovery):
         score: ``gradient``: |g|; ``saliency``: |W g|; ``magnitude``: |W|, which takes no gradients.
         by_layer: choose the same share in each layer, instead of the best of all layers.
         score_tokens: tokens whose mean gradient chooses.
-        learning_rate: the highest one; see TrainedRecovery for the options of training.
+        learning_rate: the highest one; see TrainingOptions for the others.
         norms: also train the norms and the biases of the layers.
     """
 

@@ -62,7 +62,7 @@ class SPP(AdapterRecovery):
     Args:
         groups: rows of A; each is shared by out / groups neighbouring rows of the weight.
         scale: of the change.
-        learning_rate: the highest one; see TrainedRecovery for the options of training.
+        learning_rate: the highest one; see TrainingOptions for the others.
         norms: also train the norms and the biases of the layers, as the authors do not.
     """
 

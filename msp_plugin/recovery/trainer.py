@@ -27,7 +27,7 @@ from msp_plugin.passes.observe import by_block
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.ist import EVERY, LEFT, SETS, ImportanceSchedule, starting_scores
 from msp_plugin.recovery.objective import Objective
-from msp_plugin.recovery.trained import TrainedRecovery
+from msp_plugin.recovery.training_options import TrainingOptions
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Steps:
     length: int
 
     @classmethod
-    def plan(cls, method: TrainedRecovery, data: CalibrationSet, batch_tokens: int, ranks: int) -> Steps:
+    def plan(cls, method: TrainingOptions, data: CalibrationSet, batch_tokens: int, ranks: int) -> Steps:
         """Return the steps whose tokens are at least those that are asked for."""
         length = max(map(len, data.samples))
         share = -(-max(1, method.step_tokens // length) // ranks)
@@ -97,7 +97,7 @@ class Course:
         """True if the state in the model is better than the one before training."""
         return self.best > 0
 
-    def notes(self, method: TrainedRecovery) -> tuple[str, ...]:
+    def notes(self, method: TrainingOptions) -> tuple[str, ...]:
         """Return remarks for a reader of the result."""
         notes = []
         if self.stopped:
@@ -165,7 +165,7 @@ class RecoveryTrainer(Trainer):
 class Watch(TrainerCallback):
     """Reports progress, writes the log, and ends training that gets no better or is not finite."""
 
-    def __init__(self, method: TrainedRecovery, steps: Steps, inputs: RecoveryInputs):
+    def __init__(self, method: TrainingOptions, steps: Steps, inputs: RecoveryInputs):
         self.method, self.steps, self.inputs = method, steps, inputs
         self.stopped = ""
         self.file = inputs.folder / "log.jsonl"
@@ -310,7 +310,7 @@ def damped(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
 
 
 def train(
-    method: TrainedRecovery, adapted: PeftModel, objective: Objective, inputs: RecoveryInputs
+    method: TrainingOptions, adapted: PeftModel, objective: Objective, inputs: RecoveryInputs
 ) -> Course:
     """Train an adapter, or continue a training that was stopped; the model ends with the best state.
 
@@ -359,7 +359,7 @@ def course_of(
 
 
 def arguments(
-    method: TrainedRecovery, steps: Steps, inputs: RecoveryInputs, device: torch.device, *, fresh: bool
+    method: TrainingOptions, steps: Steps, inputs: RecoveryInputs, device: torch.device, *, fresh: bool
 ) -> TrainingArguments:
     """Return the Trainer's arguments."""
     every = max(1, math.ceil(steps.count / method.evaluations))
