@@ -36,15 +36,21 @@ def load_operator() -> str | None:
     """
     try:
         library = _library()
-        torch.ops.load_library(str(library))
+        _load(library)
     except _BuildError as error:
         return str(error)
     except OutputError as error:
         return f"the kernels cannot be stored: {error.message}"
     except (OSError, RuntimeError) as error:
         return f"the built kernels cannot be loaded: {str(error).splitlines()[0]}"
-    torch.library.register_fake("msp_plugin::bitmask_linear")(_fake)
     return None
+
+
+@functools.cache
+def _load(library: Path) -> None:
+    """Load the built library, once in a process."""
+    torch.ops.load_library(str(library))
+    torch.library.register_fake("msp_plugin::bitmask_linear")(_fake)
 
 
 class _BuildError(Exception):
