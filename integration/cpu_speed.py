@@ -224,10 +224,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
     own, load_before, matrices = choose(torch.bfloat16).kernel, os.getloadavg()[0], []
-    shapes, levels = (SHAPES[:1], LEVELS[::2]) if arguments.quick else (SHAPES, LEVELS)
+    shapes, levels, batches = SHAPES, LEVELS, BATCHES
+    if arguments.quick:
+        shapes, levels, batches = SHAPES[:1], LEVELS[::2], (1, 4, 16, 64, 512)
     for threads, shape, level in itertools.product(arguments.threads, shapes, levels):
         torch.set_num_threads(threads)
-        matrices += measure_matrix(shape, level, BATCHES, [own], arguments.seconds)
+        matrices += measure_matrix(shape, level, batches, [own], arguments.seconds)
     others = [k for k in KERNELS if k != own]
     torch.set_num_threads(1)
     matrices += measure_matrix(SHAPES[0], (2, 4), (1, 4, 16), others, arguments.seconds)

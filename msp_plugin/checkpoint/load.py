@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -160,7 +160,8 @@ def _prepared(
         cls.__init__(self, *args, **kwargs)
         prepare(self)
 
-    return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
+    prepared = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
+    return cast("type[PreTrainedModel]", prepared)
 
 
 def _in_memory(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -103,7 +103,8 @@ def bench(source: str | Path, options: BenchOptions | None = None) -> BenchRecor
         FormatError: files are damaged.
     """
     options = options or BenchOptions()
-    models, resident = {}, {}
+    models: dict[str, PreTrainedModel] = {}
+    resident: dict[str, int | None] = {}
     for form in ("packed", "dense"):
         before = _resident()
         models[form] = load(source, options.dtype, packed=form == "packed", checksums=form == "packed")

@@ -2,6 +2,9 @@
 
 import math
 import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -272,27 +275,25 @@ def test_the_operator_compiles():
 
 @pytest.fixture
 def built_anew():
-    """Let this test's process ask for the library again."""
+    """Let this test's process ask for the library again. Name it before monkeypatch, whose changes must end first."""
     build.load_operator.cache_clear()
-    yield build.load_operator
+    yield
     build.load_operator.cache_clear()
-    assert build.load_operator() is None or True
+    assert build.load_operator() is None
 
 
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [("no-such-compiler", "no C\\+\\+ compiler: no-such-compiler"), ("false", "the compiler false failed")],
 )
-def test_without_a_compiler_that_works_weights_are_served_dense(compiler, message, monkeypatch, built_anew):
-    import re
-
+def test_without_a_compiler_that_works_weights_are_served_dense(built_anew, compiler, message, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
     choice = choose(torch.bfloat16)
     assert choice.kernel == "dense" and re.search(message, choice.reason)
 
 
 def test_a_source_that_does_not_compile_is_dense_and_says_the_compilers_error(
-    monkeypatch, built_anew, tmp_path
+    built_anew, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("MSP_CACHE", str(tmp_path))
     script = tmp_path / "cxx"
@@ -305,7 +306,7 @@ def test_a_source_that_does_not_compile_is_dense_and_says_the_compilers_error(
     assert not list(tmp_path.glob("kernels/*.so"))
 
 
-def test_a_cache_that_cannot_be_written_is_dense(monkeypatch, built_anew, tmp_path):
+def test_a_cache_that_cannot_be_written_is_dense(built_anew, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MSP_CACHE", str(tmp_path / "file"))
     assert "the kernels cannot be stored" in choose(torch.bfloat16).reason
@@ -313,9 +314,6 @@ def test_a_cache_that_cannot_be_written_is_dense(monkeypatch, built_anew, tmp_pa
 
 def test_processes_that_build_at_once_share_one_library(tmp_path):
     """A compiler that takes a second and copies a finished library stands in, as the real one takes a minute."""
-    import subprocess
-    import sys
-
     real = build._library()
     script = tmp_path / "cxx"
     script.write_text(

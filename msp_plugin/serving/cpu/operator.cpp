@@ -12,7 +12,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <atomic>
 #include <memory>
 
@@ -53,28 +52,18 @@ Tensor padded_input(const Tensor& x, at::ScalarType type) {
   return out;
 }
 
-// out[t, row] = sums[(row - begin) * stride + t] plus bias[row]; in blocks, because it transposes.
+// out[t, row] = sums[(row - begin) * stride + t] plus bias[row]; in blocks, because one of the two is read or written across rows.
 template <class Float>
 void write(const float* sums, int64_t stride, const Tensor* bias, int64_t begin, int64_t end, int64_t tokens,
            int64_t rows, Float* out) {
   constexpr int64_t kBlock = 16;
   const Float* add = bias ? bias->const_data_ptr<Float>() : nullptr;
-  for (int64_t first = begin; first < end; first += kBlock) {
-    const int64_t some = std::min(kBlock, end - first);
-    float biases[kBlock] = {};
-    for (int64_t i = 0; add && i < some; ++i) biases[i] = static_cast<float>(add[first + i]);
-    for (int64_t t = 0; t < tokens; ++t) {
-      float values[kBlock] = {};
-      for (int64_t i = 0; i < some; ++i) values[i] = sums[(first - begin + i) * stride + t];
-      if (add)  // else a negative zero stays one
-        for (int64_t i = 0; i < kBlock; ++i) values[i] += biases[i];
-      Float* to = out + t * rows + first;
-      if (some == kBlock)
-        for (int64_t i = 0; i < kBlock; ++i) to[i] = static_cast<Float>(values[i]);
-      else
-        for (int64_t i = 0; i < some; ++i) to[i] = static_cast<Float>(values[i]);
-    }
-  }
+  for (int64_t first = begin; first < end; first += kBlock)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t row = first; row < std::min(first + kBlock, end); ++row) {
+        const float value = sums[(row - begin) * stride + t];
+        out[t * rows + row] = static_cast<Float>(add ? value + static_cast<float>(add[row]) : value);
+      }
 }
 
 template <class Float>
@@ -93,29 +82,17 @@ void few(const Packed& w, const msp::Kernel& kernel, const Tensor& x, const Tens
   });
 }
 
-// Memory that a thread keeps between calls: to ask for it anew costs as much as some products.
-template <class Number, int tag>
-Number* scratch(int64_t count) {
-  thread_local std::unique_ptr<Number[]> memory;
-  thread_local int64_t size = 0;
-  if (size < count) memory.reset(new Number[count]), size = count;
-  return memory.get();
-}
-
 // x [T, words] to [words, padded_tokens], zeros for the tokens that are not there.
 Tensor transposed(const Tensor& x, int64_t padded_tokens) {
   constexpr int64_t kBlock = 16;  // a cache line of words
   const int64_t tokens = x.size(0), words = x.size(1);
-  Tensor out = at::empty({words, padded_tokens}, x.options());
+  Tensor out = at::zeros({words, padded_tokens}, x.options());
   const auto* from = static_cast<const uint32_t*>(x.const_data_ptr());
   auto* to = static_cast<uint32_t*>(out.mutable_data_ptr());
   at::parallel_for(0, words / kBlock, std::max<int64_t>(1, 4096 / tokens), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin * kBlock; block < end * kBlock; block += kBlock) {
+    for (int64_t block = begin * kBlock; block < end * kBlock; block += kBlock)
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t i = block; i < block + kBlock; ++i) to[i * padded_tokens + t] = from[t * words + i];
-      for (int64_t i = block; i < block + kBlock; ++i)
-        std::fill(to + i * padded_tokens + tokens, to + (i + 1) * padded_tokens, 0);
-    }
   });
   return out;
 }
@@ -133,18 +110,18 @@ void many(const Packed& w, msp::Unpack unpack, const Tensor& x, const Tensor* bi
   const int64_t tile = tokens > 64 ? kManyRows : kFewRows, step = std::min(kColumns, width);
   for_rows(w.rows, w.columns, tile, [&](int64_t begin, int64_t end) {
     const int64_t rows = end - begin;
-    Weight* weights = scratch<Weight, 0>(tile * step);
-    float* sums = scratch<float, 1>(tile * even);
+    std::unique_ptr<Weight[]> weights(new Weight[tile * step]);
+    std::unique_ptr<float[]> sums(new float[tile * even]);
     int64_t places[kManyRows];
     for (int64_t row = begin; row < end; ++row) places[row - begin] = w.start(row);
     for (int64_t c = 0; c < width; c += step) {
       const int64_t columns = std::min(step, width - c);
-      unpack(w, begin, end, c, c + columns, places, weights, step);
-      at::native::cpublas::brgemm(rows, even, columns, step, even, even, c > 0, weights, data + c * even,
-                                  sums, pairs);
+      unpack(w, begin, end, c, c + columns, places, weights.get(), step);
+      at::native::cpublas::brgemm(rows, even, columns, step, even, even, c > 0, weights.get(), data + c * even,
+                                  sums.get(), pairs);
     }
     at::native::cpublas::brgemm_release(pairs);  // gives AMX's registers back
-    write(sums, even, bias, begin, end, tokens, w.rows, out);
+    write(sums.get(), even, bias, begin, end, tokens, w.rows, out);
   });
 }
 
