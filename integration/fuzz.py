@@ -106,13 +106,16 @@ def beside(readers, name: str, directory: Path) -> bytes:
     import torch
     from safetensors.torch import save
 
-    layers = {f"model.layers.{i}.mlp.down_proj": torch.ones(16, 32) for i in range(2)}
+    from msp_plugin.formats.bitmask import SparseBitmask
+    from msp_plugin.formats.sparse24 import Sparse24Bitmask
+
+    format = SparseBitmask() if name == "bitmask tensors" else Sparse24Bitmask()
+    layers, weight = [f"model.layers.{i}.mlp.down_proj" for i in range(2)], torch.arange(16 * 32) % 2.0
     tensors = {}
     for layer in layers:
-        tensors[f"{layer}.compressed"] = torch.ones(16, 16)
-        tensors[f"{layer}.bitmask"] = torch.full((16, 4), 0x33, dtype=torch.uint8)
-        tensors[f"{layer}.shape"] = torch.tensor([[16], [32]])
-    sparsity = {"format": "sparse-24-bitmask", "targets": list(layers)}
+        packed = format.pack(weight.reshape(16, 32), layer)
+        tensors |= {f"{layer}.{suffix}": tensor for suffix, tensor in packed.items()}
+    sparsity = {"format": format.name, "targets": layers}
     config = {"model_type": "llama", "quantization_config": {"sparsity_config": sparsity}}
     content = save(tensors, metadata={"format": "pt"})
     (directory / "model.safetensors").write_bytes(content)
@@ -121,7 +124,12 @@ def beside(readers, name: str, directory: Path) -> bytes:
     manifest = {
         "schema": "msp_plugin/export", "version": 1, "format": "sparse24", "files": {}, "tensors": {}, "packed": {},
     }  # fmt: skip
-    valid = {"tensors": content, "config": json.dumps(config), "manifest": json.dumps(manifest)}
+    valid = {
+        "tensors": content,
+        "bitmask tensors": content,
+        "config": json.dumps(config),
+        "manifest": json.dumps(manifest),
+    }
     found = valid.get(name, json.dumps({"metadata": {}, "weight_map": names}))
     return found if isinstance(found, bytes) else found.encode()
 

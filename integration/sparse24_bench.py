@@ -1,4 +1,4 @@
-"""What packing costs: time against a plain pass over the weight, bytes on disk, memory of an export.
+"""What packing costs in both formats: time against a plain pass over the weight, bytes on disk, memory of an export.
 
     python integration/sparse24_bench.py [--out integration/results/sparse24.json] [--threads 2]
 
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from msp_plugin.formats import bitmask
 from msp_plugin.formats.sparse24 import is_packable, pack, unpack
 
 SHAPE = (4096, 14336)  # down_proj of Llama-3-8B
@@ -59,12 +60,15 @@ def time_packing(repeats: int) -> dict[str, dict[str, float]]:
             if dtype == torch.int8
             else two_four(*SHAPE, dtype)
         )
-        packed = pack(weight)
+        packed, nonzeros = pack(weight), bitmask.pack(weight)
+        assert torch.equal(bitmask.unpack(nonzeros).view(torch.uint8), weight.view(torch.uint8))
         assert torch.equal(unpack(packed).view(torch.uint8), weight.view(torch.uint8))
         seconds = medians(
             {
                 "plain": lambda w=weight: torch.equal(w.clone(), w), "pack": lambda w=weight: pack(w),
                 "unpack": lambda p=packed: unpack(p), "is_packable": lambda w=weight: is_packable(w),
+                "pack_bitmask": lambda w=weight: bitmask.pack(w),
+                "unpack_bitmask": lambda p=nonzeros: bitmask.unpack(p),
             },
             repeats,
         )  # fmt: skip
@@ -80,8 +84,8 @@ def time_packing(repeats: int) -> dict[str, dict[str, float]]:
 _EXPORT = """
 import sys, threading, time
 from pathlib import Path
-from msp_plugin.checkpoint.export import Sparse24, Dense, export_checkpoint
-import msp_plugin.formats.sparse24, torch
+from msp_plugin.checkpoint.export import Bitmask, Sparse24, Dense, export_checkpoint
+import msp_plugin.formats.bitmask, torch
 def anonymous():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024
 torch.ones(8).sum()
@@ -92,7 +96,7 @@ def watch():
         peak = max(peak, anonymous()); time.sleep(0.002)
 thread = threading.Thread(target=watch, daemon=True); thread.start()
 source, kind, out, shard = sys.argv[1:]
-export_checkpoint(source, {"sparse24": Sparse24, "dense": Dense}[kind](shard_bytes=int(shard)), out)
+export_checkpoint(source, {"sparse24": Sparse24, "bitmask": Bitmask}.get(kind, Dense)(shard_bytes=int(shard)), out)
 done = True; thread.join()
 print(peak - before)
 """
@@ -115,6 +119,8 @@ def measure_export(work: Path) -> dict[str, dict[str, float]]:
     for kind, given, out in (
         ("sparse24", source, work / "packed"),
         ("dense", work / "packed", work / "dense"),
+        ("bitmask", source, work / "bitmask"),
+        ("dense from bitmask", work / "bitmask", work / "again"),
     ):
         command = [sys.executable, "-c", _EXPORT, given, kind, out, str(SHARD)]
         grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -146,7 +152,8 @@ def main() -> int:
     }
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     for dtype, row in times.items():
-        print(f"{dtype}: pack {row['pack_ratio']:.2f}, unpack {row['unpack_ratio']:.2f}, is_packable "
+        print(f"{dtype}: pack {row['pack_ratio']:.2f}, unpack {row['unpack_ratio']:.2f}, as bitmask "
+              f"{row['pack_bitmask_ratio']:.2f} and {row['unpack_bitmask_ratio']:.2f}, is_packable "
               f"{row['is_packable_ratio']:.2f} of a plain pass ({1000 * row['plain_seconds']:.0f} ms); "
               f"bytes {row['packed_over_dense']:.4f} of dense")  # fmt: skip
     for kind, row in memory.items():
@@ -156,7 +163,11 @@ def main() -> int:
     large = [kind for kind, row in memory.items() if row["layers_beyond_shard"] > 1]
     if large:
         print(f"more than one shard and one layer: {', '.join(large)}")
-    slow = [d for d, row in times.items() if max(row["pack_ratio"], row["unpack_ratio"]) > LIMIT]
+    slow = [
+        d
+        for d, row in times.items()
+        if max(row[k] for k in row if "pack" in k and k.endswith("_ratio")) > LIMIT
+    ]
     if slow:
         print(f"above {LIMIT} times the plain pass: {', '.join(slow)}")
     return 1 if large or "bfloat16" in slow else 0

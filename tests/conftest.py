@@ -38,6 +38,8 @@ from msp_plugin.plan.units import Layer, Unit, UnitTable
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.masks import nm_mask
+from msp_plugin.recovery.base import RecoveryInputs
+from msp_plugin.recovery.masks import Masks
 from msp_plugin.runtime.ranks import Ranks
 from msp_plugin.search.measurements import Measurements
 
@@ -310,6 +312,16 @@ def packed_dir(tmp_path_factory, run_dir):
     return path
 
 
+@pytest.fixture(scope="session")
+def packed_any_dir(tmp_path_factory, run_dir):
+    """``run_dir``, in the bitmask format, which packs any level: eleven layers of fourteen, three are dense."""
+    from msp_plugin.checkpoint.export import Bitmask, export_checkpoint
+
+    path = tmp_path_factory.mktemp("runs") / "packed_any"
+    export_checkpoint(run_dir, Bitmask(), path)
+    return path
+
+
 @pytest.fixture
 def copied(tmp_path):
     """Copy a directory to one that a test may damage."""
@@ -341,6 +353,35 @@ def edit_json():
         path.write_text(json.dumps(data if found is None else found), encoding="utf-8")
 
     return edit
+
+
+@pytest.fixture(scope="session")
+def prune_half():
+    """Prune a model in place to 2:4 by magnitude, its last layer excepted, and return its masks."""
+
+    @torch.no_grad()
+    def prune(model):
+        layers = [layer.name for layer in prunable_layers(model).layers]
+        for name in layers[:-1]:
+            weight = model.get_submodule(name).weight
+            weight.masked_fill_(~nm_mask(weight.abs().float(), Level.parse("2:4")), 0)
+        return Masks.of(model, layers)
+
+    return prune
+
+
+@pytest.fixture
+def make_inputs(make_samples, tmp_path):
+    """Inputs of a recovery on random samples."""
+
+    def make(model, masks, original, folder="state", **more):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        data, holdout = make_samples(16, 24), make_samples(4, 24, seed=1)
+        return RecoveryInputs(
+            model, masks, data, holdout, original, tmp_path / folder, batch_tokens=96, **more
+        )
+
+    return make
 
 
 @pytest.fixture

@@ -51,11 +51,14 @@ def test_a_search_at_every_granularity_meets_the_budget(llama, data, plan, granu
 
 def test_the_level_database_does_not_depend_on_the_granularity(llama, data, plan, tmp_path):
     written = {}
-    for granularity in ("unit", "layer", "block"):
+    for granularity in ("unit", "layer", "half", "block"):
         cache = tmp_path / granularity
         allocate(llama, data, plan(granularity=granularity, method="sparsegpt", cache=str(cache)))
         written[granularity] = {f.name: f.read_bytes() for f in cache.rglob("*.safetensors")}
-    assert written["unit"] == written["layer"] == written["block"] and len(written["unit"]) == 14
+    assert (
+        written["unit"] == written["layer"] == written["half"] == written["block"]
+        and len(written["unit"]) == 14
+    )
 
 
 def test_protected_layers_stay_dense_and_the_others_make_up_for_them(llama, data, plan):

@@ -24,7 +24,7 @@ def text_file(tmp_path):
 
 def test_every_command_shows_an_example_in_its_help(msp):
     commands = (
-        "demo", "run", "prune", "allocate", "sensitivity", "export", "verify", "eval", "report", "compare",
+        "demo", "run", "prune", "recover", "allocate", "sensitivity", "export", "verify", "eval", "bench", "report", "compare",
         "plugins", "doctor", "enable", "disable",
     )  # fmt: skip
     listed = msp("--help").out
@@ -130,7 +130,7 @@ def test_plugins_and_doctor_speak_json(msp):
         ({"--allocator": "mps"}, ["no allocator called 'mps'"]),
         ({"--set": "allocator.popsize=3"}, ["has no option 'popsize'"]),
         ({"--set": "methd.block_size=3"}, ["no such role 'methd'", "did you mean 'method'"]),
-        ({"--levels": "2:4,3:7,dense"}, ["3:7 does not divide the width"]),
+        ({"--levels": "2:4,3:7,dense"}, ["3:7 does not fit", "does not divide in_features"]),
         ({"--data": "/nowhere/text.txt"}, ["no data file at /nowhere/text.txt"]),
         ({"--length": "4000"}, ["samples of 4000", "takes 1024 at most"]),
         ({"--samples": "5000"}, ["5004 were asked for"]),

@@ -35,7 +35,7 @@ def explained(printed, *words):
 # msp export
 
 
-@pytest.mark.parametrize("to", ["sparse24", "dense", "recipe"])
+@pytest.mark.parametrize("to", ["sparse24", "bitmask", "dense", "recipe"])
 def test_export_json_is_what_the_directory_holds(to, msp, run_dir, tmp_path):
     out = tmp_path / "out"
     record = json.loads(msp("export", run_dir, "--to", to, "--out", out, "--json").out)
@@ -46,7 +46,7 @@ def test_export_json_is_what_the_directory_holds(to, msp, run_dir, tmp_path):
         "kept_dense": manifest.kept_dense, "packed_bytes": manifest.packed_bytes,
         "dense_bytes": manifest.dense_bytes, "negative_zeros": {}, "structure": {},
     }  # fmt: skip
-    assert len(record["packed"]) == (9 if to == "sparse24" else 0)
+    assert len(record["packed"]) == {"sparse24": 9, "bitmask": 11}.get(to, 0)
 
 
 def test_export_says_what_was_packed_and_why_the_rest_was_not(msp, run_dir, copied, rewrite, tmp_path):

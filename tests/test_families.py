@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import msp_plugin
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.load import load
 from msp_plugin.data.samples import Text
 from msp_plugin.demo import demo_model_path
@@ -317,7 +317,7 @@ def check_everything(source, out, ids):
     assert others and all(torch.equal(before.read(name), after.tensors.read(name)) for name in others)
     pruned = logits(out, ids)
     assert pruned.isfinite().all() and not torch.equal(pruned, logits(source, ids))
-    for exporter in (Dense(), Sparse24()):
+    for exporter in (Dense(), Sparse24(), Bitmask()):
         directory = out.parent / exporter.name
         try:
             export_checkpoint(out, exporter, directory)

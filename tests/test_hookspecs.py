@@ -8,17 +8,18 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from msp_plugin import hookimpl, load
+from msp_plugin import Text, hookimpl, load
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.checkpoint.packing import pack_layer
 from msp_plugin.errors import FormatError, RecipeError
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plan.levels import Level
+from msp_plugin.plan.levels import Pattern
 from msp_plugin.plugins import hookspecs
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import write_report
+from msp_plugin.runs import recover as recover_module
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
 from msp_plugin.verify.base import Subject, run_checks
@@ -27,6 +28,7 @@ SAMPLES = (
     "squared_norm",
     "least_error",
     "ria",
+    "row_length",
     "bitmask",
     "listing",
     "no_nan",
@@ -38,6 +40,7 @@ EXERCISED = {
     "msp_register_estimators": "test_an_estimator_of_a_plugin_is_built_with_its_options",
     "msp_register_allocators": "test_an_allocator_of_a_plugin_gets_the_estimator_that_it_names",
     "msp_register_pruners": "test_a_pruner_of_a_plugin_is_built_with_its_options",
+    "msp_register_recoveries": "test_a_recovery_of_a_plugin_changes_a_model",
     "msp_register_formats": "test_a_format_of_a_plugin_exports_and_is_read_and_verified",
     "msp_register_exporters": "test_an_exporter_of_a_plugin_writes_a_whole_directory",
     "msp_register_checks": "test_a_check_of_a_plugin_is_run_with_its_options",
@@ -67,6 +70,7 @@ def test_all_samples_live_together_with_the_builtins(plugins_with):
         "estimators": {"squared_norm"},
         "allocators": {"dense_where_large", "least_error"},
         "pruners": {"ria"},
+        "recoveries": {"row_length"},
         "formats": {"row-bitmask"},
         "exporters": {"listing", "row_bitmask"},
         "checks": {"no_nan"},
@@ -102,6 +106,27 @@ def bitmask_dir(plugins_with, run_dir, tmp_path):
     exporter = plugins_with("bitmask").build("exporters", {"name": "row_bitmask", "shard_bytes": 50_000})
     export_checkpoint(run_dir, exporter, tmp_path / "packed")
     return tmp_path / "packed"
+
+
+def test_a_recovery_of_a_plugin_changes_a_model(
+    sample_plugin, monkeypatch, run_dir, llama_dir, plugins_with, tmp_path
+):
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat, and the dog sat on the log. " * 40)
+    monkeypatch.setattr(recover_module, "Plugins", lambda: plugins_with("row_length"))
+    run = recover_module.recover(
+        run_dir,
+        Text(str(text), samples=4, length=16, test_samples=2),
+        tmp_path / "out",
+        original=llama_dir,
+        method={"name": "row_length", "power": 1.0},
+        cache=str(tmp_path / "cache"),
+    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    dense, recovered = (load(path, "float32").get_parameter(name) for path in (llama_dir, run.path))
+    assert torch.count_nonzero(recovered == 0) > 0
+    torch.testing.assert_close(recovered.norm(dim=1), dense.norm(dim=1), rtol=0.01, atol=0)
+    assert run.record.stages[-1].recovery.method == {"name": "row_length", "power": 1.0}
 
 
 def test_a_format_of_a_plugin_exports_and_is_read_and_verified(plugins_with, run_dir, bitmask_dir):
@@ -201,7 +226,7 @@ def test_observers_are_told_of_a_run(plugins_with, sample_plugin, make_problem):
     allocation = Allocation(problem.table, problem.menu, Fraction(1, 2))
     events.clear()
     plugins.tell("msp_run_started", allocation=allocation)
-    plugins.tell("msp_layer_pruned", layer="layers.0.proj", level=Level(4, 8), zeros=16, weights=32)
+    plugins.tell("msp_layer_pruned", layer="layers.0.proj", level=Pattern(4, 8), zeros=16, weights=32)
     plugins.tell("msp_run_finished", record={"seed": 0})
     assert events == [
         ("started", allocation),

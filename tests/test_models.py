@@ -22,7 +22,7 @@ from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import (
     allowed_levels,
     check_finite_weights,
-    check_widths,
+    check_fit,
     decoder_blocks,
     prunable_layers,
 )
@@ -108,13 +108,13 @@ def test_the_blocks_are_the_list_as_long_as_the_config_says(llama):
     assert "decoder-only" in error.value.hint
 
 
-def test_levels_that_do_not_divide_a_width_name_the_first_layers(llama):
+def test_levels_that_do_not_divide_a_width_name_the_first_units(llama):
     table = prunable_layers(llama)
-    check_widths(table, parse_menu(["dense", "3:64"]))
+    check_fit(table, parse_menu(["dense", "3:64"]))
     with pytest.raises(RecipeError) as error:
-        check_widths(table, parse_menu(["dense", "1:8", "1:128"]))
-    assert "level 1:128 does not divide the width of 12 layers" in error.value.message
-    assert "model.layers.0.self_attn.q_proj (in_features 64)" in error.value.message
+        check_fit(table, parse_menu(["dense", "1:8", "1:128"]))
+    assert "level 1:128 does not fit 6 of 8 units: it does not divide in_features = 64" in error.value.message
+    assert "in_features = 64 of model.layers.0.self_attn.q_proj" in error.value.message
     assert error.value.message.count("in_features") == 3 and "leave 1:128 out" in error.value.hint
 
 
@@ -279,7 +279,7 @@ def test_the_longest_sequence_comes_from_the_config(llama_dir):
     assert max_length(llama_dir) == load_model(llama_dir).config.max_position_embeddings
 
 
-@pytest.mark.parametrize("granularity, count", [("unit", 8), ("layer", 14), ("block", 2)])
+@pytest.mark.parametrize("granularity, count", [("unit", 8), ("layer", 14), ("half", 4), ("block", 2)])
 def test_a_granularity_regroups_the_same_layers(model, granularity, count):
     table = prunable_layers(model, granularity=granularity)
     assert len(table) == count
@@ -315,9 +315,11 @@ def test_protecting_what_is_not_pruned_anyway_is_an_error(llama, pattern):
 
 def test_a_share_that_keeps_nothing_of_a_row_names_the_layers(llama):
     table = prunable_layers(llama)
-    check_widths(table, parse_menu(["0.7", "63/64", "3:8 in 2:4"]))
-    with pytest.raises(RecipeError, match="level 99/100 keeps nothing of the width of 12 layers"):
-        check_widths(table, parse_menu(["0.99"]))
+    check_fit(table, parse_menu(["0.7", "63/64", "3:8 in 2:4"]))
+    with pytest.raises(
+        RecipeError, match="level 99/100 does not fit 6 of 8 units: it keeps nothing of in_features"
+    ):
+        check_fit(table, parse_menu(["0.99"]))
 
 
 def test_the_fingerprint_follows_buffers_that_a_checkpoint_holds_and_no_others(llama):

@@ -55,8 +55,10 @@ def test_the_builtin_components_are_there():
             "alphapruning", "atp", "dlp", "evopress", "knapsack", "lsa", "mrp", "msp", "one_shot", "owl",
             "search", "uniform",
         ],
-        "pruners": ["magnitude", "sparsegpt", "wanda"], "formats": ["sparse-24-bitmask"],
-        "exporters": ["dense", "recipe", "small", "sparse24", "uniform"],
+        "pruners": ["magnitude", "sparsegpt", "wanda"],
+        "recoveries": ["blockwise", "full", "lora", "masked_lora", "sparse_delta", "spp", "weight_update"],
+        "formats": ["sparse-24-bitmask", "sparse-bitmask"],
+        "exporters": ["bitmask", "dense", "recipe", "small", "sparse24", "uniform"],
         "checks": ["logits", "quality", "round_trip", "served", "structure"],
     }  # fmt: skip
     assert {c.owner for kind in KINDS for c in found[kind].values()} == {"msp_plugin.plugins.builtin"}

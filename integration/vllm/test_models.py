@@ -45,6 +45,9 @@ def models(tmp_path_factory):
     without(directory / "qwen2-packed", directory / "no-bias", BIAS, keep_manifest=False)
     shutil.copytree(packed, directory / "flipped")
     flip_a_bit(directory / "flipped" / "model.safetensors")
+    without(
+        directory / "llama-bitmask", directory / "no-offsets", f"{LAYER}.row_offsets", keep_manifest=False
+    )
     without(directory / "llama", directory / "no-weight", f"{LAYER}.weight")
     return directory
 
@@ -62,13 +65,16 @@ def answers(models, tmp_path_factory):
     jobs = {
         "llama": {},
         "llama-packed": {"reload": True},
+        "llama-bitmask": {"reload": True},
         "llama-at-load": {"model": "llama", "reload": True, **at_load},
         "llama-lora": {"model": "llama", **lora},
         "llama-packed-lora": {"model": "llama-packed", **lora},
         "qwen2": {},
         "qwen2-packed": {},
+        "qwen2-bitmask": {},
         "phi3": {},
         "phi3-packed": {},
+        "phi3-bitmask": {},
         "no-bitmask": {},
         "no-dense": {},
         "no-dense-no-manifest": {},
@@ -78,6 +84,8 @@ def answers(models, tmp_path_factory):
         "no-bias": {},
         "flipped": {},
         "made-up": {"model": "llama-packed", "options": {"load_format": "dummy"}},
+        "made-up-bitmask": {"model": "llama-bitmask", "options": {"load_format": "dummy"}},
+        "no-offsets": {},
     }
     for name, job in jobs.items():
         job["model"] = str(models / job.get("model", name))
@@ -90,9 +98,10 @@ def answer(result):
     return result["tokens"], result["logprobs"]
 
 
+@pytest.mark.parametrize("form", ["packed", "bitmask"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
-def test_a_packed_model_answers_as_the_dense_one_bit_for_bit(answers, name):
-    assert answer(answers[f"{name}-packed"]) == answer(answers[name])
+def test_a_packed_model_answers_as_the_dense_one_bit_for_bit(answers, name, form):
+    assert answer(answers[f"{name}-{form}"]) == answer(answers[name])
 
 
 def test_the_answers_are_worth_comparing(answers):
@@ -103,18 +112,22 @@ def test_the_answers_are_worth_comparing(answers):
 def test_a_dense_model_is_served_with_the_methods_name(answers):
     assert answer(answers["llama-at-load"]) == answer(answers["llama"])
     found = {line["layer"]: line["reason"] for line in answers["llama-at-load"]["report"]}
-    assert found.pop(DENSE_LAYER) == "no sparse kernel on cpu"
-    assert set(found.values()) == {"no sparse kernel on cpu"} and len(found) == 7
+    assert found.pop(DENSE_LAYER) == "packing does not pay"
+    assert set(found.values()) == {"MSP_CPU_KERNEL says so"} and len(found) == 7
 
 
-@pytest.mark.parametrize("name", ["llama-packed", "llama-at-load"])
+@pytest.mark.parametrize("name", ["llama-packed", "llama-bitmask", "llama-at-load"])
 def test_a_model_answers_the_same_after_its_weights_were_loaded_again(answers, name):
     assert answer(answers[name]["again"]) == answer(answers["llama"])
 
 
-@pytest.mark.parametrize("name", ["llama-packed", "llama-at-load"])
-def test_one_line_is_logged_when_all_layers_are_ready_and_one_when_they_were_loaded_again(answers, name):
-    assert [line.partition(";")[0] for line in answers[name]["log"]] == ["sparse24: 8 on dense"] * 2
+@pytest.mark.parametrize(
+    ("name", "method"), [("llama-packed", NAME), ("llama-bitmask", "bitmask"), ("llama-at-load", NAME)]
+)
+def test_one_line_is_logged_when_all_layers_are_ready_and_one_when_they_were_loaded_again(
+    answers, name, method
+):
+    assert [line.partition(";")[0] for line in answers[name]["log"]] == [f"{method}: 8 on dense"] * 2
 
 
 def test_an_adapter_gives_the_same_answers_on_a_packed_model(answers):
@@ -137,6 +150,7 @@ def test_a_model_without_the_method_is_not_touched(answers):
 
 def test_a_missing_tensor_of_a_packed_layer_is_named_before_anything_is_loaded(answers):
     assert f"there is no {LAYER}.bitmask" in answers["no-bitmask"]["error"]
+    assert f"there is no {LAYER}.row_offsets" in answers["no-offsets"]["error"]
 
 
 def test_a_missing_dense_tensor_is_named_by_the_exports_manifest(answers):
@@ -164,13 +178,15 @@ def test_a_file_with_a_flipped_bit_is_refused(answers):
     assert "model.safetensors has other bytes than were written" in answers["flipped"]["error"]
 
 
-def test_a_packed_model_runs_with_weights_that_vllm_makes_up(answers):
-    assert "error" not in answers["made-up"], answers["made-up"]["error"]
+@pytest.mark.parametrize("name", ["made-up", "made-up-bitmask"])
+def test_a_packed_model_runs_with_weights_that_vllm_makes_up(answers, name):
+    assert "error" not in answers[name], answers[name]["error"]
 
 
-def test_two_tensor_parallel_processes_give_the_same_tokens(answers, models, tmp_path):
+@pytest.mark.parametrize("form", ["packed", "bitmask"])
+def test_two_tensor_parallel_processes_give_the_same_tokens(answers, models, form, tmp_path):
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    jobs = {"two": {"model": str(models / "llama-packed"), "options": options}}
+    jobs = {"two": {"model": str(models / f"llama-{form}"), "options": options}}
     found = run(jobs, tmp_path, 150)["two"]
     assert answer(found)[0] == answers["llama"]["tokens"]
     assert sorted(line["rank"] for line in found["report"]) == [0] * 8 + [1] * 8

@@ -161,7 +161,7 @@ def test_on_a_cpu_a_dense_checkpoint_stays_dense_and_the_report_says_why(report)
     assert torch.equal(weight_in(layer), torch.cat(list(weights.values())))
     size = 128 * COLUMNS * 4
     assert report() == [
-        {"layer": QKV.prefix, "packed": [], "kernel": "dense", "reason": "no sparse kernel on cpu", "bytes": size,
+        {"layer": QKV.prefix, "packed": [], "kernel": "dense", "reason": "MSP_CPU_KERNEL says so", "bytes": size,
          "dense_bytes": size, "rank": 0, "failed": False}
     ]  # fmt: skip
 
@@ -277,8 +277,7 @@ def test_one_line_is_logged_when_the_last_layer_is_ready(log):
     size = (128 + 96) * COLUMNS * 4
     assert log == [
         f"sparse24: 2 on dense; {size:,} bytes, 1.000 of dense; "
-        "dense because k_proj is not 2:4 and fused with it: model.layers.0.self_attn.qkv_proj (1); "
-        "dense because no sparse kernel on cpu: model.layers.0.mlp.down_proj (1)"
+        "dense because MSP_CPU_KERNEL says so: model.layers.0.self_attn.qkv_proj, model.layers.0.mlp.down_proj (2)"
     ]
 
 

@@ -31,7 +31,7 @@ SIZES = {
 
 
 def save_models(directory):
-    """Save tiny models with 2:4 weights, but for one layer, in both forms."""
+    """Save tiny models with 2:4 weights, but for one layer, dense and in both packed formats."""
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
@@ -41,7 +41,7 @@ def save_models(directory):
         Qwen2ForCausalLM,
     )
 
-    from msp_plugin.checkpoint.export import Sparse24, export_checkpoint
+    from msp_plugin.checkpoint.export import Bitmask, Sparse24, export_checkpoint
 
     torch.manual_seed(0)
     models = {
@@ -56,8 +56,9 @@ def save_models(directory):
             elif key.endswith("bias"):
                 parameter.data.normal_()
         model.float().save_pretrained(directory / name)
-        written = export_checkpoint(directory / name, Sparse24(), directory / f"{name}-packed")
-        assert set(written.kept_dense) == {DENSE_LAYER}
+        for exporter, form in ((Sparse24(), "packed"), (Bitmask(), "bitmask")):
+            written = export_checkpoint(directory / name, exporter, directory / f"{name}-{form}")
+            assert set(written.kept_dense) == {DENSE_LAYER}
 
 
 def save_adapter(directory):

@@ -42,7 +42,7 @@ class TrueLoss(Protocol):
     def move_gradients(
         self, choice: Choice, samples: Sequence[int], reach: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return how the loss changes when one unit of ``choice`` moves by up to ``reach`` levels.
+        """Return how the loss changes when one unit of ``choice`` moves by up to ``reach`` levels in cost.
 
         (first_order, curvature_samples), each float64[S, U, K] for S samples, NaN for the present level and
         beyond reach. The mean of the first-order changes and half the mean square of the curvature samples are

@@ -190,7 +190,7 @@ def fisher_seeds(
 
 
 def mutate(problem: AllocationProblem, parent: Choice, max_moves: int, rng: np.random.Generator) -> Choice:
-    """Return the parent, int[U], with some units moved by one level and others moved to stay on the budget.
+    """Return the parent, int[U], with some units moved to the next level and others moved to stay on the budget.
 
     min(U{1..m}, U{1..m}) units are moved, as in EvoPress (arXiv 2410.14649, section 3.2). The units that
     compensate follow from an exact solution with random prices, so that units of unequal size can compensate
@@ -200,8 +200,9 @@ def mutate(problem: AllocationProblem, parent: Choice, max_moves: int, rng: np.r
     target = np.array(parent)
     pinned = rng.choice(len(parent), size=min(int(moves), max(1, len(parent) - 1)), replace=False)
     for u in pinned:
-        step = rng.choice([-1, 1])
-        target[u] = np.clip(target[u] + step, 0, levels - 1)
+        order, step = problem.by_cost[u], rng.choice([-1, 1])
+        at = np.flatnonzero(order == target[u])[0]
+        target[u] = order[np.clip(at + step, 0, levels - 1)]
     price = rng.exponential(1.0, len(parent))
     cost = price[:, None] * _steps(problem, parent)
     for u in pinned:

@@ -78,7 +78,7 @@ class Search(Allocator):
             equal runs may differ. Neither limit counts the sensitivities and the level database.
         seeds: allocations that the search may start from.
         screen: share of the search text that gradients are taken from and proposals are first measured on, at first.
-        reach: most levels that a unit moves in one round.
+        reach: most levels that a unit moves in one round, counted in the order of what it keeps at them.
         proposals: most proposals of one round, and as many after single moves were measured.
         probes: most single moves that are measured in a round whose proposals were no better.
         decay: weight of earlier rounds' gradients of a unit, per round.

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from msp_plugin.checkpoint.packing import short_reason
+from msp_plugin.records.run import DENSE, RunRecord
 
 if TYPE_CHECKING:
     from msp_plugin.checkpoint.checkpoint import Checkpoint
@@ -33,6 +37,7 @@ def model_card(source: Checkpoint, manifest: Manifest, format: PackedFormat | No
         _contents(source, manifest, format),
         _use(source, format),
         _levels(source),
+        _recovered(source),
         "Files: `allocation.json` says which layer has which level, `export.json` what the files must hold "
         "(`msp verify` checks both), `run.json` how the run that pruned it went, where they are there.\n",
     ]
@@ -84,15 +89,10 @@ def _contents(source: Checkpoint, manifest: Manifest, format: PackedFormat | Non
         lines.append("Layers of the allocation that stay dense:\n")
         lines += [
             f"- {count} because {reason}"
-            for reason, count in sorted(Counter(map(_short, manifest.kept_dense.values())).items())
+            for reason, count in sorted(Counter(map(short_reason, manifest.kept_dense.values())).items())
         ]
         lines.append("")
     return "\n".join(lines)
-
-
-def _short(reason: str) -> str:
-    """Return a reason without the names of other layers, so that equal ones are counted together."""
-    return "inference fuses them with a dense one" if reason.startswith("inference fuses") else reason
 
 
 _SERVED_USE = """## Use it
@@ -153,6 +153,32 @@ vLLM serves it as any dense model. With `msp_plugin` beside it, `vllm serve THIS
 sparse24` packs the layers that are 2:4 when it loads them, and `msp export THIS_DIRECTORY --to sparse24 --out
 packed` writes them packed.
 """
+
+
+def _recovered(source: Checkpoint) -> str:
+    """Return what recovered the pruned weights, and its gain; empty for a run without recovery."""
+    record = RunRecord.beside(source.path)
+    stages = () if record is None else record.stages
+    lines = []
+    for before, stage in pairwise(stages):
+        if stage.recovery is None:
+            continue
+        gain = ""
+        if stage.perplexity is not None and before.perplexity is not None:
+            gain = f": test perplexity {stage.perplexity:.3f}, before it {before.perplexity:.3f}"
+        lines.append(f"- `{stage.recovery.method.get('name')}`{gain}")
+    if not lines:
+        return ""
+    dense = next((s.perplexity for s in stages if s.name == DENSE and s.perplexity is not None), None)
+    end = "." if dense is None else f"; the dense model has {dense:.3f}."
+    return "\n".join(
+        [
+            "## Recovery\n",
+            f"The surviving weights were changed after pruning; every zero stayed{end}\n",
+            *lines,
+            "",
+        ]
+    )
 
 
 def _levels(source: Checkpoint) -> str:

@@ -46,7 +46,7 @@ class Checkpoint:
         """Return the checkpoint in a directory.
 
         Args:
-            formats: of packed weights that are read; None for the built-in one and those of installed
+            formats: of packed weights that are read; None for the built-in ones and those of installed
                 plugins.
 
         Raises:

@@ -6,7 +6,7 @@ import itertools
 import logging
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,9 +19,11 @@ from msp_plugin.checkpoint.manifest import MANIFEST_FILE, Manifest, describe_fil
 from msp_plugin.checkpoint.packing import other_matrices, pack_layer
 from msp_plugin.errors import FormatError, ModelError, MSPError, OutputError, RecipeError
 from msp_plugin.formats.base import PackedFormat, TensorInfo, without_shape
+from msp_plugin.formats.bitmask import SparseBitmask
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.formats.tensor_files import INDEX, ShardWriter
 from msp_plugin.plan.allocation import ALLOCATION_FILE
+from msp_plugin.plan.units import Layer
 from msp_plugin.progress import Progress, silent
 from msp_plugin.records.run import RUN_FILE
 from msp_plugin.runtime.digests import versions
@@ -138,8 +140,8 @@ class Dense(Sharded):
 class PackedExporter(Sharded):
     """Layers packed in ``format``, all else dense. A plugin's exporter gives ``name`` and ``format``.
 
-    The format decides by a layer's level (allocation.json), or, without one, by its weights. Layers that
-    inference fuses are packed all or none.
+    The format decides by a layer's level (allocation.json), or, without one, by its weights; and whether layers
+    that inference fuses are packed all or none.
     """
 
     format: ClassVar[PackedFormat]
@@ -162,11 +164,12 @@ class PackedExporter(Sharded):
         packing = source.packing_in(self.format)
         if not packing.packed:
             reasons = sorted(set(packing.dense.values()))
-            runs = "that 2:4 kernels could run" if self.format.served else f"that {self.name} packs"
+            for_kernels = self.format.structure == "2:4"
+            runs = "that 2:4 kernels could run" if for_kernels else f"that {self.name} packs"
             raise FormatError(
                 f"{source.path} has no layer {runs}: {'; '.join(reasons[:3]) or 'no layers'}",
                 hint="prune with servable levels: levels servable, or names such as 2:4 and 2:8"
-                if self.format.served
+                if for_kernels
                 else "export it to dense",
             )
 
@@ -175,7 +178,8 @@ class PackedExporter(Sharded):
         return packed + sum(info.bytes for _, info, layer in self._planned(source) if layer is None)
 
     def write(self, source: Checkpoint, directory: Path, progress: Progress) -> Manifest:
-        packing, negative_zeros = source.packing_in(self.format), dict[str, int]()
+        packing = source.packing_in(self.format)
+        packed_bytes, negative_zeros = dict[str, int](), dict[str, int]()
         packed_sizes, sizes = self._packed_sizes(source), dict[str, int]()
         for name, info, layer in self._planned(source):
             if layer is None:
@@ -185,20 +189,18 @@ class PackedExporter(Sharded):
         config = dict(source.config)
         others = other_matrices(source.tensors, packing)
         config["quantization_config"] = self.format.config(list(packing.packed), others)
-        tensors = Tensors(sizes, self._tensors(source, negative_zeros))
-        manifest = write_export(
-            self,
-            source,
-            directory,
-            config,
-            tensors,
-            progress,
-            packed=packing.packed,
-            kept_dense=packing.dense,
-            packed_bytes=sum(map(without_shape, packed_sizes.values())),
-            dense_bytes=sum(source.tensors[f"{layer}.weight"].bytes for layer in packing.packed),
-            negative_zeros=negative_zeros,
-        )
+        tensors = Tensors(sizes, self._tensors(source, packed_bytes, negative_zeros))
+
+        def about() -> dict[str, Any]:
+            return {
+                "packed": packing.packed,
+                "kept_dense": packing.dense,
+                "packed_bytes": sum(packed_bytes.values()),
+                "dense_bytes": sum(source.tensors[f"{layer}.weight"].bytes for layer in packing.packed),
+                "negative_zeros": negative_zeros,
+            }
+
+        manifest = write_export(self, source, directory, config, tensors, progress, about)
         if negative_zeros:
             log.info("%d negative zeros became positive", sum(negative_zeros.values()))
         return manifest
@@ -217,14 +219,14 @@ class PackedExporter(Sharded):
             if layer is not None:
                 rows, columns = info.shape
                 levels = source.allocation.by_layer if source.allocation else {}
-                kept = levels[layer].kept(rows, columns) if layer in levels else rows * columns
+                kept = levels[layer].kept(Layer(layer, rows, columns)) if layer in levels else rows * columns
                 sizes[layer] = self.format.sizes((rows, columns), info.dtype, kept)
         return sizes
 
     def _tensors(
-        self, source: Checkpoint, negative_zeros: dict[str, int]
+        self, source: Checkpoint, packed_bytes: dict[str, int], negative_zeros: dict[str, int]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the export's tensors, and note the negative zeros of each layer that became positive."""
+        """Yield the export's tensors; note each layer's packed bytes, and its negative zeros that became positive."""
         for name, _, layer in self._planned(source):
             tensor = source.tensors.read(name)
             if layer is None:
@@ -233,6 +235,7 @@ class PackedExporter(Sharded):
             stored, count = pack_layer(self.format, tensor, layer)
             if count:
                 negative_zeros[layer] = count
+            packed_bytes[layer] = without_shape({suffix: part.nbytes for suffix, part in stored.items()})
             del tensor
             yield from ((f"{layer}.{suffix}", part) for suffix, part in stored.items())
 
@@ -247,6 +250,14 @@ class Sparse24(PackedExporter):
 
     name = "sparse24"
     format = Sparse24Bitmask()
+
+
+@dataclass(frozen=True)
+class Bitmask(PackedExporter):
+    """Layers packed as their nonzero weights and a bitmask, at any level; dense where that takes no fewer bytes."""
+
+    name = "bitmask"
+    format = SparseBitmask()
 
 
 @dataclass(frozen=True)
@@ -269,13 +280,13 @@ def write_export(
     config: dict[str, Any],
     tensors: Tensors,
     progress: Progress,
-    **about: Any,
+    about: Callable[[], Mapping[str, Any]] = dict,
 ) -> Manifest:
     """Write tensors, config, card and the source's other files; return the manifest.
 
     Args:
         config: the contents of the export's config.json.
-        about: further fields of the manifest.
+        about: returns further fields of the manifest, once all tensors were made.
     """
     source.allocation  # noqa: B018 - an allocation of another model fails here, before anything is written
     writer, shapes = ShardWriter(directory, tensors.sizes, exporter.shard_bytes), {}
@@ -285,7 +296,8 @@ def write_export(
         progress(i, len(tensors.sizes))
     files = writer.finish()
     copy_other_files(source.path, directory)
-    if about.get("structure") and (directory / ALLOCATION_FILE).is_file():
+    details = about()
+    if details.get("structure") and (directory / ALLOCATION_FILE).is_file():
         (directory / ALLOCATION_FILE).rename(
             directory / SOURCE_ALLOCATION_FILE
         )  # its layers have other shapes
@@ -293,7 +305,7 @@ def write_export(
     names = (INDEX, "config.json", ALLOCATION_FILE, SOURCE_ALLOCATION_FILE, RUN_FILE)
     records = [directory / name for name in names]
     described = describe_files([*files, *(file for file in records if file.is_file())])
-    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **about)
+    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **details)
     format = exporter.format if isinstance(exporter, PackedExporter) else None
     write_text(directory / CARD_FILE, model_card(source, manifest, format))
     return manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def load(
         ModelError: there is no such model, transformers cannot load it, or it is packed and to be offloaded.
         FormatError: files are damaged, or config and tensors contradict each other.
     """
-    path = _local(source, trust_remote_code)
+    path = local_directory(source, trust_remote_code)
     if path is None:
         return load_model(source, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=cache)
     packed = is_packed(path)
@@ -61,7 +62,7 @@ def load(
                 hint="msp export it --to dense first",
             )
         if packed:
-            return _unpacked(checkpoint, dtype, trust_remote_code)
+            return from_tensors(checkpoint, dtype, trust_remote_code, _in_memory(checkpoint))
         if (widths := read_widths(checkpoint.config, str(path / "config.json"))) is not None:
             config = plain_config(checkpoint.config)
             kind = small_class(config, widths)
@@ -81,7 +82,7 @@ def is_packed(source: str | Path) -> bool:
     return file.is_file() and packed_layers(read_json(file), str(file)) is not None
 
 
-def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
+def local_directory(source: str | Path, trust_remote_code: bool) -> Path | None:
     """Return the directory of a model, downloaded if it is a packed one of the hub; None for all others."""
     path = Path(source).expanduser()
     if (path / "config.json").is_file():
@@ -104,8 +105,24 @@ def _local(source: str | Path, trust_remote_code: bool) -> Path | None:
         ) from error
 
 
-def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
-    """Return the dense model of a packed checkpoint."""
+def from_tensors(
+    checkpoint: Checkpoint,
+    dtype: str,
+    trust_remote_code: bool,
+    tensors: Mapping[str, torch.Tensor],
+    prepare: Callable[[PreTrainedModel], None] | None = None,
+) -> PreTrainedModel:
+    """Return the model of a packed checkpoint with the given tensors, in eval mode.
+
+    Args:
+        dtype: as for ``load``.
+        tensors: by the names of the checkpoint.
+        prepare: changes the model's modules before its tensors are loaded; the model is on the meta device.
+
+    Raises:
+        ModelError: transformers cannot load it.
+        FormatError: a tensor is missing, or has no place.
+    """
     from transformers import AutoConfig, GenerationConfig
 
     target = check_dtype(dtype)
@@ -117,13 +134,14 @@ def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Pr
             del config.quantization_config
         with torch.device("meta"):  # for the class alone, which may be the repository's own
             cls = type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
-        model, report = cls.from_pretrained(
+        model, report = (cls if prepare is None else _prepared(cls, prepare)).from_pretrained(
             None,
             config=config,
-            state_dict=_in_memory(checkpoint),
+            state_dict=dict(tensors),
             output_loading_info=True,
             dtype=target if target is not None else _dtype_of(checkpoint, config),
         )
+        model.__class__ = cls
         if (checkpoint.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     except MSPError:
@@ -131,6 +149,18 @@ def _unpacked(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Pr
     except Exception as error:  # a config's values reach all of transformers
         raise ModelError(f"cannot load a causal language model from {checkpoint.path}: {error}") from error
     return _complete(model, report, checkpoint)
+
+
+def _prepared(
+    cls: type[PreTrainedModel], prepare: Callable[[PreTrainedModel], None]
+) -> type[PreTrainedModel]:
+    """Return a class of models that are changed before ``from_pretrained`` loads their tensors."""
+
+    def init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, *args, **kwargs)
+        prepare(self)
+
+    return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
 
 
 def _in_memory(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

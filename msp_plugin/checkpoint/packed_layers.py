@@ -8,6 +8,7 @@ from typing import Any
 
 from msp_plugin.errors import FormatError, shown
 from msp_plugin.formats.base import PackedFormat, TensorInfo
+from msp_plugin.formats.bitmask import SparseBitmask
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 
 
@@ -20,10 +21,10 @@ class PackedLayers:
 
 
 def known_formats() -> Iterator[PackedFormat]:
-    """Yield the built-in format, then those of plugins, which are imported only when it is not the one."""
+    """Yield the built-in formats, then those of plugins, which are imported only when it is none of them."""
     from msp_plugin.plugins.manager import Plugins
 
-    yield Sparse24Bitmask()
+    yield from (Sparse24Bitmask(), SparseBitmask())
     yield from Plugins().formats
 
 
@@ -35,7 +36,7 @@ def packed_layers(
     Args:
         config: the contents of config.json.
         source: its file or model, for errors.
-        formats: those that are read; None for the built-in one and those of the installed plugins.
+        formats: those that are read; None for the built-in ones and those of the installed plugins.
 
     Raises:
         FormatError: a sparsity_config in a form that this package does not read.

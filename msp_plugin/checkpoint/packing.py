@@ -38,7 +38,7 @@ def sort_layers(
     """Return which layers of a dense checkpoint a format packs, and why the others stay dense.
 
     With an allocation, the level decides; without one, the weights themselves do, for every matrix in the
-    decoder blocks. Layers that inference fuses are packed all or none.
+    decoder blocks. Layers that inference fuses are packed all or none, if the format asks for it.
 
     Args:
         tensors: the headers of the checkpoint.
@@ -56,12 +56,21 @@ def sort_layers(
             packed[layer] = level.name if level else format.structure
         else:
             dense[layer] = reason
-    for layer in list(packed):
+    for layer in list(packed) if format.fused_together else ():
         for sibling in _siblings(layer):
             if sibling not in packed and f"{sibling}.weight" in tensors:
                 why = dense.get(sibling, "it was not pruned")
                 dense[layer] = f"inference fuses it with {sibling}, which stays dense: {why}"
     return Packing({layer: level for layer, level in packed.items() if layer not in dense}, dense)
+
+
+def short_reason(reason: str) -> str:
+    """Return why a layer stays dense without other layers' names and its bytes, so that equal reasons can be counted."""
+    return (
+        "inference fuses them with a dense one"
+        if reason.startswith("inference fuses")
+        else reason.partition(" (")[0]
+    )
 
 
 def _candidates(tensors: Mapping[str, TensorInfo], allocation: Allocation | None) -> dict[str, Level | None]:

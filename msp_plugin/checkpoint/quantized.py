@@ -18,8 +18,13 @@ _HINT = (
 )
 
 
-def check_source_unquantized(source: str | Path, *, trust_remote_code: bool = False) -> None:
+def check_source_unquantized(
+    source: str | Path, *, trust_remote_code: bool = False, hint: str = _HINT
+) -> None:
     """Raise if the config of a directory or hub id says that its weights are quantized; no weight is read.
+
+    Args:
+        hint: of the error.
 
     Raises:
         ModelError: the weights are quantized, or there is no such model.
@@ -37,7 +42,7 @@ def check_source_unquantized(source: str | Path, *, trust_remote_code: bool = Fa
         except Exception as error:  # a config's values reach all of transformers
             raise ModelError(f"cannot read the config of {source}: {error}") from error
     if config.get("quantization_config") and packed_layers(config, str(source)) is None:
-        raise ModelError(f"{source} is quantized ({_described(config['quantization_config'])})", hint=_HINT)
+        raise ModelError(f"{source} is quantized ({_described(config['quantization_config'])})", hint=hint)
 
 
 def check_unquantized(model: torch.nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from msp_plugin.errors import VerificationError
 from msp_plugin.models.offload import onloaded
 from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.units import Layer
 from msp_plugin.pruning.masks import recount
 
 
@@ -80,7 +81,7 @@ def recount_model(
         with _readable(model.get_submodule(name)) as weight:
             counted = recount(weight, level)
             zeros[name], weights[name] = counted.zeros, weight.numel()
-            kept = level.kept(*weight.shape)
+            kept = level.kept(Layer(name, *weight.shape))
         if not counted.finite:
             raise VerificationError(f"after {after}, {name} holds weights that are not finite")
         plan = f"planned was {level.name} with {weights[name] - kept:,} zeros of {weights[name]:,}"

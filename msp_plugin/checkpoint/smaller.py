@@ -69,7 +69,9 @@ class Smaller(Sharded):
         if source.packed:
             config.pop("quantization_config")
         tensors = Tensors(_sizes(source, slices), _sliced(source, slices))
-        return write_export(self, source, directory, config, tensors, progress, structure=slices.to_record())
+        return write_export(
+            self, source, directory, config, tensors, progress, lambda: {"structure": slices.to_record()}
+        )
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ import typer
 
 from msp_plugin import __version__
 from msp_plugin.cli.arguments import AsJson
+from msp_plugin.cli.bench import bench_command
 from msp_plugin.cli.checkpoint import export_command, verify
 from msp_plugin.cli.compare import compare_command
 from msp_plugin.cli.evaluate import evaluate_command
 from msp_plugin.cli.prune import demo, prune, run_command
+from msp_plugin.cli.recover import recover
 from msp_plugin.cli.report import report
 from msp_plugin.cli.search import allocate_command, sensitivity
 from msp_plugin.cli.stopping import Stopped
@@ -25,7 +27,7 @@ from msp_plugin.runtime.ranks import LostError, world_size
 #: Commands whose search ranks share.
 SHARED = {"run", "prune", "demo", "allocate", "compare"}
 #: Commands that continue from the cache after a stop.
-RESUMED = SHARED | {"sensitivity"}
+RESUMED = SHARED | {"recover", "sensitivity"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,18 +39,20 @@ app = typer.Typer(
 app.command()(demo)
 app.command(name="run")(run_command)
 app.command()(prune)
+app.command()(recover)
 app.command(name="allocate")(allocate_command)
 app.command()(sensitivity)
 app.command(name="export")(export_command)
 app.command()(verify)
 app.command(name="eval")(evaluate_command)
+app.command(name="bench")(bench_command)
 app.command()(report)
 app.command(name="compare")(compare_command)
 
 
 @app.command()
 def plugins(as_json: AsJson = False) -> None:
-    """List estimators, allocators, methods, exporters and checks with their options and owners.
+    """List estimators, allocators, methods, recoveries, exporters and checks with their options and owners.
 
     Example: msp plugins --json
     """
@@ -56,10 +60,10 @@ def plugins(as_json: AsJson = False) -> None:
     from rich.table import Table
 
     from msp_plugin.cli import console
-    from msp_plugin.plugins.manager import Plugins
+    from msp_plugin.plugins.manager import KINDS, Plugins
 
     components = {
-        kind[:-1]: sorted(by_name.values(), key=lambda component: component.name)
+        KINDS[kind]: sorted(by_name.values(), key=lambda component: component.name)
         for kind, by_name in Plugins().components.items()
         if by_name
     }
@@ -71,8 +75,9 @@ def plugins(as_json: AsJson = False) -> None:
         ]
         typer.echo(json.dumps(rows, indent=2))
         return
+    titles = {one: kind for kind, one in KINDS.items()}
     for kind, known in components.items():
-        table = Table(title=f"{kind}s", title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=titles[kind], title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("name", no_wrap=True)
         table.add_column("what it does, and its options", overflow="fold")
         table.add_column("from", overflow="fold")

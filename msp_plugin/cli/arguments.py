@@ -31,7 +31,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="option of allocator, method or an estimator, e.g. allocator.tokens=8192 or fisher.samples=64",
+        help="option of allocator, method, an estimator or the recovery, e.g. allocator.tokens=8192 or fisher.samples=64",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed")]
@@ -148,7 +148,8 @@ class LayerChoice:
         str | None,
         typer.Option(
             "--granularity",
-            help="what shares a level: layer (nothing), unit (fused layers) or block; default: layer, unit for 2:4 kernels",
+            help="what shares a level: layer (nothing), unit (fused layers), half (attention, MLP) or block; default: "
+            "layer, unit for 2:4 kernels, half with dropped",
         ),
     ] = None
     bounds: Annotated[
@@ -292,6 +293,23 @@ def recipe_line(method: str, allocator: str, pairs: list[str] | None, **keys: An
     specs = component_options(pairs, known, method=method, allocator=allocator)
     method_spec, allocator_spec = specs.pop("method"), specs.pop("allocator")
     return given(method=method_spec, allocator=allocator_spec, estimators=specs, **keys)
+
+
+def recovery_spec(
+    name: str | None, pairs: list[str] | None
+) -> tuple[dict[str, Any] | None, list[str] | None]:
+    """Return a recovery with the options of ``--set NAME.option=value``, and the other pairs.
+
+    Args:
+        name: None for no recovery.
+
+    Raises:
+        RecipeError: see component_options.
+    """
+    if name is None:
+        return None, pairs
+    own = [pair for pair in pairs or () if pair.startswith(f"{name}.")]
+    return component_options(own, **{name: name})[name], [pair for pair in pairs or () if pair not in own]
 
 
 def _bounds(pairs: list[str] | None) -> dict[str, list[str]]:

@@ -34,7 +34,7 @@ def export_command(
     to: Annotated[
         str | None,
         typer.Option(
-            "--to", help="sparse24, small, uniform, dense, recipe, or a plugin's; see `msp plugins`"
+            "--to", help="sparse24, bitmask, small, uniform, dense, recipe, or a plugin's; see `msp plugins`"
         ),
     ] = None,
     out: Annotated[

@@ -25,7 +25,7 @@ class Check:
 
 def examine() -> list[Check]:
     """Return all findings, in the order in which a user should fix them."""
-    return [_python(), *_packages(), _host(), _serving(), _device(), _plugins(), _hook(), _cache()]
+    return [_python(), *_packages(), _host(), _serving(), _device(), _kernel(), _plugins(), _hook(), _cache()]
 
 
 def _version(name: str) -> str | None:
@@ -81,7 +81,9 @@ def _serving() -> Check:
         return Check("vllm", "ok", "not in this environment; serving has one of its own (extra: vllm)")
     entries = {entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")}
     if "msp_sparse24" not in entries:
-        return Check("vllm", "fail", f"{version} does not see the sparse24 plugin", "reinstall msp_plugin")
+        return Check(
+            "vllm", "fail", f"{version} does not see the plugin msp_sparse24", "reinstall msp_plugin"
+        )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "msp_sparse24" not in allowed.split(","):
         return Check(
@@ -90,7 +92,7 @@ def _serving() -> Check:
             f"{version}; VLLM_PLUGINS leaves msp_sparse24 out",
             "add it, or unset VLLM_PLUGINS",
         )
-    return Check("vllm", "ok", f"{version}; the plugin msp_sparse24 serves packed checkpoints")
+    return Check("vllm", "ok", f"{version}; the plugin msp_sparse24 serves sparse24 and bitmask checkpoints")
 
 
 def _device() -> Check:
@@ -106,6 +108,26 @@ def _device() -> Check:
             f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free",
         )
     return Check("device", "ok", f"CPU, {torch.get_num_threads()} threads")
+
+
+def _kernel() -> Check:
+    """Return the kernel that packed weights get on this CPU, as far as that is known without building it."""
+    try:
+        import torch
+
+        from msp_plugin.serving.cpu.build import is_built
+        from msp_plugin.serving.cpu.kernel import choose
+
+        if is_built() is False:
+            capability = torch.backends.cpu.get_cpu_capability()
+            found = f"not built yet: the first packed model on this CPU ({capability}) builds it in about a minute"
+            return Check("cpu kernel", "ok", found)
+        choice = choose(torch.bfloat16)
+    except (ImportError, MSPError) as error:
+        return Check("cpu kernel", "fail", str(error))
+    if choice.kernel == "dense":
+        return Check("cpu kernel", "warn", f"none, packed weights are multiplied dense: {choice.reason}")
+    return Check("cpu kernel", "ok", f"{choice.kernel} for packed weights in bfloat16: {choice.reason}")
 
 
 def _plugins() -> Check:

@@ -24,15 +24,16 @@ from msp_plugin.cli.arguments import (
     Seed,
     Set,
     recipe_line,
+    recovery_spec,
     resolve_model,
     with_groups,
 )
 
 if TYPE_CHECKING:
-    from msp_plugin.runs.prune import Run
+    from msp_plugin.runs.steps import Run
 
 
-def _show_run(run: Run | None, as_json: bool, title: str) -> None:
+def show_run(run: Run | None, as_json: bool, title: str) -> None:
     """Print the table of a run, or its record."""
     from msp_plugin.cli.console import out, quality_table
     from msp_plugin.report.statistics import taken_back
@@ -43,9 +44,14 @@ def _show_run(run: Run | None, as_json: bool, title: str) -> None:
         typer.echo(json.dumps(run.record.to_dict(), indent=2, sort_keys=True))
         return
     out.print(quality_table(run.record, title))
-    recovered = taken_back(*(run.record.perplexity.get(name) for name in ("dense", "uniform", "mixed")))
-    if recovered is not None:
-        out.print(f"Mixed takes back {100 * recovered:.0f} % of the loss that uniform adds.")
+    perplexity = run.record.perplexity
+    share = taken_back(*(perplexity.get(name) for name in ("dense", "uniform", "mixed")))
+    if share is not None:
+        out.print(f"Mixed takes back {100 * share:.0f} % of the loss that uniform adds.")
+    sparse = "result" if "result" in perplexity else "mixed"
+    share = taken_back(*(perplexity.get(name) for name in ("dense", sparse, "recovered")))
+    if share is not None:
+        out.print(f"The recovery takes back {100 * share:.0f} % of the loss that the sparse model had.")
     out.print(f"Results: {run.path}")
 
 
@@ -72,7 +78,7 @@ def demo(
         line |= {"method": method, "seed": seed} | ({"levels": levels.split(",")} if levels else {})
         source = resolve_model(f"demo:{model}")
         run = prune_model(source, demo_text(), out, dtype="float32", context=context, **line)
-    _show_run(run, output.as_json, f"Demo {model} at 75 %, method {method}")
+    show_run(run, output.as_json, f"Demo {model} at 75 %, method {method}")
 
 
 @with_groups
@@ -101,7 +107,7 @@ def run_command(
             context=context,
             **vars(loading),
         )
-    _show_run(run, output.as_json, f"{recipe.name} on {model}")
+    show_run(run, output.as_json, f"{recipe.name} on {model}")
 
 
 @with_groups
@@ -124,6 +130,10 @@ def prune(
     seed: Seed = 0,
     cache: Cache = None,
     baseline: Baseline = True,
+    recover: Annotated[
+        str | None,
+        typer.Option("--recover", help="recovery to run afterwards; its options: --set NAME.option=value"),
+    ] = None,
 ) -> None:
     """Prune a model to a searched (or given) allocation; needs no recipe and no other framework.
 
@@ -133,14 +143,16 @@ def prune(
         from msp_plugin.runs.prune import prune as prune_model
 
         keys = {"sparsity": sparsity, "allocation": allocation, "seed": seed, "cache": cache}
-        line = recipe_line(method, allocator, options, **keys, **layers.recipe())
+        spec, others = recovery_spec(recover, options)
+        line = recipe_line(method, allocator, others, **keys, **layers.recipe())
         run = prune_model(
             resolve_model(model),
             text.text(),
             out,
             baseline=baseline,
+            recover=spec,
             context=context,
             **vars(loading),
             **line,
         )
-    _show_run(run, output.as_json, f"{model}, method {method}")
+    show_run(run, output.as_json, f"{model}, method {method}")

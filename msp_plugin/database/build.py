@@ -5,22 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
 from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.database.bitmask import bitmask_bytes
 from msp_plugin.database.statistics import StatisticsCollector
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError
-from msp_plugin.formats.bitmask import bitmask_bytes
 from msp_plugin.models.offload import linear, onloaded
 from msp_plugin.models.weights import weight_place
 from msp_plugin.plan.levels import DENSE, Level
-from msp_plugin.plan.units import Layer, Unit, UnitTable, shared_inputs
+from msp_plugin.plan.units import Layer, Unit, UnitTable, group_layers, pruned_together, shared_inputs
 from msp_plugin.progress import Progress, silent
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.runtime.disk import check_free
@@ -84,25 +84,29 @@ def build_database(
         return levels
 
     def find_missing() -> list[Unit]:
-        return [
-            unit for unit in shared_inputs(table) if not all(database.has(layer) for layer in unit.layers)
-        ]
+        parts = pruned_together(table) if pruner.prunes_units else shared_inputs(table)
+        return [part for part in parts if not all(database.has(layer) for layer in part.layers)]
 
     missing = sorted(ranks.on_rank_zero(find_missing), key=lambda unit: unit.block)
     own = ranks.share(missing)
-    total = sum(len(unit.layers) for unit in own)
+    total = sum(len(part.layers) for part in own)
+    units = (
+        table
+        if pruner.prunes_units
+        else group_layers(((u.block, a) for u in table for a in u.layers), "layer")
+    )
 
     def write() -> int:
         written = 0
         pruned = partial(_pruned_block, database, model, table, prefix) if prefix else None
         collector = StatisticsCollector(model, pruner, data, batch_tokens, statistics_bytes, ranks)
         last = missing[-1].block if missing else None
-        for unit, statistic in collector.statistics(own, last, pruned):
-            for layer in unit.layers:
-                if levels := levels_of(layer):
-                    _write_layer(database, model, layer, pruner, statistic, levels)
-                written += 1
-                progress(written, total)
+        inputs = shared_inputs(UnitTable(tuple(own)))
+        for unit, statistics in _with_statistics(collector.statistics(inputs, last, pruned), units):
+            if levels := levels_of(unit.layers[0]):
+                _write_unit(database, model, unit, pruner, statistics, levels)
+            written += len(unit.layers)
+            progress(written, total)
         return written
 
     written_here = ranks.collective(write)
@@ -113,6 +117,19 @@ def build_database(
     else:
         log.info("level database: %d layers reused from %s", len(table.layers), database.path)
     return written
+
+
+def _with_statistics(
+    statistics: Iterator[tuple[Unit, Any]], units: Iterable[Unit]
+) -> Iterator[tuple[Unit, dict[str, Any]]]:
+    """Yield each unit, as soon as all of them are there, with the statistics of its layers by name."""
+    owners = {layer.name: unit for unit in units for layer in unit.layers}
+    held: dict[str, Any] = {}
+    for shared, statistic in statistics:
+        held |= {layer.name: statistic for layer in shared.layers}
+        for unit in dict.fromkeys(owners[layer.name] for layer in shared.layers):
+            if all(layer.name in held for layer in unit.layers):
+                yield unit, {layer.name: held.pop(layer.name) for layer in unit.layers}
 
 
 @contextmanager
@@ -143,12 +160,8 @@ def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTabl
     for layer in table.layers:
         if not database.has(layer):
             size = linear(model, layer.name).weight.element_size()
-            out, into = layer.out_features, layer.in_features
-            own = sum(
-                level.kept(out, into) * size + bitmask_bytes(out, into)
-                for level in database.menu
-                if not level.is_dense
-            )
+            mask = bitmask_bytes(layer.out_features, layer.in_features)
+            own = sum(level.kept(layer) * size + mask for level in database.menu if not level.is_dense)
             old = database.file(layer.name)
             replaced = min(own, old.stat().st_size) if old.exists() else 0
             need, most = need + own - replaced, max(most, replaced)
@@ -158,37 +171,38 @@ def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTabl
 
 
 @torch.no_grad()
-def _write_layer(
+def _write_unit(
     database: LevelDatabase,
     model: torch.nn.Module,
-    layer: Layer,
+    unit: Unit,
     pruner: Pruner,
-    statistic: Any,
+    statistics: Mapping[str, Any],
     levels: Sequence[Level],
 ) -> None:
-    """Write a layer's weights at the levels, with their errors.
+    """Write the weights of a unit's layers at the levels, with their errors.
 
     Raises:
         NumericsError: the method returns weights that are not finite.
     """
-    with onloaded(linear(model, layer.name)) as module:
-        dense = module.weight.detach()
-        weights, rows, errors = {}, {}, {"dense": LayerErrors(0.0, 0.0)}
-        for level, pruned in zip(
-            levels, pruner.prune_levels(module, statistic, levels, layer.name), strict=True
-        ):
-            delta = (pruned.float() - dense.float()).contiguous()
-            change = float(torch.linalg.vector_norm(delta, dtype=torch.float64) ** 2)
-            if not math.isfinite(change):
-                raise NumericsError(
-                    f"method {pruner.name!r} returned weights that are not finite for {layer.name} at {level}",
-                    hint="give more calibration samples, or a larger dampening",
-                )
-            weights[level.name] = pruned
-            by_row = pruner.row_errors(delta, statistic)
-            if by_row is None:
-                output = pruner.output_error(delta, statistic)
-            else:
-                rows[level.name], output = by_row, float(by_row.sum())
-            errors[level.name] = LayerErrors(change, output)
-    database.write(layer, weights, errors, rows)
+    layers = {layer.name: layer for layer in unit.layers}
+    with ExitStack() as stack:
+        modules = {name: stack.enter_context(onloaded(linear(model, name))) for name in layers}
+        for name, by_level in pruner.prune_unit(modules, statistics, levels):
+            dense, statistic = modules[name].weight.detach(), statistics[name]
+            weights, rows, errors = {}, {}, {"dense": LayerErrors(0.0, 0.0)}
+            for level, pruned in zip(levels, by_level, strict=True):
+                delta = (pruned.float() - dense.float()).contiguous()
+                change = float(torch.linalg.vector_norm(delta, dtype=torch.float64) ** 2)
+                if not math.isfinite(change):
+                    raise NumericsError(
+                        f"method {pruner.name!r} returned weights that are not finite for {name} at {level}",
+                        hint="give more calibration samples, or a larger dampening",
+                    )
+                weights[level.name] = pruned
+                by_row = pruner.row_errors(delta, statistic)
+                if by_row is None:
+                    output = pruner.output_error(delta, statistic)
+                else:
+                    rows[level.name], output = by_row, float(by_row.sum())
+                errors[level.name] = LayerErrors(change, output)
+            database.write(layers[name], weights, errors, rows)

@@ -1,6 +1,6 @@
 """The level database on disk: one safetensors file per layer, in a directory named by its content.
 
-A level is stored as its kept values, `<level>.values` [n], and `<level>.bitmask` (formats/bitmask.py). The dense
+A level is stored as its kept values, `<level>.values` [n], and `<level>.bitmask` (database/bitmask.py). The dense
 weight is not stored; the model has it. `<level>.rows` float32 [out] are the parts of the output error by output
 feature, where the method gives them.
 
@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from msp_plugin.database.bitmask import bitmask_bytes, pack_bitmask, unpack_bitmask
 from msp_plugin.errors import FormatError, VerificationError
-from msp_plugin.formats.bitmask import bitmask_bytes, pack_bitmask, unpack_bitmask
 from msp_plugin.models.weights import Place
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable

@@ -53,6 +53,7 @@ class PackedFormat(ABC):
         own_suffixes: those of them that no dense model uses: a tensor with one whose layer the config does
             not name means that config and tensors are from different checkpoints.
         description: what is stored for a weight, in a few words.
+        fused_together: True if layers that inference fuses are packed all or none.
         served: True if the vLLM plugin serves the format.
     """
 
@@ -62,6 +63,7 @@ class PackedFormat(ABC):
     suffixes: ClassVar[tuple[str, ...]]
     own_suffixes: ClassVar[tuple[str, ...]] = ()
     description: ClassVar[str]
+    fused_together: ClassVar[bool] = True
     served: ClassVar[bool] = False
 
     @abstractmethod

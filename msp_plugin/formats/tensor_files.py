@@ -91,15 +91,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         """
         if name not in self._info:
             raise FormatError(f"{self.directory} holds no tensor {name}", hint="a file is missing or damaged")
-        file = self._info[name].file
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensor: torch.Tensor = opened.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise FormatError(
-                f"cannot read {name} from {file}: {error}", hint="copy the file anew"
-            ) from error
+        return read_tensor(self._info[name].file, name)
 
     def _index(self) -> dict[str, str]:
         """Return the index's map from tensor to file name; empty without an index."""
@@ -130,6 +122,20 @@ class TensorFiles(Mapping[str, TensorInfo]):
                     f"{self.directory} lacks {name}, which its index names", hint="copy the directory anew"
                 )
         return [self.directory / name for name in names]
+
+
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    """Return one tensor of a safetensors file on the CPU, mapped from it: do not write into it.
+
+    Raises:
+        FormatError: the file is damaged, or has no such tensor.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+            return tensor
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise FormatError(f"cannot read {name} from {file}: {error}", hint="copy the file anew") from error
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:

@@ -12,7 +12,7 @@ from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models.offload import check_loadable, linear, named_parameters, onloaded, own_parameters
 from msp_plugin.models.patterns import check_patterns, matches
 from msp_plugin.plan.bounds import Bounds
-from msp_plugin.plan.levels import Level
+from msp_plugin.plan.levels import DROPPED, Level
 from msp_plugin.plan.units import Layer, UnitTable, group_layers
 
 if TYPE_CHECKING:
@@ -149,21 +149,35 @@ def allowed_levels(
     return bounds.allowed(table, menu, matched)
 
 
-def check_widths(table: UnitTable, menu: Iterable[Level]) -> None:
-    """Raise unless every level fits every layer's in_features.
+def check_fit(table: UnitTable, menu: Iterable[Level]) -> None:
+    """Raise unless every level fits every unit.
 
     Raises:
-        RecipeError: a level does not; the message names the first layers.
+        RecipeError: a level does not; the message names the first units.
     """
     for level in menu:
-        odd = [layer for layer in table.layers if level.misfit(layer.in_features)]
+        odd = [why for unit in table if (why := level.misfit(unit))]
         if odd:
-            why = level.misfit(odd[0].in_features)
-            named = ", ".join(f"{a.name} (in_features {a.in_features})" for a in odd[:3])
             raise RecipeError(
-                f"level {level.name} {why} the width of {len(odd)} layers: {named}",
+                f"level {level.name} does not fit {len(odd)} of {len(table)} units: it {', '.join(odd[:3])}",
                 hint=f"leave {level.name} out of levels, or add the layers to ignore",
             )
+
+
+def check_whole(model: torch.nn.Module, table: UnitTable, granularity: str) -> None:
+    """Raise unless each unit, half a block or a block, holds all linears that are there to prune.
+
+    Raises:
+        RecipeError: targets or ignore leave out some; the message names the first units.
+    """
+    whole = {layer: unit for unit in prunable_layers(model, granularity=granularity) for layer in unit.layers}
+    odd = [unit.name for unit in table if len(unit.layers) < len(whole[unit.layers[0]].layers)]
+    if odd:
+        raise RecipeError(
+            f"targets or ignore leave out layers of {len(odd)} units that may be {DROPPED.name}: "
+            f"{', '.join(odd[:3])}",
+            hint="ignore all layers of a unit or none, protect layers instead, or leave dropped out of levels",
+        )
 
 
 def check_finite_weights(model: torch.nn.Module, table: UnitTable) -> None:

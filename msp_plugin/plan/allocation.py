@@ -47,7 +47,7 @@ class Allocation:
     @property
     def budget(self) -> Budget:
         """The target, and the exact counts of weights and of kept weights."""
-        kept = sum(_kept(unit, level) for unit, level in zip(self.table, self.levels, strict=True))
+        kept = sum(level.kept(unit) for unit, level in zip(self.table, self.levels, strict=True))
         return Budget(self.target, self.table.weights, kept)
 
     @property
@@ -88,7 +88,7 @@ class Allocation:
                     "block": unit.block,
                     "level": level.name,
                     "weights": unit.weights,
-                    "zeros": unit.weights - _kept(unit, level),
+                    "zeros": unit.weights - level.kept(unit),
                     "sensitivity": {name: values[i] for name, values in self.sensitivities.items()},
                     "layers": [
                         {"name": a.name, "shape": [a.out_features, a.in_features]} for a in unit.layers
@@ -238,23 +238,19 @@ def _read_unit(entry: dict[str, Any]) -> Unit:
     return Unit(_typed(entry["name"], str, "name"), block, tuple(layers))
 
 
-def _kept(unit: Unit, level: Level) -> int:
-    """Return how many weights of a unit its level keeps."""
-    return sum(level.kept(layer.out_features, layer.in_features) for layer in unit.layers)
-
-
 def _read_level(text: object, unit: Unit, source: str) -> Level:
     """Return the level of a unit.
 
     Raises:
-        RecipeError: the text is not a level, or the level does not fit a layer.
+        RecipeError: the text is not a level, or the level does not fit the unit.
     """
+    where = f"{source}: unit {shown(unit.name)}"
     try:
         level = Level.parse(text)
-        for layer in unit.layers:
-            level.group(layer.in_features)
     except RecipeError as error:
-        raise RecipeError(f"{source}: unit {shown(unit.name)}: {error.message}", hint=error.hint) from None
+        raise RecipeError(f"{where}: {error.message}", hint=error.hint) from None
+    if why := level.misfit(unit):
+        raise RecipeError(f"{where}: level {level.name} {why}", hint="the file was edited; allocate anew")
     return level
 
 

@@ -90,11 +90,21 @@ class AllocationProblem:
     @cached_property
     def kept(self) -> np.ndarray:
         """int64[U, K]: how many weights each unit keeps at each level, allowed or not."""
-        rows = [
-            [sum(level.kept(a.out_features, a.in_features) for a in unit.layers) for level in self.menu]
-            for unit in self.table
-        ]
-        return np.array(rows, dtype=np.int64)
+        return np.array([[level.kept(unit) for level in self.menu] for unit in self.table], dtype=np.int64)
+
+    @cached_property
+    def by_cost(self) -> np.ndarray:
+        """int64[U, K]: the levels of each unit from the one that keeps most; equal ones in the menu's order."""
+        return np.argsort(-self.kept, axis=1, kind="stable")
+
+    def neighbours(self, unit: int, level: int, steps: int) -> tuple[int, ...]:
+        """Return the other levels that are at most so many steps from a level of a unit, in the menu's order.
+
+        A step leads to the level that keeps the next more or the next fewer weights of the unit.
+        """
+        order = self.by_cost[unit]
+        at = int(np.flatnonzero(order == level)[0])
+        return tuple(sorted(int(k) for k in order[max(0, at - steps) : at + steps + 1] if k != level))
 
     @cached_property
     def reach(self) -> tuple[int, int]:

@@ -1,14 +1,15 @@
-"""Levels: the sparsity patterns that an allocation chooses from.
+"""Levels: what a unit may be, and the menus that an allocation chooses from.
 
 ``N:M`` keeps N of every M consecutive weights along in_features, as in the papers and NVIDIA's documentation.
 (llm-compressor's ``mask_structure`` counts the pruned weights instead; hosts/llm_compressor/ converts.) ``N:M
 in 2:4`` also keeps at most two of every aligned four, so that 2:4 kernels run it. A plain fraction is a share
-of zeros, placed anywhere in each output row.
+of zeros, placed anywhere in each output row. ``dropped`` keeps nothing of an attention, an MLP or a block.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -16,10 +17,72 @@ from fractions import Fraction
 from numbers import Number
 
 from msp_plugin.errors import RecipeError, shown
+from msp_plugin.plan.units import Layer, Unit
 
 _PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:(?:in|@)\s*(\d+)\s*:\s*(\d+)\s*)?", re.IGNORECASE)
 _SHARE = re.compile(r"\s*(\d+\s*/\s*0*[1-9]\d*|\d*\.?\d+(e-?\d{1,2})?)\s*", re.IGNORECASE)
-_FORMS = 'write "dense", "N:M" (N kept of M, e.g. "2:4"), "N:M in 2:4", or a share of zeros, e.g. "0.7"'
+_FORMS = (
+    'write "dense", "N:M" (N kept of M, e.g. "2:4"), "N:M in 2:4", a share of zeros, e.g. "0.7", or "dropped"'
+)
+
+
+class Level(ABC):
+    """What a unit may be. Recipes and files hold its name, and ``parse`` gives the level of a name.
+
+    Levels are values: equal levels have equal names. A layer stands for a unit that holds it alone.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name, from which ``parse`` gives this level."""
+
+    @property
+    @abstractmethod
+    def sparsity(self) -> Fraction:
+        """The nominal share of zeros."""
+
+    @property
+    @abstractmethod
+    def servable(self) -> bool:
+        """True if every weight at this level keeps at most two in each aligned group of four.
+
+        Then 2:4 kernels can run it.
+        """
+
+    @abstractmethod
+    def kept(self, unit: Unit | Layer) -> int:
+        """Return the exact count of weights that a unit keeps.
+
+        Raises:
+            RecipeError: the level does not fit the unit.
+        """
+
+    @abstractmethod
+    def misfit(self, unit: Unit | Layer) -> str | None:
+        """Return why the level does not fit a unit, as what follows its name in a sentence; None if it fits."""
+
+    @property
+    def is_dense(self) -> bool:
+        """True if nothing is pruned."""
+        return not self.sparsity
+
+    @staticmethod
+    def parse(text: object) -> Level:
+        """Return the level of a recipe's text: ``"dense"``, ``"N:M"``, ``"N:M in 2:4"``, a share of zeros, ``"dropped"``.
+
+        Raises:
+            RecipeError: the text is not a level. The message explains an unquoted ``2:4``, which YAML 1.1
+                reads as the number 124.
+        """
+        if isinstance(text, Level):
+            return text
+        if isinstance(text, str) and text.strip().lower() == DROPPED.name:
+            return DROPPED
+        return _parse_pattern(text)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class Kind(Enum):
@@ -31,43 +94,16 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
-class Level:
-    """One sparsity pattern: ``n`` kept of every ``m`` weights along in_features.
+class Pattern(Level):
+    """A pattern of zeros: ``n`` kept of every ``m`` weights along in_features, the same in all layers of a unit.
 
-    ``dense`` is 1:1. A share of zeros keeps n/m of each row, rounded down to whole weights. Recipes and files
-    hold the name. Make levels with ``parse``, which gives equal patterns equal fields.
+    ``dense`` is 1:1. A share of zeros keeps n/m of each row, rounded down to whole weights. Make patterns with
+    ``Level.parse``, which gives equal patterns equal fields.
     """
 
     n: int
     m: int
     kind: Kind = Kind.NM
-
-    @classmethod
-    def parse(cls, text: object) -> Level:
-        """Return the level of a recipe's text: ``"dense"``, ``"N:M"``, ``"N:M in 2:4"`` or a share of zeros.
-
-        Raises:
-            RecipeError: the text is not a level. The message explains an unquoted ``2:4``, which YAML 1.1
-                reads as the number 124.
-        """
-        if isinstance(text, Level):
-            return text
-        if isinstance(text, int) and not isinstance(text, bool) and text >= 60:
-            n, m = divmod(text, 60)
-            raise RecipeError(
-                f"level {text} is a number; YAML 1.1 reads an unquoted {n}:{m} in base 60",
-                hint=f'write it with quotes: "{n}:{m}"',
-            )
-        if isinstance(text, str) and text.strip().lower() == "dense":
-            return DENSE
-        if isinstance(text, str) and (match := _PATTERN.fullmatch(text)):
-            return _groups(text, *(int(number) for number in match.groups() if number))
-        if isinstance(text, str | int | float | Fraction) and _SHARE.fullmatch(str(text)):
-            zeros = Fraction(str(text).replace(" ", ""))
-            if zeros < 1:
-                kept = 1 - zeros
-                return cls(kept.numerator, kept.denominator, Kind.SHARE) if zeros else DENSE
-        raise RecipeError(f"level {shown(text)} is not a level", hint=_FORMS)
 
     @property
     def name(self) -> str:
@@ -77,11 +113,6 @@ class Level:
         if self.kind is Kind.SHARE:
             return str(self.sparsity)
         return f"{self.n}:{self.m}" + (" in 2:4" if self.kind is Kind.NM_IN_24 else "")
-
-    @property
-    def is_dense(self) -> bool:
-        """True if nothing is pruned."""
-        return self.n == self.m
 
     @property
     def sparsity(self) -> Fraction:
@@ -104,11 +135,11 @@ class Level:
         """Return (n, m): exactly n of every m consecutive weights of a row are kept; m divides in_features.
 
         Raises:
-            RecipeError: the level does not fit the width.
+            RecipeError: the pattern does not fit the width.
         """
-        if why := self.misfit(in_features):
+        if why := self._misfit(in_features):
             raise RecipeError(
-                f"level {self.name} {why} in_features = {in_features}",
+                f"level {self.name} {why}",
                 hint="use another level, or ignore the layer"
                 if self.kind is Kind.SHARE
                 else f"use an M that divides it, or ignore the layer (remainder {in_features % self.m})",
@@ -117,42 +148,83 @@ class Level:
             return in_features * self.n // self.m, in_features
         return self.n, self.m
 
-    def misfit(self, in_features: int) -> str | None:
-        """Return why the level does not fit a width, as the verb before "in_features"; None if it fits."""
+    def _misfit(self, in_features: int) -> str | None:
         if self.kind is Kind.SHARE:
-            return None if in_features * self.n >= self.m else "keeps nothing of"
-        return "does not divide" if in_features % self.m else None
+            fits, why = in_features * self.n >= self.m, "keeps nothing of"
+        else:
+            fits, why = in_features % self.m == 0, "does not divide"
+        return None if fits else f"{why} in_features = {in_features}"
 
-    def kept(self, out_features: int, in_features: int) -> int:
-        """Return the exact count of kept weights in a layer [out_features, in_features].
+    def misfit(self, unit: Unit | Layer) -> str | None:
+        for layer in unit.layers:
+            if why := self._misfit(layer.in_features):
+                return f"{why} of {layer.name}"
+        return None
 
-        Raises:
-            RecipeError: the level does not fit the width.
-        """
-        n, m = self.group(in_features)
-        return out_features * (in_features // m) * n
-
-    def __str__(self) -> str:
-        return self.name
+    def kept(self, unit: Unit | Layer) -> int:
+        kept = 0
+        for layer in unit.layers:
+            n, m = self.group(layer.in_features)
+            kept += layer.weights // m * n
+        return kept
 
 
-def _groups(text: str, n: int, m: int, *inside: int) -> Level:
+@dataclass(frozen=True)
+class Dropped(Level):
+    """No weight of an attention, an MLP or a block is kept: it adds nothing but its biases to its input.
+
+    The weights stay in the model, as zeros.
+    """
+
+    name = "dropped"
+    sparsity = Fraction(1)
+    servable = True
+
+    def kept(self, unit: Unit | Layer) -> int:
+        return 0
+
+    def misfit(self, unit: Unit | Layer) -> str | None:
+        return None
+
+
+def _parse_pattern(text: object) -> Pattern:
+    """Return the pattern of a text (see Level.parse)."""
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 60:
+        n, m = divmod(text, 60)
+        raise RecipeError(
+            f"level {text} is a number; YAML 1.1 reads an unquoted {n}:{m} in base 60",
+            hint=f'write it with quotes: "{n}:{m}"',
+        )
+    if isinstance(text, str) and text.strip().lower() == "dense":
+        return DENSE
+    if isinstance(text, str) and (match := _PATTERN.fullmatch(text)):
+        return _groups(text, *(int(number) for number in match.groups() if number))
+    if isinstance(text, str | int | float | Fraction) and _SHARE.fullmatch(str(text)):
+        zeros = Fraction(str(text).replace(" ", ""))
+        if zeros < 1:
+            kept = 1 - zeros
+            return Pattern(kept.numerator, kept.denominator, Kind.SHARE) if zeros else DENSE
+    raise RecipeError(f"level {shown(text)} is not a level", hint=_FORMS)
+
+
+def _groups(text: str, n: int, m: int, *inside: int) -> Pattern:
     """Return the level N:M, or N:M in 2:4; equal patterns give equal levels."""
     if not 1 <= n <= m:
         raise RecipeError(f"level {text!r} keeps {n} of {m}", hint="N:M needs 1 <= N <= M: N are kept of M")
     if not inside:
-        return DENSE if n == m else Level(n, m)
+        return DENSE if n == m else Pattern(n, m)
     if inside != (2, 4) or m % 4 or 2 * n > m:
         raise RecipeError(
             f"level {text!r} is not a level",
             hint='"N:M in 2:4" needs an M that is a multiple of 4 and N <= M/2, e.g. "3:8 in 2:4"',
         )
     if 2 * n == m:
-        return Level(2, 4)
-    return Level(n, m) if n <= 2 else Level(n, m, Kind.NM_IN_24)
+        return Pattern(2, 4)
+    return Pattern(n, m) if n <= 2 else Pattern(n, m, Kind.NM_IN_24)
 
 
-DENSE = Level(1, 1)
+DENSE = Pattern(1, 1)
+DROPPED = Dropped()
 
 #: Eight steps of one eighth. With one M, the levels of every layer differ by multiples of one count of
 #: weights, so that budgets are met exactly; 2:8 and 1:8 run on 2:4 kernels. The choice is ours: the paper's
@@ -189,8 +261,12 @@ def parse_menu(levels: Iterable[object]) -> tuple[Level, ...]:
     twice = sorted({level.name for level in menu if menu.count(level) > 1})
     if twice:
         raise RecipeError(f"levels named twice: {', '.join(twice)}", hint="name each level once")
-    distinct = dict.fromkeys([*menu, *whole])
-    return tuple(sorted(distinct, key=lambda level: (level.sparsity, level.kind.value, -level.m)))
+    return tuple(sorted(dict.fromkeys([*menu, *whole]), key=_menu_order))
+
+
+def _menu_order(level: Level) -> tuple[Fraction, int, int]:
+    kind, period = (level.kind.value, level.m) if isinstance(level, Pattern) else (len(Kind), 0)
+    return level.sparsity, kind, -period
 
 
 def menu_names(menu: Sequence[Level]) -> list[str]:

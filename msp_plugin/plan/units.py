@@ -19,10 +19,15 @@ class Layer:
         """Count of weights, without the bias."""
         return self.out_features * self.in_features
 
+    @property
+    def layers(self) -> tuple[Layer]:
+        """The layer itself, so that it can stand for a unit that holds it alone."""
+        return (self,)
+
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers that share a level: one layer, the layers that inference fuses, or a whole block.
+    """Layers that share a level: one layer, the layers that inference fuses, half a block, or a whole block.
 
     Args:
         block: the number of its decoder block.
@@ -76,8 +81,9 @@ FUSED = {
     ("gate_proj", "up_proj"): "gate_up_proj",
 }
 
-#: A unit is a group that inference fuses, a single layer, or a whole decoder block.
-GRANULARITIES = ("unit", "layer", "block")
+#: A unit is a group that inference fuses, a single layer, half a decoder block (its attention or its MLP), or a
+#: whole one.
+GRANULARITIES = ("unit", "layer", "half", "block")
 
 
 def group_layers(layers: Iterable[tuple[int, Layer]], granularity: str = "unit") -> UnitTable:
@@ -85,7 +91,9 @@ def group_layers(layers: Iterable[tuple[int, Layer]], granularity: str = "unit")
 
     Args:
         granularity: one of GRANULARITIES. With ``unit``, a group that inference fuses has the members that
-            are given: if the user ignores one of its layers, the others still share a level.
+            are given: if the user ignores one of its layers, the others still share a level. With ``half``, a
+            unit is the layers of one child module of the block, such as ``self_attn`` or ``mlp``; the layers
+            that are children themselves, as in OPT's MLP, are one unit with the block's name.
     """
     units: dict[str, list[Layer]] = {}
     blocks: dict[str, int] = {}
@@ -106,11 +114,23 @@ def _unit_name(block: int, layer: Layer, granularity: str) -> str:
     parent, _, leaf = layer.name.rpartition(".")
     if granularity == "layer":
         return layer.name
-    if granularity == "block":
-        head, number, _ = f".{layer.name}".partition(f".{block}.")
-        return f"{head}{number}".strip(".") if number else f"block {block}"
+    if granularity in ("half", "block"):
+        head, number, inside = f".{layer.name}".partition(f".{block}.")
+        whole = f"{head}{number}".strip(".") if number else f"block {block}"
+        child, inner, _ = inside.partition(".")
+        return f"{whole}.{child}" if granularity == "half" and inner else whole
     fused = next((name for parts, name in FUSED.items() if leaf in parts), leaf)
     return f"{parent}.{fused}" if parent else fused
+
+
+def pruned_together(table: UnitTable) -> tuple[Unit, ...]:
+    """Return the units of a table, those whose layers share an input joined: no unit and no input is in two."""
+    owners = {layer: unit for unit in table for layer in unit.layers}
+    wider = (
+        max(group, owners[group.layers[0]], key=lambda unit: len(unit.layers))
+        for group in shared_inputs(table)
+    )
+    return tuple(dict.fromkeys(wider))
 
 
 def shared_inputs(table: UnitTable) -> tuple[Unit, ...]:

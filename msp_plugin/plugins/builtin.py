@@ -44,19 +44,33 @@ def msp_register_pruners() -> list[type]:
 
 
 @hookimpl
+def msp_register_recoveries() -> list[type]:
+    from msp_plugin.recovery.blockwise import Blockwise
+    from msp_plugin.recovery.full import Full
+    from msp_plugin.recovery.lora import LoRA
+    from msp_plugin.recovery.masked_lora import MaskedLoRA
+    from msp_plugin.recovery.sparse_delta import SparseDelta
+    from msp_plugin.recovery.spp import SPP
+    from msp_plugin.recovery.weight_update import WeightUpdate
+
+    return [Blockwise, Full, LoRA, MaskedLoRA, SPP, SparseDelta, WeightUpdate]
+
+
+@hookimpl
 def msp_register_formats() -> list[type]:
+    from msp_plugin.formats.bitmask import SparseBitmask
     from msp_plugin.formats.sparse24 import Sparse24Bitmask
 
-    return [Sparse24Bitmask]
+    return [Sparse24Bitmask, SparseBitmask]
 
 
 @hookimpl
 def msp_register_exporters() -> list[type]:
-    from msp_plugin.checkpoint.export import Dense, Sparse24
+    from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24
     from msp_plugin.checkpoint.smaller import Small, Uniform
     from msp_plugin.hosts.llm_compressor.export import PlainRecipe
 
-    return [Dense, PlainRecipe, Small, Sparse24, Uniform]
+    return [Bitmask, Dense, PlainRecipe, Small, Sparse24, Uniform]
 
 
 @hookimpl

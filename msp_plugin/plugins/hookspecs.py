@@ -39,6 +39,11 @@ def msp_register_pruners() -> list[type[Any]]:
 
 
 @hookspec
+def msp_register_recoveries() -> list[type[Any]]:
+    """Return classes of ``msp_plugin.Recovery``: they change surviving weights only (``msp recover``)."""
+
+
+@hookspec
 def msp_register_formats() -> list[type[Any]]:
     """Return classes of ``msp_plugin.PackedFormat``, which every reader of checkpoints then knows."""
 

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KINDS = ("estimators", "allocators", "pruners", "formats", "exporters", "checks")
+#: The kinds of components, and the word for one of each.
+KINDS = {
+    "estimators": "estimator",
+    "allocators": "allocator",
+    "pruners": "pruner",
+    "recoveries": "recovery",
+    "formats": "format",
+    "exporters": "exporter",
+    "checks": "check",
+}
 BUILTIN = "msp_plugin.plugins.builtin"
 
 
@@ -167,21 +176,20 @@ class Plugins:
         """
         known = self.components[kind]
         if name not in known:
-            raise RecipeError(f"there is no {kind[:-1]} called {shown(name)}", hint=nearest(name, known))
+            raise RecipeError(f"there is no {KINDS[kind]} called {shown(name)}", hint=nearest(name, known))
         return known[name].options
 
     def build(self, kind: str, spec: object) -> Any:
         """Return the component that a recipe names, with its options checked.
 
         Args:
-            kind: ``"estimators"``, ``"allocators"``, ``"pruners"``, ``"formats"``, ``"exporters"`` or
-                ``"checks"``.
+            kind: one of KINDS.
             spec: a name, or a mapping with ``name`` and options.
 
         Raises:
             RecipeError: unknown name or option, or an option of the wrong type.
         """
-        known, one = self.components[kind], kind[:-1]
+        known, one = self.components[kind], KINDS[kind]
         if isinstance(spec, str):
             spec = {"name": spec}
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 
-from msp_plugin.errors import NumericsError
-from msp_plugin.plan.levels import Level
+from msp_plugin.errors import NumericsError, RecipeError
+from msp_plugin.plan.levels import DROPPED, Level, Pattern
 from msp_plugin.pruning import masks
 from msp_plugin.pruning.masks import nm_masks
 from msp_plugin.runtime.digests import component_digest
@@ -21,7 +21,8 @@ class Pruner(ABC):
     """A pruning method. Subclasses are frozen dataclasses whose fields are recipe options.
 
     A statistic is an object of any type: ``new_statistic`` makes it, ``observe`` adds inputs to it, and
-    ``prune_levels`` and ``output_error`` read it.
+    ``prune_levels`` and ``output_error`` read it. A method prunes layer by layer with ``prune_levels``; one that has
+    to see all layers of a unit together has a ``prune_unit`` of its own.
     """
 
     name: ClassVar[str]
@@ -42,8 +43,23 @@ class Pruner(ABC):
         """Return a hex digest of the method's source, so that no results of other source are reused."""
         return component_digest(self, self.arithmetic)
 
-    def check_level(self, level: Level) -> None:  # noqa: B027 - optional to override
-        """Raise RecipeError if the method cannot prune to ``level``."""
+    def check_level(self, level: Pattern) -> None:  # noqa: B027 - optional to override
+        """Raise RecipeError if the method cannot prune to the pattern ``level``, which is not dense."""
+
+    def check_menu(self, menu: Sequence[Level]) -> None:
+        """Raise RecipeError if the method cannot prune to a level of the menu.
+
+        By default it can drop what any method can, and make the patterns that ``check_level`` allows.
+        """
+        for level in menu:
+            if isinstance(level, Pattern):
+                if not level.is_dense:
+                    self.check_level(level)
+            elif level != DROPPED:
+                raise RecipeError(
+                    f"method {self.name!r} cannot make level {level}",
+                    hint="use another method, or another level",
+                )
 
     def statistic_bytes(self, module: torch.nn.Linear) -> int:
         """Return the memory of one layer's statistic in bytes."""
@@ -59,14 +75,48 @@ class Pruner(ABC):
 
     @abstractmethod
     def prune_levels(
-        self, module: torch.nn.Linear, statistic: Any, levels: Sequence[Level], layer: str
+        self, module: torch.nn.Linear, statistic: Any, levels: Sequence[Pattern], layer: str
     ) -> Iterator[torch.Tensor]:
-        """Yield the pruned weight [out, in] for each level, in the weight's dtype; ``module`` is not changed.
+        """Yield the pruned weight [out, in] for each pattern, in the weight's dtype; ``module`` is not changed.
 
         Args:
             statistic: may be used up by the last level.
             layer: name of the layer, for errors.
         """
+
+    @property
+    def prunes_units(self) -> bool:
+        """True if the method has a ``prune_unit`` of its own, which gets the layers of whole units."""
+        return type(self).prune_unit is not Pruner.prune_unit
+
+    def prune_unit(
+        self,
+        modules: Mapping[str, torch.nn.Linear],
+        statistics: Mapping[str, Any],
+        levels: Sequence[Level],
+    ) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+        """Yield each layer of a unit with its pruned weights [out, in], one for each level, in the weight's dtype.
+
+        By default each layer is pruned by itself: patterns by ``prune_levels``, and ``dropped`` to zeros. It may then
+        be called for single layers of a unit.
+
+        Args:
+            modules: by layer name, in the unit's order; they are not changed.
+            statistics: by layer name; layers with the same input share one.
+            levels: not dense.
+        """
+        for name, module in modules.items():
+            yield name, self._prune_layer(module, statistics[name], levels, name)
+
+    def _prune_layer(
+        self, module: torch.nn.Linear, statistic: Any, levels: Sequence[Level], layer: str
+    ) -> Iterator[torch.Tensor]:
+        patterns = [level for level in levels if isinstance(level, Pattern)]
+        weights = self.prune_levels(module, statistic, patterns, layer) if patterns else ()
+        pruned = zip(patterns, weights, strict=True)
+        for level in levels:
+            yield torch.zeros_like(module.weight) if level == DROPPED else next(pruned)[1]
+        next(pruned, None)  # raises if there are more weights than patterns
 
     @abstractmethod
     def output_error(self, delta: torch.Tensor, statistic: Any) -> float:
@@ -127,7 +177,7 @@ class LayerwisePruner(Pruner):
         return statistic
 
     def prune_levels(
-        self, module: torch.nn.Linear, statistic: InputNorm, levels: Sequence[Level], layer: str
+        self, module: torch.nn.Linear, statistic: InputNorm, levels: Sequence[Pattern], layer: str
     ) -> Iterator[torch.Tensor]:
         weight = module.weight.detach()
         norm = statistic.rms if self.needs_statistics else torch.ones_like(weight[0], dtype=torch.float32)

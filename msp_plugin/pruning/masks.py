@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from msp_plugin.errors import NumericsError
-from msp_plugin.plan.levels import Kind, Level
+from msp_plugin.plan.levels import Kind, Level, Pattern
+from msp_plugin.plan.units import Layer
 
 #: From scores [M, C] and a count to bool[M, C], True for exactly so many lowest of each column, however many
 #: are equal.
@@ -20,13 +21,13 @@ TieBreaker = Callable[[torch.Tensor, int], torch.Tensor]
 _EXTREMES = 4
 
 
-def nm_mask(score: torch.Tensor, level: Level) -> torch.Tensor:
+def nm_mask(score: torch.Tensor, level: Pattern) -> torch.Tensor:
     """Return bool[O, I], True where a weight is kept (see nm_masks)."""
     return nm_masks(score, [level])[0]
 
 
 def nm_masks(
-    score: torch.Tensor, levels: Sequence[Level], tie_breaker: TieBreaker | None = None
+    score: torch.Tensor, levels: Sequence[Pattern], tie_breaker: TieBreaker | None = None
 ) -> list[torch.Tensor]:
     """Return bool[O, I] for each level, True for kept weights: the N highest scores of every M in a row.
 
@@ -44,7 +45,7 @@ def nm_masks(
     """
     if not torch.isfinite(score).all():
         raise NumericsError(f"{int((~torch.isfinite(score)).sum())} scores are not finite")
-    masks: dict[Level, torch.Tensor] = {}
+    masks: dict[Pattern, torch.Tensor] = {}
     width = score.shape[1]
     for m in dict.fromkeys(level.m for level in levels if level.kind is Kind.NM):
         same_m = [level for level in dict.fromkeys(levels) if level.kind is Kind.NM and level.m == m]
@@ -144,7 +145,8 @@ class Recount:
 
     Args:
         zeros: count of zeros.
-        most_in_group: the most nonzeros in any group of M; for a share of zeros, in any row.
+        most_in_group: the most nonzeros in any group of M; for a share of zeros, in any row; for a level without
+            groups, in the whole weight.
         from_dead_inputs: zeros beyond the pattern's own that are due to columns of zeros: a group with j such
             columns cannot keep more than M - j weights.
         finite: True if no weight is infinite or NaN.
@@ -159,9 +161,17 @@ class Recount:
 
 
 def recount(weight: torch.Tensor, level: Level) -> Recount:
-    """Return the counts of a weight [O, I], in the groups of ``level``."""
-    n, m = level.group(weight.shape[1])
+    """Return the counts of a weight [O, I], in the groups of ``level`` if it is a pattern.
+
+    At any other level only the count of kept weights is held against it.
+    """
     nonzero = weight != 0
+    finite = bool(torch.isfinite(weight if weight.element_size() > 1 else weight.float()).all())
+    if not isinstance(level, Pattern):
+        kept, most = level.kept(Layer("weight", *weight.shape)), int(nonzero.sum())
+        broken = f"keeps {most:,} weights instead of {kept:,}" if most > kept else None
+        return Recount(weight.numel() - most, most, 0, finite, broken)
+    n, m = level.group(weight.shape[1])
     alive = nonzero.any(dim=0)
     most, broken = _most(nonzero, m), None
     if most > n:
@@ -176,7 +186,7 @@ def recount(weight: torch.Tensor, level: Level) -> Recount:
         zeros=weight.numel() - int(nonzero.sum()),
         most_in_group=most,
         from_dead_inputs=weight.shape[0] * int((n - capacity).clamp(min=0).sum()),
-        finite=bool(torch.isfinite(weight if weight.element_size() > 1 else weight.float()).all()),
+        finite=finite,
         broken=broken,
     )
 

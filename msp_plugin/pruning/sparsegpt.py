@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.plan.levels import Kind, Level
+from msp_plugin.plan.levels import Kind, Pattern
 from msp_plugin.pruning import masks
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.pruning.masks import lowest, lowest_by_topk, nm_mask
@@ -74,7 +74,7 @@ def factor_inverse(hessian: torch.Tensor, dampening_frac: float, layer: str) -> 
     )
 
 
-def sparsegpt(weight: torch.Tensor, factor: InverseFactor, level: Level, block_size: int) -> torch.Tensor:
+def sparsegpt(weight: torch.Tensor, factor: InverseFactor, level: Pattern, block_size: int) -> torch.Tensor:
     """Return the pruned weight [O, I] in the weight's dtype; ``weight`` itself is not changed.
 
     Args:
@@ -85,7 +85,7 @@ def sparsegpt(weight: torch.Tensor, factor: InverseFactor, level: Level, block_s
 
 
 def sparsegpt_levels(
-    weight: torch.Tensor, factor: InverseFactor, levels: Sequence[Level], block_size: int
+    weight: torch.Tensor, factor: InverseFactor, levels: Sequence[Pattern], block_size: int
 ) -> list[torch.Tensor]:
     """Return the pruned weight [O, I] at each level, in the weight's dtype; ``weight`` itself is not changed.
 
@@ -108,7 +108,9 @@ def sparsegpt_levels(
     return weights
 
 
-def _prune_columns(W: torch.Tensor, factor: InverseFactor, levels: Sequence[Level], block_size: int) -> None:
+def _prune_columns(
+    W: torch.Tensor, factor: InverseFactor, levels: Sequence[Pattern], block_size: int
+) -> None:
     """Prune W [L, O, I] in place, each matrix to its level."""
     quotas = [_quotas(level, factor.dead, block_size) for level in levels]
     for b, i1 in enumerate(range(0, W.shape[-1], block_size)):
@@ -122,7 +124,7 @@ def _prune_columns(W: torch.Tensor, factor: InverseFactor, levels: Sequence[Leve
 
 
 def _prune_block(
-    columns: torch.Tensor, upper: torch.Tensor, levels: Sequence[Level], quotas: Sequence[int]
+    columns: torch.Tensor, upper: torch.Tensor, levels: Sequence[Pattern], quotas: Sequence[int]
 ) -> torch.Tensor:
     """Prune a block [L, B, O] in place; return its errors [L, B, O], for which later columns compensate."""
     count = columns.shape[1]
@@ -143,7 +145,7 @@ def _prune_block(
     return errors
 
 
-def _pruned(score: torch.Tensor, level: Level, quota: int) -> torch.Tensor:
+def _pruned(score: torch.Tensor, level: Pattern, quota: int) -> torch.Tensor:
     """Return bool[M, O], True for the weights of a group to prune; N:M breaks ties as llm-compressor does."""
     if level.kind is Kind.NM_IN_24:
         return ~nm_mask(score.t().contiguous(), level).t()
@@ -152,7 +154,7 @@ def _pruned(score: torch.Tensor, level: Level, quota: int) -> torch.Tensor:
     return lowest_by_topk(score, len(score) - quota)
 
 
-def _quotas(level: Level, dead: torch.Tensor, block_size: int) -> list[int]:
+def _quotas(level: Pattern, dead: torch.Tensor, block_size: int) -> list[int]:
     """Return how many weights of each row each block keeps at a share of zeros; the sum is exact.
 
     Each block keeps in proportion to its columns that are not dead.
@@ -227,7 +229,7 @@ class SparseGPT(Pruner):
         if self.block_size < 1 or not self.dampening_frac >= 0:
             raise RecipeError("sparsegpt: block_size must be at least 1 and dampening_frac at least 0")
 
-    def check_level(self, level: Level) -> None:
+    def check_level(self, level: Pattern) -> None:
         if level.kind is not Kind.SHARE and self.block_size % level.m:
             raise RecipeError(
                 f"sparsegpt: block_size {self.block_size} is no multiple of the M of level {level}",
@@ -246,7 +248,7 @@ class SparseGPT(Pruner):
         return statistic
 
     def prune_levels(
-        self, module: torch.nn.Linear, statistic: InputHessian, levels: Sequence[Level], layer: str
+        self, module: torch.nn.Linear, statistic: InputHessian, levels: Sequence[Pattern], layer: str
     ) -> Iterator[torch.Tensor]:
         weight = module.weight.detach()
         if statistic.factor is None:  # else another layer of this input left it

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from msp_plugin.plan.levels import Level
+from msp_plugin.plan.levels import Pattern
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.pruning.masks import lowest_by_topk, nm_masks
 
@@ -47,7 +47,7 @@ class Wanda(Pruner):
         return statistic
 
     def prune_levels(
-        self, module: torch.nn.Linear, statistic: InputSquares, levels: Sequence[Level], layer: str
+        self, module: torch.nn.Linear, statistic: InputSquares, levels: Sequence[Pattern], layer: str
     ) -> Iterator[torch.Tensor]:
         weight = module.weight.detach()
         score = weight.float().abs() * statistic.mean.sqrt()

@@ -166,4 +166,4 @@ class CompareRecord(Record):
         for name, unit in zip(row.levels, self.units, strict=False):
             level = _parsed(Level.parse, name)
             for layer in unit.layers:
-                _parsed(level.kept, *layer.shape)
+                _parsed(level.kept, Layer(layer.name, *layer.shape))

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.records.base import Part, Record
-from msp_plugin.records.parts import ModelRecord, SearchRecord, SpeedRecord, TextRecord
+from msp_plugin.records.parts import ModelRecord, Point, SearchRecord, SpeedRecord, TextRecord
 
 RUN_FILE = "run.json"
 #: The stages of a pruning run.
 DENSE, UNIFORM, PRUNE = "dense", "uniform", "prune"
+#: The stage of a recovery, and the name of its model beside `mixed`.
+RECOVER, RECOVERED = "recover", "recovered"
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,43 @@ class Outcome:
     search: SearchRecord = field(default_factory=SearchRecord)
 
 
+class RecoveryRecord(Part):
+    """The work of a recovery."""
+
+    method: dict[str, Any] = {}
+    """Its name and all of its options."""
+    seed: int | None = None
+    """Seed of its random choices."""
+    tokens: int | float | None = None
+    """Tokens through the model's blocks; a backward pass counts as two forward passes."""
+    data: TextRecord | None = None
+    """The text that it was recovered on."""
+    holdout: TextRecord | None = None
+    """The text that judged it meanwhile."""
+    curve: tuple[Point, ...] = ()
+    """[tokens, loss on the hold-out text in nats per token], KL to the dense model or what the method names."""
+    rounded: dict[str, int] = {}
+    """By layer, weights that became zero because their new value rounds to it."""
+    notes: tuple[str, ...] = ()
+    """Remarks of the method for a reader of the result."""
+
+
 class StageRecord(Part):
     """A step of a run that leaves a model, and the model that it leaves."""
 
     name: str
     """`dense`, the model before the run; `uniform`, the baseline of equal sparsity everywhere, if it was measured; \
-`prune`."""
+`prune`; `recover`."""
     perplexity: float | None = None
     """Perplexity of the model on the test text."""
+    kl: float | None = None
+    """KL divergence from the dense model on the test text, nats per token; only a run with a recovery measures it."""
     seconds: float | None = None
     """Duration of the step without the measurement of the perplexity; null where it took none or nobody measured it."""
     sparsity: float | None = None
     """Share of zeros in the prunable layers, recounted; null for the dense model."""
+    recovery: RecoveryRecord | None = None
+    """Of a stage `recover`, the work."""
 
 
 class SparsityRecord(Part):
@@ -73,10 +100,10 @@ class RunRecord(Record):
     sparsity: SparsityRecord = SparsityRecord()
     """Zeros that were asked for, planned and achieved."""
     perplexity: dict[str, float | None] = {}
-    """Perplexity on the test text of the models `dense`, `uniform` and `mixed`, the result; of a recipe without \
-MixedSparsityModifier, `dense` and `result`."""
+    """Perplexity on the test text of the models `dense`, `uniform` and `mixed`, the result, or `recovered`, if a \
+recovery followed; of a recipe without MixedSparsityModifier, `dense` and `result`."""
     kl: dict[str, float | None] = {}
-    """KL divergence from the dense model by model, nats per token. This package writes none; the report shows it."""
+    """KL divergence from the dense model by model, nats per token; only a run with a recovery measures it."""
     search: SearchRecord = SearchRecord()
     """The search for the allocation."""
     model: ModelRecord = ModelRecord()
@@ -109,8 +136,8 @@ MixedSparsityModifier, `dense` and `result`."""
     @property
     def result_perplexity(self) -> float | None:
         """Perplexity of the checkpoint on the test text."""
-        mixed = self.perplexity.get("mixed")
-        return self.perplexity.get("result") if mixed is None else mixed
+        last = (RECOVERED,) if any(stage.name == RECOVER for stage in self.stages) else ("mixed", "result")
+        return next((v for v in map(self.perplexity.get, last) if v is not None), None)
 
     def _converted(self, version: int) -> Self:
         return self.model_copy(update={"stages": tuple(self._stages())}) if version == 1 else self

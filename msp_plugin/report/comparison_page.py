@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from msp_plugin.plan.allocation import Allocation
 from msp_plugin.records.comparison import CompareRecord
 from msp_plugin.report.charts import Chart, Series, draw
 from msp_plugin.report.comparison import Cell, Entry, allocation_of, cells, labels
 from msp_plugin.report.grid import Grid, Layout, lay_out, level_grid, sensitivity_grid
 from msp_plugin.report.run_page import NOT_RECORDED, text_facts
 from msp_plugin.report.statistics import finite_pairs, finite_values, rank_correlation, taken_back
-from msp_plugin.report.storage import Storage, storage
+from msp_plugin.report.storage import Storage, storages
 from msp_plugin.report.text import NOTHING, number, rounded_percent
 
 #: Perplexities that differ by more than this factor are drawn on a logarithmic axis.
@@ -30,7 +29,7 @@ class EntryView:
     taken_back: float | None
     seed: int | None
     grid: Grid | None
-    storage: Storage | None
+    storages: list[Storage]
 
     @property
     def color(self) -> str:
@@ -125,7 +124,7 @@ def _cell(i: int, cell: Cell, comparison: CompareRecord, layout: Layout) -> Cell
                 taken_back(comparison.dense.perplexity, uniform, entry.perplexity),
                 row.seed if row is not None else None,
                 level_grid(allocation, layout, titles=False) if allocation else None,
-                _bytes(allocation, comparison) if allocation else None,
+                storages(allocation, comparison.model.dtype, None) if allocation else [],
             )
         )
     return CellView(
@@ -141,13 +140,9 @@ def _cell(i: int, cell: Cell, comparison: CompareRecord, layout: Layout) -> Cell
     )
 
 
-def _bytes(allocation: Allocation, comparison: CompareRecord) -> Storage:
-    return storage(allocation, comparison.model.dtype)
-
-
 def _dtype_note(views: list[CellView]) -> str:
     """Return the sentence that says the dtype of the weights."""
-    known = next((row.storage for view in views for row in view.entries if row.storage), None)
+    known = next((row.storages[0] for view in views for row in view.entries if row.storages), None)
     if known is None:
         return "No row has levels."
     return (

@@ -114,10 +114,7 @@ def level_grid(allocation: Allocation, layout: Layout | None = None, *, titles: 
 
 def kept_weights(allocation: Allocation) -> list[int]:
     """Return how many weights each unit keeps; a share of zeros rounds to whole weights of each row."""
-    return [
-        sum(level.kept(layer.out_features, layer.in_features) for layer in unit.layers)
-        for unit, level in zip(allocation.table, allocation.levels, strict=True)
-    ]
+    return [level.kept(unit) for unit, level in zip(allocation.table, allocation.levels, strict=True)]
 
 
 def _level_title(unit: Unit, level: Level) -> str:

@@ -18,9 +18,10 @@ from msp_plugin.records.parts import SearchRecord, TextRecord
 from msp_plugin.records.run import RunRecord
 from msp_plugin.report.charts import Chart, Series, draw
 from msp_plugin.report.grid import lay_out, level_class, level_grid, sensitivity_grid
+from msp_plugin.report.recovery import recovery_parts, stage_rows
 from msp_plugin.report.source import Run
 from msp_plugin.report.statistics import finite_pairs, finite_values, rank_correlation, taken_back
-from msp_plugin.report.storage import storage
+from msp_plugin.report.storage import storages
 from msp_plugin.report.text import count, number, percent, rounded_percent, seconds
 
 NOT_RECORDED = "not recorded"
@@ -69,7 +70,9 @@ def run_page(run: Run) -> dict[str, Any]:
         "curve": _curve(record.search, given),
         "predictions": _predictions(record.search),
         "quality": _quality(record),
-        "storage": storage(allocation, record.model.dtype, run.checkpoint),
+        "storages": storages(allocation, record.model.dtype, run.checkpoint),
+        "stages": stage_rows(record),
+        "recoveries": recovery_parts(record),
         "speed": record.speed,
         "provenance": _provenance(run),
         "commands": _commands(run),
@@ -120,6 +123,15 @@ def _key(record: RunRecord) -> str:
     """Return the sentence with the result of a run; empty if nothing was measured."""
     found = record.perplexity
     dense, uniform, mixed = (found.get(name) for name in ("dense", "uniform", "mixed"))
+    recovered = found.get("recovered")
+    sparse = mixed if mixed is not None else found.get("result")
+    back = taken_back(dense, sparse, recovered)
+    if back is not None:
+        verb = f"took back {percent(back, 0)} of" if back >= 0 else f"added {percent(-back, 0)} to"
+        return (
+            f"The recovery {verb} the loss of the pruned model: test perplexity {number(recovered)}, before it "
+            f"{number(sparse)}, dense {number(dense)}."
+        )
     share = taken_back(dense, uniform, mixed)
     if share is not None:
         verb = f"takes back {percent(share, 0)} of" if share >= 0 else f"adds {percent(-share, 0)} to"
@@ -228,8 +240,8 @@ def _quality(record: RunRecord) -> list[dict[str, Any]]:
         if name != "dense" and value is not None and value > 0 and dense and math.isfinite(dense):
             more = math.log(value / dense)
         rows.append({"name": name, "perplexity": value, "more": more, "kl": kl})
-    order = {"dense": 0, "uniform": 1, "mixed": 2}
-    return sorted(rows, key=lambda row: (order.get(row["name"], 3), row["name"]))
+    order = {"dense": 0, "uniform": 1, "mixed": 2, "result": 3, "recovered": 4}
+    return sorted(rows, key=lambda row: (order.get(row["name"], 5), row["name"]))
 
 
 def text_facts(text: TextRecord | Mapping[str, Any] | None) -> str:
@@ -286,4 +298,5 @@ def _commands(run: Run) -> list[tuple[str, str]]:
     )
     if run.checkpoint is not None and not run.checkpoint.packed:
         commands.append(("pack it for 2:4 kernels", "msp export . --to sparse24 --out ../PACKED"))
+        commands.append(("pack it at any level", "msp export . --to bitmask --out ../PACKED"))
     return commands

@@ -1,4 +1,4 @@
-"""How many bytes an allocation takes: dense, and packed as an export packs it.
+"""How many bytes an allocation takes: dense, and packed as each export packs it.
 
 The format itself says which layers it packs; only levels, shapes and dtypes are needed for it.
 """
@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.packing import sort_layers
+from msp_plugin.checkpoint.packing import short_reason, sort_layers
 from msp_plugin.formats.base import PackedFormat, TensorInfo
+from msp_plugin.formats.bitmask import SparseBitmask
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.plan.allocation import Allocation
 
 #: Of the weights, where neither a record nor a checkpoint says it.
 DEFAULT_DTYPE = torch.bfloat16
+SPARSE24, BITMASK = Sparse24Bitmask(), SparseBitmask()
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Storage:
-    """The bytes of an allocation.
+    """The bytes of an allocation, dense and in one packed format.
 
     Args:
+        format: the one that it is packed in.
         dtype: of the weights.
         assumed: True if no record says the dtype.
         packed: the layers that are packed.
@@ -51,6 +54,7 @@ class Storage:
         quantized: True if the checkpoint is, which is then left aside.
     """
 
+    format: PackedFormat
     dtype: str
     assumed: bool
     packed: Part
@@ -60,10 +64,20 @@ class Storage:
     quantized: bool = False
 
 
+def storages(allocation: Allocation, dtype: str | None, checkpoint: Checkpoint | None) -> list[Storage]:
+    """Return the bytes of an allocation in each built-in format; in that of the checkpoint first, if it is packed."""
+    own = checkpoint.format if checkpoint else None
+    formats = dict.fromkeys([own or SPARSE24, SPARSE24, BITMASK])
+    return [storage(allocation, dtype, checkpoint, format) for format in formats]
+
+
 def storage(
-    allocation: Allocation, dtype: str | None = None, checkpoint: Checkpoint | None = None
+    allocation: Allocation,
+    dtype: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    format: PackedFormat = SPARSE24,
 ) -> Storage:
-    """Return the bytes of an allocation.
+    """Return the bytes of an allocation in a format.
 
     Args:
         allocation: with the shapes of its layers.
@@ -86,7 +100,6 @@ def storage(
     measured = [found[name].dtype for name in tensors if name in found]
     if measured:
         kind = Counter(measured).most_common(1)[0][0]
-    format = (checkpoint.format if checkpoint else None) or Sparse24Bitmask()
     total, packed, dense = _parts(allocation, {**tensors, **found}, format)
     others = {name: info for name, info in found.items() if name not in tensors}
     whole = None
@@ -97,7 +110,7 @@ def storage(
             "whole checkpoint", total.layers, total.weights + rest, total.dense + size, total.stored + size
         )
     name = str(kind).removeprefix("torch.")
-    return Storage(name, not (measured or known), packed, tuple(dense), total, whole, quantized)
+    return Storage(format, name, not (measured or known), packed, tuple(dense), total, whole, quantized)
 
 
 def _parts(
@@ -113,12 +126,12 @@ def _parts(
         stored = info.bytes
         if reason is None:
             shape = (layer.out_features, layer.in_features)
-            kept = allocation.by_layer[layer.name].kept(*shape)
+            kept = allocation.by_layer[layer.name].kept(layer)
             stored = sum(format.sizes(shape, info.dtype, kept).values())
-        short = "fused with a layer that stays dense" if reason and reason.startswith("inference") else reason
-        for sums in (total, packed if reason is None else dense.setdefault(short or "", [0, 0, 0, 0])):
+        short = short_reason(reason or "")
+        for sums in (total, packed if reason is None else dense.setdefault(short, [0, 0, 0, 0])):
             for i, value in enumerate((1, layer.weights, info.bytes, stored)):
                 sums[i] += value
     rest = [Part(reason, *sums) for reason, sums in sorted(dense.items(), key=lambda d: (-d[1][1], d[0]))]
-    name = "packed for 2:4 kernels" if format.served else f"packed as {format.name}"
+    name = "packed for 2:4 kernels" if format == SPARSE24 else f"packed as {format.name}"
     return Part("all prunable layers", *total), Part(name, *packed), rest

@@ -6,7 +6,8 @@ import gc
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,16 @@ from msp_plugin.hosts.builtin import BuiltIn
 from msp_plugin.models.device import on_best_device
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
-from msp_plugin.records.run import Outcome, RunRecord
-from msp_plugin.runs.steps import RunSteps
+from msp_plugin.records.run import Outcome
+from msp_plugin.recovery.base import Recovery
+from msp_plugin.runs.recover import RecoveryStep, RecoveryText, recover_pruned
+from msp_plugin.runs.steps import Run, RunSteps
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import sole_run
+from msp_plugin.runtime.ranks import ALONE
 from msp_plugin.search.allocate import allocate as allocate_on
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import ResolvedOptions, resolve
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its directory and its record."""
-
-    path: Path
-    record: RunRecord
 
 
 def prune(
@@ -45,6 +41,7 @@ def prune(
     baseline: bool = True,
     trust_remote_code: bool = False,
     offload: bool = False,
+    recover: str | Mapping[str, Any] | None = None,
     context: RunContext = RunContext(),
     **options: Any,
 ) -> Run | None:
@@ -68,9 +65,16 @@ def prune(
     """
     plugins = Plugins()
     resolved = resolve(Options.parse(options), plugins)
+    recovery = None if recover is None else plugins.build("recoveries", recover)
+    if recovery is not None and offload:
+        raise RecipeError(
+            "a recovery changes weights in memory, and with offload they are on disk",
+            hint="prune with offload, and recover the result with `msp recover`",
+        )
     source = ModelSource(model, dtype, trust_remote_code, offload, resolved.cache)
     text = data if isinstance(data, Text) else Text(data)
-    return run(host_for(resolved, plugins), source, text, resolved, out, baseline=baseline, context=context)
+    host = host_for(resolved, plugins)
+    return run(host, source, text, resolved, out, baseline=baseline, recovery=recovery, context=context)
 
 
 def allocate(
@@ -153,6 +157,7 @@ def run(
     out: str | Path,
     *,
     baseline: bool = True,
+    recovery: Recovery | None = None,
     context: RunContext = RunContext(),
 ) -> Run | None:
     """Prune a model with a host and write its directory; all files appear at the end, or none.
@@ -162,6 +167,7 @@ def run(
 
     Args:
         options: None for a recipe without mixed sparsity.
+        recovery: run on the pruned model, with the dense one as its original; only where there are options.
 
     Returns:
         The run; None on all ranks but the first.
@@ -183,6 +189,12 @@ def run(
         text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
         tokenizer = source.tokenizer()
         samples = load_split(tokenizer, text, options.search_text if options else SearchText())
+        step = None
+        if recovery is not None and options is not None:
+            recovery_samples = RecoveryText.of(samples.pruning, samples.test)
+            step = RecoveryStep(
+                recovery, recovery_samples, options.seed, cache, replace(context, ranks=ALONE)
+            )
         inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
         steps = RunSteps(host, source, text, options, samples, inputs, path, context)
         stages = steps.references(baseline, journal_file)
@@ -195,7 +207,8 @@ def run(
             ranks.leave()
         if ranks.rank:
             return None
-        record = steps.finish(model, pruned, stages, seconds)
+        mend = None if step is None else partial(recover_pruned, step, source, model, pruned, path)
+        record = steps.finish(model, pruned, stages, seconds, mend)
     Plugins().tell("msp_run_finished", record=record.to_dict())
     return Run(path, record)
 

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its directory and its record."""
+
+    path: Path
+    record: RunRecord
 
 
 @dataclass(frozen=True)
@@ -126,13 +134,19 @@ class RunSteps:
             return None
 
     def finish(
-        self, model: PreTrainedModel, pruned: Pruned, before: Sequence[StageRecord], seconds: float
+        self,
+        model: PreTrainedModel,
+        pruned: Pruned,
+        before: Sequence[StageRecord],
+        seconds: float,
+        recover: Callable[[RunRecord], RunRecord] | None = None,
     ) -> RunRecord:
         """Return the record of the run, after measuring the pruned model and writing the directory.
 
         Args:
             before: the stages of the models that the result is compared with.
             seconds: time of the pruning.
+            recover: recovers the pruned model, and returns its record with that stage.
 
         Raises:
             OutputError: the directory cannot be written; the error names where the pruned model is kept.
@@ -153,6 +167,9 @@ class RunSteps:
         with kept():
             value = finite(self._perplexity(name, model))
         record = self._measured(record, before, value)
+        if recover is not None:
+            with kept():
+                record = recover(record)
         with writing(self.out), output_directory(self.out) as temporary, kept():
             with warnings.catch_warnings(), generation_config_kept(model, temporary):
                 warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")

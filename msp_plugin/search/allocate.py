@@ -12,10 +12,17 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import NO_TEXT, TextSplit
 from msp_plugin.data.tokenize import check_ids
 from msp_plugin.errors import RecipeError
-from msp_plugin.models.layers import allowed_levels, check_finite_weights, check_widths, prunable_layers
+from msp_plugin.models.layers import (
+    allowed_levels,
+    check_finite_weights,
+    check_fit,
+    check_whole,
+    prunable_layers,
+)
 from msp_plugin.models.offload import own_parameters
 from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.plan.levels import DROPPED
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins.manager import spec_of
 from msp_plugin.progress import StepProgress, no_progress
@@ -43,7 +50,9 @@ def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
         table = plan.given.table
     else:
         table = prunable_layers(model, plan.targets, plan.ignore, plan.granularity)
-        check_widths(table, plan.menu)
+        check_fit(table, plan.menu)
+        if DROPPED in plan.menu:
+            check_whole(model, table, plan.granularity)
         problem = make_problem(model, table, plan)
         budget = problem.budget
         least = int(problem.kept.min(axis=1).sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +15,9 @@ from msp_plugin.allocators.base import MOVE_GRADIENT_PASSES, Choice
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.models.offload import input_device
 from msp_plugin.passes.losses import summed_cross_entropy
+from msp_plugin.passes.outputs import output_layers
 from msp_plugin.passes.prefix import Prefix
+from msp_plugin.plan.levels import DROPPED
 from msp_plugin.runtime.memory import cache_bytes, retried, shortage_explained
 from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.search.batches import SHORTER, Batches
@@ -158,9 +160,9 @@ class CandidateLoss:
         self, choice: Choice, samples: Sequence[int], reach: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return how the loss changes when one unit moves by up to ``reach`` levels (see TrueLoss.move_gradients)."""
-        self._set(choice)
         layers = [layer.name for layer in self.problem.table.layers]
-        changes = changes_within(self.weights, choice, reach)
+        self._set(choice, self._outputs)
+        changes = changes_within(self.weights, choice, reach, self._outputs)
         shape = (len(choice), len(self.problem.menu))
 
         def measure(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -183,14 +185,21 @@ class CandidateLoss:
         pairs = zip(self.problem.table, self._incumbent, choice, strict=True)
         return min((unit.block for unit, a, b in pairs if a != b), default=1 << 30)
 
-    def _set(self, choice: Choice | None) -> None:
-        """Let the model hold the weights of a choice.
+    @cached_property
+    def _outputs(self) -> frozenset[str] | None:
+        """The layers that moves to ``dropped`` and from there change; None where the menu has no such level."""
+        if DROPPED not in self.problem.menu:
+            return None
+        return output_layers(self.model, (layer.name for layer in self.problem.table.layers))
+
+    def _set(self, choice: Choice | None, outputs: frozenset[str] | None = None) -> None:
+        """Let the model hold the weights of a choice (see CandidateWeights.set).
 
         Raises:
             ModelError: they do not fit beside the model's own.
         """
         with shortage_explained("a candidate's weights do", "offloaded weights"):
-            retried(lambda: self.weights.set(choice), self._release)
+            retried(lambda: self.weights.set(choice, outputs), self._release)
 
     def _run(self, group: Sequence[int], work: Callable[[], T]) -> T:
         """Return what ``work`` on some samples gives, without what is held for later where memory is short."""

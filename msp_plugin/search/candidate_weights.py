@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from msp_plugin.database.store import LevelDatabase
 from msp_plugin.models.offload import input_device, linear
 from msp_plugin.models.weights import InMemory, Place, Weights, weight_place
 from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.plan.levels import DROPPED
 from msp_plugin.runtime.memory import cache_bytes, free_cached
 
 #: Pruned weights held in memory, so that a level that comes back is not read from disk again.
@@ -61,17 +62,27 @@ class CandidateWeights:
         self._held.clear()
         self._bytes = 0
 
-    def set(self, choice: Choice | None) -> None:
-        """Let the model hold the weights of a choice; None: its own."""
+    def set(self, choice: Choice | None, outputs: Collection[str] | None = None) -> None:
+        """Let the model hold the weights of a choice; None: its own.
+
+        Args:
+            outputs: of a dropped unit only these layers are zeros, and the others hold their dense weights. The loss
+                is the same, and unlike at zeros in all layers its gradient is not zero.
+        """
         menu = self.problem.menu
         names = ["dense"] * len(self._now) if choice is None else [menu[k].name for k in choice]
         for u, (unit, name) in enumerate(zip(self.problem.table, names, strict=True)):
-            if self._now[u] != name:
-                gives = [self._giver(layer.name, name) for layer in unit.layers]
+            inner = [
+                outputs is not None and name == DROPPED.name and a.name not in outputs for a in unit.layers
+            ]
+            now = f"outputs {name}" if any(inner) else name
+            if self._now[u] != now:
+                levels = ["dense" if dense else name for dense in inner]
+                gives = [self._giver(a.name, level) for a, level in zip(unit.layers, levels, strict=True)]
                 self._now[u] = ""  # neither, until all layers of the unit are set
                 for layer, give in zip(unit.layers, gives, strict=True):
                     self._places[layer.name].put(give)
-                self._now[u] = name
+                self._now[u] = now
 
     def _giver(self, layer: str, level: str) -> Callable[[], torch.Tensor] | None:
         """Return what gives a layer's weight at a level; in memory it is read at once, so that it cannot fail."""

@@ -5,8 +5,7 @@ Shape legend: B samples, T tokens, D hidden size, V vocabulary, K likely tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 
 from msp_plugin.errors import NumericsError
 from msp_plugin.models.offload import onloaded
+from msp_plugin.passes.head import head_inputs, plain_head
 from msp_plugin.passes.losses import likely_tokens, summed_exponentials, summed_kl
 from msp_plugin.passes.prefix import last_outputs, run_tail, tail_is_exact
 
@@ -67,7 +67,7 @@ class PlainHeadReference:
 
     def forward(self, group: Sequence[int]) -> Passed:
         """Return the output of the model as it is now on some samples."""
-        with _head_inputs(self.head) as inputs:
+        with head_inputs(self.head) as inputs:
             logits = _logits(self.model, self._ids, group)
         return Passed(logits, inputs[0])
 
@@ -160,16 +160,6 @@ class OutputReference:
         return _mean_kl(dense, logits)
 
 
-def plain_head(model: torch.nn.Module, ids: torch.Tensor) -> torch.nn.Linear | None:
-    """Return the output head if the logits of ids int64[T] are its output and nothing more; else None."""
-    head = model.get_output_embeddings()  # type: ignore[operator]  # of transformers' models
-    if not isinstance(head, torch.nn.Linear):
-        return None
-    with _head_inputs(head) as inputs:
-        logits = model(ids[None], use_cache=False).logits
-    return head if inputs and torch.equal(head(inputs[0]), logits) else None
-
-
 def _mean_kl(dense: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     logp = dense.float().log_softmax(-1)
     return torch.nn.functional.kl_div(logits.log_softmax(-1), logp, reduction="sum", log_target=True) / len(
@@ -188,14 +178,3 @@ def _check_finite(logits: torch.Tensor) -> None:
             "the dense model's logits on the search text are not finite",
             hint="the activations overflow: try dtype float32",
         )
-
-
-@contextmanager
-def _head_inputs(head: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Yield a list that receives the input of the output head in each forward pass."""
-    inputs: list[torch.Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    try:
-        yield inputs
-    finally:
-        handle.remove()

@@ -24,6 +24,7 @@ from msp_plugin.errors import HostError, RecipeError, nearest
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.offload import check_loadable, input_device
 from msp_plugin.passes.gradients import BACKWARD
+from msp_plugin.passes.outputs import output_layers
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import UnitTable
@@ -39,7 +40,7 @@ from msp_plugin.search.keys import problem_identity, search_identity, sensitivit
 from msp_plugin.search.level_database import complete_database, open_database
 from msp_plugin.search.recorded import Journals, Recorded, RecordedEstimate, RecordedLoss
 from msp_plugin.search.search_record import log_result, search_record
-from msp_plugin.search.unit_errors import ERRORS, replace_one_errors, sum_over_units
+from msp_plugin.search.unit_errors import ERRORS, dropped_by_outputs, replace_one_errors, sum_over_units
 from msp_plugin.sensitivity.base import Estimator, unit_sensitivities
 from msp_plugin.sensitivity.fisher import FisherTrace
 from msp_plugin.sensitivity.fisher_error import diagonal_groups, fisher_errors
@@ -190,7 +191,8 @@ class Measurements:
             RecipeError: there is no error of that name.
         """
         if name in ("weight", "output"):
-            return self.database.errors(self.table)[("weight", "output").index(name)]
+            number = ("weight", "output").index(name)
+            return self._over_units(lambda table: self.database.errors(table)[number])
         if name == "fisher":
             return self._fisher_error
         if name == "kfac":
@@ -274,7 +276,12 @@ class Measurements:
                 ranks=self.ranks,
             )
             log.info("%s: %.1f s", title, time.monotonic() - began)
-        return sum_over_units(errors, title, self.table, self.menu)
+        return self._over_units(lambda table: sum_over_units(errors, title, table, self.menu))
+
+    def _over_units(self, errors_of: Callable[[UnitTable], np.ndarray]) -> np.ndarray:
+        """Return float64[U, K], the errors of the units (see dropped_by_outputs)."""
+        layers = [layer.name for layer in self.table.layers]
+        return dropped_by_outputs(errors_of, self.table, self.menu, lambda: output_layers(self.model, layers))
 
     def allocate(
         self, allocator: Allocator, problem: AllocationProblem, seed: int

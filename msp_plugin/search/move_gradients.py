@@ -6,29 +6,40 @@ Shape legend: S samples, U units, K levels, T tokens of a sample, V vocabulary, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from msp_plugin.allocators.base import Choice
 from msp_plugin.passes.gradients import activation_gradients
+from msp_plugin.plan.levels import DROPPED
 from msp_plugin.search.candidate_weights import CandidateWeights
 
 #: Of a layer's name: its unit, and the change of its weight [O, I], in its dtype, for each level that is asked about.
 Changes = Callable[[str], tuple[int, Mapping[int, torch.Tensor]]]
 
 
-def changes_within(weights: CandidateWeights, choice: Choice, reach: int) -> Changes:
-    """Return the changes of weight by moves of one unit of ``choice`` by up to ``reach`` levels."""
+def changes_within(
+    weights: CandidateWeights, choice: Choice, reach: int, outputs: Collection[str] | None = None
+) -> Changes:
+    """Return the changes of weight by moves of one unit of ``choice`` by up to ``reach`` steps (see neighbours).
+
+    Args:
+        outputs: the layers that a move to ``dropped`` or from there changes (see CandidateWeights.set); None: all. The
+            output of a half-block is a product of its layers' weights, but linear in those of its last layer: with the
+            changes of all layers its first-order change would be counted once for each.
+    """
     problem = weights.problem
     units = {layer.name: u for u, unit in enumerate(problem.table) for layer in unit.layers}
 
     def changes(layer: str) -> tuple[int, dict[int, torch.Tensor]]:
         u = units[layer]
         now = weights.weight(layer, problem.menu[choice[u]].name)
-        near = range(max(0, choice[u] - reach), min(len(problem.menu), choice[u] + reach + 1))
-        return u, {k: weights.weight(layer, problem.menu[k].name) - now for k in near if k != choice[u]}
+        near = problem.neighbours(u, choice[u], reach)
+        if outputs is not None and layer not in outputs:
+            near = tuple(k for k in near if DROPPED not in (problem.menu[k], problem.menu[choice[u]]))
+        return u, {k: weights.weight(layer, problem.menu[k].name) - now for k in near}
 
     return changes
 

@@ -18,11 +18,12 @@ class Options(BaseModel):
     Args:
         sparsity: share of zeros among the prunable weights, in [0, 1). Not needed with ``allocation``.
         method: the pruner: sparsegpt, wanda, magnitude, or one that a plugin registers.
-        levels: the menu: "dense", "N:M" with N kept of M, "N:M in 2:4", shares of zeros such as "0.7"; or
+        levels: the menu: "dense", "N:M" with N kept of M, "N:M in 2:4", shares of zeros such as "0.7", "dropped"; or
             the name of a menu, "default" or "servable" (every level of it but dense runs on 2:4 kernels).
         targets, ignore: which linears of the decoder blocks are pruned (see prunable_layers).
-        granularity: what shares a level: ``layer``, nothing; ``unit``, the layers that inference fuses; ``block``, all
-            layers of a decoder block. Default: ``layer``, but ``unit`` where all levels run on 2:4 kernels, which take
+        granularity: what shares a level: ``layer``, nothing; ``unit``, the layers that inference fuses; ``half``,
+            those of a block's attention or MLP; ``block``, all layers of a decoder block. Default: ``half`` where
+            the menu holds ``dropped``; else ``layer``, but ``unit`` where all levels run on 2:4 kernels, which take
             fused layers all or none.
         bounds: by pattern, the least and the most sparsity of the layers it matches, {pattern: [low, high]}.
         protect: patterns of layers that stay dense. Unlike ignored ones they count in the budget, so that

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -13,7 +13,7 @@ from msp_plugin.data.samples import SearchText
 from msp_plugin.errors import RecipeError, nearest, shown
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.bounds import Bounds, parse_bounds
-from msp_plugin.plan.levels import Level, parse_menu, parse_sparsity
+from msp_plugin.plan.levels import DROPPED, Level, parse_menu, parse_sparsity
 from msp_plugin.plan.units import GRANULARITIES
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.base import Pruner
@@ -111,6 +111,29 @@ def _target(options: Options, given: Allocation | None) -> tuple[Fraction, tuple
     return given.target, tuple(dict.fromkeys(given.levels))
 
 
+def _granularity(options: Options, menu: Sequence[Level]) -> str:
+    """Return what shares a level: as the options say, or else as the menu asks.
+
+    Raises:
+        RecipeError: it is unknown, or too fine for a level.
+    """
+    if options.granularity is None:
+        served = all(level.is_dense or level.servable for level in menu)
+        return "half" if DROPPED in menu else "unit" if served else "layer"
+    if options.granularity not in GRANULARITIES:
+        raise RecipeError(
+            f"granularity {shown(options.granularity)} is unknown",
+            hint=nearest(options.granularity, GRANULARITIES),
+        )
+    if DROPPED in menu and options.granularity not in ("half", "block"):
+        raise RecipeError(
+            f"level {DROPPED.name} is for an attention, an MLP or a block, not for granularity "
+            f"{options.granularity}",
+            hint="use granularity half or block, or leave it out of levels",
+        )
+    return options.granularity
+
+
 def resolve(options: Options, plugins: Plugins) -> ResolvedOptions:
     """Return the plan of the options.
 
@@ -122,17 +145,10 @@ def resolve(options: Options, plugins: Plugins) -> ResolvedOptions:
     allocator = plugins.build("allocators", options.allocator)
     given = Allocation.read(options.allocation) if options.allocation else None
     sparsity, menu = _target(options, given)
-    served = all(level.is_dense or level.servable for level in menu)
-    granularity = ("unit" if served else "layer") if options.granularity is None else options.granularity
-    if granularity not in GRANULARITIES:
-        raise RecipeError(
-            f"granularity {shown(granularity)} is unknown", hint=nearest(granularity, GRANULARITIES)
-        )
+    granularity = _granularity(options, menu)
     bounds = parse_bounds(options.bounds, options.protect, menu)
     pruner.version()  # raises if its host is missing
-    for level in menu:
-        if not level.is_dense:
-            pruner.check_level(level)
+    pruner.check_menu(menu)
     known = plugins.components["estimators"]
     for name in options.estimators:
         if name not in known:

@@ -6,14 +6,15 @@ Shape legend: U units, K levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from msp_plugin.allocators.base import TrueLoss
 from msp_plugin.errors import NumericsError
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import DENSE, Level
+from msp_plugin.plan.levels import DENSE, DROPPED, Level
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.progress import Progress, silent
 
@@ -45,6 +46,29 @@ def sum_over_units(
             for unit in table
         ]
     )
+
+
+def dropped_by_outputs(
+    errors_of: Callable[[UnitTable], np.ndarray],
+    table: UnitTable,
+    menu: Sequence[Level],
+    outputs: Callable[[], Collection[str]],
+) -> np.ndarray:
+    """Return float64[U, K], errors of units, those of ``dropped`` from the layers that end an attention or an MLP.
+
+    A dropped unit changes what it adds to its input, which is what those layers give; the change inside of it, which
+    the sum over its layers would count too, reaches nothing else.
+
+    Args:
+        errors_of: of a table float64[U, K], summed over the layers of each unit.
+        outputs: returns the names of those layers; called only if the menu has ``dropped``.
+    """
+    errors = errors_of(table)
+    if DROPPED in menu:
+        k, ends = menu.index(DROPPED), outputs()
+        last = [replace(unit, layers=tuple(a for a in unit.layers if a.name in ends)) for unit in table]
+        errors[:, k] = errors_of(UnitTable(tuple(last)))[:, k]
+    return errors
 
 
 def replace_one_errors(problem: AllocationProblem, loss: TrueLoss, progress: Progress = silent) -> np.ndarray:

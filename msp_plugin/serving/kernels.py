@@ -28,7 +28,7 @@ from msp_plugin.serving.algorithms import (
     random_input,
 )
 
-Kernel = Literal["cusparselt", "cutlass", "dense"]
+Kernel = Literal["cusparselt", "cutlass", "dense"]  # of a GPU; those of a CPU are in cpu/kernel.py
 
 DTYPES = (torch.float16, torch.bfloat16)
 #: O and I must be multiples of these, for weights of 16 bits: the limits that torch's own 2:4 tensors hold
@@ -38,9 +38,9 @@ MULTIPLES = {"cusparselt": (16, 16), "cutlass": (32, 64)}
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel for a layer, and why."""
+    """A kernel for a layer, by its name, and why."""
 
-    kernel: Kernel
+    kernel: str
     reason: str
 
 

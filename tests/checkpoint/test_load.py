@@ -39,8 +39,8 @@ def packed(packed_dir, copied):
 # the same model
 
 
-def test_the_package_offers_it():
-    assert msp_plugin.load is load
+def test_the_package_offers_it(run_dir, bits):
+    assert bits(msp_plugin.load(run_dir)) == bits(load(run_dir))
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msp_plugin.database.bitmask import bitmask_bytes, pack_bitmask, unpack_bitmask
 from msp_plugin.errors import FormatError
-from msp_plugin.formats.bitmask import bitmask_bytes, pack_bitmask, unpack_bitmask
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

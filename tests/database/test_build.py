@@ -68,9 +68,7 @@ def test_the_database_holds_what_the_method_gives_for_each_layers_own_inputs(tmp
                 statistic = pruner.observe(module, x, statistic)
         for level, pruned in zip(levels, pruner.prune_levels(module, statistic, levels, "x"), strict=True):
             assert torch.equal(database.weight(layer.name, level.name), pruned)
-            assert int((pruned == 0).sum()) == layer.weights - level.kept(
-                layer.out_features, layer.in_features
-            )
+            assert int((pruned == 0).sum()) == layer.weights - level.kept(layer)
 
 
 def test_errors_are_the_weights_and_the_outputs_change(tmp_path, llama, data):

@@ -13,11 +13,12 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory, run_dir, packed_dir):
-    """A copy of a dense and of a packed checkpoint."""
+def checkpoints(tmp_path_factory, run_dir, packed_dir, packed_any_dir):
+    """A copy of a dense checkpoint, and of one in each packed format."""
     from readers import fill
 
     return {
         "dense": fill(tmp_path_factory.mktemp("read") / "dense", run_dir),
         "packed": fill(tmp_path_factory.mktemp("read") / "packed", packed_dir),
+        "bitmask": fill(tmp_path_factory.mktemp("read") / "bitmask", packed_any_dir),
     }

@@ -184,6 +184,7 @@ READERS = {
     "run's page": Reader("run.json", draw_run, named=False),
     "comparison's page": Reader("compare.json", draw_run, named=False),
     "tensors": Reader("model.safetensors", read_checkpoint, named=False),
+    "bitmask tensors": Reader("model.safetensors", read_checkpoint, named=False),
     "index": Reader("model.safetensors.index.json", read_checkpoint),
     "config": Reader("config.json", read_checkpoint, named=False),
     "loaded tokenizer": Reader("tokenizer.json", load_checkpoint, named=False),

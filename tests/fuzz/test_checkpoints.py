@@ -3,12 +3,16 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import byte_files, documents, json_files
 from readers import READERS, check, parts, safetensors
 
-FORMS = st.sampled_from(["dense", "packed"])
+from msp_plugin.errors import FormatError
+from msp_plugin.formats.bitmask import SUFFIXES, SparseBitmask
+
+FORMS = st.sampled_from(["dense", "packed", "bitmask"])
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,42 @@ def headers(draw, content):
 def test_any_tensors_are_read_or_refused(checkpoints, originals, data, form):
     content = originals[form]["model.safetensors"]
     check(READERS["tensors"], checkpoints[form], data.draw(headers(content) | byte_files(content)))
+
+
+#: Numbers that a damaged row offset, size or byte of a mask may be.
+NUMBERS = st.sampled_from([0, 1, -1, 7, 8, 2**31, 2**62, -(2**63)]) | st.integers(-3, 40)
+TYPES = st.sampled_from([torch.uint8, torch.int64, torch.bfloat16, torch.float64, torch.int32, torch.bool])
+
+
+@given(st.data(), st.integers(1, 5), st.integers(1, 20))
+def test_any_bitmask_tensors_are_unpacked_to_their_shape_or_refused(data, rows, columns):
+    tensors = SparseBitmask().pack(torch.arange(rows * columns).reshape(rows, columns) % 3.0, "layer")
+    for _ in range(data.draw(st.integers(1, 3))):
+        suffix = data.draw(st.sampled_from(SUFFIXES))
+        action, tensor = data.draw(st.sampled_from(["one", "cut", "type", "shape", "all"])), tensors[suffix]
+        if action == "one" and tensor.numel() and tensor.dtype == torch.int64:
+            tensor.view(-1)[data.draw(st.integers(0, tensor.numel() - 1))] = data.draw(NUMBERS)
+        elif action == "one" and tensor.numel() and tensor.dtype == torch.uint8:
+            tensor.view(-1)[data.draw(st.integers(0, tensor.numel() - 1))] ^= data.draw(st.integers(0, 255))
+        elif action == "cut":
+            tensor = tensor.reshape(-1)[: data.draw(st.integers(0, 9))]
+        elif action == "type":
+            tensor = tensor.to(data.draw(TYPES))
+        elif action == "shape":
+            tensor = tensor.reshape(
+                data.draw(st.sampled_from([(-1,), (1, -1), (-1, 1), tuple(tensor.shape)]))
+            )
+        elif action == "all":
+            sizes = data.draw(st.lists(st.integers(0, 6), max_size=3))
+            tensor = torch.full(sizes, data.draw(st.integers(0, 255))).to(data.draw(TYPES))
+        tensors[suffix] = tensor
+    try:
+        weight = SparseBitmask().unpack(tensors, "layer")
+    except FormatError as error:
+        assert "layer" in error.message and len(error.message) < 1000
+    else:
+        assert list(weight.shape) == tensors["shape"].reshape(-1).tolist()
+        assert int((weight != 0).sum()) == int((tensors["compressed"] != 0).sum())
 
 
 @given(st.data(), FORMS)

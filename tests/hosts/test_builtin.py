@@ -27,9 +27,7 @@ def text(tmp_path):
 def allocation(llama_dir, tmp_path):
     units = prunable_layers(load_model(llama_dir, "float32"))
     kept = sum(
-        Level.parse(level).kept(a.out_features, a.in_features)
-        for unit, level in zip(units, LEVELS, strict=True)
-        for a in unit.layers
+        Level.parse(level).kept(a) for unit, level in zip(units, LEVELS, strict=True) for a in unit.layers
     )
     made = Allocation(units, tuple(map(Level.parse, LEVELS)), 1 - Fraction(kept, units.weights), {}, {})
     path = tmp_path / "allocation.json"

@@ -13,10 +13,12 @@ from msp_plugin.plan.levels import (
     MENUS,
     Kind,
     Level,
+    Pattern,
     menu_names,
     parse_menu,
     parse_sparsity,
 )
+from msp_plugin.plan.units import Layer
 
 
 @pytest.mark.parametrize("text", ["2:4", " 2 : 4 ", "2:4\n"])
@@ -33,7 +35,7 @@ def test_dense_has_one_form(text):
 
 
 def test_a_level_parses_to_itself():
-    assert Level.parse(Level(3, 8)) == Level(3, 8)
+    assert Level.parse(Pattern(3, 8)) == Pattern(3, 8)
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
@@ -82,20 +84,20 @@ def test_servable_agrees_with_all_masks_of_a_period(n, m):
         if any(sum(mask[i : i + 4]) > 2 for i in range(0, period, 4)):
             fits = False
             break
-    assert Level(n, m).servable == fits
+    assert Pattern(n, m).servable == fits
 
 
 @given(st.integers(1, 9), st.integers(1, 16), st.integers(1, 12), st.integers(1, 9))
 def test_kept_counts_n_in_every_group(n, m, groups, out):
     if n <= m:
-        kept = Level(n, m).kept(out, groups * m)
+        kept = Pattern(n, m).kept(Layer("x", out, groups * m))
         assert kept == out * groups * n
-        assert Fraction(kept, out * groups * m) == 1 - Level(n, m).sparsity
+        assert Fraction(kept, out * groups * m) == 1 - Pattern(n, m).sparsity
 
 
 def test_a_width_that_m_does_not_divide_is_refused_with_the_remainder():
     with pytest.raises(RecipeError) as error:
-        Level(2, 8).kept(4, 20)
+        Pattern(2, 8).kept(Layer("x", 4, 20))
     assert "2:8" in error.value.message and "20" in error.value.message
     assert "remainder 4" in error.value.hint
 
@@ -170,8 +172,8 @@ def test_a_level_inside_2_4_has_one_name(text):
     level = Level.parse(text)
     assert (level.n, level.m, level.kind, level.name) == (3, 8, Kind.NM_IN_24, "3:8 in 2:4")
     assert level.sparsity == Fraction(5, 8) and level.servable and not level.is_dense
-    assert Level.parse(level.name) == level != Level(3, 8)
-    assert level.kept(5, 16) == 30 and level.group(16) == (3, 8)
+    assert Level.parse(level.name) == level != Pattern(3, 8)
+    assert level.kept(Layer("x", 5, 16)) == 30 and level.group(16) == (3, 8)
 
 
 @pytest.mark.parametrize("text, name", [
@@ -210,10 +212,11 @@ def test_a_share_keeps_of_every_row_what_is_left_rounded_down(zeros, width, out)
         row += 1
     if row == 0:
         with pytest.raises(RecipeError, match=f"keeps nothing of in_features = {width}"):
-            level.kept(out, width)
-        assert level.misfit(width) == "keeps nothing of"
+            level.kept(Layer("x", out, width))
+        assert level.misfit(Layer("x", out, width)) == f"keeps nothing of in_features = {width} of x"
         return
-    assert level.kept(out, width) == out * row and level.misfit(width) is None
+    layer = Layer("x", out, width)
+    assert level.kept(layer) == out * row and level.misfit(layer) is None
     assert Level.parse(level.name) == level
     assert level.group(width) == ((row, width) if zeros else (1, 1))
 

@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.plan.levels import DENSE, Kind, Level
+from msp_plugin.plan.levels import DENSE, Kind, Level, Pattern
+from msp_plugin.plan.units import Layer
 from msp_plugin.pruning.masks import lowest, lowest_by_topk, nm_mask, nm_masks, recount
 
-LEVELS = [Level(n, m) for m in (2, 3, 4, 8, 16) for n in range(1, m)]
-INSIDE = [Level(n, m, Kind.NM_IN_24) for m in (4, 8, 12, 16) for n in range(1, m // 2 + 1)]
+LEVELS = [Pattern(n, m) for m in (2, 3, 4, 8, 16) for n in range(1, m)]
+INSIDE = [Pattern(n, m, Kind.NM_IN_24) for m in (4, 8, 12, 16) for n in range(1, m // 2 + 1)]
 SHARES = [Level.parse(share) for share in ("1/2", "0.7", "1/3", "0.01", "8/9")]
 
 
@@ -48,7 +49,7 @@ def test_inside_2_4_and_shares_take_the_best_and_ties_go_to_the_left(level, rows
     score = torch.randint(0, 6, (rows, width), generator=generator).float()
     mask = nm_mask(score, level)
     assert torch.equal(mask, naive_mask(score, level))
-    assert int(mask.sum()) == level.kept(rows, width)
+    assert int(mask.sum()) == level.kept(Layer("layer", rows, width))
     assert recount(torch.ones_like(score) * mask, level).broken is None
     if level.kind is Kind.NM_IN_24:
         assert (mask.reshape(rows, -1, 4).sum(-1) <= 2).all()
@@ -66,7 +67,7 @@ def test_a_level_inside_2_4_keeps_the_best_of_a_four_before_the_best_of_the_grou
     score = torch.tensor([[9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 3.0, 4.0]])
     kept = nm_mask(score, Level.parse("3:8 in 2:4")).int().tolist()
     assert kept == [[1, 1, 0, 0, 0, 0, 0, 1]]
-    assert nm_mask(score, Level(3, 8)).int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
+    assert nm_mask(score, Pattern(3, 8)).int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
 
 
 def test_a_share_that_keeps_nothing_of_a_row_is_refused():
@@ -104,7 +105,7 @@ def test_zeros_of_dead_inputs_are_those_that_no_mask_can_avoid(level, seed):
             alive = [column for four in fours for column in four[:2]]
         most += min(n, len(alive))
     weight = torch.ones(3, width) * ~dead
-    assert recount(weight, level).from_dead_inputs == level.kept(3, width) - 3 * most
+    assert recount(weight, level).from_dead_inputs == level.kept(Layer("layer", 3, width)) - 3 * most
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=str)
@@ -120,10 +121,10 @@ def test_dense_keeps_everything():
 
 
 def test_negative_scores_and_negative_zero_are_ordered_as_numbers():
-    assert nm_mask(torch.tensor([[-1.0, -3.0, -2.0, -4.0]]), Level(2, 4)).tolist() == [
+    assert nm_mask(torch.tensor([[-1.0, -3.0, -2.0, -4.0]]), Pattern(2, 4)).tolist() == [
         [True, False, True, False]
     ]
-    assert nm_mask(torch.tensor([[-0.0, 0.0, -1.0, -1.0]]), Level(1, 4)).tolist() == [
+    assert nm_mask(torch.tensor([[-0.0, 0.0, -1.0, -1.0]]), Pattern(1, 4)).tolist() == [
         [True, False, False, False]
     ]
 
@@ -133,12 +134,12 @@ def test_scores_that_are_not_finite_are_counted(value):
     score = torch.ones(2, 8)
     score[1, 3] = score[0, 0] = value
     with pytest.raises(NumericsError, match="2 scores are not finite"):
-        nm_mask(score, Level(2, 4))
+        nm_mask(score, Pattern(2, 4))
 
 
 def test_a_width_that_m_does_not_divide_is_refused():
     with pytest.raises(RecipeError, match="does not divide in_features = 6"):
-        nm_mask(torch.ones(2, 6), Level(2, 4))
+        nm_mask(torch.ones(2, 6), Pattern(2, 4))
 
 
 @given(st.sampled_from([*LEVELS, DENSE]), st.integers(0, 2**31), st.floats(0, 1))
@@ -159,12 +160,12 @@ def test_the_recount_agrees_with_a_loop(level, seed, share):
 def test_the_recount_sees_what_is_not_finite(value):
     weight = torch.zeros(2, 8)
     weight[0, 0] = value
-    found = recount(weight, Level(2, 4))
+    found = recount(weight, Pattern(2, 4))
     assert (found.zeros, found.most_in_group, found.finite) == (15, 1, False)
 
 
 def test_negative_zero_is_a_zero():
-    assert recount(torch.tensor([[-0.0, 0.0, 1.0, 2.0]]), Level(2, 4)).zeros == 2
+    assert recount(torch.tensor([[-0.0, 0.0, 1.0, 2.0]]), Pattern(2, 4)).zeros == 2
 
 
 @pytest.mark.parametrize("m", [4, 8, 16, 32])

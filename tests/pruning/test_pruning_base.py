@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from msp_plugin.errors import NumericsError
-from msp_plugin.plan.levels import DENSE, Level
+from msp_plugin.plan.levels import DENSE, Pattern
 from msp_plugin.pruning.base import InputNorm
 from msp_plugin.pruning.magnitude import Magnitude
 
-LEVELS = [Level(7, 8), Level(2, 4), Level(1, 8)]
+LEVELS = [Pattern(7, 8), Pattern(2, 4), Pattern(1, 8)]
 
 
 def linear(out=12, width=32, dtype=torch.float32, seed=0):
@@ -78,7 +78,7 @@ def test_equal_weights_are_pruned_to_the_exact_count_from_the_right():
     module = linear()
     with torch.no_grad():
         module.weight.fill_(-2.0)
-    (pruned,) = Magnitude().prune_levels(module, None, [Level(3, 8)], "layer")
+    (pruned,) = Magnitude().prune_levels(module, None, [Pattern(3, 8)], "layer")
     assert torch.equal(pruned, torch.tensor([-2.0] * 3 + [0.0] * 5).repeat(12, 4))
 
 
@@ -86,14 +86,14 @@ def test_magnitude_keeps_the_largest_and_needs_no_statistic():
     module = linear(out=1, width=4)
     with torch.no_grad():
         module.weight.copy_(torch.tensor([[0.5, -3.0, 2.0, -0.1]]))
-    (pruned,) = Magnitude().prune_levels(module, None, [Level(2, 4)], "layer")
+    (pruned,) = Magnitude().prune_levels(module, None, [Pattern(2, 4)], "layer")
     assert pruned.tolist() == [[0.0, -3.0, 2.0, 0.0]] and not Magnitude.needs_statistics
 
 
 def test_the_levels_of_a_score_are_nested(ria):
     module, pruner = linear(), ria()
     statistic = pruner.observe(module, inputs(), pruner.new_statistic(module))
-    levels = [Level(n, 8) for n in range(7, 0, -1)]
+    levels = [Pattern(n, 8) for n in range(7, 0, -1)]
     kept = [pruned != 0 for pruned in pruner.prune_levels(module, statistic, levels, "layer")]
     assert all((sparse <= dense).all() for dense, sparse in itertools.pairwise(kept))
 

@@ -6,6 +6,7 @@ import torch
 
 from msp_plugin.errors import NumericsError
 from msp_plugin.plan.levels import Kind, Level
+from msp_plugin.plan.units import Layer
 from msp_plugin.pruning.masks import recount
 from msp_plugin.pruning.sparsegpt import factor_inverse, quadratic_form, sparsegpt, sparsegpt_levels
 
@@ -72,14 +73,16 @@ def test_counts_are_exact_in_every_row_and_dtype_shape_and_weight_stay(level, dt
     before = weight.clone()
     found = sparsegpt(weight, factor_inverse(hessian, 0.01, "layer"), level, block_size)
     assert (found.dtype, found.shape) == (dtype, weight.shape) and torch.equal(weight, before)
-    assert ((found != 0).sum(1) == level.kept(1, width)).all()
+    assert ((found != 0).sum(1) == level.kept(Layer("layer", 1, width))).all()
     assert recount(found, level).broken is None
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=str)
 def test_equal_weights_and_inputs_are_pruned_to_the_exact_count(level):
     found = sparsegpt(torch.full((5, 64), 0.5), factor_inverse(torch.eye(64), 0.01, "layer"), level, 32)
-    assert int((found != 0).sum()) == level.kept(5, 64) and recount(found, level).broken is None
+    assert (
+        int((found != 0).sum()) == level.kept(Layer("layer", 5, 64)) and recount(found, level).broken is None
+    )
 
 
 @pytest.mark.parametrize("dead", [(5,), tuple(range(16, 32)), tuple(range(12))])

@@ -4,42 +4,56 @@ import pytest
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Bitmask, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import write_report
-from msp_plugin.report.storage import storage
+from msp_plugin.report.storage import storage, storages
 
 #: Beside values and bitmask a packed layer stores its shape: two int64.
 SHAPE_BYTES = 16
 
 
-def of(path):
-    return storage(Allocation.read(path / "allocation.json"), None, Checkpoint.open(path))
+def of(path, exporter=Sparse24):
+    checkpoint = Checkpoint.open(path)
+    return storage(Allocation.read(path / "allocation.json"), None, checkpoint, exporter.format)
 
 
 def written(path):
     return sum(info.bytes for info in Checkpoint.open(path).tensors.values())
 
 
+@pytest.mark.parametrize("exporter", [Sparse24, Bitmask])
 @pytest.mark.parametrize(
     ("dtype", "ignore"),
     [(torch.bfloat16, ()), (torch.float32, ()), (torch.bfloat16, ("layers.0.self_attn.v_proj", "down_proj"))],
 )
-def test_bytes_are_those_of_the_files_that_an_export_writes(dtype, ignore, make_run, tmp_path):
+def test_bytes_are_those_of_the_files_that_an_export_writes(exporter, dtype, ignore, make_run, tmp_path):
     levels = ("2:4", "3:8", "2:8", "1:8", "dense", "2:4", "2:8", "3:8")
     levels = levels[:3] + levels[4:7] if ignore else levels
     run = make_run(tmp_path / "run", dtype=dtype, ignore=ignore, levels=levels)
-    export_checkpoint(run, Sparse24(), tmp_path / "packed")
-    manifest, found = Manifest.read(tmp_path / "packed"), of(run)
+    export_checkpoint(run, exporter(), tmp_path / "packed")
+    manifest, found = Manifest.read(tmp_path / "packed"), of(run, exporter)
     assert found.packed.layers == len(manifest.packed) > 0
     assert found.packed.dense == manifest.dense_bytes
     assert found.packed.stored == manifest.packed_bytes + SHAPE_BYTES * len(manifest.packed)
     assert found.whole.dense == written(run) and found.whole.stored == written(tmp_path / "packed")
     assert sum(part.layers for part in found.dense) == len(manifest.kept_dense)
     assert found.dtype == str(dtype).removeprefix("torch.") and not found.assumed
-    assert of(tmp_path / "packed") == found
+    assert of(tmp_path / "packed", exporter) == found
+
+
+def test_the_checkpoints_own_format_comes_first(run_dir, packed_dir, packed_any_dir):
+    for path, names in (
+        (run_dir, ["sparse-24-bitmask", "sparse-bitmask"]),
+        (packed_dir, ["sparse-24-bitmask", "sparse-bitmask"]),
+        (packed_any_dir, ["sparse-bitmask", "sparse-24-bitmask"]),
+    ):
+        checkpoint = Checkpoint.open(path)
+        found = storages(Allocation.read(path / "allocation.json"), None, checkpoint)
+        assert [each.format.name for each in found] == names
+        assert {each.total.dense for each in found} == {of(run_dir).total.dense}
 
 
 def test_without_a_checkpoint_the_allocation_gives_the_same_bytes_of_the_layers(run_dir):
@@ -63,6 +77,10 @@ def test_the_report_shows_them(run_dir, packed_dir, page, tmp_path):
         rows.append(drawn.row("packed for 2:4 kernels"))
         assert drawn.row("whole checkpoint")[4] == f"{written(packed_dir):,}"
         assert drawn.row("dense: level 3:8 does not run on 2:4 kernels")[1] == "2"
+        any_level = of(run_dir, Bitmask).packed
+        assert drawn.row("packed as sparse-bitmask")[1:5] == [
+            "11", f"{any_level.weights:,}", f"{any_level.dense:,}", f"{any_level.stored:,}",
+        ]  # fmt: skip
     assert rows[0] == rows[1]
     assert rows[0][1:5] == [
         "9",

@@ -17,7 +17,7 @@ from msp_plugin.hosts.llm_compressor.methods import HostMethod, host_method
 from msp_plugin.models.offload import linear
 from msp_plugin.passes.observe import as_samples
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plan.levels import Level
+from msp_plugin.plan.levels import Level, Pattern
 from msp_plugin.pruning.base import Pruner
 
 if TYPE_CHECKING:
@@ -37,7 +37,11 @@ def make_engine(
     method = host_method(pruner)
     if method is None:
         return LayerwiseEngine(pruner, levels, owner)
-    theirs = {name: level for name, level in levels.items() if _host_makes(method, level)}
+    theirs = {
+        name: level
+        for name, level in levels.items()
+        if isinstance(level, Pattern) and _host_makes(method, level)
+    }
     ours = {name: level for name, level in levels.items() if name not in theirs}
     if not ours:
         return HostEngine(method, theirs)
@@ -46,7 +50,7 @@ def make_engine(
     return BothEngines((HostEngine(method, theirs), LayerwiseEngine(pruner, ours, owner)))
 
 
-def _host_makes(method: HostMethod, level: Level) -> bool:
+def _host_makes(method: HostMethod, level: Pattern) -> bool:
     try:
         method.check_modifier(level)
     except RecipeError:
@@ -57,7 +61,7 @@ def _host_makes(method: HostMethod, level: Level) -> bool:
 class HostEngine:
     """One instance of the host's modifier per level, each with the exact names of its layers."""
 
-    def __init__(self, method: HostMethod, levels: Mapping[str, Level]):
+    def __init__(self, method: HostMethod, levels: Mapping[str, Pattern]):
         self.method, self.levels = method, levels
         self.instances: list[Modifier] = []
         self.names: dict[torch.nn.Module, str] = {}
@@ -157,7 +161,10 @@ class LayerwiseEngine:
             name = self.names[module]
             with align_module_device(module):
                 statistic = self.statistics.pop(module, None)
-                (pruned,) = self.pruner.prune_levels(module, statistic, [self.levels[name]], name)
+                ((_, weights),) = self.pruner.prune_unit(
+                    {name: module}, {name: statistic}, [self.levels[name]]
+                )
+                (pruned,) = weights
             update_offload_parameter(module, "weight", pruned)
             self.pruned.add(module)
 

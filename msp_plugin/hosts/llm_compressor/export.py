@@ -14,7 +14,7 @@ from msp_plugin.checkpoint.manifest import Manifest, describe_files
 from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.llm_compressor.methods import HostMethod, host_method
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
-from msp_plugin.plan.levels import Level
+from msp_plugin.plan.levels import Pattern
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import Progress
 from msp_plugin.pruning.base import Pruner
@@ -74,15 +74,15 @@ def plain_recipe(allocation: Allocation) -> dict[str, Any]:
             options do not fit.
     """
     pruner, method = _method(allocation)
-    layers: dict[Level, list[str]] = {}
+    layers: dict[Pattern, list[str]] = {}
     for layer, level in allocation.by_layer.items():
-        if not level.is_dense:
+        method.check_modifier(level)
+        if isinstance(level, Pattern) and not level.is_dense:
             layers.setdefault(level, []).append(layer)
     if not layers:
         raise RecipeError("every layer of the allocation is dense", hint="there is nothing to prune")
     recipe = {}
     for level in sorted(layers, key=lambda level: (level.sparsity, level.m)):
-        method.check_modifier(level)
         pruner.check_level(level)
         key = f"keep_{level.n}_of_{level.m}"
         arguments = {**method.modifier_arguments(level), "targets": layers[level]}

@@ -14,7 +14,7 @@ import torch
 
 from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.llm_compressor import require_host
-from msp_plugin.plan.levels import Kind, Level
+from msp_plugin.plan.levels import Kind, Level, Pattern
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.pruning.sparsegpt import SparseGPT, factor_inverse
 from msp_plugin.pruning.wanda import Wanda
@@ -30,14 +30,14 @@ class HostMethod(ABC):
 
     def check_modifier(self, level: Level) -> None:
         """Raise RecipeError if the modifier cannot make ``level``."""
-        if level.kind is not Kind.NM:
+        if not isinstance(level, Pattern) or level.kind is not Kind.NM:
             raise RecipeError(
                 f"{self.modifier} of llm-compressor cannot make level {level}",
                 hint="it makes N:M, and of shares of zeros no exact count: use levels such as 2:4",
             )
 
     @abstractmethod
-    def modifier_arguments(self, level: Level) -> dict[str, Any]:
+    def modifier_arguments(self, level: Pattern) -> dict[str, Any]:
         """Return the modifier's arguments for one level, without targets and ignore."""
 
     def check_statistics(self, instance: Any, names: dict[torch.nn.Module, str]) -> None:  # noqa: B027
@@ -57,11 +57,11 @@ class HostPruner(Pruner, HostMethod):
         require_host()
         return importlib.metadata.version("llmcompressor")
 
-    def check_level(self, level: Level) -> None:
+    def check_level(self, level: Pattern) -> None:
         self.check_modifier(level)
 
 
-def _structure(level: Level) -> str:
+def _structure(level: Pattern) -> str:
     return f"{level.m - level.n}:{level.m}"
 
 
@@ -73,7 +73,7 @@ class SparseGPTModifier(HostMethod):
 
     pruner: SparseGPT
 
-    def modifier_arguments(self, level: Level) -> dict[str, Any]:
+    def modifier_arguments(self, level: Pattern) -> dict[str, Any]:
         return {
             "sparsity": float(level.sparsity),
             "mask_structure": _structure(level),
@@ -92,7 +92,7 @@ class WandaModifier(HostMethod):
 
     modifier = "WandaPruningModifier"
 
-    def modifier_arguments(self, level: Level) -> dict[str, Any]:
+    def modifier_arguments(self, level: Pattern) -> dict[str, Any]:
         return {"sparsity": float(level.sparsity), "mask_structure": _structure(level)}
 
 

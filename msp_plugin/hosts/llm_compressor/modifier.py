@@ -146,6 +146,11 @@ class MixedSparsityModifier(Options, Modifier):
                 hint="llm-compressor's pruning does not sum its statistics over ranks: start it in one process. "
                 "`torchrun ... -m msp_plugin allocate` shares the search; give the recipe its allocation",
             )
+        if self._plan.pruner.prunes_units:
+            raise HostError(
+                f"method {self._plan.pruner.name!r} prunes whole units, and llm-compressor calibrates layer by layer",
+                hint="use it with msp prune",
+            )
         model = state.model
         table = check_model(model, self._plan)
         if self._plan.needs_data and not self._one_pass:

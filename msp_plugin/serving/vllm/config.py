@@ -1,12 +1,12 @@
-"""The vLLM config of a checkpoint with 2:4 layers: which linears are packed, and which method serves each."""
+"""The vLLM configs of packed checkpoints: which linears are packed, and which method serves each."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
@@ -17,9 +17,12 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import FormatError, ServingError
+from msp_plugin.formats.base import PackedFormat
+from msp_plugin.formats.bitmask import SparseBitmask
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.serving.algorithms import FoundAlgorithms
-from msp_plugin.serving.vllm.linear import PackAtLoadMethod, PackedMethod
+from msp_plugin.serving.vllm.bitmask import BitmaskMethod
+from msp_plugin.serving.vllm.linear import PackAtLoadMethod, PackedMethod, Sparse24LinearMethod
 from msp_plugin.serving.vllm.report import Report
 
 #: Environment variables: set by the user to leave out the checksums; set here for the processes that this one
@@ -27,27 +30,34 @@ from msp_plugin.serving.vllm.report import Report
 _SKIP, _CHECKED = "MSP_SKIP_CHECKSUMS", "_MSP_CHECKED"
 #: The name of the quantization method, also for ``vllm serve DIR --quantization sparse24``.
 NAME = "sparse24"
-#: The one format that is served; plugins may add others, which only ``msp_plugin.load`` reads.
-_FORMATS = (Sparse24Bitmask(),)
 
 
 class Sparse24Config(QuantizationConfig):
     """A checkpoint whose linears are 2:4, some or all of them.
+
+    Attributes:
+        name: of the quantization method.
+        format: the one that it serves; plugins may add others, which only ``msp_plugin.load`` reads.
+        method: serves the linears of a packed checkpoint.
 
     Args:
         targets: checkpoint names of the packed layers; None for a dense checkpoint, whose 2:4 layers are
             packed when they are loaded.
     """
 
+    name: ClassVar[str] = NAME
+    format: ClassVar[PackedFormat] = Sparse24Bitmask()
+    method: ClassVar[type[Sparse24LinearMethod]] = PackedMethod
+
     def __init__(self, targets: tuple[str, ...] | None = None) -> None:
         super().__init__()
         self.targets = None if targets is None else frozenset(targets)
-        self.report = Report()
+        self.report = Report(self.name)
         self.algorithms: FoundAlgorithms = {}
 
     @classmethod
     def get_name(cls) -> str:
-        return NAME
+        return cls.name
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
@@ -68,7 +78,7 @@ class Sparse24Config(QuantizationConfig):
         Raises:
             FormatError: the sparsity_config is in a form that is not read.
         """
-        packed = packed_layers({"quantization_config": config}, "config.json", _FORMATS)
+        packed = packed_layers({"quantization_config": config}, "config.json", (cls.format,))
         if packed is None:
             raise FormatError("config.json names no packed layers", hint="export the model anew")
         return cls(packed.layers)
@@ -77,13 +87,13 @@ class Sparse24Config(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Return our name for unquantized ``sparse-24-bitmask`` checkpoints, None for all others."""
+        """Return our name for unquantized checkpoints in our format, None for all others."""
         claimed = (
             hf_quant_cfg.get("quant_method") == "compressed-tensors"
-            and _FORMATS[0].recognises(hf_quant_cfg)
+            and cls.format.recognises(hf_quant_cfg)
             and not hf_quant_cfg.get("config_groups")
         )
-        return NAME if claimed else None
+        return cls.name if claimed else None
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
@@ -99,7 +109,7 @@ class Sparse24Config(QuantizationConfig):
         path = Path(model_name)
         if self.targets is None or not (path / "config.json").is_file():
             return
-        checkpoint, done = Checkpoint.open(path, _FORMATS), str(path.resolve())
+        checkpoint, done = Checkpoint.open(path, (self.format,)), str(path.resolve())
         if os.environ.get(_SKIP, "0") == "0" and os.environ.get(_CHECKED) != done:
             checkpoint.check_files()
             os.environ[_CHECKED] = done
@@ -122,7 +132,7 @@ class Sparse24Config(QuantizationConfig):
         if self.targets is None:
             return PackAtLoadMethod(self.report, self.algorithms, prefix, shards)
         packed = tuple(name in self.targets for name in shards)
-        return PackedMethod(self.report, self.algorithms, prefix, shards, packed)
+        return self.method(self.report, self.algorithms, prefix, shards, packed)
 
     def _check_experts(self, layer: torch.nn.Module, prefix: str) -> None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -141,14 +151,25 @@ class Sparse24Config(QuantizationConfig):
         return tuple(parent + dot + part for part in self.packed_modules_mapping.get(leaf, [leaf]))
 
 
-def register_config(name: str) -> None:
-    """Register the config with vLLM, unless it is."""
-    if name not in QUANTIZATION_METHODS:
-        register_quantization_config(name)(Sparse24Config)
-        _track_weights(name)
+class BitmaskConfig(Sparse24Config):
+    """A checkpoint whose linears are packed at any level, some or all of them."""
+
+    name = "bitmask"
+    format = SparseBitmask()
+    method = BitmaskMethod
 
 
-def _track_weights(name: str) -> None:
+def register_configs() -> None:
+    """Register the configs with vLLM, unless they are."""
+    configs = {config.name: config for config in (Sparse24Config, BitmaskConfig)}
+    new = [name for name in configs if name not in QUANTIZATION_METHODS]
+    for name in new:
+        register_quantization_config(name)(configs[name])
+    if new:
+        _track_weights(new)
+
+
+def _track_weights(names: Sequence[str]) -> None:
     """Let vLLM report missing tensors of our models (norms, embeddings), as it does for unquantized ones.
 
     By default its loader tracks tensors only where no quantization method is set, and a method cannot change
@@ -158,7 +179,7 @@ def _track_weights(name: str) -> None:
 
     @functools.wraps(load)
     def load_weights(self: DefaultModelLoader, model: torch.nn.Module, model_config: Any) -> None:
-        if model_config.quantization == name and self.enable_weights_track is None:
+        if model_config.quantization in names and self.enable_weights_track is None:
             self.enable_weights_track = True
         load(self, model, model_config)
 

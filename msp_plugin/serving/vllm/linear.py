@@ -5,7 +5,8 @@ Shape legend, for one process of a tensor parallel group: O output rows of all f
 
 from __future__ import annotations
 
-from typing import Any
+from types import MethodType
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -21,12 +22,16 @@ from msp_plugin.errors import MSPError, ServingError
 from msp_plugin.formats.sparse24 import SUFFIXES, Packed, is_packable, unpack
 from msp_plugin.serving import kernels
 from msp_plugin.serving.algorithms import TOLERANCE, FoundAlgorithms
+from msp_plugin.serving.cpu.kernel import KERNELS, PackedWeight, checked_choice, choose, pack_dense, pays
 from msp_plugin.serving.vllm.report import LayerReport, Report
 from msp_plugin.serving.vllm.shards import Linear, Shards
 
 
 class Sparse24LinearMethod(LinearMethodBase):
     """A linear that runs on a 2:4 kernel where there is one, dense elsewhere.
+
+    Attributes:
+        suffixes: of the tensors that stand for a packed weight.
 
     Args:
         report: collects how the layers of a model are served.
@@ -35,6 +40,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         names: the checkpoint's names of the layers fused into it.
         packed: for each of them, whether the checkpoint holds it packed.
     """
+
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
 
     def __init__(
         self,
@@ -45,7 +52,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         packed: tuple[bool, ...],
     ):
         self.report, self.algorithms, self.prefix = report, algorithms, prefix
-        self.shards = Shards(prefix, names, packed)
+        self.shards = Shards(prefix, names, packed, self.suffixes)
         self._dense = UnquantizedLinearMethod()
 
     def create_weights(
@@ -58,20 +65,19 @@ class Sparse24LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Create ``weight`` if a shard is dense, ``compressed``, ``bitmask`` and ``shape`` if one is packed.
+        """Create ``weight`` if a shard is dense, the tensors of the format if one is packed.
 
         Raises:
             ServingError: vLLM fuses the layer in another way than is known, or cuts a packed weight between
                 bytes.
         """
         loader = extra_weight_attrs.pop("weight_loader")
-        rows, columns = sum(output_partition_sizes), input_size_per_partition
         layer.sparse24_rows, layer.sparse24_columns = list(output_partition_sizes), input_size
         self.shards.expect_parts(len(output_partition_sizes))
         if not all(self.shards.packed):
             self._dense.create_weights(
                 layer,
-                columns,
+                input_size_per_partition,
                 output_partition_sizes,
                 input_size,
                 output_size,
@@ -81,8 +87,16 @@ class Sparse24LinearMethod(LinearMethodBase):
             )
         if getattr(layer, "has_bias", False):  # the bias is created after this, with the loader that it finds
             layer.weight_loader = self.shards.counted(layer, "bias", layer.weight_loader)
-        if not any(self.shards.packed):
-            return
+        if any(self.shards.packed):
+            self._create_packed(layer, input_size_per_partition, params_dtype, loader)
+
+    def _create_packed(self, layer: Linear, columns: int, dtype: torch.dtype, loader: MethodType) -> None:
+        """Create ``compressed``, ``bitmask`` and ``shape``, for the rows of all shards.
+
+        Raises:
+            ServingError: a packed weight would be cut between bytes.
+        """
+        rows, input_size = sum(layer.sparse24_rows), layer.sparse24_columns
         if columns % 8:
             raise ServingError(
                 f"{self.prefix} has {columns} input columns in each process; a packed weight is cut at "
@@ -91,10 +105,10 @@ class Sparse24LinearMethod(LinearMethodBase):
                 if columns < input_size
                 else "export the model to dense, and serve that with quantization sparse24",
             )
-        sizes = {"compressed": (columns // 2, params_dtype), "bitmask": (columns // 8, torch.uint8)}
-        for suffix, (width, dtype) in sizes.items():
+        sizes = {"compressed": (columns // 2, dtype), "bitmask": (columns // 8, torch.uint8)}
+        for suffix, (width, kind) in sizes.items():
             parameter = ModelWeightParameter(
-                data=torch.empty(rows, width, dtype=dtype),
+                data=torch.empty(rows, width, dtype=kind),
                 input_dim=1,
                 output_dim=0,
                 weight_loader=self.shards.counted(layer, suffix, loader),
@@ -106,8 +120,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         )
         # A reload ends when as many values came as there are: each shard writes its shape over the last
         # one's.
-        packed = {n for n, p in zip(self.shards.names, self.shards.packed, strict=True) if p}
-        shape.weight_loader_numel = 2 * len(packed)
+        shape.weight_loader_numel = 2 * len(self.shards.packed_names)
         layer.register_parameter("shape", shape)
 
     def process_weights_after_loading(self, layer: Linear) -> None:
@@ -118,16 +131,24 @@ class Sparse24LinearMethod(LinearMethodBase):
         """
         if hasattr(layer, "sparse24_kernel") and not self.shards.any_loaded:  # called again without a reload
             return
-        if not _is_dummy():
+        if not is_dummy():
             self.shards.check(layer)
         self.shards.forget()
         weight = self._weight(layer)
-        choice, served = self._choose(weight), None
-        wanted = choice.kernel
-        if wanted != "dense":
-            served, choice = self._pack(weight, choice)
+        served: kernels.Packed24 | PackedWeight | None = None
+        if self._on_cpu(weight):
+            served, choice, wanted = self._pack_on_cpu(weight)
+        else:
+            choice = self._choose(weight)
+            wanted = choice.kernel
+            if wanted != "dense":
+                served, choice = self._pack(weight, choice)
         layer.sparse24_kernel = choice.kernel
-        if served is None:
+        if isinstance(served, PackedWeight):
+            layer.register_parameter("weight", torch.nn.Parameter(served.values, requires_grad=False))
+            layer.register_buffer("msp_bitmask", served.bitmask)
+            layer.register_buffer("msp_row_offsets", served.row_offsets)
+        elif served is None:
             if any(self.shards.packed):  # else vLLM's own parameter stays, which it can load into again
                 layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
         else:
@@ -142,7 +163,11 @@ class Sparse24LinearMethod(LinearMethodBase):
             self._dense.process_weights_after_loading(layer)
 
     def _report(
-        self, choice: kernels.Choice, wanted: str, dense_bytes: int, served: kernels.Packed24 | None
+        self,
+        choice: kernels.Choice,
+        wanted: str,
+        dense_bytes: int,
+        served: kernels.Packed24 | PackedWeight | None,
     ) -> None:
         """Report how the layer is served: by which kernel, why not by the wanted one, in how many bytes."""
         shards = zip(self.shards.names, self.shards.packed, strict=True)
@@ -166,7 +191,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             dense: torch.Tensor = layer.weight.data
             return dense
         columns = 2 * layer.compressed.shape[1]
-        if _is_dummy():
+        if is_dummy():
             layer.compressed.data.zero_()
             layer.bitmask.data.fill_(0x33)  # any two of four
         parts, start = [], 0
@@ -200,6 +225,30 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Return True if dense weights are packed when they are 2:4."""
         return False
 
+    def _on_cpu(self, weight: torch.Tensor) -> bool:
+        """Return True if the weight is a CPU's own to serve."""
+        if weight.device.type != "cpu":
+            return False
+        return (
+            kernels.choose((weight.shape[0], weight.shape[1]), weight.dtype, weight.device).kernel == "dense"
+        )
+
+    def _pack_on_cpu(self, weight: torch.Tensor) -> tuple[PackedWeight | None, kernels.Choice, str]:
+        """Return the weight of all shards for the CPU's kernel, or None; why; and the kernel that was wanted.
+
+        Shards of all forms become one packed weight, so that a fused linear is one call.
+        """
+        if not any(self.shards.packed) and not self._may_pack():
+            return None, kernels.Choice("dense", "the checkpoint stores it dense"), "dense"
+        if not pays(weight):
+            return None, kernels.Choice("dense", "packing does not pay"), "dense"
+        wanted = choose(weight.dtype)
+        if wanted.kernel == "dense":
+            return None, wanted, "dense"
+        packed = pack_dense(weight)
+        choice = checked_choice(weight, packed)
+        return packed if choice.kernel != "dense" else None, choice, wanted.kernel
+
     def _pack(
         self, weight: torch.Tensor, choice: kernels.Choice
     ) -> tuple[kernels.Packed24 | None, kernels.Choice]:
@@ -218,6 +267,16 @@ class Sparse24LinearMethod(LinearMethodBase):
         out: torch.Tensor
         if layer.sparse24_kernel == "dense":
             out = self._dense.apply(layer, x, bias)
+        elif layer.sparse24_kernel in KERNELS:
+            out = torch.ops.msp_plugin.bitmask_linear(
+                x,
+                layer.weight,
+                layer.msp_bitmask,
+                layer.msp_row_offsets,
+                bias,
+                x.shape[-1],
+                layer.sparse24_kernel,
+            )
         else:
             out = torch.ops.msp_plugin.sparse24_linear(
                 x,
@@ -231,7 +290,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         return out
 
 
-def _is_dummy() -> bool:
+def is_dummy() -> bool:
     """Return True if vLLM makes up the weights (``--load-format dummy``)."""
     config = get_current_vllm_config_or_none()
     return config is not None and str(config.load_config.load_format) == "dummy"

@@ -44,9 +44,14 @@ class LayerReport:
 
 
 class Report:
-    """Collects the layers of one model and logs once, when the last of them is ready."""
+    """Collects the layers of one model and logs once, when the last of them is ready.
 
-    def __init__(self) -> None:
+    Args:
+        name: of the quantization method, with which the log line begins.
+    """
+
+    def __init__(self, name: str = "sparse24") -> None:
+        self.name = name
         self._expected: set[str] = set()
         self._layers: dict[str, LayerReport] = {}
 
@@ -96,4 +101,4 @@ class Report:
             for reason, names in sorted(reasons.items())
         )
         ratio = stored / dense if dense else 1
-        return f"sparse24: {counts}; {stored:,} bytes, {ratio:.3f} of dense" + (f"; {why}" if why else "")
+        return f"{self.name}: {counts}; {stored:,} bytes, {ratio:.3f} of dense" + (f"; {why}" if why else "")

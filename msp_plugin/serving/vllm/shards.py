@@ -25,10 +25,17 @@ class Shards:
         prefix: vLLM's name of the linear.
         names: the checkpoint's names of the layers, in the order of their rows.
         packed: for each of them, whether the checkpoint holds it packed.
+        suffixes: of the tensors that stand for a packed weight.
     """
 
-    def __init__(self, prefix: str, names: tuple[str, ...], packed: tuple[bool, ...]):
-        self.prefix, self.names, self.packed = prefix, names, packed
+    def __init__(
+        self,
+        prefix: str,
+        names: tuple[str, ...],
+        packed: tuple[bool, ...],
+        suffixes: tuple[str, ...] = SUFFIXES,
+    ):
+        self.prefix, self.names, self.packed, self.suffixes = prefix, names, packed, suffixes
         self._loaders: set[Callable[..., None]] = set()
         self._loaded: dict[str, set[int]] = {}
         self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -46,6 +53,11 @@ class Shards:
                 f"{self.prefix} is made of {count} parts, known are {', '.join(self.names)}",
                 hint="this model class is fused in a way that msp_plugin does not know",
             )
+
+    @property
+    def packed_names(self) -> tuple[str, ...]:
+        """The layers that the checkpoint holds packed, each once."""
+        return tuple(dict.fromkeys(n for n, packed in zip(self.names, self.packed, strict=True) if packed))
 
     @property
     def any_loaded(self) -> bool:
@@ -81,8 +93,7 @@ class Shards:
         shard: Any,
     ) -> None:
         """Load one tensor of the checkpoint into its place, and note that it came."""
-        indices = self._indices(shard)
-        parts = tuple(dict.fromkeys(self.names[i] for i in indices))
+        indices, parts = self._indices(shard), self.parts(shard)
         names = ", ".join(parts)
         try:
             loader(param, loaded, shard) if shard is not None else loader(param, loaded)
@@ -96,6 +107,10 @@ class Shards:
         if len(parts) == 1:
             shape = tuple(loaded.reshape(-1).tolist()) if suffix == "shape" else tuple(loaded.shape)
             self._shapes.setdefault(parts[0], {})[suffix] = shape
+
+    def parts(self, shard: Any) -> tuple[str, ...]:
+        """Return the names of the layers in one tensor of the checkpoint, by vLLM's name of the shard."""
+        return tuple(dict.fromkeys(self.names[i] for i in self._indices(shard)))
 
     def _indices(self, shard: Any) -> tuple[int, ...]:
         """Return the positions of the layers in one tensor of the checkpoint; all if it is fused there."""
@@ -118,14 +133,14 @@ class Shards:
         """
         bias = ("bias",) if getattr(layer, "bias", None) is not None else ()
         for index, (name, packed) in enumerate(zip(self.names, self.packed, strict=True)):
-            for suffix in (*(SUFFIXES if packed else ("weight",)), *bias):
+            for suffix in (*(self.suffixes if packed else ("weight",)), *bias):
                 if not self._replaced(layer, suffix) and index not in self._loaded.get(suffix, ()):
                     raise FormatError(
                         f"{name}.{suffix} is not in the checkpoint (part of {self.prefix})",
                         hint="a file is missing or damaged: export or download it anew",
                     )
         for name, shapes in self._shapes.items():
-            if SUFFIXES[0] in shapes:
+            if self.suffixes == SUFFIXES and SUFFIXES[0] in shapes:
                 self._check_shapes(layer, name, *(shapes[suffix] for suffix in SUFFIXES))
 
     def _replaced(self, layer: Linear, suffix: str) -> bool:
@@ -151,14 +166,30 @@ class Shards:
                 f"{name}.shape says {list(shape)}, its values are those of [{rows}, {columns}]",
                 hint="the file is damaged: export or download it anew",
             )
+        self.check_size(layer, name, (rows, columns), bitmask)
+
+    def check_size(
+        self, layer: Linear, name: str, size: tuple[int, int], bitmask: tuple[int, ...] | None = None
+    ) -> None:
+        """Raise unless a packed layer [O, I] is as large as vLLM's layer takes it, and its bitmask as wide.
+
+        Args:
+            bitmask: its shape, if it is to be [O, I / 8].
+
+        Raises:
+            FormatError: it is not.
+        """
+        rows, columns = size
         parts = [r for r, n in zip(layer.sparse24_rows, self.names, strict=True) if n == name]
         here, tp = sum(parts), getattr(layer, "tp_size", 1)
         # Each process holds one of so many shares: tp, or fewer where key and value heads are replicated.
         shares, rest = divmod(rows, here)
         whole = len(parts) > 1 or (rest == 0 and shares > 0 and tp % shares == 0)
-        if not whole or columns != layer.sparse24_columns or bitmask != (rows, columns // 8):
+        fits = bitmask is None or bitmask == (rows, columns // 8)
+        if not whole or columns != layer.sparse24_columns or not fits:
+            note = "" if bitmask is None else f" with a bitmask {list(bitmask)}"
             raise FormatError(
-                f"{name} is stored as [{rows}, {columns}] with a bitmask {list(bitmask)}; it does not fit "
+                f"{name} is stored as [{rows}, {columns}]{note}; it does not fit "
                 f"into {self.prefix}, which takes [{here}, {layer.sparse24_columns}] of it in each process",
                 hint="the file is damaged, or config.json is from another model",
             )

@@ -16,7 +16,7 @@ from msp_plugin.hosts.llm_compressor.recipe import Recipe, read_recipe
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plan.levels import Level
+from msp_plugin.plan.levels import Level, Pattern
 
 LEVELS = ("2:4", "3:8", "2:8", "1:8", "dense", "7:8", "2:8", "3:8")
 METHODS = {
@@ -65,7 +65,7 @@ def test_every_pruned_layer_is_named_exactly_once_in_the_stage_of_its_level(allo
         pruned, m = map(int, arguments["mask_structure"].split(":"))
         for layer in arguments["targets"]:
             assert layer not in named
-            named[layer] = Level(m - pruned, m)
+            named[layer] = Pattern(m - pruned, m)
     assert named == {layer: level for layer, level in given.by_layer.items() if not level.is_dense}
 
 
@@ -191,7 +191,7 @@ def test_a_level_that_the_methods_blocks_would_break_is_refused_as_a_run_would(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("level", ["3:8 in 2:4", "7/10"])
+@pytest.mark.parametrize("level", ["3:8 in 2:4", "7/10", "dropped"])
 def test_levels_that_llm_compressor_alone_cannot_make_are_refused_by_name(allocation, method, level):
     with pytest.raises(RecipeError, match=f"{MODIFIERS[method]} of llm-compressor cannot make level {level}"):
         plain_recipe(allocation(METHODS[method], levels=("2:4", level) * 4))

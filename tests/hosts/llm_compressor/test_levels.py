@@ -1,6 +1,7 @@
 """Levels that llm-compressor's own modifiers cannot make, by our functions and beside theirs."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -9,18 +10,21 @@ from safetensors.torch import load_file
 
 from msp_plugin import MixedSparsityModifier
 from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
-from msp_plugin.errors import NumericsError, RecipeError, VerificationError
+from msp_plugin.errors import HostError, NumericsError, RecipeError, VerificationError
 from msp_plugin.formats.sparse24 import is_packable
 from msp_plugin.hosts.llm_compressor.methods import host_method
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plan.levels import Kind, Level
+from msp_plugin.plan.levels import Kind, Level, Pattern
+from msp_plugin.plan.units import Layer
 from msp_plugin.pruning.masks import nm_mask, recount
 from msp_plugin.pruning.sparsegpt import SparseGPT
 from msp_plugin.pruning.wanda import Wanda
+from msp_plugin.search.options import Options
+from msp_plugin.search.resolve import resolve
 
-LEVELS = [Level(7, 8), Level(3, 8), Level(2, 4), Level(1, 8)]
+LEVELS = [Pattern(7, 8), Pattern(3, 8), Pattern(2, 4), Pattern(1, 8)]
 OTHERS = [Level.parse(text) for text in ("3:8 in 2:4", "5:16 in 2:4", "0.7", "1/3")]
 METHODS = {"sparsegpt": SparseGPT(block_size=16), "wanda": Wanda()}
 
@@ -57,7 +61,7 @@ def test_the_column_loop_is_the_hosts_bit_for_bit(width, block_size, dtype):
     module, pruner = linear(out=96, width=width, dtype=dtype), SparseGPT(block_size=block_size)
     statistic = observed(pruner, module, correlated(width, 300, dtype))
     statistic.hessian[:, 7] = statistic.hessian[7] = 0  # a dead input
-    levels = [Level(n, m) for n, m in ((2, 4), (7, 8), (1, 8), (5, 16))]
+    levels = [Pattern(n, m) for n, m in ((2, 4), (7, 8), (1, 8), (5, 16))]
     for level, found in zip(levels, pruner.prune_levels(module, statistic, levels, "layer"), strict=True):
         _, expected = sparsify_weight(
             module=module, hessians_dict={module: statistic.hessian.clone()}, sparsity=float(level.sparsity),
@@ -85,7 +89,9 @@ def test_levels_that_the_host_cannot_make_are_exact_too(method, dtype):
     for level, pruned in zip(OTHERS, pruner.prune_levels(module, statistic, OTHERS, "layer"), strict=True):
         pruner.check_level(level)
         assert (pruned.dtype, pruned.shape) == (dtype, before.shape) and torch.equal(module.weight, before)
-        assert ((pruned != 0).sum(1) == level.kept(1, 32)).all() and recount(pruned, level).broken is None
+        assert ((pruned != 0).sum(1) == level.kept(Layer("layer", 1, 32))).all() and recount(
+            pruned, level
+        ).broken is None
 
 
 @pytest.mark.parametrize("level", OTHERS, ids=str)
@@ -98,7 +104,7 @@ def test_wandas_score_ranks_at_every_level(level):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_hosts_own_modifier_makes_plain_n_of_m_alone(method):
-    host_method(METHODS[method]).check_modifier(Level(3, 8))
+    host_method(METHODS[method]).check_modifier(Pattern(3, 8))
     for level in OTHERS:
         with pytest.raises(RecipeError, match=f"cannot make level {level}"):
             host_method(METHODS[method]).check_modifier(level)
@@ -111,7 +117,7 @@ def test_a_block_holds_the_groups_of_a_level_inside_2_4_too():
 
 
 #: The levels of the eight units of the tiny model.
-MIXED = ("2:4", "3:8 in 2:4", "7/10", "dense", "7/10", "2:8", "3:8 in 2:4", "1/3")
+MIXED = ("2:4", "3:8 in 2:4", "7/10", "dense", "dropped", "2:8", "3:8 in 2:4", "1/3")
 
 
 @pytest.fixture
@@ -161,11 +167,11 @@ def test_one_run_prunes_levels_of_all_kinds_to_exact_counts(
         weight = model.get_submodule(name).weight
         assert (
             int((weight != 0).sum())
-            == level.kept(*weight.shape)
+            == level.kept(Layer(name, *weight.shape))
             == weight.numel() - modifier.stats.zeros[name]
         )
         assert recount(weight, level).broken is None
-        if level.kind is Kind.SHARE:
+        if isinstance(level, Pattern) and level.kind is Kind.SHARE:
             assert ((weight != 0).sum(1) == level.group(weight.shape[1])[0]).all()
         if level.servable:
             assert is_packable(weight)
@@ -174,6 +180,17 @@ def test_one_run_prunes_levels_of_all_kinds_to_exact_counts(
     dense = {f"{name}.weight" for name, level in allocation.by_layer.items() if not level.is_dense}
     assert {name for name in after if after[name] != before[name]} == dense
     assert count_hooks(model) == hooks
+
+
+def test_a_method_that_prunes_whole_units_is_refused_before_any_work(llama, data, given, run, plugins_with):
+    class WholeUnits(Wanda):
+        def prune_unit(self, modules, statistics, levels):
+            return super().prune_unit(modules, statistics, levels)
+
+    options = resolve(Options(allocation=given(), method="wanda"), plugins_with())
+    modifier = MixedSparsityModifier.of(replace(options, pruner=WholeUnits()), {})
+    with pytest.raises(HostError, match="'wanda' prunes whole units"):
+        run(llama, [modifier], data)
 
 
 @pytest.mark.parametrize("method", [{"name": "sparsegpt", "block_size": 64}, "wanda"])

@@ -10,11 +10,11 @@ from loguru import logger
 
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.hosts.llm_compressor.methods import host_method
-from msp_plugin.plan.levels import DENSE, Level
+from msp_plugin.plan.levels import DENSE, Pattern
 from msp_plugin.pruning.sparsegpt import SparseGPT
 from msp_plugin.pruning.wanda import Wanda
 
-LEVELS = [Level(7, 8), Level(3, 8), Level(2, 4), Level(1, 8)]
+LEVELS = [Pattern(7, 8), Pattern(3, 8), Pattern(2, 4), Pattern(1, 8)]
 METHODS = {"sparsegpt": SparseGPT(block_size=16), "wanda": Wanda()}
 
 
@@ -155,7 +155,7 @@ def damped(xs, fraction):
     return hessian + fraction * np.diag(hessian).mean() * np.eye(len(hessian))
 
 
-@pytest.mark.parametrize("level", [Level(2, 4), Level(3, 8), Level(1, 8), Level(7, 8)], ids=str)
+@pytest.mark.parametrize("level", [Pattern(2, 4), Pattern(3, 8), Pattern(1, 8), Pattern(7, 8)], ids=str)
 @pytest.mark.parametrize("width, block_size", [(8, 128), (32, 128), (32, 8), (24, 16)])
 @pytest.mark.parametrize("dampening", [0.01, 0.3])
 def test_sparsegpt_is_the_column_wise_least_squares_of_the_paper(level, width, block_size, dampening):
@@ -170,7 +170,7 @@ def test_sparsegpt_solves_for_the_survivors_when_the_pruned_columns_come_first()
     module, xs = linear(out=5, width=8), batches(8)
     module.weight[:, :4] *= 1e-3
     pruner = SparseGPT(block_size=8, dampening_frac=0.0)
-    (found,) = pruner.prune_levels(module, observed(pruner, module, xs), [Level(4, 8)], "layer")
+    (found,) = pruner.prune_levels(module, observed(pruner, module, xs), [Pattern(4, 8)], "layer")
     x = torch.cat([x.reshape(-1, 8) for x in xs]).double().numpy()
     wanted = x @ module.weight.detach().double().numpy().T
     survivors = np.linalg.lstsq(x[:, 4:], wanted, rcond=None)[0].T
@@ -200,7 +200,7 @@ def test_layers_of_one_input_share_the_factor_and_come_out_as_alone():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("level", [Level(3, 4), Level(1, 16), Level(3, 8)], ids=str)
+@pytest.mark.parametrize("level", [Pattern(3, 4), Pattern(1, 16), Pattern(3, 8)], ids=str)
 def test_equal_scores_fall_as_in_the_host(method, level):
     """Half of the weights are of four values, so that most groups hold equals."""
     module = linear(out=40, dtype=torch.bfloat16)
@@ -240,7 +240,7 @@ def test_sparsegpt_beats_wanda_on_the_calibration_output():
     judge = observed(SparseGPT(), module, xs)
     error = {}
     for name, pruner in METHODS.items():
-        (pruned,) = pruner.prune_levels(module, observed(pruner, module, xs), [Level(2, 4)], "layer")
+        (pruned,) = pruner.prune_levels(module, observed(pruner, module, xs), [Pattern(2, 4)], "layer")
         error[name] = SparseGPT().output_error(pruned - module.weight.detach(), judge)
     assert error["sparsegpt"] < 0.9 * error["wanda"]
 
@@ -266,7 +266,7 @@ def test_the_host_never_falls_back_to_the_identity_in_silence(host_warnings, wid
     x = torch.randn(1, tokens, width, generator=generator) * torch.logspace(0, -2 if seed % 2 else 0, width)
     module, pruner = linear(width=width), SparseGPT(block_size=8, dampening_frac=dampening)
     try:
-        list(pruner.prune_levels(module, observed(pruner, module, [x]), [Level(2, 4)], "layer"))
+        list(pruner.prune_levels(module, observed(pruner, module, [x]), [Pattern(2, 4)], "layer"))
     except NumericsError:
         return
     assert not [warning for warning in host_warnings if "Failed to invert hessian" in warning]
@@ -283,7 +283,7 @@ def test_a_hessian_that_is_not_finite_is_named(value):
 
 def test_the_hosts_own_statistics_are_checked_by_name():
     module = linear()
-    host = SparseGPTModifier(**host_method(SparseGPT()).modifier_arguments(Level(2, 4)))
+    host = SparseGPTModifier(**host_method(SparseGPT()).modifier_arguments(Pattern(2, 4)))
     host.calibrate_module(module, (torch.ones(2, 2, 32),), None)
     host_method(SparseGPT()).check_statistics(host, {module: "model.up_proj"})
     with pytest.raises(NumericsError, match="Hessian of model.up_proj is singular"):
@@ -295,16 +295,16 @@ def test_a_feature_that_is_always_zero_loses_its_weights():
     xs = batches()
     for x in xs:
         x[..., 5] = 0
-    (pruned,) = pruner.prune_levels(module, observed(pruner, module, xs), [Level(7, 8)], "layer")
+    (pruned,) = pruner.prune_levels(module, observed(pruner, module, xs), [Pattern(7, 8)], "layer")
     assert (pruned[:, 5] == 0).all()
     assert ((pruned != 0).reshape(12, -1, 8).sum(-1) <= 7).all()
 
 
 @pytest.mark.parametrize("method, level, expected", [
-    ("sparsegpt", Level(1, 8),
+    ("sparsegpt", Pattern(1, 8),
      {"sparsity": 0.875, "mask_structure": "7:8", "block_size": 16, "dampening_frac": 0.01}),
-    ("wanda", Level(3, 8), {"sparsity": 0.625, "mask_structure": "5:8"}),
-    ("wanda", Level(2, 4), {"sparsity": 0.5, "mask_structure": "2:4"}),
+    ("wanda", Pattern(3, 8), {"sparsity": 0.625, "mask_structure": "5:8"}),
+    ("wanda", Pattern(2, 4), {"sparsity": 0.5, "mask_structure": "2:4"}),
 ])  # fmt: skip
 def test_the_hosts_structure_counts_the_pruned_ones(method, level, expected):
     assert host_method(METHODS[method]).modifier_arguments(level) == expected
@@ -312,10 +312,10 @@ def test_the_hosts_structure_counts_the_pruned_ones(method, level, expected):
 
 def test_a_block_that_would_break_the_pattern_is_refused():
     with pytest.raises(RecipeError, match="block_size 12 is no multiple of the M of level 2:8") as error:
-        SparseGPT(block_size=12).check_level(Level(2, 8))
+        SparseGPT(block_size=12).check_level(Pattern(2, 8))
     assert "block's edge" in error.value.hint
-    SparseGPT(block_size=12).check_level(Level(2, 4))
-    Wanda().check_level(Level(2, 8))
+    SparseGPT(block_size=12).check_level(Pattern(2, 4))
+    Wanda().check_level(Pattern(2, 8))
 
 
 @pytest.mark.parametrize("method", METHODS)

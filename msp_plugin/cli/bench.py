@@ -1,0 +1,87 @@
+"""``msp bench``: a packed checkpoint's speed and memory beside its dense form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from msp_plugin.cli.arguments import AsJson, Dtype, Verbose
+
+if TYPE_CHECKING:
+    from msp_plugin.serving.bench import BenchRecord
+
+
+def bench_command(
+    source: Annotated[Path, typer.Argument(help="packed checkpoint that `msp export` wrote")],
+    dtype: Dtype = "auto",
+    batch: Annotated[int, typer.Option(help="sequences at once")] = 1,
+    prompt: Annotated[int, typer.Option(help="tokens of each prompt")] = 256,
+    tokens: Annotated[int, typer.Option(help="tokens decoded after it")] = 32,
+    repeats: Annotated[int, typer.Option(help="turns of each form; medians count")] = 3,
+    threads: Annotated[int | None, typer.Option(help="default: torch's")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="file for the results, e.g. bench.json")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure how fast a packed checkpoint generates on this CPU, and in how much memory, beside its dense form.
+
+    Example: msp bench llama-75-packed --out bench.json
+    """
+    from msp_plugin.cli.console import set_up_logs
+
+    set_up_logs(verbose)
+    import torch
+
+    from msp_plugin.runtime.disk import check_new, writing
+    from msp_plugin.runtime.files import write_json
+    from msp_plugin.serving.bench import BenchOptions, bench
+
+    options = BenchOptions(dtype, batch, prompt, tokens, repeats)
+    if out is not None:
+        out = out.expanduser()
+        check_new(out)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    record = bench(source, options)
+    if out is not None:
+        with writing(out):
+            write_json(out, record.to_dict())
+    if as_json:
+        typer.echo(json.dumps(record.to_dict(), indent=2, sort_keys=True))
+    else:
+        _show(record)
+        if out is not None:
+            typer.echo(f"Written: {out}")
+
+
+def _show(record: BenchRecord) -> None:
+    """Print the table of a measurement."""
+    from rich import box
+    from rich.table import Table
+
+    from msp_plugin.cli import console
+
+    kernels = (
+        ", ".join(f"{n} layers on {kernel}" for kernel, n in record.kernels.items()) or "no kernel: all dense"
+    )
+    title = f"{record.model}: {kernels}; {record.machine['threads']} threads of {record.machine['processor']}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("", "packed", "dense", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    rows = {
+        "bytes": ("MiB of tensors", 2**20),
+        "resident": ("MiB resident", 2**20),
+        "prefill": ("prefill, tokens/s", 1),
+        "decode": ("decode, tokens/s", 1),
+    }
+    for name, (label, unit) in rows.items():
+        values = (getattr(record.packed, name), getattr(record.dense, name))
+        cells = ["-" if value is None else f"{value / unit:,.1f}" for value in values]
+        ratio = record.ratios.get(name)
+        table.add_row(label, *cells, "-" if ratio is None else f"{ratio:.2f}")
+    console.table.print(table)

@@ -1,0 +1,303 @@
+"""Blockwise recovery: train the surviving weights of one window at a time to the dense model's output.
+
+Shape legend: B samples, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from msp_plugin.errors import ModelError, NumericsError, RecipeError
+from msp_plugin.models.layers import decoder_blocks
+from msp_plugin.models.offload import offloaded_module
+from msp_plugin.passes.by_block import runs_by_block
+from msp_plugin.passes.gradients import BACKWARD
+from msp_plugin.passes.losses import mean_kl
+from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult
+from msp_plugin.recovery.masks import Masks
+from msp_plugin.recovery.window_training import (
+    Fit,
+    Schedule,
+    Trained,
+    fit,
+    set_state,
+    state_of,
+    trained_parameters,
+)
+from msp_plugin.recovery.windows import Window, windows
+from msp_plugin.runtime.disk import writing
+from msp_plugin.runtime.files import replacing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+#: Most steps of a short run that tries a learning rate.
+_TRIAL_STEPS = 16
+#: Measurements of the hold-out loss during a recovery, besides the first.
+_MEASUREMENTS = 4
+
+
+@dataclass(frozen=True)
+class Blockwise(Recovery):
+    """Trains half a block at a time to the dense model's output (EBFT, arXiv 2402.12419): minutes, no labels.
+
+    A window, by default the attention or the MLP half of a block with its norm, gets the hidden states of the model as
+    recovered so far, and its surviving weights, norms and biases are trained with AdamW so that its output comes near
+    to the dense model's hidden state at the same place, behind dense blocks. Only one window is trained at a time, so
+    that memory holds its gradients and moments, and of all samples two hidden states. 2510.14444 finds halves as good
+    as larger windows.
+
+    Deviations from EBFT: halves instead of blocks; rate, batch and epochs of our own; a cosine; hold-out samples choose
+    the rate and the epoch for each window, so that none gets worse on them.
+
+    Args:
+        blocks: whole blocks of a window; 0 for halves, where a block has them.
+        epochs: passes over the samples for each window.
+        rates: learning rates, of which one is chosen for each window: the one whose first steps, up to 16, leave the
+            least error on the hold-out samples.
+        decay: AdamW's weight decay.
+    """
+
+    name = "blockwise"
+
+    blocks: int = 0
+    epochs: int = 4
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.blocks < 0 or self.epochs < 1:
+            raise RecipeError("blockwise: blocks must be at least 0 and epochs at least 1")
+        if not self.rates or not all(math.isfinite(rate) and rate > 0 for rate in self.rates):
+            raise RecipeError("blockwise: rates must be positive numbers, at least one")
+        if not self.decay >= 0:
+            raise RecipeError("blockwise: decay must be at least 0")
+
+    def check(self, model: PreTrainedModel, masks: Masks) -> None:
+        if (name := offloaded_module(model)) is not None:
+            raise ModelError(
+                f"blockwise trains weights in memory, and those of {name} are offloaded",
+                hint="leave only the original's weights on disk",
+            )
+
+    def recover(self, inputs: RecoveryInputs) -> RecoveryResult:
+        """Change the surviving weights of the model in place (see Recovery.recover).
+
+        Raises:
+            ModelError: the model hands more than the hidden state from block to block.
+            NumericsError: a hidden state of either model is not finite.
+        """
+        model, original = inputs.model, inputs.original
+        assert original is not None, "the caller gives the original, because needs_original is True"
+        if not runs_by_block(model, inputs.data.samples[0]):
+            raise ModelError(
+                f"{type(model).__name__} hands more than the hidden state from block to block, so blockwise cannot run it",
+                hint="use another recovery method (see `msp plugins`)",
+            )
+        with _frozen(model):
+            return _Walk(self, inputs, original).run()
+
+
+class _Walk:
+    """One walk of a sparse and a dense model through all windows, side by side.
+
+    Attributes:
+        ids: the batches, int64[B, T], first those that are trained on.
+        batches: count of the batches that are trained on; the others judge.
+        dense, own: the hidden states [B, T, D] of both models at the present window, by batch; None before the first.
+    """
+
+    def __init__(self, method: Blockwise, inputs: RecoveryInputs, original: PreTrainedModel):
+        self.method, self.inputs, self.original, self.model = method, inputs, original, inputs.model
+        data = list(inputs.data.batches(inputs.batch_tokens))
+        self.ids = data + list(inputs.holdout.batches(inputs.batch_tokens))
+        self.batches = len(data)
+        self.windows = windows(original, inputs.data.samples[0], method.blocks)
+        self.prefix, self.blocks = decoder_blocks(self.model)
+        self.dense: list[torch.Tensor | None] = [None] * len(self.ids)
+        self.own: list[torch.Tensor | None] = [None] * len(self.ids)
+
+    def run(self) -> RecoveryResult:
+        """Recover all windows in order; those that a stopped recovery has trained are read from its folder."""
+        course = _Course()
+        count = len(self.windows)
+        for number, window in enumerate(self.windows):
+            self.dense = self._through(window, self.original, self.dense)
+            trained = trained_parameters(self.model, window, self.inputs.masks)
+            restored = _restore(self._file(number), trained)
+            if restored is None:
+                if number == 0:
+                    self._measure(course)
+                self._train(number, window, trained, course)
+                if (number + 1) * _MEASUREMENTS // count > number * _MEASUREMENTS // count:
+                    self._measure(course)
+                _save(self._file(number), trained, course)
+            else:
+                course = restored
+            self.own = self._through(window, self.model, self.own)
+            self.inputs.progress("recovery", number + 1, count, course.note)
+        return RecoveryResult(course.tokens, tuple(course.curve), tuple(course.notes))
+
+    def _train(self, number: int, window: Window, trained: Sequence[Trained], course: _Course) -> None:
+        """Train a window's parameters and leave them in the best state on the hold-out samples."""
+        name = window.name(self.prefix)
+        judged = range(self.batches, len(self.ids))
+        first = self._mean_error(window, range(self.batches))
+        before = self._mean_error(window, judged)
+        if not (math.isfinite(first) and math.isfinite(before)):
+            raise NumericsError(f"the output of {name} is not finite", hint="try dtype float32 or bfloat16")
+        if not trained or first == 0:
+            course.note = f"{name}: nothing to train"
+            return
+
+        with self._fitting(window, trained, first) as fit_at:
+            start = Fit(before, state_of(trained))
+            fits = [start]
+            rates = self.method.rates
+            if len(rates) > 1:
+                trial = min(_TRIAL_STEPS, self.batches)
+                trials = [fit_at(start, Schedule(trial, rate, self.method.decay), number) for rate in rates]
+                rates = (rates[min(range(len(rates)), key=lambda i: trials[i].error)],)
+                fits += trials
+            steps = self.method.epochs * self.batches
+            fits.append(fit_at(start, Schedule(steps, rates[0], self.method.decay), number))
+        best = min(fits, key=lambda result: result.error)
+        set_state(trained, best.state)
+        course.tokens += self._cost(window, sum(result.steps for result in fits))
+        if not all(result.finite for result in fits):
+            course.notes.append(f"{name}: a loss was not finite, the best state before it stays")
+            log.warning(course.notes[-1])
+        course.note = f"{name}: rate {rates[0]:g}, error {before:.3g}, then {best.error:.3g}"
+
+    @contextmanager
+    def _fitting(
+        self, window: Window, trained: Sequence[Trained], scale: float
+    ) -> Iterator[Callable[[Fit, Schedule, int], Fit]]:
+        """Yield a function that fits a window from a state by a schedule, with a seed; gradients are on in the block.
+
+        Args:
+            scale: the error before, by which the loss is divided.
+        """
+
+        def loss(batch: int) -> torch.Tensor:
+            return self._error(window, batch) / scale
+
+        def held_out() -> float:
+            return self._mean_error(window, range(self.batches, len(self.ids)))
+
+        def fit_at(start: Fit, schedule: Schedule, seed: int) -> Fit:
+            return fit(trained, loss, self.batches, held_out, start, schedule, self.inputs.seed + seed)
+
+        try:
+            for each in trained:
+                each.parameter.requires_grad_(True)
+            yield fit_at
+        finally:
+            for each in trained:
+                each.parameter.requires_grad_(False)
+
+    def _error(self, window: Window, batch: int) -> torch.Tensor:
+        """Return the error of a window's output on a batch, as a node of the graph.
+
+        It is the mean over tokens of the squared distance to the dense hidden state, in squared lengths of that state.
+        """
+        output = window.run(self.model, self.ids[batch], self.own[batch]).float()
+        target = self.dense[batch]
+        assert target is not None
+        target = target.to(output.device).float()
+        return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
+
+    @torch.no_grad()
+    def _mean_error(self, window: Window, batches: Sequence[int]) -> float:
+        """Return the mean error over the tokens of some batches."""
+        weights = [self.ids[batch].numel() for batch in batches]
+        errors = [float(self._error(window, batch)) for batch in batches]
+        return sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
+
+    @torch.no_grad()
+    def _through(
+        self, window: Window, model: torch.nn.Module, hidden: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Return the hidden states behind a window of a model by batch."""
+        return [window.run(model, ids, state) for ids, state in zip(self.ids, hidden, strict=True)]
+
+    def _cost(self, window: Window, steps: int) -> int:
+        """Return the tokens of some steps in a window, as tokens through all blocks; the hold-out is left out."""
+        data = sum(ids.numel() for ids in self.ids[: self.batches])
+        share = (window.last + 1 - window.first) / len(self.blocks) / (2 if window.half else 1)
+        return round(BACKWARD * data * steps / self.batches * share)
+
+    def _measure(self, course: _Course) -> None:
+        """Add to the curve the KL divergence from the dense model on the hold-out samples, if it is a number."""
+        text = self.inputs.holdout
+        with suppress(NumericsError):  # the window that makes it so is named later
+            loss = mean_kl(self.original, self.model, text, batch_tokens=self.inputs.batch_tokens)
+            course.curve.append((course.tokens, loss))
+
+    def _file(self, number: int) -> Path:
+        return self.inputs.folder / f"window-{number:04}.safetensors"
+
+
+@dataclass
+class _Course:
+    """The course of a recovery so far.
+
+    Attributes:
+        tokens: see RecoveryResult, as are ``curve`` and ``notes``.
+        note: on the last window.
+    """
+
+    tokens: int = 0
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    note: str = ""
+
+
+def _save(file: Path, trained: Sequence[Trained], course: _Course) -> None:
+    """Write a window's parameters with the course of the recovery, so that a stopped one can go on."""
+    tensors = {each.name: each.parameter.detach().cpu().contiguous() for each in trained}
+    with writing(file), replacing(file) as temporary:
+        save_file(tensors, temporary, {"course": json.dumps(asdict(course))})
+
+
+def _restore(file: Path, trained: Sequence[Trained]) -> _Course | None:
+    """Set a window's parameters from a file and return the course of the recovery then; None if there is no whole file."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as saved:
+            course = _Course(**json.loads(saved.metadata()["course"]))
+            values = [saved.get_tensor(each.name) for each in trained]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        log.warning("%s is damaged (%s): its window is trained anew", file, error)
+        return None
+    for each, value in zip(trained, values, strict=True):
+        each.parameter.data.copy_(value)
+    course.curve = [(tokens, loss) for tokens, loss in course.curve]
+    return course
+
+
+@contextmanager
+def _frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Let no parameter of a model require gradients in the block, but those that the block names."""
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)

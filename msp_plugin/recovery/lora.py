@@ -1,0 +1,69 @@
+"""LoRA, for models whose shapes shrank; the zeros of a mask are put back when it is merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from msp_plugin.errors import RecipeError
+from msp_plugin.recovery.base import RecoveryInputs
+from msp_plugin.recovery.masks import Masks
+from msp_plugin.recovery.trained import TrainedRecovery, check_rank
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+@dataclass(frozen=True)
+class LoRA(TrainedRecovery):
+    """Low-rank changes of all layers, W + (alpha / rank) B A, without regard to zeros while training.
+
+    The recovery of LLM-Pruner (arXiv 2305.11627), with the rank, alpha and learning rate of its script, and peft's own
+    adapter: it needs no gradient of a whole weight, so that it is cheaper than masked_lora. On a mask it trains a model
+    that the merge does not give, because the merge leaves the zeros as they are; it is refused there without
+    ``masked_merge``. Deviations: KL to the dense model instead of the cross entropy where there is one; no dropout
+    (0.05 there).
+
+    Args:
+        rank, alpha: of the change.
+        masked_merge: merge only what falls on surviving weights.
+        learning_rate: the highest one; see TrainedRecovery for the options of training.
+    """
+
+    name = "lora"
+
+    rank: int = 8
+    alpha: float = 16.0
+    learning_rate: float = 1e-4
+    masked_merge: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise RecipeError(f"{self.name}: rank = {self.rank}", hint="give at least 1")
+
+    def check_layers(self, masks: Masks) -> None:
+        check_rank(self.name, "rank", self.rank, masks)
+        zeros = sum(masks.zeros(name) for name in masks)
+        if zeros and not self.masked_merge:
+            raise RecipeError(
+                f"{self.name} would fill {zeros:,} pruned weights in",
+                hint="use masked_lora, which trains what it merges, or masked_merge: true",
+            )
+
+    def config(self, inputs: RecoveryInputs) -> PeftConfig:
+        from peft import LoraConfig
+
+        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(inputs.masks))  # type: ignore[arg-type,unused-ignore]
+
+    def merge(self, adapted: PeftModel) -> None:
+        from peft.tuners.lora import Linear
+
+        with torch.no_grad():
+            for module in adapted.modules():
+                if isinstance(module, Linear):
+                    weight = module.get_base_layer().weight
+                    new = weight.float() + module.get_delta_weight("default").float()
+                    weight.copy_(torch.where(weight == 0, weight, new.to(weight.dtype)))

@@ -1,0 +1,277 @@
+"""Recovery by training on text: options, checks and order of work, which all trained methods share."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from msp_plugin.errors import DataError, HostError, ModelError, NumericsError, RecipeError
+from msp_plugin.models.offload import offloaded_module
+from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult
+from msp_plugin.recovery.masks import Masks
+from msp_plugin.recovery.objective import Objective, objective
+from msp_plugin.recovery.weight_change import WeightChange
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+SCHEDULES = ("all", "ist")
+RATES = ("cosine", "linear", "constant_with_warmup")
+
+
+@dataclass(frozen=True)
+class TrainedRecovery(Recovery):
+    """Training on text through transformers' Trainer and accelerate, of an adapter that is merged at the end.
+
+    Adapters are trained in float32 with AdamW, whatever the model's dtype. The state with the lowest hold-out loss is
+    merged, none if that is the state before training. Where the loss stops being finite, training ends with the best
+    state before that. A stopped training continues from its last evaluation.
+
+    Args:
+        tokens: of the text that is trained on, over and over if the data has fewer.
+        step_tokens: tokens of one step of the optimizer.
+        learning_rate: the highest one.
+        rate: how the learning rate falls: ``cosine``, ``linear`` or ``constant_with_warmup``.
+        warmup: share of the steps in which it rises from 0.
+        weight_decay: AdamW's.
+        kl_weight: share of the KL divergence from the dense model in the loss, the rest is cross entropy; None takes 1
+            where there is a dense model, else 0.
+        temperature: of the KL divergence.
+        layers: ``all`` trains the adapters of all blocks, ``ist`` those of few blocks at a time (see ist).
+        ist_start: the importance that ``ist`` starts from: ``zero``, or ``sensitivity`` of the run's measurement.
+        evaluations: how often the loss on the hold-out text is measured, and the state saved.
+        evaluation_tokens: hold-out tokens of each, at most.
+        patience: evaluations without a better loss that end training; 0 never does.
+        gradient_checkpointing: keep one activation for each block, and run each once more in the backward pass.
+        adapter: a directory that gets the adapter before it is merged, as peft saves it; none if it is empty.
+        report_to: ``none``, or an integration of transformers such as ``tensorboard``.
+    """
+
+    tokens: int = 1_000_000
+    step_tokens: int = 4096
+    learning_rate: float = 5e-4
+    rate: str = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    kl_weight: float | None = None
+    temperature: float = 1.0
+    layers: str = "all"
+    ist_start: str = "zero"
+    evaluations: int = 10
+    evaluation_tokens: int = 16384
+    patience: int = 0
+    gradient_checkpointing: bool = False
+    adapter: str = ""
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        for option, least in (
+            ("tokens", 1),
+            ("step_tokens", 1),
+            ("evaluations", 1),
+            ("evaluation_tokens", 1),
+            ("patience", 0),
+        ):
+            if getattr(self, option) < least:
+                raise RecipeError(
+                    f"{self.name}: {option} = {getattr(self, option)}", hint=f"give at least {least}"
+                )
+        for option in ("learning_rate", "temperature"):
+            if getattr(self, option) <= 0:
+                raise RecipeError(f"{self.name}: {option} = {getattr(self, option)}", hint="give more than 0")
+        for option in ("warmup", "kl_weight"):
+            value = getattr(self, option)
+            if value is not None and not 0 <= value <= 1:
+                raise RecipeError(f"{self.name}: {option} = {value} is no share", hint="give 0 to 1")
+        for option, known in (("rate", RATES), ("layers", SCHEDULES), ("ist_start", ("zero", "sensitivity"))):
+            if getattr(self, option) not in known:
+                raise RecipeError(
+                    f"{self.name}: {option} {getattr(self, option)!r} is unknown",
+                    hint=f"use {', '.join(known)}",
+                )
+
+    @property
+    def needs_original(self) -> bool:  # type: ignore[override] # a class attribute that may be a property
+        return bool(self.kl_weight)
+
+    def check(self, model: PreTrainedModel, masks: Masks) -> None:
+        """Raise, before any work, if an option does not fit the model.
+
+        Raises:
+            HostError: peft or accelerate is missing.
+            ModelError: weights are offloaded, or in a dtype that is not trained.
+            RecipeError: an option does not fit its layers.
+        """
+        require_training()
+        if (name := offloaded_module(model)) is not None:
+            raise ModelError(
+                f"the weights of {name} are offloaded, and {self.name} trains models in memory",
+                hint="use blockwise, or do not offload",
+            )
+        if model.dtype not in (torch.float32, torch.bfloat16):
+            raise ModelError(
+                f"the model is in {str(model.dtype).removeprefix('torch.')}, {self.name} trains float32 and bfloat16",
+                hint="load it with dtype bfloat16 or float32",
+            )
+        self.check_layers(masks)
+
+    def check_layers(self, masks: Masks) -> None:
+        """Raise RecipeError if an option does not fit the layers."""
+
+    @abstractmethod
+    def config(self, inputs: RecoveryInputs) -> PeftConfig:
+        """Return peft's configuration of the adapter that is trained."""
+
+    @abstractmethod
+    def merge(self, adapted: PeftModel) -> None:
+        """Merge the adapter into the weights: in float32, rounded once, with every zero kept."""
+
+    def objective(self, inputs: RecoveryInputs) -> AbstractContextManager[Objective]:
+        """Return the context of the loss (see objective.objective)."""
+        weight = self.kl_weight
+        if weight is None:
+            weight = 0.0 if inputs.original is None else 1.0
+        if weight and inputs.original is None:
+            raise RecipeError(
+                f"{self.name}: kl_weight = {weight}, but there is no dense model to compare with",
+                hint="give the original, or kl_weight 0 for the cross entropy alone",
+            )
+        dense = inputs.original if weight else None
+        ids = inputs.data.samples[0]
+        return objective(inputs.model, dense, ids, weight=weight, temperature=self.temperature)
+
+    def recover(self, inputs: RecoveryInputs) -> RecoveryResult:
+        self.check(inputs.model, inputs.masks)
+        for use, data in (("to train on", inputs.data), ("that is held out", inputs.holdout)):
+            if not data.tokens:
+                raise DataError(f"{self.name} has no text {use}", hint="give more text, or shorter samples")
+        from msp_plugin.recovery.trainer import train
+
+        config = self.config(inputs)
+        with adapted(inputs.model, config) as model, self.objective(inputs) as loss:
+            course = train(self, model, loss, inputs)
+            if course.improved:
+                if self.adapter and inputs.ranks.rank == 0:
+                    save_adapter(model, inputs.model, Path(self.adapter))
+                self.merge(model)
+            elif course.stopped:
+                raise NumericsError(
+                    f"{self.name}: the loss or its gradient is not finite {course.stopped}, and no state before "
+                    "that is better than the pruned model",
+                    hint=f"give a smaller learning_rate than {self.learning_rate:g}, or dtype float32",
+                )
+        return RecoveryResult(course.cost, course.curve, course.notes(self))
+
+
+@dataclass(frozen=True)
+class AdapterRecovery(TrainedRecovery):
+    """Training of a weight change that keeps zeros by construction.
+
+    Args:
+        norms: also train the norms and the biases of the layers.
+    """
+
+    norms: bool = False
+
+    def change(self) -> WeightChange:
+        """Return the change of a layer's weight."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: RecoveryInputs) -> WeightChange:
+        """Return the change, for methods that look at the model and the text first."""
+        return self.change()
+
+    def config(self, inputs: RecoveryInputs) -> PeftConfig:
+        from msp_plugin.recovery.tuner import SparseAdapterConfig
+
+        change = self.prepare(inputs)
+        layers = [name for name in inputs.masks if change.changes(name)]
+        return SparseAdapterConfig.of(
+            change,
+            layers,
+            vectors=vector_modules(inputs.model) if self.norms else [],
+            biases=self.norms,
+            seed=inputs.seed,
+        )
+
+    def merge(self, adapted: PeftModel) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in adapted.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+
+
+@contextmanager
+def adapted(model: PreTrainedModel, config: PeftConfig) -> Iterator[PeftModel]:
+    """Yield peft's model around a model, which afterwards has its own layers, flags and mode again."""
+    from msp_plugin.recovery.tuner import add_adapter
+
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    training, cache = model.training, model.config.use_cache if hasattr(model.config, "use_cache") else None
+    wrapped = add_adapter(model, config)
+    try:
+        yield wrapped
+    finally:
+        model.gradient_checkpointing_disable()
+        wrapped.unload()
+        vars(model).pop("peft_config", None)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        model.train(training)
+        if cache is not None:
+            model.config.use_cache = cache
+
+
+def save_adapter(adapted: PeftModel, model: PreTrainedModel, directory: Path) -> None:
+    """Write an adapter as peft does, with the name of the model that it is for."""
+    config = adapted.peft_config["default"]
+    config.base_model_name_or_path = model.name_or_path
+    try:
+        adapted.save_pretrained(str(directory), save_embedding_layers=False)
+    finally:
+        config.base_model_name_or_path = ""
+
+
+def vector_modules(model: torch.nn.Module) -> list[str]:
+    """Return the names of the modules whose own parameters are all vectors, such as norms."""
+    found = []
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if name and own and all(p.dim() == 1 for p in own):
+            found.append(name)
+    return found
+
+
+def check_rank(method: str, option: str, rank: int, masks: Masks) -> None:
+    """Raise if a rank is larger than a side of a layer.
+
+    Raises:
+        RecipeError: the message names the smallest such layer.
+    """
+    side, name = min((min(shape), name) for name, shape in masks.shapes.items())
+    if rank > side:
+        out, width = masks.shapes[name]
+        raise RecipeError(
+            f"{method}: {option} = {rank}, but {name} has {out} x {width} weights",
+            hint=f"give at most {side}",
+        )
+
+
+def require_training() -> None:
+    """Raise unless peft and accelerate are installed.
+
+    Raises:
+        HostError: one is missing; the hint names the extra that installs them.
+    """
+    for package in ("peft", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise HostError(f"{package} is not installed", hint="pip install 'msp_plugin[recovery]'")

@@ -1,0 +1,169 @@
+"""Train the surviving weights, norms and biases of one window of a model.
+
+Shape legend: B samples, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from msp_plugin.models.layers import decoder_blocks
+from msp_plugin.recovery.masks import Masks
+from msp_plugin.recovery.windows import Window
+
+#: Returns the loss of a batch, by its number, as a node of the graph.
+BatchLoss = Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A parameter that is trained in float32, whatever its own dtype.
+
+    Args:
+        name: its full name.
+        kept: bool[out, in], False for weights that stay zero; None if all of its values are trained.
+        master: its values, float32, of which the parameter holds the rounded ones.
+    """
+
+    name: str
+    parameter: torch.nn.Parameter
+    kept: torch.Tensor | None
+    master: torch.Tensor
+
+    def put(self) -> None:
+        """Round the float32 values into the parameter."""
+        self.parameter.data.copy_(self.master)
+
+    def take_gradient(self) -> None:
+        """Move the parameter's gradient to the float32 values, without those of pruned weights."""
+        gradient = self.parameter.grad
+        self.parameter.grad = None
+        if gradient is not None:
+            gradient = gradient.float()
+            self.master.grad = gradient if self.kept is None else gradient.mul_(self.kept)
+
+
+def trained_parameters(model: torch.nn.Module, window: Window, masks: Masks) -> list[Trained]:
+    """Return the parameters of a window that a recovery may change: masked layers' weights, norms and biases.
+
+    Left alone are all others, such as routers, convolutions and fused experts, and parameters that blocks share.
+    """
+    prefix, blocks = decoder_blocks(model)
+    shared = Counter(p for block in blocks for p in dict.fromkeys(block.parameters()))
+    trained = []
+    for number in range(window.first, window.last + 1):
+        for inside, parameter in blocks[number].named_parameters():
+            name = f"{prefix}.{number}.{inside}"
+            layer, _, leaf = name.rpartition(".")
+            masked = leaf == "weight" and layer in masks.shapes
+            if shared[parameter] > 1 or not window.contains(number, inside):
+                continue
+            if masked or parameter.dim() == 1:
+                kept = masks.kept(layer, parameter.device) if masked else None
+                master = parameter.detach().float().clone()
+                trained.append(Trained(name, parameter, kept, master))
+    return trained
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a training run.
+
+    Args:
+        steps: batches that are trained on.
+        rate: the highest learning rate; it rises over the first share ``warm`` of the steps and falls to zero as a
+            cosine.
+        decay: AdamW's weight decay of matrices; norms and biases have none.
+    """
+
+    steps: int
+    rate: float
+    decay: float
+    warm: float = 0.1
+
+    def at(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        rise = min(1.0, (step + 1) / (self.warm * self.steps))
+        return self.rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The outcome of a training run.
+
+    Args:
+        error: the least loss on the hold-out batches, which belongs to ``state``.
+        state: float32 values of the parameters, in order.
+        steps: steps that were run; 0 for the state before.
+        finite: False if the loss became infinite or NaN and the run ended.
+    """
+
+    error: float
+    state: list[torch.Tensor]
+    steps: int = 0
+    finite: bool = True
+
+
+def fit(
+    trained: Sequence[Trained],
+    loss: BatchLoss,
+    batches: int,
+    held_out: Callable[[], float],
+    start: Fit,
+    schedule: Schedule,
+    seed: int,
+) -> Fit:
+    """Return the best state of a training run of a window; the parameters are left in another one.
+
+    After each pass over the batches, and at the end, the hold-out decides. AdamW (arXiv 1711.05101) works on float32
+    values. The zeros have no gradient, so that its moments of them stay zero, and decay multiplies them by zero.
+
+    Args:
+        loss: of a batch; its scale should be about one.
+        batches: count of the batches, which are drawn without repetition.
+        held_out: returns the loss on the hold-out.
+        start: the state to begin with.
+    """
+    set_state(trained, start.state)
+    matrices = [t.master for t in trained if t.master.dim() > 1]
+    others = [t.master for t in trained if t.master.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": schedule.decay}, {"params": others, "weight_decay": 0.0}]
+    # (0.9, 0.95): the mean of squares forgets within tens of steps, as many as a window has.
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=schedule.rate, betas=(0.9, 0.95))
+    best, order = start, list[int]()
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(schedule.steps):
+        order = order or torch.randperm(batches, generator=generator).tolist()
+        value = loss(order.pop())
+        if not torch.isfinite(value):
+            return Fit(best.error, best.state, step, finite=False)
+        value.backward()
+        for each in trained:
+            each.take_gradient()
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.at(step)
+        optimizer.step()
+        for each in trained:
+            each.put()
+        if not order or step + 1 == schedule.steps:
+            error = held_out()
+            if error < best.error:  # False for NaN
+                best = Fit(error, state_of(trained))
+    return Fit(best.error, best.state, schedule.steps)
+
+
+def state_of(trained: Sequence[Trained]) -> list[torch.Tensor]:
+    """Return copies of the float32 values."""
+    return [t.master.clone() for t in trained]
+
+
+def set_state(trained: Sequence[Trained], state: Sequence[torch.Tensor]) -> None:
+    """Set the float32 values, and round them into the parameters."""
+    for each, values in zip(trained, state, strict=True):
+        each.master.copy_(values)
+        each.put()

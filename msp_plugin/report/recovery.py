@@ -1,0 +1,91 @@
+"""The section of a run's report on its recoveries: what each stage took back, and the course of each recovery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from msp_plugin.records.run import DENSE, RECOVER, RecoveryRecord, RunRecord, StageRecord
+from msp_plugin.report.charts import Chart, Series, draw
+from msp_plugin.report.statistics import taken_back
+from msp_plugin.report.text import count, percent, seconds
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A stage as a row of the table."""
+
+    name: str
+    perplexity: float | None
+    kl: float | None
+    seconds: float | None
+    back: float | None
+
+
+@dataclass(frozen=True)
+class RecoveryPart:
+    """One recovery: its facts, its curve, and its remarks."""
+
+    facts: list[tuple[str, str]]
+    curve: Chart | None
+    notes: tuple[str, ...]
+
+
+def stage_rows(record: RunRecord) -> list[StageRow]:
+    """Return a row for each stage, with the share of the loss over dense of the one before that it took back.
+
+    Empty for a run without a recovery.
+    """
+    if not any(stage.name == RECOVER for stage in record.stages):
+        return []
+    dense = next((stage.perplexity for stage in record.stages if stage.name == DENSE), None)
+    sparse = [stage for stage in record.stages if stage.name != DENSE]
+    shares = [None, *(taken_back(dense, a.perplexity, b.perplexity) for a, b in pairwise(sparse))]
+    rows = [
+        StageRow(_stage_name(stage), stage.perplexity, stage.kl, stage.seconds, share)
+        for stage, share in zip(sparse, shares, strict=True)
+    ]
+    return [StageRow(DENSE, dense, None, None, None), *rows]
+
+
+def _stage_name(stage: StageRecord) -> str:
+    """Return a stage with the name of its method."""
+    method = None if stage.recovery is None else stage.recovery.method.get("name")
+    return f"{stage.name}, {method}" if method else stage.name
+
+
+def recovery_parts(record: RunRecord) -> list[RecoveryPart]:
+    """Return the recoveries of a run in their order."""
+    return [
+        RecoveryPart(_facts(stage, stage.recovery), _curve(stage.recovery), stage.recovery.notes)
+        for stage in record.stages
+        if stage.recovery is not None
+    ]
+
+
+def _facts(stage: StageRecord, work: RecoveryRecord) -> list[tuple[str, str]]:
+    options = ", ".join(f"{key} {value}" for key, value in sorted(work.method.items()) if key != "name")
+    facts = [("Recovery", str(work.method.get("name", "–"))), ("Options", options or "none")]
+    for name, text in (("Text", work.data), ("Hold-out", work.holdout)):
+        if text is not None:
+            facts.append((name, f"{count(text.samples)} samples, {count(text.tokens)} tokens"))
+    return [
+        *facts,
+        ("Tokens through the blocks", count(work.tokens)),
+        ("Time", seconds(stage.seconds)),
+        ("Zeros, recounted", percent(stage.sparsity, 4)),
+        ("Weights rounded to zero", count(sum(work.rounded.values()))),
+    ]
+
+
+def _curve(work: RecoveryRecord) -> Chart | None:
+    return draw(
+        Chart(
+            "Hold-out loss against tokens",
+            "tokens through the blocks",
+            "loss, nats per token",
+            (Series("hold-out text", work.curve, 0, "line"),),
+            caption="The loss on the hold-out text, which is not recovered on, during the recovery: "
+            "the KL divergence from the dense model, unless the method names another loss.",
+        )
+    )

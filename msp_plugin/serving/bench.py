@@ -1,0 +1,184 @@
+"""How fast a packed checkpoint generates on this CPU, and in how much memory, beside its dense form."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from msp_plugin.errors import RecipeError
+from msp_plugin.serving.cpu.linear import PackedLinear
+from msp_plugin.serving.load import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_RATIOS = ("bytes", "resident", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured.
+
+    Args:
+        dtype: as for ``load``.
+        batch: sequences at once.
+        prompt: tokens of each sequence that prefill reads.
+        tokens: tokens of each sequence that are decoded then.
+        repeats: turns of each form; medians count.
+    """
+
+    dtype: str = "auto"
+    batch: int = 1
+    prompt: int = 256
+    tokens: int = 32
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "prompt", "tokens", "repeats"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class FormSpeed:
+    """One form of a checkpoint.
+
+    Args:
+        bytes: of all tensors that the model holds.
+        resident: bytes by which the process's resident memory grew when it was loaded; None where Linux does not say it.
+        prefill: tokens per second of the prompt.
+        decode: tokens per second after it.
+    """
+
+    bytes: int
+    resident: int | None
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class BenchRecord:
+    """A checkpoint's speed in both forms on one machine.
+
+    Args:
+        kernels: by kernel, how many layers it multiplies.
+    """
+
+    model: str
+    options: BenchOptions
+    kernels: dict[str, int]
+    packed: FormSpeed
+    dense: FormSpeed
+    machine: dict[str, Any]
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Packed over dense: below 1 is smaller for bytes, above 1 faster for speeds."""
+        pairs = {name: (getattr(self.packed, name), getattr(self.dense, name)) for name in _RATIOS}
+        return {name: ours / theirs for name, (ours, theirs) in pairs.items() if ours and theirs}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON data."""
+        return {"schema": "msp_plugin/bench", "version": 1, **asdict(self), "ratios": self.ratios}
+
+
+def bench(source: str | Path, options: BenchOptions | None = None) -> BenchRecord:
+    """Return the speed and the memory of a packed checkpoint beside its dense form, measured in turns.
+
+    Raises:
+        ModelError: there is no such model, or it is not packed.
+        FormatError: files are damaged.
+    """
+    options = options or BenchOptions()
+    models, resident = {}, {}
+    for form in ("packed", "dense"):
+        before = _resident()
+        models[form] = load(source, options.dtype, packed=form == "packed", checksums=form == "packed")
+        after = _resident()
+        resident[form] = None if before is None or after is None else after - before
+    kernels = Counter(m.kernel for m in models["packed"].modules() if isinstance(m, PackedLinear))
+    times = _measured(models, options)
+    count = {"prefill": options.batch * options.prompt, "decode": options.batch * options.tokens}
+    forms = {
+        form: FormSpeed(
+            _held_bytes(model),
+            resident[form],
+            **{step: count[step] / statistics.median(times[form, step]) for step in count},
+        )
+        for form, model in models.items()
+    }
+    machine = {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return BenchRecord(str(source), options, dict(kernels), forms["packed"], forms["dense"], machine)
+
+
+@torch.no_grad()
+def _measured(
+    models: dict[str, PreTrainedModel], options: BenchOptions
+) -> dict[tuple[str, str], list[float]]:
+    """Return seconds by (form, step), a turn of each form after the other; the first turns do not count."""
+    vocabulary = next(iter(models.values())).config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocabulary, (options.batch, options.prompt), generator=generator)
+    times: dict[tuple[str, str], list[float]] = {}
+    for turn in range(options.repeats + 1):
+        for form, model in models.items():
+            seconds, out = _timed(lambda model=model: model(prompt, use_cache=True, logits_to_keep=1))
+            decode, _ = _timed(lambda model=model, out=out: _decode(model, out, options.tokens))
+            if turn:
+                times.setdefault((form, "prefill"), []).append(seconds)
+                times.setdefault((form, "decode"), []).append(decode)
+    return times
+
+
+def _decode(model: PreTrainedModel, out: Any, tokens: int) -> None:
+    """Decode greedily so many tokens after a prompt's output."""
+    for _ in range(tokens):
+        out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def _held_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of a model's parameters and buffers; tied ones count once."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+def _resident() -> int | None:
+    """Return the process's resident bytes, after what is free was given back; None where Linux does not say it."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # not in every C library
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def processor() -> str:
+    """Return the name of the CPU."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

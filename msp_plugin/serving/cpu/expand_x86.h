@@ -1,0 +1,188 @@
+// The x86 forms of expand.h. Each function names the instructions that it needs; none runs unless supported() says so.
+#pragma once
+
+#include <immintrin.h>
+
+#define MSP_INLINE inline __attribute__((always_inline))
+#define MSP_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
+#define MSP_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,popcnt")))
+#define MSP_BF16 \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx2,fma,f16c,popcnt")))
+
+namespace msp::x86 {
+
+constexpr int64_t kRows = 4;  // rows at a time: their chains of loads and sums overlap
+
+inline bool supported(Isa isa) {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa == Isa::kAvx2) return avx2;
+  if (isa == Isa::kAvx512) return avx512;
+  return avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+}
+
+// True if no mask of the row can lead a load of `lanes` values beyond the last value.
+inline bool is_safe(const Packed& w, int64_t place) { return place <= w.count - padded(w.columns) - 64; }
+
+// How many values of `bytes` each are left from `from` on, at most `most`.
+MSP_INLINE int64_t left(const uint8_t* from, const uint8_t* end, int64_t bytes, int64_t most) {
+  return from >= end ? 0 : (end - from) / bytes < most ? (end - from) / bytes : most;
+}
+
+// Bits `from` to `from + lanes` of 32, lowest first.
+template <int lanes>
+MSP_INLINE uint32_t kept_bits(uint32_t bits, int from) {
+  if constexpr (lanes == 32)
+    return bits;
+  else
+    return bits >> from & ((uint32_t(1) << lanes) - 1);
+}
+
+// For each byte of a mask: which of the next values each of eight columns takes; 0x80 for none.
+struct Targets {
+  alignas(64) uint8_t lane[256][8];
+  alignas(64) uint8_t bytes[256][16];
+  constexpr Targets() : lane(), bytes() {
+    for (int mask = 0; mask < 256; ++mask) {
+      uint8_t next = 0;
+      for (int c = 0; c < 8; ++c) {
+        const bool kept = mask >> c & 1;
+        lane[mask][c] = kept ? next : 0x80;
+        bytes[mask][2 * c] = kept ? 2 * next : 0x80;
+        bytes[mask][2 * c + 1] = kept ? 2 * next + 1 : 0x80;
+        next += kept;
+      }
+    }
+  }
+};
+inline constexpr Targets kTargets;
+
+// ---- a step of each instruction set: kLanes columns, expanded in a register, multiplied and added ----
+
+template <Type type>
+struct Avx2 {
+  static constexpr int kLanes = 8, kBytes = type == Type::kFloat ? 4 : 2;
+  using Input = float;
+  using Output = float;
+  using Sum = __m256;
+
+  template <bool safe>
+  MSP_AVX2 static MSP_INLINE __m256 expand(const uint8_t* from, const uint8_t* end, uint32_t bits) {
+    alignas(32) uint8_t rest[kLanes * kBytes] = {};
+    if constexpr (!safe) {
+      const int64_t some = left(from, end, kBytes, kLanes);
+      if (some) std::memcpy(rest, from, some * kBytes);
+      from = rest;
+    }
+    if constexpr (type == Type::kFloat) {
+      const __m256i lanes =
+          _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTargets.lane[bits])));
+      const __m256 kept = _mm256_loadu_ps(reinterpret_cast<const float*>(from));
+      return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lanes, 31)),
+                              _mm256_permutevar8x32_ps(kept, lanes));
+    } else {
+      const __m128i moved =
+          _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)),
+                           _mm_load_si128(reinterpret_cast<const __m128i*>(kTargets.bytes[bits])));
+      if constexpr (type == Type::kHalf) return _mm256_cvtph_ps(moved);
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(moved), 16));
+    }
+  }
+  MSP_AVX2 static MSP_INLINE __m256 zero() { return _mm256_setzero_ps(); }
+  MSP_AVX2 static MSP_INLINE __m256 add(__m256 sum, __m256 weights, const float* x) {
+    return _mm256_fmadd_ps(weights, _mm256_loadu_ps(x), sum);
+  }
+  MSP_AVX2 static MSP_INLINE void store(float* out, __m256 weights) { _mm256_storeu_ps(out, weights); }
+  MSP_AVX2 static MSP_INLINE float total(__m256 sum) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+};
+
+template <Type type>
+struct Avx512 {
+  static constexpr int kLanes = 16, kBytes = type == Type::kFloat ? 4 : 2;
+  using Input = float;
+  using Output = float;
+  using Sum = __m512;
+
+  template <bool safe>
+  MSP_AVX512 static MSP_INLINE __m512 expand(const uint8_t* from, const uint8_t* end, uint32_t bits) {
+    const int64_t some = safe ? kLanes : left(from, end, kBytes, kLanes);
+    const __mmask16 here = static_cast<__mmask16>((uint32_t(1) << some) - 1);
+    __m512 kept;
+    if constexpr (type == Type::kFloat) {
+      kept = safe ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(here, from);
+      asm("" : "+v"(kept));
+    } else {
+      const __m256i raw = safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                               : _mm256_maskz_loadu_epi16(here, from);
+      kept = type == Type::kHalf ? _mm512_cvtph_ps(raw)
+                                 : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+    }
+    return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), kept);
+  }
+  MSP_AVX512 static MSP_INLINE __m512 zero() { return _mm512_setzero_ps(); }
+  MSP_AVX512 static MSP_INLINE __m512 add(__m512 sum, __m512 weights, const float* x) {
+    return _mm512_fmadd_ps(weights, _mm512_loadu_ps(x), sum);
+  }
+  MSP_AVX512 static MSP_INLINE void store(float* out, __m512 weights) { _mm512_storeu_ps(out, weights); }
+  MSP_AVX512 static MSP_INLINE float total(__m512 sum) { return _mm512_reduce_add_ps(sum); }
+};
+
+// bfloat16 weights and inputs; also unpacks any type of 16 bits.
+struct Bf16 {
+  static constexpr int kLanes = 32, kBytes = 2;
+  using Input = uint16_t;
+  using Output = uint16_t;
+  using Sum = __m512;
+
+  template <bool safe>
+  MSP_BF16 static MSP_INLINE __m512i expand(const uint8_t* from, const uint8_t* end, uint32_t bits) {
+    const int64_t some = safe ? kLanes : left(from, end, kBytes, kLanes);
+    const __mmask32 here = static_cast<__mmask32>((uint64_t(1) << some) - 1);
+    __m512i kept = safe ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(here, from);
+    asm("" : "+v"(kept));  // in a register: vpexpandw from memory was slower
+    return _mm512_maskz_expand_epi16(bits, kept);
+  }
+  MSP_BF16 static MSP_INLINE __m512 zero() { return _mm512_setzero_ps(); }
+  MSP_BF16 static MSP_INLINE __m512 add(__m512 sum, __m512i weights, const uint16_t* x) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights),
+                            reinterpret_cast<__m512bh>(_mm512_loadu_si512(x)));
+  }
+  MSP_BF16 static MSP_INLINE void store(uint16_t* out, __m512i weights) { _mm512_storeu_si512(out, weights); }
+  MSP_BF16 static MSP_INLINE float total(__m512 sum) { return _mm512_reduce_add_ps(sum); }
+};
+
+namespace avx2 {
+#define MSP_TARGET MSP_AVX2
+#include "expand_rows.h"
+#undef MSP_TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define MSP_TARGET MSP_AVX512
+#include "expand_rows.h"
+#undef MSP_TARGET
+}  // namespace avx512
+
+namespace bf16 {
+#define MSP_TARGET MSP_BF16
+#include "expand_rows.h"
+#undef MSP_TARGET
+}  // namespace bf16
+
+template <Type type>
+Kernel kernel(Isa isa) {
+  if (isa == Isa::kAvx2) return {avx2::dot<Avx2<type>>, avx2::unpack<Avx2<type>>, nullptr, false};
+  Kernel kernel{avx512::dot<Avx512<type>>, avx512::unpack<Avx512<type>>, nullptr, false};
+  if (isa == Isa::kAvx512Bf16 && type != Type::kFloat) kernel.unpack16 = bf16::unpack<Bf16>;
+  if (isa == Isa::kAvx512Bf16 && type == Type::kBFloat16) kernel.dot = bf16::dot<Bf16>, kernel.input16 = true;
+  return kernel;
+}
+
+}  // namespace msp::x86

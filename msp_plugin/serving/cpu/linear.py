@@ -1,0 +1,117 @@
+"""A linear that holds its weight packed, in the place of ``torch.nn.Linear``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import nn
+
+from msp_plugin.errors import ServingError
+from msp_plugin.formats.base import PackedFormat
+from msp_plugin.serving.cpu.kernel import PackedWeight, check_structure, checked_choice, equal_rows
+from msp_plugin.serving.kernels import Choice
+
+
+class PackedLinear(nn.Module):
+    """A linear whose state is what the checkpoint stores for it: the format's tensors, and the bias.
+
+    It has no gradients. ``weight`` unpacks it for whoever asks.
+
+    Args:
+        format: of the packed weight.
+        name: the layer's name, for errors.
+        stored: the tensors by suffix, on any device; those of a meta model are filled by its loader.
+        shape: (out_features, in_features).
+        bias: [out_features], or None.
+    """
+
+    def __init__(
+        self,
+        format: PackedFormat,
+        name: str,
+        stored: Mapping[str, torch.Tensor],
+        shape: tuple[int, int],
+        bias: nn.Parameter | None,
+    ):
+        super().__init__()
+        self.format, self.name, self.kernel = format, name, "dense"
+        self.out_features, self.in_features = shape
+        for suffix, tensor in stored.items():
+            if (
+                tensor.is_floating_point()
+            ):  # a parameter, because those come in the dtype that a load asks for
+                self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(suffix, tensor)
+        self.register_parameter("bias", bias)
+        self.training = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight [out_features, in_features], unpacked anew each time."""
+        return self.format.unpack(
+            {suffix: self._stored(suffix) for suffix in self.format.suffixes}, self.name
+        )
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as the kernels read it, from the tensors as they are now."""
+        values, bitmask = self._stored("compressed"), self._stored("bitmask")
+        if "row_offsets" in self.format.suffixes:
+            return PackedWeight(values, bitmask, self._stored("row_offsets").reshape(-1), self.in_features)
+        return equal_rows(values, bitmask, self.in_features)
+
+    def _stored(self, suffix: str) -> torch.Tensor:
+        tensor: torch.Tensor = getattr(self, suffix)
+        return tensor.detach()
+
+    def prepare(self) -> Choice:
+        """Check the tensors, choose the kernel, hold it against the dense product; return the choice.
+
+        Raises:
+            FormatError: the tensors contradict each other.
+        """
+        dense, packed = self.weight, self.packed
+        check_structure(packed, self.name)
+        choice = checked_choice(dense, packed)
+        self.kernel = choice.kernel
+        self.register_buffer("starts", packed.row_offsets, persistent=False)
+        return choice
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [..., in_features] times the transposed weight plus bias.
+
+        Raises:
+            ServingError: a gradient is asked for.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise _no_training(self.name)
+        if self.kernel == "dense":
+            return nn.functional.linear(x, self.weight, self.bias)
+        out: torch.Tensor = torch.ops.msp_plugin.bitmask_linear(
+            x, self.compressed, self.bitmask, self.starts, self.bias, self.in_features, self.kernel
+        )
+        return out
+
+    def train(self, mode: bool = True) -> Self:
+        """Return itself in eval mode.
+
+        Raises:
+            ServingError: training is asked for.
+        """
+        if mode:
+            raise _no_training(self.name)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """Return what a model's printed form says of the linear."""
+        return f"{self.in_features}, {self.out_features}, format={self.format.name}, kernel={self.kernel}"
+
+
+def _no_training(name: str) -> ServingError:
+    return ServingError(
+        f"{name} holds its weight packed, and packed weights are not trained",
+        hint="load the model without packed=True to train it; run this one under torch.no_grad()",
+    )

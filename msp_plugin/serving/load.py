@@ -1,0 +1,120 @@
+"""Load a checkpoint as a transformers model, on request with its weights left packed."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from msp_plugin.checkpoint import load as dense
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.saved_names import saved_names
+from msp_plugin.errors import ModelError
+from msp_plugin.models.source import check_source
+from msp_plugin.serving.cpu.linear import PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    source: str | Path,
+    dtype: str = "auto",
+    *,
+    packed: bool = False,
+    checksums: bool = True,
+    trust_remote_code: bool = False,
+    offload: bool = False,
+    cache: str | None = None,
+) -> PreTrainedModel:
+    """Return the causal language model of a directory or hub id, in eval mode on the CPU.
+
+    A packed checkpoint becomes a dense model with the same weights, bit for bit, or one that keeps them packed.
+
+    Args:
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        packed: keep the packed weights of a packed checkpoint as they are, and multiply by them on this CPU's
+            sparse kernel: less memory, faster decoding, no training. Layers whose kernel is not there or is wrong
+            become dense; one log line says so.
+        checksums: compare the files with the SHA-256 in export.json first, where there is one.
+        trust_remote_code: run the model repository's code.
+        offload: leave the weights of a dense checkpoint on disk (see load_model).
+        cache: the directory for offloaded weights that change; None is the default cache.
+
+    Raises:
+        ModelError: there is no such model, transformers cannot load it, it is packed and to be offloaded, or dense
+            and to be kept packed.
+        FormatError: files are damaged, or config and tensors contradict each other.
+    """
+    if not packed:
+        return dense.load(
+            source,
+            dtype,
+            checksums=checksums,
+            trust_remote_code=trust_remote_code,
+            offload=offload,
+            cache=cache,
+        )
+    path = dense.local_directory(source, trust_remote_code)
+    if path is None or not dense.is_packed(path):
+        raise ModelError(f"{source} is not packed", hint="msp export it --to sparse24 or --to bitmask first")
+    if offload:
+        raise ModelError(f"{source} is packed, and only dense checkpoints can stay on disk")
+    checkpoint = Checkpoint.open(path)
+    if checksums:
+        checkpoint.check_files()
+    check_source(path)
+    tensors = {name: checkpoint.tensors.read(name).clone() for name in checkpoint.tensors}
+    model = dense.from_tensors(
+        checkpoint, dtype, trust_remote_code, tensors, lambda model: _replace_linears(model, checkpoint)
+    )
+    del tensors
+    model.requires_grad_(False)
+    _prepare(model)
+    return model
+
+
+def _replace_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Put a PackedLinear, still without data, in the place of each linear that the checkpoint holds packed."""
+    format = checkpoint.format
+    assert format is not None, "only packed checkpoints come here"
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    stored_as = {saved: name for name, saved in saved_names(model, linears).items()}
+    for layer in checkpoint.packed:
+        name = stored_as.get(layer, layer)
+        if name not in linears:
+            raise ModelError(
+                f"{layer} is packed, but {type(model).__name__} has no linear of that name",
+                hint="load it without packed=True",
+            )
+        tensors = {suffix: _meta(checkpoint, f"{layer}.{suffix}") for suffix in format.suffixes}
+        old = linears[name]
+        shape = (old.out_features, old.in_features)
+        model.set_submodule(name, PackedLinear(format, name, tensors, shape, old.bias))
+
+
+def _meta(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """Return a tensor without data, with the header of one in the checkpoint."""
+    info = checkpoint.tensors[name]
+    return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+
+def _prepare(model: PreTrainedModel) -> None:
+    """Choose each packed linear's kernel; where there is none, make it a dense linear. Log which and why."""
+    packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedLinear)]
+    kernels: Counter[str] = Counter()
+    for name, module in packed:
+        choice = module.to(model.dtype).prepare()
+        kernels[choice.kernel if choice.kernel != "dense" else f"dense ({choice.reason})"] += 1
+        if choice.kernel == "dense":
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(module.weight, requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(name, linear.eval())
+    log.warning("packed layers: %s", ", ".join(f"{n} on {kernel}" for kernel, n in sorted(kernels.items())))

@@ -1,0 +1,54 @@
+"""A sparse model with its dense one, and what a recovery of it is given."""
+
+import copy
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.recovery.base import RecoveryInputs
+from msp_plugin.recovery.masks import Masks
+
+
+def sparse_copy(dense, share=0.6):
+    """Return a copy of a model without the smallest weights of each layer, and its masks."""
+    model = copy.deepcopy(dense)
+    names = [layer.name for layer in prunable_layers(model).layers]
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_submodule(name).weight
+            weight.masked_fill_(weight.abs() < weight.abs().float().quantile(share), 0)
+    return model, Masks.of(model, names)
+
+
+@dataclass
+class Case:
+    """A dense model, and inputs for recoveries of sparse copies of it."""
+
+    dense: torch.nn.Module
+    data: object
+    holdout: object
+    folder: object
+    options: dict = field(default_factory=dict)
+
+    def inputs(self, name="folder", **options):
+        model, masks = sparse_copy(self.dense)
+        given = {"original": self.dense, "batch_tokens": 48} | options
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        return RecoveryInputs(
+            given.pop("model", model), masks, self.data, given.pop("holdout", self.holdout), given.pop("original"),
+            folder, **given,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def case(llama, make_samples, tmp_path):
+    return Case(llama, make_samples(12, 24), make_samples(4, 24, seed=1), tmp_path)
+
+
+@pytest.fixture(scope="session")
+def weights_of():
+    """The weights of the masked layers by name."""
+    return lambda model, masks: {n: model.get_submodule(n).weight.detach().clone() for n in masks}

@@ -1,0 +1,158 @@
+"""Blockwise recovery on tiny models."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from msp_plugin.errors import ModelError, NumericsError, RecipeError
+from msp_plugin.passes.losses import mean_kl
+from msp_plugin.recovery.blockwise import Blockwise
+from msp_plugin.recovery.window_training import Fit, Schedule, fit, state_of, trained_parameters
+from msp_plugin.recovery.windows import windows
+
+QUICK = Blockwise(epochs=4, rates=(3e-3, 1e-2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_comes_nearer_to_the_dense_model_and_keeps_every_zero(
+    model, dtype, prune_half, make_inputs, make_samples
+):
+    original = copy.deepcopy(model).to(dtype)
+    sparse = model.to(dtype)
+    masks = prune_half(sparse)
+    inputs, text = make_inputs(sparse, masks, original), make_samples(6, 24, seed=2)
+    before = mean_kl(original, sparse, text)
+    result = QUICK.recover(inputs)
+    after = mean_kl(original, sparse, text)
+    assert after < 0.9 * before
+    assert masks.check(sparse, "the test") == {}
+    assert {p.dtype for p in sparse.parameters()} == {dtype}
+    assert all(p.requires_grad for p in sparse.parameters())
+    assert result.tokens > 0
+    assert [tokens for tokens, _ in result.curve] == sorted(tokens for tokens, _ in result.curve)
+    assert result.curve[-1][1] == pytest.approx(mean_kl(original, sparse, inputs.holdout))
+    assert result.curve[-1][1] < result.curve[0][1]
+
+
+def test_embeddings_head_and_the_original_are_left_alone(llama, prune_half, make_inputs, bits):
+    original = copy.deepcopy(llama)
+    masks, dense, before = prune_half(llama), bits(original), bits(llama)
+    QUICK.recover(make_inputs(llama, masks, original))
+    assert bits(original) == dense
+    after = bits(llama)
+    changed = {name for name in before if before[name] != after[name]}
+    inside = {name for name in before if name.startswith("model.layers.")}
+    assert changed == inside  # norms too
+
+
+def test_a_model_that_lost_nothing_is_left_as_it_is(llama, prune_half, make_inputs, bits):
+    masks = prune_half(llama)
+    before = bits(llama)
+    Blockwise(epochs=1).recover(make_inputs(llama, masks, copy.deepcopy(llama)))
+    assert bits(llama) == before
+
+
+def test_no_window_gets_worse_on_the_hold_out_samples(llama, prune_half, make_inputs, bits):
+    original = copy.deepcopy(llama)
+    masks, before = prune_half(llama), bits(llama)
+    Blockwise(epochs=1, rates=(1e4,)).recover(make_inputs(llama, masks, original))
+    assert bits(llama) == before  # such a rate only destroys
+
+
+def test_decay_shrinks_surviving_matrices_and_neither_norms_nor_zeros(llama, prune_half, make_samples):
+    masks = prune_half(llama)
+    (window,) = windows(llama, make_samples(1, 20).samples[0], 2)
+    trained = trained_parameters(llama, window, masks)
+    before = {t.name: t.master.clone() for t in trained}
+    errors = iter((3.5, 2.0, 1.0))
+    for each in trained:
+        each.parameter.requires_grad_(True)
+
+    def flat(batch):  # a loss without slope
+        return 1 + 0 * sum(each.parameter.sum() for each in trained)
+
+    schedule = Schedule(steps=7, rate=0.1, decay=0.5)
+    found = fit(trained, flat, 3, lambda: next(errors), Fit(3.0, state_of(trained)), schedule, 0)
+    shrunk = math.prod(1 - schedule.at(step) * 0.5 for step in range(7))
+    for each, values in zip(trained, found.state, strict=True):
+        expected = before[each.name] * (shrunk if values.dim() > 1 else 1)
+        torch.testing.assert_close(values, expected)
+    assert found.error == 1.0 and masks.check(llama, "the test") == {}
+
+
+def test_a_stopped_recovery_goes_on_to_the_same_bytes(llama, prune_half, make_inputs, bits):
+    original = copy.deepcopy(llama)
+    masks = prune_half(llama)
+    stopped, whole = copy.deepcopy(llama), copy.deepcopy(llama)
+
+    def stop(step, done, total, note=""):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        QUICK.recover(make_inputs(stopped, masks, original, "stopped", progress=stop))
+    trained = []
+    again = copy.deepcopy(llama)
+    inputs = make_inputs(
+        again, masks, original, "stopped", progress=lambda step, done, total, note="": trained.append(note)
+    )
+    files = {f.name: f.stat().st_mtime_ns for f in inputs.folder.iterdir()}
+    result = QUICK.recover(inputs)
+    assert {name: (inputs.folder / name).stat().st_mtime_ns for name in files} == files
+    expected = QUICK.recover(make_inputs(whole, masks, original, "whole"))
+    assert bits(again) == bits(whole)
+    assert result == expected and len(trained) == 4
+
+
+def test_a_damaged_state_is_trained_anew(llama, prune_half, make_inputs, bits):
+    original = copy.deepcopy(llama)
+    masks = prune_half(llama)
+    models = [copy.deepcopy(llama) for _ in range(2)]
+    inputs = make_inputs(models[0], masks, original)
+    QUICK.recover(inputs)
+    for file in inputs.folder.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    QUICK.recover(dataclasses.replace(inputs, model=models[1]))
+    assert bits(models[0]) == bits(models[1])
+
+
+def test_a_hidden_state_that_is_not_finite_is_named(llama, prune_half, make_inputs):
+    original = copy.deepcopy(llama)
+    masks = prune_half(llama)
+    with torch.no_grad():
+        original.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="model.layers.1"):
+        QUICK.recover(make_inputs(llama, masks, original))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 0},
+        {"blocks": -1},
+        {"rates": ()},
+        {"rates": (0.0,)},
+        {"rates": (float("nan"),)},
+        {"decay": -1.0},
+    ],
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(RecipeError, match="blockwise"):
+        Blockwise(**options)
+
+
+def test_a_sparse_model_on_disk_is_refused_and_an_original_on_disk_serves(
+    pair, prune_half, make_inputs, bits
+):
+    here, away = pair
+    sparse = copy.deepcopy(here)
+    masks = prune_half(sparse)
+    with pytest.raises(ModelError, match="offloaded"):
+        QUICK.check(away, masks)
+    other = copy.deepcopy(sparse)
+    QUICK.recover(make_inputs(sparse, masks, away, "away"))
+    QUICK.recover(make_inputs(other, masks, here, "here"))
+    assert bits(sparse) == bits(other)

@@ -1,0 +1,339 @@
+"""Training methods on a tiny model: what is kept, what is merged, where they stop."""
+
+import dataclasses
+import importlib
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+from msp_plugin.errors import DataError, HostError, ModelError, NumericsError, RecipeError
+from msp_plugin.recovery.full import Full
+from msp_plugin.recovery.lora import LoRA
+from msp_plugin.recovery.masked_lora import MaskedLoRA
+from msp_plugin.recovery.sparse_delta import SparseDelta, best, best_of_all
+from msp_plugin.recovery.spp import SPP
+from msp_plugin.recovery.trainer import Steps, last_checkpoint, shuffled
+
+#: Eight steps of four samples.
+SHORT = {"tokens": 8 * 96, "step_tokens": 96, "evaluations": 2, "warmup": 0.0}
+METHODS = {
+    "masked_lora": MaskedLoRA(rank=4, learning_rate=1e-2, **SHORT),
+    "spp": SPP(groups=8, learning_rate=3e-2, **SHORT),
+    "sparse_delta": SparseDelta(learning_rate=1e-2, **SHORT),
+    "full": Full(learning_rate=1e-3, **SHORT),
+    "lora": LoRA(rank=4, masked_merge=True, learning_rate=1e-3, **SHORT),
+}
+
+
+def bytes_of(model):
+    return {name: p.detach().view(torch.uint8).numpy().tobytes() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_lowers_the_loss_and_keeps_every_zero(name, case, weights_of, count_hooks):
+    inputs = case.inputs()
+    before = weights_of(inputs.model, inputs.masks)
+    flags = [p.requires_grad for p in inputs.model.parameters()]
+    result = METHODS[name].recover(inputs)
+    losses = [loss for _, loss in result.curve]
+    assert min(losses) < losses[0]
+    assert result.tokens == result.curve[-1][0] > 8 * 96 * 3
+    assert inputs.masks.check(inputs.model, name) == {}
+    changed = 0
+    for layer, weight in weights_of(inputs.model, inputs.masks).items():
+        zeros = before[layer] == 0
+        assert torch.equal(weight[zeros].view(torch.int32), before[layer][zeros].view(torch.int32))
+        changed += not torch.equal(weight, before[layer])
+    assert changed
+    assert type(inputs.model.lm_head) is torch.nn.Linear
+    assert [p.requires_grad for p in inputs.model.parameters()] == flags
+    assert not inputs.model.training
+    assert count_hooks(inputs.model) == count_hooks(case.dense)
+    assert [n for n, _ in inputs.model.named_modules()] == [n for n, _ in case.dense.named_modules()]
+
+
+def test_a_bfloat16_model_is_trained_with_its_own_rounding(case, weights_of):
+    case.dense.to(torch.bfloat16)
+    inputs = case.inputs()
+    result = METHODS["masked_lora"].recover(inputs)
+    losses = [loss for _, loss in result.curve]
+    assert min(losses) < losses[0]
+    inputs.masks.check(inputs.model, "masked_lora")
+    assert {p.dtype for p in inputs.model.parameters()} == {torch.bfloat16}
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["sparse_delta", *(pytest.param(n, marks=SLOW) for n in ("masked_lora", "spp", "full"))]
+)
+def test_a_saved_adapter_gives_the_merged_model_again(name, case, make_samples):
+    from peft import PeftModel
+
+    importlib.import_module("msp_plugin.recovery.adapters")
+    inputs = case.inputs()
+    method = dataclasses.replace(METHODS[name], adapter=str(case.folder / "adapter"), norms=True)
+    method.recover(inputs)
+    again = PeftModel.from_pretrained(case.inputs("other").model, str(case.folder / "adapter"))
+    ids = torch.stack(make_samples(2, 16, seed=5).samples)
+    with torch.no_grad():
+        merged = inputs.model(ids).logits
+        assert torch.equal(again(ids).logits, merged)
+        assert torch.equal(again.merge_and_unload()(ids).logits, merged)
+    assert (case.folder / "adapter" / "adapter_config.json").is_file()
+
+
+def test_one_step_of_full_is_one_step_of_adamw_on_the_masked_problem(case):
+    method = Full(tokens=96, step_tokens=96, learning_rate=1e-3, weight_decay=0.1, rate="constant_with_warmup",
+                  warmup=0.0, norms=False)  # fmt: skip
+    inputs = case.inputs(holdout=case.data)
+    expected = case.inputs("other")
+    layers = [expected.model.get_submodule(n).weight for n in inputs.masks]
+    ids = torch.stack([case.data.samples[i] for i in shuffled(12, 4, seed=0)])
+    with torch.no_grad():
+        dense = case.dense(ids).logits.log_softmax(-1)
+    own = expected.model(ids).logits.log_softmax(-1)
+    loss = torch.nn.functional.kl_div(own, dense, reduction="sum", log_target=True) / ids.numel()
+    loss.backward()
+    for weight in layers:
+        weight.grad.masked_fill_(weight == 0, 0)
+    torch.nn.utils.clip_grad_norm_(layers, 1.0)
+    torch.optim.AdamW(layers, lr=1e-3, weight_decay=0.1).step()
+    result = method.recover(inputs)
+    assert result.curve[1][1] < result.curve[0][1]
+    for name, weight in zip(inputs.masks, layers, strict=True):
+        torch.testing.assert_close(inputs.model.get_submodule(name).weight, weight, rtol=1e-5, atol=2e-6)
+
+
+@SLOW
+def test_accumulated_passes_train_like_one_pass(case, weights_of):
+    whole, parts = case.inputs("whole", batch_tokens=96), case.inputs("parts", batch_tokens=24)
+    curves = [METHODS["masked_lora"].recover(inputs).curve for inputs in (whole, parts)]
+    assert [loss for _, loss in curves[0]] == [pytest.approx(loss, rel=1e-4) for _, loss in curves[1]]
+
+
+@SLOW
+def test_gradient_checkpointing_gives_the_same(case):
+    method = METHODS["masked_lora"]
+    plain, again = case.inputs("plain"), case.inputs("again")
+    first = method.recover(plain).curve
+    second = dataclasses.replace(method, gradient_checkpointing=True).recover(again).curve
+    assert [loss for _, loss in second] == [pytest.approx(loss, rel=1e-5) for _, loss in first]
+
+
+class KilledError(Exception):
+    """Stands for a kill between two steps."""
+
+
+def killing(after):
+    def progress(step, done, total, note=""):
+        if step == "masked_lora" and done >= after:
+            raise KilledError
+
+    return progress
+
+
+@pytest.mark.parametrize("layers", ["ist", pytest.param("all", marks=SLOW)])
+def test_a_stopped_training_ends_with_the_bytes_of_an_undisturbed_one(case, layers):
+    method = MaskedLoRA(
+        rank=4, learning_rate=1e-2, layers=layers, tokens=16 * 96, step_tokens=96, evaluations=4
+    )
+    undisturbed = case.inputs("undisturbed")
+    expected = method.recover(undisturbed)
+    for after in (6 * 96, 13 * 96):  # after the first and the third of four checkpoints
+        stopped = case.inputs("stopped", progress=killing(after))
+        with pytest.raises(KilledError):
+            method.recover(stopped)
+    unfinished = case.folder / "stopped" / "trainer" / "checkpoint-13"
+    unfinished.mkdir()  # as a kill within the writing of a checkpoint leaves it
+    (unfinished / "trainer_state.json").write_text('{"epoch": 0.')
+    resumed = case.inputs("stopped")
+    assert method.recover(resumed) == expected
+    assert bytes_of(resumed.model) == bytes_of(undisturbed.model)
+    logs = [(case.folder / name / "log.jsonl").read_text() for name in ("undisturbed", "stopped")]
+    steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in logs]
+    assert steps[0] == steps[1]
+    finished = case.inputs("stopped")  # once more: nothing is left to train
+    assert method.recover(finished) == expected
+    assert bytes_of(finished.model) == bytes_of(undisturbed.model)
+
+
+def test_where_the_loss_is_not_finite_the_best_state_before_is_kept(case, weights_of):
+    method = dataclasses.replace(METHODS["masked_lora"], norms=False)
+    inputs = case.inputs()
+
+    def breaking(step, done, total, note=""):
+        if done == 5 * 96:
+            inputs.model.model.norm.weight.data.fill_(torch.nan)
+
+    result = method.recover(dataclasses.replace(inputs, progress=breaking))
+    assert "in step 6 of 8" in result.notes[0]
+    assert result.curve[-1][1] < result.curve[0][1]
+    before = case.inputs("other")
+    own = weights_of(inputs.model, inputs.masks)
+    assert all(bool(w.isfinite().all()) for w in own.values())
+    assert any(not torch.equal(own[n], w) for n, w in weights_of(before.model, before.masks).items())
+
+
+def test_without_a_finite_step_nothing_is_changed(case):
+    method = dataclasses.replace(METHODS["masked_lora"], learning_rate=1e30)
+    inputs = case.inputs()
+    before = bytes_of(inputs.model)
+    with pytest.raises(NumericsError, match=r"not finite in step \d of 8"):
+        method.recover(inputs)
+    assert bytes_of(inputs.model) == before
+
+
+def test_a_state_that_is_no_better_is_not_kept(case):
+    method = dataclasses.replace(METHODS["full"], weight_decay=50.0, patience=1)
+    inputs = case.inputs(original=case.inputs("itself").model)  # nothing to learn, and weights that decay
+    before = bytes_of(inputs.model)
+    result = method.recover(inputs)
+    assert result.curve[1][1] > result.curve[0][1]
+    assert result.notes == (
+        "training ended after 4 of 8 steps: 1 evaluations were no better",
+        "no state was better than the pruned model, which is left as it was",
+    )
+    assert bytes_of(inputs.model) == before
+
+
+def test_cross_entropy_needs_no_dense_model(case):
+    inputs = case.inputs(original=None)
+    result = METHODS["masked_lora"].recover(inputs)
+    losses = [loss for _, loss in result.curve]
+    assert losses[0] > 3
+    assert not METHODS["masked_lora"].needs_original
+    assert dataclasses.replace(METHODS["masked_lora"], kl_weight=0.5).needs_original
+    with pytest.raises(RecipeError, match="no dense model"):
+        dataclasses.replace(METHODS["masked_lora"], kl_weight=0.5).recover(inputs)
+
+
+@SLOW
+def test_norms_and_biases_are_trained_where_asked(qwen2, case, make_samples):
+    case.dense = qwen2
+    for norms in (True, False):
+        inputs = case.inputs(f"norms {norms}")
+        before = bytes_of(inputs.model)
+        dataclasses.replace(METHODS["masked_lora"], norms=norms).recover(inputs)
+        moved = {n for n, value in bytes_of(inputs.model).items() if value != before[n]}
+        assert ({"model.norm.weight", "model.layers.0.self_attn.q_proj.bias"} <= moved) is norms
+        assert "model.embed_tokens.weight" not in moved
+
+
+@pytest.mark.parametrize("score", ["gradient", "saliency", "magnitude"])
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_sparse_delta_trains_the_weights_with_the_best_scores(case, score, by_layer, weights_of):
+    method = dataclasses.replace(METHODS["sparse_delta"], score=score, by_layer=by_layer, values=0.1,
+                                 score_tokens=96)  # fmt: skip
+    inputs = case.inputs()
+    change = method.prepare(inputs)
+    model = inputs.model
+    ids = torch.stack(case.data.samples[:4])
+    own, dense = model(ids).logits.log_softmax(-1), case.dense(ids).logits.log_softmax(-1).detach()
+    layers = {name: model.get_submodule(name).weight for name in inputs.masks}
+    loss = torch.nn.functional.kl_div(own, dense, reduction="sum", log_target=True)
+    gradients = dict(zip(layers, torch.autograd.grad(loss, list(layers.values())), strict=True))
+    scores = {
+        "gradient": gradients,
+        "saliency": {n: gradients[n] * w for n, w in layers.items()},
+        "magnitude": layers,
+    }[score]
+    surviving = {n: torch.where(w == 0, -1.0, scores[n].abs()).detach().flatten() for n, w in layers.items()}
+    counts = {n: int((w != 0).sum()) for n, w in layers.items()}
+    if by_layer:
+        expected = {n: set(s.topk(int(0.1 * counts[n])).indices.tolist()) for n, s in surviving.items()}
+    else:
+        least = torch.cat(list(surviving.values())).topk(int(0.1 * sum(counts.values()))).values[-1]
+        expected = {n: set((s >= least).nonzero()[:, 0].tolist()) for n, s in surviving.items()}
+    found = {n: set(change.chosen[n].tolist()) if n in change.counts else set() for n in layers}
+    differing = sum(len(found[n] ^ expected[n]) for n in layers)
+    assert differing <= 4  # scores that are equal to rounding
+    assert sum(change.counts.values()) == pytest.approx(0.1 * sum(counts.values()), abs=len(layers))
+
+
+def test_the_best_of_all_layers_are_the_best_of_one_list():
+    generator = torch.Generator().manual_seed(0)
+    layers = {f"l{i}": torch.rand(50 + i, generator=generator) for i in range(5)}
+    found = best_of_all(layers.items(), 37)
+    least = torch.cat(list(layers.values())).topk(37).values[-1]
+    assert {n: p.tolist() for n, p in found.items()} == {
+        n: (s >= least).nonzero()[:, 0].tolist() for n, s in layers.items()
+    }
+    assert best(torch.tensor([0.1, 0.9, 0.5, 0.7]), 2).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "step_tokens", "batch_tokens", "expected"),
+    [
+        (1, 4096, 2048, (3, 8, 2)),
+        (2, 4096, 2048, (3, 8, 1)),
+        (2, 4096, 512, (3, 2, 4)),
+        (1, 100, 2048, (40, 1, 1)),  # one sample is longer than a step
+        (1, 7 * 256, 1024, (6, 1, 7)),
+    ],
+)
+def test_steps_share_text_out(make_samples, ranks, step_tokens, batch_tokens, expected):
+    method = MaskedLoRA(tokens=10_000, step_tokens=step_tokens)
+    steps = Steps.plan(method, make_samples(3, 256), batch_tokens, ranks)
+    assert (steps.count, steps.batch, steps.accumulated) == expected
+    assert (steps.count - 1) * steps.tokens < 10_000 <= steps.count * steps.tokens
+
+
+def test_all_samples_come_before_one_comes_again():
+    order = shuffled(5, 12, seed=3)
+    assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
+    assert order == shuffled(5, 12, seed=3) != shuffled(5, 12, seed=4)
+
+
+def test_a_folder_without_a_checkpoint_starts_anew(tmp_path):
+    assert last_checkpoint(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (MaskedLoRA(rank=65), "rank = 65, but .*k_proj has 32 x 64 weights"),
+        (SPP(groups=33), "groups = 33"),
+        (SparseDelta(values=10**9), "values = 1,000,000,000, but"),
+        (LoRA(), "would fill"),
+        (LoRA(rank=65, masked_merge=True), "rank = 65"),
+    ],
+)
+def test_options_that_do_not_fit_the_layers_are_refused_before_any_work(case, method, message):
+    inputs = case.inputs()
+    with pytest.raises(RecipeError, match=message):
+        method.check(inputs.model, inputs.masks)
+    with pytest.raises(RecipeError, match=message):
+        method.recover(inputs)
+    assert not list(inputs.folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("cls", "option", "value"),
+    [
+        (MaskedLoRA, "rank", 0), (MaskedLoRA, "tokens", 0), (MaskedLoRA, "learning_rate", 0.0),
+        (MaskedLoRA, "kl_weight", 1.5), (MaskedLoRA, "layers", "some"), (MaskedLoRA, "rate", "steps"),
+        (MaskedLoRA, "ist_start", "one"), (MaskedLoRA, "warmup", -0.1), (MaskedLoRA, "temperature", 0.0),
+        (SPP, "groups", 0), (SparseDelta, "score", "fisher"), (SparseDelta, "values", 0.0), (LoRA, "rank", 0),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(cls, option, value):
+    with pytest.raises(RecipeError, match=option):
+        cls(**{option: value}, **({"masked_merge": True} if cls is LoRA else {}))
+
+
+def test_models_that_cannot_be_trained_are_refused(case, monkeypatch):
+    inputs = case.inputs()
+    with pytest.raises(ModelError, match="float16"):
+        MaskedLoRA().check(inputs.model.half(), inputs.masks)
+    empty = dataclasses.replace(case.inputs(), holdout=type(case.holdout)((), "none"))
+    with pytest.raises(DataError, match="held out"):
+        METHODS["masked_lora"].recover(empty)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(HostError, match="peft is not installed") as caught:
+        MaskedLoRA().check(inputs.model.float(), inputs.masks)
+    assert "msp_plugin[recovery]" in caught.value.hint

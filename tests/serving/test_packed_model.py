@@ -1,0 +1,131 @@
+"""``load(packed=True)``: a transformers model that generates from packed weights, in both formats."""
+
+import copy
+import logging
+
+import pytest
+import torch
+
+import msp_plugin
+from msp_plugin.checkpoint.export import Bitmask, Sparse24, export_checkpoint
+from msp_plugin.errors import FormatError, ModelError, ServingError
+from msp_plugin.serving.cpu import build
+from msp_plugin.serving.cpu.kernel import FORCE, choose
+from msp_plugin.serving.cpu.linear import PackedLinear
+
+reason = build.load_operator()
+pytestmark = pytest.mark.skipif(reason is not None, reason=f"no kernels here: {reason}")
+
+
+@pytest.fixture(scope="module", params=[Sparse24, Bitmask], ids=lambda exporter: exporter.name)
+def packed_path(request, run_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("packed") / "model"
+    export_checkpoint(run_dir, request.param(), path)
+    return path
+
+
+def packed_linears(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def generated(model, tokens=12):
+    return model.generate(torch.tensor([[3, 14, 15, 92]]), max_new_tokens=tokens, do_sample=False)
+
+
+def test_it_gives_the_dense_models_greedy_tokens_in_float32(packed_path):
+    model, dense = (
+        msp_plugin.load(packed_path, "float32", packed=True),
+        msp_plugin.load(packed_path, "float32"),
+    )
+    assert type(model) is type(dense) and not model.training and packed_linears(model)
+    assert torch.equal(generated(model), generated(dense))
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, dense(ids).logits, atol=2e-5)
+
+
+def test_in_the_checkpoints_own_dtype_its_log_probabilities_are_within_rounding(packed_path):
+    model, dense = msp_plugin.load(packed_path, packed=True), msp_plugin.load(packed_path)
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        ours, theirs = (m(ids).logits.float().log_softmax(-1) for m in (model, dense))
+    assert model.dtype == torch.bfloat16 and float((ours - theirs).abs().max()) < 0.1
+
+
+def test_packed_layers_are_those_of_the_checkpoint_and_hold_its_bytes(packed_path):
+    checkpoint = msp_plugin.Checkpoint.open(packed_path)
+    model = msp_plugin.load(packed_path, packed=True)
+    linears = packed_linears(model)
+    assert set(linears) == set(checkpoint.packed)
+    state = model.state_dict()
+    for name, module in linears.items():
+        assert module.kernel == choose(torch.bfloat16).kernel
+        for suffix in checkpoint.format.suffixes:
+            stored = checkpoint.tensors.read(f"{name}.{suffix}")
+            assert torch.equal(state[f"{name}.{suffix}"], stored)
+        assert torch.equal(module.weight, checkpoint.weight(name))
+    held = sum(t.nbytes for t in {**dict(model.named_parameters()), **dict(model.named_buffers())}.values())
+    stored = sum(info.bytes for info in checkpoint.tensors.values())
+    starts = sum(8 * module.out_features for module in linears.values())
+    assert held <= stored + starts + 1024  # and rotary frequencies
+
+
+def test_it_is_not_trained(packed_path):
+    model = msp_plugin.load(packed_path, packed=True)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ServingError, match="packed weights are not trained") as error:
+        model.train()
+    assert "without packed=True" in error.value.hint
+    x = torch.ones(1, 64, dtype=torch.bfloat16, requires_grad=True)
+    with pytest.raises(ServingError, match="not trained"):
+        next(iter(packed_linears(model).values()))(x)
+
+
+def test_a_copy_of_the_model_gives_the_same(packed_path):
+    model = msp_plugin.load(packed_path, packed=True)
+    assert torch.equal(generated(copy.deepcopy(model)), generated(model))
+
+
+def test_where_there_is_no_kernel_the_model_is_dense_and_one_line_says_why(packed_path, monkeypatch, caplog):
+    monkeypatch.setenv(FORCE, "dense")
+    with caplog.at_level(logging.WARNING, logger="msp_plugin.serving.load"):
+        model = msp_plugin.load(packed_path, packed=True)
+    assert not packed_linears(model)
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "msp_plugin.serving.load"]
+    assert f"{len(msp_plugin.Checkpoint.open(packed_path).packed)} on dense (MSP_CPU_KERNEL says so)" in line
+    dense = msp_plugin.load(packed_path)
+    assert {n: t.shape for n, t in model.state_dict().items()} == {
+        n: t.shape for n, t in dense.state_dict().items()
+    }
+    assert torch.equal(generated(model), generated(dense))
+
+
+def test_a_tied_model_with_biases_keeps_both(qwen2, make_run, tmp_path):
+    run = make_run(tmp_path / "run", qwen2)
+    export_checkpoint(run, Bitmask(), tmp_path / "packed")
+    model, dense = (
+        msp_plugin.load(tmp_path / "packed", "float32", packed=True),
+        msp_plugin.load(run, "float32"),
+    )
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(generated(model), generated(dense))
+
+
+def test_a_dense_checkpoint_cannot_be_kept_packed(run_dir):
+    with pytest.raises(ModelError, match="is not packed") as error:
+        msp_plugin.load(run_dir, packed=True)
+    assert "--to bitmask" in error.value.hint
+
+
+def test_a_packed_model_does_not_stay_on_disk(packed_path):
+    with pytest.raises(ModelError, match="only dense checkpoints can stay on disk"):
+        msp_plugin.load(packed_path, packed=True, offload=True)
+
+
+def test_a_damaged_mask_is_refused(packed_path, copied, rewrite):
+    path = copied(packed_path)
+    layer = msp_plugin.Checkpoint.open(path).packed[0]
+    rewrite(path, {f"{layer}.bitmask": lambda mask: mask ^ 1})
+    (path / "export.json").unlink()
+    with pytest.raises(FormatError, match=layer):
+        msp_plugin.load(path, packed=True)
