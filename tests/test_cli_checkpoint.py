@@ -143,7 +143,7 @@ def test_a_smaller_model_is_exported_and_verified(msp, llama, tmp_path):
 
 def test_forms_as_json_say_bytes_or_a_reason(msp, run_dir):
     forms = json.loads(msp("export", run_dir, "--forms", "--json").out)
-    assert sorted(forms) == ["dense", "recipe", "small", "sparse24", "uniform"]
+    assert sorted(forms) == ["bitmask", "dense", "recipe", "small", "sparse24", "uniform"]
     assert "nothing can be left out" in forms["small"]["refused"] and forms["small"]["bytes"] is None
     assert forms["sparse24"]["refused"] is None and forms["sparse24"]["bytes"] < forms["dense"]["bytes"]
 

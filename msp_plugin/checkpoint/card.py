@@ -123,7 +123,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")
 ```
 
-vLLM serves it as any model: `vllm serve THIS_DIRECTORY`.
+It is a plain model of its type in all other respects too.
 """
 
 _PACKED_USE = """Load it in Python as a ready transformers model:

@@ -105,7 +105,7 @@ class Small(Smaller):
 
 @dataclass(frozen=True)
 class Uniform(Smaller):
-    """All blocks equally wide, and blocks that do nothing gone: plain transformers and vLLM load it.
+    """All blocks equally wide, and blocks that do nothing gone: plain transformers load it.
 
     Args:
         pad: where blocks need different widths, give all the widest one's, filled up with heads and channels that do

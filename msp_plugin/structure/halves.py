@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -146,7 +147,7 @@ def _half(block: torch.nn.Module, prefix: str, index: int, kind: str) -> Half | 
     )
 
 
-def _silencing(mlp: torch.nn.Module) -> tuple[str, ...]:
+def _silencing(mlp: Any) -> tuple[str, ...]:
     """Return the projections of an MLP whose zero rows silence a channel: act(0) * up, act(gate) * 0."""
     zero = mlp.act_fn(torch.zeros((), device="cpu"))
     return ("gate_proj", "up_proj") if float(zero) == 0 else ("up_proj",)

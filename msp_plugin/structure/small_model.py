@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,7 @@ def shrink(model: PreTrainedModel, widths: Sequence[Widths]) -> None:
     for half in halves:
         own = widths[half.block]
         _resize(model, half, own.kv_heads if half.kind == ATTENTION else own.channels)
-    cached = [block.self_attn for block in blocks if not isinstance(block.self_attn, Dropped)]
+    cached: list[Any] = [block.self_attn for block in blocks if not isinstance(block.self_attn, Dropped)]
     for place, attention in enumerate(cached):
         attention.layer_idx = place
     record = {int(block): entry for block, entry in per_layer_record(widths, usual).items()}
@@ -105,14 +105,17 @@ def _resize(model: torch.nn.Module, half: Half, groups: int) -> None:
             model.set_submodule(norm, torch.nn.Identity())
         return
     for layer, rows in half.inputs.items():
-        _replace(model, layer, lambda old, rows=rows: (old.in_features, groups * rows))
-    _replace(model, half.output, lambda old: (groups * half.columns, old.out_features))
+        _replace(model, layer, out_features=groups * rows)
+    _replace(model, half.output, in_features=groups * half.columns)
 
 
-def _replace(model: torch.nn.Module, layer: str, size: Callable[[torch.nn.Linear], tuple[int, int]]) -> None:
-    """Put a linear of another size, (in_features, out_features), in the place of one."""
+def _replace(
+    model: torch.nn.Module, layer: str, in_features: int | None = None, out_features: int | None = None
+) -> None:
+    """Put a linear with another number of features in the place of one."""
     old = model.get_submodule(layer)
     assert isinstance(old, torch.nn.Linear)
+    sizes = in_features or old.in_features, out_features or old.out_features
     with torch.device("meta"):
-        new = torch.nn.Linear(*size(old), bias=old.bias is not None, dtype=old.weight.dtype)
+        new = torch.nn.Linear(*sizes, bias=old.bias is not None, dtype=old.weight.dtype)
     model.set_submodule(layer, new)

@@ -1,4 +1,4 @@
-"""config.json of a model whose blocks are equally wide: plain transformers and vLLM read it."""
+"""config.json of a model whose blocks are equally wide: plain transformers read it."""
 
 from __future__ import annotations
 
