@@ -134,7 +134,8 @@ def from_tensors(
             del config.quantization_config
         with torch.device("meta"):  # for the class alone, which may be the repository's own
             cls = type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
-        model, report = (cls if prepare is None else _prepared(cls, prepare)).from_pretrained(
+        loader: Any = cls if prepare is None else _prepared(cls, prepare)
+        model, report = loader.from_pretrained(
             None,
             config=config,
             state_dict=dict(tensors),

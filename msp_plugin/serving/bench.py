@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,8 +141,8 @@ def _measured(
     times: dict[tuple[str, str], list[float]] = {}
     for turn in range(options.repeats + 1):
         for form, model in models.items():
-            seconds, out = _timed(lambda model=model: model(prompt, use_cache=True, logits_to_keep=1))
-            decode, _ = _timed(lambda model=model, out=out: _decode(model, out, options.tokens))
+            seconds, out = _timed(partial(model, prompt, use_cache=True, logits_to_keep=1))
+            decode, _ = _timed(partial(_decode, model, out, options.tokens))
             if turn:
                 times.setdefault((form, "prefill"), []).append(seconds)
                 times.setdefault((form, "decode"), []).append(decode)

@@ -115,6 +115,6 @@ def _prepare(model: PreTrainedModel) -> None:
         if choice.kernel == "dense":
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(module.weight, requires_grad=False)
-            linear.bias = module.bias
+            linear.register_parameter("bias", module.bias)
             model.set_submodule(name, linear.eval())
     log.warning("packed layers: %s", ", ".join(f"{n} on {kernel}" for kernel, n in sorted(kernels.items())))

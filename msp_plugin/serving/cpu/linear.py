@@ -27,6 +27,8 @@ class PackedLinear(nn.Module):
         bias: [out_features], or None.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         format: PackedFormat,
