@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import RecipeError
+from msp_plugin.models.weights import Weights
+from msp_plugin.passes.gradients import activation_gradients
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.trained import AdapterRecovery
@@ -109,20 +112,16 @@ class SparseDelta(AdapterRecovery):
 
     def prepare(self, inputs: RecoveryInputs) -> ChosenWeights:
         """Return the change, whose weights are chosen by their scores on the first tokens of the data."""
-        from msp_plugin.models.weights import Weights
-
         weights = Weights(inputs.model)
         gradients = self._gradients(inputs) if self.score != "magnitude" else {}
 
         def scores() -> Iterator[tuple[str, torch.Tensor]]:
             for name in inputs.masks:
                 weight = weights[name].float()
-                score = {
-                    "gradient": lambda w, n: gradients[n],
-                    "saliency": lambda w, n: w * gradients[n],
-                    "magnitude": lambda w, n: w,
-                }[self.score](weight, name).abs()
-                yield name, score.masked_fill(weight == 0, -1.0).flatten()
+                score = weight if self.score == "magnitude" else gradients[name]
+                if self.score == "saliency":
+                    score = score * weight
+                yield name, score.abs().masked_fill(weight == 0, -1.0).flatten()
 
         count = self._count(inputs.masks)
         if self.by_layer:
@@ -136,9 +135,6 @@ class SparseDelta(AdapterRecovery):
 
     def _gradients(self, inputs: RecoveryInputs) -> dict[str, torch.Tensor]:
         """Return by layer the mean gradient of the loss, float32[O, I], on the first ``score_tokens`` tokens."""
-        from msp_plugin.data.calibration import CalibrationSet
-        from msp_plugin.passes.gradients import activation_gradients
-
         length = max(map(len, inputs.data.samples))
         data = CalibrationSet(inputs.data.samples[: max(1, self.score_tokens // length)], "scores")
         found: dict[str, torch.Tensor] = {}

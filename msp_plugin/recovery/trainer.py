@@ -81,6 +81,7 @@ class Course:
         curve: (cost in tokens, loss on the hold-out text), the first before training.
         best: step of the state that is in the model now; 0 for the state before training.
         cost: tokens through blocks of either model, a backward pass counts as two forward passes.
+        steps, planned: that were trained and that should have been.
         stopped: where the loss stopped being finite, e.g. "in step 12 of 244"; empty where it did not.
     """
 
@@ -89,7 +90,6 @@ class Course:
     cost: int
     steps: int
     planned: int
-    trained_tokens: int
     stopped: str = ""
 
     @property
@@ -353,9 +353,14 @@ def course_of(
     finite = [(loss, step) for step, loss in held if math.isfinite(loss)]
     best = min(finite)[1] if finite else 0
     cost = (curve[-1][0] if curve else 0) + (state.global_step - held[-1][0]) * step_cost
-    course = Course(curve, best, cost + measured * passes, state.global_step, steps.count,
-                    state.global_step * steps.tokens, watch.stopped)  # fmt: skip
-    return course if best else replace(course, best=0)
+    return Course(
+        curve=curve,
+        best=best,
+        cost=cost + measured * passes,
+        steps=state.global_step,
+        planned=steps.count,
+        stopped=watch.stopped,
+    )
 
 
 def arguments(

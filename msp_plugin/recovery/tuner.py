@@ -7,6 +7,7 @@ Without it peft refuses them, as it should: a masked change that is loaded as so
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,8 +227,6 @@ class SparseTuner(BaseTuner):  # type: ignore[misc,unused-ignore]
 
 def hash_of(name: str) -> int:
     """Return 31 bits that depend on a name alone."""
-    import zlib
-
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
