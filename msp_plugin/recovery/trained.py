@@ -153,7 +153,7 @@ def adapted(model: PreTrainedModel, config: PeftConfig) -> Iterator[PeftModel]:
     try:
         yield wrapped
     finally:
-        model.gradient_checkpointing_disable()
+        model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
         wrapped.unload()
         vars(model).pop("peft_config", None)
         for parameter, flag in flags:

@@ -148,6 +148,8 @@ def collate(samples: Sequence[torch.Tensor]) -> Batch:
 class RecoveryTrainer(Trainer):
     """The Trainer, with the loss of recovery."""
 
+    objective: Objective
+
     def __init__(self, objective: Objective, **arguments: Any):
         super().__init__(**arguments)
         self.objective = objective

@@ -69,6 +69,13 @@ class _Layer(torch.nn.Module, BaseTunerLayer):  # type: ignore[misc,unused-ignor
     """A module with trained tensors in place of its own, by adapter."""
 
     other_param_names = ("scaling",)
+    # Of BaseTunerLayer, which has no types here.
+    weight: Any
+    active_adapters: Any
+    disable_adapters: Any
+    merged: Any
+    get_base_layer: Any
+    set_adapter: Any
 
     def __init__(self, base_layer: torch.nn.Module):
         super().__init__()
@@ -143,7 +150,8 @@ class ChangedLayer(_Layer):
         tensors, base = self.trained(adapter), self.get_base_layer()
         bias = tensors.pop("bias", None)
         if adapter in self.msp_fixed:
-            tensors |= dict(self.msp_fixed[adapter].items())
+            fixed: Any = self.msp_fixed[adapter]
+            tensors |= dict(fixed.items())
         return tensors, base.bias if bias is None else bias.to(base.weight.dtype)
 
     def changed(self, adapter: str) -> dict[str, torch.Tensor]:
@@ -162,9 +170,8 @@ class ChangedLayer(_Layer):
             output = torch.nn.functional.linear(x, changed["weight"], changed.get("bias"))
         else:
             tensors, bias = self._tensors(adapter)
-            output = ChangedLinear.apply(
-                x, base.weight, bias, self.changes[adapter], tuple(tensors), *tensors.values()
-            )
+            apply: Any = ChangedLinear.apply  # not every torch has types for it
+            output = apply(x, base.weight, bias, self.changes[adapter], tuple(tensors), *tensors.values())
         return output
 
 
