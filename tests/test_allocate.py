@@ -320,7 +320,7 @@ def test_a_sparsity_out_of_reach_is_found_before_any_work(llama, data, plan, tmp
 
 def test_levels_that_do_not_divide_a_width_are_found_before_any_work(llama, data, plan):
     with pytest.raises(
-        RecipeError, match="level 3:7 does not fit 14 of 14 units: it does not divide in_features = 64"
+        RecipeError, match="level 3:7 does not fit 8 of 8 units: it does not divide in_features = 64"
     ):
         allocate(llama, data, plan(levels=["dense", "3:7"]))
 

@@ -225,7 +225,9 @@ def test_the_report_says_what_was_packed_and_why_it_is_dense(report, log):
     served(QKV, checkpoint_of(weights, (Q, K)), (Q, K))
     size = 128 * COLUMNS * 4
     assert [(line["packed"], line["kernel"], line["bytes"]) for line in report()] == [([Q, K], "dense", size)]
-    assert log[0].startswith(f"bitmask: 1 on dense; {size:,} bytes, 1.000 of dense; dense because MSP_CPU_KERNEL says so")
+    assert log[0].startswith(
+        f"bitmask: 1 on dense; {size:,} bytes, 1.000 of dense; dense because MSP_CPU_KERNEL says so"
+    )
 
 
 @every_kind

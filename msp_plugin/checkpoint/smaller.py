@@ -95,7 +95,7 @@ class Small(Smaller):
             raise FormatError(
                 f"{source.path} mixes blocks with and without a sliding window, and {dropped[0]} does nothing",
                 hint="transformers' cache of such a model counts on every attention; drop whole blocks and "
-                "export it --to uniform, or keep every attention",
+                "write it with msp export --to uniform, or keep every attention",
             )
         return Slices(structure.halves, kept, structure.depth)
 
@@ -159,7 +159,7 @@ class Uniform(Smaller):
             )
             raise FormatError(
                 f"{source.path} is not equally wide in all blocks: {found}",
-                hint="export it --to small, or give --set pad=true to fill all blocks up to the widest",
+                hint="write it with msp export --to small, or --to uniform --set pad=true, which fills all blocks up",
             )
         return most
 
@@ -177,7 +177,7 @@ def _check_attention(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> No
     if not any(kept[half.name] for half in source.structure.halves if half.kind == ATTENTION):
         raise FormatError(
             f"every attention of {source.path} does nothing: no token would see another one",
-            hint="keep one, or export it --to dense",
+            hint="keep one, or write it with msp export --to dense",
         )
 
 

@@ -82,7 +82,7 @@ def recover(
     if original is None and recovery.needs_original:
         raise RecipeError(
             f"recovery {recovery.name!r} needs the dense model",
-            hint="name it with --original (in Python original=)",
+            hint="name the dense model as its original",
         )
     sparse = ModelSource(run, dtype, trust_remote_code, False, cache)
     dense = None if original is None else ModelSource(original, dtype, trust_remote_code, offload, cache)

@@ -66,7 +66,7 @@ class RecoveryText:
         if len(samples) < 2:
             raise DataError(
                 f"{samples.source} gives {len(samples)} sample, and a recovery needs one to learn from and another to judge it",
-                hint="give more text, or shorter samples (--length)",
+                hint="give more text, or shorter samples",
             )
         data, holdout = samples.cut(max(1, samples.tokens // HOLDOUT_SHARE))
         return cls(data, holdout, test)

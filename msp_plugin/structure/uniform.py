@@ -52,5 +52,5 @@ def uniform_config(
             return mistral
     raise ModelError(
         f"transformers refuses the config of the smaller {raw['model_type']} model: {why}",
-        hint="export it --to small",
+        hint="msp export --to small writes it",
     )

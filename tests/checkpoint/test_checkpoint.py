@@ -129,7 +129,7 @@ def test_a_config_without_a_sparse_format_names_no_layer(found):
         (config(**{**GOOD, "targets": []}), "does not name layers one by one"),
         (config(format="sparse-24-bitmask"), "does not name layers one by one"),
         (config(**{**GOOD, "targets": ["a.b", "a.b"]}), "names a layer twice"),
-        (config(**{**GOOD, "format": "sparse-bitmask"}), "sparsity format 'sparse-bitmask' is not read"),
+        (config(**{**GOOD, "format": "sparse-other"}), "sparsity format 'sparse-other' is not read"),
         (config(**{**GOOD, "format": "dense"}), "sparsity format 'dense' is not read"),
         (config(**{**GOOD, "format": None}), "sparsity format None is not read"),
         (config(targets=["a.b"]), "sparsity format None is not read"),

@@ -31,7 +31,8 @@ def test_the_file_says_schema_version_and_every_field(exported):
             "two": {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()},
         },
         "tensors": {"x": [2, 3]}, "packed": {"a.b": "2:4"}, "kept_dense": {"a.c": "why"},
-        "packed_bytes": 9, "dense_bytes": 16, "negative_zeros": {"a.b": 1}, "versions": {"torch": "2"},
+        "packed_bytes": 9, "dense_bytes": 16, "negative_zeros": {"a.b": 1}, "structure": {},
+        "versions": {"torch": "2"},
     }  # fmt: skip
 
 

@@ -41,7 +41,9 @@ def test_the_record_says_what_was_asked_planned_and_achieved(run):
         "zeros": weights // 2, "planned_zeros": weights // 2, "extra_zeros": 0,
     }  # fmt: skip
     assert record["perplexity"] == {"dense": None, "uniform": None, "mixed": None}
-    assert record["stages"] == [{"name": "prune", "perplexity": None, "seconds": None, "sparsity": 0.5}]
+    assert record["stages"] == [
+        {"name": "prune", "perplexity": None, "kl": None, "seconds": None, "sparsity": 0.5, "recovery": None}
+    ]
     assert record["search"] == outcome.search.to_dict() and record["seed"] == 3
     assert record["python"] == platform.python_version() and record["versions"]["torch"] == torch.__version__
     assert json.loads(json.dumps(record)) == record

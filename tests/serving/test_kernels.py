@@ -382,10 +382,11 @@ def test_the_self_check_tries_the_algorithm_of_every_bucket(cusparselt):
     assert [algorithm for _, algorithm in cusparselt] == [3, 1, 4, 5, 9]
 
 
-def test_the_tolerance_is_four_roundings():
-    for dtype, tolerance in TOLERANCE.items():
-        assert tolerance == 2 * torch.finfo(dtype).eps
-    assert set(TOLERANCE) == set(kernels.DTYPES)
+def test_the_tolerance_is_four_roundings_of_16_bits():
+    for dtype in kernels.DTYPES:
+        assert TOLERANCE[dtype] == 2 * torch.finfo(dtype).eps
+    # Only CPU kernels take float32, whose sums of thousands of terms run in another order.
+    assert set(TOLERANCE) - set(kernels.DTYPES) == {torch.float32} and TOLERANCE[torch.float32] == 2**-15
 
 
 def test_importing_the_module_starts_no_cuda():
