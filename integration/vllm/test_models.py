@@ -90,7 +90,7 @@ def answers(models, tmp_path_factory):
     for name, job in jobs.items():
         job["model"] = str(models / job.get("model", name))
         job["options"] = {"distributed_executor_backend": "uni", **job.get("options", {})}
-    return run(jobs, tmp_path_factory.mktemp("answers"), 300)
+    return run(jobs, tmp_path_factory.mktemp("answers"), 1800)
 
 
 def answer(result):
@@ -187,6 +187,6 @@ def test_a_packed_model_runs_with_weights_that_vllm_makes_up(answers, name):
 def test_two_tensor_parallel_processes_give_the_same_tokens(answers, models, form, tmp_path):
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     jobs = {"two": {"model": str(models / f"llama-{form}"), "options": options}}
-    found = run(jobs, tmp_path, 150)["two"]
+    found = run(jobs, tmp_path, 600)["two"]
     assert answer(found)[0] == answers["llama"]["tokens"]
     assert sorted(line["rank"] for line in found["report"]) == [0] * 8 + [1] * 8
