@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.trained import AdapterRecovery
 from msp_plugin.recovery.weight_change import Tensors, WeightChange
 
@@ -48,5 +49,5 @@ class Full(AdapterRecovery):
     learning_rate: float = 1e-4
     norms: bool = True
 
-    def change(self) -> FullWeight:
+    def change(self, inputs: RecoveryInputs) -> FullWeight:
         return FullWeight()

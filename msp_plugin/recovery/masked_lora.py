@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from msp_plugin.errors import RecipeError
+from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.trained import AdapterRecovery, check_rank
 from msp_plugin.recovery.weight_change import Tensors, WeightChange
@@ -69,5 +70,5 @@ class MaskedLoRA(AdapterRecovery):
     def check_layers(self, masks: Masks) -> None:
         check_rank(self.name, "rank", self.rank, masks)
 
-    def change(self) -> MaskedLowRank:
+    def change(self, inputs: RecoveryInputs) -> MaskedLowRank:
         return MaskedLowRank(self.rank, self.alpha)

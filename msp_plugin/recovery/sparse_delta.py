@@ -110,7 +110,7 @@ class SparseDelta(AdapterRecovery):
             )
         return int(self.values * surviving) if self.values <= 1 else int(self.values)
 
-    def prepare(self, inputs: RecoveryInputs) -> ChosenWeights:
+    def change(self, inputs: RecoveryInputs) -> ChosenWeights:
         """Return the change, whose weights are chosen by their scores on the first tokens of the data."""
         weights = Weights(inputs.model)
         gradients = self._gradients(inputs) if self.score != "magnitude" else {}

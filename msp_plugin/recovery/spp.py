@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from msp_plugin.errors import RecipeError
+from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.trained import AdapterRecovery, check_rank
 from msp_plugin.recovery.weight_change import Tensors, WeightChange
@@ -82,5 +83,5 @@ class SPP(AdapterRecovery):
     def check_layers(self, masks: Masks) -> None:
         check_rank(self.name, "groups", self.groups, masks)
 
-    def change(self) -> Proportional:
+    def change(self, inputs: RecoveryInputs) -> Proportional:
         return Proportional(self.groups, self.scale)

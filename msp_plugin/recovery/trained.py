@@ -113,18 +113,14 @@ class AdapterRecovery(TrainedRecovery):
 
     norms: bool = False
 
-    def change(self) -> WeightChange:
+    @abstractmethod
+    def change(self, inputs: RecoveryInputs) -> WeightChange:
         """Return the change of a layer's weight."""
-        raise NotImplementedError
-
-    def prepare(self, inputs: RecoveryInputs) -> WeightChange:
-        """Return the change, for methods that look at the model and the text first."""
-        return self.change()
 
     def config(self, inputs: RecoveryInputs) -> PeftConfig:
         from msp_plugin.recovery.tuner import SparseAdapterConfig
 
-        change = self.prepare(inputs)
+        change = self.change(inputs)
         layers = [name for name in inputs.masks if change.changes(name)]
         return SparseAdapterConfig.of(
             change,

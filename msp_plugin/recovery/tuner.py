@@ -8,6 +8,7 @@ Without it peft refuses them, as it should: a masked change that is loaded as so
 from __future__ import annotations
 
 import zlib
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,9 +120,9 @@ class _Layer(torch.nn.Module, BaseTunerLayer):  # type: ignore[misc,unused-ignor
     def unmerge(self) -> None:
         raise ValueError("a merged weight has been rounded and cannot be taken apart: load the model again")
 
+    @abstractmethod
     def changed(self, adapter: str) -> dict[str, torch.Tensor]:
         """Return the module's tensors with the change of an adapter, in the module's dtype."""
-        raise NotImplementedError
 
 
 class ChangedLayer(_Layer):

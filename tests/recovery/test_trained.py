@@ -230,7 +230,7 @@ def test_sparse_delta_trains_the_weights_with_the_best_scores(case, score, by_la
     method = dataclasses.replace(METHODS["sparse_delta"], score=score, by_layer=by_layer, values=0.1,
                                  score_tokens=96)  # fmt: skip
     inputs = case.inputs()
-    change = method.prepare(inputs)
+    change = method.change(inputs)
     model = inputs.model
     ids = torch.stack(case.data.samples[:4])
     own, dense = model(ids).logits.log_softmax(-1), case.dense(ids).logits.log_softmax(-1).detach()
