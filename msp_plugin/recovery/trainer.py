@@ -9,68 +9,24 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState, PrinterCallback
+from transformers.trainer_callback import PrinterCallback
 
-from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.passes.gradients import BACKWARD
-from msp_plugin.passes.observe import by_block
 from msp_plugin.recovery.base import RecoveryInputs
-from msp_plugin.recovery.ist import EVERY, LEFT, SETS, ImportanceSchedule, starting_scores
+from msp_plugin.recovery.importance import Importance
 from msp_plugin.recovery.objective import Objective
 from msp_plugin.recovery.training_options import TrainingOptions
+from msp_plugin.recovery.training_text import Batch, Samples, Steps, collate, shuffled
 
 log = logging.getLogger(__name__)
-
-Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Steps:
-    """How text is shared out to steps, ranks and forward passes.
-
-    Args:
-        count: steps of the optimizer.
-        batch: samples of one forward pass on one rank.
-        accumulated: forward passes of one step on one rank.
-        ranks: processes that share each step.
-        length: tokens of the longest sample.
-    """
-
-    count: int
-    batch: int
-    accumulated: int
-    ranks: int
-    length: int
-
-    @classmethod
-    def plan(cls, method: TrainingOptions, data: CalibrationSet, batch_tokens: int, ranks: int) -> Steps:
-        """Return the steps whose tokens are at least those that are asked for."""
-        length = max(map(len, data.samples))
-        share = -(-max(1, method.step_tokens // length) // ranks)
-        most = max(1, batch_tokens // length)
-        batch = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
-        count = max(1, math.ceil(method.tokens / (share * ranks * length)))
-        return cls(count, batch, share // batch, ranks, length)
-
-    @property
-    def samples(self) -> int:
-        """Samples of a step."""
-        return self.batch * self.accumulated * self.ranks
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.samples * self.length
 
 
 @dataclass(frozen=True)
@@ -113,38 +69,6 @@ class Course:
         return tuple(notes)
 
 
-class Samples(torch.utils.data.Dataset[torch.Tensor]):
-    """Samples in the order in which they are trained on."""
-
-    def __init__(self, samples: Sequence[torch.Tensor], order: Sequence[int]):
-        self.samples, self.order = samples, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, position: int) -> torch.Tensor:
-        return self.samples[self.order[position]]
-
-
-def shuffled(count: int, wanted: int, seed: int) -> list[int]:
-    """Return ``wanted`` of ``count`` positions: all of them in random order, then all again in another one."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < wanted:
-        order += torch.randperm(count, generator=generator).tolist()
-    return order[:wanted]
-
-
-def collate(samples: Sequence[torch.Tensor]) -> Batch:
-    """Return a batch of samples int64[T]; shorter ones are padded on the right, and an attention mask says so."""
-    lengths = [len(sample) for sample in samples]
-    if len(set(lengths)) == 1:
-        return {"input_ids": torch.stack(list(samples))}
-    ids = torch.nn.utils.rnn.pad_sequence(list(samples), batch_first=True)
-    seen = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    return {"input_ids": ids, "attention_mask": seen}
-
-
 class RecoveryTrainer(Trainer):
     """The Trainer, with the loss of recovery."""
 
@@ -158,6 +82,12 @@ class RecoveryTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return self.objective.loss(model, inputs)
+
+    @torch.no_grad()
+    def batch_loss(self, model: Any, batch: Batch) -> float:
+        """Return the loss of a model on a batch of this rank alone; the model is in eval mode afterwards."""
+        model.eval()
+        return float(self.objective.loss(self.accelerator.unwrap_model(model), self._prepare_inputs(batch)))
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -213,104 +143,6 @@ class Watch(TrainerCallback):
         control.should_evaluate = control.should_save = False
 
 
-class Importance(TrainerCallback, ExportableState):  # type: ignore[misc,unused-ignore]
-    """Trains the adapters of the blocks that ImportanceSchedule draws, and measures its losses."""
-
-    def __init__(
-        self, adapted: PeftModel, trainer: RecoveryTrainer, steps: Steps, inputs: RecoveryInputs, start: str
-    ):
-        self.blocks = by_block(inputs.model, tuple(inputs.masks))
-        self.numbers = sorted(self.blocks)
-        scores = dict.fromkeys(self.numbers, 0.0)
-        if start == "sensitivity":
-            scores = starting_scores(self.blocks, inputs.sensitivities)
-        self.schedule = ImportanceSchedule([scores[number] for number in self.numbers], inputs.seed)
-        self.trainer, self.steps, self.inputs = trainer, steps, inputs
-        self.layers = self._layers_by_block(adapted)
-        self.measured = 0
-
-    def _layers_by_block(self, adapted: PeftModel) -> list[list[BaseTunerLayer]]:
-        """Return the adapter's layers of each block; others, such as the last norm, are always trained."""
-        first = self.blocks[self.numbers[0]][0]
-        prefix = first.split(f".{self.numbers[0]}.")[0]
-        found: dict[int, list[BaseTunerLayer]] = {number: [] for number in self.numbers}
-        for name, module in adapted.get_base_model().named_modules():
-            if isinstance(module, BaseTunerLayer) and name.startswith(prefix + "."):
-                found[int(name[len(prefix) + 1 :].partition(".")[0])].append(module)
-        return [found[number] for number in self.numbers]
-
-    def state(self) -> dict[str, Any]:
-        """Return the scores, as transformers' checkpoints hold them."""
-        scores = self.schedule.scores.tolist()
-        return {"args": {}, "attributes": {"scores": scores, "measured": self.measured}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__) or {}
-        if "scores" in saved.get("attributes", {}) and state.global_step:
-            self.schedule.scores = torch.tensor(saved["attributes"]["scores"], dtype=torch.float64)
-            self.measured = saved["attributes"]["measured"]
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        step = state.global_step
-        if step and step % EVERY == 0:
-            self.schedule.update(step, lambda blocks: self._damped_loss(model, step, blocks))
-            self.measured += SETS * self.steps.batch * self.steps.length
-        drawn = set(self.schedule.drawn(step))
-        if self.steps.ranks == 1:
-            for i, layers in enumerate(self.layers):
-                _require_grad(layers, i in drawn)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop the gradients of the blocks that were not drawn: several ranks compute them for all blocks."""
-        drawn = set(self.schedule.drawn(state.global_step))
-        for i, layers in enumerate(self.layers):
-            if i not in drawn:
-                for parameter in _trained(layers):
-                    parameter.grad = None
-
-    def _damped_loss(self, model: Any, step: int, blocks: list[int]) -> float:
-        """Return the loss of one batch of the training text while the adapters of some blocks are damped."""
-        data = self.inputs.data.samples
-        order = shuffled(len(data), self.steps.batch, self.inputs.seed + step)
-        batch = collate([data[i] for i in order])
-
-        def measure() -> float:
-            with torch.no_grad(), damped([layer for i in blocks for layer in self.layers[i]]):
-                model.eval()
-                unwrapped = self.trainer.accelerator.unwrap_model(model)
-                loss = self.trainer.objective.loss(unwrapped, self.trainer._prepare_inputs(batch))
-            return float(loss)
-
-        return self.inputs.ranks.on_rank_zero(measure)
-
-
-def _trained(layers: Sequence[BaseTunerLayer]) -> Iterator[torch.nn.Parameter]:
-    """Yield the parameters of adapters."""
-    for layer in layers:
-        for name in layer.adapter_layer_names:
-            yield from getattr(layer, name).parameters()
-
-
-def _require_grad(layers: Sequence[BaseTunerLayer], flag: bool) -> None:
-    for parameter in _trained(layers):
-        parameter.requires_grad_(flag)
-
-
-@contextmanager
-def damped(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
-    """Apply a quarter of the change of some layers meanwhile."""
-    scalings: list[Any] = [layer.scaling for layer in layers]
-    before = [dict(scaling) for scaling in scalings]
-    for scaling in scalings:
-        for adapter in scaling:
-            scaling[adapter] *= LEFT
-    try:
-        yield
-    finally:
-        for scaling, own in zip(scalings, before, strict=True):
-            scaling.update(own)
-
-
 def train(
     method: TrainingOptions, adapted: PeftModel, objective: Objective, inputs: RecoveryInputs
 ) -> Course:
@@ -334,7 +166,7 @@ def train(
     trainer.add_callback(watch)
     importance = None
     if method.layers == "ist":
-        importance = Importance(adapted, trainer, steps, inputs, method.ist_start)
+        importance = Importance(adapted, trainer.batch_loss, steps, inputs, method.ist_start)
         trainer.add_callback(importance)
     trainer.train(resume_from_checkpoint=checkpoint)
     return course_of(trainer, watch, steps, inputs, importance.measured if importance else 0)

@@ -15,7 +15,8 @@ from msp_plugin.recovery.lora import LoRA
 from msp_plugin.recovery.masked_lora import MaskedLoRA
 from msp_plugin.recovery.sparse_delta import SparseDelta, best, best_of_all
 from msp_plugin.recovery.spp import SPP
-from msp_plugin.recovery.trainer import Steps, last_checkpoint, shuffled
+from msp_plugin.recovery.trainer import last_checkpoint
+from msp_plugin.recovery.training_text import Steps, shuffled
 
 #: Eight steps of four samples.
 SHORT = {"tokens": 8 * 96, "step_tokens": 96, "evaluations": 2, "warmup": 0.0}
