@@ -153,13 +153,13 @@ def check_fit(table: UnitTable, menu: Iterable[Level]) -> None:
     """Raise unless every level fits every unit.
 
     Raises:
-        RecipeError: a level does not; the message says why the first one does not.
+        RecipeError: a level does not; the message names the first units.
     """
     for level in menu:
         odd = [why for unit in table if (why := level.misfit(unit))]
         if odd:
             raise RecipeError(
-                f"level {level.name} does not fit {len(odd)} of {len(table)} units: it {odd[0]}",
+                f"level {level.name} does not fit {len(odd)} of {len(table)} units: it {', '.join(odd[:3])}",
                 hint=f"leave {level.name} out of levels, or add the layers to ignore",
             )
 
@@ -168,7 +168,7 @@ def check_whole(model: torch.nn.Module, table: UnitTable, granularity: str) -> N
     """Raise unless each unit, half a block or a block, holds all linears that are there to prune.
 
     Raises:
-        RecipeError: targets or ignore leave out some; the message says why the first one does not.
+        RecipeError: targets or ignore leave out some; the message names the first units.
     """
     whole = {layer: unit for unit in prunable_layers(model, granularity=granularity) for layer in unit.layers}
     odd = [unit.name for unit in table if len(unit.layers) < len(whole[unit.layers[0]].layers)]
