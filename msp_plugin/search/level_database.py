@@ -31,10 +31,21 @@ def open_database(
     prefix: Mapping[str, str] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     device: str = "cpu",
+    quantum: int | None = None,
 ) -> LevelDatabase:
-    """Return the level database of a model (its fingerprint), samples, method and levels, built or not."""
+    """Return the level database of a model (its fingerprint), samples, method and levels, built or not.
+
+    Args:
+        quantum: of the widths, None where the menu holds none.
+    """
     identity = database_identity(
-        model_id, data, pruner, prefix=prefix, batch_tokens=batch_tokens, device=device
+        model_id,
+        data,
+        pruner,
+        prefix=prefix,
+        batch_tokens=batch_tokens,
+        device=device,
+        quantum=quantum,
     )
     return LevelDatabase(cache_directory(cache), identity, menu)
 
