@@ -1,21 +1,25 @@
-"""Scores of heads and channels against loops over single weights, and against the loss itself."""
+"""LLM-Pruner's scores against loops over single weights, whole backward passes, and the loss itself."""
 
 import pytest
 import torch
 
+from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.database.gradients import gradient_scores
 from msp_plugin.errors import RecipeError
-from msp_plugin.structure.halves import find_halves
-from msp_plugin.structure.scores import TAYLOR, l2_scores, random_scores, taylor_scores
+from msp_plugin.models.layers import prunable_layers
+from msp_plugin.pruning.llm_pruner import LLMPruner
+from msp_plugin.structure.groups import with_groups
+from msp_plugin.structure.scores import TAYLOR, taylor_scores
 
 
 @pytest.fixture(scope="module")
-def tensors(tiny):
-    """Halves of a tiny Llama, its weights, and its gradients and their mean squares over three samples."""
+def measured(tiny):
+    """A tiny Llama, its half-blocks, three samples, and the gradients of their losses by torch's own backward pass."""
     model = tiny("llama")
+    table = with_groups(model, prunable_layers(model, granularity="half"), 1)
     ids = torch.randint(0, 96, (3, 12), generator=torch.Generator().manual_seed(1))
-    names = [name for half in find_halves(model) for name in (*half.inputs, half.output)]
-    gradients = dict.fromkeys(names, 0.0)
-    squares = dict.fromkeys(names, 0.0)
+    names = [layer.name for layer in table.layers]
+    gradients, squares = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for row in ids:
         model.zero_grad()
         model(row[None], labels=row[None]).loss.backward()
@@ -23,86 +27,80 @@ def tensors(tiny):
             gradient = model.get_submodule(name).weight.grad.double()
             gradients[name] = gradients[name] + gradient / 3
             squares[name] = squares[name] + gradient.square() / 3
-    weights = {name: model.get_submodule(name).weight.detach() for name in names}
-    return model, ids, weights, gradients, squares
+    model.zero_grad(set_to_none=True)
+    return model, table, CalibrationSet(tuple(ids), "test"), gradients, squares
 
 
-def by_hand(half, group, weights, gradients, squares, variant):
-    """Sum a group's channels one by one."""
-    total = 0.0
-    for layer in (*half.inputs, half.output):
-        w, g, f = (t[layer].double() for t in (weights, gradients, squares))
-        if layer == half.output:
-            w, g, f = w.T, g.T, f.T
-        size = half.columns if layer == half.output else half.inputs[layer]
+def by_hand(layer, weight, gradient, squares, score):
+    """Add up a layer's channels one by one."""
+    of = (weight.double(), gradient, squares)
+    w, g, f = (matrix.T for matrix in of) if layer.groups.by_columns else of
+    size, scores = len(w) // layer.groups.count, []
+    for group in range(layer.groups.count):
+        total = 0.0
         for row in range(group * size, (group + 1) * size):
             first, second = w[row] * g[row], w[row] ** 2 * f[row]
             total += float(
                 {
                     "vector": first.sum().abs(),
-                    "element1": first.abs().sum(),
-                    "element2": second.abs().sum(),
-                    "mix": (first - 0.5 * second).abs().sum(),
-                }[variant]
+                    "first": first.abs().sum(),
+                    "second": second.abs().sum(),
+                    "mixed": (first - 0.5 * second).abs().sum(),
+                }[score]
             )
-    return total
+        scores.append(total)
+    return torch.tensor(scores, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("variant", TAYLOR)
-def test_scores_are_those_of_single_channels_added_up(variant, tensors):
-    model, _, *of = tensors
-    for half in find_halves(model)[:2]:
-        found = taylor_scores(half, *of, variant)
-        expected = [by_hand(half, group, *of, variant) for group in range(half.groups)]
-        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+@pytest.mark.parametrize("score", TAYLOR)
+def test_the_scores_of_a_model_are_those_of_single_channels_added_up(score, measured):
+    model, table, data, gradients, squares = measured
+    for limit in (1 << 40, 4000):  # all gradients in one pass, and few layers at a time
+        found = gradient_scores(model, table.units[:2], LLMPruner(score), data, limit)
+        for layer in (layer for unit in table.units[:2] for layer in unit.layers):
+            weight = model.get_submodule(layer.name).weight.detach()
+            expected = by_hand(layer, weight, gradients[layer.name], squares[layer.name], score)
+            torch.testing.assert_close(found[layer.name], expected, rtol=1e-4, atol=1e-9)
 
 
-def test_a_kv_head_is_scored_with_its_own_query_heads(tensors):
-    model, _, weights, gradients, squares = tensors
-    half = find_halves(model)[0]
-    alone = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    query = "model.layers.0.self_attn.q_proj"
-    alone[query][16:32] = weights[query][16:32]  # query heads 2 and 3, which read KV head 1
-    scores = taylor_scores(half, alone, gradients, squares, "element1")
-    assert torch.nonzero(scores).flatten().tolist() == [1]
+def test_gradients_leave_the_model_as_it_was(measured, tiny):
+    model, table, data, *_ = measured
+    gradient_scores(model, table.units, LLMPruner(), data)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny("llama").parameters(), strict=True))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_to_first_order_the_vector_score_bounds_the_change_of_the_loss(tensors):
-    model, ids, weights, gradients, squares = tensors
-    half, step = find_halves(model)[1], 1e-3
-    scores = taylor_scores(half, weights, gradients, squares, "vector")
-    down = model.get_submodule(half.output).weight
+def test_a_kv_head_is_scored_with_its_own_query_heads(measured):
+    _, table, *_ = measured
+    query = table[0].layers[0]
+    gradient = torch.zeros(query.out_features, query.in_features)
+    gradient[16:32] = 1.0  # query heads 2 and 3 of 8, which read KV head 1 of 4
+    weight = torch.ones_like(gradient)
+    shaped = (matrix.view(query.groups.count, -1, 32) for matrix in (weight, gradient, gradient))
+    assert taylor_scores(*shaped, "first").nonzero().flatten().tolist() == [1]
+
+
+def test_to_first_order_the_vector_score_bounds_the_change_of_the_loss(measured):
+    model, table, data, gradients, _ = measured
+    last = table[1].layers[-1]
+    scores = gradient_scores(model, table.units[1:2], LLMPruner("vector"), data)[last.name]
+    down, channel, step = model.get_submodule(last.name).weight, int(scores.argmax()), 1e-3
 
     def loss():
         with torch.no_grad():
-            return sum(float(model(row[None], labels=row[None]).loss.double()) for row in ids) / len(ids)
+            losses = [float(model(row[None], labels=row[None]).loss.double()) for row in data.samples]
+        return sum(losses) / len(losses)
 
-    before, channel = loss(), int(scores.argmax())
-    change = weights[half.output][:, channel].clone() * step
+    before, change = loss(), down[:, channel].detach().clone() * step
     with torch.no_grad():
         down[:, channel] -= change
         after = loss()
         down[:, channel] += change
-    slope = float((weights[half.output].double() * gradients[half.output].double())[:, channel].sum())
+    slope = float((down.detach().double() * gradients[last.name])[:, channel].sum())
     assert after - before == pytest.approx(-slope * step, rel=0.05)
-    assert abs(slope) <= float(scores[channel])
+    assert abs(slope) == pytest.approx(float(scores[channel]), rel=1e-4)
 
 
-def test_l2_is_the_sum_of_squares_of_a_group(tensors):
-    model, _, weights, *_ = tensors
-    for half in find_halves(model)[:2]:
-        scores = l2_scores(half, weights)
-        total = sum(float(weights[name].double().square().sum()) for name in (*half.inputs, half.output))
-        assert float(scores.sum()) == pytest.approx(total)
-
-
-def test_random_scores_repeat_with_their_seed(tensors):
-    half = find_halves(tensors[0])[1]
-    first, again = (random_scores(half, torch.Generator().manual_seed(7)) for _ in range(2))
-    assert torch.equal(first, again) and len(set(first.tolist())) == half.groups
-
-
-def test_an_unknown_variant_is_refused(tensors):
-    model, _, *of = tensors
-    with pytest.raises(RecipeError, match="variant 'element3' is unknown"):
-        taylor_scores(find_halves(model)[0], *of, "element3")
+def test_an_unknown_score_is_refused():
+    with pytest.raises(RecipeError, match="score 'element3' is unknown"):
+        LLMPruner("element3")
