@@ -131,15 +131,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--test-samples", type=int, default=128)
-    parser.add_argument("--small", action="store_true", help="fewer samples, and a shorter search")
+    parser.add_argument("--small", action="store_true", help="fewer and shorter samples, and a shorter search")
     parser.add_argument(
         "--cache", type=Path, default=Path.home() / ".cache" / "msp_plugin" / "structure_table"
     )
     sizes = parser.parse_args()
     search: dict[str, Any] = {"tokens": 8192, "holdout": 4096}
     if sizes.small:
-        sizes.samples, sizes.test_samples = 64, 64
-        search = {"tokens": 2048, "holdout": 1024, "max_tokens": 150_000}
+        sizes.samples, sizes.length, sizes.test_samples = 32, 64, 48
+        search = {"tokens": 640, "holdout": 384, "max_tokens": 50_000}
     sizes.cache.mkdir(parents=True, exist_ok=True)
     file = RESULTS / "structure.json"
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"tables": {}}
