@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
+from tests.allocators.quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
 from msp_plugin.allocators.proposals import make_seeds
 from msp_plugin.allocators.search import LEAST_TOKENS, TOKENS_PER_UNIT, Search

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
+from tests.allocators.quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
 from msp_plugin.allocators.search import Search
 from msp_plugin.errors import NumericsError

@@ -1,7 +1,7 @@
 """Every allocator that measures candidates stops at its budget in forward tokens."""
 
 import pytest
-from quadratic import SHAPES, inputs_of, problem_of
+from tests.allocators.quadratic import SHAPES, inputs_of, problem_of
 
 from msp_plugin.allocators.atp import ATP
 from msp_plugin.allocators.evopress import EvoPress

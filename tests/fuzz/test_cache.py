@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from hypothesis import given
-from mutations import byte_files
+from tests.fuzz.mutations import byte_files
 
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import VerificationError

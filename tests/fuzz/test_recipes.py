@@ -4,8 +4,8 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from mutations import byte_files, documents
-from readers import READERS, RECIPE, TASK, check
+from tests.fuzz.mutations import byte_files, documents
+from tests.fuzz.readers import READERS, RECIPE, TASK, check
 
 from msp_plugin.cli.arguments import component_options
 from msp_plugin.errors import MSPError, RecipeError, nearest, shown

@@ -4,8 +4,8 @@ import json
 
 import pytest
 from hypothesis import given, settings
-from mutations import documents, json_files
-from readers import (
+from tests.fuzz.mutations import documents, json_files
+from tests.fuzz.readers import (
     READERS,
     allocation_document,
     check,
