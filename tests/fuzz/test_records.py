@@ -4,6 +4,9 @@ import json
 
 import pytest
 from hypothesis import given, settings
+
+from msp_plugin.errors import RecipeError
+from msp_plugin.plan.allocation import Allocation
 from tests.fuzz.mutations import documents, json_files
 from tests.fuzz.readers import (
     READERS,
@@ -13,9 +16,6 @@ from tests.fuzz.readers import (
     fill,
     run_document,
 )
-
-from msp_plugin.errors import RecipeError
-from msp_plugin.plan.allocation import Allocation
 
 VALID = {"allocation": allocation_document(), "run": run_document(), "comparison": comparison_document()}
 

@@ -2,10 +2,10 @@
 
 import pytest
 from hypothesis import given
-from tests.fuzz.mutations import byte_files
-from tests.fuzz.readers import JSONL, READERS, check
 
 from msp_plugin.errors import DataError
+from tests.fuzz.mutations import byte_files
+from tests.fuzz.readers import JSONL, READERS, check
 
 
 def test_the_valid_files_are_read(tmp_path):
