@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.models.layers import prunable_layers
@@ -62,3 +63,15 @@ def kl_by_hand(dense, candidate, samples):
 def places(model):
     """Where the storage of each parameter lies, and the parameter itself."""
     return {name: (id(p), p.data_ptr(), p.shape) for name, p in model.named_parameters()}
+
+
+def two_lengths():
+    """Seven samples of two lengths."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (12, 12, 12, 12, 7, 7, 12)
+    return CalibrationSet(tuple(torch.randint(0, 64, (n,), generator=generator) for n in lengths), "random")
+
+
+def own_forwards(model):
+    """The modules whose forward was replaced."""
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
