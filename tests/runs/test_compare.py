@@ -19,9 +19,9 @@ from msp_plugin.plan.levels import Level
 from msp_plugin.plugins.hookspecs import hookimpl
 from msp_plugin.pruning.masks import nm_mask
 from msp_plugin.records.comparison import ComparedRow, CompareRecord
+from msp_plugin.runs import rows as compared_rows
 from msp_plugin.runs.compare import cells, compare
 from msp_plugin.runs.grid import Grid
-from msp_plugin.runs.rows import ComparisonRows
 from msp_plugin.sensitivity.base import Estimator
 from tests.helpers.comparing import MSP, SEARCH, Raises, allocators_plugin, by_name, row_of
 from tests.helpers.losses import quality_by_hand
@@ -241,8 +241,8 @@ def test_cells_gather_the_rows_that_have_a_result():
 
 def test_what_a_stopped_comparison_left_serves_the_same_layers_and_no_others(run, tmp_path, monkeypatch):
     finals, measured = tmp_path / "finals.jsonl", []
-    real = ComparisonRows._quality
-    monkeypatch.setattr(ComparisonRows, "_quality", lambda *a: measured.append(1) or real(*a))
+    real = compared_rows.CandidateWeights  # one for each quality that is measured
+    monkeypatch.setattr(compared_rows, "CandidateWeights", lambda *a: measured.append(1) or real(*a))
 
     def kl(target, **options):
         return row_of(run(by_name("uniform"), targets=[target], **options), "uniform")["kl"]

@@ -314,7 +314,7 @@ def test_a_cache_that_cannot_be_written_is_dense(built_anew, monkeypatch, tmp_pa
 
 def test_processes_that_build_at_once_share_one_library(tmp_path):
     """A compiler that takes a second and copies a finished library stands in, as the real one takes a minute."""
-    real = build._library()
+    real = build.build_library()
     script = tmp_path / "cxx"
     script.write_text(
         f'#!/bin/sh\n[ "$1" = --version ] && echo mine && exit\necho x >> {tmp_path}/calls\nsleep 1\n'

@@ -36,7 +36,7 @@ def load_operator() -> str | None:
     Asked again in one process, it answers as before. Processes that build at once wait for the first of them.
     """
     try:
-        library = _library()
+        library = build_library()
         _load(library)
     except _BuildError as error:
         return str(error)
@@ -79,7 +79,7 @@ def is_built() -> bool | str:
         return str(error)
 
 
-def _library() -> Path:
+def build_library() -> Path:
     """Return the library in the cache, built if it is not there."""
     command, library = _plan()
     if not library.is_file():
