@@ -256,7 +256,7 @@ def test_the_environment_forces_dense_and_no_unknown_kernel(monkeypatch):
     monkeypatch.setenv(FORCE, "avx1024")
     with pytest.raises(ServingError, match="avx1024") as error:
         choose(torch.bfloat16)
-    assert "avx512_bf16, avx512, avx2, portable, dense" in error.value.hint
+    assert "amx_bf16, avx512_bf16, avx512, avx2, portable, dense" in error.value.hint
 
 
 def test_a_dtype_that_no_kernel_takes_is_dense():

@@ -20,7 +20,7 @@ from msp_plugin.runtime.locks import locked
 
 log = logging.getLogger(__name__)
 
-_SOURCES = ("operator.cpp", "expand.h", "expand_x86.h", "expand_rows.h")
+_SOURCES = ("operator.cpp", "expand.h", "expand_x86.h", "expand_rows.h", "expand_amx.h")
 #: The flags that torch's own builder (torch/utils/cpp_extension.py) gives g++ and clang, and OpenMP, with which
 #: ``at::parallel_for`` uses torch's threads. Its load() is not used: it asks for ninja and includes all of Python.
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-Wno-unknown-pragmas", "-Wno-psabi")
