@@ -151,4 +151,4 @@ def test_a_name_that_the_terminals_encoding_lacks_is_printed_with_escapes(copied
 
 def test_a_world_size_that_is_no_number_is_one_clear_error(msp, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "all")
-    assert msp("doctor", code=1).err.startswith("error: WORLD_SIZE is 'all', no number of ranks")
+    assert msp("doctor", code=1).err.startswith("error: WORLD_SIZE is 'all', expected a number of ranks")
