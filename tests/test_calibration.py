@@ -115,7 +115,7 @@ def test_too_short_a_text_says_how_much_there_is(tokenizer):
     count = len(tokenizer(text).input_ids) + 1
     with pytest.raises(DataError) as error:
         tokenize(tokenizer, [text], samples=9, length=2, source="a.txt")
-    assert f"a.txt has {count} tokens: {count // 2} samples of 2, 9 were asked for" in error.value.message
+    assert f"a.txt has {count} tokens: {count // 2} samples of 2; needed: 9" in error.value.message
     assert "fewer or shorter samples" in error.value.hint
     assert len(tokenize(tokenizer, [text], samples=9, length=2, source="a.txt", at_least=1)) == count // 2
 
