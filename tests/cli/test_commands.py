@@ -220,7 +220,7 @@ def test_memory_that_does_not_suffice_ends_a_command_with_one_error(
         "allocate", "demo:qwen2", "-s", "0.75", "--method", "wanda", "--data", text_file, *SMALL, *SEARCH,
         "--out", tmp_path / "a.json", code=1,
     )  # fmt: skip
-    assert "error: memory does not suffice: CUDA out of memory. Tried to allocate 20.00 GiB." in ran.err
+    assert "error: out of memory: CUDA out of memory. Tried to allocate 20.00 GiB." in ran.err
     assert "--length" in ran.err and "Traceback" not in ran.err and not (tmp_path / "a.json").exists()
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from msp_plugin.cli import console
 from msp_plugin.progress import no_progress, prefixed
-from msp_plugin.records.run import RunRecord
+from msp_plugin.records.run import RunRecord, SparsityRecord, StageRecord
 
 #: Each would be lost, coloured or replaced if it were markup or an emoji code.
 ODD = "out[1] [red]x[/red] [/] :smile:"
@@ -99,6 +99,17 @@ def test_a_bar_shows_step_and_note_as_they_are(monkeypatch, capsys):
         report(ODD, 2, 2, "loss [0.2]")
     shown = capsys.readouterr().err
     assert ODD in shown and "2/2" in shown and "loss [0.2]" in shown
+
+
+def test_each_model_of_a_run_is_shown_with_its_own_zeros():
+    shares = {"dense": None, "uniform": 0.5, "prune": 0.25, "recover": 0.75}
+    record = RunRecord(
+        stages=tuple(StageRecord(name=name, sparsity=share) for name, share in shares.items()),
+        sparsity=SparsityRecord(achieved=0.25),
+        perplexity={"dense": 2.0, "uniform": 3.0, "mixed": 2.5, "recovered": 2.2},
+    )
+    zeros = list(console.quality_table(record, "").columns[1].cells)
+    assert zeros == ["0.00 %", "50.00 %", "25.00 %", "75.00 %"]
 
 
 def test_no_text_is_read_as_markup(capsys):

@@ -250,7 +250,7 @@ def test_a_loader_without_a_usable_sample_is_refused(batches):
 
 
 @pytest.mark.parametrize("ids, found", [
-    ([[1, 2], [3]], "no table of numbers"), (torch.tensor([1, 2, 3]), r"int64\[3\]"),
+    ([[1, 2], [3]], "not a table of numbers"), (torch.tensor([1, 2, 3]), r"int64\[3\]"),
     (torch.ones(2, 3), r"float32\[2, 3\]"), (torch.ones(1, 2, 3, dtype=torch.int64), r"int64\[1, 2, 3\]"),
 ])  # fmt: skip
 def test_token_ids_that_are_no_table_are_refused(ids, found):

@@ -193,7 +193,7 @@ def test_a_reference_with_another_tokenizer_has_no_kl(msp, no_model, run_dir, te
         (["--tasks", "x", "--dtype", "int8"], ["dtype 'int8' is unknown"]),
         (["--tasks", "x", "--task-dir", "/nowhere"], ["no directory of tasks at /nowhere"]),
         (["--tasks", "x", "--task-dir", "."], ["holds no .yaml file"]),
-        (["--task-dir", str(TASKS)], ["without a task", TASK]),
+        (["--task-dir", str(TASKS)], ["no task of it", TASK]),
         (["--data", "/nowhere/text.txt"], ["no data file at /nowhere/text.txt"]),
         (["--data", "demo:test", "--length", "500"], ["samples of 500 tokens", "takes 128 at most"]),
         (["--data", "demo:test", "--out", "taken.json"], ["taken.json exists"]),

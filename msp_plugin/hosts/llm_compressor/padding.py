@@ -57,9 +57,9 @@ class Padding:
             )
             return True
         log.warning(
-            "%.1f %% of the calibration batches is padding. The search leaves it out; llm-compressor's statistics "
-            "count it, because the batches come in another order each time. Pass batch_size=1, samples of one "
-            "length, or a DataLoader that does not shuffle",
+            "%.1f %% of the calibration batches is padding. The search leaves it out, but llm-compressor's statistics "
+            "count it, because the order of the batches changes. Pass batch_size=1, samples of one length, or a "
+            "DataLoader that does not shuffle",
             100 * self.share,
         )
         return False
