@@ -26,7 +26,7 @@ def test_records_that_cannot_be_read_say_what_was_expected(records, report, tmp_
         with pytest.raises(RecipeError, match=text):
             report(path)
     changes = {
-        "not the record of a run": lambda d: {**d, "schema": "other"},
+        "no record of a run": lambda d: {**d, "schema": "other"},
         "version 3, this package reads 1 and 2": lambda d: {**d, "version": 3},
         r"damaged: search\.curve\.0": lambda d: {**d, "search": {"curve": [["x", 1]]}},
         "is no JSON object": lambda d: [d],
