@@ -131,7 +131,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--test-samples", type=int, default=128)
-    parser.add_argument("--small", action="store_true", help="fewer and shorter samples, and a shorter search")
+    parser.add_argument(
+        "--small", action="store_true", help="fewer and shorter samples, and a shorter search"
+    )
     parser.add_argument(
         "--cache", type=Path, default=Path.home() / ".cache" / "msp_plugin" / "structure_table"
     )

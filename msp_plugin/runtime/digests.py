@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -30,9 +31,7 @@ def source_digest(*classes: type, modules: Iterable[ModuleType] = ()) -> str:
     sha256 = hashlib.sha256()
     for cls in classes:
         sha256.update(cls.__qualname__.encode())
-    for module in dict.fromkeys(
-        [*map(inspect.getmodule, classes), *modules]
-    ):  # each once, in the order given
+    for module in dict.fromkeys([*map(inspect.getmodule, classes), *modules]):  # each once, in order
         if module is not None:
             with suppress(OSError, TypeError):
                 sha256.update(inspect.getsource(module).encode())
@@ -40,12 +39,12 @@ def source_digest(*classes: type, modules: Iterable[ModuleType] = ()) -> str:
 
 
 def folders_digest(root: Path, folders: Iterable[str]) -> str:
-    """Return the SHA-256 of the names and contents of all Python files below some folders of ``root``, in hex."""
-    found = hashlib.sha256()
+    """Return the SHA-256, in hex, of the names and contents of all Python files below folders of ``root``."""
+    sha256 = hashlib.sha256()
     for file in sorted(file for folder in folders for file in (root / folder).rglob("*.py")):
-        found.update(f"{file.relative_to(root).as_posix()}\n".encode())
-        found.update(hashlib.sha256(file.read_bytes()).digest())
-    return found.hexdigest()
+        sha256.update(f"{file.relative_to(root).as_posix()}\n".encode())
+        sha256.update(hashlib.sha256(file.read_bytes()).digest())
+    return sha256.hexdigest()
 
 
 def component_digest(component: object, modules: Iterable[ModuleType] = ()) -> str:
@@ -57,10 +56,14 @@ def component_digest(component: object, modules: Iterable[ModuleType] = ()) -> s
 
 def versions() -> dict[str, str]:
     """Return, by name, the versions of the installed packages that a result depends on."""
-    installed = {}
-    for name in ("msp_plugin", "torch", "transformers", "llmcompressor", "compressed-tensors", "numpy"):
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
+    names = ("msp_plugin", "torch", "transformers", "llmcompressor", "compressed-tensors", "numpy")
+    return {name: version for name in names if (version := installed_version(name))}
+
+
+@functools.cache
+def installed_version(name: str) -> str | None:
+    """Return the version of an installed package, None if there is none; its metadata is parsed once in a process."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

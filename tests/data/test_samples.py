@@ -1,0 +1,127 @@
+import random
+
+import pytest
+import torch
+
+from msp_plugin.data.samples import SearchText, Text, load_split, split_text
+from msp_plugin.errors import DataError
+
+
+def write_text(path, seed):
+    """A text of random letters, in which no stretch comes twice."""
+    rng = random.Random(seed)  # noqa: S311 - a text, no secret
+    path.write_text("\n".join("".join(rng.choices("abcdefghilmnoprstu ", k=40)) for _ in range(1000)))
+    return str(path)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    return write_text(tmp_path / "text.txt", 0)
+
+
+def rows(samples):
+    return {tuple(sample.tolist()) for sample in samples.samples}
+
+
+def test_calibration_and_test_samples_of_one_text_share_nothing(tokenizer, text_file):
+    found = load_split(tokenizer, Text(text_file, samples=8, length=16, test_samples=4))
+    assert (len(found.calibration), len(found.test)) == (8, 4)
+    assert not rows(found.calibration) & rows(found.test)
+
+
+def test_search_samples_are_the_last_ones_and_as_many_as_the_tokens_need(tokenizer, text_file, tmp_path):
+    other = write_text(tmp_path / "other.txt", 1)
+    text = Text(text_file, search=other, samples=8, length=16, test_samples=0)
+    found = load_split(tokenizer, text, SearchText(33))
+    assert (len(found.calibration), len(found.search), len(found.pruning)) == (8, 3, 8 + 3) and not found.test
+    alone = load_split(tokenizer, Text(other, samples=3, length=16, test_samples=0))
+    assert rows(alone.calibration) == rows(found.search)
+    again = split_text(found.pruning, SearchText(33))
+    assert (again.calibration, again.search) == (found.calibration, found.search)
+
+
+def test_a_search_text_is_left_alone_when_nothing_is_searched(tokenizer, text_file):
+    text = Text(text_file, search="/nowhere.txt", samples=2, length=16, test_samples=0)
+    assert len(load_split(tokenizer, text).calibration) == 2
+
+
+def test_a_test_text_that_is_the_calibration_text_is_refused(tokenizer, text_file):
+    text = Text(text_file, test=text_file, samples=8, length=16, test_samples=8)
+    with pytest.raises(DataError, match="8 of 8 test samples are calibration samples too"):
+        load_split(tokenizer, text)
+
+
+def test_a_seed_moves_the_calibration_samples_and_not_the_test(tokenizer, text_file, tmp_path):
+    other = write_text(tmp_path / "test.txt", 2)
+    made = [
+        load_split(tokenizer, Text(text_file, test=other, samples=4, length=16, test_samples=4, seed=s))
+        for s in (0, 1)
+    ]
+    assert made[0].calibration.fingerprint != made[1].calibration.fingerprint
+    assert made[0].test.fingerprint == made[1].test.fingerprint
+
+
+@pytest.mark.parametrize(
+    "options", [{"samples": 0}, {"length": 1}, {"test_samples": -1}, {"batch": 0}, {"seed": -1}]
+)
+def test_counts_out_of_range_are_named(options):
+    (name, value), *_ = options.items()
+    with pytest.raises(DataError, match=f"{name} = {value}"):
+        Text("x.txt", **options)
+
+
+def test_the_length_follows_the_model(llama_dir):
+    from msp_plugin.models.source import max_length
+
+    most = max_length(llama_dir)
+    assert Text("x").for_model(llama_dir).length == min(2048, most)
+    assert Text("x", length=7).for_model(llama_dir).length == 7
+    with pytest.raises(DataError, match=f"the model takes {most} at most"):
+        Text("x", length=most + 1).for_model(llama_dir)
+
+
+def test_a_token_beyond_the_models_embeddings_fails_before_the_weights_are_read(
+    tokenizer, text_file, llama_dir, copied, edit_json
+):
+    from msp_plugin import allocate
+
+    path = copied(llama_dir)
+    edit_json(path / "config.json", lambda config: config.update(vocab_size=50))
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(DataError, match="has token [5-9][0-9], and the model has embeddings for 50 tokens"):
+        allocate(path, Text(text_file, samples=16, length=16), sparsity=0.5)
+
+
+def test_search_and_test_samples_start_as_the_calibration_samples(bos_tokenizer, text_file, tmp_path):
+    other = write_text(tmp_path / "other.txt", 1)
+    for test in (None, write_text(tmp_path / "test.txt", 2)):
+        text = Text(text_file, search=other, test=test, samples=4, length=16, test_samples=2)
+        found = load_split(bos_tokenizer, text, SearchText(33))
+        samples = [*found.pruning.samples, *found.test.samples]
+        assert len(samples) == 4 + 3 + 2 and {int(s[0]) for s in samples} == {bos_tokenizer.bos_token_id}
+    readings = [*found.pruning.readings, *found.test.readings]
+    assert [(r.source, r.samples, r.bos) for r in readings] == [
+        (text_file, 4, "<s>"), (other, 3, "<s>"), (test, 2, "<s>"),
+    ]  # fmt: skip
+    plain = load_split(bos_tokenizer, Text(text_file, samples=4, length=16, test_samples=0, bos=False))
+    assert bos_tokenizer.bos_token_id not in torch.cat(plain.calibration.samples)
+
+
+def test_without_a_count_a_short_text_gives_what_it_holds_and_says_so(tokenizer, text_file, caplog):
+    found = load_split(tokenizer, Text(text_file, length=512))
+    calibration, test = len(found.calibration), len(found.test)
+    assert 8 < calibration + test < 128 + 32 and test == (calibration + test) // 4
+    assert f"fewer than the default of 160: {calibration} calibrate, {test} test" in caplog.text
+    with pytest.raises(DataError, match="needed: 128"):
+        load_split(tokenizer, Text(text_file, samples=128, length=512, test_samples=0))
+    with pytest.raises(DataError, match="needed: 8"):  # fewer than the default do, but not any number
+        load_split(tokenizer, Text(text_file, length=16384))
+
+
+def test_a_search_text_of_its_own_that_is_too_short_is_refused(tokenizer, text_file, tmp_path):
+    text = Text(
+        text_file, search=write_text(tmp_path / "other.txt", 1), samples=8, length=512, test_samples=0
+    )
+    with pytest.raises(DataError, match="other.txt has .* needed"):
+        load_split(tokenizer, text, SearchText(10**6))
