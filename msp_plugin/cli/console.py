@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -9,8 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import (
@@ -25,6 +28,8 @@ from rich.progress import (
 from rich.table import Table
 
 from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.runtime.disk import writing
+from msp_plugin.runtime.files import write_json
 
 if TYPE_CHECKING:
     from msp_plugin.records.run import RunRecord
@@ -54,6 +59,26 @@ def set_up_logs(verbose: bool, rank: int = 0) -> None:
     if not verbose:
         warnings.filterwarnings("ignore", module="transformers")
         logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+class _Record(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+_R = TypeVar("_R", bound=_Record)
+
+
+def deliver(record: _R, out: Path | None, as_json: bool, show: Callable[[_R], None]) -> None:
+    """Write a record to ``out``, if that is given, and print it: as JSON, or as the table that ``show`` prints."""
+    if out is not None:
+        with writing(out):
+            write_json(out, record.to_dict())
+    if as_json:
+        typer.echo(json.dumps(record.to_dict(), indent=2, sort_keys=True))
+        return
+    show(record)
+    if out is not None:
+        typer.echo(f"Written: {out}")
 
 
 @contextmanager

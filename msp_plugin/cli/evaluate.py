@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,11 +90,11 @@ def evaluate_command(
 
     Example: msp eval llama-75 --reference meta-llama/Llama-3.1-8B --tasks arc_easy,hellaswag --data wiki.txt
     """
-    from msp_plugin.cli.console import progress_bars, set_up_logs
+    from msp_plugin.cli.console import deliver, progress_bars, set_up_logs
 
     set_up_logs(verbose)
     from msp_plugin.evaluation.evaluate import Source, evaluate
-    from msp_plugin.runtime.disk import check_new, writing
+    from msp_plugin.runtime.disk import check_new
 
     def source(name: str) -> Source:
         return Source(name, resolve_model(name), dtype, trust_remote_code)
@@ -106,15 +105,7 @@ def evaluate_command(
         check_new(out)
     with progress_bars(not as_json) as progress:
         record = evaluate(request, quiet=not verbose, progress=progress)
-    if out is not None:
-        with writing(out):
-            record.write(out)
-    if as_json:
-        typer.echo(json.dumps(record.to_dict(), indent=2, sort_keys=True))
-    else:
-        _show(record)
-        if out is not None:
-            typer.echo(f"Written: {out}")
+    deliver(record, out, as_json, _show)
 
 
 def _show(record: EvalRecord) -> None:

@@ -163,3 +163,12 @@ class PackedFormat(ABC):
 def without_shape(sizes: Mapping[str, int]) -> int:
     """Return the sum of a packed weight's bytes by suffix, without its ``shape`` tensor."""
     return sum(size for suffix, size in sizes.items() if suffix != SHAPE)
+
+
+def unfit_headers(layer: str, stored: Mapping[str, TensorInfo], expected: str) -> FormatError:
+    """Return the error that a layer's tensors, by suffix, have headers of no packed weight; ``expected`` of them."""
+    headers = ", ".join(f"{suffix} {info.dtype} {list(info.shape)}" for suffix, info in stored.items())
+    return FormatError(
+        f"{layer} is no packed weight: {headers}",
+        hint=f"expected {expected}; the file is damaged, or quantized",
+    )

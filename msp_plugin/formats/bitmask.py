@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from msp_plugin.errors import FormatError
-from msp_plugin.formats.base import SHAPE, PackedFormat, TensorInfo
+from msp_plugin.formats.base import SHAPE, PackedFormat, TensorInfo, unfit_headers
 from msp_plugin.formats.bits import INTEGERS, as_integers, positive_zeros, row_chunks
 from msp_plugin.formats.sparse24 import VALUE_DTYPES
 from msp_plugin.formats.tensor_files import read_tensor
@@ -264,12 +264,11 @@ class SparseBitmask(PackedFormat):
             and (shape.dtype, shape.bytes) == (torch.int64, 16)
         )
         if not right:
-            headers = ", ".join(f"{s} {stored[s].dtype} {list(stored[s].shape)}" for s in SUFFIXES)
-            raise FormatError(
-                f"{layer} is no packed weight: {headers}",
-                hint="expected compressed [n] in float16, bfloat16 or float32, bitmask uint8 [out, in / 8], "
-                "row_offsets int64 [out] and shape int64 [2]; the file is damaged, or quantized",
+            expected = (
+                "compressed [n] in float16, bfloat16 or float32, bitmask uint8 [out, in / 8], "
+                "row_offsets int64 [out] and shape int64 [2]"
             )
+            raise unfit_headers(layer, {suffix: stored[suffix] for suffix in SUFFIXES}, expected)
         sizes = _sizes(read_tensor(shape.file, f"{layer}.{SHAPE}"), layer)
         if (rows, width) != (sizes[0], -(-sizes[1] // 8)):
             raise FormatError(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from msp_plugin.errors import FormatError
-from msp_plugin.formats.base import SHAPE, PackedFormat, TensorInfo
+from msp_plugin.formats.base import SHAPE, PackedFormat, TensorInfo, unfit_headers
 from msp_plugin.formats.bits import INTEGERS, SIGNED_ZERO, as_integers, row_chunks
 
 if TYPE_CHECKING:
@@ -291,10 +291,9 @@ class Sparse24Bitmask(PackedFormat):
             and (shape.dtype, shape.bytes) == (torch.int64, 16)
         )
         if not right:
-            headers = ", ".join(f"{s} {stored[s].dtype} {list(stored[s].shape)}" for s in SUFFIXES)
-            raise FormatError(
-                f"{layer} is no packed weight: {headers}",
-                hint="expected compressed [out, in / 2] in float16, bfloat16 or float32, bitmask uint8 "
-                "[out, in / 8] and shape int64 [2, 1]; the file is damaged, or quantized",
+            expected = (
+                "compressed [out, in / 2] in float16, bfloat16 or float32, bitmask uint8 [out, in / 8] and "
+                "shape int64 [2, 1]"
             )
+            raise unfit_headers(layer, {suffix: stored[suffix] for suffix in SUFFIXES}, expected)
         return TensorInfo(values.file, values.dtype, (rows, 2 * half))

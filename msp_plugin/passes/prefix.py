@@ -13,6 +13,7 @@ import torch
 
 from msp_plugin.models.layers import decoder_blocks, text_config
 from msp_plugin.models.offload import input_device, input_embeddings, is_offloaded
+from msp_plugin.passes.patching import replace_forward
 from msp_plugin.runtime.memory import is_out_of_memory
 
 
@@ -154,20 +155,11 @@ def replace_input(block: torch.nn.Module, hidden: torch.Tensor) -> Callable[[], 
 
 def skip(module: torch.nn.Module, output: torch.Tensor | None = None) -> Callable[[], None]:
     """Make a module return ``output``, or its input if ``output`` is None, until the returned call."""
-    own = module.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return _hidden(args, kwargs) if output is None else output
 
-    module.forward = forward
-
-    def undo() -> None:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = own
-
-    return undo
+    return replace_forward(module, forward)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.models.offload import offloaded_module
+from msp_plugin.passes.patching import replace_forward
 
 
 @contextmanager
@@ -33,7 +34,6 @@ def recomputed(model: torch.nn.Module) -> Iterator[bool]:
 
 def _run_again(block: torch.nn.Module) -> Callable[[], None]:
     """Run a block under torch's checkpoint until the returned call."""
-    own = block.__dict__.get("forward")
     run = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -41,12 +41,4 @@ def _run_again(block: torch.nn.Module) -> Callable[[], None]:
         with set_checkpoint_early_stop(False):
             return checkpoint(partial(run, **kwargs), *args, use_reentrant=False)
 
-    block.forward = forward
-
-    def undo() -> None:
-        if own is None:
-            del block.__dict__["forward"]
-        else:
-            block.forward = own
-
-    return undo
+    return replace_forward(block, forward)

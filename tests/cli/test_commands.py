@@ -7,19 +7,9 @@ import torch
 
 from msp_plugin.demo import demo_model_path
 from msp_plugin.plan.allocation import Allocation
+from tests.helpers.commands import SEARCH
 
 SMALL = ["--samples", "6", "--length", "64", "--text-column", "text"]
-SEARCH = [
-    "--set", "allocator.rounds=1", "--set", "allocator.seeds=3", "--set", "allocator.tokens=128",
-    "--set", "allocator.holdout=64", "--set", "fisher.samples=2",
-]  # fmt: skip
-
-
-@pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("\n".join(f"def function_{i}(a, b):\n    return a * {i} + b\n" for i in range(800)))
-    return path
 
 
 def test_every_command_shows_an_example_in_its_help(msp):

@@ -23,7 +23,7 @@ def run(llama_dir, tmp_path, monkeypatch):
     """Run a recipe; ``stop`` ends it at the first report of that step."""
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat, and the dog sat on the log\n" * 200)
-    search = {"name": "search", "tokens": 64, "holdout": 32, "rounds": 2}
+    search = {"name": "search", "tokens": 64, "holdout": 32, "rounds": 1, "seeds": 2}
     line = {"sparsity": "1/2", "levels": ["dense", "2:4", "1:4"], "allocator": search, "method": "wanda"}
     monkeypatch.setenv("MSP_CACHE", str(tmp_path / "cache"))
 
