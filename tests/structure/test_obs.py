@@ -74,3 +74,18 @@ def test_columns_that_copy_others_are_removed_at_no_cost():
 def test_a_gram_matrix_that_is_not_positive_definite_is_refused():
     with pytest.raises(NumericsError, match="not positive definite"):
         remove_groups(torch.ones(2, 4), torch.zeros(4, 4), 4, [2])
+
+
+def test_several_groups_at_once_are_the_least_costly_ones_and_their_fit_is_exact():
+    weight, inputs, groups, size = problem(3)
+    gram = inputs.T @ inputs
+    found = remove_groups(weight, gram, groups, [1, 4], at_once=2)
+    alone = {
+        g: least_squares(weight, inputs, tuple(k for k in range(groups) if k != g), size)[1]
+        for g in range(groups)
+    }
+    assert set(range(groups)) - set(found[4].kept) == set(sorted(alone, key=alone.get)[:2])
+    for removal in found.values():
+        fitted, error = least_squares(weight, inputs, removal.kept, size)
+        torch.testing.assert_close(removal.weight, fitted, rtol=1e-6, atol=1e-8)
+        assert removal.error == pytest.approx(error, rel=1e-6)
