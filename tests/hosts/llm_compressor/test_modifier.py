@@ -1,4 +1,4 @@
-"""The modifier through llm-compressor's own ``oneshot``, on the embedded Qwen2-type model."""
+"""The modifier through llm-compressor's own ``oneshot``, on a tiny model of Qwen2's type."""
 
 import json
 
@@ -7,17 +7,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from msp_plugin import MixedSparsityModifier
-from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import NumericsError, VerificationError
-from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
+from tests.helpers import models
 from tests.helpers.oneshot import FISHER, SEARCH, groups, hooks, linears, run
 
 
 @pytest.fixture
-def model(demo_model):
-    return demo_model
+def model(qwen2):
+    return qwen2
+
+
+@pytest.fixture(scope="module")
+def calibration(make_samples):
+    return make_samples(8, 64)
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
@@ -56,7 +60,7 @@ def test_a_uniform_2_4_run_is_bit_identical_to_the_hosts_own(method, host, pipel
         host, allow_registered=True, allow_experimental=True, sparsity=0.5, mask_structure="2:4",
         targets=["Linear"], ignore=["re:.*lm_head"],
     )  # fmt: skip
-    reference = load_model(demo_model_path("qwen2"), "float32")
+    reference = models.qwen2()
     run(reference, [theirs], calibration, pipeline=pipeline)
     for name, module in linears(reference).items():
         assert torch.equal(module.weight, model.get_submodule(name).weight), name
@@ -71,7 +75,7 @@ def test_a_given_allocation_is_pruned_layer_by_layer(model, calibration, tmp_pat
     allocation = Allocation.read(path)
     assert len(set(allocation.levels)) > 1
 
-    again = load_model(demo_model_path("qwen2"), "float32")
+    again = models.qwen2()
     given = MixedSparsityModifier(allocation=str(path), method="wanda")
     run(again, [given], calibration)
     for name, level in allocation.by_layer.items():
@@ -83,7 +87,7 @@ def test_a_given_allocation_is_pruned_layer_by_layer(model, calibration, tmp_pat
 def test_the_same_recipe_twice_gives_the_same_bytes(calibration, tmp_path):
     files = []
     for turn in ("a", "b"):
-        model = load_model(demo_model_path("qwen2"), "float32")
+        model = models.qwen2()
         modifier = MixedSparsityModifier(
             sparsity="5/8",
             method="sparsegpt",
@@ -119,7 +123,7 @@ def test_a_yaml_recipe_gives_what_python_gives(model, calibration, tmp_path):
         '      {sparsity: 0.5, method: wanda, allocator: uniform, levels: ["4:8"]}\n'
     )
     run(model, str(recipe), calibration, output_dir=str(tmp_path / "out"))
-    other = load_model(demo_model_path("qwen2"), "float32")
+    other = models.qwen2()
     run(
         other,
         [MixedSparsityModifier(sparsity=0.5, method="wanda", allocator="uniform", levels=["4:8"])],
@@ -164,9 +168,9 @@ def test_a_later_modifier_that_destroys_the_pattern_is_an_error(model, calibrati
 
 def test_a_method_that_fails_leaves_no_hooks_in_the_model(model, calibration):
     with torch.no_grad():
-        model.model.layers[3].mlp.up_proj.weight.mul_(1e30)  # overflows in the activations, finite itself
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e30)  # overflows in the activations, finite itself
     modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="sparsegpt", allocator="uniform")
-    with pytest.raises(NumericsError, match="layers.3.mlp.down_proj"):
+    with pytest.raises(NumericsError, match="layers.1.mlp.down_proj"):
         run(model, [modifier], calibration)
     assert hooks(model) == 0
 
@@ -216,7 +220,7 @@ def test_the_recipe_that_a_run_leaves_runs_again(model, calibration, tmp_path):
         sparsity="5/8", method={"name": "sparsegpt", "block_size": 64}, allocator="uniform", ignore=["k_proj"]
     )
     run(model, [modifier], calibration, output_dir=str(tmp_path / "out"))
-    again = load_model(demo_model_path("qwen2"), "float32")
+    again = models.qwen2()
     run(again, str(tmp_path / "out" / "recipe.yaml"), calibration)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
@@ -227,7 +231,7 @@ def test_an_allocation_brings_its_own_targets(model, calibration, tmp_path):
         sparsity=0.5, method="magnitude", levels=["2:4"], allocator="uniform", targets=["down_proj"]
     )
     run(model, [first], calibration, output_dir=str(tmp_path / "out"))
-    again = load_model(demo_model_path("qwen2"), "float32")
+    again = models.qwen2()
     path = str(tmp_path / "out" / "allocation.json")
     run(again, [MixedSparsityModifier(allocation=path, method="magnitude")], calibration)
     for name, parameter in model.named_parameters():
