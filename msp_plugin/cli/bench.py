@@ -1,4 +1,4 @@
-"""``msp bench``: a packed checkpoint's speed and memory beside its dense form."""
+"""``msp bench``: compare a packed checkpoint's speed and memory with its dense form's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bench_command(
     batch: Annotated[int, typer.Option(help="sequences at once")] = 1,
     prompt: Annotated[int, typer.Option(help="tokens of each prompt")] = 256,
     tokens: Annotated[int, typer.Option(help="tokens decoded after it")] = 32,
-    repeats: Annotated[int, typer.Option(help="turns of each form; medians count")] = 3,
+    repeats: Annotated[int, typer.Option(help="measurements of each form; the median is shown")] = 3,
     threads: Annotated[int | None, typer.Option(help="default: torch's")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="file for the results, e.g. bench.json")

@@ -32,7 +32,7 @@ class Questions:
 
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", "-t", help="comma list of lm-eval's tasks and groups, and of your own"),
+        typer.Option("--tasks", "-t", help="comma list of tasks and groups, of lm-eval or your own"),
     ] = None
     task_dir: Annotated[
         Path | None, typer.Option("--task-dir", help="directory with YAML files of your own tasks")
@@ -76,7 +76,7 @@ def evaluate_command(
     questions: Questions,
     reference: Annotated[
         str | None,
-        typer.Option("--reference", help="model for the same questions, e.g. the one before pruning"),
+        typer.Option("--reference", help="model to compare with, e.g. the one before pruning"),
     ] = None,
     dtype: Dtype = "auto",
     out: Annotated[
@@ -86,7 +86,7 @@ def evaluate_command(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Evaluate a checkpoint of any form: lm-eval's tasks, perplexity, and the difference from a reference.
+    """Evaluate a checkpoint in any form: lm-eval tasks, perplexity, and the difference from a reference.
 
     Example: msp eval llama-75 --reference meta-llama/Llama-3.1-8B --tasks arc_easy,hellaswag --data wiki.txt
     """

@@ -1,4 +1,4 @@
-"""Backward passes of models with offloaded weights: each block runs again, so that its graph need not be kept."""
+"""Run each block again in the backward pass of a model with offloaded weights, instead of keeping its graph."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from msp_plugin.passes.patching import replace_forward
 
 @contextmanager
 def recomputed(model: torch.nn.Module) -> Iterator[bool]:
-    """Let a backward pass run each decoder block again, if weights of the model are offloaded; yield True if they are.
+    """If weights of the model are offloaded, run each decoder block again in backward passes and yield True.
 
-    A graph of the whole model would hold every weight that its forward pass loaded. With this it holds the
-    input of each block, and the weights and activations of the block that the backward pass is at. The
-    gradients are the same, bit for bit, where the operations give the same result twice.
+    A graph of the whole model would hold every weight that its forward pass loaded. This way it holds only the input
+    of each block, and the weights and activations of the block that the backward pass has reached. The gradients are
+    the same bit for bit, if the operations are deterministic.
     """
     if offloaded_module(model) is None:
         yield False

@@ -146,8 +146,8 @@ def test_a_disk_without_room_for_the_pruned_weights_is_found_before_any_work(
     [
         (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "free some space"),
-        (MemoryError(), "memory does not suffice"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "memory does not suffice"),
+        (MemoryError(), "out of memory:"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory:"),
         (KeyboardInterrupt(), ""),
     ],
     ids=lambda value: type(value).__name__,
