@@ -7,19 +7,32 @@ from msp_plugin.plugins.hookspecs import hookimpl
 
 @hookimpl
 def msp_register_estimators() -> list[type]:
+    from msp_plugin.sensitivity.block_influence import BlockInfluence
     from msp_plugin.sensitivity.fisher import FisherTrace
     from msp_plugin.sensitivity.heavy_tail import HeavyTail
     from msp_plugin.sensitivity.hessian import HessianTrace
     from msp_plugin.sensitivity.lsa import VirtualRemoval
     from msp_plugin.sensitivity.outliers import Median, Outliers
+    from msp_plugin.sensitivity.shapley import LeaveOneOut, Shapley
 
-    return [FisherTrace, HeavyTail, HessianTrace, Median, Outliers, VirtualRemoval]
+    return [
+        BlockInfluence,
+        FisherTrace,
+        HeavyTail,
+        HessianTrace,
+        LeaveOneOut,
+        Median,
+        Outliers,
+        Shapley,
+        VirtualRemoval,
+    ]
 
 
 @hookimpl
 def msp_register_allocators() -> list[type]:
     from msp_plugin.allocators.alphapruning import AlphaPruning
     from msp_plugin.allocators.atp import ATP
+    from msp_plugin.allocators.depth import Depth
     from msp_plugin.allocators.dlp import DLP
     from msp_plugin.allocators.evopress import EvoPress
     from msp_plugin.allocators.hessian import OneShot
@@ -31,7 +44,7 @@ def msp_register_allocators() -> list[type]:
     from msp_plugin.allocators.search import Search
     from msp_plugin.allocators.uniform import Uniform
 
-    return [AlphaPruning, ATP, DLP, EvoPress, Knapsack, LSA, MRP, MSP, OneShot, OWL, Search, Uniform]
+    return [AlphaPruning, ATP, Depth, DLP, EvoPress, Knapsack, LSA, MRP, MSP, OneShot, OWL, Search, Uniform]
 
 
 @hookimpl
