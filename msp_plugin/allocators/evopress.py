@@ -129,7 +129,7 @@ class EvoPress(Allocator):
         for stage, (count, tokens) in enumerate(stages, 1):
             if stage == len(self.survivors) and parent not in alive:
                 alive.insert(0, parent)  # first, so that the others reuse its activations
-            samples = _draw(loss, tokens, rng)
+            samples = draw_samples(loss, tokens, rng)
             scores = {choice: loss(choice, samples) for choice in alive}
             measured += len(alive)
             alive = sorted(alive, key=lambda choice: (scores[choice], choice))[:count]
@@ -221,7 +221,7 @@ def _swap_of_many(
     return tuple((u, k) for u, k in enumerate(swapped) if k != choice[u]) or None
 
 
-def _draw(loss: TrueLoss, tokens: int, rng: np.random.Generator) -> tuple[int, ...]:
+def draw_samples(loss: TrueLoss, tokens: int, rng: np.random.Generator) -> tuple[int, ...]:
     """Return sorted numbers of random samples with at least ``tokens`` tokens, or of all samples."""
     order = rng.permutation(len(loss.lengths))
     total = np.cumsum([loss.lengths[i] for i in order])

@@ -271,15 +271,12 @@ class AllocationProblem:
         to their share (error diffusion); then as few weights as possible change their place to meet the budget.
         """
         cost = np.empty(self.kept.shape)
-        behind: dict[
-            int, Fraction
-        ] = {}  # by the size of a unit: weights that those so far should keep and do not
+        # By the size of a unit, the weights that the units so far should keep and do not.
+        behind: dict[int, Fraction] = {}
         for u, unit in enumerate(self.table):
             wanted = behind.get(unit.weights, 0) + (1 - self.target) * unit.weights
-            best = min(
-                np.flatnonzero(self._may[u]),
-                key=lambda k, u=u, wanted=wanted: abs(int(self.kept[u, k]) - wanted),
-            )
+            off = {int(k): abs(int(self.kept[u, k]) - wanted) for k in np.flatnonzero(self._may[u])}
+            best = min(off, key=off.__getitem__)
             behind[unit.weights] = wanted - int(self.kept[u, best])
             cost[u] = np.abs(self.kept[u] - self.kept[u, best])
         return self.solve(cost)

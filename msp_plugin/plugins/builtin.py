@@ -41,10 +41,26 @@ def msp_register_allocators() -> list[type]:
     from msp_plugin.allocators.mrp import MRP
     from msp_plugin.allocators.msp import MSP
     from msp_plugin.allocators.owl import OWL
+    from msp_plugin.allocators.policy_gradient import PolicyGradient
     from msp_plugin.allocators.search import Search
     from msp_plugin.allocators.uniform import Uniform
 
-    return [AlphaPruning, ATP, Depth, DLP, EvoPress, Knapsack, LSA, MRP, MSP, OneShot, OWL, Search, Uniform]
+    return [
+        AlphaPruning,
+        ATP,
+        Depth,
+        DLP,
+        EvoPress,
+        Knapsack,
+        LSA,
+        MRP,
+        MSP,
+        OneShot,
+        OWL,
+        PolicyGradient,
+        Search,
+        Uniform,
+    ]
 
 
 @hookimpl

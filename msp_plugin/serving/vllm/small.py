@@ -76,7 +76,7 @@ def _normed(
     return normed, total
 
 
-def _attention(vllm_config: VllmConfig, widths: Widths, prefix: str) -> nn.Module:
+def _attention(vllm_config: VllmConfig, widths: Widths, prefix: str) -> Any:
     """Return vLLM's attention of a block with its own numbers of heads."""
     config = vllm_config.model_config.hf_config
     sizes: dict[str, Any] = {
