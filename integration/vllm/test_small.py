@@ -15,11 +15,12 @@ import sys
 import pytest
 import tiny_models
 import torch
+from linears import masked
 from tiny_models import PROMPTS, SIZES
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import msp_plugin
-from msp_plugin.checkpoint.export import export_checkpoint
+from msp_plugin.checkpoint.export import Bitmask, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.smaller import Small, Uniform
 
 WIDER = {**SIZES, "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
@@ -168,6 +169,29 @@ def test_an_even_model_is_served_by_vllm_without_the_plugin(tmp_path):
     assert config["architectures"] == ["MistralForCausalLM"] and config["num_hidden_layers"] == 4
     found = serve(tmp_path, [f"{name}-uniform" for name in tokens], plugins="")
     assert {name: tokens_of(found[f"{name}-uniform"]) for name in tokens} == tokens
+
+
+def test_vllm_alone_refuses_an_even_qwen2_that_lost_heads(tmp_path):
+    """Its class takes the size of a head from their number; transformers reads head_dim."""
+    save(tmp_path, "qwen2", EVEN, Uniform(), "uniform")
+    assert "error" in serve(tmp_path, ["qwen2-uniform"], plugins="")["qwen2-uniform"]
+
+
+def test_what_is_left_is_served_packed(tmp_path):
+    """2:4 weights of a smaller model, in both packed forms."""
+    model = zeroed("llama", ZEROED)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight.copy_(masked(weight))
+    model.save_pretrained(tmp_path / "zeros")
+    export_checkpoint(tmp_path / "zeros", Small(), tmp_path / "small")
+    for packer in (Sparse24(), Bitmask()):
+        export_checkpoint(tmp_path / "small", packer, tmp_path / packer.name)
+    small = msp_plugin.load(tmp_path / "small")
+    found = serve(tmp_path, ["sparse24", "bitmask"])
+    for name in found:
+        assert tokens_of(found[name]) == [greedy(small, prompt) for prompt in PROMPTS]
 
 
 def test_without_the_plugin_vllm_refuses_a_smaller_model(models):
