@@ -78,11 +78,12 @@ def msp_register_recoveries() -> list[type]:
     from msp_plugin.recovery.full import Full
     from msp_plugin.recovery.lora import LoRA
     from msp_plugin.recovery.masked_lora import MaskedLoRA
+    from msp_plugin.recovery.mean_update import MeanUpdate
     from msp_plugin.recovery.sparse_delta import SparseDelta
     from msp_plugin.recovery.spp import SPP
     from msp_plugin.recovery.weight_update import WeightUpdate
 
-    return [Blockwise, Full, LoRA, MaskedLoRA, SPP, SparseDelta, WeightUpdate]
+    return [Blockwise, Full, LoRA, MaskedLoRA, MeanUpdate, SPP, SparseDelta, WeightUpdate]
 
 
 @hookimpl

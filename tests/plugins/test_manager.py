@@ -59,7 +59,7 @@ def test_the_builtin_components_are_there():
             "policy_gradient", "search", "uniform",
         ],
         "pruners": ["magnitude", "sparsegpt", "wanda"],
-        "recoveries": ["blockwise", "full", "lora", "masked_lora", "sparse_delta", "spp", "weight_update"],
+        "recoveries": ["blockwise", "full", "lora", "masked_lora", "mean_update", "sparse_delta", "spp", "weight_update"],
         "formats": ["sparse-24-bitmask", "sparse-bitmask"],
         "exporters": ["bitmask", "dense", "recipe", "small", "sparse24", "uniform"],
         "checks": ["logits", "quality", "round_trip", "served", "structure"],
