@@ -137,7 +137,8 @@ def from_tensors(
             del config.quantization_config
         with torch.device("meta"):  # for the class alone, which may be the repository's own
             cls = type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
-        steps = [] if widths is None else [partial(shrink, widths=widths)]
+        steps: list[Callable[[PreTrainedModel], None]] = []
+        steps += [] if widths is None else [partial(shrink, widths=widths)]
         steps += [] if prepare is None else [prepare]
         loader: Any = _prepared(cls, steps) if steps else cls
         model, report = loader.from_pretrained(

@@ -80,9 +80,9 @@ class MeanUpdate(Recovery):
             tokens += inputs.data.tokens
             if not torch.isfinite(update).all():
                 raise NumericsError(f"the mean output of {half.name} is not finite", hint="try dtype float32")
-            bias = model.get_parameter(f"{target.output}.bias")
             with torch.no_grad():
-                bias.add_(update.to(bias))
+                output_bias = model.get_parameter(f"{target.output}.bias")
+                output_bias.add_(update.to(output_bias))
             inputs.progress("mean update", done, len(gone))
         after = self._loss(inputs)
         if not after < before:

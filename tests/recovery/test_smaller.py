@@ -127,3 +127,36 @@ def test_lora_on_zeroed_heads_channels_and_halves_is_that_of_the_smaller_model(l
             msp_plugin.load(p, "float32")(ids).logits for p in (run.path, tmp_path / "recovered-small")
         )
     torch.testing.assert_close(cut, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [
+        ({"name": "blockwise", "epochs": 2}, 0.8),
+        ({"name": "lora", "tokens": 60_000, "step_tokens": 1024, "learning_rate": 1e-3}, 0.8),
+        ({"name": "full", "tokens": 60_000, "step_tokens": 1024, "learning_rate": 5e-4}, 0.8),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_the_demo_model_comes_nearer_to_the_whole_one(tmp_path, method, share):
+    """Without an attention, an MLP, and the least quarter of the others' channels; share: of the KL that may be left."""
+    from msp_plugin.demo import demo_model_path
+
+    dense = demo_model_path("llama")
+
+    def zero(layers):
+        layers[4].self_attn.o_proj.weight.zero_()
+        layers[2].mlp.down_proj.weight.zero_()
+        for layer in layers:
+            weight = layer.mlp.down_proj.weight
+            weight[:, weight.norm(dim=0).argsort()[: weight.shape[1] // 4]] = 0
+
+    small = smaller(dense, tmp_path, Small(), zero)
+    text = Text("demo:calibration", test="demo:test", samples=48, length=128, test_samples=16)
+    run = recover(small, text, tmp_path / "out", original=dense, method=method, dtype="float32")
+    stages = {stage.name: stage for stage in RunRecord.beside(run.path).stages}
+    before, after = (load_file(folder / "model.safetensors") for folder in (small, run.path))
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+    assert stages["recover"].kl < share * stages["prune"].kl, (stages["prune"].kl, stages["recover"].kl)
+    print(method["name"], stages["prune"], stages["recover"])
