@@ -99,7 +99,7 @@ class PolicyGradient(Allocator):
         policy = self._start(inputs)
         for step in range(steps):
             samples = draw_samples(loss, self.tokens_per_step, rng)
-            drawn = [_draw(policy, rng) for _ in range(self.choices)]
+            drawn = [draw_choice(policy, rng) for _ in range(self.choices)]
             losses = np.array([loss(choice, samples) for choice in drawn])
             measured += len(drawn)
             finite = np.flatnonzero(
@@ -108,7 +108,7 @@ class PolicyGradient(Allocator):
             if len(finite) >= 2:
                 mean = losses[finite].mean()
                 average = mean if np.isnan(average) else average + (mean - average) / self.window
-                gradient = _gradient(policy, [drawn[i] for i in finite], losses[finite] - average)
+                gradient = loss_gradient(policy, [drawn[i] for i in finite], losses[finite] - average)
                 rate = self.rate / 2 * (1 + np.cos(np.pi * step / steps))
                 policy = on_budget(problem, policy - rate * gradient)
             inputs.progress(step + 1, steps, f"loss of a drawn choice {average:.4f}")
@@ -188,14 +188,14 @@ def _distributions(values: np.ndarray) -> np.ndarray:
     return nearest
 
 
-def _draw(policy: np.ndarray, rng: np.random.Generator) -> Choice:
+def draw_choice(policy: np.ndarray, rng: np.random.Generator) -> Choice:
     """Return a random choice, int[U], each unit's level by its own probabilities."""
     upper = policy.cumsum(axis=1)
     levels = (rng.random(len(policy))[:, None] * upper[:, -1:] >= upper).sum(axis=1)
     return tuple(int(k) for k in np.minimum(levels, policy.shape[1] - 1))
 
 
-def _gradient(policy: np.ndarray, drawn: list[Choice], beyond: np.ndarray) -> np.ndarray:
+def loss_gradient(policy: np.ndarray, drawn: list[Choice], beyond: np.ndarray) -> np.ndarray:
     """Return the gradient, float64[U, K], of the expected loss, divided by the deviation of each level's being drawn.
 
     Args:

@@ -18,13 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msp_plugin.errors import ModelError, NumericsError, RecipeError
+from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.models.layers import decoder_blocks
-from msp_plugin.models.offload import offloaded_module
-from msp_plugin.passes.by_block import runs_by_block
 from msp_plugin.passes.gradients import BACKWARD
 from msp_plugin.passes.losses import mean_kl
-from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult
+from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_by_block, check_in_memory
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.window_training import (
     Fit,
@@ -87,11 +85,7 @@ class Blockwise(Recovery):
             raise RecipeError("blockwise: decay must be at least 0")
 
     def check(self, model: PreTrainedModel, masks: Masks) -> None:
-        if (name := offloaded_module(model)) is not None:
-            raise ModelError(
-                f"blockwise trains weights in memory, and those of {name} are offloaded",
-                hint="leave only the original's weights on disk",
-            )
+        check_in_memory(self.name, model)
 
     def recover(self, inputs: RecoveryInputs) -> RecoveryResult:
         """Change the surviving weights of the model in place (see Recovery.recover).
@@ -108,11 +102,7 @@ class Blockwise(Recovery):
                 f"the model has {depth} blocks and its original {whole}, so blockwise cannot hold them side by side",
                 hint="use lora or full, which compare outputs, or export the model to small, which keeps empty blocks",
             )
-        if not runs_by_block(model, inputs.data.samples[0]):
-            raise ModelError(
-                f"{type(model).__name__} hands more than the hidden state from block to block, so blockwise cannot run it",
-                hint="use another recovery method (see `msp plugins`)",
-            )
+        check_by_block(self.name, model, inputs.data.samples[0])
         with _frozen(model):
             return _Walk(self, inputs, original).run()
 

@@ -1,4 +1,4 @@
-"""Open a sparse checkpoint and the dense model that it was pruned from, with every check before work."""
+"""Open a sparse checkpoint and the dense model that it was pruned from, and check both before any work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LESS = ("intermediate_size", "num_hidden_layers", "num_attention_heads", "num_k
 
 @dataclass(frozen=True)
 class Sparse:
-    """A sparse checkpoint that is loaded: its model, its zeros, and the allocation beside it, if any."""
+    """A loaded sparse checkpoint: its model, its zeros, and the allocation and run.json beside it, if any."""
 
     model: PreTrainedModel
     masks: Masks
@@ -47,7 +47,7 @@ class Sparse:
 def load_sparse(
     source: ModelSource, tokenizer: PreTrainedTokenizerBase, out: Path, *, smaller: bool = False
 ) -> Sparse:
-    """Return a sparse checkpoint, checked.
+    """Return a sparse checkpoint after all checks.
 
     Args:
         smaller: see Sources.
@@ -100,7 +100,8 @@ def load_original(source: ModelSource, model: PreTrainedModel, *, smaller: bool 
             embeddings.append(module.get_parameter("weight").detach().float().cpu().clone())
     if not torch.equal(*embeddings):
         log.warning(
-            "%s has other embeddings than the sparse model: is it the model that was pruned?", source.name
+            "the embeddings of %s differ from the sparse model's: is it the model that was pruned?",
+            source.name,
         )
     return original
 
@@ -119,12 +120,12 @@ class Sources:
 
 
 def check_sources(sparse: ModelSource, dense: ModelSource | None) -> Sources:
-    """Return the tokenizer of a sparse model and if it is a smaller one, after the checks that need no weights.
+    """Return the tokenizer of a sparse model and if it is a smaller one, after all checks that need no weights.
 
     Raises:
-        ModelError: a source is missing or quantized, or the original's config or tokenizer is another one.
+        ModelError: a source is missing or quantized, or the original's config or tokenizer differs.
     """
-    hint = "recover the sparse model from before its quantization, and quantize the result"
+    hint = "recover the sparse model before its quantization, and quantize the result"
     check_source_unquantized(sparse.name, trust_remote_code=sparse.trust_remote_code, hint=hint)
     tokenizer, own = sparse.tokenizer(), _config(sparse)
     widths = read_widths(own, str(sparse.name)) is not None
@@ -135,9 +136,8 @@ def check_sources(sparse: ModelSource, dense: ModelSource | None) -> Sources:
     less = [key for key in _LESS if (own.get(key) or 0) < (other.get(key) or 0)]
     odd = [key for key in _SAME if own.get(key) != other.get(key)]
     odd += [key for key in _LESS if key not in less and own.get(key) != other.get(key)]
-    if not less and own.get("model_type") != other.get(
-        "model_type"
-    ):  # a smaller Llama may be written as a Mistral
+    # A smaller Llama may be written as a Mistral.
+    if not less and own.get("model_type") != other.get("model_type"):
         odd.insert(0, "model_type")
     for key in odd:
         raise ModelError(
@@ -153,7 +153,7 @@ def check_sources(sparse: ModelSource, dense: ModelSource | None) -> Sources:
 
 
 def _config(source: ModelSource) -> dict[str, Any]:
-    """Return the entries of a model's config for text."""
+    """Return the entries of a model's config, of its language part."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source.name, trust_remote_code=source.trust_remote_code)

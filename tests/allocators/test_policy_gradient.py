@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from quadratic import QuadraticLoss, problem_of
 
 from msp_plugin.allocators.base import AllocationInputs
-from msp_plugin.allocators.policy_gradient import PolicyGradient, _draw, _gradient, on_budget
+from msp_plugin.allocators.policy_gradient import PolicyGradient, draw_choice, loss_gradient, on_budget
 from msp_plugin.errors import NumericsError, RecipeError
 
 SIZES = [(4, 8), (12, 8)] * 6
@@ -76,7 +76,7 @@ def test_on_dense_and_dropped_it_is_the_authors_clip_with_a_price():
 
 def test_levels_are_drawn_by_their_probabilities():
     policy, rng = np.array([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), np.random.default_rng(0)
-    drawn = np.array([_draw(policy, rng) for _ in range(20000)])
+    drawn = np.array([draw_choice(policy, rng) for _ in range(20000)])
     assert np.bincount(drawn[:, 0], minlength=3) / 20000 == pytest.approx(policy[0], abs=0.02)
     assert (drawn[:, 1:] == (0, 2)).all()
 
@@ -86,7 +86,7 @@ def test_the_step_is_the_authors_for_keep_probabilities():
     rng = np.random.default_rng(1)
     keep, masks, beyond = rng.random(5), rng.integers(0, 2, (3, 5)), rng.normal(size=3)
     by_hand = sum(b * (m - keep) for b, m in zip(beyond, masks, strict=True)) / 2 / np.sqrt(keep * (1 - keep))
-    found = _gradient(np.stack([keep, 1 - keep], axis=1), [tuple(1 - mask) for mask in masks], beyond)
+    found = loss_gradient(np.stack([keep, 1 - keep], axis=1), [tuple(1 - mask) for mask in masks], beyond)
     assert found[:, 0] == pytest.approx(by_hand, rel=1e-4) and found[:, 1] == pytest.approx(
         -by_hand, rel=1e-4
     )

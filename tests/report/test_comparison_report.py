@@ -175,7 +175,7 @@ def test_optional_keys_may_be_missing_and_unknown_ones_are_ignored(comparison_di
     found = report(comparison_dir(change, **ONE_CELL))
     for text in (
         "No allocator measured candidates", "No row has both divergences", "No perplexity was measured", "No row failed",
-        "bfloat16, which is assumed",
+        "bfloat16, assumed because",
     ):  # fmt: skip
         assert text in found.text, text
 
