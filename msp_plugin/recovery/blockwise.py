@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msp_plugin.errors import NumericsError, RecipeError
+from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.passes.gradients import BACKWARD
 from msp_plugin.passes.losses import mean_kl

@@ -15,9 +15,8 @@ import torch
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import ModelError, NumericsError
 from msp_plugin.models.layers import text_config
-from msp_plugin.models.offload import offloaded_module
 from msp_plugin.passes.losses import mean_kl
-from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult
+from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_in_memory
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.structure.halves import Half, find_halves
 
@@ -46,10 +45,7 @@ class MeanUpdate(Recovery):
     name = "mean_update"
 
     def check(self, model: PreTrainedModel, masks: Masks) -> None:
-        if (name := offloaded_module(model)) is not None:
-            raise ModelError(
-                f"mean_update changes biases in memory, and {name} is offloaded", hint="do not offload"
-            )
+        check_in_memory(self.name, model)
         kind = text_config(model).model_type
         if kind not in _BIASES:
             raise ModelError(

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from quadratic import QuadraticLoss, problem_of
 
 from msp_plugin.allocators.base import AllocationInputs
 from msp_plugin.allocators.policy_gradient import PolicyGradient, draw_choice, loss_gradient, on_budget
 from msp_plugin.errors import NumericsError, RecipeError
+from tests.allocators.quadratic import QuadraticLoss, problem_of
 
 SIZES = [(4, 8), (12, 8)] * 6
 HALVES = ["dense", "dropped"]
