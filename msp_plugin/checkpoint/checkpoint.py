@@ -199,6 +199,6 @@ def _check_config(config: dict[str, Any], file: Path) -> None:
     """Raise FormatError unless the entries that are read here have the right type; quantization is checked elsewhere."""
     names, most = config.get("architectures"), config.get("max_position_embeddings")
     if not (names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names))):
-        raise FormatError(f"{file}: architectures is {shown(names)}, no list of names")
+        raise FormatError(f"{file}: architectures is {shown(names)}, expected a list of names")
     if not (most is None or (isinstance(most, int) and not isinstance(most, bool) and most > 0)):
-        raise FormatError(f"{file}: max_position_embeddings is {shown(most)}, no count")
+        raise FormatError(f"{file}: max_position_embeddings is {shown(most)}, expected a count")

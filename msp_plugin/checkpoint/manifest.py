@@ -62,7 +62,7 @@ class Manifest:
             return None
         data = read_json(path)
         if data.get("schema") != SCHEMA:
-            raise FormatError(f"{path} is no export manifest", hint=f'expected schema "{SCHEMA}"')
+            raise FormatError(f"{path} is not an export manifest", hint=f'expected schema "{SCHEMA}"')
         if data.get("version") != VERSION:
             raise FormatError(
                 f"{path} has version {shown(data.get('version'))}, this package reads {VERSION}",

@@ -46,7 +46,7 @@ def packed_layers(
         return None
     sparsity = quantization.get("sparsity_config") or {}
     if not isinstance(sparsity, dict):
-        raise FormatError(f"{source}: sparsity_config is no mapping")
+        raise FormatError(f"{source}: sparsity_config is not a mapping")
     if not sparsity.get("targets") and sparsity.get("format") == "dense":
         return None
     if sparsity and quantization.get("config_groups"):

@@ -291,7 +291,7 @@ def component_options(
         try:
             value = parse_yaml(text)
         except ValueError as error:
-            raise RecipeError(f"--set {left}: {shown(text)} is no value: {error}") from None
+            raise RecipeError(f"--set {left}: {shown(text)} is not a value: {error}") from None
         specs.setdefault(role, {})[option] = value
     return specs
 

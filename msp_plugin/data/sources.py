@@ -193,7 +193,7 @@ def _hub_dataset(source: str) -> Any:
 
 
 def _dataset(data: Any, column: str, source: str) -> Documents:
-    """Return the documents of a dataset; of several splits those of ``train``."""
+    """Return the documents of a dataset; if it has several splits, those of ``train``."""
     if isinstance(data, dict):
         if "train" not in data:
             raise DataError(

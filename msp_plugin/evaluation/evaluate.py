@@ -273,7 +273,7 @@ def _text_score(
 
 
 def _task_scores(own: Answers, other: Answers | None) -> dict[str, TaskScore]:
-    """Return the tasks by name, each with the metrics of the model, compared with those of the reference."""
+    """Return the scores by task, with the differences from the reference if there is one."""
     theirs = {(m.task, m.name, m.filter): m for m in other.metrics} if other else {}
     scores: dict[str, list[MetricScore]] = {task: [] for task in own.tasks}
     for metric in own.metrics:

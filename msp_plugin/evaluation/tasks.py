@@ -105,7 +105,7 @@ def _read_task(file: Path) -> dict[str, Any]:
     try:
         config = parse_yaml(file.read_text(encoding="utf-8"), Loader)
     except (ValueError, OSError) as error:
-        raise DataError(f"{file} is no YAML that lm-eval reads: {error}") from None
+        raise DataError(f"{file} is not YAML that lm-eval reads: {error}") from None
     if not isinstance(config, dict):
         raise DataError(
             f"{file} holds no mapping", hint="a task's file says task: NAME, output_type: ... and so on"

@@ -169,6 +169,6 @@ def unfit_headers(layer: str, stored: Mapping[str, TensorInfo], expected: str) -
     """Return the error that a layer's tensors, by suffix, have headers of no packed weight; ``expected`` of them."""
     headers = ", ".join(f"{suffix} {info.dtype} {list(info.shape)}" for suffix, info in stored.items())
     return FormatError(
-        f"{layer} is no packed weight: {headers}",
+        f"{layer} is not a packed weight: {headers}",
         hint=f"expected {expected}; the file is damaged, or quantized",
     )

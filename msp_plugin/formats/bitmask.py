@@ -160,7 +160,7 @@ def _checked_ends(packed: Packed, name: str) -> np.ndarray:
             f"{ends[row] - counts[row]:,}"
         )
     if reason:
-        raise FormatError(f"{name}: {reason}", hint="the file is damaged: export or download it anew")
+        raise FormatError(f"{name}: {reason}", hint="the file is damaged: export or download it again")
     return ends
 
 
@@ -178,7 +178,7 @@ def _check_headers(packed: Packed, name: str) -> None:
             f"{name}: values {list(values.shape)}, {bitmask.dtype} bitmask {list(bitmask.shape)} and "
             f"{offsets.dtype} row_offsets {list(offsets.shape)} do not belong to a weight [{rows}, {columns}]",
             hint=f"expected values of one dimension, torch.uint8 bitmask [{rows}, {-(-columns // 8)}] and "
-            f"torch.int64 row_offsets [{rows}]; the file is damaged: export or download it anew",
+            f"torch.int64 row_offsets [{rows}]; the file is damaged: export or download it again",
         )
     if values.element_size() not in INTEGERS or values.is_complex():
         raise FormatError(f"{name}: dtype {values.dtype} cannot be unpacked")
@@ -194,7 +194,7 @@ def _sizes(shape: torch.Tensor, layer: str) -> tuple[int, int]:
     if shape.dtype != torch.int64 or len(sizes) != 2 or min(sizes) < 1:
         raise FormatError(
             f"{layer}.shape holds {sizes[:3]} as {shape.dtype}, expected two sizes as torch.int64",
-            hint="the file is damaged: export or download it anew",
+            hint="the file is damaged: export or download it again",
         )
     return sizes[0], sizes[1]
 
@@ -273,6 +273,6 @@ class SparseBitmask(PackedFormat):
         if (rows, width) != (sizes[0], -(-sizes[1] // 8)):
             raise FormatError(
                 f"{layer}.shape says {list(sizes)}, its bitmask is [{rows}, {width}]",
-                hint="the file is damaged: export or download it anew",
+                hint="the file is damaged: export or download it again",
             )
         return TensorInfo(values.file, values.dtype, sizes)

@@ -142,7 +142,7 @@ def unpack(packed: Packed, name: str = "weight") -> torch.Tensor:
         if not filled or bool((index < 0).any()):
             raise FormatError(
                 f"{name}: the bitmask does not store two of four weights in every group",
-                hint="the file is damaged; export or download it anew",
+                hint="the file is damaged; export or download it again",
             )
         body = torch.zeros(mask.numel(), 8, dtype=values.dtype, device=values.device)
         body.scatter_(1, index, block.reshape(-1, 4))
@@ -175,7 +175,7 @@ def _as_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
         )
     if weight.shape[1] % 4:
         raise FormatError(
-            f"{name}: in_features = {weight.shape[1]} is no multiple of 4", hint="keep it dense"
+            f"{name}: in_features = {weight.shape[1]} is not a multiple of 4", hint="keep it dense"
         )
     if weight.element_size() not in INTEGERS or weight.is_complex():
         raise FormatError(
@@ -254,7 +254,7 @@ class Sparse24Bitmask(PackedFormat):
             return "experts are served dense"
         rows, columns = shape
         if rows % OUT_MULTIPLE or columns % IN_MULTIPLE:
-            return f"shape [{rows}, {columns}] is no multiple of [{OUT_MULTIPLE}, {IN_MULTIPLE}]"
+            return f"shape [{rows}, {columns}] is not a multiple of [{OUT_MULTIPLE}, {IN_MULTIPLE}]"
         return None if dtype in VALUE_DTYPES else f"dtype {dtype} is not served"
 
     def refuses_weight(self, weight: torch.Tensor) -> str | None:
@@ -275,7 +275,7 @@ class Sparse24Bitmask(PackedFormat):
         if shape.is_floating_point() or stored_shape != [rows, columns]:
             raise FormatError(
                 f"{layer}.shape says {stored_shape}, its values are those of a weight [{rows}, {columns}]",
-                hint="the file is damaged: export or download it anew",
+                hint="the file is damaged: export or download it again",
             )
         return unpack(Packed(values, bitmask, (rows, columns)), layer)
 

@@ -66,7 +66,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
             raise FormatError(
                 f"{directory / INDEX} names {len(lost)} tensors that are not in their file, "
                 f"e.g. {', '.join(lost[:3])}",
-                hint="a shard is missing or from another checkpoint: copy the directory anew",
+                hint="a shard is missing or from another checkpoint: copy the directory again",
             )
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -121,7 +121,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
                 )
             if not (self.directory / name).is_file():
                 raise FormatError(
-                    f"{self.directory} lacks {name}, which its index names", hint="copy the directory anew"
+                    f"{self.directory} lacks {name}, which its index names", hint="copy the directory again"
                 )
         return [self.directory / name for name in names]
 
@@ -137,7 +137,7 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
             tensor: torch.Tensor = opened.get_tensor(name)
             return tensor
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise FormatError(f"cannot read {name} from {file}: {error}", hint="copy the file anew") from error
+        raise FormatError(f"cannot read {name} from {file}: {error}", hint="copy the file again") from error
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:
@@ -152,7 +152,8 @@ def _header(file: Path) -> dict[str, TensorInfo]:
             return found
     except (SafetensorError, OSError) as error:
         raise FormatError(
-            f"{file} is no whole safetensors file: {error}", hint="it is truncated or damaged: copy it anew"
+            f"{file} is not a complete safetensors file: {error}",
+            hint="it is truncated or damaged: copy it again",
         ) from error
 
 
@@ -222,7 +223,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FormatError(f"cannot read {path} as JSON: {error}", hint="copy the file anew") from None
+        raise FormatError(f"cannot read {path} as JSON: {error}", hint="copy the file again") from None
     if not isinstance(data, dict):
         raise FormatError(f"{path} holds no JSON object")
     return data

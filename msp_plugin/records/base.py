@@ -101,5 +101,5 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read {path} as JSON: {error}") from None
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} is no JSON object", hint="give run.json or compare.json")
+        raise RecipeError(f"{path} is not a JSON object", hint="give run.json or compare.json")
     return data

@@ -65,7 +65,7 @@ class UnitRecord(Part):
 
 
 class ComparedRow(SearchRecord):
-    """An allocation: who found it, at what cost, and how the pruned model does on the test text."""
+    """An allocation, the cost of finding it, and the quality of the pruned model on the test text."""
 
     method: str
     """The pruning method."""

@@ -244,7 +244,7 @@ def _predictions(cell: Cell) -> Chart | None:
 
 
 def _ranking(cell: Cell) -> Chart | None:
-    """Return the chart of the divergences after pruning against those with the level database's weights."""
+    """Return the chart of KL after the final pruning against KL with the level database's weights."""
     series: list[Series] = []
     pairs: list[tuple[float, float]] = []
     for entry in cell.entries:

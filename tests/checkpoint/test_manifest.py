@@ -82,8 +82,8 @@ def test_every_file_that_differs_is_listed(exported):
     [
         (lambda data: data.update(version=2), "has version 2, this package reads 1"),
         (lambda data: data.pop("version") and None, "has version None"),
-        (lambda data: data.update(schema="msp_plugin/run"), "is no export manifest"),
-        (lambda data: data.pop("schema") and None, "is no export manifest"),
+        (lambda data: data.update(schema="msp_plugin/run"), "is not an export manifest"),
+        (lambda data: data.pop("schema") and None, "is not an export manifest"),
         (lambda data: data.pop("files") and None, "is damaged"),
         (lambda data: data.pop("tensors") and None, "is damaged"),
         (lambda data: data.update(colour="red"), "is damaged: a manifest has no key 'colour'"),

@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_that_cannot_be_opened_is_exit_code_1(msp, packed_d
     path = copied(packed_dir)
     content = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(content[:-1])
-    assert explained(msp("verify", path, "--json", code=1), "is no whole safetensors file")
+    assert explained(msp("verify", path, "--json", code=1), "is not a complete safetensors file")
 
 
 def test_only_the_checks_that_are_named_run_once_each_and_in_order(msp, packed_dir):

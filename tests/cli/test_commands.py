@@ -126,7 +126,7 @@ def test_plugins_and_doctor_speak_json(msp):
         ({"--samples": "5000"}, ["needed: 5004"]),
         ({"--batch": "0"}, ["batch = 0"]),
         ({"--seed": "-1"}, ["seed = -1"]),
-        ({"--set": "allocator.tokens=["}, ["is no value"]),
+        ({"--set": "allocator.tokens=["}, ["is not a value"]),
         ({"--ignore": "mlp"}, ["matches LlamaMLP".replace("Llama", "Qwen2"), "but no linear"]),
         ({"--ignore": "layers.99"}, ["ignore 'layers.99' matches no module"]),
         ({"--target": "q_prj"}, ["target 'q_prj' matches no module", "did you mean 'q_proj'"]),

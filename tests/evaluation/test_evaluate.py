@@ -214,8 +214,8 @@ def test_bad_input_is_explained_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("task: [mine\n", ["mine.yaml is no YAML that lm-eval reads"]),
-        ("task: !fun mine.load\n", ["mine.yaml is no YAML that lm-eval reads", "!fun"]),
+        ("task: [mine\n", ["mine.yaml is not YAML that lm-eval reads"]),
+        ("task: !fun mine.load\n", ["mine.yaml is not YAML that lm-eval reads", "!fun"]),
         ("- task: mine\n", ["mine.yaml holds no mapping"]),
         ("output_type: multiple_choice\n", ["no .yaml file of", "defines a task"]),
     ],

@@ -104,7 +104,7 @@ def test_each_cell_has_its_curves_its_cost_and_its_ranking(compared):
     titles = [
         image["alt"]
         for image in found.of("img")
-        if image["alt"].startswith(("Search curves,", "Test perplexity against", "Div"))
+        if image["alt"].startswith(("Search curves,", "Test perplexity against", "KL after"))
     ]
     assert len(titles) == 12 and len(found.of("img")) == 12
     assert found.text.count("Spearman's rho 0.") + found.text.count("Spearman's rho 1.") == 4

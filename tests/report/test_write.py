@@ -29,7 +29,7 @@ def test_records_that_cannot_be_read_say_what_was_expected(records, report, tmp_
         "no record of a run": lambda d: {**d, "schema": "other"},
         "version 3, this package reads 1 and 2": lambda d: {**d, "version": 3},
         r"damaged: search\.curve\.0": lambda d: {**d, "search": {"curve": [["x", 1]]}},
-        "is no JSON object": lambda d: [d],
+        "is not a JSON object": lambda d: [d],
     }
     for i, (text, change) in enumerate(changes.items()):
         path = records(f"changed{i}")

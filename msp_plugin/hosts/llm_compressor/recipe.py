@@ -80,13 +80,13 @@ def _check_levels(recipe: Any, name: str) -> None:
             continue
         if not str(stage).endswith("_stage") or not isinstance(groups, dict):
             raise RecipeError(
-                f"{name}: the key {shown(stage)} is no stage: llm-compressor would ignore it in silence",
+                f"{name}: the key {shown(stage)} is not a stage: llm-compressor would ignore it in silence",
                 hint=f"a recipe has three levels, x_stage, y_modifiers, ClassName: {_EXAMPLE}",
             )
         for group, modifiers in groups.items():
             if not str(group).endswith("_modifiers") or not isinstance(modifiers, dict):
                 raise RecipeError(
-                    f"{name}: {shown(group)} in {shown(stage)} is no group of modifiers: llm-compressor would ignore it",
+                    f"{name}: {shown(group)} in {shown(stage)} is not a group of modifiers: llm-compressor would ignore it",
                     hint=f"its name must end in _modifiers and it must hold modifiers: {_EXAMPLE}",
                 )
             for modifier, arguments in modifiers.items():
