@@ -197,13 +197,14 @@ def mutate(problem: AllocationProblem, parent: Choice, max_moves: int, rng: np.r
     compensate follow from an exact solution with random prices, so that units of unequal size can compensate
     for each other.
     """
-    levels, moves = len(problem.menu), 1 + min(rng.integers(0, max_moves, 2))
+    moves = 1 + min(rng.integers(0, max_moves, 2))
     target = np.array(parent)
     pinned = rng.choice(len(parent), size=min(int(moves), max(1, len(parent) - 1)), replace=False)
     for u in pinned:
         order, step = problem.by_cost[u], rng.choice([-1, 1])
+        order = order[problem.may[u, order]]
         at = np.flatnonzero(order == target[u])[0]
-        target[u] = order[np.clip(at + step, 0, levels - 1)]
+        target[u] = order[np.clip(at + step, 0, len(order) - 1)]
     return compensated(problem, parent, {int(u): int(target[u]) for u in pinned}, rng)
 
 

@@ -58,7 +58,7 @@ def test_the_builtin_components_are_there():
             "alphapruning", "atp", "depth", "dlp", "evopress", "knapsack", "lsa", "mrp", "msp", "one_shot", "owl",
             "policy_gradient", "search", "uniform",
         ],
-        "pruners": ["magnitude", "sparsegpt", "wanda"],
+        "pruners": ["flap", "l2", "llm_pruner", "magnitude", "obs", "random", "saap", "sparsegpt", "wanda"],
         "recoveries": ["blockwise", "full", "lora", "masked_lora", "mean_update", "sparse_delta", "spp", "weight_update"],
         "formats": ["sparse-24-bitmask", "sparse-bitmask"],
         "exporters": ["bitmask", "dense", "recipe", "small", "sparse24", "uniform"],
