@@ -291,7 +291,7 @@ class AllocationProblem:
         behind: dict[int, Fraction] = {}
         for u, unit in enumerate(self.table):
             wanted = behind.get(unit.weights, 0) + (1 - self.target) * unit.weights
-            off = {int(k): abs(int(self.kept[u, k]) - wanted) for k in np.flatnonzero(self._may[u])}
+            off = {int(k): abs(int(self.kept[u, k]) - wanted) for k in np.flatnonzero(self.may[u])}
             best = min(off, key=off.__getitem__)
             behind[unit.weights] = wanted - int(self.kept[u, best])
             cost[u] = np.abs(self.kept[u] - self.kept[u, best])
