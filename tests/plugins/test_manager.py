@@ -227,9 +227,8 @@ def test_a_hook_that_raises_names_the_plugin_and_the_cause():
 
 
 def test_a_hook_that_returns_nothing_registers_nothing():
-    assert sorted(load(mine=plugin(msp_register_pruners=lambda: None)).components["pruners"]) == [
-        "magnitude", "sparsegpt", "wanda",
-    ]  # fmt: skip
+    found = load(mine=plugin(msp_register_pruners=lambda: None)).components["pruners"]
+    assert found.keys() == load().components["pruners"].keys()
 
 
 @pytest.mark.parametrize("thing", [Magnitude(), "magnitude", type("Plain", (), {"name": "plain"})])
