@@ -19,7 +19,7 @@ import numpy as np
 
 from msp_plugin.errors import BudgetError
 from msp_plugin.plan.knapsack import Steps, cheapest
-from msp_plugin.plan.levels import Level, Width, has_widths, menu_names
+from msp_plugin.plan.levels import DROPPED, Level, Width, has_widths, menu_names
 from msp_plugin.plan.units import Unit, UnitTable
 
 #: Bytes of the largest choice table that is tried; a larger one is an error instead of a full memory.
@@ -266,13 +266,36 @@ class AllocationProblem:
         return self.solve(cost)
 
     def uniform(self) -> tuple[int, ...]:
-        """Return the choice nearest to one sparsity for all units: the target's own level if it exists."""
+        """Return the choice nearest to one sparsity for all units: the target's own level if it exists.
+
+        With ``dropped`` in the menu, units are nearest to one sparsity together: the dropped ones are spread evenly
+        over the model, so that of equal blocks each n-th one is dropped.
+        """
         return self._uniform
 
     @cached_property
     def _uniform(self) -> tuple[int, ...]:
         ones = np.ones(len(self.table))
+        if DROPPED in self.menu:
+            return self._spread()
         return self.repair(ones * float(1 - self.target), ones)
+
+    def _spread(self) -> tuple[int, ...]:
+        """Return the choice on the budget, int[U], nearest to one that meets the target at every depth.
+
+        Each unit takes the level with which the weights kept so far, of units of its size (attentions, MLPs), are nearest
+        to their share (error diffusion); then as few weights as possible change their place to meet the budget.
+        """
+        cost = np.empty(self.kept.shape)
+        # By the size of a unit, the weights that the units so far should keep and do not.
+        behind: dict[int, Fraction] = {}
+        for u, unit in enumerate(self.table):
+            wanted = behind.get(unit.weights, 0) + (1 - self.target) * unit.weights
+            off = {int(k): abs(int(self.kept[u, k]) - wanted) for k in np.flatnonzero(self.may[u])}
+            best = min(off, key=off.__getitem__)
+            behind[unit.weights] = wanted - int(self.kept[u, best])
+            cost[u] = np.abs(self.kept[u] - self.kept[u, best])
+        return self.solve(cost)
 
 
 def _exactly(share: Fraction) -> str:

@@ -225,8 +225,9 @@ class Measurements:
 
     def sensitivity_tokens(self, allocator: Allocator) -> int:
         """Return the forward tokens of the sensitivities and errors that an allocator reads, cached or not."""
-        data = self.text.calibration
-        total = sum(self.estimators[name].forward_tokens(data) for name in allocator.sensitivities)
+        data, names = self.text.calibration, tuple(layer.name for layer in self.table.layers)
+        read_by = [self.estimators[name] for name in allocator.sensitivities]
+        total = sum(estimator.passes(names) * estimator.forward_tokens(data) for estimator in read_by)
         read = set(allocator.errors)
         if "kfac" in read and self.database.has_row_errors(self.table):
             total += BACKWARD * self._fisher_data().tokens
