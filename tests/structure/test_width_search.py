@@ -177,3 +177,23 @@ def test_a_demo_model_becomes_smaller_and_is_verified(method, levels, tmp_path, 
     dense, now = (msp_plugin.load(path, dtype="float32") for path in (run, small))
     gone = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in now.parameters())
     assert gone > 0 and (levels != "width" or gone == allocation.budget.zeros)
+
+
+@pytest.mark.slow
+def test_one_command_prunes_as_llm_pruner_does_and_trains_lora_afterwards(llama_dir, tmp_path, msp):
+    pytest.importorskip("peft")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"the {i}th cat sat on mat {i * i % 97}" for i in range(400)))
+    run, small = tmp_path / "run", tmp_path / "small"
+    msp("prune", llama_dir, "-m", "llm_pruner", "--levels", "width", "-s", "0.25", "--allocator", "uniform",
+        "--data", text, "--samples", "12", "--length", "16", "--test-samples", "2", "--dtype", "float32",
+        "--recover", "lora", "--set", "lora.tokens=200", "--set", "lora.learning_rate=1e-3",
+        "--out", run)  # fmt: skip
+    record = json.loads((run / "run.json").read_text())
+    assert record["stages"][-1]["recovery"]["method"]["name"] == "lora"
+    allocation = Allocation.read(run / "allocation.json")
+    assert allocation.budget.zeros <= record["sparsity"]["zeros"] and any(
+        k.narrows for k in allocation.levels
+    )
+    msp("export", run, "--to", "small", "--out", small)
+    assert "passed" in msp("verify", small, "--reference", run).out
