@@ -66,16 +66,13 @@ def write_files(directory: Path, outcome: Outcome | None, record: RunRecord) -> 
     record.write(directory / RUN_FILE)
 
 
-def attach_files(
-    model: PreTrainedModel, outcome: Outcome, stats: PruneStats, seed: int, *, keep: bool = True
-) -> None:
+def attach_files(model: PreTrainedModel, outcome: Outcome, record: RunRecord, *, keep: bool = True) -> None:
     """Make ``model.save_pretrained`` write both files too, and the files of an image processor.
 
     Args:
         keep: save the model elsewhere if that fails.
     """
     save = model.save_pretrained
-    record = run_record(outcome, stats, seed)
 
     def save_with_files(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         path = Path(save_directory).absolute()

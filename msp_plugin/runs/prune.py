@@ -22,8 +22,8 @@ from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.records.run import Outcome
 from msp_plugin.recovery.base import Recovery
+from msp_plugin.recovery.step import RecoveryStep, RecoveryText
 from msp_plugin.runs.recover import recover_pruned
-from msp_plugin.runs.recovery_step import RecoveryStep, RecoveryText
 from msp_plugin.runs.steps import Run, RunSteps
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import sole_run

@@ -21,18 +21,16 @@ from msp_plugin.records.parts import ModelRecord
 from msp_plugin.records.run import (
     DENSE,
     PRUNE,
-    RECOVER,
-    RECOVERED,
     RUN_FILE,
-    UNIFORM,
     RunRecord,
     SparsityRecord,
     StageRecord,
 )
 from msp_plugin.recovery.base import Recovery
 from msp_plugin.recovery.masks import Masks
-from msp_plugin.runs.recovery_step import Measured, RecoveryStep, RecoveryText, recovery_text
-from msp_plugin.runs.sparse_source import Sparse, check_sources, load_original, load_sparse
+from msp_plugin.recovery.record import Measured, Recovered, with_recovery
+from msp_plugin.recovery.sources import Sparse, check_sources, load_original, load_sparse
+from msp_plugin.recovery.step import RecoveryStep, RecoveryText, recovery_text
 from msp_plugin.runs.steps import RECIPE_FILE, Run
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import digest, versions
@@ -135,7 +133,7 @@ def recover_pruned(
     }
     key = digest({**step.identity(model, original), "out": str(out)})
     stage = step.run(model, original, masks, allocation, key)
-    return with_recovery(record, before, stage)
+    return with_recovery(record, Recovered(stage, before))
 
 
 def _record(
@@ -169,33 +167,7 @@ def _record(
         "test": test.record(length=text.length) if test else None,
         "versions": versions(),
     }
-    return with_recovery(record.model_copy(update=changes), before, stage)
-
-
-def with_recovery(record: RunRecord, before: Mapping[str, Measured], stage: StageRecord) -> RunRecord:
-    """Return the record of a run with a stage of recovery and with the measurements of the models before it."""
-    *earlier, last = record.stages
-    earlier = [s for s in earlier if s.name != DENSE or DENSE not in before]
-    if DENSE in before:
-        earlier.insert(0, StageRecord(name=DENSE, perplexity=before[DENSE].perplexity))
-    last = last.model_copy(update=vars(before[PRUNE]))
-    name = RECOVERED if last.name == RECOVER else "result" if "result" in record.perplexity else "mixed"
-    values = {name: before[PRUNE].perplexity}
-    if record.perplexity.get(UNIFORM) is not None and UNIFORM not in {s.name for s in earlier}:
-        values[UNIFORM] = before[PRUNE].perplexity  # the uniform allocation is the result
-    if DENSE in before:
-        values[DENSE] = before[DENSE].perplexity
-    perplexities = {**record.perplexity, **values, RECOVERED: stage.perplexity}
-    order = [key for key in (DENSE, UNIFORM) if key in perplexities]
-    order += [key for key in perplexities if key not in order]
-    divergences = {**record.kl, name: before[PRUNE].kl, RECOVERED: stage.kl}
-    return record.model_copy(
-        update={
-            "stages": (*earlier, last, stage),
-            "perplexity": {key: perplexities[key] for key in order},
-            "kl": {key: value for key, value in divergences.items() if value is not None},
-        }
-    )
+    return with_recovery(record.model_copy(update=changes), Recovered(stage, before))
 
 
 def _write(

@@ -29,7 +29,8 @@ from msp_plugin.models.offload import check_room, named_parameters, quantized_fo
 from msp_plugin.passes.losses import perplexity
 from msp_plugin.progress import prefixed
 from msp_plugin.records.parts import ModelRecord
-from msp_plugin.records.run import DENSE, PRUNE, UNIFORM, RunRecord, StageRecord
+from msp_plugin.records.run import DENSE, PRUNE, RECOVERED, UNIFORM, RunRecord, StageRecord
+from msp_plugin.recovery.record import Recovered, with_recovery
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.disk import check_free, writing
@@ -145,7 +146,7 @@ class RunSteps:
 
         Args:
             before: the stages of the models that the result is compared with.
-            seconds: time of the pruning.
+            seconds: time of the host's work.
             recover: recovers the pruned model, and returns its record with that stage.
 
         Raises:
@@ -155,7 +156,8 @@ class RunSteps:
         record = RunRecord(stages=(StageRecord(name=PRUNE),), versions=versions())
         if options is not None and outcome is not None and pruned.stats is not None:
             record = run_record(outcome, pruned.stats, options.seed)
-        record = record.model_copy(update={"seconds": seconds})
+        seconds -= sum(each.stage.seconds or 0.0 for each in pruned.recovered)
+        record = record.model_copy(update={"seconds": round(seconds, 3)})
         kept = partial(
             kept_if_it_fails,
             model,
@@ -163,10 +165,8 @@ class RunSteps:
             lambda folder: write_files(folder, outcome, record),
             self.source.cache,
         )
-        name = "result" if options is None else "mixed"
         with kept():
-            value = finite(self._perplexity(name, model))
-        record = self._measured(record, before, value)
+            record = self._with_recipe_recoveries(model, record, before, pruned.recovered)
         if recover is not None:
             with kept():
                 record = recover(record)
@@ -179,6 +179,28 @@ class RunSteps:
             write_files(temporary, outcome, record)
             if not (temporary / RECIPE_FILE).exists() and options is not None:
                 write_text(temporary / RECIPE_FILE, recipe_text(options))
+        return record
+
+    def _with_recipe_recoveries(
+        self,
+        model: PreTrainedModel,
+        record: RunRecord,
+        before: Sequence[StageRecord],
+        done: Sequence[Recovered],
+    ) -> RunRecord:
+        """Return the record with what is measured of the pruned model, and with the recoveries that the host's recipe held."""
+        name = "result" if self.options is None else "mixed"
+        if not done:
+            return self._measured(record, before, finite(self._perplexity(name, model)))
+        record = self._measured(record, before, done[0].before[PRUNE].perplexity)
+        for recovered in done:
+            record = with_recovery(record, recovered)
+        last = record.stages[-1]
+        if last.perplexity is None:
+            value = finite(self._perplexity(RECOVERED, model))
+            stages = (*record.stages[:-1], last.model_copy(update={"perplexity": value}))
+            quality = {**record.perplexity, RECOVERED: value}
+            record = record.model_copy(update={"stages": stages, "perplexity": quality})
         return record
 
     def _identity(self, model: PreTrainedModel) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from msp_plugin.plugins.manager import spec_of
 from msp_plugin.records.run import DENSE, PRUNE, RECOVER, RecoveryRecord, StageRecord
 from msp_plugin.recovery.base import Recovery, RecoveryInputs
 from msp_plugin.recovery.masks import Masks
+from msp_plugin.recovery.record import Measured
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import component_digest, versions
 from msp_plugin.runtime.disk import writing
@@ -80,14 +81,6 @@ def recovery_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> RecoveryTex
     """
     split = load_split(tokenizer, text)
     return RecoveryText.of(split.pruning, split.test)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The perplexity and the KL divergence from the dense model of one model on the test text; None where unmeasured."""
-
-    perplexity: float | None = None
-    kl: float | None = None
 
 
 @dataclass(frozen=True)
