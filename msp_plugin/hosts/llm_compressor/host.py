@@ -15,6 +15,7 @@ from msp_plugin.hosts.base import Pruned, PruneInputs, check_layers
 from msp_plugin.hosts.llm_compressor.passes import shares_keys
 from msp_plugin.hosts.llm_compressor.recipe import Recipe
 from msp_plugin.models.layers import fused_experts
+from msp_plugin.recovery.step import RecoveryText
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.search.resolve import ResolvedOptions
 
@@ -86,7 +87,8 @@ class LLMCompressor:
         for (
             recovery
         ) in recoveries:  # a baseline stays without, as the model before a recovery is compared with it
-            recovery.report_to(context.progress, inputs.text.test, active=announce, fresh=context.fresh)
+            text = RecoveryText.of(inputs.text.pruning, inputs.text.test)
+            recovery.report_to(context.progress, text, active=announce, fresh=context.fresh)
         # Typed more narrowly than they are: DataLoader takes lists, and oneshot any tokenizer.
         samples: Any = [{"input_ids": sample} for sample in inputs.data.samples]
         processor: Any = inputs.tokenizer

@@ -17,7 +17,6 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel
 
 from msp_plugin.checkpoint.source import ModelSource
-from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import NO_TEXT
 from msp_plugin.data.tokenize import from_dataloader
 from msp_plugin.errors import HostError, ModelError, RecipeError, nearest
@@ -69,8 +68,7 @@ class RecoveryModifier(Modifier):
 
     _recovery: Recovery = PrivateAttr()
     _original: PreTrainedModel | None = PrivateAttr(default=None)
-    _data: CalibrationSet = PrivateAttr(default=NO_TEXT)
-    _test: CalibrationSet = PrivateAttr(default=NO_TEXT)
+    _samples: RecoveryText | None = PrivateAttr(default=None)
     _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
     _fresh: bool = PrivateAttr(default=False)
     _active: bool = PrivateAttr(default=True)
@@ -102,16 +100,16 @@ class RecoveryModifier(Modifier):
         return self._recovered
 
     def report_to(
-        self, progress: StepProgress, test: CalibrationSet, *, active: bool = True, fresh: bool = False
+        self, progress: StepProgress, samples: RecoveryText, *, active: bool = True, fresh: bool = False
     ) -> None:
         """Set how this run reports and measures.
 
         Args:
-            test: measures the model before and after.
+            samples: in place of oneshot's.
             active: False to do nothing, for a baseline.
             fresh: do not go on with a recovery that was stopped.
         """
-        self._progress, self._test, self._active, self._fresh = progress, test, active, fresh
+        self._progress, self._samples, self._active, self._fresh = progress, samples, active, fresh
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         if not self._active:
@@ -128,11 +126,14 @@ class RecoveryModifier(Modifier):
                 f"there are {ranks} ranks, and each would recover the whole model",
                 hint="start it in one process, or use `torchrun ... -m msp_plugin recover` afterwards",
             )
-        if state.data.calib is None:
-            raise RecipeError("RecoveryModifier needs calibration data", hint="pass dataset=... to oneshot")
-        keep_order = isinstance(getattr(state.data.calib, "sampler", None), SequentialSampler)
-        self._data = from_dataloader(state.data.calib, keep_order=keep_order)
-        RecoveryText.of(self._data, self._test)  # refuses too few samples
+        if self._samples is None:
+            if state.data.calib is None:
+                raise RecipeError(
+                    "RecoveryModifier needs calibration data", hint="pass dataset=... to oneshot"
+                )
+            keep_order = isinstance(getattr(state.data.calib, "sampler", None), SequentialSampler)
+            data = from_dataloader(state.data.calib, keep_order=keep_order)
+            self._samples = RecoveryText.of(data, NO_TEXT)
         self._original = self._dense(state.model)
         return True
 
@@ -178,7 +179,7 @@ class RecoveryModifier(Modifier):
             # A later modifier may have prepared the model for quantization already.
             with DisableQuantization(state.model), _caches_apart(state.model):
                 self._recovered = self._recover(state.model)
-            self._original, self._data = None, NO_TEXT
+            self._original = self._samples = None
             if self._pruning is not None:
                 self._pruning.was_recovered(self._recovered)
 
@@ -197,9 +198,8 @@ class RecoveryModifier(Modifier):
         masks = Masks.of(model, list(layers))
         self._recovery.check(model, masks)
         context = RunContext(progress=self._progress, fresh=self._fresh)
-        step = RecoveryStep(
-            self._recovery, RecoveryText.of(self._data, self._test), self.seed, self.cache, context
-        )
+        assert self._samples is not None, "the modifier is initialised first"
+        step = RecoveryStep(self._recovery, self._samples, self.seed, self.cache, context)
         before = {PRUNE: step.measure("mixed", model, self._original)}
         key = digest(step.identity(model, self._original))
         stage = step.run(model, self._original, masks, allocation, key)
@@ -217,7 +217,7 @@ class RecoveryModifier(Modifier):
 @contextmanager
 def _caches_apart(model: torch.nn.Module) -> Iterator[None]:
     """Give modules their own parameters in the block, in place of the host's caches around parameters in memory."""
-    caches = {
+    caches: dict[torch.nn.Module, tuple[Any, Any]] = {
         module: (module._parameters, module._buffers)
         for module in model.modules()
         if isinstance(module._parameters, OffloadCache) and not isinstance(module._parameters, DiskCache)

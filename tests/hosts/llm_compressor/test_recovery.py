@@ -1,10 +1,14 @@
 """``RecoveryModifier`` in recipes: through ``oneshot``, and through ``msp run``."""
 
+import copy
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from msp_plugin import MixedSparsityModifier, RecoveryModifier, Text, prune, run_recipe
 from msp_plugin.data.sources import load_texts
@@ -59,3 +63,111 @@ def test_a_line_behind_the_pruning_recovers_with_the_pruned_models_zeros(model, 
     assert record["stages"][-1]["recovery"]["method"]["epochs"] == 1
     assert "RecoveryModifier" in (tmp_path / "out" / "recipe.yaml").read_text()
     assert not list((tmp_path / "cache" / "recovery").iterdir())
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_recipe_gives_the_bytes_of_prune_with_recover(tmp_path):
+    text = Text("demo:calibration", samples=8, length=48, test="demo:test", test_samples=4)
+    source = demo_model_path("qwen2")
+    cache = str(tmp_path / "cache")
+    prune(source, text, tmp_path / "own", **PRUNE, recover=QUICK, dtype="float32", cache=cache)
+    lines = {
+        "MixedSparsityModifier": {**PRUNE, "cache": cache},
+        "RecoveryModifier": {"method": QUICK, "cache": cache},
+    }
+    recipe = {"a_stage": {"b_modifiers": lines}}
+    run_recipe(recipe, source, text, tmp_path / "host", dtype="float32")
+    own, host = weights(tmp_path / "own"), weights(tmp_path / "host")
+    assert own.keys() == host.keys() and all(torch.equal(own[name], host[name]) for name in own)
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("own", "host")]
+    assert records[0]["perplexity"] == records[1]["perplexity"] and records[0]["kl"] == records[1]["kl"]
+    assert records[1]["perplexity"]["recovered"] < records[1]["perplexity"]["mixed"]
+    stages = [[{**s, "seconds": None} for s in record["stages"]] for record in records]
+    assert stages[0] == stages[1] and [s["name"] for s in stages[0]] == ["dense", "prune", "recover"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W4A16"])
+def test_a_later_line_quantizes_the_recovered_model_and_keeps_the_zeros(scheme, tmp_path):
+    text = Text("demo:calibration", samples=8, length=48, test="demo:test", test_samples=4)
+    lines = {
+        "MixedSparsityModifier": PRUNE,
+        "RecoveryModifier": {"method": QUICK},
+        "QuantizationModifier": {"targets": ["Linear"], "scheme": scheme, "ignore": ["lm_head"]},
+    }
+    run_recipe({"a_stage": {"b_modifiers": lines}}, demo_model_path("qwen2"), text, tmp_path / "out")
+    recovered = run_recipe(
+        {"a_stage": {"b_modifiers": {n: lines[n] for n in ("MixedSparsityModifier", "RecoveryModifier")}}},
+        demo_model_path("qwen2"), text, tmp_path / "recovered",
+    )  # fmt: skip
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    before, after = zeros(load_model(tmp_path / "recovered")), zeros(quantized)
+    assert all(bool(after[name][zero].all()) for name, zero in before.items())
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["stages"][-1]["name"] == "recover" and record["stages"][-1]["kl"] is None
+    values = record["perplexity"], recovered.record.perplexity
+    assert values[0]["mixed"] == values[1]["mixed"] and values[0]["recovered"] != values[1]["recovered"]
+    assert values[0]["recovered"] < 1.2 * values[1]["recovered"]
+
+
+@pytest.mark.slow
+def test_the_hosts_own_pruning_is_recovered_too(model, calibration, tmp_path):
+    from llmcompressor.modifiers.factory import ModifierFactory
+
+    pruning = ModifierFactory.create(
+        "WandaPruningModifier", allow_registered=True, allow_experimental=True, sparsity=0.5,
+        mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"],
+    )  # fmt: skip
+    line = RecoveryModifier(method="weight_update", cache=str(tmp_path))
+    run(model, [pruning, line], calibration)
+    assert all(int(zero.sum()) == zero.numel() // 2 for zero in zeros(model).values())
+    before, after = line.recovered.stage.recovery.curve[0][1], line.recovered.stage.recovery.curve[-1][1]
+    assert after < before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "masked_lora"}, "trains on more text"),
+        ({"method": "no_such"}, "no_such"),
+        ({"methods": "blockwise"}, "no key 'methods'"),
+        ({"method": {"name": "blockwise", "epochs": 0}}, "epochs"),
+    ],
+)
+def test_a_line_that_cannot_work_is_refused_when_it_is_read(options, words):
+    with pytest.raises(RecipeError, match=words):
+        RecoveryModifier(**options)
+
+
+def test_a_line_before_the_pruning_is_refused(model, calibration):
+    with pytest.raises(RecipeError, match="before MixedSparsityModifier"):
+        run(model, [RecoveryModifier(method=QUICK), MixedSparsityModifier(**PRUNE)], calibration)
+
+
+def test_one_calibration_for_all_modifiers_is_refused(model, calibration):
+    modifiers = [MixedSparsityModifier(**PRUNE), RecoveryModifier(method=QUICK)]
+    with pytest.raises(RecipeError, match="share one calibration"):
+        run(model, modifiers, calibration, pipeline="sequential")
+
+
+def test_a_dense_model_is_refused(model, calibration):
+    with pytest.raises(ModelError, match="the model is dense"):
+        run(model, [RecoveryModifier(method=QUICK)], calibration)
+
+
+def test_dense_weights_that_are_not_in_the_files_need_an_original(model, calibration, tmp_path):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    model.save_pretrained(tmp_path / "dense")
+    line = RecoveryModifier(method=QUICK, original=str(tmp_path / "dense"), cache=str(tmp_path))
+    run(copy.deepcopy(model), [MixedSparsityModifier(**PRUNE), line], calibration)
+    assert line.recovered is not None
+    modifiers = [MixedSparsityModifier(**PRUNE), RecoveryModifier(method=QUICK)]
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj is not as in"):
+        run(model, modifiers, calibration)
