@@ -10,10 +10,11 @@ from fractions import Fraction
 import pytest
 import torch
 
+from msp_plugin import prune
 from msp_plugin.allocators.base import AllocationResult, Allocator
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import Text, load_split
-from msp_plugin.errors import BudgetError, DataError, MSPError
+from msp_plugin.errors import BudgetError, DataError, MSPError, RecipeError
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
@@ -51,7 +52,8 @@ def run(llama_dir, text, tmp_path):
         shared = {"cache": str(tmp_path / "cache"), "granularity": "unit", **options}
         finals = shared.pop("finals", None)
         context = RunContext(**{name: shared.pop(name) for name in ("ranks", "fresh") if name in shared})
-        grid = Grid(sparsities, methods, allocators, seeds, shared, prune)
+        recover = shared.pop("recover", None)
+        grid = Grid(sparsities, methods, allocators, seeds, shared, prune, recover)
         record = compare(ModelSource(llama_dir, "float32"), text, grid, finals=finals, context=context)
         return record and record.to_dict()
 
@@ -427,3 +429,37 @@ def test_a_rank_that_ends_ends_the_comparison(run, on_ranks, llama_dir, monkeypa
         return run({"small": SEARCH}, ranks=ranks)
 
     assert all(isinstance(error, LostError) for error in on_ranks(2, work))
+
+
+def test_every_pruned_model_is_recovered_as_prune_with_recover_does(run, llama_dir, text, tmp_path):
+    method = {"name": "blockwise", "epochs": 1, "rates": [0.06]}
+    labels = ("uniform", "lsa", "knapsack")
+    record = run(by_name(*labels), prune=True, recover=method)
+    whole = prune(
+        llama_dir, text, tmp_path / "whole", sparsity="3/4", method="magnitude", allocator="uniform",
+        granularity="unit", dtype="float32", recover=method, cache=str(tmp_path / "cache"),
+    ).record  # fmt: skip
+    row = row_of(record, "uniform")
+    assert (row["perplexity"], row["recovered"]["perplexity"], row["recovered"]["kl"]) == (
+        pytest.approx(whole.perplexity["mixed"]),
+        pytest.approx(whole.perplexity["recovered"]),
+        pytest.approx(whole.kl["recovered"]),
+    )
+    assert all(row["recovered"]["kl"] < row["kl"] for row in record["rows"])
+    assert row["recovered"]["recovery"]["method"]["name"] == "blockwise"
+    before, after = (
+        [sorted(values).index(value) for value in values]
+        for values in ([r["kl"] for r in record["rows"]], [r["recovered"]["kl"] for r in record["rows"]])
+    )
+    apart = sum((a - b) ** 2 for a, b in zip(before, after, strict=True))
+    assert record["rank_correlation"] == {"magnitude 3/4": pytest.approx(1 - 6 * apart / (3 * 8))}
+    assert run(by_name(*labels), prune=True)["rank_correlation"] == {}
+
+
+def test_a_recovery_without_pruning_or_of_an_unknown_name_is_refused_before_the_model_is_loaded(
+    run, no_model
+):
+    with pytest.raises(RecipeError, match="nothing to recover"):
+        run(by_name("uniform"), recover="blockwise")
+    with pytest.raises(RecipeError, match="no_such"):
+        run(by_name("uniform"), prune=True, recover="no_such")

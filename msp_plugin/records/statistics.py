@@ -1,4 +1,4 @@
-"""The numbers that a report computes itself: means, deviations, rank correlations."""
+"""Numbers that follow from records: means, deviations, rank correlations."""
 
 from __future__ import annotations
 
