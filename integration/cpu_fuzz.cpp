@@ -39,7 +39,7 @@ struct Case {
 };
 
 Case make(Type type) {
-  const int64_t bytes = type == Type::kFloat ? 4 : 2, rows = 1 + below(12), columns = 1 + below(300);
+  const int64_t bytes = type == Type::kFloat ? 4 : 2, rows = 1 + below(below(8) ? 12 : 80), columns = 1 + below(300);
   const int64_t count = below(4) ? below(rows * columns + 1) : below(70), width = (columns + 7) / 8;
   Case c;
   c.values.reset(new uint8_t[count * bytes]);
@@ -103,6 +103,28 @@ void check(Isa isa, Type type, const Packed& w) {
   }
 }
 
+// Products on AMX tiles with ones, in arrays of exactly the size that they may use.
+void check_tiles(Isa isa, Type type, const Packed& w) {
+  const msp::Tiles tiles = msp::kernel(isa, type).tiles;
+  if (!tiles) return;
+  const int64_t begin = below(w.rows), end = begin + 1 + below(w.rows - begin), room = (end - begin + 31) / 32 * 32;
+  const int64_t inputs = 1 + below(16), count = 1 + below(3), words = msp::padded(w.columns) / 2, columns = 32 << below(4);
+  auto ones = block<float>(2 * words), expected = block<float>(end - begin), sums = block<float>(room * inputs * count);
+  auto pairs = block<uint32_t>(count * words * inputs);
+  for (int64_t c = 0; c < w.columns; ++c) {
+    ones[c] = 1;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t t = 0; t < inputs; ++t)
+        pairs[(i * words + c / 2) * inputs + t] |= uint32_t(0x3f80) << (c % 2 * 16);
+  }
+  msp::kernel(Isa::kPortable, type).dot(w, ones.get(), 1, begin, end, expected.get());
+  auto places = block<int64_t>(room);
+  auto weights = block<uint16_t>(room * columns);
+  tiles(w, pairs.get(), inputs, count, begin, end, columns, places.get(), weights.get(), sums.get());
+  for (int64_t i = 0; i < (end - begin) * inputs * count; ++i)
+    if (sums[i] != expected[i / (inputs * count)]) fail("product on tiles", isa, type, w);
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -112,8 +134,8 @@ int main(int, char** arguments) {
   for (; std::chrono::steady_clock::now() < until; ++cases) {
     const Type type = static_cast<Type>(below(3));
     const Case c = make(type);
-    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16})
-      if (msp::supported(isa)) check(isa, type, c.packed);
+    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmxBf16})
+      if (msp::supported(isa)) check(isa, type, c.packed), check_tiles(isa, type, c.packed);
   }
   std::printf("%ld cases, no read out of bounds, all kernels agree\n", cases);
 }

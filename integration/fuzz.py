@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-FOLDER = Path(__file__).parents[1] / "tests" / "fuzz"
+ROOT = Path(__file__).parents[1]
 #: Seconds after which one input counts as a hang, and the most memory that a target may take, in MiB.
 HANG, MEMORY = 20, 6144
 #: Drawing a page and loading a model take too long for millions of inputs; the tests cover them.
@@ -37,10 +37,10 @@ def main() -> int:
     if importlib.util.find_spec("atheris") is None:
         print("atheris is not installed: pip install atheris (tests/fuzz needs it not)", file=sys.stderr)
         return 2
-    sys.path.insert(0, str(FOLDER))
+    sys.path.insert(0, str(ROOT))
     if given.inside:
         return fuzz(given.target, given.seconds, given.keep)
-    from readers import READERS
+    from tests.fuzz.readers import READERS
 
     targets = [name for name in READERS if name not in LEFT_OUT]
     if given.target not in (None, *targets):
@@ -72,7 +72,7 @@ def fuzz(name: str, seconds: int, keep: Path) -> int:
         include=["msp_plugin", "json", "yaml"]
     ):  # before anything else imports them
         pass
-    import readers
+    from tests.fuzz import readers
 
     reader = readers.READERS[name]
     directory = Path(tempfile.mkdtemp(prefix="msp-fuzz-"))

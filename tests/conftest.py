@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sys
-import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,12 +22,11 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.errors import MSPError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.offload import offloaded_module
 from msp_plugin.plan.allocation import Allocation
@@ -40,23 +38,13 @@ from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.masks import nm_mask
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.masks import Masks
-from msp_plugin.runtime.ranks import Ranks
 from msp_plugin.search.measurements import Measurements
+from tests.helpers import models, ranks
 
 settings.register_profile("msp", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("msp")
 
 SAMPLE_PLUGINS = Path(__file__).parent / "plugins"
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.15,
-}
 #: Levels of the eight units of a tiny model in the runs that tests export: qkv, o, gate_up, down of both blocks.
 RUN_LEVELS = ("2:4", "3:8", "2:8", "1:8", "dense", "2:4", "2:8", "3:8")
 TEXT = (
@@ -71,37 +59,19 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-def _llama():
-    torch.manual_seed(1)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).float().eval()
-
-
-def _qwen2():
-    torch.manual_seed(2)
-    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0.0, 0.1)
-    return model
-
-
 @pytest.fixture
 def llama():
-    return _llama()
+    return models.llama()
 
 
 @pytest.fixture
 def qwen2():
-    return _qwen2()
-
-
-MODELS = {"llama": _llama, "qwen2": _qwen2}
+    return models.qwen2()
 
 
 @pytest.fixture(params=["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def model(request):
-    return MODELS[request.param]()
+    return models.MODELS[request.param]()
 
 
 #: A tiny model and where its weights are. Each model and each place is in a quick test; the other pairs are slow.
@@ -121,7 +91,7 @@ def pair(request, tmp_path):
     """A model in memory, and a copy of it whose weights are elsewhere."""
     accelerate = pytest.importorskip("accelerate")
     name, place = request.param
-    model = MODELS[name]()
+    model = models.MODELS[name]()
     away, here = copy.deepcopy(model), torch.device("cpu")
     if place == "cpu":
         accelerate.cpu_offload(away, execution_device=here)
@@ -139,9 +109,10 @@ def pair(request, tmp_path):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
 
-    raw = Tokenizer(models.BPE(unk_token="<unk>"))  # noqa: S106
+    raw = Tokenizer(BPE(unk_token="<unk>"))  # noqa: S106
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=96, special_tokens=["<unk>", "</s>"], show_progress=False)
@@ -168,7 +139,7 @@ def bos_tokenizer(tokenizer):
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("models") / "llama"
-    _llama().save_pretrained(path)
+    models.llama().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -176,7 +147,7 @@ def llama_dir(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="session")
 def qwen2_dir(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("models") / "qwen2"
-    _qwen2().save_pretrained(path)
+    models.qwen2().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -185,7 +156,7 @@ def qwen2_dir(tmp_path_factory, tokenizer):
 def make_samples():
     def make(count=6, length=24, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, SIZES["vocab_size"], (count, length), generator=generator)
+        ids = torch.randint(0, models.SIZES["vocab_size"], (count, length), generator=generator)
         return CalibrationSet(tuple(row.clone() for row in ids), f"random {seed}")
 
     return make
@@ -276,7 +247,7 @@ def make_run(tokenizer):
     """Write the directory of a run: a model pruned by magnitude, its allocation, run.json, the tokenizer."""
 
     def make(path, model=None, levels=RUN_LEVELS, dtype=torch.bfloat16, ignore=()):
-        model = (model if model is not None else _llama()).to(dtype)
+        model = (model if model is not None else models.llama()).to(dtype)
         table = prunable_layers(model, ignore=ignore)
         method = {"name": "sparsegpt", "host": "llmcompressor", "version": "0", "block_size": 64}
         allocation = Allocation(
@@ -402,49 +373,9 @@ def msp(monkeypatch, capsys, tmp_path):
     return run
 
 
-class ThreadRanks(Ranks):
-    """Ranks that meet at a barrier."""
-
-    def __init__(self, rank, size, barrier, slots):
-        self.rank, self.size, self.barrier, self.slots = rank, size, barrier, slots
-        self.meetings = 0
-
-    def _all_gather(self, value):
-        self.slots[self.rank] = value
-        self.meetings += 1
-        self.barrier.wait()
-        values = list(self.slots)
-        self.barrier.wait()
-        return [copy.deepcopy(value) for value in values]
-
-    def _all_reduce(self, tensor):
-        first, *others = self._all_gather(tensor)
-        return sum(others, first)
-
-
-def on_ranks(size, work):
-    """Return what ``work(ranks)`` returned on each of ``size`` threads, or the exception that it raised."""
-    barrier, slots, found = threading.Barrier(size, timeout=300), [None] * size, [None] * size
-
-    def run(rank):
-        try:
-            found[rank] = work(ThreadRanks(rank, size, barrier, slots))
-        except BaseException as error:  # whatever it is, a failed assertion too: the test looks at it
-            found[rank] = error
-            if not isinstance(error, MSPError):
-                barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-@pytest.fixture(name="on_ranks")
-def _on_ranks(monkeypatch):
-    """Return on_ranks.
+@pytest.fixture
+def on_ranks(monkeypatch):
+    """Return ranks.on_ranks.
 
     Python 3.11 locks a cached_property over all objects of its class, so that ranks would wait for ever; and
     its getsource, which parses, fails in several threads at once: what one process has read is kept.
@@ -453,4 +384,4 @@ def _on_ranks(monkeypatch):
     for found in vars(Measurements).values():
         if isinstance(found, functools.cached_property):
             monkeypatch.setattr(found, "lock", contextlib.nullcontext(), raising=False)
-    return on_ranks
+    return ranks.on_ranks

@@ -14,7 +14,7 @@ from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.levels import DROPPED, Level, Pattern
 from msp_plugin.pruning import masks
 from msp_plugin.pruning.masks import nm_masks
-from msp_plugin.runtime.digests import component_digest
+from msp_plugin.runtime.digests import component_digest, installed_version
 
 
 class Pruner(ABC):
@@ -37,7 +37,7 @@ class Pruner(ABC):
         """Return the version of the distribution that contains the method; a part of every file's key."""
         top = type(self).__module__.partition(".")[0]
         owners = [top] if top == "msp_plugin" else importlib.metadata.packages_distributions().get(top, [])
-        return importlib.metadata.version(owners[0]) if owners else "unversioned"
+        return (owners and installed_version(owners[0])) or "unversioned"
 
     def code(self) -> str:
         """Return a hex digest of the method's source, so that no results of other source are reused."""

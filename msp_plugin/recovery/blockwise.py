@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,9 @@ from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.models.offload import offloaded_module
 from msp_plugin.passes.by_block import runs_by_block
 from msp_plugin.passes.gradients import BACKWARD
-from msp_plugin.passes.losses import mean_kl
 from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult
 from msp_plugin.recovery.masks import Masks
+from msp_plugin.recovery.shared import mean_kl
 from msp_plugin.recovery.window_training import (
     Fit,
     Schedule,
@@ -114,8 +115,11 @@ class Blockwise(Recovery):
 class _Walk:
     """One walk of a sparse and a dense model through all windows, side by side.
 
+    Each rank has its samples of every batch; errors and gradients are summed over the ranks.
+
     Attributes:
-        ids: the batches, int64[B, T], first those that are trained on.
+        ids: this rank's part of the batches, int64[B, T], first those that are trained on.
+        tokens: of each batch, over all ranks.
         batches: count of the batches that are trained on; the others judge.
         dense, own: the hidden states [B, T, D] of both models at the present window, by batch; None before the first.
     """
@@ -123,8 +127,16 @@ class _Walk:
     def __init__(self, method: Blockwise, inputs: RecoveryInputs, original: PreTrainedModel):
         self.method, self.inputs, self.original, self.model = method, inputs, original, inputs.model
         data = list(inputs.data.batches(inputs.batch_tokens))
-        self.ids = data + list(inputs.holdout.batches(inputs.batch_tokens))
-        self.batches = len(data)
+        ids = data + list(inputs.holdout.batches(inputs.batch_tokens))
+        self.ranks, self.batches = inputs.ranks, len(data)
+        self.ids = [rows[self.ranks.rank :: self.ranks.size] for rows in ids]
+        self.tokens = [rows.numel() for rows in ids]
+        if self.ranks.rank == 0 and max(map(len, ids)) < self.ranks.size:
+            log.warning(
+                "a batch has no more than %d samples, and there are %d ranks: some do nothing; give shorter samples",
+                max(map(len, ids)),
+                self.ranks.size,
+            )
         self.windows = windows(original, inputs.data.samples[0], method.blocks)
         self.prefix, self.blocks = decoder_blocks(self.model)
         self.dense: list[torch.Tensor | None] = [None] * len(self.ids)
@@ -137,19 +149,26 @@ class _Walk:
         for number, window in enumerate(self.windows):
             self.dense = self._through(window, self.original, self.dense)
             trained = trained_parameters(self.model, window, self.inputs.masks)
-            restored = _restore(self._file(number), trained)
+            restored = self._restored(number, trained)
             if restored is None:
                 if number == 0:
                     self._measure(course)
                 self._train(number, window, trained, course)
                 if (number + 1) * _MEASUREMENTS // count > number * _MEASUREMENTS // count:
                     self._measure(course)
-                _save(self._file(number), trained, course)
+                self.ranks.on_rank_zero(partial(_save, self._file(number), trained, course))
             else:
                 course = restored
             self.own = self._through(window, self.model, self.own)
             self.inputs.progress("recovery", number + 1, count, course.note)
         return RecoveryResult(course.tokens, tuple(course.curve), tuple(course.notes))
+
+    def _restored(self, number: int, trained: Sequence[Trained]) -> _Course | None:
+        """Set a window's parameters from its file, and return the course then; None if rank 0 finds no whole file."""
+        course = self.ranks.on_rank_zero(partial(_restore, self._file(number), trained))
+        if course is not None and self.ranks.rank:
+            _restore(self._file(number), trained)
+        return course
 
     def _train(self, number: int, window: Window, trained: Sequence[Trained], course: _Course) -> None:
         """Train a window's parameters and leave them in the best state on the hold-out samples."""
@@ -199,7 +218,9 @@ class _Walk:
             return self._mean_error(window, range(self.batches, len(self.ids)))
 
         def fit_at(start: Fit, schedule: Schedule, seed: int) -> Fit:
-            return fit(trained, loss, self.batches, held_out, start, schedule, self.inputs.seed + seed)
+            return fit(
+                trained, loss, self.batches, held_out, start, schedule, self.inputs.seed + seed, self.ranks
+            )
 
         try:
             for each in trained:
@@ -210,33 +231,37 @@ class _Walk:
                 each.parameter.requires_grad_(False)
 
     def _error(self, window: Window, batch: int) -> torch.Tensor:
-        """Return the error of a window's output on a batch, as a node of the graph.
+        """Return the error of a window's output on a batch, as a node of the graph: this rank's part of it.
 
         It is the mean over tokens of the squared distance to the dense hidden state, in squared lengths of that state.
         """
+        if not len(self.ids[batch]):
+            return torch.zeros(())
         output = window.run(self.model, self.ids[batch], self.own[batch]).float()
         target = self.dense[batch]
         assert target is not None
         target = target.to(output.device).float()
-        return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
+        mean = ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
+        return mean * (self.ids[batch].numel() / self.tokens[batch])
 
     @torch.no_grad()
     def _mean_error(self, window: Window, batches: Sequence[int]) -> float:
-        """Return the mean error over the tokens of some batches."""
-        weights = [self.ids[batch].numel() for batch in batches]
-        errors = [float(self._error(window, batch)) for batch in batches]
-        return sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
+        """Return the mean error over the tokens of some batches, on all ranks."""
+        weights = [self.tokens[batch] for batch in batches]
+        errors = self.ranks.gather(lambda: [float(self._error(window, batch)) for batch in batches])
+        return sum(w * sum(e) for w, *e in zip(weights, *errors, strict=True)) / sum(weights)
 
     @torch.no_grad()
     def _through(
         self, window: Window, model: torch.nn.Module, hidden: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         """Return the hidden states behind a window of a model by batch."""
-        return [window.run(model, ids, state) for ids, state in zip(self.ids, hidden, strict=True)]
+        pairs = zip(self.ids, hidden, strict=True)
+        return [window.run(model, ids, state) if len(ids) else None for ids, state in pairs]
 
     def _cost(self, window: Window, steps: int) -> int:
         """Return the tokens of some steps in a window, as tokens through all blocks; the hold-out is left out."""
-        data = sum(ids.numel() for ids in self.ids[: self.batches])
+        data = sum(self.tokens[: self.batches])
         share = (window.last + 1 - window.first) / len(self.blocks) / (2 if window.half else 1)
         return round(BACKWARD * data * steps / self.batches * share)
 
@@ -244,7 +269,7 @@ class _Walk:
         """Add to the curve the KL divergence from the dense model on the hold-out samples, if it is a number."""
         text = self.inputs.holdout
         with suppress(NumericsError):  # the window that makes it so is named later
-            loss = mean_kl(self.original, self.model, text, batch_tokens=self.inputs.batch_tokens)
+            loss = mean_kl(self.original, self.model, text, self.ranks, batch_tokens=self.inputs.batch_tokens)
             course.curve.append((course.tokens, loss))
 
     def _file(self, number: int) -> Path:

@@ -20,13 +20,13 @@ from msp_plugin.data.samples import Text, load_split
 from msp_plugin.errors import DataError, NumericsError
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
-from msp_plugin.passes.losses import mean_kl, perplexity
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import spec_of
 from msp_plugin.records.run import DENSE, PRUNE, RECOVER, RecoveryRecord, StageRecord
 from msp_plugin.recovery.base import Recovery, RecoveryInputs
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.record import Measured
+from msp_plugin.recovery.shared import mean_kl, perplexity
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import component_digest, versions
 from msp_plugin.runtime.disk import writing
@@ -128,7 +128,7 @@ class RecoveryStep:
             return Measured()
         with freed_memory_kept(), on_best_device(model):
             progress = partial(self.context.progress, f"perplexity, {name}")
-            value = self._finite(name, lambda: perplexity(model, test, progress=progress))
+            value = self._finite(name, lambda: perplexity(model, test, self.context.ranks, progress=progress))
         return Measured(value, self.divergence(name, model, original))
 
     def divergence(self, name: str, model: PreTrainedModel, original: PreTrainedModel | None) -> float | None:
@@ -138,7 +138,8 @@ class RecoveryStep:
             return None
         progress = partial(self.context.progress, f"KL, {name}")
         with freed_memory_kept(), on_best_device(model), on_best_device(original):
-            return self._finite(name, lambda: mean_kl(original, model, test, progress=progress))
+            ranks = self.context.ranks
+            return self._finite(name, lambda: mean_kl(original, model, test, ranks, progress=progress))
 
     def _finite(self, name: str, measure: Callable[[], float]) -> float | None:
         """Return what is measured, None for a sparse model's loss that is not a number."""
@@ -220,14 +221,19 @@ class RecoveryStep:
 
     @contextmanager
     def _folder(self, key: str) -> Iterator[Path]:
-        """Yield the directory for the state of this recovery, which is removed if the block succeeds."""
-        folder = cache_directory(self.cache) / "recovery" / key[:24]
-        if self.context.fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        """Yield the directory for the state of this recovery, which is removed if the block succeeds on all ranks."""
+        folder, ranks = cache_directory(self.cache) / "recovery" / key[:24], self.context.ranks
+
+        def make() -> None:
+            if self.context.fresh:
+                shutil.rmtree(folder, ignore_errors=True)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+
+        ranks.on_rank_zero(make)
         yield folder
-        shutil.rmtree(folder, ignore_errors=True)
+        ranks.gather(lambda: None)
+        ranks.on_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _sensitivities(allocation: Allocation | None) -> dict[str, float]:

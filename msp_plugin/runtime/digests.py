@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -57,10 +58,14 @@ def component_digest(component: object, modules: Iterable[ModuleType] = ()) -> s
 
 def versions() -> dict[str, str]:
     """Return, by name, the versions of the installed packages that a result depends on."""
-    installed = {}
-    for name in ("msp_plugin", "torch", "transformers", "llmcompressor", "compressed-tensors", "numpy"):
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
+    names = ("msp_plugin", "torch", "transformers", "llmcompressor", "compressed-tensors", "numpy")
+    return {name: version for name in names if (version := installed_version(name))}
+
+
+@functools.cache
+def installed_version(name: str) -> str | None:
+    """Return the version of an installed package, None if there is none; its metadata is parsed once in a process."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
 from msp_plugin.allocators.proposals import make_seeds
 from msp_plugin.allocators.search import LEAST_TOKENS, TOKENS_PER_UNIT, Search
@@ -16,6 +15,7 @@ from msp_plugin.allocators.selection import GAIN_ROUNDS
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu
+from tests.allocators.quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
 SHORT = Search(rounds=4, seeds=5)
 AWKWARD = ["dense", "4:8", "2:4", "3:8 in 2:4", "2:8", "1:12", "0.7"]

@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
 from msp_plugin.allocators.search import Search
 from msp_plugin.errors import NumericsError
+from tests.allocators.quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])

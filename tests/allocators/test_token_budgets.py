@@ -1,12 +1,12 @@
 """Every allocator that measures candidates stops at its budget in forward tokens."""
 
 import pytest
-from quadratic import SHAPES, inputs_of, problem_of
 
 from msp_plugin.allocators.atp import ATP
 from msp_plugin.allocators.evopress import EvoPress
 from msp_plugin.allocators.msp import MSP
 from msp_plugin.allocators.search import Search
+from tests.allocators.quadratic import SHAPES, inputs_of, problem_of
 
 
 @pytest.mark.parametrize("allocator", [

@@ -1,9 +1,6 @@
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+from tests.fuzz.readers import fill
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +12,6 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, run_dir, packed_dir, packed_any_dir):
     """A copy of a dense checkpoint, and of one in each packed format."""
-    from readers import fill
-
     return {
         "dense": fill(tmp_path_factory.mktemp("read") / "dense", run_dir),
         "packed": fill(tmp_path_factory.mktemp("read") / "packed", packed_dir),

@@ -5,13 +5,13 @@ import shutil
 import pytest
 import torch
 from hypothesis import given
-from mutations import byte_files
 
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import VerificationError
 from msp_plugin.plan.levels import parse_menu
 from msp_plugin.plan.units import Layer
 from msp_plugin.runtime.journal import Journal
+from tests.fuzz.mutations import byte_files
 
 LAYER = Layer("l.0.up_proj", 4, 8)
 WEIGHTS = {"2:4": torch.arange(32.0).reshape(4, 8) * (torch.arange(8) % 4 < 2), "1:4": torch.eye(4, 8)}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mutations import byte_files, documents, json_files
-from readers import READERS, check, parts, safetensors
 
 from msp_plugin.errors import FormatError
 from msp_plugin.formats.bitmask import SUFFIXES, SparseBitmask
+from tests.fuzz.mutations import byte_files, documents, json_files
+from tests.fuzz.readers import READERS, check, parts, safetensors
 
 FORMS = st.sampled_from(["dense", "packed", "bitmask"])
 

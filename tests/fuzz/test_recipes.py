@@ -4,8 +4,6 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from mutations import byte_files, documents
-from readers import READERS, RECIPE, TASK, check
 
 from msp_plugin.cli.arguments import component_options
 from msp_plugin.errors import MSPError, RecipeError, nearest, shown
@@ -14,6 +12,8 @@ from msp_plugin.plan.levels import Level, parse_menu, parse_sparsity
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
+from tests.fuzz.mutations import byte_files, documents
+from tests.fuzz.readers import READERS, RECIPE, TASK, check
 
 #: Texts on which PyYAML's constructors fail with other types than YAMLError, and texts that it takes in odd ways.
 YAML = [

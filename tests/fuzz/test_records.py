@@ -4,8 +4,11 @@ import json
 
 import pytest
 from hypothesis import given, settings
-from mutations import documents, json_files
-from readers import (
+
+from msp_plugin.errors import RecipeError
+from msp_plugin.plan.allocation import Allocation
+from tests.fuzz.mutations import documents, json_files
+from tests.fuzz.readers import (
     READERS,
     allocation_document,
     check,
@@ -13,9 +16,6 @@ from readers import (
     fill,
     run_document,
 )
-
-from msp_plugin.errors import RecipeError
-from msp_plugin.plan.allocation import Allocation
 
 VALID = {"allocation": allocation_document(), "run": run_document(), "comparison": comparison_document()}
 

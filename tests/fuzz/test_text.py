@@ -2,10 +2,10 @@
 
 import pytest
 from hypothesis import given
-from mutations import byte_files
-from readers import JSONL, READERS, check
 
 from msp_plugin.errors import DataError
+from tests.fuzz.mutations import byte_files
+from tests.fuzz.readers import JSONL, READERS, check
 
 
 def test_the_valid_files_are_read(tmp_path):
@@ -32,7 +32,7 @@ def test_a_line_that_is_no_text_is_named(line, tmp_path):
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
-    from readers import read_lines, read_text
+    from tests.fuzz.readers import read_lines, read_text
 
     (tmp_path / "data.txt").write_bytes(b"\xef\xbb\xbf" + JSONL.encode())
     (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + JSONL.encode())

@@ -256,7 +256,7 @@ def test_the_environment_forces_dense_and_no_unknown_kernel(monkeypatch):
     monkeypatch.setenv(FORCE, "avx1024")
     with pytest.raises(ServingError, match="avx1024") as error:
         choose(torch.bfloat16)
-    assert "avx512_bf16, avx512, avx2, portable, dense" in error.value.hint
+    assert "amx_bf16, avx512_bf16, avx512, avx2, portable, dense" in error.value.hint
 
 
 def test_a_dtype_that_no_kernel_takes_is_dense():
@@ -314,7 +314,7 @@ def test_a_cache_that_cannot_be_written_is_dense(built_anew, monkeypatch, tmp_pa
 
 def test_processes_that_build_at_once_share_one_library(tmp_path):
     """A compiler that takes a second and copies a finished library stands in, as the real one takes a minute."""
-    real = build._library()
+    real = build.build_library()
     script = tmp_path / "cxx"
     script.write_text(
         f'#!/bin/sh\n[ "$1" = --version ] && echo mine && exit\necho x >> {tmp_path}/calls\nsleep 1\n'

@@ -14,8 +14,7 @@ from msp_plugin.checkpoint.smaller import Small
 from msp_plugin.errors import FormatError, ModelError, RecipeError
 from msp_plugin.structure.halves import find_halves
 from msp_plugin.structure.widths import read_widths
-
-from .conftest import TYPES
+from tests.structure.conftest import TYPES
 
 SLOW = ("llama with biases", "mistral", "qwen3", "gemma2", "gemma3_text")
 

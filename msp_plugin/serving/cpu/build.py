@@ -20,7 +20,7 @@ from msp_plugin.runtime.locks import locked
 
 log = logging.getLogger(__name__)
 
-_SOURCES = ("operator.cpp", "expand.h", "expand_x86.h", "expand_rows.h")
+_SOURCES = ("operator.cpp", "expand.h", "expand_x86.h", "expand_rows.h", "expand_amx.h")
 #: The flags that torch's own builder (torch/utils/cpp_extension.py) gives g++ and clang, and OpenMP, with which
 #: ``at::parallel_for`` uses torch's threads. Its load() is not used: it asks for ninja and includes all of Python.
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-Wno-unknown-pragmas", "-Wno-psabi")
@@ -36,7 +36,7 @@ def load_operator() -> str | None:
     Asked again in one process, it answers as before. Processes that build at once wait for the first of them.
     """
     try:
-        library = _library()
+        library = build_library()
         _load(library)
     except _BuildError as error:
         return str(error)
@@ -79,7 +79,7 @@ def is_built() -> bool | str:
         return str(error)
 
 
-def _library() -> Path:
+def build_library() -> Path:
     """Return the library in the cache, built if it is not there."""
     command, library = _plan()
     if not library.is_file():

@@ -19,7 +19,7 @@
 namespace msp {
 
 enum class Type { kBFloat16, kHalf, kFloat };
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
 
 struct Packed {
   const void* values;
@@ -52,10 +52,18 @@ using Dot = void (*)(const Packed&, const void* x, int64_t tokens, int64_t begin
 using Unpack = void (*)(const Packed&, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t* places,
                         void* out, int64_t stride);
 
+// sums[(row - begin) * inputs * input_tiles + t] = the product of a row with input t, for rows begin to end.
+// x: pairs of columns of `inputs` inputs, at most 16, for each tile of inputs: [input_tiles, padded(columns) / 2, inputs].
+// columns: how many are unpacked at a time, a multiple of kStep. places: one for each row, weights: `columns` for each
+// row, both scratch. Places, weights and sums have room for rows up to the next multiple of 32.
+using Tiles = void (*)(const Packed&, const uint32_t* x, int64_t inputs, int64_t input_tiles, int64_t begin,
+                       int64_t end, int64_t columns, int64_t* places, uint16_t* weights, float* sums);
+
 struct Kernel {
   Dot dot;
   Unpack unpack;         // to float
   Unpack unpack16;       // to the weight's own 16-bit type; null where the instruction set has no fast way
+  Tiles tiles;           // null but for AMX
   bool input16;
 };
 
@@ -167,7 +175,7 @@ Kernel kernel(Isa isa) {
 #if defined(__x86_64__)
   if (isa != Isa::kPortable) return x86::kernel<type>(isa);
 #endif
-  return {dot_portable<type>, unpack_portable<type>, nullptr, false};
+  return {dot_portable<type>, unpack_portable<type>, nullptr, nullptr, false};
 }
 
 inline Kernel kernel(Isa isa, Type type) {

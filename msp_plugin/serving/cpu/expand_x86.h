@@ -2,6 +2,11 @@
 #pragma once
 
 #include <immintrin.h>
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define MSP_INLINE inline __attribute__((always_inline))
 #define MSP_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
@@ -13,6 +18,10 @@ namespace msp::x86 {
 
 constexpr int64_t kRows = 4;  // rows at a time: their chains of loads and sums overlap
 
+namespace amx {
+bool supported();
+}
+
 inline bool supported(Isa isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -20,8 +29,9 @@ inline bool supported(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == Isa::kAvx2) return avx2;
-  if (isa == Isa::kAvx512) return avx512;
-  return avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+  if (!avx512 || isa == Isa::kAvx512) return avx512;
+  const bool bf16 = __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+  return bf16 && (isa == Isa::kAvx512Bf16 || amx::supported());
 }
 
 // True if no mask of the row can lead a load of `lanes` values beyond the last value.
@@ -176,12 +186,16 @@ namespace bf16 {
 #undef MSP_TARGET
 }  // namespace bf16
 
+#include "expand_amx.h"
+
 template <Type type>
 Kernel kernel(Isa isa) {
-  if (isa == Isa::kAvx2) return {avx2::dot<Avx2<type>>, avx2::unpack<Avx2<type>>, nullptr, false};
-  Kernel kernel{avx512::dot<Avx512<type>>, avx512::unpack<Avx512<type>>, nullptr, false};
-  if (isa == Isa::kAvx512Bf16 && type != Type::kFloat) kernel.unpack16 = bf16::unpack<Bf16>;
-  if (isa == Isa::kAvx512Bf16 && type == Type::kBFloat16) kernel.dot = bf16::dot<Bf16>, kernel.input16 = true;
+  if (isa == Isa::kAvx2) return {avx2::dot<Avx2<type>>, avx2::unpack<Avx2<type>>, nullptr, nullptr, false};
+  Kernel kernel{avx512::dot<Avx512<type>>, avx512::unpack<Avx512<type>>, nullptr, nullptr, false};
+  if (isa == Isa::kAvx512) return kernel;
+  if (type != Type::kFloat) kernel.unpack16 = bf16::unpack<Bf16>;
+  if (type == Type::kBFloat16) kernel.dot = bf16::dot<Bf16>, kernel.input16 = true;
+  if (type == Type::kBFloat16 && isa == Isa::kAmxBf16) kernel.tiles = amx::tiles;
   return kernel;
 }
 

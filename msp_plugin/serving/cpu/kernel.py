@@ -20,8 +20,11 @@ from msp_plugin.serving.algorithms import TOLERANCE, random_input
 from msp_plugin.serving.cpu.build import load_operator
 from msp_plugin.serving.kernels import Choice
 
-#: From the fastest to the slowest. Each needs what its name says; avx512_bf16 also VBMI2, portable nothing.
-KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
+#: From the fastest to the slowest. Each needs what its name says; avx512_bf16 also VBMI2, amx_bf16 all of that too,
+#: portable nothing.
+KERNELS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
+#: The fastest that knows each dtype as it is.
+_FIRST = {torch.bfloat16: "amx_bf16", torch.float16: "avx512_bf16", torch.float32: "avx512"}
 #: Environment variable: one of KERNELS, or ``dense``, in the place of the choice.
 FORCE = "MSP_CPU_KERNEL"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -152,8 +155,7 @@ def choose(dtype: torch.dtype) -> Choice:
         if torch.ops.msp_plugin.cpu_supports(forced):
             return Choice(forced, f"{FORCE} says so")
         return Choice("dense", f"{FORCE} is {forced}, which this CPU does not run")
-    first = KERNELS[1 if dtype == torch.float32 else 0 :]
-    kernel = next(k for k in first if torch.ops.msp_plugin.cpu_supports(k))
+    kernel = next(k for k in KERNELS[KERNELS.index(_FIRST[dtype]) :] if torch.ops.msp_plugin.cpu_supports(k))
     if kernel != "portable":
         return Choice(kernel, "the CPU has it")
     ratio = _portable_ratio(dtype)

@@ -12,8 +12,11 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
+#include <new>
+#include <type_traits>
 
 #include "expand.h"
 
@@ -28,6 +31,10 @@ constexpr int64_t kFewRows = 32, kManyRows = 256, kColumns = 1024;
 constexpr int64_t kMostTokens = 1024;
 // Rows that a thread takes at a time in products straight from packed weights.
 constexpr int64_t kDotRows = 16;
+// Tokens up to which products straight from packed weights are faster than AMX tiles.
+constexpr int64_t kBeforeTiles = 3;
+// Inputs of an AMX tile.
+constexpr int64_t kTileInputs = 16;
 // Weights that are worth a second thread.
 constexpr int64_t kWeightsPerThread = 1 << 16;
 
@@ -52,18 +59,28 @@ Tensor padded_input(const Tensor& x, at::ScalarType type) {
   return out;
 }
 
-// out[t, row] = sums[(row - begin) * stride + t] plus bias[row]; in blocks, because one of the two is read or written across rows.
+// out[t, row] = sums[(row - begin) * stride + t] plus bias[row]; in blocks, because it transposes.
 template <class Float>
 void write(const float* sums, int64_t stride, const Tensor* bias, int64_t begin, int64_t end, int64_t tokens,
            int64_t rows, Float* out) {
   constexpr int64_t kBlock = 16;
   const Float* add = bias ? bias->const_data_ptr<Float>() : nullptr;
-  for (int64_t first = begin; first < end; first += kBlock)
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t row = first; row < std::min(first + kBlock, end); ++row) {
-        const float value = sums[(row - begin) * stride + t];
-        out[t * rows + row] = static_cast<Float>(add ? value + static_cast<float>(add[row]) : value);
-      }
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t some = std::min(kBlock, end - first);
+    float biases[kBlock] = {};
+    for (int64_t i = 0; add && i < some; ++i) biases[i] = static_cast<float>(add[first + i]);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float values[kBlock] = {};
+      for (int64_t i = 0; i < some; ++i) values[i] = sums[(first - begin + i) * stride + t];
+      if (add)  // else a negative zero stays one
+        for (int64_t i = 0; i < kBlock; ++i) values[i] += biases[i];
+      Float* to = out + t * rows + first;
+      if (some == kBlock)
+        for (int64_t i = 0; i < kBlock; ++i) to[i] = static_cast<Float>(values[i]);
+      else
+        for (int64_t i = 0; i < some; ++i) to[i] = static_cast<Float>(values[i]);
+    }
+  }
 }
 
 template <class Float>
@@ -82,17 +99,33 @@ void few(const Packed& w, const msp::Kernel& kernel, const Tensor& x, const Tens
   });
 }
 
+// Memory from a cache line's start that a thread keeps between calls: to ask for it anew costs as much as some products.
+template <class Number, int tag>
+Number* scratch(int64_t count) {
+  constexpr std::size_t kLine = 64;
+  struct Free {
+    void operator()(Number* memory) const { ::operator delete[](memory, std::align_val_t{kLine}); }
+  };
+  thread_local std::unique_ptr<Number[], Free> memory;
+  thread_local int64_t size = 0;
+  if (size < count) memory.reset(new (std::align_val_t{kLine}) Number[count]), size = count;
+  return memory.get();
+}
+
 // x [T, words] to [words, padded_tokens], zeros for the tokens that are not there.
 Tensor transposed(const Tensor& x, int64_t padded_tokens) {
   constexpr int64_t kBlock = 16;  // a cache line of words
   const int64_t tokens = x.size(0), words = x.size(1);
-  Tensor out = at::zeros({words, padded_tokens}, x.options());
+  Tensor out = at::empty({words, padded_tokens}, x.options());
   const auto* from = static_cast<const uint32_t*>(x.const_data_ptr());
   auto* to = static_cast<uint32_t*>(out.mutable_data_ptr());
   at::parallel_for(0, words / kBlock, std::max<int64_t>(1, 4096 / tokens), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin * kBlock; block < end * kBlock; block += kBlock)
+    for (int64_t block = begin * kBlock; block < end * kBlock; block += kBlock) {
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t i = block; i < block + kBlock; ++i) to[i * padded_tokens + t] = from[t * words + i];
+      for (int64_t i = block; i < block + kBlock; ++i)
+        std::fill(to + i * padded_tokens + tokens, to + (i + 1) * padded_tokens, 0);
+    }
   });
   return out;
 }
@@ -110,18 +143,51 @@ void many(const Packed& w, msp::Unpack unpack, const Tensor& x, const Tensor* bi
   const int64_t tile = tokens > 64 ? kManyRows : kFewRows, step = std::min(kColumns, width);
   for_rows(w.rows, w.columns, tile, [&](int64_t begin, int64_t end) {
     const int64_t rows = end - begin;
-    std::unique_ptr<Weight[]> weights(new Weight[tile * step]);
-    std::unique_ptr<float[]> sums(new float[tile * even]);
+    Weight* weights = scratch<Weight, 0>(tile * step);
+    float* sums = scratch<float, 1>(tile * even);
     int64_t places[kManyRows];
     for (int64_t row = begin; row < end; ++row) places[row - begin] = w.start(row);
     for (int64_t c = 0; c < width; c += step) {
       const int64_t columns = std::min(step, width - c);
-      unpack(w, begin, end, c, c + columns, places, weights.get(), step);
-      at::native::cpublas::brgemm(rows, even, columns, step, even, even, c > 0, weights.get(), data + c * even,
-                                  sums.get(), pairs);
+      unpack(w, begin, end, c, c + columns, places, weights, step);
+      at::native::cpublas::brgemm(rows, even, columns, step, even, even, c > 0, weights, data + c * even,
+                                  sums, pairs);
     }
     at::native::cpublas::brgemm_release(pairs);  // gives AMX's registers back
-    write(sums.get(), even, bias, begin, end, tokens, w.rows, out);
+    write(sums, even, bias, begin, end, tokens, w.rows, out);
+  });
+}
+
+// x [T, width] to pairs of columns for each tile of `inputs` inputs: [tiles, width / 2, inputs]; zeros for none.
+Tensor input_tiles(const Tensor& x, int64_t inputs, int64_t tiles) {
+  const int64_t tokens = x.size(0), words = x.size(1) / 2;
+  Tensor out = at::empty({tiles, words, inputs}, x.options().dtype(at::kInt));
+  const auto* from = static_cast<const uint32_t*>(x.const_data_ptr());
+  auto* to = reinterpret_cast<uint32_t*>(out.mutable_data_ptr<int32_t>());
+  at::parallel_for(0, tiles, std::max<int64_t>(1, kWeightsPerThread / (words * inputs)), [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile)
+      for (int64_t word = 0; word < words; word += 16)
+        for (int64_t t = 0; t < inputs; ++t) {
+          const int64_t token = tile * inputs + t;
+          uint32_t* column = to + (tile * words + word) * inputs + t;
+          for (int64_t i = 0; i < 16; ++i) column[i * inputs] = token < tokens ? from[token * words + word + i] : 0;
+        }
+  });
+  return out;
+}
+
+// out [T, O] on AMX tiles, for bfloat16.
+void on_tiles(const Packed& w, msp::Tiles tiles, const Tensor& x, const Tensor* bias, at::BFloat16* out) {
+  const int64_t tokens = x.size(0), inputs = std::min(tokens, kTileInputs), count = (tokens + inputs - 1) / inputs;
+  const Tensor input = input_tiles(padded_input(x, at::kBFloat16), inputs, count);
+  const auto* data = reinterpret_cast<const uint32_t*>(input.const_data_ptr<int32_t>());
+  const int64_t piece = tokens > 64 ? kManyRows : kFewRows, columns = tokens > 64 ? 512 : 128, stride = inputs * count;
+  for_rows(w.rows, w.columns, piece, [&](int64_t begin, int64_t end) {
+    uint16_t* weights = scratch<uint16_t, 0>(piece * columns);
+    float* sums = scratch<float, 1>(piece * stride);
+    int64_t places[kManyRows];
+    tiles(w, data, inputs, count, begin, end, columns, places, weights, sums);
+    write(sums, stride, bias, begin, end, tokens, w.rows, out);
   });
 }
 
@@ -129,10 +195,15 @@ template <class Float>
 void product(const Packed& w, msp::Type type, msp::Isa isa, const Tensor& x, const Tensor* bias, Tensor& out) {
   const msp::Kernel kernel = msp::kernel(isa, type);
   Float* to = out.mutable_data_ptr<Float>();
-  if (x.size(0) <= msp::kTokens) return few<Float>(w, kernel, x, bias, to);
+  if (x.size(0) <= (kernel.tiles ? kBeforeTiles : msp::kTokens)) return few<Float>(w, kernel, x, bias, to);
   const bool amx = kernel.unpack16 && at::native::cpublas::could_pack(c10::CppTypeToScalarType<Float>::value);
   for (int64_t t = 0; t < x.size(0); t += kMostTokens) {
     const Tensor some = x.narrow(0, t, std::min(kMostTokens, x.size(0) - t));
+    if constexpr (std::is_same_v<Float, at::BFloat16>)
+      if (kernel.tiles) {
+        on_tiles(w, kernel.tiles, some, bias, to + t * w.rows);
+        continue;
+      }
     if constexpr (sizeof(Float) == 2)
       if (amx) {
         many<Float, Float>(w, kernel.unpack16, some, bias, to + t * w.rows);
@@ -143,10 +214,11 @@ void product(const Packed& w, msp::Type type, msp::Isa isa, const Tensor& x, con
 }
 
 msp::Isa isa_named(c10::string_view name) {
+  if (name == "amx_bf16") return msp::Isa::kAmxBf16;
   if (name == "avx512_bf16") return msp::Isa::kAvx512Bf16;
   if (name == "avx512") return msp::Isa::kAvx512;
   if (name == "avx2") return msp::Isa::kAvx2;
-  TORCH_CHECK(name == "portable", "there is no kernel ", name, "; known: avx512_bf16, avx512, avx2, portable");
+  TORCH_CHECK(name == "portable", "there is no kernel ", name, "; known: amx_bf16, avx512_bf16, avx512, avx2, portable");
   return msp::Isa::kPortable;
 }
 

@@ -1,63 +1,23 @@
 """The modifier through llm-compressor's own ``oneshot``, on the embedded Qwen2-type model."""
 
 import json
-import subprocess
-import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from msp_plugin import MixedSparsityModifier
-from msp_plugin.data.sources import load_texts
-from msp_plugin.data.tokenize import tokenize
 from msp_plugin.demo import demo_model_path
-from msp_plugin.errors import HostError, NumericsError, RecipeError, VerificationError
+from msp_plugin.errors import NumericsError, VerificationError
 from msp_plugin.models.load import load_model
-from msp_plugin.models.source import load_tokenizer
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
-
-SEARCH = {"name": "msp", "population": 3, "generations": 1, "offspring": 2, "tokens": 128}
-FISHER = {"fisher": {"samples": 2}}
-
-
-@pytest.fixture(scope="module")
-def calibration():
-    tokenizer = load_tokenizer(demo_model_path("qwen2"))
-    texts = load_texts("demo:calibration")
-    return tokenize(tokenizer, texts, samples=8, length=64, source="demo:calibration")
+from tests.helpers.oneshot import FISHER, SEARCH, groups, hooks, linears, run
 
 
 @pytest.fixture
-def model():
-    return load_model(demo_model_path("qwen2"), "float32")
-
-
-def loader(calibration):
-    return DataLoader([{"input_ids": sample} for sample in calibration.samples], batch_size=4)
-
-
-def run(model, recipe, calibration, **kwargs):
-    from llmcompressor import oneshot
-
-    return oneshot(model=model, recipe=recipe, dataset=loader(calibration), **kwargs)
-
-
-def hooks(model):
-    return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()
-    )
-
-
-def groups(weight, m):
-    return (weight.reshape(weight.shape[0], -1, m) != 0).sum(-1)
-
-
-def linears(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n}
+def model(demo_model):
+    return demo_model
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
@@ -229,45 +189,6 @@ def test_a_search_that_is_interrupted_restores_the_dense_weights(model, calibrat
     assert hooks(model) == 0
 
 
-@contextmanager
-def refused(error, *words):
-    with pytest.raises(error) as caught:
-        yield
-    for word in words:
-        assert word in str(caught.value)
-
-
-def test_options_are_refused_before_a_model_is_there():
-    with refused(RecipeError, "sparsty", "did you mean 'sparsity'"):
-        MixedSparsityModifier(sparsty=0.5)
-    with refused(RecipeError, "wnda", "did you mean 'wanda'"):
-        MixedSparsityModifier(sparsity=0.5, method="wnda")
-    with refused(RecipeError, "2:4", "quotes"):
-        MixedSparsityModifier(sparsity=0.5, levels=[124])
-    with refused(RecipeError, "outside [0, 1)", "0.75"):
-        MixedSparsityModifier(sparsity=75)
-    with refused(RecipeError, "sparsity is missing"):
-        MixedSparsityModifier()
-    with refused(RecipeError, "block_size", "3:48"):
-        MixedSparsityModifier(sparsity=0.5, levels=["3:48", "dense"], method="sparsegpt")
-
-
-def test_a_missing_dataset_is_named(model):
-    from llmcompressor import oneshot
-
-    modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="wanda", allocator="uniform")
-    with refused(RecipeError, "needs calibration data", "dataset="):
-        oneshot(model=model, recipe=[modifier])
-
-
-def test_magnitude_with_uniform_levels_needs_no_dataset(model):
-    from llmcompressor import oneshot
-
-    modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="magnitude", allocator="uniform")
-    oneshot(model=model, recipe=[modifier])
-    assert all((groups(m.weight, 4) == 2).all() for m in linears(model).values())
-
-
 def test_dense_levels_leave_their_layers_bit_identical(model, calibration, tmp_path):
     from msp_plugin.models.layers import prunable_layers
 
@@ -320,159 +241,3 @@ def test_a_target_that_the_levels_cannot_meet_exactly_is_met_to_the_nearest_coun
     assert not budget.exact
     assert modifier.stats.total_zeros == budget.zeros
     assert abs(float(budget.sparsity) - 0.7) < 1e-3
-
-
-@pytest.mark.slow
-def test_two_ranks_are_refused_with_a_reason(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import torch.distributed as dist; dist.init_process_group('gloo')\n"
-        "from torch.utils.data import DataLoader; import torch\n"
-        "from llmcompressor import oneshot\n"
-        "from msp_plugin import MixedSparsityModifier\n"
-        "from msp_plugin.demo import demo_model_path\n"
-        "from msp_plugin.models.load import load_model\n"
-        "data = DataLoader([{'input_ids': torch.arange(32)}])\n"
-        "oneshot(model=load_model(demo_model_path('qwen2')), dataset=data,\n"
-        "        recipe=[MixedSparsityModifier(sparsity=0.5, method='wanda', allocator='uniform')])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "there are 2 ranks, and each would prune the whole model" in done.stderr
-
-
-def test_processes_of_torchrun_that_have_not_met_are_refused_as_well(model, calibration, monkeypatch):
-    def modifier():
-        return MixedSparsityModifier(
-            sparsity=0.5, method="magnitude", allocator="uniform", targets=["q_proj"]
-        )
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    run(model, [modifier()], calibration)  # another launcher's count, of jobs that have nothing in common
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(HostError, match="there are 2 ranks"):
-        run(model, [modifier()], calibration)
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_a_datasets_dataset_of_ragged_padded_samples_calibrates(
-    shuffle, model, calibration, tmp_path, caplog
-):
-    from datasets import Dataset
-    from llmcompressor import oneshot
-
-    lengths = [64, 40, 52, 64, 33, 64, 64, 48]
-    rows = [s[:n].tolist() for s, n in zip(calibration.samples, lengths, strict=True)]
-    dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
-    modifier = MixedSparsityModifier(
-        sparsity=0.75, method="sparsegpt", allocator={**SEARCH, "tokens": 80}, estimators=FISHER,
-        cache=str(tmp_path),
-    )  # fmt: skip
-    with caplog.at_level("WARNING", logger="msp_plugin"):
-        oneshot(
-            model=model, recipe=[modifier], dataset=dataset, num_calibration_samples=8, max_seq_length=64,
-            processor=load_tokenizer(demo_model_path("qwen2")), shuffle_calibration_samples=shuffle,
-        )  # fmt: skip
-    assert modifier.stats.sparsity == 0.75 and modifier.outcome.search.loss > 0
-    assert ("at random" in caplog.text) == shuffle
-
-
-def ragged(calibration, side="right", batch_size=4, **options):
-    """A loader of samples of several lengths, each padded to 64 tokens, and one of the same samples without padding."""
-    lengths = [64, 40, 52, 64, 33, 20, 64, 48]
-    padded, plain = [], []
-    for sample, length in zip(calibration.samples, lengths, strict=True):
-        empty = torch.full((64 - length,), 7)
-        mask = [torch.ones(length, dtype=torch.int64), torch.zeros(64 - length, dtype=torch.int64)]
-        parts = [sample[:length], empty]
-        if side == "left":
-            parts, mask = parts[::-1], mask[::-1]
-        padded.append({"input_ids": torch.cat(parts), "attention_mask": torch.cat(mask)})
-        plain.append({"input_ids": sample[:length]})
-    return DataLoader(padded, batch_size=batch_size, **options), DataLoader(plain)
-
-
-@pytest.mark.parametrize(
-    ("side", "method", "level", "pipeline"),
-    [
-        ("right", "sparsegpt", "2:4", "sequential"),
-        ("left", "wanda", "0.5", "sequential"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("left", "sparsegpt", "2:4", "sequential"),
-                ("right", "sparsegpt", "2:4", "basic"),
-                ("left", "sparsegpt", "2:4", "basic"),
-                ("right", "wanda", "2:4", "sequential"),
-                ("left", "wanda", "2:4", "sequential"),
-                ("right", "wanda", "0.5", "sequential"),
-            )
-        ),
-    ],
-)
-def test_padding_counts_for_nothing(side, method, level, pipeline, model, calibration):
-    from llmcompressor import oneshot
-
-    pruned = []
-    for loader in ragged(calibration, side):
-        copied = load_model(demo_model_path("qwen2"), "float32")
-        modifier = MixedSparsityModifier(sparsity=0.5, levels=[level], method=method, allocator="uniform")
-        oneshot(model=copied, recipe=[modifier], dataset=loader, pipeline=pipeline)
-        assert hooks(copied) == 0
-        pruned.append(linears(copied))
-    # SparseGPT decides near ties by the last digit, and what follows from one grows from block to block; with
-    # padding in its statistics the weights are 0.23 apart or more, by either method and in every layer.
-    most, where = (0.1, "layers.0.") if method == "sparsegpt" else (1e-4, "layers.")
-    for name, module in linears(model).items():
-        ours, plain = (found[name].weight for found in pruned)
-        apart = float((ours - plain).norm() / (module.weight - plain).norm())
-        assert apart < most or where not in name, name
-
-
-@pytest.mark.slow
-def test_padding_counts_for_nothing_in_experts_either(calibration, tmp_path):
-    from llmcompressor import oneshot
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=2048, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
-    )  # fmt: skip
-    MixtralForCausalLM(config).float().save_pretrained(tmp_path)
-    load_tokenizer(demo_model_path("qwen2")).save_pretrained(tmp_path)
-    pruned = []
-    for loader in ragged(calibration):
-        copied = load_model(tmp_path, "float32")
-        modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="wanda", allocator="uniform")
-        oneshot(model=copied, recipe=[modifier], dataset=loader, pipeline="basic")
-        pruned.append({name: module for name, module in linears(copied).items() if "expert" in name})
-    assert len(pruned[0]) == 2 * 4 * 3
-    for name, module in pruned[0].items():
-        assert ((module.weight == 0) == (pruned[1][name].weight == 0)).float().mean() > 0.999, name
-
-
-def test_padding_that_is_shuffled_is_said(model, calibration, caplog):
-    from llmcompressor import oneshot
-
-    modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="wanda", allocator="uniform")
-    loader, _ = ragged(calibration, shuffle=True)
-    with caplog.at_level("WARNING", logger="msp_plugin"):
-        oneshot(model=model, recipe=[modifier], dataset=loader)
-    assert "24.8 % of the calibration batches is padding" in caplog.text and "does not shuffle" in caplog.text
-
-
-def test_a_token_that_the_model_has_no_embedding_for_is_refused(model, calibration):
-    from llmcompressor import oneshot
-
-    from msp_plugin.errors import DataError
-
-    data = [{"input_ids": sample.clone()} for sample in calibration.samples]
-    data[5]["input_ids"][9] = 2048
-    modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="wanda", allocator="uniform")
-    with pytest.raises(DataError, match="has token 2,048, and the model has embeddings for 2,048 tokens"):
-        oneshot(model=model, recipe=[modifier], dataset=DataLoader(data))
-    assert hooks(model) == 0

@@ -1,224 +1,44 @@
-"""Searches of models whose weights accelerate holds elsewhere, against the same models in memory."""
+"""Weights that accelerate holds elsewhere: how many are in memory at once, and that all is put back."""
 
-import copy
-import math
 import weakref
-from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import torch
-from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from msp_plugin.allocators.evopress import EvoPress
-from msp_plugin.allocators.knapsack import Knapsack
-from msp_plugin.allocators.msp import MSP
-from msp_plugin.allocators.search import Search
 from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.data.samples import TextSplit
-from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import ModelError, VerificationError
 from msp_plugin.models.layers import prunable_layers
-from msp_plugin.models.offload import offload_hook
-from msp_plugin.passes.losses import mean_kl, perplexity
-from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_menu, parse_sparsity
-from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.passes.losses import perplexity
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
-from msp_plugin.search.measurements import Measurements
 from msp_plugin.sensitivity.fisher import FisherTrace
-from msp_plugin.sensitivity.fisher_error import fisher_errors
-from msp_plugin.sensitivity.heavy_tail import HeavyTail
 from msp_plugin.sensitivity.hessian import HessianTrace
-from msp_plugin.sensitivity.lsa import VirtualRemoval
-from msp_plugin.sensitivity.outliers import Median, Outliers
-
-accelerate = pytest.importorskip("accelerate")
-HERE = torch.device("cpu")
-MENU = parse_menu(["dense", "2:4", "1:4", "1:8"])
-ESTIMATORS = {
-    e.name: e for e in (FisherTrace(samples=2), HeavyTail(), Outliers(), Median(), VirtualRemoval())
-}
-ALLOCATORS = {
-    "search": Search(rounds=3, tokens=96, holdout=48),
-    "knapsack": Knapsack(surrogate="kl", tokens=48),
-    "msp": MSP(generations=1, population=4, offspring=2, tokens=96),
-    "evopress": EvoPress(generations=2, tokens=96),
-}
-SIZES = {
-    "vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2,
-}  # fmt: skip
-
-
-def deep():
-    torch.manual_seed(3)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-
-
-def falcon():
-    """Adds in place to what a linear gave."""
-    torch.manual_seed(4)
-    config = FalconConfig(vocab_size=32, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
-                          new_decoder_architecture=True, num_kv_heads=1)  # fmt: skip
-    return FalconForCausalLM(config).eval()
-
-
-def on_disk(model, path):
-    away = copy.deepcopy(model)
-    return accelerate.disk_offload(away, str(path), execution_device=HERE)
-
-
-def hooks(model):
-    return {name: hook for name, m in model.named_modules() if (hook := offload_hook(m)) is not None}
-
-
-def state(model):
-    """What an exchange may not leave changed, of the model itself and of what its hooks hold."""
-    held = {name: (id(hook.weights_map), id(hook.tied_params_map)) for name, hook in hooks(model).items()}
-    return held, {name: (p.device, p.requires_grad, p.shape) for name, p in model.named_parameters()}
-
-
-class Counted(Mapping):
-    """The weights of a hook, each a tensor of its own that is counted as long as anything holds it."""
-
-    live, peak, reads = {}, 0, []
-
-    def __init__(self, own, name):
-        self.own, self.name = own, name
-
-    @classmethod
-    def watch(cls, model):
-        for name, hook in hooks(model).items():
-            hook.weights_map = cls(hook.weights_map, name)
-        cls.live, cls.peak, cls.reads = {}, 0, []
-
-    @classmethod
-    def of(cls, tensor, name):
-        array, key = tensor.numpy().copy(), object()
-        cls.live[key] = array.nbytes
-        weakref.finalize(array, cls.live.pop, key)
-        cls.peak = max(cls.peak, sum(cls.live.values()))
-        cls.reads.append(name)
-        return torch.from_numpy(array)
-
-    def __getitem__(self, key):
-        return self.of(self.own[key], self.name)
-
-    def __iter__(self):
-        return iter(self.own)
-
-    def __len__(self):
-        return len(self.own)
+from tests.helpers import models
+from tests.helpers.offload import HERE, MENU, Counted, hooks, measured_at, names_of, on_disk, state
 
 
 @pytest.fixture
-def measured(tmp_path, data):
-    """A problem and a magnitude database for any model."""
+def measured(tmp_path):
+    return measured_at(tmp_path / "cache")
 
-    def make(model):
-        problem = AllocationProblem(prunable_layers(model), MENU, parse_sparsity("0.6"))
-        database = LevelDatabase(tmp_path / "cache", {"test": "offloaded search"}, MENU)
-        build_database(database, model, problem.table, Magnitude(), data)
-        return database, problem
 
-    return make
+def deep():
+    """Four blocks, one of which is a small part of the whole."""
+    return models.llama(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
 
 
 def small(count=3, length=16):
     generator = torch.Generator().manual_seed(0)
     return CalibrationSet(tuple(torch.randint(0, 32, (count, length), generator=generator)), "small")
-
-
-@pytest.fixture
-def allocate(tmp_path, make_samples):
-    """What an allocator finds for a model, and at which cost; each call has a cache of its own."""
-    calls = []
-
-    def allocate(model, allocator):
-        calls.append(allocator)
-        table, before = prunable_layers(model), state(model)
-        text = TextSplit(make_samples(2), make_samples(4, seed=1), make_samples(2, seed=2))
-        held = Measurements(
-            model, table, MENU, Magnitude(), text, ESTIMATORS, str(tmp_path / f"cache {len(calls)}"), batch_tokens=48,
-        )  # fmt: skip
-        problem = AllocationProblem(table, MENU, parse_sparsity("0.6"))
-        result, record = held.allocate(ALLOCATORS[allocator], problem, 0)
-        assert state(model) == before
-        return (
-            result,
-            {k: v for k, v in record.model_dump().items() if "seconds" not in k},
-            held.sensitivities,
-        )
-
-    return allocate
-
-
-@pytest.mark.slow
-def test_a_search_finds_what_it_finds_in_memory_wherever_the_weights_are(pair, allocate):
-    here, there = (allocate(its, "search") for its in pair)
-    assert here == there
-    assert here[0].evaluations > 10 and here[2]["fisher"]
-
-
-@pytest.mark.parametrize(
-    "allocator",
-    [pytest.param(name, marks=() if name == "search" else pytest.mark.slow) for name in ALLOCATORS],
-)
-def test_an_allocator_finds_what_it_finds_in_memory(tmp_path, llama, allocate, allocator):
-    here, there = (allocate(its, allocator) for its in (llama, on_disk(llama, tmp_path / "away")))
-    assert here == there and here[1]["forward_tokens"] > 0
-
-
-@pytest.mark.parametrize(
-    ("dtype", "objective"),
-    [
-        (torch.float32, "kl"),
-        pytest.param(torch.float32, "perplexity", marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, "kl", marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_losses_move_gradients_and_quality_are_those_in_memory(
-    pair, data, measured, dtype, objective, tmp_path
-):
-    model, away = pair
-    if dtype != torch.float32:
-        away = on_disk(model.to(dtype), tmp_path / "16 bits")
-    held = measured(model)
-    choices = [(0,) * 8, (1, 2, 0, 3, 1, 1, 2, 1), (1, 2, 0, 3, 1, 1, 2, 3), (3,) * 8]
-    found = []
-    for its in (model, away):
-        with CandidateWeights(its, *held) as weights:
-            loss = CandidateLoss(weights, data, objective, batch_tokens=48).prepare()
-            loss.set_incumbent(choices[1])
-            numbers = [loss(choice) for choice in (*choices, *reversed(choices))]
-            numbers += [loss(choices[2], [0, 3])]
-            gradients = loss.move_gradients(choices[1], [0, 2, 5], 2, seed=1)
-            if objective == "kl":
-                weights.put({name: held[0].weight(name, "1:4") for name in names_of(held)})
-                numbers += loss.quality()
-            found.append((numbers, loss.forward_tokens, loss.block_tokens, gradients))
-    for here, there in zip(*found, strict=True):
-        np.testing.assert_array_equal(here, there)
-    assert len(set(found[0][0])) > 3 and all(map(math.isfinite, found[0][0]))
-    assert found[0][1] > found[0][2]  # blocks were skipped
-
-
-def names_of(held):
-    return [layer.name for layer in held[1].table.layers]
-
-
-@pytest.mark.parametrize("name", list(ESTIMATORS))
-def test_sensitivities_are_those_in_memory(pair, data, name):
-    found = []
-    for its in pair:
-        layers, before = tuple(layer.name for layer in prunable_layers(its).layers), state(its)
-        found.append(ESTIMATORS[name].layer_sensitivities(its, data, layers))
-        assert state(its) == before
-    assert found[0] == found[1] and len(set(found[0].values())) > 1
 
 
 def test_weights_go_away_again_where_the_last_layer_of_a_block_is_not_asked_about(pair, data):
@@ -228,12 +48,6 @@ def test_weights_go_away_again_where_the_last_layer_of_a_block_is_not_asked_abou
     assert found[0] == found[1] and state(pair[1]) == before
 
 
-def test_the_fisher_weighted_error_is_that_in_memory(pair, data, measured):
-    held = measured(pair[0])
-    found = [fisher_errors(its, data, names_of(held), ["2:4", "1:8"], held[0].weight) for its in pair]
-    assert found[0] == found[1] and all(errors["1:8"] > 0 for errors in found[0].values())
-
-
 def test_a_second_derivative_of_offloaded_weights_is_refused(pair, data):
     layers = tuple(layer.name for layer in prunable_layers(pair[1]).layers)
     with pytest.raises(ModelError, match="offloaded") as error:
@@ -241,13 +55,7 @@ def test_a_second_derivative_of_offloaded_weights_is_refused(pair, data):
     assert "hessian_trace" in error.value.hint
 
 
-def test_perplexity_and_kl_are_those_in_memory(pair, data):
-    model, away = pair
-    assert perplexity(model, data) == perplexity(away, data)
-    assert mean_kl(model, away, data) == 0.0
-
-
-@pytest.mark.parametrize("make", [deep, falcon])
+@pytest.mark.parametrize("make", [deep, models.falcon])
 def test_a_backward_pass_holds_the_weights_of_one_block_and_what_follows_the_blocks(
     tmp_path, measured, make, monkeypatch
 ):
@@ -383,7 +191,7 @@ def test_a_missing_level_is_an_error_and_the_next_candidate_is_right(tmp_path, p
     held = database, problem = measured(pair[0])
     with CandidateWeights(pair[0], *held) as weights:
         expected = CandidateLoss(weights, data).prepare()((2,) * 8)
-    fresh = LevelDatabase(tmp_path / "cache", {"test": "offloaded search"}, MENU)
+    fresh = LevelDatabase(tmp_path / "cache", {"test": "magnitude"}, MENU)
     with CandidateWeights(pair[1], fresh, problem) as weights:
         loss = CandidateLoss(weights, data).prepare()
         file = database.file("model.layers.1.mlp.up_proj")

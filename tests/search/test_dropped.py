@@ -14,7 +14,6 @@ from msp_plugin import Allocation, AllocationProblem, Level, Text, Unit, UnitTab
 from msp_plugin.allocators.msp import mutate
 from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.recount import recount_model
-from msp_plugin.data.samples import split_text
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import BudgetError, RecipeError, VerificationError
@@ -23,33 +22,17 @@ from msp_plugin.models.load import load_model
 from msp_plugin.passes.outputs import output_layers
 from msp_plugin.plan.levels import DENSE, DROPPED, menu_names, parse_menu
 from msp_plugin.plan.units import Layer, group_layers, pruned_together
-from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.wanda import Wanda
-from msp_plugin.search.allocate import allocate as allocate_split
 from msp_plugin.search.allocate import check_model
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
-from msp_plugin.search.options import Options
-from msp_plugin.search.resolve import resolve
+from tests.helpers.allocating import allocate
 
 HALVES = ("model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.1.self_attn", "model.layers.1.mlp")
 SEARCH = {"name": "search", "tokens": 48, "holdout": 24, "rounds": 2, "max_tokens": 100_000}
 #: Kept weights of an attention and of an MLP of the tiny Llama.
 ATTENTION, MLP = 64 * 64 * 2 + 32 * 64 * 2, 3 * 64 * 128
-
-
-@pytest.fixture
-def plan(tmp_path):
-    def make(**options):
-        options = {"sparsity": 0.5, "method": "magnitude", "cache": str(tmp_path / "cache"), **options}
-        return resolve(Options(**options), Plugins(entry_points=False))
-
-    return make
-
-
-def allocate(model, data, made):
-    return allocate_split(model, split_text(data, made.search_text), made)
 
 
 def test_dropped_is_the_sparsest_level_and_keeps_nothing_of_any_unit():

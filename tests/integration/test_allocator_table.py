@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "integration" / "allocator_table.py"
+SCRIPT = Path(__file__).parents[2] / "integration" / "allocator_table.py"
 
 
 TEXTS = {"calibration": {"samples": 4, "tokens": 64}}

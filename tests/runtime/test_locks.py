@@ -4,10 +4,7 @@ import sys
 import pytest
 
 from msp_plugin.errors import OutputError
-from msp_plugin.runtime.digests import component_digest, digest
 from msp_plugin.runtime.locks import locked
-from msp_plugin.sensitivity.fisher import FisherTrace
-from msp_plugin.sensitivity.outliers import Outliers
 
 HOLDER = """
 import sys, time
@@ -48,11 +45,3 @@ def test_a_lock_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(OutputError, match="cannot lock") as error, locked(tmp_path / "file" / "lock", "x"):
         pass
     assert "MSP_CACHE" in error.value.hint
-
-
-def test_a_source_digest_tells_components_apart():
-    assert component_digest(FisherTrace()) == component_digest(
-        FisherTrace(samples=3)
-    )  # options are not source
-    assert component_digest(FisherTrace()) != component_digest(Outliers())
-    assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1}) != digest({"a": 2, "b": 2})

@@ -2,38 +2,19 @@
 
 import json
 from fractions import Fraction
+from functools import partial
 
 import pytest
 
-from msp_plugin.data.samples import split_text
 from msp_plugin.errors import BudgetError, RecipeError
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plugins.manager import Plugins
-from msp_plugin.search.allocate import allocate as allocate_split
 from msp_plugin.search.allocate import check_model
-from msp_plugin.search.options import Options
-from msp_plugin.search.resolve import resolve
-
-MSP = {"name": "msp", "population": 4, "generations": 2, "offspring": 3, "tokens": 48}
+from tests.helpers.allocating import MSP, allocate
 
 
 @pytest.fixture
-def plan(tmp_path):
-    def make(**options):
-        options = {
-            "sparsity": 0.5,
-            "method": "magnitude",
-            "allocator": MSP,
-            "cache": str(tmp_path),
-            **options,
-        }
-        return resolve(Options(**options), Plugins(entry_points=False))
-
-    return make
-
-
-def allocate(model, data, made):
-    return allocate_split(model, split_text(data, made.search_text), made)
+def plan(plan):
+    return partial(plan, allocator=MSP)
 
 
 def sparsities(allocation):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+RIA = Path(__file__).parents[1] / "plugins" / "msp-ria"
 RECIPE = "a_stage: {b_modifiers: {MixedSparsityModifier: {sparsity: 0.5}}}"
 SCRIPT = f"from llmcompressor.recipe import Recipe; print(Recipe.create_instance({RECIPE!r}).modifiers)"
 
@@ -50,10 +51,9 @@ def test_one_import_makes_the_modifier_known():
 @pytest.fixture(scope="module")
 def ria(tmp_path_factory):
     target = tmp_path_factory.mktemp("site")
-    source = Path(__file__).parent / "plugins" / "msp-ria"
     copy = tmp_path_factory.mktemp("src")
     for name in ("pyproject.toml", "msp_ria.py"):
-        (copy / name).write_text((source / name).read_text())
+        (copy / name).write_text((RIA / name).read_text())
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation",
          "--target", str(target), str(copy)],
@@ -64,7 +64,7 @@ def ria(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_third_party_method_of_25_lines_prunes_like_a_built_in_one(ria, tmp_path):
-    assert len((Path(__file__).parent / "plugins/msp-ria/msp_ria.py").read_text().splitlines()) <= 25
+    assert len((RIA / "msp_ria.py").read_text().splitlines()) <= 25
     text = tmp_path / "text.txt"
     text.write_text("for i in range(10):\n    print(i * i)\n" * 200)
     out = tmp_path / "out"

@@ -19,7 +19,7 @@ from msp_plugin.models.load import load_model
 from msp_plugin.models.source import load_tokenizer
 from msp_plugin.passes.losses import perplexity
 
-TASKS = Path(__file__).parents[1] / "integration" / "tasks"
+TASKS = Path(__file__).parents[2] / "integration" / "tasks"
 TASK = "which_line_follows"
 MINE = """task: mine
 dataset_path: json

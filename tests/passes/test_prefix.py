@@ -1,34 +1,19 @@
+"""Activations before the first block that a candidate changes are reused."""
+
 import itertools
 import types
-from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
-from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.database.build import build_database
-from msp_plugin.database.store import LevelDatabase
-from msp_plugin.models.layers import prunable_layers
-from msp_plugin.passes.by_block import runs_by_block
-from msp_plugin.passes.prefix import Prefix, last_outputs, tail_is_exact
-from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_menu
-from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.passes.prefix import Prefix
 from msp_plugin.search import batches
 from msp_plugin.search.candidate_loss import CandidateLoss
-from msp_plugin.search.candidate_weights import CandidateWeights
+from tests.helpers import models
+from tests.helpers.losses import loss_of, magnitude_levels, own_forwards, two_lengths
 
-MENU = parse_menu(["dense", "2:4", "1:4"])
 BLOCKS, HIDDEN = 5, 32
 SIZES = {
     "vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": BLOCKS,
@@ -37,38 +22,10 @@ SIZES = {
 KEPT = tuple((1, 0, 2, 1)[u % 4] for u in range(4 * BLOCKS))
 
 
-def make_model(name):
-    torch.manual_seed(1)
-    if name == "llama":
-        return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    return Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)).eval()
-
-
-def make_data():
-    """Seven samples of two lengths."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = (12, 12, 12, 12, 7, 7, 12)
-    return CalibrationSet(tuple(torch.randint(0, 64, (n,), generator=generator) for n in lengths), "random")
-
-
 @pytest.fixture(scope="module", params=["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def setting(request, tmp_path_factory):
-    model = make_model(request.param)
-    return (model, *measured(model, tmp_path_factory.mktemp(request.param)), make_data())
-
-
-def measured(model, path):
-    problem = AllocationProblem(prunable_layers(model), MENU, 1 / 2)
-    database = LevelDatabase(path, {"test": "prefix"}, MENU)
-    build_database(database, model, problem.table, Magnitude(), None)
-    return database, problem
-
-
-@contextmanager
-def loss_of(setting, **options):
-    model, database, problem, data = setting
-    with CandidateWeights(model, database, problem) as weights:
-        yield CandidateLoss(weights, data, **options).prepare()
+    model = models.MODELS[request.param](**SIZES)
+    return model, magnitude_levels(model, tmp_path_factory.mktemp(request.param)), two_lengths()
 
 
 def changed(choice, block):
@@ -81,20 +38,16 @@ def bytes_for(held, data):
     return held * data.tokens * HIDDEN * 4
 
 
-def own_forwards(model):
-    return [name for name, module in model.named_modules() if "forward" in vars(module)]
-
-
 @pytest.mark.parametrize("objective", ["kl", "perplexity"])
 def test_reuse_changes_no_bit_wherever_a_candidate_differs_first(setting, objective):
     candidates = [KEPT] + [changed(KEPT, block) for block in range(BLOCKS)] + [KEPT]
-    with loss_of(setting, objective=objective, reuse=False) as loss:
+    with loss_of(*setting, objective=objective, reuse=False) as loss:
         expected = [loss(choice) for choice in candidates]
         assert loss.block_tokens == loss.forward_tokens
-    with loss_of(setting, objective=objective) as loss:
+    with loss_of(*setting, objective=objective) as loss:
         loss.set_incumbent(KEPT)
         assert [loss(choice) for choice in candidates] == expected
-        tokens = setting[3].tokens
+        tokens = setting[2].tokens
         skipped = [0, 0, 1, 2, 3, 4, 4]  # the kept one runs whole at first, then its last block alone
         assert loss.forward_tokens == 7 * tokens
         assert loss.block_tokens == 7 * tokens - sum(skipped) * tokens // BLOCKS
@@ -109,7 +62,7 @@ def test_blocks_that_are_skipped_do_not_run(setting, monkeypatch):
         for b, block in enumerate(model.model.layers)
     ]
     try:
-        with loss_of(setting, batch_tokens=4096) as loss:
+        with loss_of(*setting, batch_tokens=4096) as loss:
             loss.set_incumbent(KEPT)
             for choice, expected in [
                 (changed(KEPT, 2), range(BLOCKS)), (KEPT, range(BLOCKS)), (changed(KEPT, 2), range(2, BLOCKS)),
@@ -129,15 +82,15 @@ def test_blocks_that_are_skipped_do_not_run(setting, monkeypatch):
 def test_what_the_next_kept_choice_shares_stays_and_no_more(setting):
     second = changed(KEPT, 2)
     others = [changed(second, block) for block in range(BLOCKS)]
-    with loss_of(setting, reuse=False) as loss:
+    with loss_of(*setting, reuse=False) as loss:
         expected = [loss(choice) for choice in [second, *others, KEPT]]
-    with loss_of(setting) as loss:
+    with loss_of(*setting) as loss:
         loss.set_incumbent(KEPT)
         loss(KEPT)
         loss.set_incumbent(second)
         before = loss.block_tokens
         found = [loss(second)]
-        assert loss.block_tokens - before == pytest.approx(setting[3].tokens * 3 / BLOCKS, abs=1)
+        assert loss.block_tokens - before == pytest.approx(setting[2].tokens * 3 / BLOCKS, abs=1)
         found += [loss(choice) for choice in others]
         loss.set_incumbent(KEPT)
         assert [*found, loss(KEPT)] == expected
@@ -146,12 +99,12 @@ def test_what_the_next_kept_choice_shares_stays_and_no_more(setting):
 @pytest.mark.parametrize("setting", ["llama"], indirect=True)
 @pytest.mark.parametrize("fits, held", [(0, ()), (1, (3,)), (2, (2, 4)), (3, (2, 4)), (4, (1, 2, 3, 4))])
 def test_a_memory_bound_keeps_every_second_block_or_none(setting, fits, held):
-    data = setting[3]
+    data = setting[2]
     candidates = [KEPT] + [changed(KEPT, block) for block in range(BLOCKS)]
-    with loss_of(setting, reuse=False) as loss:
+    with loss_of(*setting, reuse=False) as loss:
         expected = [loss(choice) for choice in candidates]
     for extra in (0, bytes_for(1, data) - data.tokens):
-        with loss_of(setting, activation_bytes=bytes_for(fits, data) + extra) as loss:
+        with loss_of(*setting, activation_bytes=bytes_for(fits, data) + extra) as loss:
             loss.set_incumbent(KEPT)
             assert [loss(choice) for choice in candidates] == expected
             skipped = sum(
@@ -161,7 +114,7 @@ def test_a_memory_bound_keeps_every_second_block_or_none(setting, fits, held):
 
 
 def test_held_activations_stay_within_the_bound_when_batches_overlap(setting):
-    model, data = setting[0], setting[3]
+    model, data = setting[0], setting[2]
     limit = bytes_for(2, data)
     prefix = Prefix(model, limit // data.tokens)
     for samples in ([0, 1, 2], [0, 3, 6], [1, 3, 6], [2], [4, 5], *([i] for i in range(7))):
@@ -179,7 +132,7 @@ def sequences():
 
 
 def test_a_loss_is_never_that_of_an_older_choice(setting):
-    data = setting[3]
+    data = setting[2]
     choices = [
         KEPT,
         (0,) * 20,
@@ -187,7 +140,7 @@ def test_a_loss_is_never_that_of_an_older_choice(setting):
         changed(changed(KEPT, 1), 3),
     ]
     known = {}
-    with loss_of(setting, reuse=False) as fresh:
+    with loss_of(*setting, reuse=False) as fresh:
 
         def expected(choice, samples):
             key = (choice, None if samples is None else tuple(samples))
@@ -224,7 +177,7 @@ def test_hooks_and_replaced_forwards_are_gone_afterwards_and_after_a_failure(set
     def fail(*args):
         raise StopError
 
-    with loss_of(setting) as loss:
+    with loss_of(*setting) as loss:
         assert (count_hooks(model), own_forwards(model)) == (hooks, [])
         loss.set_incumbent(KEPT)
         for choice in (KEPT, changed(KEPT, 3)):  # while it records, and while it skips
@@ -242,7 +195,7 @@ def test_a_forward_that_a_block_had_of_its_own_is_put_back(setting):
     block = model.model.layers[0]
     own = block.forward = types.MethodType(type(block).forward, block)  # as accelerate's hooks leave it
     try:
-        with loss_of(setting) as loss:
+        with loss_of(*setting) as loss:
             loss.set_incumbent(KEPT)
             first = loss(changed(KEPT, 3)), loss(KEPT), loss(changed(KEPT, 3))
             assert vars(block)["forward"] is own and first[0] == first[2]
@@ -252,13 +205,13 @@ def test_a_forward_that_a_block_had_of_its_own_is_put_back(setting):
 
 def test_a_failure_while_recording_leaves_nothing_wrong_behind(setting):
     model = setting[0]
-    with loss_of(setting, reuse=False) as loss:
+    with loss_of(*setting, reuse=False) as loss:
         expected = loss(changed(KEPT, 4))
 
     def fail(*args):
         raise StopError
 
-    with loss_of(setting) as loss:
+    with loss_of(*setting) as loss:
         loss.set_incumbent(KEPT)
         handle = model.model.layers[2].mlp.register_forward_hook(fail)
         with pytest.raises(StopError):
@@ -267,116 +220,8 @@ def test_a_failure_while_recording_leaves_nothing_wrong_behind(setting):
         assert loss(changed(KEPT, 4)) == expected
 
 
-class Block(torch.nn.Module):
-    """A block with the calling convention that ``kind`` names."""
-
-    def __init__(self, kind, shared):
-        super().__init__()
-        self.kind, self.shared = kind, shared
-        self.proj = torch.nn.Linear(16, 16, bias=False)
-
-    def forward(self, *args, **kwargs):
-        x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
-        seen = x
-        if self.kind in ("pair", "previous"):
-            seen = x + 0.5 * args[1]
-        elif self.kind == "leaves something":
-            seen = x + self.shared.pop("left", 0.0)
-            self.shared["left"] = 0.3 * x
-        out = x + torch.tanh(self.proj(seen))
-        if self.kind == "in place":
-            return x.add_(torch.tanh(self.proj(seen)))
-        if self.kind == "tuple":
-            return (out,)
-        return (out, seen) if self.kind == "pair" else out
-
-
-class Toy(torch.nn.Module):
-    """A model of six blocks."""
-
-    def __init__(self, kind):
-        super().__init__()
-        torch.manual_seed(0)
-        self.kind, self.shared = kind, {}
-        self.config = types.SimpleNamespace(num_hidden_layers=6)
-        self.embed = torch.nn.Embedding(64, 16)
-        self.layers = torch.nn.ModuleList(Block(kind, self.shared) for _ in range(6))
-        self.head = torch.nn.Linear(16, 64, bias=False)
-
-    def get_input_embeddings(self):
-        return self.embed
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def forward(self, ids, use_cache=False):
-        x = self.embed(ids)
-        other = torch.zeros_like(x)
-        if self.kind == "leaves something":
-            self.shared.clear()
-        for block in self.layers:
-            if self.kind == "tuple":
-                x = block(x)[0]
-            elif self.kind == "keyword":
-                x = block(hidden_states=x)
-            elif self.kind == "odd keyword":
-                x = block(x=x)
-            elif self.kind == "pair":
-                x, other = block(x, other)
-            elif self.kind == "previous":
-                x, other = block(x, other), x
-            else:
-                x = block(x)
-        return types.SimpleNamespace(logits=self.head(x))
-
-
-@pytest.mark.parametrize("kind, reused", [
-    ("plain", True), ("keyword", True), ("tuple", False), ("pair", False), ("previous", False),
-    ("odd keyword", False), ("in place", False), ("leaves something", False),
-])  # fmt: skip
-def test_a_model_of_another_calling_convention_is_measured_without_reuse(tmp_path, kind, reused):
-    model = Toy(kind).eval()
-    database, problem = measured(model, tmp_path)
-    kept = (0, 1, 2, 0, 1, 2)
-    moves = [tuple((k + 1) % 3 if u == b else k for u, k in enumerate(kept)) for b in range(6)]
-    setting = (model, database, problem, make_data())
-    with loss_of(setting, reuse=False) as loss:
-        expected = [loss(choice) for choice in (kept, *moves)]
-    with loss_of(setting) as loss:
-        loss.set_incumbent(kept)
-        found = [loss(choice) for choice in (kept, *moves)]
-        assert found == pytest.approx(expected, rel=1e-5)
-        assert (loss.block_tokens < loss.forward_tokens) is reused
-    assert own_forwards(model) == []
-
-
-class Remembering(Toy):
-    """Each block adds what the one two before it left in the model, where it stays from call to call."""
-
-    def forward(self, ids, use_cache=False):
-        x = self.embed(ids)
-        for number, block in enumerate(self.layers):
-            x = block(x + 0.5 * self.shared[number - 2] if number > 1 else x)
-        return types.SimpleNamespace(logits=self.head(x))
-
-
-def test_what_a_block_leaves_in_the_model_is_not_taken_for_that_of_another_run(tmp_path):
-    model = Remembering("plain").eval()
-    for number, block in enumerate(model.layers):
-        block.proj.register_forward_hook(lambda m, a, y, n=number: model.shared.__setitem__(n, y))
-    database, problem = measured(model, tmp_path)
-    setting = (model, database, problem, make_data())
-    kept, moved = (0,) * 6, (0, 0, 0, 0, 2, 0)
-    with loss_of(setting, reuse=False) as loss:
-        expected = [loss(choice, [0]) for choice in (kept, (2,) * 6, moved)]
-    with loss_of(setting) as loss:
-        loss.set_incumbent(kept)
-        assert [loss(choice, [0]) for choice in (kept, (2,) * 6, moved)] == expected
-        assert loss.block_tokens == loss.forward_tokens
-
-
 def test_every_start_counts_the_blocks_before_it(setting):
-    model, data = setting[0], setting[3]
+    model, data = setting[0], setting[2]
     prefix = Prefix(model, BLOCKS * HIDDEN * 4)
     ids = torch.stack(data.samples[:2])
     with torch.no_grad():
@@ -398,20 +243,3 @@ def test_every_start_counts_the_blocks_before_it(setting):
         with prefix.use([0, 1], 4, record=False):
             assert torch.equal(model(ids, use_cache=False).logits, whole)
         assert prefix.saved_tokens - before == pytest.approx(24 * 2 / BLOCKS, abs=1)
-
-
-def test_several_streams_of_hidden_states_are_not_taken_for_samples():
-    """Gemma 3n's blocks hand on [streams, B, T, D]; the last blocks also read keys of earlier ones."""
-    config = AutoConfig.for_model(
-        "gemma3n_text", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=64, num_kv_shared_layers=0, layer_types=["full_attention"] * 2, laurel_rank=8,
-        activation_sparsity_pattern=[0.0, 0.0], pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.arange(8)[None]
-    with last_outputs(model) as outputs, torch.no_grad():
-        model(ids)
-    assert outputs[0].dim() == 4
-    with torch.no_grad():
-        assert not tail_is_exact(model, ids) and not Prefix(model, 1 << 30).is_exact(ids)
-    assert not runs_by_block(model, ids[0])

@@ -1,13 +1,12 @@
-import errno
+"""Losses that are read from a journal."""
+
 import math
-from contextlib import closing
 
 import numpy as np
 import pytest
 
 from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.errors import OutputError
-from msp_plugin.runtime.journal import Journal, packed, unpacked
+from msp_plugin.runtime.journal import Journal
 from msp_plugin.search.recorded import RecordedLoss
 
 ABOUT = {"model": "a", "seed": 0}
@@ -123,31 +122,3 @@ def test_another_identity_does_not_read_the_values(open_loss, caplog):
     other, made = open_loss({"model": "b"})
     ask(other)
     assert len(made) == 2 and "is of another model, seed: it" in caplog.text
-
-
-def test_arrays_come_back_bit_for_bit():
-    array = np.array([[0.1, -0.0, np.nan], [np.inf, 1e-310, -3.5]])
-    found = unpacked(packed(array))
-    assert found.tobytes() == array.tobytes() and found.shape == (2, 3) and found.flags.writeable
-
-
-def test_a_disk_that_fills_up_is_named_once(tmp_path, monkeypatch):
-    journal = Journal(tmp_path / "a.jsonl", ABOUT)
-    journal.get("a", lambda: 1)
-
-    def full(number):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("os.fsync", full)
-        with pytest.raises(OutputError, match="a.jsonl"), closing(journal):
-            journal.get("b", lambda: 2)
-    again = Journal(tmp_path / "a.jsonl", ABOUT)
-    assert again.get("a", lambda: "anew") == 1
-
-
-def test_what_a_killed_process_left_of_a_journal_goes(tmp_path):
-    left = tmp_path / ".a.jsonl.0f.partial"
-    left.write_bytes(b"half")
-    Journal(tmp_path / "a.jsonl", ABOUT)
-    assert not left.exists()

@@ -1,8 +1,6 @@
 """Comparisons on a tiny model, most of them with the level database's weights alone."""
 
-import copy
 import json
-import math
 import types
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,100 +8,23 @@ from fractions import Fraction
 import pytest
 import torch
 
-from msp_plugin import prune
-from msp_plugin.allocators.base import AllocationResult, Allocator
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import Text, load_split
-from msp_plugin.errors import BudgetError, DataError, MSPError, RecipeError
+from msp_plugin.errors import BudgetError, DataError, MSPError
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
 from msp_plugin.plugins.hookspecs import hookimpl
-from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.masks import nm_mask
 from msp_plugin.records.comparison import ComparedRow, CompareRecord
+from msp_plugin.runs import rows as compared_rows
 from msp_plugin.runs.compare import cells, compare
 from msp_plugin.runs.grid import Grid
-from msp_plugin.runs.rows import ComparisonRows
-from msp_plugin.runtime.context import RunContext
-from msp_plugin.runtime.ranks import LostError
 from msp_plugin.sensitivity.base import Estimator
-
-MSP = {"name": "msp", "population": 3, "generations": 1, "offspring": 2, "tokens": 40}
-SEARCH = {"name": "search", "rounds": 2, "seeds": 3, "tokens": 40, "holdout": 20}
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(
-        "\n".join(f"the {i}th cat sat on mat {i * i % 97} and the dog {i % 13} did not" for i in range(300))
-    )
-    return Text(str(path), samples=8, length=20, test_samples=3)
-
-
-@pytest.fixture
-def run(llama_dir, text, tmp_path):
-    """Compare on the tiny Llama by magnitude, without the final pruning unless asked for."""
-
-    def run(allocators, sparsities=("3/4",), methods=("magnitude",), seeds=(0,), prune=False, **options):
-        shared = {"cache": str(tmp_path / "cache"), "granularity": "unit", **options}
-        finals = shared.pop("finals", None)
-        context = RunContext(**{name: shared.pop(name) for name in ("ranks", "fresh") if name in shared})
-        recover = shared.pop("recover", None)
-        grid = Grid(sparsities, methods, allocators, seeds, shared, prune, recover)
-        record = compare(ModelSource(llama_dir, "float32"), text, grid, finals=finals, context=context)
-        return record and record.to_dict()
-
-    return run
-
-
-def by_name(*names):
-    return {name: name for name in names}
-
-
-def row_of(record, allocator):
-    (row,) = (row for row in record["rows"] if row["allocator"] == allocator)
-    return row
-
-
-def quality(dense, pruned, samples):
-    """KL(dense || pruned) per token, and perplexity, by hand."""
-    kl, loss, positions, targets = 0.0, 0.0, 0, 0
-    with torch.no_grad():
-        for ids in samples:
-            p, q = (model(ids[None]).logits[0].double().log_softmax(-1) for model in (dense, pruned))
-            kl += float((p.exp() * (p - q)).sum())
-            loss -= float(q[:-1].gather(1, ids[1:, None]).sum())
-            positions, targets = positions + len(ids), targets + len(ids) - 1
-    return kl / positions, math.exp(loss / targets)
-
-
-def allocators_plugin(*classes):
-    module = types.ModuleType("plugin")
-    module.msp_register_allocators = hookimpl(lambda: list(classes))
-    module.msp_register_allocators.__name__ = "msp_register_allocators"
-    return module
-
-
-@pytest.fixture
-def with_plugins(monkeypatch):
-    def use(**extra):
-        monkeypatch.setattr(
-            "msp_plugin.runs.compare.Plugins", lambda: Plugins(extra=extra, entry_points=False)
-        )
-
-    return use
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    def fail(*arguments, **options):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("msp_plugin.checkpoint.source.load", fail)
+from tests.helpers.comparing import MSP, SEARCH, Raises, allocators_plugin, by_name, row_of
+from tests.helpers.losses import quality_by_hand
 
 
 def test_there_is_a_row_for_every_cell_and_seed_and_unseeded_allocators_run_once(run, llama_dir):
@@ -137,7 +58,7 @@ def test_kl_and_perplexity_are_those_of_the_pruned_weights_by_hand(run, text, ll
     )
     dense = load_model(llama_dir, "float32")
     test = load_split(tokenizer, text).test.samples
-    assert record["dense"]["perplexity"] == pytest.approx(quality(dense, dense, test)[1], rel=1e-5)
+    assert record["dense"]["perplexity"] == pytest.approx(quality_by_hand(dense, dense, test)[1], rel=1e-5)
     for row in record["rows"]:
         pruned = load_model(llama_dir, "float32")
         with torch.no_grad():
@@ -145,7 +66,7 @@ def test_kl_and_perplexity_are_those_of_the_pruned_weights_by_hand(run, text, ll
                 for layer in unit.layers:
                     weight = pruned.get_submodule(layer.name).weight
                     weight.mul_(nm_mask(weight.abs(), Level.parse(level)))
-        kl, perplexity = quality(dense, pruned, test)
+        kl, perplexity = quality_by_hand(dense, pruned, test)
         assert (row["kl"], row["perplexity"]) == pytest.approx((kl, perplexity), rel=1e-4)
     assert row_of(record, "search")["holdout_loss"] == pytest.approx(
         min(at[1] for at in row["holdout"]), rel=1e-5
@@ -164,25 +85,10 @@ def test_a_pruned_row_is_what_a_run_with_that_allocation_gives(run, text, llama_
     line = {"allocation": str(tmp_path / "allocation.json"), "method": "wanda"}
     done = msp_plugin.prune(llama_dir, text, tmp_path / "out", dtype="float32", baseline=False, **line)
     assert row["perplexity"] == pytest.approx(done.record.perplexity["mixed"], rel=1e-6)
-    kl, perplexity = quality(dense, load_model(done.path, "float32"), test)
+    kl, perplexity = quality_by_hand(dense, load_model(done.path, "float32"), test)
     assert (row["kl"], row["perplexity"]) == pytest.approx((kl, perplexity), rel=1e-4)
     assert row["database"]["kl"] != row["kl"]  # errors propagate only in the final pruning
     assert record["dense"]["perplexity"] == pytest.approx(done.record.perplexity["dense"], rel=1e-6)
-
-
-@dataclass(frozen=True)
-class Raises(Allocator):
-    """Fails as asked."""
-
-    name = "raises"
-    how: str = "our error"
-
-    def allocate(self, inputs):
-        if self.how == "our error":
-            raise BudgetError("no way to the budget", hint="try another")
-        if self.how == "bug":
-            return AllocationResult((0,) * (1 // 0))
-        return AllocationResult((0,) * len(inputs.problem.table))
 
 
 def test_an_allocator_that_fails_is_a_row_with_its_error_and_the_others_go_on(run, with_plugins, llama_dir):
@@ -335,8 +241,8 @@ def test_cells_gather_the_rows_that_have_a_result():
 
 def test_what_a_stopped_comparison_left_serves_the_same_layers_and_no_others(run, tmp_path, monkeypatch):
     finals, measured = tmp_path / "finals.jsonl", []
-    real = ComparisonRows._quality
-    monkeypatch.setattr(ComparisonRows, "_quality", lambda *a: measured.append(1) or real(*a))
+    real = compared_rows.CandidateWeights  # one for each quality that is measured
+    monkeypatch.setattr(compared_rows, "CandidateWeights", lambda *a: measured.append(1) or real(*a))
 
     def kl(target, **options):
         return row_of(run(by_name("uniform"), targets=[target], **options), "uniform")["kl"]
@@ -345,121 +251,3 @@ def test_what_a_stopped_comparison_left_serves_the_same_layers_and_no_others(run
     assert kl("q_proj", finals=finals) == first and len(measured) == 1
     other = kl("o_proj", finals=finals)
     assert len(measured) == 2 and other == kl("o_proj") != first
-
-
-def without_times(record):
-    kept = {key: value for key, value in record.items() if key != "machine"}
-    timeless = [{k: v for k, v in row.items() if "seconds" not in k} for row in record["rows"]]
-    return {**kept, "rows": timeless}
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_several_ranks_find_the_rows_of_one_process_and_the_first_of_them_has_the_record(
-    run, on_ranks, llama_dir, monkeypatch, tmp_path, with_plugins, size
-):
-    with_plugins(mine=allocators_plugin(Raises))
-    bug = {"name": "raises", "how": "bug"}
-    allocators = {"ours": "raises", "bug": bug, "small": SEARCH, **by_name("owl", "uniform")}
-    expected = run(allocators, methods=("wanda", "magnitude"), cache=str(tmp_path / "alone"))
-    loaded = load_model(llama_dir, "float32")
-    monkeypatch.setattr("msp_plugin.checkpoint.source.load", lambda *a, **b: copy.deepcopy(loaded))
-    met = []
-
-    def work(ranks):
-        monkeypatch.setattr(ranks, "leave", lambda: met.append(ranks.meetings))
-        return run(allocators, methods=("wanda", "magnitude"), cache=str(tmp_path / "shared"), ranks=ranks)
-
-    first, *others = on_ranks(size, work)
-    assert without_times(first) == without_times(expected) and others == [None] * (size - 1)
-    assert met == met[:1] * size and met[0] > 20, "they met for every measurement, and as often"
-    assert first["machine"].endswith(f", {size} ranks")
-    assert [row["error"] is None for row in first["rows"]] == [False, False, True, True, True] * 2
-
-
-def test_what_fails_on_the_first_rank_alone_is_a_row_and_the_ranks_go_on_together(
-    run, on_ranks, llama_dir, monkeypatch, tmp_path
-):
-    loaded = load_model(llama_dir, "float32")
-    monkeypatch.setattr("msp_plugin.checkpoint.source.load", lambda *a, **b: copy.deepcopy(loaded))
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "sensitivity").write_text("in the way of the journals that rank 0 writes")
-    allocators = {"small": SEARCH, **by_name("owl", "uniform"), "again": {**SEARCH, "rounds": 1}}
-
-    def work(ranks):
-        monkeypatch.setattr(ranks, "leave", lambda: None)
-        return run(allocators, ranks=ranks)
-
-    first, other = on_ranks(2, work)
-    assert other is None
-    errors = {row["allocator"]: row["error"] for row in first["rows"]}
-    assert "sensitivity" in errors["owl"] and errors["uniform"] is None
-    assert without_times(run(allocators)) == without_times(first)
-
-
-def test_several_ranks_build_a_database_anew_if_asked_whatever_the_allocators_need(
-    run, on_ranks, llama_dir, monkeypatch, tmp_path
-):
-    loaded = load_model(llama_dir, "float32")
-    monkeypatch.setattr("msp_plugin.checkpoint.source.load", lambda *a, **b: copy.deepcopy(loaded))
-
-    def written():
-        found = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("cache/**/*.safetensors")}
-        assert found
-        return found
-
-    def work(ranks):
-        monkeypatch.setattr(ranks, "leave", lambda: None)
-        return run(by_name("uniform"), methods=("wanda",), ranks=ranks, fresh=True)
-
-    run(by_name("uniform"), methods=("wanda",))
-    before = written()
-    assert on_ranks(2, work)[1] is None
-    assert before.keys() == written().keys() and all(before[name] < at for name, at in written().items())
-
-
-def test_a_rank_that_ends_ends_the_comparison(run, on_ranks, llama_dir, monkeypatch):
-    loaded = load_model(llama_dir, "float32")
-    monkeypatch.setattr("msp_plugin.checkpoint.source.load", lambda *a, **b: copy.deepcopy(loaded))
-
-    def work(ranks):
-        def lost(*a):
-            raise LostError("rank 0 lost the others")
-
-        monkeypatch.setattr(ranks, "map", lost)
-        return run({"small": SEARCH}, ranks=ranks)
-
-    assert all(isinstance(error, LostError) for error in on_ranks(2, work))
-
-
-def test_every_pruned_model_is_recovered_as_prune_with_recover_does(run, llama_dir, text, tmp_path):
-    method = {"name": "blockwise", "epochs": 1, "rates": [0.06]}
-    labels = ("uniform", "lsa", "knapsack")
-    record = run(by_name(*labels), prune=True, recover=method)
-    whole = prune(
-        llama_dir, text, tmp_path / "whole", sparsity="3/4", method="magnitude", allocator="uniform",
-        granularity="unit", dtype="float32", recover=method, cache=str(tmp_path / "cache"),
-    ).record  # fmt: skip
-    row = row_of(record, "uniform")
-    assert (row["perplexity"], row["recovered"]["perplexity"], row["recovered"]["kl"]) == (
-        pytest.approx(whole.perplexity["mixed"]),
-        pytest.approx(whole.perplexity["recovered"]),
-        pytest.approx(whole.kl["recovered"]),
-    )
-    assert all(row["recovered"]["kl"] < row["kl"] for row in record["rows"])
-    assert row["recovered"]["recovery"]["method"]["name"] == "blockwise"
-    before, after = (
-        [sorted(values).index(value) for value in values]
-        for values in ([r["kl"] for r in record["rows"]], [r["recovered"]["kl"] for r in record["rows"]])
-    )
-    apart = sum((a - b) ** 2 for a, b in zip(before, after, strict=True))
-    assert record["rank_correlation"] == {"magnitude 3/4": pytest.approx(1 - 6 * apart / (3 * 8))}
-    assert run(by_name(*labels), prune=True)["rank_correlation"] == {}
-
-
-def test_a_recovery_without_pruning_or_of_an_unknown_name_is_refused_before_the_model_is_loaded(
-    run, no_model
-):
-    with pytest.raises(RecipeError, match="nothing to recover"):
-        run(by_name("uniform"), recover="blockwise")
-    with pytest.raises(RecipeError, match="no_such"):
-        run(by_name("uniform"), prune=True, recover="no_such")
