@@ -249,7 +249,8 @@ class _Walk:
         """Return the mean error over the tokens of some batches, on all ranks."""
         weights = [self.tokens[batch] for batch in batches]
         errors = self.ranks.gather(lambda: [float(self._error(window, batch)) for batch in batches])
-        return sum(w * sum(e) for w, *e in zip(weights, *errors, strict=True)) / sum(weights)
+        sums = [math.fsum(parts) for parts in zip(*errors, strict=True)]
+        return sum(w * e for w, e in zip(weights, sums, strict=True)) / sum(weights)
 
     @torch.no_grad()
     def _through(

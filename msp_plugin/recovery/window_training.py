@@ -176,7 +176,8 @@ def summed(value: torch.Tensor, trained: Sequence[Trained], ranks: Ranks) -> tor
         return value
     gradients = [torch.zeros_like(t.master) if t.master.grad is None else t.master.grad for t in trained]
     parts = [value.detach().float().reshape(1), *(g.reshape(-1) for g in gradients)]
-    total, *sums = ranks.all_reduce_sum(torch.cat(parts)).split([part.numel() for part in parts])
+    sizes = [part.numel() for part in parts]
+    total, *sums = torch.split(ranks.all_reduce_sum(torch.cat(parts)), sizes)
     for each, gradient in zip(trained, sums, strict=True):
         each.master.grad = gradient.view_as(each.master)
     return total

@@ -19,7 +19,6 @@ from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.records.parts import ModelRecord
 from msp_plugin.records.run import (
-    DENSE,
     PRUNE,
     RUN_FILE,
     RunRecord,
@@ -56,7 +55,7 @@ def recover(
     offload: bool = False,
     cache: str | None = None,
     context: RunContext = RunContext(),
-) -> Run:
+) -> Run | None:
     """Change the surviving weights of a sparse checkpoint so that it comes nearer to the dense model, and write it.
 
     ``out`` gets the checkpoint, in the dtype of ``run``, with its allocation.json and recipe.yaml, and run.json.
@@ -72,6 +71,9 @@ def recover(
         offload: leave the weights of the original on disk.
         cache: where the state of a stopped recovery lies; None is the default cache.
 
+    Returns:
+        The run; None on all ranks but the first.
+
     Raises:
         MSPError: what can be refused is refused before the method starts; afterwards a VerificationError says that a
             zero was filled in, and nothing is written.
@@ -84,8 +86,11 @@ def recover(
         )
     sparse = ModelSource(run, dtype, trust_remote_code, False, cache)
     dense = None if original is None else ModelSource(original, dtype, trust_remote_code, offload, cache)
+    ranks = context.ranks
     with ExitStack() as stack:
-        path, journal_file = stack.enter_context(sole_run(out, cache, fresh=context.fresh))
+        path, journal_file = ranks.on_rank_zero(
+            lambda: stack.enter_context(sole_run(out, cache, fresh=context.fresh))
+        )
         tokenizer = check_sources(sparse, dense)
         text = data if isinstance(data, Text) else Text(data)
         text = text.for_model(run, trust_remote_code=trust_remote_code)
@@ -95,10 +100,14 @@ def recover(
         recovery.check(subject.model, subject.masks)
         reference = None if dense is None else load_original(dense, subject.model)
         identity = step.identity(subject.model, reference)
-        with closing(Journal(journal_file, identity)) as journal:
+        with closing(Journal(journal_file, identity, ranks)) as journal:
             before = step.references(subject.model, reference, journal)
         key = digest({**identity, "out": str(path)})
         stage = step.run(subject.model, reference, subject.masks, subject.allocation, key)
+        if ranks.size > 1:
+            ranks.leave()
+        if ranks.rank:
+            return None
         record = _record(sparse, dense, subject, text, samples, before, stage)
         _write(subject.model, tokenizer, sparse, record, path)
     Plugins().tell("msp_run_finished", record=record.to_dict())
@@ -106,18 +115,12 @@ def recover(
 
 
 def recover_pruned(
-    step: RecoveryStep,
-    source: ModelSource,
-    model: PreTrainedModel,
-    pruned: Pruned,
-    out: Path,
-    record: RunRecord,
-) -> RunRecord:
-    """Recover, in place, a model that was just pruned, and return its record with that stage.
+    step: RecoveryStep, source: ModelSource, model: PreTrainedModel, pruned: Pruned, out: Path
+) -> Recovered:
+    """Recover, in place, a model that was just pruned; all ranks do it together.
 
     Args:
         source: of the dense model.
-        record: of the pruning, measured.
 
     Raises:
         MSPError: see RecoveryStep.run.
@@ -127,13 +130,9 @@ def recover_pruned(
     masks = Masks.of(model, list(allocation.by_layer))
     step.recovery.check(model, masks)
     original = source.load()
-    before = {
-        DENSE: Measured(record.perplexity.get(DENSE)),
-        PRUNE: Measured(record.stages[-1].perplexity, step.divergence("mixed", model, original)),
-    }
+    before = {PRUNE: Measured(kl=step.divergence("mixed", model, original))}
     key = digest({**step.identity(model, original), "out": str(out)})
-    stage = step.run(model, original, masks, allocation, key)
-    return with_recovery(record, Recovered(stage, before))
+    return Recovered(step.run(model, original, masks, allocation, key), before)
 
 
 def _record(

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from msp_plugin.passes.losses import perplexity
 from msp_plugin.progress import prefixed
 from msp_plugin.records.parts import ModelRecord
 from msp_plugin.records.run import DENSE, PRUNE, RECOVERED, UNIFORM, RunRecord, StageRecord
-from msp_plugin.recovery.record import Recovered, with_recovery
+from msp_plugin.recovery.record import Measured, Recovered, with_recovery
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.disk import check_free, writing
@@ -140,14 +140,14 @@ class RunSteps:
         pruned: Pruned,
         before: Sequence[StageRecord],
         seconds: float,
-        recover: Callable[[RunRecord], RunRecord] | None = None,
+        recover: Callable[[], Recovered | None] = lambda: None,
     ) -> RunRecord:
         """Return the record of the run, after measuring the pruned model and writing the directory.
 
         Args:
             before: the stages of the models that the result is compared with.
             seconds: time of the host's work.
-            recover: recovers the pruned model, and returns its record with that stage.
+            recover: recovers the pruned model, or does nothing and returns None.
 
         Raises:
             OutputError: the directory cannot be written; the error names where the pruned model is kept.
@@ -167,9 +167,13 @@ class RunSteps:
         )
         with kept():
             record = self._with_recipe_recoveries(model, record, before, pruned.recovered)
-        if recover is not None:
-            with kept():
-                record = recover(record)
+        with kept():
+            recovered = recover()
+        if recovered is not None:
+            dense, sparse = Measured(record.perplexity.get(DENSE)), record.stages[-1].perplexity
+            sparse_measured = replace(recovered.before[PRUNE], perplexity=sparse)
+            known = {DENSE: dense, PRUNE: sparse_measured}
+            record = with_recovery(record, replace(recovered, before=known))
         with writing(self.out), output_directory(self.out) as temporary, kept():
             with warnings.catch_warnings(), generation_config_kept(model, temporary):
                 warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
