@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
+from msp_plugin.models.held import held, read_from
 from msp_plugin.models.layers import decoder_blocks
-from msp_plugin.models.offload import offloaded_module
+from msp_plugin.models.offload import check_loadable, offload_cache
 from msp_plugin.passes.by_block import runs_by_block
 from msp_plugin.passes.gradients import BACKWARD
 from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult
@@ -73,6 +74,7 @@ class Blockwise(Recovery):
     """
 
     name = "blockwise"
+    offloads = True
 
     blocks: int = 0
     epochs: int = 4
@@ -88,10 +90,12 @@ class Blockwise(Recovery):
             raise RecipeError("blockwise: decay must be at least 0")
 
     def check(self, model: PreTrainedModel, masks: Masks) -> None:
-        if (name := offloaded_module(model)) is not None:
+        check_loadable(model)
+        cached = [name for name, module in model.named_modules() if offload_cache(module) is not None]
+        if cached:
             raise ModelError(
-                f"blockwise trains weights in memory, and those of {name} are offloaded",
-                hint="leave only the original's weights on disk",
+                f"compressed-tensors offloads the weights of {cached[0] or 'the model'}, and blockwise cannot change them",
+                hint="load the model into memory, or by accelerate with a device_map",
             )
 
     def recover(self, inputs: RecoveryInputs) -> RecoveryResult:
@@ -147,19 +151,21 @@ class _Walk:
         course = _Course()
         count = len(self.windows)
         for number, window in enumerate(self.windows):
-            self.dense = self._through(window, self.original, self.dense)
-            trained = trained_parameters(self.model, window, self.inputs.masks)
-            restored = self._restored(number, trained)
-            if restored is None:
-                if number == 0:
-                    self._measure(course)
-                self._train(number, window, trained, course)
-                if (number + 1) * _MEASUREMENTS // count > number * _MEASUREMENTS // count:
-                    self._measure(course)
-                self.ranks.on_rank_zero(partial(_save, self._file(number), trained, course))
-            else:
-                course = restored
-            self.own = self._through(window, self.model, self.own)
+            self._through(window, self.original, self.dense)
+            with held(self.blocks[window.first : window.last + 1], writable=True):
+                trained = trained_parameters(self.model, window, self.inputs.masks)
+                restored = self._restored(number, trained)
+                if restored is None:
+                    if number == 0:
+                        self._measure(course)
+                    self._train(number, window, trained, course)
+                    if (number + 1) * _MEASUREMENTS // count > number * _MEASUREMENTS // count:
+                        self._measure(course)
+                    self.ranks.on_rank_zero(partial(_save, self._file(number), trained, course))
+                else:
+                    course = restored
+                self._through(window, self.model, self.own)
+            read_from(self.model, self._file(number), [each.name for each in trained])
             self.inputs.progress("recovery", number + 1, count, course.note)
         return RecoveryResult(course.tokens, tuple(course.curve), tuple(course.notes))
 
@@ -183,23 +189,22 @@ class _Walk:
             return
 
         with self._fitting(window, trained, first) as fit_at:
-            start = Fit(before, state_of(trained))
-            fits = [start]
-            rates = self.method.rates
-            if len(rates) > 1:
-                trial = min(_TRIAL_STEPS, self.batches)
-                trials = [fit_at(start, Schedule(trial, rate, self.method.decay), number) for rate in rates]
-                rates = (rates[min(range(len(rates)), key=lambda i: trials[i].error)],)
-                fits += trials
-            steps = self.method.epochs * self.batches
-            fits.append(fit_at(start, Schedule(steps, rates[0], self.method.decay), number))
-        best = min(fits, key=lambda result: result.error)
+            start = best = Fit(before, state_of(trained))
+            rate, least, done, finite = self.method.rates[0], math.inf, 0, True
+            trial = min(_TRIAL_STEPS, self.batches)
+            trials = [(trial, each) for each in self.method.rates if len(self.method.rates) > 1]
+            for steps, each in [*trials, (self.method.epochs * self.batches, None)]:
+                result = fit_at(start, Schedule(steps, each or rate, self.method.decay), number)
+                if each is not None and result.error < least:
+                    rate, least = each, result.error
+                best = min(best, result, key=lambda fit: fit.error)
+                done, finite = done + result.steps, finite and result.finite
         set_state(trained, best.state)
-        course.tokens += self._cost(window, sum(result.steps for result in fits))
-        if not all(result.finite for result in fits):
+        course.tokens += self._cost(window, done)
+        if not finite:
             course.notes.append(f"{name}: a loss was not finite, the best state before it stays")
             log.warning(course.notes[-1])
-        course.note = f"{name}: rate {rates[0]:g}, error {before:.3g}, then {best.error:.3g}"
+        course.note = f"{name}: rate {rate:g}, error {before:.3g}, then {best.error:.3g}"
 
     @contextmanager
     def _fitting(
@@ -253,12 +258,12 @@ class _Walk:
         return sum(w * e for w, e in zip(weights, sums, strict=True)) / sum(weights)
 
     @torch.no_grad()
-    def _through(
-        self, window: Window, model: torch.nn.Module, hidden: Sequence[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:
-        """Return the hidden states behind a window of a model by batch."""
-        pairs = zip(self.ids, hidden, strict=True)
-        return [window.run(model, ids, state) if len(ids) else None for ids, state in pairs]
+    def _through(self, window: Window, model: torch.nn.Module, hidden: list[torch.Tensor | None]) -> None:
+        """Replace the hidden states before a window of a model by those behind it."""
+        with held(decoder_blocks(model)[1][window.first : window.last + 1]):
+            for batch, ids in enumerate(self.ids):
+                if len(ids):
+                    hidden[batch] = window.run(model, ids, hidden[batch])
 
     def _cost(self, window: Window, steps: int) -> int:
         """Return the tokens of some steps in a window, as tokens through all blocks; the hold-out is left out."""
@@ -319,11 +324,11 @@ def _restore(file: Path, trained: Sequence[Trained]) -> _Course | None:
 @contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
     """Let no parameter of a model require gradients in the block, but those that the block names."""
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        for parameter in required:
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
+        for name, flag in required.items():  # holding an offloaded parameter makes a new one
+            model.get_parameter(name).requires_grad_(flag)

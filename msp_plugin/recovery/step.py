@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from msp_plugin.data.samples import Text, load_split
 from msp_plugin.errors import DataError, NumericsError
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
+from msp_plugin.models.offload import offloaded_module
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import spec_of
 from msp_plugin.records.run import DENSE, PRUNE, RECOVER, RecoveryRecord, StageRecord
@@ -169,7 +171,7 @@ class RecoveryStep:
             MSPError: see the method.
         """
         recovery, start = self.recovery, time.monotonic()
-        with self._folder(key) as folder, ExitStack() as stack:
+        with self._folder(key, model) as folder, ExitStack() as stack:
             stack.enter_context(freed_memory_kept())
             for each in (model, original):
                 if each is not None:
@@ -220,8 +222,11 @@ class RecoveryStep:
         )
 
     @contextmanager
-    def _folder(self, key: str) -> Iterator[Path]:
-        """Yield the directory for the state of this recovery, which is removed if the block succeeds on all ranks."""
+    def _folder(self, key: str, model: PreTrainedModel) -> Iterator[Path]:
+        """Yield the directory for the state of this recovery, which is removed if the block succeeds on all ranks.
+
+        An offloaded model may read its changed weights there: it is removed with the model.
+        """
         folder, ranks = cache_directory(self.cache) / "recovery" / key[:24], self.context.ranks
 
         def make() -> None:
@@ -233,7 +238,10 @@ class RecoveryStep:
         ranks.on_rank_zero(make)
         yield folder
         ranks.gather(lambda: None)
-        ranks.on_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
+        if ranks.rank == 0 and offloaded_module(model) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif ranks.rank == 0:
+            weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
 
 
 def _sensitivities(allocation: Allocation | None) -> dict[str, float]:

@@ -65,10 +65,10 @@ def prune(
     plugins = Plugins()
     resolved = resolve(Options.parse(options), plugins)
     recovery = None if recover is None else plugins.build("recoveries", recover)
-    if recovery is not None and offload:
+    if recovery is not None and offload and not recovery.offloads:
         raise RecipeError(
-            "a recovery changes weights in memory, and with offload they are on disk",
-            hint="prune with offload, and recover the result with `msp recover`",
+            f"recovery {recovery.name!r} changes weights in memory, and with offload they are on disk",
+            hint="use blockwise, or prune without offload",
         )
     source = ModelSource(model, dtype, trust_remote_code, offload, resolved.cache)
     text = data if isinstance(data, Text) else Text(data)

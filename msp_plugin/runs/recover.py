@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msp_plugin.checkpoint.run_files import copy_processor
-from msp_plugin.checkpoint.saving import SHARD_BYTES, generation_config_kept, kept_if_it_fails
+from msp_plugin.checkpoint.saving import generation_config_kept, kept_if_it_fails
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import Text
 from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.base import Pruned
+from msp_plugin.hosts.builtin import BuiltIn
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.records.parts import ModelRecord
@@ -68,7 +69,7 @@ def recover(
         original: directory or hub id of the dense model; None where the method needs none.
         method: name of a recovery, or a mapping with ``name`` and options.
         seed: of the method's random choices.
-        offload: leave the weights of the original on disk.
+        offload: leave the weights of the original on disk, and those of the sparse model if the method can.
         cache: where the state of a stopped recovery lies; None is the default cache.
 
     Returns:
@@ -84,7 +85,7 @@ def recover(
             f"recovery {recovery.name!r} needs the dense model",
             hint="name the dense model as its original",
         )
-    sparse = ModelSource(run, dtype, trust_remote_code, False, cache)
+    sparse = ModelSource(run, dtype, trust_remote_code, offload and recovery.offloads, cache)
     dense = None if original is None else ModelSource(original, dtype, trust_remote_code, offload, cache)
     ranks = context.ranks
     with ExitStack() as stack:
@@ -191,7 +192,7 @@ def _write(
     kept = partial(kept_if_it_fails, model, path, records, source.cache)
     with writing(path), output_directory(path) as temporary, kept():
         with generation_config_kept(model, temporary):
-            model.save_pretrained(temporary, max_shard_size=SHARD_BYTES)
+            BuiltIn(Plugins()).save(model, temporary)
         tokenizer.save_pretrained(temporary)
         copy_processor(model, temporary)
         records(temporary)

@@ -1,5 +1,6 @@
 """Whole recoveries, through the command and from Python, on tiny runs."""
 
+import gc
 import json
 import math
 import shutil
@@ -20,17 +21,6 @@ from msp_plugin.runs.recover import recover
 
 SMALL = ["--samples", "12", "--length", "24", "--test-samples", "4"]
 QUICK = ["--set", "blockwise.epochs=2", "--set", "blockwise.rates=[0.06]"]
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = [
-        f"The cat sat on mat {i}, and the dog sat on log {i * 7 % 23}; two of every four weights.\n"
-        for i in range(80)
-    ]
-    path.write_text("".join(lines))
-    return path
 
 
 @pytest.fixture
@@ -310,3 +300,27 @@ def test_a_failed_save_keeps_the_recovered_model(with_recovery, run_dir, text, t
 
 def test_recover_is_a_public_name():
     assert msp_plugin.recover is recover
+
+
+def test_models_on_disk_give_the_bytes_of_models_in_memory(msp, run_dir, llama_dir, corpus, tmp_path):
+    records = []
+    for name, offload in (("memory", []), ("disk", ["--offload"])):
+        msp("recover", run_dir, "--original", llama_dir, "--data", corpus, "--out", tmp_path / name, *SMALL, *QUICK,
+            "--fresh", *offload)  # fmt: skip
+        records.append(json.loads((tmp_path / name / "run.json").read_text()))
+    assert (tmp_path / "memory" / "model.safetensors").read_bytes() == (
+        tmp_path / "disk" / "model.safetensors"
+    ).read_bytes()
+    assert records[0]["perplexity"] == records[1]["perplexity"] and records[0]["kl"] == records[1]["kl"]
+    gc.collect()
+    assert not list((tmp_path / "cache").glob("*/*"))
+
+
+@pytest.mark.slow
+def test_a_model_that_was_pruned_on_disk_is_recovered_there(msp, llama_dir, corpus, tmp_path):
+    for name, offload in (("memory", []), ("disk", ["--offload"])):
+        msp("prune", llama_dir, "-s", "0.5", "--levels", "2:4", "--allocator", "uniform", "-m", "wanda", "--data", corpus,
+            *SMALL, "--recover", "blockwise", *QUICK, "--cache", tmp_path / name, "--out", tmp_path / f"out-{name}",
+            *offload)  # fmt: skip
+    files = [(tmp_path / f"out-{name}" / "model.safetensors").read_bytes() for name in ("memory", "disk")]
+    assert files[0] == files[1]
