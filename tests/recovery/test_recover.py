@@ -3,7 +3,10 @@
 import gc
 import json
 import math
+import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -216,6 +219,10 @@ def change_tokenizer(path):
 BAD = {
     "dense run": (lambda run, dense: {"run": dense}, "the model is dense, there is nothing to keep"),
     "no original": (lambda run, dense: {"original": None}, "needs the dense model"),
+    "a loss without targets": (
+        lambda run, dense: {"original": None, "method": "full", "set": "full.kl_weight=0.5"},
+        "needs the dense model",
+    ),
     "another model": (lambda run, dense: {"original": "demo:qwen2"}, "is not the original of"),
     "another tokenizer": (lambda run, dense: change_tokenizer(dense), "another tokenizer"),
     "no text": (lambda run, dense: {"data": "nowhere.txt"}, "nowhere.txt"),
@@ -283,6 +290,26 @@ def test_an_output_that_exists_and_a_full_disk_are_refused(run_dir, llama_dir, t
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OutputError, match="the recovered model takes 0.00 GiB"):
         recover(run_dir, text, tmp_path / "out", original=llama_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["blockwise", "full"])
+def test_a_disk_that_fills_meanwhile_is_named_and_the_same_command_goes_on(
+    method, run_dir, llama_dir, corpus, tmp_path
+):
+    options = ["full.tokens=800", "full.step_tokens=96"] if method == "full" else QUICK[1::2]
+    command = [sys.executable, "-m", "msp_plugin", "recover", run_dir, "--original", llama_dir, "--data", corpus, *SMALL,
+               "--method", method, *(part for option in options for part in ("--set", option)), "--cache", tmp_path / "cache",
+               "--out", tmp_path / "out"]  # fmt: skip
+
+    def little_room():  # no file may have more, as where a disk is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))
+
+    failed = subprocess.run(list(map(str, command)), capture_output=True, text=True, preexec_fn=little_room)
+    assert failed.returncode and "cannot write" in failed.stderr and "Traceback" not in failed.stderr
+    assert str(tmp_path / "cache" / "recovery") in failed.stderr and not (tmp_path / "out").exists()
+    assert subprocess.run(list(map(str, command)), capture_output=True).returncode == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_a_failed_save_keeps_the_recovered_model(with_recovery, run_dir, text, tmp_path, monkeypatch):
