@@ -48,7 +48,7 @@ class ModelError(MSPError):
 
 
 class BudgetError(MSPError):
-    """The levels cannot express the asked sparsity."""
+    """The levels cannot reach the requested sparsity."""
 
     exit_code = 2
 
@@ -60,7 +60,7 @@ class OutputError(MSPError):
 
 
 class HostError(MSPError):
-    """A host framework is missing, or did not do as it was asked."""
+    """A host framework is missing, or did something else than it was told to."""
 
 
 class NumericsError(MSPError):
@@ -72,14 +72,14 @@ class FormatError(MSPError):
 
 
 class ServingError(MSPError):
-    """A server did not start, stopped, or gave an answer of another form."""
+    """A server did not start, stopped, or answered in an unexpected form."""
 
 
 class VerificationError(MSPError):
     """A written checkpoint differs from its plan."""
 
 
-#: Most characters of one value in a message.
+#: A value in a message is cut to this many characters.
 _WIDEST = 100
 _QUOTED = reprlib.Repr()
 _QUOTED.maxlevel, _QUOTED.maxstring, _QUOTED.maxlong, _QUOTED.maxother = 3, _WIDEST, _WIDEST, _WIDEST
@@ -96,7 +96,7 @@ def plain(name: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint that lists the known words, and first the one nearest to ``name`` if any is near."""
+    """Return a hint that lists the known names, after "did you mean" and the closest one if any is close."""
     known = sorted(known)
     close = difflib.get_close_matches(str(name)[:_WIDEST], known, n=1, cutoff=0.5)
     if close:

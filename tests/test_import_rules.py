@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,18 +32,21 @@ FRAMEWORKS = {
 WITHOUT_TORCH = ("plan/", "allocators/", "records/")
 
 
+@cache
 def imports(file):
-    """Yield (name, inside a function) of every import; ``from a import b`` counts as ``a.b`` where that is a module."""
+    """Return (name, inside a function) of every import; ``from a import b`` counts as ``a.b`` where that is a module."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in lazy) for alias in node.names)
+            found += [(alias.name, id(node) in lazy) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} has a relative import"
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
-                yield (name if is_module(name) else node.module), id(node) in lazy
+                found.append((name if is_module(name) else node.module, id(node) in lazy))
+    return found
 
 
 def is_module(name):

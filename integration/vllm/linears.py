@@ -62,6 +62,9 @@ QKV = Kind(qkv, "self_attn.qkv_proj", ("q_proj", "q", 64), ("k_proj", "k", 32), 
 KINDS = {"column": COLUMN, "row": ROW, "replicated": REPLICATED, "merged": MERGED, "qkv": QKV}
 Q, K, V = QKV.rows
 GATE, UP = MERGED.rows
+#: Fused linears of which some shards are packed, and some dense.
+MIXED = [(QKV, (Q, K)), (QKV, (V,)), (MERGED, (GATE,)), (MERGED, (UP,))]
+MIXED_NAMES = ["qk", "v", "gate", "up"]
 
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 

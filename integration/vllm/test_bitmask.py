@@ -14,6 +14,8 @@ from linears import (
     KINDS,
     MAPPING,
     MERGED,
+    MIXED,
+    MIXED_NAMES,
     QKV,
     REPLICATED,
     ROW,
@@ -45,8 +47,6 @@ from msp_plugin.serving.vllm import register
 from msp_plugin.serving.vllm.config import BitmaskConfig, Sparse24Config
 
 FORMAT = SparseBitmask()
-MIXED = [(QKV, (Q, K)), (QKV, (V,)), (MERGED, (GATE,)), (MERGED, (UP,))]
-MIXED_NAMES = ["qk", "v", "gate", "up"]
 
 
 def sparse(weights, share=0.6):

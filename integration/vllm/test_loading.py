@@ -13,6 +13,8 @@ from linears import (
     GATE,
     KINDS,
     MERGED,
+    MIXED,
+    MIXED_NAMES,
     QKV,
     REPLICATED,
     ROW,
@@ -43,13 +45,6 @@ from msp_plugin.errors import FormatError, ServingError
 from msp_plugin.formats.sparse24 import SUFFIXES, pack
 from msp_plugin.serving.vllm.config import Sparse24Config
 
-MIXED = [
-    (QKV, (Q, K)),
-    (QKV, (V,)),
-    (MERGED, (GATE,)),
-    (MERGED, (UP,)),
-]
-
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize(
@@ -62,10 +57,7 @@ MIXED = [
     ids=[
         *(f"{name}-packed" for name in KINDS),
         *(f"{name}-dense" for name in KINDS),
-        "qk",
-        "v",
-        "gate",
-        "up",
+        *MIXED_NAMES,
     ],
 )
 def test_a_linear_computes_what_vllms_own_does_bit_for_bit(kind, packed, bias):
@@ -137,7 +129,7 @@ def test_each_of_two_processes_holds_its_rows(kind, form, rank):
     assert torch.equal(weight_in(layer), torch.cat([halves(w, rank) for w in weights.values()]))
 
 
-@pytest.mark.parametrize(("kind", "packed"), MIXED, ids=["qk", "v", "gate", "up"])
+@pytest.mark.parametrize(("kind", "packed"), MIXED, ids=MIXED_NAMES)
 def test_each_of_two_processes_holds_its_rows_of_mixed_parts(kind, packed, rank):
     weights = weights_of(kind, packed)
     layer = served(kind, checkpoint_of(weights, packed), packed)

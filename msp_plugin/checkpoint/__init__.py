@@ -1,1 +1,1 @@
-"""Checkpoints: read, load, pack and export them, write the records beside them, and count their zeros."""
+"""Checkpoints: read, load, pack and export them, write their records, and count their zeros."""

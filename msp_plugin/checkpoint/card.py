@@ -27,7 +27,7 @@ def model_card(source: Checkpoint, manifest: Manifest, format: PackedFormat | No
 
     Args:
         source: the checkpoint that was exported.
-        format: the one that the export's layers are packed in; None for a dense export.
+        format: the format of the packed layers; None for a dense export.
     """
     if manifest.structure:
         return _smaller_card(source, manifest)
@@ -38,14 +38,14 @@ def model_card(source: Checkpoint, manifest: Manifest, format: PackedFormat | No
         _use(source, format),
         _levels(source),
         _recovered(source),
-        "Files: `allocation.json` says which layer has which level, `export.json` what the files must hold "
-        "(`msp verify` checks both), `run.json` how the run that pruned it went, where they are there.\n",
+        "Files, as far as they are there: `allocation.json` gives the level of each layer, `export.json` what the "
+        "files must hold (`msp verify` checks both), `run.json` the record of the run that pruned the model.\n",
     ]
     return "\n".join(part for part in parts if part)
 
 
 def _smaller_card(source: Checkpoint, manifest: Manifest) -> str:
-    """Return the card of a model without its heads, channels and halves that did nothing."""
+    """Return the card of a smaller model: heads, channels and halves that did nothing are left out."""
     own = manifest.format == "small"
     kept = sum(math.prod(shape) for shape in manifest.tensors.values())
     weights = sum(math.prod(source.dense_info(name).shape) for name in source.dense_names)
@@ -57,8 +57,8 @@ def _smaller_card(source: Checkpoint, manifest: Manifest) -> str:
             f"{kept:,} of {weights:,} weights: heads and channels that did nothing are left out, and {dropped} of "
             f"{len(manifest.structure)} attentions and MLPs. `export.json` says which ones stay.\n",
             _SMALL_USE if own else _UNIFORM_USE,
-            "Files: `export.json` says what the files must hold (`msp verify` checks it), `run.json` how the run that "
-            f"pruned it went{', `per_layer_config` in config.json how wide each block is' if own else ''}.\n",
+            "Files: `export.json` gives what the files must hold (`msp verify` checks it), `run.json` the record of the "
+            f"run that pruned the model{', `per_layer_config` in config.json the width of each block' if own else ''}.\n",
         ]
     )
 
@@ -74,7 +74,7 @@ def _use(source: Checkpoint, format: PackedFormat | None) -> str:
 
 
 def _contents(source: Checkpoint, manifest: Manifest, format: PackedFormat | None) -> str:
-    """Return what the files hold: the format, the bytes, and why layers stay dense."""
+    """Return the paragraph on the format, its bytes, and why layers stay dense."""
     if format is None and source.quantization is not None:
         return "The weights are quantized as config.json says; the pruned ones are zeros.\n"
     if format is None:
@@ -134,8 +134,7 @@ model = msp_plugin.load("THIS_DIRECTORY")
 ```
 
 Without `msp_plugin`, transformers fails on it (`'NoneType' object has no attribute 'config_groups'`) and vLLM
-from 0.19 on refuses it. Those who do not have `msp_plugin` need the dense form, bit for bit the same weights,
-written where it is installed:
+from 0.19 on refuses it. For machines without `msp_plugin`, write the dense form, with the same weights bit for bit:
 
 ```bash
 msp export THIS_DIRECTORY --to dense --out dense
@@ -156,7 +155,7 @@ packed` writes them packed.
 
 
 def _recovered(source: Checkpoint) -> str:
-    """Return what recovered the pruned weights, and its gain; empty for a run without recovery."""
+    """Return the section on the recoveries and their gain; empty for a run without one."""
     record = RunRecord.beside(source.path)
     stages = () if record is None else record.stages
     lines = []

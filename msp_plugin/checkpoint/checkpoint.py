@@ -31,7 +31,7 @@ class Checkpoint:
         tensors: the headers of its safetensors files.
         packed: names of the layers that are stored packed, in the config's order; empty in a dense
             checkpoint.
-        format: the format that they are packed in; None in a dense checkpoint.
+        format: the format of the packed layers; None in a dense checkpoint.
     """
 
     path: Path
@@ -46,13 +46,12 @@ class Checkpoint:
         """Return the checkpoint in a directory.
 
         Args:
-            formats: of packed weights that are read; None for the built-in ones and those of installed
-                plugins.
+            formats: the formats of packed weights to try; None for the built-in ones and those of plugins.
 
         Raises:
-            ModelError: no model's directory.
-            FormatError: a damaged file, a sparsity format that this package does not read, or a config and
-                tensors that contradict each other.
+            ModelError: the directory holds no model.
+            FormatError: a file is damaged, the sparsity format is unknown, or config and tensors contradict each
+                other.
         """
         path = Path(path).expanduser()
         if not (path / "config.json").is_file():
@@ -69,14 +68,14 @@ class Checkpoint:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The quantization_config of a checkpoint that is quantized, None for one that is merely packed."""
+        """The quantization_config of a quantized checkpoint; None for a packed or plain one."""
         return None if self.packed else self.config.get("quantization_config")
 
     @cached_property
     def allocation(self) -> Allocation | None:
         """The allocation beside the tensors, checked against them; None if there is none.
 
-        Its layers have the names of the tensors, which may differ from those of a model's modules.
+        Its layers are named as in the files, which may differ from the names of a model's modules.
 
         Raises:
             RecipeError: it is damaged.
@@ -102,7 +101,7 @@ class Checkpoint:
         return allocation
 
     def packing_in(self, format: PackedFormat) -> Packing:
-        """Return the layers of a dense checkpoint that a format packs; may read every weight once."""
+        """Return which layers of a dense checkpoint a format packs; may read every weight once."""
         if format.name not in self._packings:
             self._packings[format.name] = sort_layers(
                 self.tensors, self.allocation, format, lambda layer: self.tensors.read(f"{layer}.weight")
@@ -135,7 +134,8 @@ class Checkpoint:
         wrong = lost or self.manifest.differences(self.path)
         if wrong:
             raise FormatError(
-                f"{self.path} is not what was exported: {'; '.join(wrong[:3])}", hint="copy or export it anew"
+                f"{self.path} is not what was exported: {'; '.join(wrong[:3])}",
+                hint="copy or export it again",
             )
 
     @cached_property
@@ -144,7 +144,7 @@ class Checkpoint:
         return Manifest.read(self.path)
 
     def shape_of(self, layer: str) -> tuple[int, ...] | None:
-        """Return the shape of a layer's weight, None if it is not there."""
+        """Return the shape [out, in] of a layer's weight; None if there is none."""
         name = f"{layer}.weight"
         return self.dense_info(name).shape if name in self.dense_names else None
 
@@ -158,7 +158,7 @@ class Checkpoint:
 
     @cached_property
     def dense_names(self) -> dict[str, str | None]:
-        """By each tensor of the dense form, in order: the packed layer that it comes from, or None."""
+        """The tensors of the dense form in order; the value is the packed layer that one comes from, or None."""
         names: dict[str, str | None] = {}
         packed, suffixes = frozenset(self.packed), self.format.suffixes if self.format else ()
         for name in self.tensors:
@@ -196,9 +196,9 @@ class Checkpoint:
 
 
 def _check_config(config: dict[str, Any], file: Path) -> None:
-    """Raise unless what is read of a config besides its quantization has the right type."""
+    """Raise FormatError unless the entries that are read here have the right type; quantization is checked elsewhere."""
     names, most = config.get("architectures"), config.get("max_position_embeddings")
     if not (names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names))):
-        raise FormatError(f"{file}: architectures is {shown(names)}, no list of names")
+        raise FormatError(f"{file}: architectures is {shown(names)}, expected a list of names")
     if not (most is None or (isinstance(most, int) and not isinstance(most, bool) and most > 0)):
-        raise FormatError(f"{file}: max_position_embeddings is {shown(most)}, no count")
+        raise FormatError(f"{file}: max_position_embeddings is {shown(most)}, expected a count")

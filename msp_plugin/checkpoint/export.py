@@ -1,4 +1,4 @@
-"""Exports: a checkpoint written in another form, tensor by tensor, into a new directory."""
+"""Export a checkpoint: write it in another form, tensor by tensor, into a new directory."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from msp_plugin.runtime.locks import sole_output
 
 log = logging.getLogger(__name__)
 
-#: Weights in other formats, and what an export writes itself; all other files are kept.
+#: Files with weights; an export writes its own and copies all other files.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 CARD_FILE = "README.md"
-#: The allocation of the model that a smaller one was cut from.
+#: In a smaller model, the allocation of the model that it was cut from.
 SOURCE_ALLOCATION_FILE = "allocation.source.json"
 _REWRITTEN = ("config.json", INDEX, MANIFEST_FILE)
 
@@ -65,7 +65,7 @@ def export_checkpoint(
     """Export a checkpoint's directory into a new one, which appears whole or not at all; return its manifest.
 
     Raises:
-        MSPError: the source is damaged, cannot be exported so, or the output cannot be written.
+        MSPError: the source is damaged or cannot take this form, or the output cannot be written.
     """
     with sole_output(out) as path:
         opened = Checkpoint.open(source)
@@ -82,9 +82,9 @@ def export_checkpoint(
 
 
 def allowed_forms(source: str | Path, exporters: Iterable[Exporter]) -> dict[str, dict[str, Any]]:
-    """Return by exporter's name about how many ``bytes`` its export takes, and why it is ``refused``; one is None.
+    """Return for each exporter ``bytes``, the approximate size of its export, or why it is ``refused``; the other is None.
 
-    Weights are read, nothing is written.
+    Reads weights; writes nothing.
 
     Raises:
         MSPError: the source is no checkpoint, or damaged.
@@ -118,7 +118,7 @@ class Sharded(Exporter):
 
 @dataclass(frozen=True)
 class Dense(Sharded):
-    """Plain dense safetensors with zeros, bit for bit the weights of a dense or packed checkpoint."""
+    """Plain dense safetensors with zeros: the weights of a dense or packed checkpoint, bit for bit."""
 
     name = "dense"
 
@@ -138,10 +138,9 @@ class Dense(Sharded):
 
 @dataclass(frozen=True)
 class PackedExporter(Sharded):
-    """Layers packed in ``format``, all else dense. A plugin's exporter gives ``name`` and ``format``.
+    """Layers packed in ``format``, all else dense. A plugin's exporter sets ``name`` and ``format``.
 
-    The format decides by a layer's level (allocation.json), or, without one, by its weights; and whether layers
-    that inference fuses are packed all or none.
+    The format decides which layers: by their level in allocation.json, or without an allocation by their weights.
     """
 
     format: ClassVar[PackedFormat]
@@ -213,7 +212,7 @@ class PackedExporter(Sharded):
             yield name, info, layer if layer != name and layer in packed else None
 
     def _packed_sizes(self, source: Checkpoint) -> dict[str, dict[str, int]]:
-        """Return by packed layer the bytes of its tensors by suffix; at most those, without an allocation."""
+        """Return the bytes of each packed layer's tensors by suffix; upper bounds if there is no allocation."""
         sizes = {}
         for _, info, layer in self._planned(source):
             if layer is not None:
@@ -226,7 +225,7 @@ class PackedExporter(Sharded):
     def _tensors(
         self, source: Checkpoint, packed_bytes: dict[str, int], negative_zeros: dict[str, int]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the export's tensors; note each layer's packed bytes, and its negative zeros that became positive."""
+        """Yield the export's tensors, and fill in each layer's packed bytes and its negative zeros made positive."""
         for name, _, layer in self._planned(source):
             tensor = source.tensors.read(name)
             if layer is None:
@@ -244,8 +243,8 @@ class PackedExporter(Sharded):
 class Sparse24(PackedExporter):
     """Servable layers packed as two of four weights and a bitmask; all else dense.
 
-    The layers are those whose level runs on 2:4 kernels (allocation.json), or, without one, those whose
-    weights are 2:4. Layers that inference fuses are packed all or none.
+    A layer is servable if its level in allocation.json runs on 2:4 kernels, or without an allocation if its weights
+    are 2:4. Layers that inference fuses are packed all or none.
     """
 
     name = "sparse24"
@@ -254,7 +253,7 @@ class Sparse24(PackedExporter):
 
 @dataclass(frozen=True)
 class Bitmask(PackedExporter):
-    """Layers packed as their nonzero weights and a bitmask, at any level; dense where that takes no fewer bytes."""
+    """Layers packed as their nonzero weights and a bitmask, at any level; dense where packing saves no bytes."""
 
     name = "bitmask"
     format = SparseBitmask()
@@ -265,7 +264,7 @@ class Tensors:
     """The tensors of an export, made one at a time.
 
     Args:
-        sizes: by name, in order, the most bytes that a tensor takes.
+        sizes: by name, in order, at least the bytes of each tensor.
         made: yields (name, tensor) in that order.
     """
 
@@ -286,9 +285,9 @@ def write_export(
 
     Args:
         config: the contents of the export's config.json.
-        about: returns further fields of the manifest, once all tensors were made.
+        about: returns further fields of the manifest; called after the last tensor.
     """
-    source.allocation  # noqa: B018 - an allocation of another model fails here, before anything is written
+    source.allocation  # noqa: B018 - raises for another model's allocation before anything is written
     writer, shapes = ShardWriter(directory, tensors.sizes, exporter.shard_bytes), {}
     for i, (name, tensor) in enumerate(tensors.made, 1):
         shapes[name] = list(tensor.shape)
@@ -297,10 +296,8 @@ def write_export(
     files = writer.finish()
     copy_other_files(source.path, directory)
     details = about()
-    if details.get("structure") and (directory / ALLOCATION_FILE).is_file():
-        (directory / ALLOCATION_FILE).rename(
-            directory / SOURCE_ALLOCATION_FILE
-        )  # its layers have other shapes
+    if details.get("structure") and (directory / ALLOCATION_FILE).is_file():  # its layers have other shapes
+        (directory / ALLOCATION_FILE).rename(directory / SOURCE_ALLOCATION_FILE)
     write_json(directory / "config.json", config)
     names = (INDEX, "config.json", ALLOCATION_FILE, SOURCE_ALLOCATION_FILE, RUN_FILE)
     records = [directory / name for name in names]
@@ -312,17 +309,16 @@ def write_export(
 
 
 def copy_other_files(source: Path, directory: Path) -> None:
-    """Copy what is no weight and is not written anew: tokenizer, records, code, whatever is there.
+    """Copy all files but weights and those that an export writes itself: tokenizer, records, code.
 
-    Links are followed, hidden files left out. A model card of the source becomes ``README.source.md``.
+    Links are followed, hidden files left out. The source's model card becomes ``README.source.md``.
     """
     for file in sorted(source.iterdir()):
         if file.name.startswith(".") or file.name in _REWRITTEN or file.suffix in _NOT_COPIED:
             continue
         if file.name.endswith(".index.json"):
             continue
-        ours = file.name == CARD_FILE and (source / MANIFEST_FILE).is_file()
-        if ours:
+        if file.name == CARD_FILE and (source / MANIFEST_FILE).is_file():  # the card of an earlier export
             continue
         target = directory / (_card_name(source) if file.name == CARD_FILE else file.name)
         try:

@@ -33,18 +33,18 @@ def load(
 ) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU.
 
-    A packed checkpoint becomes a dense model with the same weights, bit for bit; one that ``msp export --to small`` wrote
-    transformers' own class with blocks of their own widths.
+    A packed checkpoint becomes a dense model with the same weights, bit for bit. One of ``msp export --to small``
+    becomes a model of transformers' own class whose blocks have different widths.
 
     Args:
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        checksums: compare the files with the SHA-256 in export.json first, where there is one.
+        checksums: first compare the files with the checksums in export.json, if there is one.
         trust_remote_code: run the model repository's code.
         offload: leave the weights of a dense checkpoint on disk (see load_model).
         cache: the directory for offloaded weights that change; None is the default cache.
 
     Raises:
-        ModelError: there is no such model, transformers cannot load it, or it is packed and to be offloaded.
+        ModelError: there is no such model, transformers cannot load it, or ``offload`` is given for a packed one.
         FormatError: files are damaged, or config and tensors contradict each other.
     """
     path = local_directory(source, trust_remote_code)
@@ -83,7 +83,7 @@ def is_packed(source: str | Path) -> bool:
 
 
 def local_directory(source: str | Path, trust_remote_code: bool) -> Path | None:
-    """Return the directory of a model, downloaded if it is a packed one of the hub; None for all others."""
+    """Return a model's directory; a packed model of the hub is downloaded, for any other hub id None is returned."""
     path = Path(source).expanduser()
     if (path / "config.json").is_file():
         return path
@@ -116,12 +116,12 @@ def from_tensors(
 
     Args:
         dtype: as for ``load``.
-        tensors: by the names of the checkpoint.
+        tensors: by their names in the checkpoint.
         prepare: changes the model's modules before its tensors are loaded; the model is on the meta device.
 
     Raises:
         ModelError: transformers cannot load it.
-        FormatError: a tensor is missing, or has no place.
+        FormatError: a tensor is missing, or the model has no place for one.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -166,13 +166,13 @@ def _prepared(
 
 
 def _in_memory(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Return the tensors of the dense form, in memory of their own: none is mapped from a file."""
+    """Return the tensors of the dense form as copies in memory, none mapped from a file."""
     packed = {name for name, layer in checkpoint.dense_names.items() if layer is not None}
     return {name: t if name in packed else t.clone() for name, t in checkpoint.dense_tensors()}
 
 
 def _dtype_of(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
-    """Return the dtype that the config names, as for a dense model, else that of the weights."""
+    """Return the dtype that the config names; without one, the dtype of the weights."""
     named = getattr(config, "dtype", None)
     if isinstance(named, torch.dtype):
         return named
@@ -180,7 +180,11 @@ def _dtype_of(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
 
 
 def _complete(model: PreTrainedModel, report: dict[str, Any], checkpoint: Checkpoint) -> PreTrainedModel:
-    """Return the model if every weight came from the checkpoint and every tensor of it was used."""
+    """Return the model in eval mode.
+
+    Raises:
+        FormatError: a weight did not come from the checkpoint, or a tensor of the checkpoint was not used.
+    """
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing or unexpected:
         named = [f"no {name}" for name in missing[:3]] + [f"{name} has no place" for name in unexpected[:3]]

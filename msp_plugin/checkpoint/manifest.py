@@ -17,7 +17,7 @@ from msp_plugin.runtime.files import write_json
 MANIFEST_FILE = "export.json"
 SCHEMA = "msp_plugin/export"
 VERSION = 1
-#: Bytes of a file's name that file systems take at most.
+#: Most bytes that file systems allow in a file's name.
 LONGEST_NAME = 255
 
 
@@ -29,13 +29,13 @@ class Manifest:
         format: the exporter's name.
         files: by file name, its ``bytes`` and ``sha256``.
         tensors: by name, the shape of every tensor in the files.
-        packed: by layer, its level's name; without an allocation, the format's structure, e.g. ``2:4``.
-        kept_dense: by layer that might have been packed and is not, why.
+        packed: by packed layer, its level's name; without an allocation, the format's structure, e.g. ``2:4``.
+        kept_dense: by layer that was considered and not packed, the reason.
         packed_bytes: bytes that the packed layers take, without their ``shape`` tensors.
         dense_bytes: bytes that the same layers take dense, in the same dtype.
-        negative_zeros: zeros whose sign was dropped, by layer.
-        structure: of a smaller model, by half of the model before: its ``groups`` (KV heads or channels), the
-            ``kept`` ones as runs, and the ``module`` that holds them, empty for a dropped half.
+        negative_zeros: by layer, the zeros whose sign was dropped.
+        structure: only of a smaller model; by half-block of the model before: the number of its ``groups`` (KV heads
+            or channels), the ``kept`` ones as runs, and the ``module`` that holds them, empty for a dropped half.
         versions: of the packages that wrote it.
     """
 
@@ -62,7 +62,7 @@ class Manifest:
             return None
         data = read_json(path)
         if data.get("schema") != SCHEMA:
-            raise FormatError(f"{path} is no export manifest", hint=f'expected schema "{SCHEMA}"')
+            raise FormatError(f"{path} is not an export manifest", hint=f'expected schema "{SCHEMA}"')
         if data.get("version") != VERSION:
             raise FormatError(
                 f"{path} has version {shown(data.get('version'))}, this package reads {VERSION}",
@@ -70,7 +70,7 @@ class Manifest:
             )
         hints = get_type_hints(cls)
         if unknown := data.keys() - hints.keys() - {"schema", "version"}:
-            raise FormatError(f"{path} is damaged: {shown(min(unknown))} is no key of a manifest")
+            raise FormatError(f"{path} is damaged: a manifest has no key {shown(min(unknown))}")
         try:
             manifest = cls(**{key: value for key, value in data.items() if key in hints})
             for key, kind in hints.items():
@@ -94,9 +94,9 @@ class Manifest:
         write_json(directory / MANIFEST_FILE, {"schema": SCHEMA, "version": VERSION, **asdict(self)})
 
     def differences(self, directory: Path) -> list[str]:
-        """Return what is wrong with the files in a directory: missing, of another size, or other bytes.
+        """Return a text for each file in a directory that is missing, or has another size or other bytes.
 
-        Reads every file whole.
+        Reads every file completely.
         """
         wrong = []
         for name, entry in self.files.items():

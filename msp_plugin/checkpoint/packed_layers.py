@@ -1,4 +1,4 @@
-"""Which layers of a checkpoint are stored packed, and in which format: its config against its tensors."""
+"""Find the packed layers of a checkpoint and their format in its config, and check them against its tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PackedLayers:
 
 
 def known_formats() -> Iterator[PackedFormat]:
-    """Yield the built-in formats, then those of plugins, which are imported only when it is none of them."""
+    """Yield the built-in formats, then those of plugins, which are loaded only if the caller gets that far."""
     from msp_plugin.plugins.manager import Plugins
 
     yield from (Sparse24Bitmask(), SparseBitmask())
@@ -31,22 +31,22 @@ def known_formats() -> Iterator[PackedFormat]:
 def packed_layers(
     config: Mapping[str, Any], source: str, formats: Iterable[PackedFormat] | None = None
 ) -> PackedLayers | None:
-    """Return the layers that a model's config says are packed, None if there are none.
+    """Return the packed layers according to a model's config; None if there are none.
 
     Args:
         config: the contents of config.json.
-        source: its file or model, for errors.
-        formats: those that are read; None for the built-in ones and those of the installed plugins.
+        source: names the file or model in errors.
+        formats: the formats to try; None for the built-in ones and those of plugins.
 
     Raises:
-        FormatError: a sparsity_config in a form that this package does not read.
+        FormatError: the sparsity_config is damaged or of an unknown format.
     """
     quantization = config.get("quantization_config")
     if not quantization or not isinstance(quantization, dict):
         return None
     sparsity = quantization.get("sparsity_config") or {}
     if not isinstance(sparsity, dict):
-        raise FormatError(f"{source}: sparsity_config is no mapping")
+        raise FormatError(f"{source}: sparsity_config is not a mapping")
     if not sparsity.get("targets") and sparsity.get("format") == "dense":
         return None
     if sparsity and quantization.get("config_groups"):
@@ -69,11 +69,11 @@ def packed_layers(
 
 
 def check_packed(packed: PackedLayers | None, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise unless the headers of a checkpoint's tensors agree with what its config says is packed.
+    """Raise unless the headers of a checkpoint's tensors agree with the packed layers of its config.
 
     Raises:
-        FormatError: a tensor of a packed layer is missing, has a header that it cannot have, or belongs to a
-            layer that the config does not name.
+        FormatError: a tensor of a packed layer is missing or has an impossible header, or a packed tensor belongs to
+            a layer that the config does not name.
     """
     layers, format = (packed.layers, packed.format) if packed else ((), Sparse24Bitmask())
     for layer in layers:
@@ -91,5 +91,5 @@ def check_packed(packed: PackedLayers | None, tensors: Mapping[str, TensorInfo])
         if suffix in format.own_suffixes and layer not in named:
             raise FormatError(
                 f"{layer} is stored packed, but config.json does not name it",
-                hint="the config is from another checkpoint: export the model anew",
+                hint="the config is from another checkpoint: export the model again",
             )

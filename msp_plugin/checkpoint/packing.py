@@ -1,4 +1,4 @@
-"""Which layers of a dense checkpoint a format packs, and how one is packed."""
+"""Choose the layers of a dense checkpoint that a format packs, and pack one."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ class Packing:
     """The layers that a format packs, and those that stay dense.
 
     Args:
-        packed: by layer, its level's name; the format's structure, e.g. ``2:4``, where no allocation says a
-            level.
-        dense: by layer, why it stays dense.
+        packed: by layer, its level's name; without an allocation, the format's structure, e.g. ``2:4``.
+        dense: by layer, the reason why it stays dense.
     """
 
     packed: Mapping[str, str]
@@ -37,8 +36,8 @@ def sort_layers(
 ) -> Packing:
     """Return which layers of a dense checkpoint a format packs, and why the others stay dense.
 
-    With an allocation, the level decides; without one, the weights themselves do, for every matrix in the
-    decoder blocks. Layers that inference fuses are packed all or none, if the format asks for it.
+    An allocation decides by levels; without one, the weights decide, for every matrix in the decoder blocks. Layers
+    that inference fuses are packed all or none, if the format asks for it.
 
     Args:
         tensors: the headers of the checkpoint.
@@ -65,7 +64,7 @@ def sort_layers(
 
 
 def short_reason(reason: str) -> str:
-    """Return why a layer stays dense without other layers' names and its bytes, so that equal reasons can be counted."""
+    """Return a reason why a layer stays dense without names and bytes, so that equal reasons can be counted."""
     return (
         "inference fuses them with a dense one"
         if reason.startswith("inference fuses")
@@ -93,7 +92,7 @@ def _siblings(layer: str) -> list[str]:
 
 
 def pack_layer(format: PackedFormat, weight: torch.Tensor, layer: str) -> tuple[dict[str, torch.Tensor], int]:
-    """Return the packed tensors by suffix, and how many negative zeros became positive: 0 if they are exact.
+    """Return the packed tensors by suffix, and the number of negative zeros that had to become positive.
 
     Raises:
         FormatError: the weight does not fit into the format.

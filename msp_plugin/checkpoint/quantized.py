@@ -13,8 +13,8 @@ from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.source import check_source
 
 _HINT = (
-    "prune the model from before its quantization, in bfloat16 or float16, and quantize the result: a "
-    "QuantizationModifier after the pruning in one recipe does both"
+    "prune the unquantized model, in bfloat16 or float16, and quantize the result: one recipe can do both, with a "
+    "QuantizationModifier after the pruning"
 )
 
 
@@ -24,7 +24,7 @@ def check_source_unquantized(
     """Raise if the config of a directory or hub id says that its weights are quantized; no weight is read.
 
     Args:
-        hint: of the error.
+        hint: the advice of the ModelError.
 
     Raises:
         ModelError: the weights are quantized, or there is no such model.
@@ -49,7 +49,7 @@ def check_unquantized(model: torch.nn.Module) -> None:
     """Raise if the weights of a loaded model are quantized.
 
     Raises:
-        ModelError: the model was quantized when it was saved, and not dequantized when it was loaded.
+        ModelError: the model was saved quantized, and not dequantized when it was loaded.
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is not None and not isinstance(config, dict):

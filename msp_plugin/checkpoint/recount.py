@@ -40,13 +40,13 @@ class PruneStats:
         return float(Fraction(self.total_zeros, self.total_weights))
 
 
-#: Share of a layer's kept weights that may have become zero by rounding: in float16 a compensated weight
-#: below 6e-8 does, which is one in a million of a normal distribution with deviation 0.02.
+#: Share of a layer's kept weights that may round to zero. In float16 a compensated weight below 6e-8 does: about one
+#: in a million of a normal distribution with deviation 0.02.
 _ROUNDED = 1e-4
 
 
 def count_zeros(model: torch.nn.Module, allocation: Allocation) -> dict[str, int]:
-    """Return the zeros that each layer of the allocation holds now."""
+    """Return the current number of zeros of each layer of the allocation."""
     zeros = {}
     for name in allocation.by_layer:
         with _readable(model.get_submodule(name)) as weight:
@@ -64,17 +64,16 @@ def recount_model(
 ) -> PruneStats:
     """Return the zeros of every layer of the allocation, counted in the model.
 
-    No group may keep more than its level allows. With ``exact``, a layer may have more zeros than planned
-    only as far as they were there before, stand in columns that are zero throughout (dead input features), or
-    come from rounding.
+    No group may keep more weights than its level allows. With ``exact``, zeros beyond the plan must be explained: by
+    zeros before pruning, by columns that are zero throughout (dead input features), or by rounding.
 
     Args:
         before: zeros of each layer before pruning.
-        exact: refuse more zeros than planned.
+        exact: refuse unexplained zeros beyond the plan.
         after: the step that ran last, for the error.
 
     Raises:
-        VerificationError: a layer does not hold what was planned, or is not finite.
+        VerificationError: a layer differs from the plan, or is not finite.
     """
     zeros, weights = {}, {}
     for name, level in allocation.by_layer.items():
@@ -91,7 +90,7 @@ def recount_model(
                 hint="a method that updates pruned weights (GPTQ, AWQ, SmoothQuant) must come before, "
                 "round-to-nearest quantization may come after"
                 if after != "pruning"
-                else "the layer saw no calibration text, or the host's pattern is another one",
+                else "the layer saw no calibration text, or the host prunes to another pattern",
             )
         explained = (before or {}).get(name, 0) + counted.from_dead_inputs + math.ceil(_ROUNDED * kept)
         if exact and counted.zeros - (weights[name] - kept) > explained:

@@ -1,6 +1,6 @@
 """The files beside a checkpoint: allocation.json and run.json.
 
-They are files of their own because llm-compressor restores the source's config.json when it saves.
+They are not part of config.json, because llm-compressor restores the source's config.json when it saves.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROCESSOR_FILES = (
 
 
 def run_record(outcome: Outcome, stats: PruneStats, seed: int) -> RunRecord:
-    """Return the record of a run as far as the pruning itself knows it: no perplexities, no texts."""
+    """Return the record of a run after pruning, still without perplexities and texts."""
     budget = outcome.allocation.budget
     return RunRecord(
         stages=(StageRecord(name=PRUNE, sparsity=stats.sparsity),),
@@ -67,10 +67,10 @@ def write_files(directory: Path, outcome: Outcome | None, record: RunRecord) -> 
 
 
 def attach_files(model: PreTrainedModel, outcome: Outcome, record: RunRecord, *, keep: bool = True) -> None:
-    """Make ``model.save_pretrained`` write both files too, and the files of an image processor.
+    """Make ``model.save_pretrained`` also write both files and those of an image processor.
 
     Args:
-        keep: save the model elsewhere if that fails.
+        keep: if saving fails, keep the model elsewhere (see kept_if_it_fails).
     """
     save = model.save_pretrained
 
@@ -88,9 +88,9 @@ def attach_files(model: PreTrainedModel, outcome: Outcome, record: RunRecord, *,
 
 
 def copy_processor(model: PreTrainedModel, directory: Path) -> None:
-    """Copy the processor's files beside a model that reads more than text: it cannot be used without them.
+    """Copy the processor's files beside a model that reads more than text and needs them.
 
-    A file that is there already stays. A file that cannot be fetched from the hub is named in a warning.
+    Existing files stay. A warning names a file that cannot be fetched from the hub.
     """
     source = getattr(model.config, "_name_or_path", "")
     if text_config(model) is model.config or not source:
@@ -103,7 +103,7 @@ def copy_processor(model: PreTrainedModel, directory: Path) -> None:
 
 
 def _file_of(source: str, name: str, revision: str | None) -> Path | None:
-    """Return a file of a model's directory or hub id, None if it has no such file or it cannot be fetched."""
+    """Return a file of a model's directory or hub id; None if it does not exist or cannot be fetched."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Names of a model's layers in files: transformers renames and reshapes tensors when it saves them."""
+"""Find the names of a model's layers in its files: transformers may rename or reshape tensors when it saves them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from msp_plugin.errors import ModelError
 
 
 def saved_names(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
-    """Return by layer its name in the files that ``save_pretrained`` writes, for layers that change theirs.
+    """Return the name in ``save_pretrained``'s files of each layer whose name changes there.
 
     Raises:
-        ModelError: a layer is saved as a part of another tensor, or reshaped.
+        ModelError: a layer is saved as part of another tensor, or reshaped.
     """
     undone = [conversion.reverse_transform() for conversion in reversed(weight_conversions(model))]
     renamings = [conversion for conversion in undone if isinstance(conversion, WeightRenaming)]

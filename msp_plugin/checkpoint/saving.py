@@ -1,4 +1,4 @@
-"""Save a pruned model: refusals come before the work, and a model whose saving fails is kept elsewhere."""
+"""Save a pruned model: check before the work that it can be saved, and keep it elsewhere if saving fails."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: The most bytes of one file of a checkpoint; offloaded weights are in memory for one file at a time.
+#: Most bytes of one file of a checkpoint; offloaded weights are in memory one file at a time.
 SHARD_BYTES = 4 * 1024**3
 GENERATION_FILE = "generation_config.json"
 
 
 def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Raise if transformers will refuse to save the model: config and tokenizer are saved and deleted.
+    """Raise if transformers will refuse to save the model; tries it with config and tokenizer.
 
-    A generation config that transformers refuses is no reason: it is kept as it is (see
-    generation_config_kept), with a warning.
+    A generation config that transformers refuses only gives a warning: it is kept as it is (see
+    generation_config_kept).
 
     Raises:
         ModelError: transformers refuses the config or the tokenizer.
@@ -46,27 +46,27 @@ def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     with tempfile.TemporaryDirectory() as folder:
         try:
             copy.deepcopy(model.config).save_pretrained(folder)  # saving changes it
-        except Exception as error:  # whatever it is, it would come again at the end
+        except Exception as error:  # any error would come again at the end
             raise ModelError(
-                f"transformers cannot save the config of this {type(model).__name__}: {_said(error)}",
-                hint="mend config.json: the pruned model could not be saved either",
+                f"transformers cannot save the config of this {type(model).__name__}: {_one_line(error)}",
+                hint="repair config.json: the pruned model could not be saved either",
             ) from error
         try:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         except Exception as error:
             raise ModelError(
-                f"transformers cannot save the model's {type(tokenizer).__name__}: {_said(error)}",
-                hint="mend the tokenizer's files: they could not be saved beside the pruned model either",
+                f"transformers cannot save the model's {type(tokenizer).__name__}: {_one_line(error)}",
+                hint="repair the tokenizer's files: they could not be saved beside the pruned model either",
             ) from error
 
 
 @contextmanager
 def generation_config_kept(model: PreTrainedModel, directory: Path) -> Iterator[None]:
-    """Let the block save a model whatever its generation config, and write a refused config as it is.
+    """Let the block save a model although transformers refuses its generation config, which is then written as it is.
 
-    transformers reads a generation_config.json that contradicts itself, e.g. a temperature without sampling,
-    and refuses to save it.
+    transformers reads a generation_config.json that contradicts itself, e.g. a temperature without sampling, but
+    refuses to save it.
     """
     if _generation_refused(model) is None:
         yield
@@ -84,7 +84,7 @@ def generation_config_kept(model: PreTrainedModel, directory: Path) -> Iterator[
 
 
 def _generation_refused(model: PreTrainedModel) -> str | None:
-    """Return why transformers refuses to save a model's generation config, None if it does not."""
+    """Return the reason why transformers refuses to save a model's generation config; None if it accepts it."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return None
@@ -99,13 +99,13 @@ def _generation_refused(model: PreTrainedModel) -> str | None:
 def kept_if_it_fails(
     model: PreTrainedModel, path: Path, records: Callable[[Path], Any], cache: str | None = None
 ) -> Iterator[None]:
-    """Keep a pruned model if the block, which measures it and saves it to ``path``, fails.
+    """If the block fails, which measures a pruned model and saves it to ``path``, keep the model elsewhere.
 
-    The weights go to ``PATH.unsaved`` as plain safetensors with the config and what ``records`` writes into a
-    directory; where that cannot be written, to the cache, else to the system's temporary directory.
+    The weights go to ``PATH.unsaved`` as plain safetensors, with the config and what ``records`` writes into a
+    directory. If that cannot be written, they go to the cache, else to the system's temporary directory.
 
     Raises:
-        OutputError: the block failed; the error says where the model is.
+        OutputError: the block failed; the error names the place.
     """
     try:
         yield
@@ -114,10 +114,10 @@ def kept_if_it_fails(
         places = path.parent, cache_directory(cache) / "unsaved", Path(tempfile.gettempdir())
         kept = next(filter(None, (_keep(model, place, path.name, records) for place in places)), None)
         hint = (
-            f"the pruned model is kept in {kept}; it is whole with the source's tokenizer files beside it"
+            f"the pruned model is kept in {kept}; only the source's tokenizer files are missing there"
             if kept
-            else "the pruned model could not be kept elsewhere; what was measured is in the cache, so that a "
-            "run goes on with it"
+            else "the pruned model could not be kept elsewhere; the measurements are in the cache, where the same "
+            "command continues"
         )
         raise OutputError(
             failure.message, hint=f"{failure.hint}; {hint}" if failure.hint else hint
@@ -130,17 +130,17 @@ def _failure(path: Path, error: Exception) -> MSPError:
         return error
     if isinstance(error, OSError | SafetensorError):
         return cannot_write(path, error)
-    return OutputError(f"the model is pruned, but {path} could not be written: {_said(error)}")
-
-
-def _said(error: Exception) -> str:
-    """Return the type and the beginning of an error on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= _LONGEST else text[:_LONGEST] + ' ...'}"
+    return OutputError(f"the model is pruned, but {path} could not be written: {_one_line(error)}")
 
 
 #: Characters of another package's error in a message.
 _LONGEST = 400
+
+
+def _one_line(error: Exception) -> str:
+    """Return the type and the beginning of an error on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= _LONGEST else text[:_LONGEST] + ' ...'}"
 
 
 def _keep(model: PreTrainedModel, place: Path, name: str, records: Callable[[Path], Any]) -> Path | None:
@@ -154,9 +154,11 @@ def _keep(model: PreTrainedModel, place: Path, name: str, records: Callable[[Pat
                 try:
                     write(temporary)
                 except Exception as error:  # the weights are what took the work
-                    log.warning("%s has the weights, but not all beside them: %s", path, _said(error))
+                    log.warning(
+                        "%s has the weights, but a file beside them failed: %s", path, _one_line(error)
+                    )
     except Exception as error:
-        log.info("the pruned model cannot be kept in %s: %s", path, _said(error))
+        log.info("the pruned model cannot be kept in %s: %s", path, _one_line(error))
         return None
     return path
 

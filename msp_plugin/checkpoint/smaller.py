@@ -25,10 +25,10 @@ from msp_plugin.structure.widths import read_widths, small_config
 
 @dataclass(frozen=True)
 class Smaller(Sharded):
-    """An export whose tensors are slices of the source's, the same bits.
+    """An export whose tensors are slices of the source's, bit for bit.
 
     Args:
-        quantum: the channels of each MLP that stay are a multiple of it, filled up with some that do nothing.
+        quantum: each MLP keeps a multiple of this many channels, filled up with channels that do nothing.
     """
 
     quantum: int = 1
@@ -37,7 +37,7 @@ class Smaller(Sharded):
         super().__post_init__()
         if self.quantum < 1:
             raise RecipeError(
-                f"quantum = {self.quantum}", hint="give the multiple that channels come in, e.g. 64"
+                f"quantum = {self.quantum}", hint="give the multiple of channels to keep, e.g. 64; at least 1"
             )
 
     @abstractmethod
@@ -45,7 +45,7 @@ class Smaller(Sharded):
         """Return what stays of each half.
 
         Raises:
-            MSPError: this form cannot hold the model, or nothing of it can be left out.
+            MSPError: this form cannot hold the model, or nothing can be left out.
         """
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Smaller(Sharded):
 
 @dataclass(frozen=True)
 class Small(Smaller):
-    """Each block as wide as what it uses, recorded in config.json; ``msp_plugin.load`` reads it without remote code."""
+    """Each block only as wide as it needs, recorded in config.json; ``msp_plugin.load`` reads it without remote code."""
 
     name = "small"
 
@@ -105,11 +105,11 @@ class Small(Smaller):
 
 @dataclass(frozen=True)
 class Uniform(Smaller):
-    """All blocks equally wide, and blocks that do nothing gone: plain transformers load it.
+    """All blocks equally wide, blocks that do nothing left out: plain transformers loads it.
 
     Args:
-        pad: where blocks need different widths, give all the widest one's, filled up with heads and channels that do
-            nothing; otherwise such a model is refused.
+        pad: if blocks need different widths, give all of them the largest, filled up with heads and channels that do
+            nothing; without it such a model is refused.
     """
 
     name = "uniform"
@@ -129,9 +129,7 @@ class Uniform(Smaller):
                     silent = structure.silent[half.name]
                     groups = kept_groups(half, silent, least=least, quantum=self.quantum)
                     kept[half.name] = groups if half.block in used else ()
-        if (
-            read_widths(source.config, str(source.path)) is None
-        ):  # else it is smaller already, in another form
+        if read_widths(source.config, str(source.path)) is None:  # else --to small made it smaller already
             _check_smaller(source, kept)
         return Slices(structure.halves, kept, structure.depth, renumbered=True)
 

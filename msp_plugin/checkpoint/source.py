@@ -1,4 +1,4 @@
-"""The source of a run's model: each step of the run loads a fresh copy from it."""
+"""The source of a run's model, from which each step of the run loads a fresh copy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model directory or hub id, and how it is loaded.
+    """A model directory or hub id, and how to load it.
 
     Args:
         name: directory or hub id.
@@ -33,7 +33,7 @@ class ModelSource:
     cache: str | None = None
 
     def check(self) -> None:
-        """Raise ModelError if the source is missing or quantized already; nothing is loaded."""
+        """Raise ModelError if the source is missing or quantized; nothing is loaded."""
         check_source_unquantized(self.name, trust_remote_code=self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:

@@ -23,15 +23,12 @@ def main() -> None:
     if not {"-v", "--verbose"} & set(sys.argv):
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a character that the terminal's encoding lacks must not end a run
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal's encoding lacks must not end a run.
             stream.reconfigure(errors="backslashreplace")
-    atexit.register(
-        gc.freeze
-    )  # or Python would search all imported objects for garbage at its end, for seconds
+    # Otherwise Python searches all imported objects for garbage when it ends, which takes seconds.
+    atexit.register(gc.freeze)
     from msp_plugin.cli.stopping import stopping
 
     with stopping() as stopped:

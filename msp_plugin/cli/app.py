@@ -24,7 +24,7 @@ from msp_plugin.cli.stopping import Stopped
 from msp_plugin.errors import HostError, MSPError
 from msp_plugin.runtime.ranks import LostError, world_size
 
-#: Commands whose work ranks share.
+#: Commands whose work several ranks can share.
 SHARED = {"run", "prune", "recover", "demo", "allocate", "compare"}
 #: Commands that continue from the cache after a stop.
 RESUMED = SHARED | {"sensitivity"}
@@ -34,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Mixed sparsity for LLMs: search how sparse each layer may be, prune it so, prove it.",
+    help="Mixed sparsity for LLMs: search how sparse each layer may be, prune it, verify the result.",
 )
 app.command()(demo)
 app.command(name="run")(run_command)
@@ -112,7 +112,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def enable() -> None:
-    """Make MixedSparsityModifier known to unchanged llm-compressor scripts of this environment.
+    """Make MixedSparsityModifier available to unchanged llm-compressor scripts in this environment.
 
     Example: msp enable
     """
@@ -190,26 +190,26 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process without its tidying up, in which torch.distributed may abort once a rank is lost."""
+    """End the process without clean-up: torch.distributed's may abort once a rank is lost."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _again(command: list[str]) -> str:
-    """Return advice for after a stop: how the command is continued; empty if it cannot be."""
+    """Return advice on how to continue a stopped command; empty if it cannot be continued."""
     if not RESUMED & set(command[1:2]):
         return ""
     if "--fresh" in command:
         return (
-            "The same command without --fresh goes on with what was measured, "
-            "and takes from the cache what older runs had measured of the rest"
+            "The same command without --fresh continues with the measurements made so far, and uses those of older "
+            "runs in the cache for the rest"
         )
-    return "The same command goes on with what was measured"
+    return "The same command continues with the measurements made so far"
 
 
 def _cause(error: Exception) -> tuple[str | None, int]:
-    """Return the message and the exit code of an error of a disk or of memory; no message for a bug."""
+    """Return (message, exit code) of an error of disk or memory; the message is None for a bug."""
     from msp_plugin.runtime.disk import cannot_write, disk_errno
     from msp_plugin.runtime.memory import is_out_of_memory
 
@@ -218,5 +218,7 @@ def _cause(error: Exception) -> tuple[str | None, int]:
     if not is_out_of_memory(error):
         return None, 1
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    hint = "give shorter samples (--length), a smaller dtype, or more memory; what was measured is kept"
-    return f"memory does not suffice: {first}\n  -> {hint}", 1
+    hint = (
+        "give shorter samples (--length), a smaller dtype, or more memory; measurements made so far are kept"
+    )
+    return f"out of memory: {first}\n  -> {hint}", 1

@@ -1,4 +1,4 @@
-"""Options that several commands share, in groups, and the recipe line that they make."""
+"""Groups of options that several commands share, and the recipe line that they make."""
 
 from __future__ import annotations
 
@@ -34,32 +34,43 @@ Set = Annotated[
         help="option of allocator, method, an estimator or the recovery, e.g. allocator.tokens=8192 or fisher.samples=64",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed")]
+Seed = Annotated[int, typer.Option("--seed", help="of every random choice")]
 Baseline = Annotated[bool, typer.Option(help="also prune uniformly, to compare")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, no bars")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the hosts' logs")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="log each step, and show the hosts' logs")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="run the model repository's code")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Offload = Annotated[
     bool, typer.Option("--offload", help="leave weights on disk: for models larger than memory, slower")
 ]
-Cache = Annotated[str | None, typer.Option("--cache", help="where the level database lives")]
+Cache = Annotated[
+    str | None,
+    typer.Option("--cache", help="directory of all measurements; default $MSP_CACHE or ~/.cache/msp_plugin"),
+]
 Data = Annotated[
     str,
     typer.Option(
         "--data", "-d", help="calibration text: file, table (jsonl, parquet, csv, ...), directory or dataset"
     ),
 ]
-TestData = Annotated[str | None, typer.Option("--test-data", help="text of the perplexity")]
-TestCount = Annotated[int, typer.Option("--test-samples", help="samples of the perplexity; 0: none")]
+TestData = Annotated[
+    str | None, typer.Option("--test-data", help="text that measures perplexity; default: a part of --data")
+]
+TestCount = Annotated[
+    int, typer.Option("--test-samples", help="samples that measure perplexity; 0: no perplexity")
+]
 Count = Annotated[
-    int | None, typer.Option("--samples", help="calibration samples; default 128, or what the text holds")
+    int | None,
+    typer.Option("--samples", help="calibration samples; default 128, or fewer if the text is short"),
 ]
 Length = Annotated[
     int | None, typer.Option("--length", help="tokens per sample; default 2048, or the model's maximum")
 ]
 Column = Annotated[
-    str, typer.Option("--text-column", help="of tables and datasets: text, or a conversation's messages")
+    str,
+    typer.Option(
+        "--text-column", help="column of a table or dataset with text, or a conversation's messages"
+    ),
 ]
 Bos = Annotated[
     bool | None,
@@ -99,7 +110,8 @@ class SearchText(CalibrationText):
     """Options of the texts for calibration and for measuring candidates."""
 
     search_data: Annotated[
-        str | None, typer.Option("--search-data", help="text that measures candidates")
+        str | None,
+        typer.Option("--search-data", help="text that measures candidates; default: a part of --data"),
     ] = None
 
     def text(self, **more: Any) -> Text:
@@ -113,7 +125,7 @@ class RunText(SearchText):
 
     test_data: TestData = None
     test_samples: TestCount = 32
-    batch: Annotated[int, typer.Option("--batch", help="samples per forward pass of the pruning")] = 1
+    batch: Annotated[int, typer.Option("--batch", help="samples per forward pass when pruning")] = 1
 
     def text(self, **more: Any) -> Text:
         """Return the text, with further arguments of Text."""
@@ -122,14 +134,14 @@ class RunText(SearchText):
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How a model is loaded."""
+    """Options for loading a model."""
 
     dtype: Dtype = "auto"
     trust_remote_code: Remote = False
     offload: Offload = False
 
     def source(self, model: str, cache: str | None = None) -> ModelSource:
-        """Return the source of a model, with the cache for its measurements and changed weights."""
+        """Return the source of a model; ``cache`` is where offloaded weights that change are written."""
         from msp_plugin.checkpoint.source import ModelSource
 
         return ModelSource(resolve_model(model), self.dtype, self.trust_remote_code, self.offload, cache)
@@ -148,17 +160,20 @@ class LayerChoice:
         str | None,
         typer.Option(
             "--granularity",
-            help="what shares a level: layer (nothing), unit (fused layers), half (attention, MLP) or block; default: "
-            "layer, unit for 2:4 kernels, half with dropped",
+            help="which layers share a level: layer (none), unit (those that inference fuses), half (those of an "
+            "attention or MLP) or block; default: half with level dropped, unit if all levels run on 2:4 kernels, "
+            "else layer",
         ),
     ] = None
     bounds: Annotated[
         list[str] | None,
-        typer.Option("--bounds", help="PATTERN=LOW,HIGH: least and most zeros of these layers (repeatable)"),
+        typer.Option(
+            "--bounds", help="PATTERN=LOW,HIGH: least and most share of zeros of these layers (repeatable)"
+        ),
     ] = None
     protect: Annotated[
         list[str] | None,
-        typer.Option("--protect", help="layers to keep dense, in the budget (repeatable)"),
+        typer.Option("--protect", help="layers to keep dense while others get sparser instead (repeatable)"),
     ] = None
 
     def recipe(self) -> dict[str, Any]:
@@ -181,9 +196,9 @@ class LayerChoice:
 class Output:
     """Options for reusing the cache, and for how the command reports."""
 
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="measure anew what an earlier or stopped run left in the cache")
-    ] = False
+    fresh: Annotated[bool, typer.Option("--fresh", help="ignore cached measurements and make them again")] = (
+        False
+    )
     as_json: AsJson = False
     verbose: Verbose = False
 
@@ -254,11 +269,11 @@ def component_options(
     """Return components by role, with the options of ``--set role.option=value`` merged in.
 
     Args:
-        estimators: further roles, for the options of the estimators that an allocator reads.
+        estimators: names of estimators, which are roles too.
         names: the component's name by role.
 
     Raises:
-        RecipeError: a pair that is not of this form, or an unknown role.
+        RecipeError: a pair is not of this form, or its role is unknown.
     """
     from msp_plugin.errors import RecipeError, nearest, shown
     from msp_plugin.runtime.documents import parse_yaml
@@ -276,13 +291,13 @@ def component_options(
         try:
             value = parse_yaml(text)
         except ValueError as error:
-            raise RecipeError(f"--set {left}: {shown(text)} is no value: {error}") from None
+            raise RecipeError(f"--set {left}: {shown(text)} is not a value: {error}") from None
         specs.setdefault(role, {})[option] = value
     return specs
 
 
 def recipe_line(method: str, allocator: str, pairs: list[str] | None, **keys: Any) -> dict[str, Any]:
-    """Return a recipe line: the method and the allocator with the options of ``--set``, and other keys.
+    """Return a recipe line: the method and the allocator with the options of ``--set``, and further ``keys``.
 
     Raises:
         RecipeError: see component_options.
@@ -298,7 +313,7 @@ def recipe_line(method: str, allocator: str, pairs: list[str] | None, **keys: An
 def recovery_spec(
     name: str | None, pairs: list[str] | None
 ) -> tuple[dict[str, Any] | None, list[str] | None]:
-    """Return a recovery with the options of ``--set NAME.option=value``, and the other pairs.
+    """Return (a recovery with the options of ``--set NAME.option=value``, the other pairs).
 
     Args:
         name: None for no recovery.

@@ -1,8 +1,7 @@
-"""``msp bench``: a packed checkpoint's speed and memory beside its dense form."""
+"""``msp bench``: compare a packed checkpoint's speed and memory with its dense form's."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +19,7 @@ def bench_command(
     batch: Annotated[int, typer.Option(help="sequences at once")] = 1,
     prompt: Annotated[int, typer.Option(help="tokens of each prompt")] = 256,
     tokens: Annotated[int, typer.Option(help="tokens decoded after it")] = 32,
-    repeats: Annotated[int, typer.Option(help="turns of each form; medians count")] = 3,
+    repeats: Annotated[int, typer.Option(help="measurements of each form; the median is shown")] = 3,
     threads: Annotated[int | None, typer.Option(help="default: torch's")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="file for the results, e.g. bench.json")
@@ -32,13 +31,12 @@ def bench_command(
 
     Example: msp bench llama-75-packed --out bench.json
     """
-    from msp_plugin.cli.console import set_up_logs
+    from msp_plugin.cli.console import deliver, set_up_logs
 
     set_up_logs(verbose)
     import torch
 
-    from msp_plugin.runtime.disk import check_new, writing
-    from msp_plugin.runtime.files import write_json
+    from msp_plugin.runtime.disk import check_new
     from msp_plugin.serving.bench import BenchOptions, bench
 
     options = BenchOptions(dtype, batch, prompt, tokens, repeats)
@@ -48,15 +46,7 @@ def bench_command(
     if threads is not None:
         torch.set_num_threads(threads)
     record = bench(source, options)
-    if out is not None:
-        with writing(out):
-            write_json(out, record.to_dict())
-    if as_json:
-        typer.echo(json.dumps(record.to_dict(), indent=2, sort_keys=True))
-    else:
-        _show(record)
-        if out is not None:
-            typer.echo(f"Written: {out}")
+    deliver(record, out, as_json, _show)
 
 
 def _show(record: BenchRecord) -> None:

@@ -41,7 +41,7 @@ def export_command(
         Path | None, typer.Option("--out", "-o", help="directory for the results; must be empty or new")
     ] = None,
     forms: Annotated[
-        bool, typer.Option("--forms", help="say which forms the checkpoint allows, and write nothing")
+        bool, typer.Option("--forms", help="list the forms that the checkpoint allows, and write nothing")
     ] = False,
     options: Annotated[
         list[str] | None, typer.Option("--set", help="option of the exporter, e.g. shard_bytes=2000000000")
@@ -49,7 +49,7 @@ def export_command(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a checkpoint in another form: packed for 2:4 kernels, without what does nothing, dense, or a plain recipe.
+    """Write a checkpoint in another form: packed, smaller (without parts that do nothing), dense, or a plain recipe.
 
     Example: msp export llama-75 --to sparse24 --out llama-75-packed
     """
@@ -64,7 +64,7 @@ def export_command(
         _show_forms(source, as_json)
         return
     if to is None or out is None:
-        raise RecipeError("the export has no form or no directory", hint="give --to and --out, or --forms")
+        raise RecipeError("an export needs a form and a directory", hint="give --to and --out, or --forms")
     pairs = [f"exporter.{pair}" for pair in options or ()]
     exporter = Plugins().build("exporters", component_options(pairs, exporter=to)["exporter"])
     with progress_bars(not as_json) as progress:
@@ -78,7 +78,7 @@ def export_command(
 
 
 def _show_forms(source: Path, as_json: bool) -> None:
-    """Print by exporter how many bytes an export takes, or why it is refused."""
+    """Print for each exporter how many bytes its export takes, or why it is refused."""
     from msp_plugin.checkpoint.export import allowed_forms
     from msp_plugin.cli import console
     from msp_plugin.plugins.manager import Plugins
@@ -171,7 +171,9 @@ def verify(
     ] = None,
     vllm: Annotated[
         Path | None,
-        typer.Option("--vllm", help="virtual environment with vLLM and msp_plugin, to serve it in"),
+        typer.Option(
+            "--vllm", help="virtual environment with vLLM and msp_plugin, which serves the checkpoint"
+        ),
     ] = None,
     check: Annotated[
         list[str] | None, typer.Option("--check", help="run only these (repeatable); see `msp plugins`")
@@ -183,7 +185,7 @@ def verify(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Check that a checkpoint has the planned zeros, is stored whole, and is served right. Exit code 1 if not.
+    """Check that a checkpoint has the planned zeros, is undamaged, and is served correctly. Exit code 1 if not.
 
     Example: msp verify packed --reference llama-75 --original demo:llama --data wiki.txt --vllm ~/venvs/vllm
     """

@@ -1,4 +1,4 @@
-"""``msp compare``: allocators side by side on one level database."""
+"""``msp compare``: compare allocators on one level database."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Compared:
         str,
         typer.Option(
             "--allocators",
-            help="comma list; name@label for one with options of its own; the default has no one_shot with --offload",
+            help="comma list; name@label gives one its own options; with --offload the default leaves out one_shot",
         ),
     ] = DEFAULT
-    seeds: Annotated[str, typer.Option("--seeds", help="comma list; of allocators that use one")] = "0"
+    seeds: Annotated[str, typer.Option("--seeds", help="comma list; for allocators that use a seed")] = "0"
     prune: Annotated[
-        bool, typer.Option(help="prune to each allocation, or measure the level database's weights only")
+        bool, typer.Option(help="prune to each allocation, or only measure the level database's weights")
     ] = True
     recover: Annotated[
         str | None,
@@ -76,7 +76,7 @@ class Compared:
             offload: leave out the default allocator one_shot, whose sensitivity needs the whole model in memory.
 
         Raises:
-            RecipeError: a name twice, seeds that are not numbers, or an option for a name that is not compared.
+            RecipeError: a name is given twice, a seed is not a number, or an option is for a name not compared.
         """
         from msp_plugin.errors import RecipeError
         from msp_plugin.plugins.manager import Plugins
@@ -94,7 +94,7 @@ class Compared:
             numbers = [int(part) for part in self.seeds.split(",") if part.strip()]
         except ValueError:
             raise RecipeError(
-                f"seeds {self.seeds!r} are no numbers", hint="write e.g. --seeds 0,1,2"
+                f"seeds {self.seeds!r} are not numbers", hint="write e.g. --seeds 0,1,2"
             ) from None
         estimators = {role: spec for role, spec in specs.items() if role not in roles}
         return Grid(
@@ -154,7 +154,7 @@ def compare_command(
 
 
 def _write(record: CompareRecord, path: Path, *, with_report: bool) -> Exception | None:
-    """Write compare.json and the report; return the error of a report that fails, which must not cost the rest.
+    """Write compare.json and the report; return the report's error, which must not cost compare.json.
 
     Raises:
         OutputError: the directory cannot be written.
@@ -178,8 +178,8 @@ def _check_written(record: CompareRecord, failure: Exception | None, out: Path) 
         )
     if failure is not None:
         raise MSPError(
-            f"{out}/compare.json is whole, but no report could be drawn: {failure}",
-            hint=f"once that is mended: msp report {shlex.quote(str(out))}",
+            f"{out}/compare.json is complete, but the report failed: {failure}",
+            hint=f"repair that, then: msp report {shlex.quote(str(out))}",
         ) from failure
 
 
@@ -204,7 +204,7 @@ def comparison_tables(record: CompareRecord, title: str) -> list[Table]:
     tables = []
     for (method, sparsity), allocators in cells(record.rows).items():
         table = Table(title=f"{title}, {method}, {float(sparsity):.4g} zeros", title_justify="left")
-        table.add_column("allocator", overflow="fold")  # a label that is cut could be another's
+        table.add_column("allocator", overflow="fold")  # cut labels could look alike
         for heading in ("perplexity", "KL, nats", "+-", "tokens, with sensitivities", "seconds", "seeds"):
             table.add_column(heading, justify="right")
         for label, rows in sorted(allocators.items(), key=lambda item: _mean(item[1], "kl")):

@@ -1,7 +1,8 @@
-"""The consoles of the command line, its log, its progress and its tables."""
+"""The command line's consoles, log, progress and tables."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -9,8 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import (
@@ -25,19 +28,21 @@ from rich.progress import (
 from rich.table import Table
 
 from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.runtime.disk import writing
+from msp_plugin.runtime.files import write_json
 
 if TYPE_CHECKING:
     from msp_plugin.records.run import RunRecord
 
 
 def _console(*, soft_wrap: bool, stderr: bool = False) -> Console:
-    """Return a console that prints no text as markup: paths and names may have brackets. rich's Text has colour."""
+    """Return a console that reads no text as markup, because paths and names may have brackets."""
     return Console(stderr=stderr, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
 
 
 #: For results, on stdout.
 out = _console(soft_wrap=True)
-#: For tables with long cells, which are folded at the terminal's width.
+#: For tables with long cells, which wrap at the terminal's width.
 table = _console(soft_wrap=False)
 #: For progress, logs and errors, on stderr.
 err = _console(soft_wrap=True, stderr=True)
@@ -46,7 +51,7 @@ _EVERY = 30.0
 
 
 def set_up_logs(verbose: bool, rank: int = 0) -> None:
-    """Send our log to stderr: one line per step if ``verbose``, else warnings; from other ranks only errors."""
+    """Send our log to stderr: one line per step if ``verbose``, else warnings; ranks after the first log only errors."""
     handler = RichHandler(console=err, show_path=False, show_time=verbose)
     least = logging.ERROR if rank else logging.WARNING
     logging.basicConfig(level=least, format="%(message)s", handlers=[handler], force=True)
@@ -54,6 +59,26 @@ def set_up_logs(verbose: bool, rank: int = 0) -> None:
     if not verbose:
         warnings.filterwarnings("ignore", module="transformers")
         logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+class _Record(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+_R = TypeVar("_R", bound=_Record)
+
+
+def deliver(record: _R, out: Path | None, as_json: bool, show: Callable[[_R], None]) -> None:
+    """Write a record to ``out``, if that is given, and print it: as JSON, or as the table that ``show`` prints."""
+    if out is not None:
+        with writing(out):
+            write_json(out, record.to_dict())
+    if as_json:
+        typer.echo(json.dumps(record.to_dict(), indent=2, sort_keys=True))
+        return
+    show(record)
+    if out is not None:
+        typer.echo(f"Written: {out}")
 
 
 @contextmanager
@@ -87,7 +112,7 @@ def progress_bars(show: bool = True) -> Iterator[StepProgress]:
 
 @dataclass
 class _Running:
-    """A step that is not done: its start, its last printed line, its first count and the time of that count."""
+    """An unfinished step: the times of its start and last printed line, its first count, and that count's time."""
 
     began: float
     printed: float
@@ -96,9 +121,9 @@ class _Running:
 
 
 class ProgressLines:
-    """A StepProgress that prints a line every half minute of a step, and one when it is done.
+    """A StepProgress that prints a line every half minute of a step, and one at its end.
 
-    A step begins with the last report of the one before it.
+    A step counts from the last report of the step before it.
     """
 
     def __init__(self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic):
@@ -117,7 +142,7 @@ class ProgressLines:
         elif now - running.printed >= _EVERY:
             running.printed = now
             left = ""
-            if done > running.first:  # results from the cache took no time, so they are not counted
+            if done > running.first:  # results from the cache took no time and must not speed up the estimate
                 seconds = (now - running.reported) * (total - done) / (done - running.first)
                 left = f", about {_minutes(seconds)} left"
             self._write(f"{step}: {done} of {total}, {100 * done // total} %{left}{suffix}")
@@ -131,7 +156,7 @@ def _minutes(seconds: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a perplexity as text: - without one, else three decimals below 1,000 and none above."""
+    """Return a perplexity as text: three decimals below 1,000 and none above; - for None."""
     if value is None:
         return "-"
     if not math.isfinite(value):
@@ -140,22 +165,24 @@ def number(value: float | None) -> str:
 
 
 def nats(value: float | None) -> str:
-    """Return a loss as text; None stands for a loss that is not finite."""
+    """Return a loss as text; records hold None for a loss that is not finite."""
     return "not finite" if value is None else f"{value:.4f}"
 
 
 def quality_table(record: RunRecord, title: str) -> Table:
-    """Return the table of a run: zeros and test perplexity of the dense, uniform and mixed models."""
+    """Return the table of a run: zeros and test perplexity of each model that was measured."""
     table = Table(title=title, title_justify="left")
     table.add_column("model")
     table.add_column("zeros", justify="right")
     table.add_column("test perplexity", justify="right")
     table.add_column("loss over dense", justify="right")
     dense = record.perplexity.get("dense")
+    sparsities = {stage.name: stage.sparsity for stage in record.stages}
     for name, value in record.perplexity.items():
         if value is None:
             continue
-        zeros = 0.0 if name == "dense" else record.sparsity.achieved
+        stage = {"mixed": "prune", "result": "prune", "recovered": "recover"}.get(name, name)
+        zeros = 0.0 if name == "dense" else sparsities.get(stage, record.sparsity.achieved)
         more = math.log(value / dense) if dense and math.isfinite(value) and name != "dense" else None
         table.add_row(
             name,

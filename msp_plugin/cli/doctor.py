@@ -111,7 +111,7 @@ def _device() -> Check:
 
 
 def _kernel() -> Check:
-    """Return the kernel that packed weights get on this CPU, as far as that is known without building it."""
+    """Return the finding on the kernel for packed weights on this CPU, without building it."""
     try:
         import torch
 
@@ -144,10 +144,10 @@ def _plugins() -> Check:
 def _hook() -> Check:
     if is_enabled():
         return Check("autoload", "ok", f"enabled by {hook_file()}")
-    return Check("autoload", "ok", "off; `msp enable` makes the modifier known to unchanged scripts")
+    return Check("autoload", "ok", "off; `msp enable` makes the modifier available to unchanged scripts")
 
 
 def _cache() -> Check:
     path = default_cache()
     size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else 0
-    return Check("cache", "ok", f"{path}, {size / 2**20:.0f} MiB; it may be removed at any time")
+    return Check("cache", "ok", f"{path}, {size / 2**20:.0f} MiB; you may delete it when no run needs it")

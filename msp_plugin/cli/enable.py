@@ -1,4 +1,4 @@
-"""`msp enable` and `msp disable`: make the modifier known to unchanged llm-compressor scripts."""
+"""`msp enable` and `msp disable`: make the modifier available to unchanged llm-compressor scripts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from msp_plugin.errors import OutputError
 from msp_plugin.runtime.files import write_text
 
-# Python runs each line of a .pth file that begins with import. This one must stay silent after an uninstall.
+# Python runs each line of a .pth file that begins with import. This line must not fail after an uninstall.
 _LINE = r"""import sys; exec("try:\n import msp_plugin._autoload\nexcept ImportError: pass")""" + "\n"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,7 +32,7 @@ class Questions:
 
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", "-t", help="comma list of lm-eval's tasks and groups, and of your own"),
+        typer.Option("--tasks", "-t", help="comma list of tasks and groups, of lm-eval or your own"),
     ] = None
     task_dir: Annotated[
         Path | None, typer.Option("--task-dir", help="directory with YAML files of your own tasks")
@@ -77,7 +76,7 @@ def evaluate_command(
     questions: Questions,
     reference: Annotated[
         str | None,
-        typer.Option("--reference", help="model for the same questions, e.g. the one before pruning"),
+        typer.Option("--reference", help="model to compare with, e.g. the one before pruning"),
     ] = None,
     dtype: Dtype = "auto",
     out: Annotated[
@@ -87,15 +86,15 @@ def evaluate_command(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Evaluate a checkpoint of any form: lm-eval's tasks, perplexity, and the difference from a reference.
+    """Evaluate a checkpoint in any form: lm-eval tasks, perplexity, and the difference from a reference.
 
     Example: msp eval llama-75 --reference meta-llama/Llama-3.1-8B --tasks arc_easy,hellaswag --data wiki.txt
     """
-    from msp_plugin.cli.console import progress_bars, set_up_logs
+    from msp_plugin.cli.console import deliver, progress_bars, set_up_logs
 
     set_up_logs(verbose)
     from msp_plugin.evaluation.evaluate import Source, evaluate
-    from msp_plugin.runtime.disk import check_new, writing
+    from msp_plugin.runtime.disk import check_new
 
     def source(name: str) -> Source:
         return Source(name, resolve_model(name), dtype, trust_remote_code)
@@ -106,15 +105,7 @@ def evaluate_command(
         check_new(out)
     with progress_bars(not as_json) as progress:
         record = evaluate(request, quiet=not verbose, progress=progress)
-    if out is not None:
-        with writing(out):
-            record.write(out)
-    if as_json:
-        typer.echo(json.dumps(record.to_dict(), indent=2, sort_keys=True))
-    else:
-        _show(record)
-        if out is not None:
-            typer.echo(f"Written: {out}")
+    deliver(record, out, as_json, _show)
 
 
 def _show(record: EvalRecord) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def show_run(run: Run | None, as_json: bool, title: str) -> None:
-    """Print the table of a run, or its record."""
+    """Print the table of a run, or with ``as_json`` its record; nothing on ranks after the first."""
     from msp_plugin.cli.console import out, quality_table
     from msp_plugin.records.statistics import taken_back
 
@@ -119,10 +119,11 @@ def prune(
     loading: Loading,
     output: Output,
     sparsity: Annotated[
-        str | None, typer.Option("--sparsity", "-s", help="share of zeros; not with --allocation")
+        str | None,
+        typer.Option("--sparsity", "-s", help="share of zeros, e.g. 0.75; not needed with --allocation"),
     ] = None,
     allocation: Annotated[
-        str | None, typer.Option("--allocation", help="a finished allocation.json: no search")
+        str | None, typer.Option("--allocation", help="prune to this allocation.json, without a search")
     ] = None,
     method: Method = "sparsegpt",
     allocator: AllocatorName = "search",

@@ -46,7 +46,7 @@ def recover(
     seed: Seed = 0,
     cache: Cache = None,
 ) -> None:
-    """Mend what pruning broke: change surviving weights only; every zero stays.
+    """Recover quality lost by pruning: change surviving weights only; every zero stays.
 
     Example: msp recover qwen-75 --original Qwen/Qwen2.5-7B --data c4.jsonl --test-data wiki.txt --out qwen-75-recovered
     """

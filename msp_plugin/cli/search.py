@@ -1,4 +1,4 @@
-"""``msp allocate`` and ``msp sensitivity``: the steps before pruning."""
+"""``msp allocate`` and ``msp sensitivity``: search and measure without pruning."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def allocate_command(
 
         keys = {"sparsity": sparsity, "seed": seed, "cache": cache}
         line = recipe_line(method, allocator, options, **keys, **layers.recipe())
-        # A short text must also leave as many samples unread as `msp prune` tests with afterwards.
+        # From a short text, set aside the samples that `msp prune` will test with.
         unseen = 0 if text.samples else Text.test_samples
         out, ranks = out.expanduser(), context.ranks
         resolved = resolve(Options.parse(line), Plugins())

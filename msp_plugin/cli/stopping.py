@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-#: Seconds after which a stop is raised again where it was caught: some packages import others in a bare ``except:``,
-#: and Python only reports an exception that leaves a destructor.
+#: Seconds after which Stopped is raised again if something caught it: some packages import others in a bare
+#: ``except:``, and Python only prints an exception that leaves a destructor.
 _AGAIN = 0.5
 
 
@@ -19,13 +19,13 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], int]]:
-    """Let SIGINT and SIGTERM raise Stopped in the block; signals that are ignored stay ignored.
+    """Let SIGINT and SIGTERM raise Stopped in the block; ignored signals stay ignored.
 
-    A Stopped that is caught is raised again until it leaves the block. One that leaves a destructor prints no
+    If something catches a Stopped, it is raised again until it leaves the block. One that leaves a destructor prints no
     traceback.
 
-    Yields a function that returns the exit code once a signal has come, and 0 before. It tells a stop from other
-    errors, because compiled code that calls Python may turn a Stopped into an error of its own.
+    Yields a function that returns the exit code once a signal has come, and 0 before. With it the caller recognises a
+    Stopped that compiled code has turned into an error of its own.
     """
     code = 0
 
@@ -34,7 +34,7 @@ def stopping() -> Iterator[Callable[[], int]]:
         if number != signal.SIGALRM:
             code = 128 + number
             signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
-        if not _unwinds():  # a second Ctrl-C does not stop the tidying up
+        if not _unwinds():  # a second Ctrl-C does not interrupt the clean-up
             raise Stopped(code)
 
     report = sys.unraisablehook

@@ -15,14 +15,14 @@ from msp_plugin.runtime.ranks import Ranks
 
 @dataclass(frozen=True)
 class Reading:
-    """A report on the reading of one source.
+    """What was read of one source.
 
     Args:
         source: the source as the user named it.
-        samples: count of samples from it.
+        samples: number of samples from it.
         columns: the columns of a table that held the text.
-        rows: count of documents, or rows of a table, that were read, until there was enough text.
-        skipped: count of these that were null or empty.
+        rows: documents, or rows of a table, that were read until there was enough text.
+        skipped: how many of these rows were null or empty.
         bos: the tokens that start each sample, as the tokenizer writes them; None if there are none.
     """
 
@@ -34,7 +34,7 @@ class Reading:
     bos: str | None = None
 
     def record(self) -> ReadingRecord:
-        """Return its part of a record."""
+        """Return this as a part of a record."""
         return ReadingRecord(**asdict(self))
 
 
@@ -42,7 +42,7 @@ class Reading:
 class CalibrationSet:
     """Samples of token ids, each int64[T], and their source.
 
-    ``readings`` holds one report for each source; it is empty for a part of a set.
+    ``readings`` says what was read of each source; it is empty for a part of a set.
     """
 
     samples: tuple[torch.Tensor, ...]
@@ -54,7 +54,7 @@ class CalibrationSet:
 
     @property
     def tokens(self) -> int:
-        """Count of tokens over all samples."""
+        """Tokens of all samples."""
         return sum(len(sample) for sample in self.samples)
 
     @property
@@ -67,7 +67,7 @@ class CalibrationSet:
         return digest.hexdigest()
 
     def batches(self, batch_tokens: int) -> Iterator[torch.Tensor]:
-        """Yield int64[B, T]: neighbouring samples of equal length, up to ``batch_tokens`` tokens or one."""
+        """Yield int64[B, T]: consecutive samples of equal length, up to ``batch_tokens`` tokens, or one longer sample."""
         rows: list[torch.Tensor] = []
         for sample in self.samples:
             full = rows and (len(rows) + 1) * len(sample) > batch_tokens
@@ -83,14 +83,14 @@ class CalibrationSet:
         return CalibrationSet(tuple(ranks.share(self.samples)), self.source)
 
     def split(self, tail_tokens: int, *, fit: bool = False) -> tuple[CalibrationSet, CalibrationSet]:
-        """Return (head, tail), where the tail has the last samples with at least ``tail_tokens`` tokens.
+        """Return (head, tail), where the tail is the fewest last samples with at least ``tail_tokens`` tokens.
 
         Args:
-            fit: if that would leave less than half of the samples for the head, split in the middle instead.
+            fit: if the head would keep less than half of the samples, split in the middle instead.
 
         Raises:
-            DataError: without ``fit``, less than half of the samples would be left for the head; or there is
-                only one.
+            DataError: the head would keep less than half of the samples, and ``fit`` is not given or there is only
+                one sample.
         """
         head, tail = self.cut(tail_tokens)
         count, cut = tail.tokens, len(head)
@@ -101,13 +101,13 @@ class CalibrationSet:
             raise DataError(
                 f"the search asks for {tail_tokens:,} held-out tokens, but {len(self)} calibration samples "
                 f"with {self.tokens:,} tokens leave at most {self.tokens // 2:,} for it",
-                hint="give more or longer samples, text of its own for the search, or the allocator's tokens "
-                f"and holdout less than {self.tokens // 2:,} together",
+                hint="give more or longer samples, a separate text for the search, or set the allocator's tokens "
+                f"and holdout to less than {self.tokens // 2:,} together",
             )
         return head, tail
 
     def record(self, *, length: int | None = None, seed: int | None = None) -> TextRecord:
-        """Return its part of a record; ``length`` and ``seed`` are those that were asked for."""
+        """Return this as a part of a record, with the requested ``length`` and ``seed``."""
         return TextRecord(
             source=self.source,
             samples=len(self),
@@ -119,7 +119,7 @@ class CalibrationSet:
         )
 
     def cut(self, tail_tokens: int) -> tuple[CalibrationSet, CalibrationSet]:
-        """Return (head, tail): the tail is the fewest last samples with ``tail_tokens`` tokens, or all."""
+        """Return (head, tail): the tail is the fewest last samples with ``tail_tokens`` tokens, or all samples."""
         count, cut = 0, len(self.samples)
         while cut > 0 and count < tail_tokens:
             cut -= 1

@@ -1,4 +1,4 @@
-"""Conversations: recognise them in rows of chat data, and write them as text by a chat template."""
+"""Conversations: recognise them in rows of chat data, and write them as text with a chat template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation: messages with ``role`` and ``content``, and the row that they come from."""
+    """A conversation: messages with ``role`` and ``content``; ``where`` names their row in errors."""
 
     messages: tuple[Mapping[str, Any], ...]
     where: str
@@ -45,7 +45,7 @@ class Chat:
 
 
 def as_messages(value: object) -> list[dict[str, Any]] | None:
-    """Return the messages in a value, each with ``role`` and ``content``; None if there are none.
+    """Return the messages of a value, each with ``role`` and ``content``; None if it is no conversation.
 
     A conversation is a list of objects with ``role`` and ``content``, or ``from`` and ``value`` as in
     ShareGPT. Older versions of datasets give an object of lists instead.
@@ -75,7 +75,7 @@ def _message(part: object) -> dict[str, Any] | None:
     text = _content(part[content])
     if text is None and part[content] is not None:
         return None
-    # Tables fill in null for missing keys, but templates ask whether a key is there.
+    # Tables hold null for missing keys, but templates test whether a key exists.
     more = {key: v for key, v in part.items() if key not in (role, content) and v is not None}
     return {**more, "role": _ROLES.get(part[role], part[role]), "content": text or ""}
 

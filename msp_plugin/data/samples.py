@@ -1,4 +1,4 @@
-"""The text of a run: its sources, and the tokenized samples by their use."""
+"""The text of a run: its sources, and its tokenized samples by purpose."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Calibration samples by default, and the fewest that are accepted by default from a short text.
+#: Default number of calibration samples, and the fewest that a short text may give instead.
 SAMPLES, LEAST = 128, 8
-#: One sample in so many of a short text is a test sample.
+#: Of a short text, one sample in this many is a test sample.
 TEST_SHARE = 4
 
 
@@ -33,15 +33,14 @@ class Text:
         data: source of the calibration samples (see sources.load_texts).
         search: source of the samples that measure candidates; None takes them from the end of ``data``.
         test: source of the samples that measure perplexity; None sets samples of ``data`` aside.
-        samples: count of calibration samples; None takes SAMPLES, or fewer if the text is short.
+        samples: number of calibration samples; None takes SAMPLES, or fewer if the text is short.
         length: tokens of a sample; None takes 2,048, or the model's maximum if that is less.
-        test_samples: count of test samples; with 0 no perplexity is measured.
-        column: of tables and datasets, the column with the text or the messages of a conversation.
+        test_samples: number of test samples; with 0 no perplexity is measured.
+        column: the column of a table or dataset with the text, or with the messages of a conversation.
         batch: samples per forward pass of the host's calibration.
-        seed: of the choice of calibration and search samples; 0 spaces them evenly.
+        seed: chooses the calibration and search samples at random; 0 spaces them evenly.
         bos: start each sample with the beginning-of-text token; None leaves it to the tokenizer.
-        vocabulary: count of the model's embeddings, which token ids must stay below; None does not check
-            them.
+        vocabulary: the model's number of embeddings; larger token ids are an error. None checks nothing.
     """
 
     data: str
@@ -66,7 +65,7 @@ class Text:
         """Return this text with the length and the vocabulary of a model.
 
         Raises:
-            DataError: the asked length is above the model's maximum.
+            DataError: the requested length is above the model's maximum.
         """
         known = replace(self, vocabulary=vocabulary(source, trust_remote_code=trust_remote_code))
         return known.within(max_length(source, trust_remote_code=trust_remote_code))
@@ -75,7 +74,7 @@ class Text:
         """Return this text with a length of at most ``most`` tokens; None means no maximum.
 
         Raises:
-            DataError: the asked length is above it.
+            DataError: the requested length is above ``most``.
         """
         if self.length is None:
             return replace(self, length=min(2048, most or 2048))
@@ -111,7 +110,7 @@ class Text:
         """Return up to ``samples`` samples of one source; the ``length`` must be known (see ``for_model``).
 
         Args:
-            at_least: the fewest samples that will do; None asks for all.
+            at_least: the fewest samples to accept; None accepts no fewer than ``samples``.
 
         Raises:
             DataError: the source is missing, empty or too short, or has tokens that the model does not know.
@@ -131,7 +130,7 @@ class Text:
         return data
 
 
-#: Stands for samples that nothing asks for.
+#: Stands for samples that nobody needs.
 NO_TEXT = CalibrationSet((), "none")
 
 
@@ -141,8 +140,8 @@ class SearchText:
 
     Args:
         search: tokens that measure candidates.
-        holdout: further tokens that tell when to stop.
-        fit: where the text is too short for that, take half of its samples, and say so; else that is an error.
+        holdout: further tokens that decide when to stop.
+        fit: if the text is too short for both, take half of its samples and log a warning; otherwise raise.
     """
 
     search: int = 0
@@ -151,20 +150,20 @@ class SearchText:
 
     @property
     def tokens(self) -> int:
-        """Tokens that measure candidates or tell when to stop."""
+        """Tokens of both together."""
         return self.search + self.holdout
 
 
 @dataclass(frozen=True)
 class TextSplit:
-    """The samples of a run, by their use; NO_TEXT where there is none. The test shares no sample with the others.
+    """The samples of a run by purpose; NO_TEXT where there are none. The test shares no sample with the others.
 
     Args:
-        calibration: gives the search its sensitivities and pruning statistics.
+        calibration: for the search's sensitivities and pruning statistics.
         search: measures candidates.
-        holdout: tells a search when to stop.
-        test: gives the perplexity.
-        pruning: calibrates the final pruning: calibration, search and hold-out, in the order in which they were read.
+        holdout: decides when a search stops.
+        test: measures perplexity.
+        pruning: calibrates the final pruning: calibration, search and hold-out in the order of reading.
     """
 
     calibration: CalibrationSet = NO_TEXT
@@ -199,12 +198,12 @@ def load_split(tokenizer: PreTrainedTokenizerBase, text: Text, asked: SearchText
 def split_text(
     data: CalibrationSet, asked: SearchText, test: CalibrationSet = NO_TEXT, *, warn: bool = True
 ) -> TextSplit:
-    """Return the samples of one set by their use.
+    """Return the samples of one set by purpose.
 
     The last samples are the hold-out, those before them the search text; all others calibrate.
 
     Args:
-        warn: log that the text is too short for what is asked, where ``asked`` lets it fit.
+        warn: log a warning if the text is too short and ``asked.fit`` accepts that.
 
     Raises:
         DataError: see CalibrationSet.split.
@@ -216,8 +215,8 @@ def split_text(
             search, holdout = holdout, search
         if warn:
             log.warning(
-                "%d samples with %d tokens: candidates are measured on %d tokens, and %d tell when to stop, instead "
-                "of %d and %d; with more or longer samples the choice is surer",
+                "%d samples with %d tokens: candidates are measured on %d tokens, and %d decide when to stop, instead "
+                "of %d and %d; more or longer samples make the search more reliable",
                 len(data),
                 data.tokens,
                 search.tokens,
@@ -254,11 +253,7 @@ def _calibration_and_test(tokenizer: PreTrainedTokenizerBase, text: Text) -> tup
 
 
 def _check_apart(test: CalibrationSet, parts: Sequence[CalibrationSet]) -> None:
-    """Raise if most test samples are samples of another part too.
-
-    Raises:
-        DataError: they are.
-    """
+    """Raise DataError if more than half of the test samples are samples of another part too."""
     others = {tuple(sample.tolist()) for part in parts for sample in part.samples}
     shared = sum(tuple(sample.tolist()) in others for sample in test.samples)
     if 2 * shared > len(test):
@@ -268,6 +263,6 @@ def _check_apart(test: CalibrationSet, parts: Sequence[CalibrationSet]) -> None:
 
 
 def _part(data: CalibrationSet, source: str, start: int, end: int) -> CalibrationSet:
-    """Return the samples from ``start`` to ``end`` under another source name, with the readings of all."""
+    """Return the samples from ``start`` to ``end`` under another source name."""
     readings = tuple(replace(reading, samples=end - start) for reading in data.readings)
     return CalibrationSet(data.samples[start:end], source, readings)

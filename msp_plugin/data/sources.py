@@ -1,4 +1,4 @@
-"""Sources of text: files, directories, saved datasets and hub datasets, read only as far as they are used."""
+"""Sources of text: files, directories, saved datasets and hub datasets, read only as far as needed."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Document = str | Iterator[str] | Chat
 
 
 class Documents:
-    """The documents of a source, in their order, read only as far as they are iterated over.
+    """The documents of a source in order, read only as far as they are iterated over.
 
     Attributes:
-        rows: count of the rows that were read so far.
-        skipped: count of those that were null or empty.
-        columns: the columns that held the text; empty if the source has none.
+        rows: the rows that were read so far.
+        skipped: how many of them were null or empty.
+        columns: the columns that held the text; empty if the source has no columns.
     """
 
     def __init__(self, source: str, read: Callable[[], Iterator[Row]], column: str = DEFAULT_COLUMN):
@@ -76,7 +76,7 @@ class Documents:
 
 
 def near(column: str, columns: Iterable[object]) -> str:
-    """Return a hint that lists columns, and first the one nearest to ``column`` if any is near."""
+    """Return a hint that lists up to 50 columns, beginning with the one closest to ``column`` (see nearest)."""
     return nearest(column, [plain(name)[:60] for name in itertools.islice(columns, 50)])
 
 
@@ -193,7 +193,7 @@ def _hub_dataset(source: str) -> Any:
 
 
 def _dataset(data: Any, column: str, source: str) -> Documents:
-    """Return the documents of a dataset; of several splits those of ``train``."""
+    """Return the documents of a dataset; if it has several splits, those of ``train``."""
     if isinstance(data, dict):
         if "train" not in data:
             raise DataError(

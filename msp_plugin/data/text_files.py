@@ -1,6 +1,6 @@
 """Read files of text and tables as rows, and choose the data files of a directory.
 
-A row is a pair: its place, for errors, and a text, the pieces of a text, or an object of columns.
+A row is a pair: its place, for errors, and its value: a text, an iterator over pieces of a text, or a dict of columns.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from msp_plugin.runtime.documents import parse_json
 
 log = logging.getLogger(__name__)
 
-#: The place of a row in an error, and the row.
+#: (the row's place for errors, its value).
 Row = tuple[str, Any]
 
 DEFAULT_COLUMN = "text"
-#: Columns that usually hold the text where there is none of the default name.
+#: Columns that hold the text where there is none with the default name.
 _USUAL = (("messages",), ("conversations",), ("prompt", "completion"))
 _TEXT = (".txt", ".md", ".py", ".text")
 _LINES = (".jsonl", ".json", ".ndjson")
@@ -37,7 +37,7 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 _ARROW = (".parquet", ".arrow", ".feather")
 _ROWS = (*_LINES, *_TABLES, *_ARROW)
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
-#: Files of a directory that describe its data, and are not data.
+#: Files of a directory that describe its data and hold none.
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _NOT_TRAIN = {"test", "validation", "valid", "val", "dev", "eval"}
 #: Characters of a piece of a text.
@@ -62,11 +62,10 @@ def text_columns(row: Iterable[str], column: str) -> tuple[str, ...]:
 
 
 def data_files(path: Path) -> list[Path]:
-    """Return the data files of a directory, sorted by name.
+    """Return the data files of a directory, sorted by name: all of the first kind below that is there.
 
-    Parquet and arrow files are taken first, and all others then left out. Next come texts and jsonl, without
-    a README that lies beside tables, and last csv and whole JSON files. If the names of tables tell their
-    split, the ones for training are taken.
+    1. Parquet and arrow files; 2. texts, jsonl and compressed files; 3. csv and JSON files. A README beside tables
+    is left out. If some tables have "train" in their path, those of other splits are left out.
     """
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name not in _ABOUT and is_known(p)]
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
@@ -94,7 +93,7 @@ def _kind(path: Path) -> tuple[str, str]:
 
 
 def file_rows(path: Path, column: str) -> Iterator[Row]:
-    """Yield the rows of a file; of parquet and arrow only the columns that hold the text.
+    """Yield the rows of a file; parquet and arrow files give only the columns that hold the text.
 
     Raises:
         DataError: the file does not fit its suffix, or is damaged; the message names the line or row.
@@ -110,7 +109,7 @@ def file_rows(path: Path, column: str) -> Iterator[Row]:
 
 
 def _open(path: Path, newline: str | None = None) -> IO[str]:
-    """Open a text file, which may be compressed; a byte order mark is left out."""
+    """Open a text file, which may be compressed, and skip a byte order mark."""
     openers: dict[str, Callable[..., IO[str]]]
     openers = {"": Path.open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     packing = _kind(path)[1]
@@ -120,7 +119,7 @@ def _open(path: Path, newline: str | None = None) -> IO[str]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Raise a DataError that names ``path`` if reading it in the block fails."""
+    """Turn a failure to read ``path`` in the block into a DataError that names it."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -132,7 +131,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _damage_errors() -> tuple[type[Exception], ...]:
-    """Return the types of errors for damaged files; that of zstandard only if it is loaded."""
+    """Return the types of errors that damaged files raise; zstandard's only if it is loaded."""
     zstandard = sys.modules.get("zstandard")
     own = () if zstandard is None else (zstandard.ZstdError,)
     return (OSError, EOFError, zlib.error, lzma.LZMAError, *own)
@@ -247,6 +246,6 @@ def _arrow_batches(pa: Any, path: Path) -> Iterator[Any]:
     with pa.memory_map(str(path)) as file:
         try:
             yield from pa.ipc.open_stream(file)
-        except pa.ArrowInvalid:  # the other of arrow's two forms, or damaged
+        except pa.ArrowInvalid:  # arrow's other form, a file instead of a stream; or damaged
             whole = pa.ipc.open_file(file)
             yield from (whole.get_batch(i) for i in range(whole.num_record_batches))

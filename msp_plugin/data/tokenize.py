@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: At most so many times the asked tokens are read, so that a large corpus does not cost hours of tokenizing.
+#: At most this multiple of the needed tokens is read, so that a large corpus does not cost hours of tokenizing.
 _READ = 32
 #: Characters that are tokenized at once.
 _PIECE = 2**20
@@ -31,8 +31,8 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) 
     """Return the tokens that start a sample.
 
     Args:
-        bos: None for the tokens that the tokenizer itself puts before a text, if any; True for these, or for
-            its beginning-of-text token if there are none; False for no tokens.
+        bos: None: the tokens that the tokenizer itself puts before a text, if any. True: the same, or its
+            beginning-of-text token if there are none. False: no tokens.
 
     Raises:
         DataError: ``bos`` is True and the tokenizer has no such token.
@@ -70,8 +70,8 @@ def _pieces(text: str) -> Iterator[str]:
 def _stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Document], enough: int) -> list[int]:
     """Return the tokens of documents: all, or a little more than ``enough`` of them.
 
-    The end-of-text token closes each document. A conversation ends as its template has it; the start tokens
-    that its template writes are left out, because every sample gets its own.
+    The end-of-text token ends each document. A conversation ends as its template writes it; the start tokens of the
+    template are left out, because every sample gets its own.
     """
     end, start = tokenizer.eos_token_id, _written(tokenizer, leading_tokens(tokenizer))
     stream: list[int] = []
@@ -102,15 +102,15 @@ def tokenize(
 ) -> CalibrationSet:
     """Return up to ``samples`` samples, each int64[length], cut from the joined documents.
 
-    Documents are closed by the end-of-text token and joined in their order. If there is more text than
-    needed, the samples are spread evenly over it, so that a corpus is not represented by its first document.
-    At most ``_READ`` times the asked tokens are read.
+    Documents end with the end-of-text token and are joined in order. If there is more text than needed, the samples
+    are spread evenly over it, so that a corpus is not represented by its first document. At most ``_READ`` times the
+    needed tokens are read.
 
     Args:
         source: its name, for the result and for errors.
-        at_least: the fewest samples that will do; None asks for all.
+        at_least: the fewest samples to accept; None accepts no fewer than ``samples``.
         seed: moves each sample at random within its share of the text; 0 does not.
-        bos: which tokens start each sample, as a part of its length (see leading_tokens).
+        bos: which tokens start each sample; they count in its length (see leading_tokens).
 
     Raises:
         DataError: there is too little text, or the length has no room beside the start tokens.
@@ -126,9 +126,10 @@ def tokenize(
     own = length - len(start)
     stream = _stream(tokenizer, texts, _READ * samples * length)
     count = len(stream) // own
-    if count < (samples if at_least is None else at_least):
+    needed = samples if at_least is None else at_least
+    if count < needed:
         raise DataError(
-            f"{source} has {len(stream):,} tokens: {count} samples of {length}, {samples} were asked for",
+            f"{source} has {len(stream):,} tokens: {count} samples of {length}; needed: {needed}",
             hint="give more text, or ask for fewer or shorter samples",
         )
     ids = torch.tensor(stream[: count * own], dtype=torch.int64).view(count, own)
@@ -148,7 +149,7 @@ def _spread(count: int, take: int, seed: int) -> list[int]:
 
 
 def _reading(texts: Iterable[Document], source: str, samples: int, bos: str | None) -> Reading:
-    """Return the report on the reading of the documents, and log it."""
+    """Return what was read of the documents, and log it."""
     if bos is not None:
         log.info("%s: each sample starts with %s", source, bos)
     if not isinstance(texts, Documents):
@@ -164,9 +165,9 @@ def from_dataloader(
     """Return the samples of a host's DataLoader, without padding.
 
     Args:
-        keep_order: keep the loader's order. Otherwise samples are sorted by a digest of their content: hosts
-            sort samples by length, or shuffle them, but the last ones, which are held out, must be typical
-            and the same in every run.
+        keep_order: keep the loader's order. Otherwise samples are sorted by a digest of their content: hosts sort
+            samples by length or shuffle them, but the last ones are held out, and must be typical and the same in
+            every run.
 
     Raises:
         DataError: a batch has no integer ``input_ids`` [B, T], or there are no samples of two tokens or more.
@@ -198,7 +199,7 @@ def _token_ids(batch: Any) -> torch.Tensor:
         ids = torch.as_tensor(batch["input_ids"]).cpu()
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"the input_ids of a calibration batch are no table of numbers: {error}",
+            f"the input_ids of a calibration batch are not a table of numbers: {error}",
             hint="give batches of samples of equal length, or pad them and pass attention_mask",
         ) from None
     if ids.dim() != 2 or ids.is_floating_point():
@@ -220,7 +221,7 @@ def padding_mask(batch: Any) -> torch.Tensor | None:
 
 
 def check_ids(data: CalibrationSet, vocabulary: int) -> None:
-    """Raise unless all token ids are below ``vocabulary``, the count of a model's embeddings.
+    """Raise unless all token ids are below ``vocabulary``, the number of a model's embeddings.
 
     Raises:
         DataError: an id is negative or too large.

@@ -1,1 +1,1 @@
-"""Evaluate checkpoints: perplexity, KL divergence and lm-eval's tasks."""
+"""Evaluate checkpoints: perplexity, KL divergence and lm-eval tasks."""

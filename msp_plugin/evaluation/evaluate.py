@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint into one record: tasks of lm-eval, perplexity, and KL to a reference."""
+"""Evaluate a checkpoint: lm-eval tasks, perplexity, and KL to a reference, in one record."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """A model, by the name that the user gave and the directory or hub id that it stands for."""
+    """A model to evaluate: ``name`` is what the user gave, ``path`` the directory or hub id that it means."""
 
     name: str
     path: str
@@ -46,11 +46,11 @@ class Source:
     trust_remote_code: bool = False
 
     def max_length(self) -> int | None:
-        """Return the most tokens that the model takes, None if its config does not say."""
+        """Return the longest sequence, in tokens, that the model takes; None if its config does not say."""
         return max_length(self.path, trust_remote_code=self.trust_remote_code)
 
     def vocabulary(self) -> int | None:
-        """Return how many tokens the model knows, None if its config does not say."""
+        """Return the number of tokens that the model has embeddings for; None if its config does not say."""
         return vocabulary(self.path, trust_remote_code=self.trust_remote_code)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -67,14 +67,14 @@ class Request:
     """The models to evaluate, and the tasks and texts to evaluate them on.
 
     Args:
-        reference: a model that gets the same tasks and texts, to compare with.
+        reference: a model to compare with; it gets the same tasks and texts.
         tasks, task_dir, limit, num_fewshot, batch: see tasks.find_tasks and tasks.Suite.
         data: sources of text for the perplexity (see data.sources.load_texts).
         samples, length, column, bos: of each text (see data.samples.Text).
 
     Raises:
-        RecipeError: neither tasks nor data, tasks that are not named, an unknown dtype, a number out of
-            range.
+        RecipeError: there are neither tasks nor data, a task directory without task names, an unknown dtype, or a
+            number out of range.
     """
 
     model: Source
@@ -101,7 +101,7 @@ class Request:
         if self.task_dir is not None:
             names = ", ".join(sorted(local_tasks(self.task_dir))[:10])
             raise RecipeError(
-                f"{self.task_dir} without a task to ask", hint=f"name the tasks; there are {names}"
+                f"{self.task_dir} is given, but no task of it", hint=f"name the tasks; there are {names}"
             )
         if not self.data:
             raise RecipeError(
@@ -117,7 +117,7 @@ class Request:
 
 @dataclass(frozen=True)
 class _Measured:
-    """One model's share of the record."""
+    """The measurements of one model."""
 
     about: ModelRecord
     answers: Answers | None
@@ -127,11 +127,10 @@ class _Measured:
 def evaluate(request: Request, *, quiet: bool = True, progress: StepProgress = no_progress) -> EvalRecord:
     """Return the record of an evaluation.
 
-    Equal requests give equal records on one machine: there are no times in it, and no paths that the request
-    does not name.
+    On one machine, equal requests give equal records: they hold no times, and only paths that the request names.
 
     Raises:
-        MSPError: see the steps. What can fail without the weights fails before they are read.
+        MSPError: a task, text or model cannot be used; whatever can be checked without weights fails before loading.
     """
     lengths = [length for length in (source.max_length() for source in request.sources) if length]
     suite = None
@@ -162,11 +161,11 @@ def evaluate(request: Request, *, quiet: bool = True, progress: StepProgress = n
 def _text(
     request: Request, data: str, tokenizers: Sequence[PreTrainedTokenizerBase], most: int | None
 ) -> CalibrationSet:
-    """Return the samples of a text, of at most ``most`` tokens.
+    """Return the samples of a text, each of at most ``most`` tokens.
 
     Raises:
         DataError: it is missing, empty or too short.
-        ModelError: the reference reads it as other tokens, so that there is no KL.
+        ModelError: the reference tokenizes it differently, so that there is no KL.
     """
     text = Text(
         data, samples=request.samples, length=request.length, column=request.column, bos=request.bos
@@ -209,7 +208,9 @@ def _measure(
         answers = ask(suite, model, tokenizer, quiet=quiet, progress=step) if suite is not None else None
     if answers is not None and answers.truncated:
         log.warning(
-            "%s takes less than %d requests need; they lost their beginning", source.name, answers.truncated
+            "%d requests are longer than %s takes; their beginnings were cut off",
+            answers.truncated,
+            source.name,
         )
     return _Measured(about, answers, values)
 
@@ -217,7 +218,7 @@ def _measure(
 def _kl(
     other: PreTrainedModel, model: PreTrainedModel, text: CalibrationSet, progress: StepProgress
 ) -> float:
-    """Return KL(other || model) in nats per token, on the device that suits ``other`` best."""
+    """Return KL(other || model) in nats per token, computed on the best device for ``other``."""
     with on_best_device(other):
         torch.nn.Module.to(model, next(other.parameters()).device)
         return mean_kl(other, model, text, progress=partial(progress, f"KL on {text.source}"))
@@ -230,7 +231,7 @@ def _record(
     measured: Sequence[_Measured],
     kls: Sequence[float],
 ) -> EvalRecord:
-    """Return the record of what was measured of the model, and of the reference if there is one."""
+    """Return the record of the measurements of the model, and of the reference if there is one."""
     own, other = measured[0], measured[1] if len(measured) > 1 else None
     packages = {**versions(), "python": platform.python_version()}
     harness = None
@@ -272,7 +273,7 @@ def _text_score(
 
 
 def _task_scores(own: Answers, other: Answers | None) -> dict[str, TaskScore]:
-    """Return the tasks by name, each with the metrics of the model, compared with those of the reference."""
+    """Return the scores by task, with the differences from the reference if there is one."""
     theirs = {(m.task, m.name, m.filter): m for m in other.metrics} if other else {}
     scores: dict[str, list[MetricScore]] = {task: [] for task in own.tasks}
     for metric in own.metrics:

@@ -1,4 +1,4 @@
-"""Ask a loaded model the tasks of lm-eval, and compare the scores of two models."""
+"""Run lm-eval's tasks on a loaded model, and compare the scores of two models."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: lm-eval's own defaults (lm_eval/defaults.py), given to it so that the record holds the seeds that were
-#: used.
+#: lm-eval's own defaults (lm_eval/defaults.py), passed explicitly so that the record can name them.
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-#: Draws for the standard error of a metric that is no mean; it is within 1/sqrt(2 * 1000) = 2 % of itself
-#: then (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 6). lm-eval's 100,000 take minutes
-#: a task.
+#: Bootstrap resamples for the standard error of a metric that is not a mean. 1,000 give it a relative error of
+#: 1/sqrt(2 * 1000) = 2 % (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 6); lm-eval's default of
+#: 100,000 takes minutes per task.
 BOOTSTRAP = 1000
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of one task. ``by_document`` holds the documents' numbers if it is their mean."""
+    """One number of one task. If it is a mean over documents, ``by_document`` holds their numbers."""
 
     task: str
     name: str
@@ -46,8 +45,8 @@ class Answers:
     """The scores of a model.
 
     Args:
-        tasks: by name: version, num_fewshot, samples (documents asked), available (documents there are),
-            fingerprint of the prompts and targets; of groups as far as lm-eval says it.
+        tasks: by name: version, num_fewshot, samples (documents used), available (documents of the task), fingerprint
+            of the prompts and targets; for groups None where lm-eval gives nothing.
         truncated: number of requests that were longer than the model takes and lost their beginning.
     """
 
@@ -64,24 +63,24 @@ def ask(
     quiet: bool = True,
     progress: StepProgress = no_progress,
 ) -> Answers:
-    """Return the scores of a model on the tasks; it is asked on the device that it is on.
+    """Return the scores of a model on the tasks, computed on the model's device.
 
-    In 16 bits lm-eval sums log-probabilities in 16 bits, as its own command does; load the model in float32
+    With a 16-bit model lm-eval sums log-probabilities in 16 bits, as its own command does; load the model in float32
     for numbers that do not depend on the batch.
 
     Raises:
         NumericsError: a log-likelihood is not a number.
         HostError: lm-eval failed.
     """
-    # lm-eval's resampling forks a process that has threads, and such a fork may never end
+    # lm-eval's resampling would fork a process with threads, and such a fork may hang.
     os.environ["DISABLE_MULTIPROC"] = "1"
     with off_console(quiet) as stderr:
         import lm_eval
 
-        asked = _reporting(model, tokenizer, suite.batch, stderr, progress)
+        adapter = _reporting(model, tokenizer, suite.batch, stderr, progress)
         try:
             results = lm_eval.simple_evaluate(
-                model=asked,
+                model=adapter,
                 tasks=list(suite.names),
                 task_manager=suite.manager,
                 limit=suite.limit,
@@ -100,8 +99,8 @@ def ask(
                 f"lm-eval failed on {', '.join(suite.names)}: {type(error).__name__}: {error}"
             ) from error
     if results is None:
-        raise HostError("lm-eval gives its results to the first process alone", hint="leave out torchrun")
-    return Answers(tuple(_metrics(results)), _tasks(results), asked.truncated)
+        raise HostError("lm-eval gives results only to the first process", hint="start it without torchrun")
+    return Answers(tuple(_metrics(results)), _tasks(results), adapter.truncated)
 
 
 def _reporting(
@@ -111,7 +110,7 @@ def _reporting(
     stderr: TextIO,
     progress: StepProgress,
 ) -> HFLM:
-    """Return a model as lm-eval takes it; it reports progress, counts cut requests and refuses NaN."""
+    """Return lm-eval's adapter of a model, which also reports progress, counts cut requests and refuses NaN."""
     from lm_eval.models.huggingface import HFLM
 
     class Reporting(HFLM):
@@ -148,7 +147,7 @@ def _reporting(
 
 
 def _metrics(results: dict[str, Any]) -> Iterator[Metric]:
-    """Yield the metrics of lm-eval's results: keys are ``metric,filter`` and ``metric_stderr,filter``."""
+    """Yield the metrics in lm-eval's results, whose keys are ``metric,filter`` and ``metric_stderr,filter``."""
     for task, scores in results["results"].items():
         better = results["higher_is_better"].get(task) or {}
         for key, value in scores.items():
@@ -169,7 +168,7 @@ def _metrics(results: dict[str, Any]) -> Iterator[Metric]:
 
 
 def _documents(rows: Sequence[dict[str, Any]], name: str, value: float) -> tuple[float, ...] | None:
-    """Return a metric's numbers by document, None if the metric is not their mean."""
+    """Return a metric's numbers by document; None if the metric is not their mean."""
     try:
         numbers = tuple(float(row[name]) for row in sorted(rows, key=lambda row: row["doc_id"]))
     except (KeyError, TypeError, ValueError):  # pairs for an F1, or a document without it
@@ -179,7 +178,7 @@ def _documents(rows: Sequence[dict[str, Any]], name: str, value: float) -> tuple
 
 
 def _tasks(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what lm-eval says of each task beside its metrics (see ``Answers``)."""
+    """Return the facts on each task beside its metrics (see Answers.tasks)."""
     tasks = {}
     for task, scores in results["results"].items():
         count = results["n-samples"].get(task, {})
@@ -195,17 +194,17 @@ def _tasks(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _digest(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a hex digest of the documents that were asked, their prompts and their targets."""
-    asked = {f"{row['doc_id']} {row['doc_hash']} {row['prompt_hash']} {row['target_hash']}" for row in rows}
-    return hashlib.sha256("\n".join(sorted(asked)).encode()).hexdigest()
+    """Return a hex SHA-256 of the documents that were used, their prompts and their targets."""
+    used = {f"{row['doc_id']} {row['doc_hash']} {row['prompt_hash']} {row['target_hash']}" for row in rows}
+    return hashlib.sha256("\n".join(sorted(used)).encode()).hexdigest()
 
 
 def difference(metric: Metric, reference: Metric) -> tuple[float, float | None, bool]:
-    """Return metric - reference, its standard error, and True if that error is of pairs.
+    """Return (metric - reference, its standard error, True if that error is paired by document).
 
-    Both models answered the same documents. If both numbers are means over documents, the standard error is
-    the one of the mean of their differences; otherwise it is the one of independent numbers, which is larger
-    for models that fail on the same documents.
+    Both models answered the same documents. If both numbers are means over documents, the standard error is that of
+    the mean difference; otherwise it assumes independent numbers, and is too large for models that fail on the same
+    documents.
     """
     more = metric.value - reference.value
     ours, theirs = metric.by_document, reference.by_document

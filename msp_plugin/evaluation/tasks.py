@@ -1,4 +1,4 @@
-"""Find the tasks of lm-eval, and build each of them before a model is loaded."""
+"""Find lm-eval's tasks, and build each of them before a model is loaded."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _IGNORED = {"__pycache__", ".ipynb_checkpoints"}  # by lm-eval too
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks of lm-eval that can be asked: they were built once, and their data is there.
+    """Tasks of lm-eval that can be run: they were built once, so their data is available.
 
     Args:
-        limit: documents of each task; None for all.
+        limit: most documents of each task; None for all.
         num_fewshot: worked examples before each document; None for each task's own number.
         batch: requests per forward pass.
     """
@@ -63,7 +63,7 @@ def require_lm_eval() -> None:
 
 
 def local_tasks(directory: Path) -> dict[str, str]:
-    """Return the names that the YAML files of a directory define; for each ``task``, ``group`` or ``tag``.
+    """Return ``task``, ``group`` or ``tag`` by each name that the YAML files of a directory define.
 
     Raises:
         DataError: there is no such directory, it holds no YAML file, one cannot be read, or none defines a
@@ -93,7 +93,7 @@ def local_tasks(directory: Path) -> dict[str, str]:
 
 
 def _read_task(file: Path) -> dict[str, Any]:
-    """Return the mapping in a task's YAML file; functions that it names are not imported."""
+    """Return the mapping in a task's YAML file, without importing the functions that it names."""
 
     class Loader(yaml.SafeLoader):
         pass
@@ -105,7 +105,7 @@ def _read_task(file: Path) -> dict[str, Any]:
     try:
         config = parse_yaml(file.read_text(encoding="utf-8"), Loader)
     except (ValueError, OSError) as error:
-        raise DataError(f"{file} is no YAML that lm-eval reads: {error}") from None
+        raise DataError(f"{file} is not YAML that lm-eval reads: {error}") from None
     if not isinstance(config, dict):
         raise DataError(
             f"{file} holds no mapping", hint="a task's file says task: NAME, output_type: ... and so on"
@@ -122,11 +122,13 @@ def find_tasks(
     batch: int = 8,
     quiet: bool = True,
 ) -> Suite:
-    """Return the tasks of some names; each was built once, so that no model is loaded for broken ones.
+    """Return the tasks of some names, after building each once, so that no model is loaded for broken ones.
 
     Args:
-        names: of tasks, groups and tags, of lm-eval or of ``directory``, whose tasks replace lm-eval's
-            namesakes.
+        names: of tasks, groups and tags of lm-eval or of ``directory``; the latter take precedence.
+        directory: YAML files of the user's own tasks.
+        limit, num_fewshot, batch: see Suite.
+        quiet: keep the output of lm-eval off the console.
 
     Raises:
         HostError: lm-eval is missing.
@@ -140,7 +142,7 @@ def find_tasks(
     with off_console(quiet):
         from lm_eval.tasks import TaskManager
 
-        # lm-eval's own 14,000 files take ten seconds
+        # Reading lm-eval's own 14,000 files takes ten seconds.
         manager = TaskManager(include_path=directory, include_defaults=not local_only)
         for name in names:
             if name not in manager.all_tasks:
@@ -154,7 +156,7 @@ def find_tasks(
 
 
 def _near(name: str, manager: TaskManager, local: dict[str, str], directory: Path | None) -> str:
-    """Return a hint with the known names that are near to an unknown one."""
+    """Return a hint with known names that are close to an unknown one."""
     close = difflib.get_close_matches(name, [*local, *manager.all_tasks], n=5, cutoff=0.6)
     near = f"near it: {', '.join(dict.fromkeys(close))}; " if close else ""
     if directory is None:
@@ -166,7 +168,7 @@ def _build(manager: TaskManager, name: str) -> dict[str, Any]:
     """Return the tasks of a name, by their own names; building them loads their datasets.
 
     Raises:
-        DataError: a task cannot be built, or its dataset not loaded.
+        DataError: a task cannot be built, or its dataset cannot be loaded.
     """
     try:
         tasks: dict[str, Any] = manager.load([name])["tasks"]

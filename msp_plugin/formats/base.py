@@ -1,4 +1,4 @@
-"""Formats of packed weights: the one class by which exports, checkpoints, checks and reports know them."""
+"""Formats of packed weights: the class through which exports, checkpoints, checks and reports use them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 #: The version of compressed-tensors whose ``sparsity_config`` is written.
 CONFIG_VERSION = "0.13.0"
-#: The suffix of the small tensor that holds a weight's shape. Byte counts of packed weights leave it out.
+#: The suffix of the small tensor that holds a weight's shape. Byte counts of packed weights exclude it.
 SHAPE = "shape"
 
 
@@ -38,22 +38,21 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class PackedFormat(ABC):
-    """A way to store pruned weights in fewer bytes; a plugin adds one by ``msp_register_formats``.
+    """A way to store pruned weights in fewer bytes; a plugin adds one with ``msp_register_formats``.
 
     A checkpoint uses one format. Its config names the packed layers one by one; instead of ``<layer>.weight``
-    it holds the tensors ``<layer>.<suffix>`` for each suffix of the format. A format has no options that
-    reading depends on: checkpoints are read with ``cls()``.
+    it holds the tensors ``<layer>.<suffix>`` for each suffix of the format. Reading must not depend on options of
+    the format: checkpoints are read with ``cls()``.
 
     Attributes:
         name: ``format`` in the ``sparsity_config`` of a checkpoint's config.json.
         structure: ``sparsity_structure`` beside it, e.g. ``2:4`` or ``unstructured``.
-        least_sparsity: ``global_sparsity`` beside it, the share of zeros that each packed weight has at
-            least.
+        least_sparsity: ``global_sparsity`` beside it; every packed weight has at least this share of zeros.
         suffixes: of the tensors that stand for a weight, in the order in which they are stored.
-        own_suffixes: those of them that no dense model uses: a tensor with one whose layer the config does
-            not name means that config and tensors are from different checkpoints.
+        own_suffixes: the suffixes that no dense model uses. A tensor with one of them whose layer is not in the
+            config shows that config and tensors are from different checkpoints.
         description: what is stored for a weight, in a few words.
-        fused_together: True if layers that inference fuses are packed all or none.
+        fused_together: True if layers that inference fuses must be packed either all or not at all.
         served: True if the vLLM plugin serves the format.
     """
 
@@ -70,19 +69,19 @@ class PackedFormat(ABC):
     def refuses(
         self, layer: str, shape: tuple[int, ...], dtype: torch.dtype, level: Level | None
     ) -> str | None:
-        """Return why name, shape [out, in], dtype or level of a layer forbid to pack it; None if they do not.
+        """Return the reason why a layer cannot be packed, by its name, shape [out, in], dtype and level, or None.
 
         Args:
-            level: None where no allocation says it; then ``refuses_weight`` is asked too.
+            level: None without an allocation; then ``refuses_weight`` is asked too.
         """
 
     @abstractmethod
     def refuses_weight(self, weight: torch.Tensor) -> str | None:
-        """Return why a weight [out, in] is not packed, as far as its zeros tell; None if it may be."""
+        """Return the reason why a weight [out, in] cannot be packed, by its zeros, or None."""
 
     @abstractmethod
     def sizes(self, shape: tuple[int, int], dtype: torch.dtype, kept: int) -> dict[str, int]:
-        """Return the bytes of each suffix's tensor for a weight [out, in] that keeps so many weights."""
+        """Return by suffix the bytes of the tensor, for a weight of ``shape`` [out, in] with ``kept`` nonzeros."""
 
     @abstractmethod
     def pack(self, weight: torch.Tensor, layer: str) -> dict[str, torch.Tensor]:
@@ -93,13 +92,13 @@ class PackedFormat(ABC):
             layer: its name, for errors.
 
         Raises:
-            FormatError: the weight does not fit, or a negative zero has no place: such a weight is packed
-                with positive zeros instead.
+            FormatError: the weight does not fit, or has a negative zero that cannot be stored. The caller then
+                tries again with positive zeros.
         """
 
     @abstractmethod
     def unpack(self, tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
-        """Return the weight [out, in] of the tensors by suffix.
+        """Return the weight [out, in] from its tensors by suffix.
 
         Raises:
             FormatError: the tensors contradict each other.
@@ -107,18 +106,17 @@ class PackedFormat(ABC):
 
     @abstractmethod
     def header(self, stored: Mapping[str, TensorInfo], layer: str) -> TensorInfo:
-        """Return the header that the weight would have, from the headers of its tensors by suffix.
+        """Return the header of the dense weight, from the headers of its tensors by suffix.
 
         Raises:
-            FormatError: they cannot be those of a packed weight.
+            FormatError: the headers do not fit a packed weight.
         """
 
     def config(self, packed: Sequence[str], dense: Sequence[str]) -> dict[str, Any]:
         """Return a checkpoint's ``quantization_config``, as compressed-tensors 0.13 and vLLM 0.18.1 read it.
 
-        Layers are named one by one: with ``targets: ["Linear"]`` vLLM 0.18.1 takes dense layers for packed
-            ones.
-        Further keys beside ``sparsity_config`` make compressed-tensors 0.13 ask for ``config_groups``.
+        Layers are named one by one: with ``targets: ["Linear"]`` vLLM 0.18.1 treats dense layers as packed.
+        Any further key beside ``sparsity_config`` makes compressed-tensors 0.13 demand ``config_groups``.
 
         Args:
             packed: the layers that are packed.
@@ -143,7 +141,7 @@ class PackedFormat(ABC):
         return isinstance(sparsity, Mapping) and sparsity.get("format") == self.name
 
     def layers(self, quantization: Mapping[str, Any], source: str) -> tuple[str, ...]:
-        """Return the packed layers that a ``quantization_config`` of this format names, in its order.
+        """Return the names of the packed layers in a ``quantization_config`` of this format, in its order.
 
         Raises:
             FormatError: it does not name them one by one.
@@ -163,5 +161,14 @@ class PackedFormat(ABC):
 
 
 def without_shape(sizes: Mapping[str, int]) -> int:
-    """Return the bytes of a packed weight by suffix, summed without its ``shape`` tensor."""
+    """Return the sum of a packed weight's bytes by suffix, without its ``shape`` tensor."""
     return sum(size for suffix, size in sizes.items() if suffix != SHAPE)
+
+
+def unfit_headers(layer: str, stored: Mapping[str, TensorInfo], expected: str) -> FormatError:
+    """Return the error that a layer's tensors, by suffix, have headers of no packed weight; ``expected`` of them."""
+    headers = ", ".join(f"{suffix} {info.dtype} {list(info.shape)}" for suffix, info in stored.items())
+    return FormatError(
+        f"{layer} is not a packed weight: {headers}",
+        hint=f"expected {expected}; the file is damaged, or quantized",
+    )

@@ -2,7 +2,8 @@
 
 A weight [out, in] becomes ``compressed`` [n], its nonzeros row by row; ``bitmask`` uint8 [out, ceil(in / 8)], one
 bit per weight, lowest bit first, each row in bytes of its own; ``row_offsets`` int64 [out], where each row starts
-in ``compressed``; and ``shape`` int64 [2]. Of a 16-bit weight that keeps the share k it takes k + 1/16 + 4/in.
+in ``compressed``; and ``shape`` int64 [2]. A 16-bit weight that keeps the share k takes k + 1/16 + 4/in of its
+dense bytes.
 
 The layout is that of ``BitmaskTensor`` in compressed_tensors/compressors/sparse_compressors/sparse_bitmask.py. All
 values but negative zeros, which it does not store, come back bit for bit, NaN included. numpy does the work, on
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from msp_plugin.errors import FormatError
-from msp_plugin.formats.base import SHAPE, PackedFormat, TensorInfo
+from msp_plugin.formats.base import SHAPE, PackedFormat, TensorInfo, unfit_headers
 from msp_plugin.formats.bits import INTEGERS, as_integers, positive_zeros, row_chunks
 from msp_plugin.formats.sparse24 import VALUE_DTYPES
 from msp_plugin.formats.tensor_files import read_tensor
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 #: The tensors that stand for ``<layer>.weight`` in a checkpoint, as ``<layer>.<suffix>``.
 SUFFIXES = ("compressed", "bitmask", "row_offsets", SHAPE)
-#: By a byte of the bitmask: its ones.
+#: The number of ones in each byte.
 _ONES = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
 
 
@@ -77,8 +78,8 @@ def pack(weight: torch.Tensor, name: str = "weight") -> Packed:
         name: for the errors.
 
     Raises:
-        FormatError: no matrix, a dtype that has not 1, 2 or 4 bytes, or a negative zero, which the layout does
-            not store: see ``positive_zeros``.
+        FormatError: not a matrix, a dtype whose size is not 1, 2 or 4 bytes, or a negative zero, which the layout
+            does not store: see ``positive_zeros``.
     """
     if weight.dim() != 2 or not weight.numel():
         raise FormatError(
@@ -112,8 +113,8 @@ def unpack(packed: Packed, name: str = "weight") -> torch.Tensor:
     """Return the weight [O, I] of a packed form, on the CPU.
 
     Raises:
-        FormatError: shapes or dtypes contradict each other, the bitmask keeps other than N weights or some beyond
-            the width, or a row starts elsewhere in the values than its bitmask says.
+        FormatError: shapes or dtypes contradict each other, the bitmask does not keep N weights or keeps some beyond
+            the last column, or row_offsets disagree with the bitmask.
     """
     _check_headers(packed, name)
     rows, columns = packed.shape
@@ -133,12 +134,16 @@ def _row_counts(bitmask: np.ndarray) -> np.ndarray:
 
 
 def _span(ends: np.ndarray, part: slice) -> slice:
-    """Return where the values of some rows stand, from the end of each row in them."""
+    """Return the slice of the values that belongs to the rows ``part``; ``ends`` are the rows' ends in the values."""
     return slice(int(ends[part.start - 1]) if part.start else 0, int(ends[part.stop - 1]))
 
 
 def _checked_ends(packed: Packed, name: str) -> np.ndarray:
-    """Return int64 [O], the end of each row in the values; bitmask, row_offsets and values agree on it."""
+    """Return int64 [O], the end of each row in the values.
+
+    Raises:
+        FormatError: bitmask, row_offsets and values do not agree.
+    """
     bitmask, (_, columns) = packed.bitmask.numpy(), packed.shape
     counts = _row_counts(bitmask)
     ends: np.ndarray = counts.cumsum()
@@ -155,7 +160,7 @@ def _checked_ends(packed: Packed, name: str) -> np.ndarray:
             f"{ends[row] - counts[row]:,}"
         )
     if reason:
-        raise FormatError(f"{name}: {reason}", hint="the file is damaged: export or download it anew")
+        raise FormatError(f"{name}: {reason}", hint="the file is damaged: export or download it again")
     return ends
 
 
@@ -173,14 +178,14 @@ def _check_headers(packed: Packed, name: str) -> None:
             f"{name}: values {list(values.shape)}, {bitmask.dtype} bitmask {list(bitmask.shape)} and "
             f"{offsets.dtype} row_offsets {list(offsets.shape)} do not belong to a weight [{rows}, {columns}]",
             hint=f"expected values of one dimension, torch.uint8 bitmask [{rows}, {-(-columns // 8)}] and "
-            f"torch.int64 row_offsets [{rows}]; the file is damaged: export or download it anew",
+            f"torch.int64 row_offsets [{rows}]; the file is damaged: export or download it again",
         )
     if values.element_size() not in INTEGERS or values.is_complex():
         raise FormatError(f"{name}: dtype {values.dtype} cannot be unpacked")
 
 
 def _sizes(shape: torch.Tensor, layer: str) -> tuple[int, int]:
-    """Return (O, I) as the tensor ``shape`` says it.
+    """Return (O, I) from the tensor ``shape``.
 
     Raises:
         FormatError: it does not hold two whole numbers of at least 1.
@@ -189,7 +194,7 @@ def _sizes(shape: torch.Tensor, layer: str) -> tuple[int, int]:
     if shape.dtype != torch.int64 or len(sizes) != 2 or min(sizes) < 1:
         raise FormatError(
             f"{layer}.shape holds {sizes[:3]} as {shape.dtype}, expected two sizes as torch.int64",
-            hint="the file is damaged: export or download it anew",
+            hint="the file is damaged: export or download it again",
         )
     return sizes[0], sizes[1]
 
@@ -225,7 +230,7 @@ class SparseBitmask(PackedFormat):
         return self._cost((rows, columns), weight.dtype, int(torch.count_nonzero(weight)))
 
     def _cost(self, shape: tuple[int, int], dtype: torch.dtype, kept: int, level: str = "") -> str | None:
-        """Return why packing does not pay: it takes no fewer bytes than the dense weight; None if it pays."""
+        """Return the reason that packing saves no bytes, or None if it does."""
         packed, dense = sum(self.sizes(shape, dtype, kept).values()), shape[0] * shape[1] * dtype.itemsize
         return (
             f"{level}packing does not pay ({packed:,} bytes packed, {dense:,} dense)"
@@ -245,7 +250,7 @@ class SparseBitmask(PackedFormat):
         return unpack(Packed.of(tensors, layer), layer)
 
     def header(self, stored: Mapping[str, TensorInfo], layer: str) -> TensorInfo:
-        """Return the header that the weight would have; reads ``shape``, which alone says in_features."""
+        """Return the header of the dense weight; reads the tensor ``shape``, which alone knows in_features."""
         values, bitmask, offsets, shape = (stored[suffix] for suffix in SUFFIXES)
         rows, width = bitmask.shape if len(bitmask.shape) == 2 else (0, 0)
         right = (
@@ -259,16 +264,15 @@ class SparseBitmask(PackedFormat):
             and (shape.dtype, shape.bytes) == (torch.int64, 16)
         )
         if not right:
-            headers = ", ".join(f"{s} {stored[s].dtype} {list(stored[s].shape)}" for s in SUFFIXES)
-            raise FormatError(
-                f"{layer} is no packed weight: {headers}",
-                hint="expected compressed [n] in float16, bfloat16 or float32, bitmask uint8 [out, in / 8], "
-                "row_offsets int64 [out] and shape int64 [2]; the file is damaged, or quantized",
+            expected = (
+                "compressed [n] in float16, bfloat16 or float32, bitmask uint8 [out, in / 8], "
+                "row_offsets int64 [out] and shape int64 [2]"
             )
+            raise unfit_headers(layer, {suffix: stored[suffix] for suffix in SUFFIXES}, expected)
         sizes = _sizes(read_tensor(shape.file, f"{layer}.{SHAPE}"), layer)
         if (rows, width) != (sizes[0], -(-sizes[1] // 8)):
             raise FormatError(
                 f"{layer}.shape says {list(sizes)}, its bitmask is [{rows}, {width}]",
-                hint="the file is damaged: export or download it anew",
+                hint="the file is damaged: export or download it again",
             )
         return TensorInfo(values.file, values.dtype, sizes)

@@ -6,9 +6,9 @@ import torch
 
 #: Weights handled at once; bounds the temporary memory to about 16 bytes for each.
 CHUNK = 2**20
-#: By the bytes of a dtype, the integers of that size.
+#: The integer dtype of each size in bytes.
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-#: Where a zero has a sign, and the pattern of the sign bit alone is one.
+#: Dtypes with a negative zero, whose only set bit is the sign.
 SIGNED_ZERO = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
 
 

@@ -2,7 +2,8 @@
 
 A weight [out, in] becomes ``values`` [out, in / 2], the stored weights of each row in order, and ``bitmask``
 [out, ceil(in / 8)] uint8, one bit per weight, lowest bit first. Exactly two weights of each aligned group of
-four are stored; where a group holds fewer nonzeros, zeros fill the places. 9/16 of a 16-bit weight.
+four are stored; where a group holds fewer nonzeros, zeros fill the places. A 16-bit weight takes 9/16 of its dense
+bytes.
 
 Everything here works on bit patterns, so any dtype of one, two or four bytes comes back bit for bit, NaN and
 negative zeros included.
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from msp_plugin.errors import FormatError
-from msp_plugin.formats.base import SHAPE, PackedFormat, TensorInfo
+from msp_plugin.formats.base import SHAPE, PackedFormat, TensorInfo, unfit_headers
 from msp_plugin.formats.bits import INTEGERS, SIGNED_ZERO, as_integers, row_chunks
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 #: The tensors that stand for ``<layer>.weight`` in a checkpoint, as ``<layer>.<suffix>``.
 SUFFIXES = ("compressed", "bitmask", SHAPE)
-#: Dtypes of packed values: eight bits say nothing without a scale, which the format does not store.
+#: Dtypes of packed values. Eight-bit values need a scale, which the format does not store.
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-#: The kernels take weights [out, in] of multiples of these: tiles of 16 bits in vLLM 0.18 and cuSPARSELt.
+#: Kernels need out_features and in_features to be multiples of these (16-bit tiles in vLLM 0.18 and cuSPARSELt).
 OUT_MULTIPLE, IN_MULTIPLE = 16, 32
 
 
@@ -42,16 +43,17 @@ def _stored(nibble: int) -> tuple[int, int]:
     return first, second
 
 
-#: What stands in the table below for a group that 2:4 cannot hold.
+#: Marks a group that 2:4 cannot hold in the table below.
 _TOO_MANY = 16
-#: By the nibble of nonzero bits: the places stored [16, 2], and the nibble of the bitmask [16].
+#: By the four bits that say which weights of a group are nonzero: the places stored [16, 2], and the four bits of the
+#: bitmask [16].
 _PLACES = torch.tensor([_stored(n) for n in range(16)])
 _NIBBLE = torch.tensor(
     [sum(1 << i for i in _stored(n)) if n.bit_count() <= 2 else _TOO_MANY for n in range(16)],
     dtype=torch.uint8,
 )
-#: By a byte of the bitmask: where its four stored weights go among eight [256, 4]; -1 for a byte that does
-#: not store two in each half.
+#: By byte of the bitmask: the columns, 0 to 7, of its four stored weights [256, 4]; -1 for a byte that does not store
+#: two in each half.
 _TARGETS = torch.full((256, 4), -1)
 for _low in combinations(range(4), 2):
     for _high in combinations(range(4, 8), 2):
@@ -95,9 +97,9 @@ def pack(weight: torch.Tensor, name: str = "weight") -> Packed:
         name: for the errors.
 
     Raises:
-        FormatError: not a matrix, I is no multiple of four, a dtype of another size, or a group of four holds
-            more than two weights whose bits are not all zero. A negative zero is such a weight: see
-            ``positive_zeros``.
+        FormatError: not a matrix, I is not a multiple of four, a dtype whose size is not 1, 2 or 4 bytes, or a group
+            of four holds more than two weights whose bits are not all zero. A negative zero counts as such a
+            weight: see ``positive_zeros``.
     """
     bits = _as_bits(weight, name)
     rows, columns = weight.shape
@@ -140,7 +142,7 @@ def unpack(packed: Packed, name: str = "weight") -> torch.Tensor:
         if not filled or bool((index < 0).any()):
             raise FormatError(
                 f"{name}: the bitmask does not store two of four weights in every group",
-                hint="the file is damaged; export or download it anew",
+                hint="the file is damaged; export or download it again",
             )
         body = torch.zeros(mask.numel(), 8, dtype=values.dtype, device=values.device)
         body.scatter_(1, index, block.reshape(-1, 4))
@@ -173,7 +175,7 @@ def _as_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
         )
     if weight.shape[1] % 4:
         raise FormatError(
-            f"{name}: in_features = {weight.shape[1]} is no multiple of 4", hint="keep it dense"
+            f"{name}: in_features = {weight.shape[1]} is not a multiple of 4", hint="keep it dense"
         )
     if weight.element_size() not in INTEGERS or weight.is_complex():
         raise FormatError(
@@ -193,7 +195,7 @@ def _nonzero_nibbles(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _refusal(weight: torch.Tensor, name: str) -> FormatError:
-    """Return the error for a weight that is not 2:4, with how far it is from it."""
+    """Return the error for a weight that is not 2:4; it counts the groups that do not fit."""
     groups = (weight.detach().reshape(weight.shape[0], -1, 4).float() != 0).sum(-1)
     over = groups > 2
     if not bool(over.any()):
@@ -210,7 +212,11 @@ def _refusal(weight: torch.Tensor, name: str) -> FormatError:
 
 
 def _checked(packed: Packed, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return values, as integers, and bitmask of a packed form whose shapes and dtypes agree."""
+    """Return (values as integers, bitmask) of a packed form.
+
+    Raises:
+        FormatError: shapes and dtypes do not agree.
+    """
     rows, columns = packed.shape
     if min(rows, columns) < 1 or columns % 4:
         raise FormatError(f"{name}: shape ({rows}, {columns}) is not that of a 2:4 matrix")
@@ -248,7 +254,7 @@ class Sparse24Bitmask(PackedFormat):
             return "experts are served dense"
         rows, columns = shape
         if rows % OUT_MULTIPLE or columns % IN_MULTIPLE:
-            return f"shape [{rows}, {columns}] is no multiple of [{OUT_MULTIPLE}, {IN_MULTIPLE}]"
+            return f"shape [{rows}, {columns}] is not a multiple of [{OUT_MULTIPLE}, {IN_MULTIPLE}]"
         return None if dtype in VALUE_DTYPES else f"dtype {dtype} is not served"
 
     def refuses_weight(self, weight: torch.Tensor) -> str | None:
@@ -269,7 +275,7 @@ class Sparse24Bitmask(PackedFormat):
         if shape.is_floating_point() or stored_shape != [rows, columns]:
             raise FormatError(
                 f"{layer}.shape says {stored_shape}, its values are those of a weight [{rows}, {columns}]",
-                hint="the file is damaged: export or download it anew",
+                hint="the file is damaged: export or download it again",
             )
         return unpack(Packed(values, bitmask, (rows, columns)), layer)
 
@@ -285,10 +291,9 @@ class Sparse24Bitmask(PackedFormat):
             and (shape.dtype, shape.bytes) == (torch.int64, 16)
         )
         if not right:
-            headers = ", ".join(f"{s} {stored[s].dtype} {list(stored[s].shape)}" for s in SUFFIXES)
-            raise FormatError(
-                f"{layer} is no packed weight: {headers}",
-                hint="expected compressed [out, in / 2] in float16, bfloat16 or float32, bitmask uint8 "
-                "[out, in / 8] and shape int64 [2, 1]; the file is damaged, or quantized",
+            expected = (
+                "compressed [out, in / 2] in float16, bfloat16 or float32, bitmask uint8 [out, in / 8] and "
+                "shape int64 [2, 1]"
             )
+            raise unfit_headers(layer, {suffix: stored[suffix] for suffix in SUFFIXES}, expected)
         return TensorInfo(values.file, values.dtype, (rows, 2 * half))

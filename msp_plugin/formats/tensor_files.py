@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's directory: read one by one, written shard by shard."""
+"""Read the tensors of a checkpoint's directory one by one, and write them shard by shard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from msp_plugin.runtime.files import write_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-#: The types of the safetensors format that torch has too.
+#: The types of the safetensors format that torch has too, by their names there.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -47,8 +47,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
     Only headers are read here; safetensors itself checks them (sizes, offsets, overlaps, truncation).
 
     Raises:
-        ModelError: no safetensors.
-        FormatError: a damaged file, an index that disagrees with the files, or a tensor in two files.
+        ModelError: there are no safetensors files.
+        FormatError: a file is damaged, the index disagrees with the files, or a tensor is in two files.
     """
 
     def __init__(self, directory: Path):
@@ -66,7 +66,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
             raise FormatError(
                 f"{directory / INDEX} names {len(lost)} tensors that are not in their file, "
                 f"e.g. {', '.join(lost[:3])}",
-                hint="a shard is missing or from another checkpoint: copy the directory anew",
+                hint="a shard is missing or from another checkpoint: copy the directory again",
             )
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -84,7 +84,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         return sorted({info.file for info in self._info.values()})
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor on the CPU, mapped from its file: do not write into it, clone what is kept.
+        """Return one tensor on the CPU, mapped from its file: do not write into it, and clone it to keep it.
 
         Raises:
             FormatError: there is no such tensor, or its file is damaged.
@@ -106,7 +106,9 @@ class TensorFiles(Mapping[str, TensorInfo]):
     def _files(self, index: Mapping[str, str]) -> list[Path]:
         names = sorted(set(index.values()))
         if not names and (self.directory / SINGLE).is_file():
-            names = [SINGLE]  # all that transformers reads; beside it may be variants of the same tensors
+            names = [
+                SINGLE
+            ]  # transformers reads only this; other files may hold variants of the same tensors
         names = names or [p.name for p in sorted(self.directory.glob("*.safetensors"))]
         if not names:
             raise ModelError(
@@ -119,7 +121,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
                 )
             if not (self.directory / name).is_file():
                 raise FormatError(
-                    f"{self.directory} lacks {name}, which its index names", hint="copy the directory anew"
+                    f"{self.directory} lacks {name}, which its index names", hint="copy the directory again"
                 )
         return [self.directory / name for name in names]
 
@@ -135,7 +137,7 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
             tensor: torch.Tensor = opened.get_tensor(name)
             return tensor
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise FormatError(f"cannot read {name} from {file}: {error}", hint="copy the file anew") from error
+        raise FormatError(f"cannot read {name} from {file}: {error}", hint="copy the file again") from error
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:
@@ -150,7 +152,8 @@ def _header(file: Path) -> dict[str, TensorInfo]:
             return found
     except (SafetensorError, OSError) as error:
         raise FormatError(
-            f"{file} is no whole safetensors file: {error}", hint="it is truncated or damaged: copy it anew"
+            f"{file} is not a complete safetensors file: {error}",
+            hint="it is truncated or damaged: copy it again",
         ) from error
 
 
@@ -158,7 +161,7 @@ class ShardWriter:
     """Writes tensors into shards as they come, holding one shard at most.
 
     Args:
-        sizes: the most bytes that each tensor may take, in the order in which the tensors will come.
+        sizes: at least the bytes of each tensor by name, in the order in which ``add`` will get them.
         shard_bytes: a shard is closed before it would exceed this; a larger tensor gets one of its own.
     """
 
@@ -177,7 +180,7 @@ class ShardWriter:
         self._next = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take the next tensor; writes its shard if it is the last one of it.
+        """Take the next tensor, and write its shard if it is the shard's last one.
 
         Raises:
             OutputError: the shard cannot be written.
@@ -220,7 +223,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FormatError(f"cannot read {path} as JSON: {error}", hint="copy the file anew") from None
+        raise FormatError(f"cannot read {path} as JSON: {error}", hint="copy the file again") from None
     if not isinstance(data, dict):
         raise FormatError(f"{path} holds no JSON object")
     return data

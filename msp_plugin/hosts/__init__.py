@@ -1,1 +1,1 @@
-"""Hosts, which run a pruning method over a model; each framework is imported in one package, inside functions."""
+"""Hosts run a pruning method over a model. Each host framework is imported in one package, inside functions."""

@@ -28,9 +28,9 @@ class PruneInputs:
 
     Args:
         text: the samples, split as the search asks.
-        batch: samples of one forward pass.
-        tokenizer: saved beside the model; some hosts read it.
-        trust_remote_code: run code of the model's repository.
+        batch: samples per forward pass.
+        tokenizer: saved beside the model; some hosts also read it.
+        trust_remote_code: run the model repository's code.
     """
 
     text: TextSplit
@@ -61,7 +61,7 @@ class Pruned:
 
 
 def check_layers(model: PreTrainedModel, options: ResolvedOptions, inputs: PruneInputs) -> None:
-    """Raise, before any work, if the options do not fit the model, or if its layers cannot be saved or reached.
+    """Raise, before any work, if the options do not fit the model, or layers cannot be saved or get no input.
 
     Raises:
         MSPError: see check_model, saved_names and check_called.
@@ -75,7 +75,7 @@ def check_layers(model: PreTrainedModel, options: ResolvedOptions, inputs: Prune
 class Host(Protocol):
     """Runs a pruning method over a model.
 
-    ``on_all_ranks`` is True if ranks share the pruning; else they share only the search.
+    ``on_all_ranks`` is True if ranks share the pruning; otherwise they share only the search.
     """
 
     name: ClassVar[str]
@@ -83,7 +83,7 @@ class Host(Protocol):
 
     @property
     def steps(self) -> Mapping[str, Any]:
-        """The recipe that the host runs; empty for a host without recipes."""
+        """The stages of the recipe that the host runs; empty for a host without recipes."""
 
     @property
     def prunes_only(self) -> bool:
@@ -104,6 +104,7 @@ class Host(Protocol):
         """Search an allocation, prune the model to it in place, and recount its zeros.
 
         Args:
+            options: None only for a recipe without mixed sparsity.
             announce: call the plugins' observers; False for a baseline.
         """
 

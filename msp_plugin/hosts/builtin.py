@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """Prunes block by block, each block from its inputs behind the pruned blocks before it.
+    """Prunes block by block; a block's inputs come from the pruned blocks before it.
 
-    At the levels that both can make, the weights are those of llm-compressor's sequential pipeline, bit for bit.
+    At levels that llm-compressor can make, the weights equal those of its sequential pipeline, bit for bit.
     """
 
     plugins: Plugins
@@ -58,13 +58,13 @@ class BuiltIn:
         """Raise, before any work, if this host cannot run the model or the options do not fit it.
 
         Raises:
-            HostError: only a modifier of another host carries out the method.
+            HostError: the method is a modifier of another host.
             MSPError: see check_layers.
         """
         options = _given(options)
         if options.pruner.host != self.name:
             raise HostError(
-                f"method {options.pruner.name!r} is carried out by {options.pruner.host}",
+                f"method {options.pruner.name!r} runs only in {options.pruner.host}",
                 hint="use it in a recipe: msp run",
             )
         check_layers(model, options, inputs)
@@ -85,7 +85,7 @@ class BuiltIn:
         """
         options = _given(options)
         with on_best_device(model):
-            found = allocate(
+            searched = allocate(
                 model,
                 inputs.text,
                 options,
@@ -93,8 +93,8 @@ class BuiltIn:
                 progress=context.progress,
                 ranks=context.ranks,
             )
-            names = saved_names(model, found.allocation.by_layer)
-            outcome = replace(found, allocation=replace(found.allocation, stored=names))
+            names = saved_names(model, searched.allocation.by_layer)
+            outcome = replace(searched, allocation=replace(searched.allocation, stored=names))
             before = count_zeros(model, outcome.allocation)
             if announce:
                 self.plugins.tell("msp_run_started", allocation=outcome.allocation)
@@ -106,12 +106,12 @@ class BuiltIn:
         return Pruned(outcome, stats)
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:
-        """Write the weights and config as transformers does; the files of an offloaded model are those of one in memory."""
+        """Write the weights and config as transformers does; an offloaded model gives the same files as one in memory."""
         from transformers.core_model_loading import dot_natural_key
 
         state = None
         if offloaded_module(model) is not None:
-            model.tie_weights()  # a pass leaves two placeholders for a tied weight, which would be written twice
+            model.tie_weights()  # after a pass, a tied weight has two placeholders and would be written twice
             state = dict(sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0])))
         model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD_BYTES)
 
@@ -120,7 +120,7 @@ class BuiltIn:
 
 
 def _given(options: ResolvedOptions | None) -> ResolvedOptions:
-    """Return the options; only a recipe of another host comes without them."""
+    """Return the options, which only a recipe of another host may lack."""
     assert options is not None, "the built-in host runs options, not recipes"
     return options
 
@@ -133,10 +133,10 @@ def prune_to(
     cache: str | None,
     context: RunContext,
 ) -> None:
-    """Prune each layer of a model, in place, to its level of an allocation, block after block.
+    """Prune each layer of a model, in place, to its level of an allocation, block by block.
 
-    The pruned weights go to the cache, and all ranks read them there. An offloaded model's weights stay in the cache
-    as long as the model lives.
+    The pruned weights go to the cache, where all ranks read them. The weights of an offloaded model stay in the cache
+    as long as the model exists.
 
     Raises:
         MSPError: see pruned_weights.
@@ -159,7 +159,7 @@ def prune_to(
 
 @contextmanager
 def _eager_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Let a model compute attention by plain matrix products in the block, as in llm-compressor's calibration.
+    """Let a model compute attention with plain matrix products in the block, as llm-compressor's calibration does.
 
     Fused attention rounds differently, and SparseGPT's weights would differ from llm-compressor's in the last bit.
     """
@@ -184,10 +184,10 @@ def pruned_weights(
     progress: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> LevelDatabase:
-    """Return the weights of a model pruned to an allocation, written to a folder; the model is left as it was.
+    """Return the weights of a model pruned to an allocation, written to ``folder``; the model is left as it was.
 
-    Each block is pruned from its inputs behind the pruned blocks before it. A forward pass has as many samples as
-    llm-compressor's, so that the statistics are summed in the same order.
+    A block's inputs come from the pruned blocks before it. A forward pass has as many samples as llm-compressor's, so
+    that the statistics are summed in the same order.
 
     Raises:
         NumericsError: see build_database.

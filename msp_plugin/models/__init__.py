@@ -1,1 +1,1 @@
-"""Models: load them, find their layers, read and exchange their weights, identify them by content."""
+"""Models: load them, find their layers, read and swap their weights, identify them by content."""

@@ -12,14 +12,13 @@ from msp_plugin.models.offload import offloaded_module
 
 log = logging.getLogger(__name__)
 
-
-#: Memory that a search needs on a GPU, in sizes of the model: its weights, a candidate's weights, and half a
-#: model more for activations and caches (see cache_bytes).
+#: Free memory that a search needs on a GPU, as a multiple of the model's size: the model, a candidate's weights, and
+#: half as much again for activations and caches (see cache_bytes).
 ROOM = 2.5
 
 
 def _movable(model: torch.nn.Module) -> bool:
-    """Return True if a model is on the CPU and a GPU has room for a search of it."""
+    """Return True if a model is in CPU memory and the GPU has room for a search on it."""
     if not torch.cuda.is_available() or hasattr(model, "hf_device_map") or offloaded_module(model):
         return False
     parameters = list(model.parameters())

@@ -11,15 +11,15 @@ import torch
 from msp_plugin.models.offload import is_offloaded, named_parameters, onloaded
 from msp_plugin.runtime.digests import source_digest
 
-#: Packages whose classes are identified by a recorded version, and accelerate, whose hooks compute nothing.
+#: Packages whose code a recorded version identifies, and accelerate, whose hooks compute nothing.
 _VERSIONED = ("torch", "transformers", "accelerate", "compressed_tensors", "llmcompressor")
 
 
 def fingerprint(model: torch.nn.Module) -> str:
     """Return a hex SHA-256 of the model: its config, code, and every tensor's name, dtype, shape and bytes.
 
-    The tensors are the parameters and the buffers that a checkpoint holds. The code is the source of classes
-    from outside of packages with a recorded version, e.g. a repository's own.
+    The tensors are the parameters and the buffers that a checkpoint holds. The code is the source of all classes
+    that no recorded version of a package identifies, e.g. those of a model's own repository.
     """
     digest = hashlib.sha256()
     transformer: Any = model
@@ -30,14 +30,14 @@ def fingerprint(model: torch.nn.Module) -> str:
     tied = transformer.get_output_embeddings() if is_tied else None
     for name, module, parameter in sorted(named_parameters(model), key=lambda named: named[0]):
         if module is tied and is_offloaded(module) and name.endswith(".weight"):
-            continue  # in memory it is the same parameter as the embeddings', which is counted there
+            continue  # in memory this is the embeddings' parameter, which is counted there
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         with onloaded(module):
             digest.update(_bytes_of(getattr(module, name.rpartition(".")[2])))
     for prefix, module in sorted(model.named_modules()):
         stored = sorted(name for name in module._buffers if name not in module._non_persistent_buffers_set)
         if not stored:
-            continue  # onloaded() would read the weights for nothing
+            continue  # spares onloaded() from reading the weights
         with onloaded(module):
             for name in stored:
                 if (buffer := module._buffers[name]) is not None:
@@ -47,7 +47,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def _lasting(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config, and the configs of its parts, without the entries that saving and loading change."""
+    """Return a config without the entries that saving or loading changes; nested configs alike."""
     return {
         key: _lasting(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in config.items()

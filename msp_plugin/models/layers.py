@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def text_config(model: torch.nn.Module) -> PreTrainedConfig:
-    """Return the config of a model's language part, the whole config if the model has no other part."""
+    """Return the config of a model's language part; the whole config if there is no other part."""
     config: Any = model.config
     text: PreTrainedConfig
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -31,8 +31,8 @@ def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     """Return (name, modules) of the decoder blocks of a model's language part.
 
     Raises:
-        ModelError: the model is an encoder-decoder, or its decoder holds no list of modules whose length is
-            the config's ``num_hidden_layers``.
+        ModelError: the model is an encoder-decoder, or its decoder has no ModuleList of ``num_hidden_layers``
+            modules.
     """
     config = text_config(model)
     if getattr(config, "is_encoder_decoder", False):
@@ -49,7 +49,7 @@ def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
             return name, module
     raise ModelError(
         f"{type(model).__name__} has no list of {depth} decoder blocks",
-        hint="only decoder-only language models with one list of blocks can be allocated",
+        hint="only decoder-only language models with one list of blocks can be pruned",
     )
 
 
@@ -75,9 +75,9 @@ def prunable_layers(
     ignore: Sequence[str] = (),
     granularity: str = "unit",
 ) -> UnitTable:
-    """Return the units of the linears in the decoder blocks that ``targets`` match and ``ignore`` does not.
+    """Return the units of the linears in the decoder blocks that match ``targets`` and do not match ``ignore``.
 
-    The output head and the embeddings are outside of the blocks, and never pruned.
+    The output head and the embeddings are outside the blocks and never pruned.
 
     Args:
         targets, ignore: patterns (see patterns.matches).
@@ -85,7 +85,7 @@ def prunable_layers(
 
     Raises:
         RecipeError: a pattern matches nothing in the model.
-        ModelError: no layer is left to prune, or the experts are not linears.
+        ModelError: no layer is left to prune, or the experts are fused into one tensor.
     """
     prefix, blocks = decoder_blocks(model)
     if fused := fused_experts(model):
@@ -127,10 +127,10 @@ def prunable_layers(
 def allowed_levels(
     model: torch.nn.Module, table: UnitTable, menu: Sequence[Level], bounds: Bounds
 ) -> np.ndarray | None:
-    """Return bool[U, K], True for the levels that each unit may take; None if all units may take all levels.
+    """Return bool[units, levels], True where a unit may take a level; None without bounds.
 
     Raises:
-        RecipeError: a pattern matches no layer of the table, or see Bounds.allowed.
+        RecipeError: a pattern of the bounds matches no layer of the table, or see Bounds.allowed.
     """
     if not bounds:
         return None
@@ -153,7 +153,7 @@ def check_fit(table: UnitTable, menu: Iterable[Level]) -> None:
     """Raise unless every level fits every unit.
 
     Raises:
-        RecipeError: a level does not; the message names the first units.
+        RecipeError: a level does not fit; the message names the first units.
     """
     for level in menu:
         odd = [why for unit in table if (why := level.misfit(unit))]
@@ -165,10 +165,10 @@ def check_fit(table: UnitTable, menu: Iterable[Level]) -> None:
 
 
 def check_whole(model: torch.nn.Module, table: UnitTable, granularity: str) -> None:
-    """Raise unless each unit, half a block or a block, holds all linears that are there to prune.
+    """Raise unless each unit holds all prunable linears of its half-block or block.
 
     Raises:
-        RecipeError: targets or ignore leave out some; the message names the first units.
+        RecipeError: targets or ignore leave some out; the message names the first units.
     """
     whole = {layer: unit for unit in prunable_layers(model, granularity=granularity) for layer in unit.layers}
     odd = [unit.name for unit in table if len(unit.layers) < len(whole[unit.layers[0]].layers)]
@@ -196,5 +196,5 @@ def check_finite_weights(model: torch.nn.Module, table: UnitTable) -> None:
     if bad:
         raise NumericsError(
             f"{len(bad)} layers hold weights that are not finite, e.g. {', '.join(bad[:3])}",
-            hint="repair or download the checkpoint anew",
+            hint="repair the checkpoint, or download it again",
         )

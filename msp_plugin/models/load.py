@@ -32,7 +32,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU.
 
-    A model that also reads images is loaded whole; without images it is a causal language model.
+    A model that also reads images is loaded whole; on text alone it is a causal language model.
 
     Args:
         dtype: one of source.DTYPES.
@@ -41,7 +41,7 @@ def load_model(
             removed when the model is freed.
         cache: directory of the cache; None is the default one.
         config: in place of the source's own.
-        kind: the model's class; None for that which the config names.
+        kind: the class to load; None takes the one that the config names.
 
     Raises:
         RecipeError: an unknown dtype.
@@ -83,7 +83,7 @@ def _from_pretrained(
     """Return the model as transformers loads it into a class; ``further`` holds more of its options.
 
     Raises:
-        ModelError: tensors are missing, for which transformers would take random weights.
+        ModelError: tensors are missing; transformers would fill them with random weights.
     """
     from transformers import AutoConfig
 
@@ -109,7 +109,7 @@ def _check_offloading(source: str | Path) -> None:
     """
     if importlib.util.find_spec("accelerate") is None:
         raise ModelError(
-            "weights stay on disk by the package accelerate, which is not installed",
+            "leaving weights on disk needs the package accelerate, which is not installed",
             hint="pip install accelerate, or do not offload",
         )
     path = Path(source)

@@ -1,4 +1,4 @@
-"""Models whose weights stay on disk or in another memory, held there by accelerate or compressed-tensors."""
+"""Models whose weights accelerate or compressed-tensors keeps on disk or in another memory."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def linear(model: torch.nn.Module, layer: str) -> torch.nn.Linear:
 
 
 def offload_hook(module: torch.nn.Module) -> Any:
-    """Return accelerate's hook that loads a module's own weights for each forward pass, if any."""
+    """Return accelerate's hook that loads a module's own weights for each forward pass, or None."""
     hook = getattr(module, "_hf_hook", None)
     return hook if getattr(hook, "offload", False) else None
 
 
 def offload_cache(module: torch.nn.Module) -> Any:
-    """Return compressed-tensors' cache, which replaces a module's parameters to load them, if any."""
+    """Return compressed-tensors' cache, which stands in for a module's parameters and loads them, or None."""
     return None if isinstance(module._parameters, dict) else module._parameters
 
 
 def is_offloaded(module: torch.nn.Module) -> bool:
-    """Return True if a module's own weights are loaded from elsewhere whenever it needs them."""
+    """Return True if a module's own weights are kept elsewhere and loaded whenever it needs them."""
     return offload_hook(module) is not None or offload_cache(module) is not None
 
 
 def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
-    """Return a module's own parameters by name, where they are: offloaded ones are not loaded."""
+    """Return a module's own parameters by name, without loading offloaded ones."""
     cache = offload_cache(module)
     parameters: dict[str, torch.nn.Parameter | None]
     parameters = module._parameters if cache is None else cache.offloaded_values
@@ -48,7 +48,7 @@ def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | No
 
 
 def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Parameter]]:
-    """Yield (name, module, parameter) once for each parameter, where it is: offloaded ones are not loaded."""
+    """Yield (name, module, parameter) once for each parameter, without loading offloaded ones."""
     seen = set()
     for prefix, module in model.named_modules():
         for leaf, parameter in own_parameters(module).items():
@@ -58,7 +58,7 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Mod
 
 
 def offloaded_module(model: torch.nn.Module) -> str | None:
-    """Return the name of the first module whose weights are held elsewhere, None if all are in memory."""
+    """Return the name of the first module whose weights are offloaded; None if all are in memory."""
     for name, module in model.named_modules():
         if is_offloaded(module) or _is_away(module):
             return name or "the model"
@@ -71,7 +71,7 @@ def _is_away(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def onloaded(module: AnyModule) -> Iterator[AnyModule]:
-    """Yield a module whose own weights are in memory during the block; offloaded ones are read first."""
+    """Yield the module with its own weights in memory during the block; offloaded ones are read first."""
     if offload_hook(module) is not None:
         from accelerate.utils import align_module_device
 
@@ -85,7 +85,7 @@ def onloaded(module: AnyModule) -> Iterator[AnyModule]:
 
 
 def weight_device(module: torch.nn.Module) -> torch.device:
-    """Return the device on which a module computes with its weight, wherever the weight is held."""
+    """Return the device on which a module computes with its weight, wherever the weight is kept."""
     hook, cache = offload_hook(module), offload_cache(module)
     if cache is not None:
         return torch.device(cache.onload_device)
@@ -110,7 +110,7 @@ def input_device(model: torch.nn.Module) -> torch.device:
 
 
 def check_loadable(model: torch.nn.Module) -> None:
-    """Raise unless all weights can be read and exchanged, in memory or by a known hook or cache.
+    """Raise unless all weights can be read and swapped: in memory, or by a known hook or cache.
 
     Raises:
         ModelError: some cannot; the message names the first such module.
@@ -120,7 +120,7 @@ def check_loadable(model: torch.nn.Module) -> None:
             raise ModelError(
                 f"the weights of {name} are offloaded, and no hook of accelerate on the module itself "
                 "loads them",
-                hint="load the model anew with transformers, with device_map or without",
+                hint="load the model again with transformers, with device_map or without",
             )
         if getattr(offload_cache(module), "offloading_disabled", False):
             raise ModelError(
@@ -144,10 +144,10 @@ def check_room(model: torch.nn.Module, cache: str | None) -> None:
 
 @contextmanager
 def quantized_forward(model: torch.nn.Module) -> Iterator[None]:
-    """Hold the weights of each quantized module in memory while it runs, during the block.
+    """Keep the weights of each quantized module in memory while it runs, during the block.
 
     compressed-tensors quantizes the weight that it has read, and the linear layer then reads its weight
-    again. Without this the layer would use the weight that was not quantized.
+    again. Without this the layer would use the unquantized weight.
     """
     modules = [
         module

@@ -24,7 +24,7 @@ def matches(pattern: str, name: str, module: torch.nn.Module) -> bool:
         try:
             return re.match(pattern[3:], name) is not None
         except re.error as error:
-            raise RecipeError(f"pattern {pattern!r} is no regular expression: {error}") from None
+            raise RecipeError(f"pattern {pattern!r} is not a regular expression: {error}") from None
     if "*" in pattern:
         return fnmatch.fnmatchcase(name, pattern)
     classes = {cls.__name__ for cls in type(module).__mro__ if cls.__module__ != "builtins"}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-#: Names of the longest sequence in the configs of model families.
+#: Names that model families give the longest sequence in their configs.
 _POSITIONS = (
     "max_position_embeddings",
     "n_positions",
@@ -27,9 +27,9 @@ _POSITIONS = (
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """Return transformers' class that loads a model, for images and text if config.json names such a one.
+    """Return the transformers class that loads a model: for images and text if config.json names such a class.
 
-    Of a model that has both classes, e.g. Llama 4, the class for text would leave the vision tower out.
+    Some models have both classes, e.g. Llama 4; the one for text would leave the vision tower out.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
@@ -96,12 +96,12 @@ def check_source(source: str | Path) -> None:
 
 
 def max_length(source: str | Path, *, trust_remote_code: bool = False) -> int | None:
-    """Return the longest sequence, in tokens, that a model's config allows; None if it has no such entry."""
+    """Return the longest sequence, in tokens, that a model allows; None if its config does not say."""
     return _first_count(source, _POSITIONS, trust_remote_code)
 
 
 def vocabulary(source: str | Path, *, trust_remote_code: bool = False) -> int | None:
-    """Return how many tokens a model has embeddings for, None if its config has no such entry."""
+    """Return the number of tokens that a model has embeddings for; None if its config does not say."""
     return _first_count(source, ("vocab_size",), trust_remote_code)
 
 

@@ -1,4 +1,4 @@
-"""Read and exchange the weights of layers, whether they are in memory or loaded by a hook or a cache."""
+"""Read and swap the weights of layers, whether they are in memory or loaded by a hook or a cache."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from msp_plugin.models.offload import (
     weight_device,
 )
 
-#: Returns a weight [out, in] whenever a layer needs it.
+#: Called whenever a layer needs its weight; returns it, [out, in].
 GiveWeight = Callable[[], torch.Tensor]
 
 
 class Weights:
-    """The weights [out, in] of a model by layer name; each is read when asked for, as it may be offloaded."""
+    """The weights [out, in] of a model by layer name; each is read when it is looked up, as it may be offloaded."""
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
@@ -34,11 +34,11 @@ class Weights:
 
 
 class Place(ABC):
-    """The place that holds the weight of one layer, where another weight can take its turn.
+    """The place of one layer's weight, where another weight can stand in for it.
 
     Attributes:
-        device: the device that the layer works on.
-        at: the device that holds other weights until the layer needs them.
+        device: the device on which the layer computes.
+        at: the device on which other weights wait until the layer needs them.
         dtype: of the weight.
     """
 
@@ -60,18 +60,18 @@ class Place(ABC):
 
     @abstractmethod
     def put(self, give: GiveWeight | None) -> None:
-        """Let the layer use the weight [out, in] that ``give`` returns, its own one for None."""
+        """Let the layer use the weight [out, in] that ``give`` returns; None stands for its own weight."""
 
 
 def weight_place(module: torch.nn.Linear) -> Place:
-    """Return the place that holds the weight of a module."""
+    """Return the place of a module's weight."""
     if not is_offloaded(module):
         return InMemory(module)
     return Hooked(module) if offload_cache(module) is None else Cached(module)
 
 
 class InMemory(Place):
-    """The place of a weight on its device: the parameter's data is exchanged."""
+    """A weight in memory: the parameter's data is swapped."""
 
     def __init__(self, module: torch.nn.Linear):
         self.module, self._own = module, module.weight.data
@@ -92,7 +92,7 @@ class InMemory(Place):
 
 
 class Hooked(Place, Mapping[str, torch.Tensor]):
-    """The place of a weight that accelerate's hook loads: this object replaces the hook's map of weights."""
+    """A weight that accelerate's hook loads: this object replaces the hook's map of weights."""
 
     at = torch.device("cpu")
 
@@ -131,7 +131,7 @@ class Hooked(Place, Mapping[str, torch.Tensor]):
 
 
 class Cached(Place):
-    """The place of a weight that a cache of compressed-tensors loads each time that it is read."""
+    """A weight that compressed-tensors' cache loads each time it is read."""
 
     at = torch.device("cpu")
 

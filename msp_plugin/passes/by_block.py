@@ -24,14 +24,14 @@ from msp_plugin.runtime.memory import is_out_of_memory
 class BlockPass:
     """The hidden states of all samples, moved on from block to block.
 
-    Every block is run by the model's own forward, with the blocks before it skipped and its input replaced, so
-    that it gets the masks and position embeddings that the model gives to it. That costs the embeddings
-    and whatever else stands before the blocks once per block.
+    The model's own forward runs every block, with the blocks before it skipped and its input replaced, so that the
+    block gets the masks and position embeddings that the model gives to it. The embeddings and whatever else stands
+    before the blocks run once per block.
 
-    Memory: tokens * D * bytes of a number. The weights that accelerate offloads are read anew for every batch.
+    Memory: tokens * D * bytes of a number. Weights that accelerate offloads are read again for every batch.
 
     Args:
-        batch_tokens: tokens of one forward pass.
+        batch_tokens: most tokens of one forward pass.
     """
 
     def __init__(self, model: torch.nn.Module, data: CalibrationSet, batch_tokens: int):
@@ -56,10 +56,10 @@ class BlockPass:
         *,
         advance: bool = True,
     ) -> None:
-        """Run the block over all samples; with ``advance`` the next call runs the next block, else this one again.
+        """Run the block over all samples; the next call runs the next block, or this one again without ``advance``.
 
         Args:
-            units: those of this block whose inputs are observed.
+            units: units of this block whose inputs are observed.
             add: see observe_inputs.
 
         Raises:
@@ -93,7 +93,7 @@ class BlockPass:
     def _place(self, number: int, like: torch.Tensor) -> torch.Tensor:
         """Return the tensor [B, T, D] for a batch's hidden state, a part of one tensor for all batches.
 
-        One tensor keeps the freed activations of the passes from splitting the memory into small parts.
+        With one tensor, the freed activations of the passes do not fragment the memory.
         """
         place = self._inputs[number]
         if place is None:
@@ -116,10 +116,10 @@ class BlockPass:
 
 @torch.no_grad()
 def runs_by_block(model: torch.nn.Module, ids: torch.Tensor) -> bool:
-    """Return True if a BlockPass gives the last block's output of the model's own forward, bit for bit.
+    """Return True if a BlockPass gives the same output of the last block as the model's own forward, bit for bit.
 
-    False for models that hand more than the hidden state from block to block, as an argument or in an
-    attribute: between the blocks another sample is passed, which overwrites what attributes hold.
+    False for models that hand more than the hidden state from block to block, as an argument or in an attribute. To
+    detect attributes, a second sample runs between the blocks of the first and overwrites them.
 
     Args:
         ids: int64[T], one sample.

@@ -1,4 +1,4 @@
-"""Gradients of a model's activations, captured layer by layer during one backward pass."""
+"""Capture the gradients of a model's activations layer by layer during a backward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from msp_plugin.models.offload import input_device, input_embeddings, named_para
 from msp_plugin.passes.recompute import recomputed
 from msp_plugin.progress import Progress, silent
 
-#: Cost of a forward pass with its backward pass, in forward passes.
+#: Cost of a forward and a backward pass together, in forward passes.
 BACKWARD = 3
 
 
@@ -28,8 +28,8 @@ def backward_passes(
     """Run a backward pass of each sample's mean cross entropy; the model is left as it was.
 
     Args:
-        add: called with the number of the sample, a layer's name, its inputs [T, I] and the gradients of its outputs
-            [T, O], once per sample and call of the layer.
+        add: called once per sample and call of a layer with (the sample's number, the layer's name, its inputs [T, I],
+            the gradients of its outputs [T, O]).
 
     Raises:
         NumericsError: a sample's loss is not finite.
@@ -54,9 +54,12 @@ def backward_passes(
 def activation_gradients(
     model: torch.nn.Module, layers: Iterable[str], add: Callable[[str, torch.Tensor, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Let graphs of the activations be built, and call ``add`` for every layer in each backward pass.
+    """Record the graph of activations in the block, and call ``add`` for every layer in each backward pass.
 
-    Of offloaded weights the graph holds at most one block's (see ``recomputed``).
+    The graph holds the offloaded weights of at most one block (see ``recomputed``).
+
+    Args:
+        add: called with (the layer's name, its inputs [T, I], the gradients of its outputs [T, O]).
     """
     with (
         gradients_without_weights(model),
@@ -78,7 +81,8 @@ def captured_gradients(
     """Call ``add`` for every layer in each backward pass that runs in the block.
 
     Args:
-        again: the layers run again in the backward pass, so their inputs need not be kept.
+        add: see activation_gradients.
+        again: True if the layers run again in the backward pass, so that their inputs need not be kept.
     """
     handles = []
 
@@ -100,14 +104,14 @@ def captured_gradients(
 
 
 def _saved(x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Return a function that returns ``x``, saved as the graph saves its own tensors: it may be computed again."""
+    """Return a function that returns ``x``, which the graph saves like its own tensors and may compute again."""
     apply: Any = _Saved.apply  # not every torch has types for it
     node = apply(x.new_zeros((), requires_grad=True), x).grad_fn
     return lambda: node.saved_tensors[0]
 
 
 class _Saved(torch.autograd.Function):
-    """A node that no gradient passes, for the tensor that it saves."""
+    """A graph node that only saves a tensor; no gradient passes through it."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -117,7 +121,7 @@ class _Saved(torch.autograd.Function):
 
 @contextmanager
 def gradients_without_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Let gradients flow through the activations, from the embeddings on, but to no parameter."""
+    """Let gradients flow through the activations, from the embeddings on, but into no parameter."""
     # By module and name: accelerate replaces offloaded parameters in each forward pass.
     required = [
         (module, name.rpartition(".")[2], p.requires_grad) for name, module, p in named_parameters(model)

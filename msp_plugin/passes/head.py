@@ -1,4 +1,4 @@
-"""The output head of a model, where its logits are a linear layer's output and nothing more."""
+"""The output head of a model whose logits are the output of a linear layer and nothing more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured quality of a model: perplexity, and KL divergence from another model."""
+"""Measure a model: perplexity, and KL divergence from another model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from msp_plugin.errors import NumericsError
 from msp_plugin.models.offload import input_device
 from msp_plugin.progress import Progress, silent
 
-#: Logits compared at once, in numbers; bounds the float32 copies of [tokens, V].
+#: Logits (tokens times vocabulary) handled at once; bounds the memory of their float32 copies.
 _LOGITS = 2**23
-#: Rows of an output head that are turned into float32 at once.
+#: Rows of an output head that are converted to float32 at once.
 _ROWS = 2**14
-#: Tokens of a position whose own logits the KL to the dense model reads (see search.dense_reference).
+#: Tokens per position whose logits the KL to the dense model reads one by one (see search.dense_reference).
 LIKELY = 32
 
 
@@ -46,7 +46,7 @@ def perplexity(
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return the summed cross entropy of logits [N, V] in nats, in float32 pieces."""
+    """Return the cross entropy of logits [N, V] and targets int64[N] in nats, summed in float32 pieces."""
     total = 0.0
     step = max(1, _LOGITS // logits.shape[-1])
     for part, target in zip(logits.split(step), targets.split(step), strict=True):
@@ -55,7 +55,7 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> float:
 
 
 def summed_kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
-    """Return the summed KL(reference || logits) of [N, V] logits in nats, in float32 pieces."""
+    """Return KL(reference || logits) of logits [N, V] in nats, summed over N; float32 logits, float64 sums."""
     total = 0.0
     step = max(1, _LOGITS // logits.shape[-1])
     for p, q in zip(reference.split(step), logits.split(step), strict=True):
@@ -65,7 +65,7 @@ def summed_kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
 
 
 def summed_exponentials(logits: torch.Tensor) -> torch.Tensor:
-    """Return the logarithm of the summed exponentials of logits [..., V], float32[...], made in float32 pieces."""
+    """Return the logarithm of the summed exponentials of logits [..., V] as float32[...], computed piece by piece."""
     flat = logits.flatten(0, -2)
     parts = flat.split(max(1, _LOGITS // flat.shape[-1]))
     return torch.cat([part.float().logsumexp(-1) for part in parts]).view(logits.shape[:-1])
@@ -74,13 +74,15 @@ def summed_exponentials(logits: torch.Tensor) -> torch.Tensor:
 def likely_tokens(
     logits: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the LIKELY likeliest tokens of logits [T, V], their probabilities, and the mean row of all others.
+    """Return the LIKELY most likely tokens of each position, their probabilities, and the weighted sum of other rows.
 
     Args:
-        rows: [V, D]; row v is weighted with the probability of token v, a likely token's row with 0.
+        logits: [T, V].
+        rows: [V, D], e.g. of the output head.
 
     Returns:
-        int64[T, K], float32[T, K] and float32[T, D].
+        tokens int64[T, K]; probabilities float32[T, K]; float32[T, D], the sum over all tokens but the K likely ones
+        of probability times row.
     """
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for part in logits.split(max(1, _LOGITS // logits.shape[-1])):

@@ -46,7 +46,7 @@ def units_of(model: torch.nn.Module, layers: Sequence[str]) -> tuple[Unit, ...]:
 
 
 def in_groups(items: Iterable[Item], need: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
-    """Yield neighbouring items whose needs add up to ``limit`` at most, or a single one beyond it."""
+    """Yield groups of consecutive items whose ``need`` adds up to at most ``limit``; a larger item comes alone."""
     group: list[Item] = []
     total = 0
     for item in items:
@@ -63,8 +63,7 @@ def in_groups(items: Iterable[Item], need: Callable[[Item], int], limit: int) ->
 def all_finite(x: torch.Tensor) -> bool:
     """Return True if no number is infinite or NaN.
 
-    A finite sum shows it at a small part of the cost of comparing every number; only where the sum overflows are
-    the numbers compared.
+    A finite sum proves it at a small part of the cost of testing every number; they are tested only if it overflows.
     """
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
@@ -79,12 +78,11 @@ def observe_inputs(
     batch_tokens: int = 4096,
     progress: Progress = silent,
 ) -> None:
-    """Pass the samples through the model up to the last of the units; the model is left as it was.
+    """Run the samples through the model up to the block of the last unit; the model is left as it was.
 
     Args:
-        add: called with a unit's name and a batch of its inputs as the layer gets them, [B, T, I] or [N, I],
-            in the model's dtype.
-        batch_tokens: tokens of one forward pass.
+        add: called with (a unit's name, a batch of its inputs), [B, T, I] or [N, I] in the model's dtype.
+        batch_tokens: most tokens of one forward pass.
 
     Raises:
         NumericsError: an input is not finite, or a unit saw no token at all.
@@ -114,10 +112,10 @@ def observe_inputs(
 
 
 def check_reached(units: Sequence[Unit], reached: Collection[str]) -> None:
-    """Raise unless the names of all units are in ``reached``, the units that saw a token.
+    """Raise unless ``reached``, the names of the units that saw a token, has all units.
 
     Raises:
-        NumericsError: units are missing; the first is named.
+        NumericsError: units are missing; the message names the first one.
     """
     missed = [unit.layers[0].name for unit in units if unit.name not in reached]
     if missed:
@@ -128,7 +126,7 @@ def check_reached(units: Sequence[Unit], reached: Collection[str]) -> None:
 
 
 def as_samples(inputs: torch.Tensor) -> torch.Tensor:
-    """Return a layer's inputs as [B, T, I] or [N, I]; DeepSeek's attention gives some of its layers [B, 1, T, I]."""
+    """Return a layer's inputs as [B, T, I] or [N, I]; some layers of DeepSeek's attention get [B, 1, T, I]."""
     return inputs.flatten(1, -2) if inputs.dim() > 3 else inputs
 
 
@@ -136,7 +134,7 @@ def as_samples(inputs: torch.Tensor) -> torch.Tensor:
 def observed(
     model: torch.nn.Module, units: Sequence[Unit], add: Callable[[str, torch.Tensor], None]
 ) -> Iterator[set[str]]:
-    """Feed the units' inputs to ``add`` (see observe_inputs); yield the set of the names reached so far."""
+    """Pass the units' inputs to ``add`` (see observe_inputs); yield the set of the units reached so far, by name."""
     seen: set[str] = set()
     handles = []
 

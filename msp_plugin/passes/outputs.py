@@ -13,9 +13,9 @@ from msp_plugin.models.offload import input_device
 
 @torch.no_grad()
 def output_layers(model: torch.nn.Module, layers: Iterable[str]) -> frozenset[str]:
-    """Return, for each module that holds some of the layers, the one that a forward pass calls last.
+    """Return the names of the layers that a forward pass calls last within their parent module.
 
-    In an attention, an MLP or an expert it projects back into the residual stream.
+    In an attention, an MLP or an expert that is the layer that projects back into the residual stream.
     """
     last: dict[str, str] = {}
 

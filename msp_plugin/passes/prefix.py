@@ -13,18 +13,19 @@ import torch
 
 from msp_plugin.models.layers import decoder_blocks, text_config
 from msp_plugin.models.offload import input_device, input_embeddings, is_offloaded
+from msp_plugin.passes.patching import replace_forward
 from msp_plugin.runtime.memory import is_out_of_memory
 
 
 class Prefix:
     """The inputs [B, T, D] of some blocks for batches of samples, by the samples' numbers.
 
-    They serve the same batch again, and no other batch with some of its samples: the rounding of a product of
-    matrices may depend on its number of rows. Every sample is held once, in the last batch that had it.
+    They serve only the same batch again, because the rounding of a matrix product may depend on its number of rows.
+    Every sample is kept once, in the last batch that had it.
 
     Args:
-        bytes_per_token: memory per token; if it is too little for every block, the inputs of every second or
-            third block are held, and a run starts at the last one before its first difference.
+        bytes_per_token: memory per token. If it is too little for every block, the inputs of every second, third, ...
+            block are kept, and a pass starts at the last kept one at or before the first block that differs.
     """
 
     def __init__(self, model: torch.nn.Module, bytes_per_token: int):
@@ -42,7 +43,7 @@ class Prefix:
 
     @property
     def saved_tokens(self) -> int:
-        """Tokens times the share of the blocks that were skipped, so far."""
+        """Tokens times the share of blocks that they skipped, summed so far."""
         return self._skipped // len(self.blocks)
 
     @property
@@ -52,7 +53,7 @@ class Prefix:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def release(self) -> bool:
-        """Drop all activations and keep none from now on; return False, and change nothing, if there are none."""
+        """Drop all activations and keep none from now on; if there are none, change nothing and return False."""
         if not any(self._inputs.values()):
             return False
         self._starts, self._inputs = (), {}
@@ -66,7 +67,7 @@ class Prefix:
 
     @contextmanager
     def use(self, samples: Sequence[int], first: int, *, record: bool) -> Iterator[None]:
-        """Let one forward pass of the samples skip its first blocks where their activations are kept.
+        """Let one forward pass of the samples in the block skip first blocks whose outputs are kept.
 
         Args:
             samples: numbers of the rows of the batch, in its order.
@@ -93,7 +94,7 @@ class Prefix:
                 call()
 
     def _record(self, block: int, batch: tuple[int, ...]) -> Callable[[], None]:
-        """Keep the input of a block for a batch, in place of batches with the same samples, until the returned call."""
+        """Keep the input of a block for a batch, dropping batches that share samples, until the returned call."""
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             batches = self._inputs[block]
@@ -107,8 +108,8 @@ class Prefix:
     def is_exact(self, ids: torch.Tensor) -> bool:
         """Return True if skipping blocks gives the same logits, bit for bit, for ids int64[1, T].
 
-        False for models that hand more than the hidden state from block to block, as an argument or in
-        an attribute. Activations kept before are dropped.
+        False for models that hand more than the hidden state from block to block, as an argument or in an attribute.
+        Drops the activations kept before.
         """
         self.forget(-1)
         if not self._starts:
@@ -118,7 +119,7 @@ class Prefix:
                 whole = self.model(ids, use_cache=False).logits
             if any(x.dim() != 3 for batches in self._inputs.values() for x in batches.values()):
                 raise ValueError("the blocks hand on more than one stream of hidden states")
-            self.model(ids.flip(-1), use_cache=False)  # overwrites what blocks leave in attributes
+            self.model(ids.flip(-1), use_cache=False)  # overwrites what blocks keep in attributes
             saved = self._skipped
             same = True
             for start in {self._starts[0], self._starts[-1]}:
@@ -153,21 +154,12 @@ def replace_input(block: torch.nn.Module, hidden: torch.Tensor) -> Callable[[], 
 
 
 def skip(module: torch.nn.Module, output: torch.Tensor | None = None) -> Callable[[], None]:
-    """Make a module return ``output``, or its input where that is None, until the returned call."""
-    own = module.__dict__.get("forward")
+    """Make a module return ``output``, or its input if ``output`` is None, until the returned call."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return _hidden(args, kwargs) if output is None else output
 
-    module.forward = forward
-
-    def undo() -> None:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = own
-
-    return undo
+    return replace_forward(module, forward)
 
 
 @contextmanager
@@ -215,10 +207,10 @@ def tail_is_exact(model: torch.nn.Module, ids: torch.Tensor) -> bool:
 
 
 def without_embeddings(model: torch.nn.Module, hidden: torch.Tensor) -> Callable[[], None]:
-    """Keep a pass that replaces a block's input from reading offloaded embeddings, until the returned call.
+    """Spare a pass with a replaced block input from reading offloaded embeddings, until the returned call.
 
     Args:
-        hidden: the replaced input [B, T, D]; its shape is the one that the model expects of its embeddings.
+        hidden: the replaced input [B, T, D]; the model expects this shape of its embeddings.
     """
     module = input_embeddings(model)
     return skip(module, hidden) if is_offloaded(module) else lambda: None

@@ -1,4 +1,4 @@
-"""Refuse a model with layers that a forward pass over text does not call, before any work."""
+"""Refuse, before any work, a model with layers that a forward pass over text does not call."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from msp_plugin.plan.units import Unit, UnitTable
 
 @torch.no_grad()
 def check_called(model: torch.nn.Module, table: UnitTable, data: CalibrationSet | None) -> None:
-    """Raise if a forward pass over text does not call some layer, whose inputs no method could see then.
+    """Raise if a forward pass over text does not call some layer, so that no method could see its inputs.
 
-    Experts are left out: only after all text is it known which of them tokens reach.
+    Experts are not checked: only after all text is it known which of them tokens reach.
+
+    Args:
+        data: its first sample is run; None checks nothing.
 
     Raises:
-        ModelError: layers are not called; the first are named.
+        ModelError: layers are not called; the message names the first one.
         NumericsError: an input is not finite.
     """
     if data is None:
@@ -38,7 +41,7 @@ def check_called(model: torch.nn.Module, table: UnitTable, data: CalibrationSet 
 
 
 def _patterns(missed: list[str], table: UnitTable) -> list[str]:
-    """Return patterns that match these layers and no others: a name's ending if no other layer has it, else the name."""
+    """Return patterns that match these layers and no others: the last part of a name if it is enough, else the name."""
     called = {layer.name.rpartition(".")[2] for layer in table.layers if layer.name not in missed}
     endings = {name: name.rpartition(".")[2] for name in missed}
     return sorted({name if ending in called else ending for name, ending in endings.items()})

@@ -1,4 +1,4 @@
-"""Backward passes of models with offloaded weights: each block runs again, so that its graph need not be kept."""
+"""Run each block again in the backward pass of a model with offloaded weights, instead of keeping its graph."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.models.offload import offloaded_module
+from msp_plugin.passes.patching import replace_forward
 
 
 @contextmanager
 def recomputed(model: torch.nn.Module) -> Iterator[bool]:
-    """Let a backward pass run each decoder block again, if weights of the model are offloaded; yield True if they are.
+    """If weights of the model are offloaded, run each decoder block again in backward passes and yield True.
 
-    A graph of the whole model would hold every weight that its forward pass loaded. With this it holds the
-    input of each block, and the weights and activations of the block that the backward pass is at. The
-    gradients are the same, bit for bit, where the operations give the same result twice.
+    A graph of the whole model would hold every weight that its forward pass loaded. This way it holds only the input
+    of each block, and the weights and activations of the block that the backward pass has reached. The gradients are
+    the same bit for bit, if the operations are deterministic.
     """
     if offloaded_module(model) is None:
         yield False
@@ -33,7 +34,6 @@ def recomputed(model: torch.nn.Module) -> Iterator[bool]:
 
 def _run_again(block: torch.nn.Module) -> Callable[[], None]:
     """Run a block under torch's checkpoint until the returned call."""
-    own = block.__dict__.get("forward")
     run = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -41,12 +41,4 @@ def _run_again(block: torch.nn.Module) -> Callable[[], None]:
         with set_checkpoint_early_stop(False):
             return checkpoint(partial(run, **kwargs), *args, use_reentrant=False)
 
-    block.forward = forward
-
-    def undo() -> None:
-        if own is None:
-            del block.__dict__["forward"]
-        else:
-            block.forward = own
-
-    return undo
+    return replace_forward(block, forward)

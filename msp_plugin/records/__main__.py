@@ -18,15 +18,15 @@ HEAD = """\
 The JSON files that describe a run, a comparison and an evaluation. One pydantic class writes and reads each of them,
 and this page is printed from the classes: `python -m msp_plugin.records`.
 
-Every key is written. Null, or an empty list, says that nothing was measured; numbers that are infinite or not a number
-are null. A reader takes a missing key for null and keeps keys that it does not know, so a new key needs no new version.
-A file of a newer version is refused, one of an older version is converted. `RunRecord.read(path)` reads one in Python
-(`msp_plugin.records.run`, `.comparison`, `.evaluation`).
+Every key is written. Null, or an empty list, means that nothing was measured; infinity and NaN are written as null. A
+reader treats a missing key as null and keeps keys that it does not know, so a new key needs no new version. A file of
+a newer version is refused, a file of an older version is converted. In Python, `RunRecord.read(path)` of
+`msp_plugin.records.run` reads run.json; `.comparison` and `.evaluation` hold the other two classes.
 """
 
 
 def readme() -> str:
-    """Return the README: a section for each file, with a table for each class."""
+    """Return the README: a section for each file, then a table for each class that they share."""
     parts: dict[str, dict[str, Any]] = {}
     text = [HEAD]
     for record in RECORDS:

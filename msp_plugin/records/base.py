@@ -15,14 +15,14 @@ from msp_plugin.runtime.files import finite_json, write_json
 class Part(BaseModel):
     """A part of a record.
 
-    Every key is written; null, or an empty list, says that nothing was measured. A key that is missing in a file is
-    read as that, a key that the class does not know is kept, and a value of another type is an error.
+    Every key is written; null, or an empty list, means that nothing was measured. A missing key is read as null, an
+    unknown key is kept, and a value of the wrong type is an error.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form, with null for numbers that are infinite or not a number."""
+        """Return the JSON form, with null for infinity and NaN."""
         data: dict[str, Any] = finite_json(self.model_dump(mode="json"))
         return data
 
@@ -30,7 +30,7 @@ class Part(BaseModel):
 class Record(Part):
     """The contents of a file; ``schema`` and ``version`` are written with the fields."""
 
-    #: The file's usual name, and what it is for people.
+    #: The file's usual name, and what messages call it.
     FILE: ClassVar[str]
     TITLE: ClassVar[str]
     SCHEMA: ClassVar[str]
@@ -48,19 +48,19 @@ class Record(Part):
         """Return the record in a file.
 
         Raises:
-            RecipeError: the file is missing or no JSON object, or see ``from_dict``.
+            RecipeError: the file is missing or holds no JSON object, or see ``from_dict``.
         """
         return cls.from_dict(read_object(path), str(path))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], name: str) -> Self:
-        """Return the record with these contents, those of an older version converted.
+        """Return the record with these contents; an older version is converted.
 
         Args:
-            name: what an error calls the record, such as its path.
+            name: names the record in errors, such as its path.
 
         Raises:
-            RecipeError: the schema is another one, the version is newer, or a value has the wrong type.
+            RecipeError: the schema is wrong, the version is newer, or a value has the wrong type.
         """
         if data.get("schema") != cls.SCHEMA:
             raise RecipeError(
@@ -82,7 +82,7 @@ class Record(Part):
             raise RecipeError(f"{name} is damaged: {where}: {first['msg']}") from None
 
     def _converted(self, version: int) -> Self:
-        """Return the record in the newest version; ``version`` is that of the file."""
+        """Return the record converted from the file's ``version`` to the newest one."""
         return self
 
 
@@ -101,5 +101,5 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read {path} as JSON: {error}") from None
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} is no JSON object", hint="give run.json or compare.json")
+        raise RecipeError(f"{path} is not a JSON object", hint="give run.json or compare.json")
     return data

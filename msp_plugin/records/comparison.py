@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def _parsed(parse: Callable[..., T], *values: object) -> T:
-    """Return what a function of plan/ makes of values, its refusal as the error that pydantic knows."""
+    """Return ``parse(*values)``; pydantic needs its RecipeError as a ValueError."""
     try:
         return parse(*values)
     except RecipeError as error:
@@ -67,7 +67,7 @@ class UnitRecord(Part):
 
 
 class ComparedRow(SearchRecord):
-    """An allocation: who found it, at what cost, and how the pruned model does on the test text."""
+    """An allocation, the cost of finding it, and the quality of the pruned model on the test text."""
 
     method: str
     """The pruning method."""
@@ -82,7 +82,7 @@ class ComparedRow(SearchRecord):
     seeded: bool | None = None
     """False if the seed changes nothing."""
     error: str | None = None
-    """The error that ended the row; null if it is whole."""
+    """The error that ended the row; null if the row is complete."""
     levels: tuple[str, ...] = ()
     """The level of each unit, in the order of `units`."""
     kept: int | None = None
@@ -94,7 +94,7 @@ class ComparedRow(SearchRecord):
     kl: float | None = None
     """Its KL divergence from the dense model on the test text, nats per token."""
     database: QualityRecord | None = None
-    """The same two with the weights of the level database."""
+    """Perplexity and KL divergence on the test text with the weights of the level database."""
     holdout_loss: float | None = None
     """KL divergence on the hold-out text with the weights of the level database, nats per token."""
     recovered: StageRecord | None = None
@@ -102,7 +102,7 @@ class ComparedRow(SearchRecord):
 
     @property
     def tokens(self) -> float | None:
-        """Forward tokens of candidates and of sensitivities; None where the first are not known."""
+        """Forward tokens of candidates and sensitivities together; None if those of candidates are not known."""
         return None if self.forward_tokens is None else self.forward_tokens + (self.sensitivity_tokens or 0)
 
 

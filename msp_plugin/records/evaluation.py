@@ -53,20 +53,20 @@ class MetricScore(Part):
     difference_stderr: float | None = None
     """Standard error of the difference."""
     paired: bool | None = None
-    """True if that is the standard error of the differences by document, else it is that of independent numbers."""
+    """True if `difference_stderr` comes from the differences by document, false if it assumes independent numbers."""
 
 
 class TaskScore(Part):
-    """A task, or a group of tasks as far as lm-eval says it."""
+    """A task; or a group of tasks, of which lm-eval does not give every key."""
 
     version: int | float | str | None = None
     """The task's version."""
     num_fewshot: int | str | None = None
     """Worked examples in a prompt."""
     samples: int | None = None
-    """Documents that were asked."""
+    """Documents of the task that were used."""
     available: int | None = None
-    """Documents that there are."""
+    """Documents that the task has."""
     fingerprint: str | None = None
     """Digest of the prompts and targets."""
     metrics: tuple[MetricScore, ...] = ()
@@ -74,20 +74,20 @@ class TaskScore(Part):
 
 
 class HarnessRecord(Part):
-    """The way in which lm-eval was called."""
+    """The options of the call of lm-eval."""
 
     names: tuple[str, ...] = ()
-    """Tasks and groups that were asked for."""
+    """Tasks and groups that were requested."""
     limit: int | None = None
     """Documents of each task; null for all."""
     num_fewshot: int | None = None
-    """Worked examples; null for those that each task says."""
+    """Worked examples in a prompt; null for each task's own number."""
     batch: int | None = None
     """Requests in a forward pass."""
     seeds: dict[str, int] = {}
-    """Seeds of the harness."""
+    """lm-eval's seeds by name."""
     bootstrap: int | None = None
-    """Resamples of a standard error."""
+    """Bootstrap resamples for a standard error."""
 
 
 class EvalRecord(Record):
@@ -100,7 +100,7 @@ class EvalRecord(Record):
     model: ModelRecord = ModelRecord()
     """The model."""
     reference: ModelRecord | None = None
-    """A model that was asked the same; null without one."""
+    """A model that got the same tasks and texts; null without one."""
     perplexity: tuple[TextScore, ...] = ()
     """Perplexity and KL divergence on each text."""
     tasks: dict[str, TaskScore] = {}

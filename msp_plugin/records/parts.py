@@ -1,4 +1,4 @@
-"""Parts that several records have."""
+"""Parts that several records share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ModelRecord(Part):
     architecture: str | None = None
     """The class of transformers."""
     dtype: str | None = None
-    """The dtype in which it was loaded; `auto` is that of its files."""
+    """The dtype in which it was loaded; `auto` means the dtype of its files."""
     fingerprint: str | None = None
     """Digest of the weights."""
 
@@ -29,11 +29,11 @@ class ReadingRecord(Part):
     samples: int | None = None
     """Samples that came from it."""
     columns: tuple[str, ...] = ()
-    """Of a table, the columns that held the text."""
+    """The columns of a table that held the text."""
     rows: int | None = None
     """Documents, or rows of a table, that were read."""
     skipped: int | None = None
-    """Of these rows, null or empty ones."""
+    """How many of these rows were null or empty."""
     bos: str | None = None
     """Tokens that each sample starts with, as the tokenizer writes them."""
 
@@ -42,54 +42,54 @@ class TextRecord(Part):
     """Samples of text."""
 
     source: str | None = None
-    """Where they came from, as the user named it; `[2:]` are those from the third on."""
+    """Where they came from, as the user named it; `[2:]` means those from the third on."""
     samples: int | None = None
     """How many there are."""
     length: int | None = None
-    """Tokens of a sample that was asked for."""
+    """Requested tokens per sample."""
     tokens: int | None = None
     """Tokens of all samples."""
     seed: int | None = None
-    """Seed of the choice of samples."""
+    """Seed that chose the samples."""
     fingerprint: str | None = None
     """Digest of the token ids."""
     sources: tuple[ReadingRecord, ...] = ()
-    """What was read of each source; empty for a part of a text."""
+    """What was read of each source; empty if these samples are a part of another text."""
 
 
 class SearchRecord(Part):
     """The cost of an allocation, and the losses that its search measured."""
 
     allocator: str | None = None
-    """Its name; null if the allocation was given, or found without looking at the model."""
+    """The allocator's name; null if the allocation was given, or found without measuring the model."""
     ended: str | None = None
     """Why the search stopped where it did."""
     forward_tokens: int | float | None = None
-    """Tokens that candidates put through the model; a backward pass counts as two forward passes."""
+    """Tokens that went through the model to measure candidates; a backward pass counts as two forward passes."""
     sensitivity_tokens: int | float | None = None
-    """The same for the sensitivities that the allocator reads."""
+    """Tokens that went through the model to measure the sensitivities that the allocator reads."""
     evaluations: int | None = None
     """Candidates that were measured."""
     seconds: float | None = None
     """Duration of the search alone."""
     total_seconds: float | None = None
-    """Duration with the sensitivities and the level database, as far as they were not in the cache."""
+    """Duration including the sensitivities and the level database, unless they were in the cache."""
     loss: float | None = None
     """Loss of the allocation on the search text, nats per token."""
     uniform_loss: float | None = None
-    """The same of the uniform allocation."""
+    """Loss of the uniform allocation on the search text, nats per token."""
     curve: tuple[Point, ...] = ()
-    """[forward tokens, least loss so far] whenever it fell."""
+    """[forward tokens, lowest loss so far], a point for each improvement."""
     holdout: tuple[Point, ...] = ()
-    """[forward tokens, loss of the incumbent on the hold-out text] whenever it was measured."""
+    """[forward tokens, loss of the incumbent on the hold-out text], a point for each measurement."""
     predictions: tuple[Point, ...] = ()
-    """[predicted, measured] change of the loss of proposals, nats per token."""
+    """[predicted, measured] change of the loss by each proposal, nats per token."""
     notes: tuple[str, ...] = ()
     """Remarks of the allocator for a reader of the result."""
 
 
 class SpeedRecord(Part):
-    """One measurement of speed. This package writes none; what you add is shown in the report."""
+    """One measurement of speed. This package writes none; the report shows those that you add."""
 
     name: str
     """What was measured."""

@@ -37,11 +37,11 @@ class RecoveryRecord(Part):
     tokens: int | float | None = None
     """Tokens through the model's blocks; a backward pass counts as two forward passes."""
     data: TextRecord | None = None
-    """The text that it was recovered on."""
+    """The text that the model was trained on."""
     holdout: TextRecord | None = None
-    """The text that judged it meanwhile."""
+    """The text that measured progress."""
     curve: tuple[Point, ...] = ()
-    """[tokens, loss on the hold-out text in nats per token], KL to the dense model or what the method names."""
+    """[tokens, loss on the hold-out text in nats per token]; the method chooses the loss, most take the KL to the dense model."""
     rounded: dict[str, int] = {}
     """By layer, weights that became zero because their new value rounds to it."""
     notes: tuple[str, ...] = ()
@@ -59,24 +59,24 @@ class StageRecord(Part):
     kl: float | None = None
     """KL divergence from the dense model on the test text, nats per token; only a run with a recovery measures it."""
     seconds: float | None = None
-    """Duration of the step without the measurement of the perplexity; null where it took none or nobody measured it."""
+    """Duration of the step without measuring the perplexity; null if it took none or was not measured."""
     sparsity: float | None = None
     """Share of zeros in the prunable layers, recounted; null for the dense model."""
     recovery: RecoveryRecord | None = None
-    """Of a stage `recover`, the work."""
+    """The work of a stage `recover`; null for all others."""
 
 
 class SparsityRecord(Part):
     """Zeros in the prunable layers."""
 
     target: float | None = None
-    """Share of zeros that was asked for."""
+    """Requested share of zeros."""
     planned: float | None = None
     """Share of zeros of the allocation."""
     achieved: float | None = None
     """Share of zeros, recounted after pruning."""
     exact: bool | None = None
-    """True if the levels can express the target to the weight."""
+    """True if the levels can reach the target exactly, to the weight."""
     weights: int | None = None
     """Weights of the prunable layers."""
     zeros: int | None = None
@@ -88,7 +88,7 @@ class SparsityRecord(Part):
 
 
 class RunRecord(Record):
-    """A run. Version 1 had no `stages`; they are worked out when such a file is read."""
+    """A run. Version 1 had no `stages`; reading such a file derives them."""
 
     FILE: ClassVar[str] = RUN_FILE
     TITLE: ClassVar[str] = "record of a run"
@@ -96,12 +96,12 @@ class RunRecord(Record):
     VERSION: ClassVar[int] = 2
 
     stages: tuple[StageRecord, ...] = ()
-    """The models of the run in the order in which they came about."""
+    """The models of the run, in the order in which they were made."""
     sparsity: SparsityRecord = SparsityRecord()
-    """Zeros that were asked for, planned and achieved."""
+    """Zeros: requested, planned and achieved."""
     perplexity: dict[str, float | None] = {}
-    """Perplexity on the test text of the models `dense`, `uniform` and `mixed`, the result, or `recovered`, if a \
-recovery followed; of a recipe without MixedSparsityModifier, `dense` and `result`."""
+    """Perplexity on the test text by model: `dense`, `uniform` (the baseline), `mixed` (the pruned model), and \
+`recovered` after a recovery; a recipe without MixedSparsityModifier has `dense` and `result`."""
     kl: dict[str, float | None] = {}
     """KL divergence from the dense model by model, nats per token; only a run with a recovery measures it."""
     search: SearchRecord = SearchRecord()
@@ -143,7 +143,7 @@ recovery followed; of a recipe without MixedSparsityModifier, `dense` and `resul
         return self.model_copy(update={"stages": tuple(self._stages())}) if version == 1 else self
 
     def _stages(self) -> Iterator[StageRecord]:
-        """Yield the stages, as far as version 1 says them: it has a uniform perplexity too where that is the result."""
+        """Yield the stages that a file of version 1 shows; it repeats the result as `uniform` if the result is uniform."""
         dense, uniform = (self.perplexity.get(name) for name in (DENSE, UNIFORM))
         result = self.result_perplexity
         if dense is not None:

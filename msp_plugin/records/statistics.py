@@ -9,31 +9,31 @@ import numpy as np
 
 
 def finite_values(values: Iterable[float | None]) -> list[float]:
-    """Return the values that are there and finite."""
+    """Return the values that are neither None nor infinite nor NaN."""
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def finite_pairs(pairs: Iterable[tuple[float | None, float | None]]) -> list[tuple[float, float]]:
-    """Return the pairs of which both values are there and finite."""
+    """Return the pairs whose two values are neither None nor infinite nor NaN."""
     return [
         (x, y) for x, y in pairs if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)
     ]
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of the finite values, None without any."""
+    """Return the mean of the finite values; None if there are none."""
     finite = finite_values(values)
     return sum(finite) / len(finite) if finite else None
 
 
 def deviation(values: Iterable[float | None]) -> float | None:
-    """Return the standard deviation (n - 1) of the finite values, None for fewer than two."""
+    """Return the standard deviation (n - 1) of the finite values; None for fewer than two."""
     finite = finite_values(values)
     return float(np.std(finite, ddof=1)) if len(finite) > 1 else None
 
 
 def within_noise(value: float, spread: float | None, best: float, best_spread: float | None) -> bool:
-    """Return True if a mean is at most twice the larger of their spreads over seeds from the best one."""
+    """Return True if a mean is above the best one by at most twice the larger of their spreads over seeds."""
     return value <= best + 2 * max(spread or 0.0, best_spread or 0.0)
 
 
@@ -58,7 +58,10 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def taken_back(dense: float | None, uniform: float | None, mixed: float | None) -> float | None:
-    """Return the share of uniform's loss over dense (log perplexity) that mixed does not have."""
+    """Return the share of uniform's added loss that mixed avoids: (log u - log m) / (log u - log d) of perplexities.
+
+    None if a value is missing or not positive, or uniform is not above dense.
+    """
     perplexities = finite_values((dense, uniform, mixed))
     if len(perplexities) < 3 or min(perplexities) <= 0:
         return None

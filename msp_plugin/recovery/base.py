@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.errors import ModelError
+from msp_plugin.models.offload import offloaded_module
+from msp_plugin.passes.by_block import runs_by_block
 from msp_plugin.progress import StepProgress, no_progress
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -84,3 +88,21 @@ class Recovery(ABC):
         Raises:
             NumericsError: the loss is not finite.
         """
+
+
+def check_in_memory(method: str, model: PreTrainedModel) -> None:
+    """Raise ModelError if weights of a model that a method changes in memory are offloaded."""
+    if (name := offloaded_module(model)) is not None:
+        raise ModelError(
+            f"{method} changes weights in memory, and those of {name} are offloaded",
+            hint="leave only the original's weights on disk",
+        )
+
+
+def check_by_block(method: str, model: PreTrainedModel, sample: torch.Tensor) -> None:
+    """Raise ModelError if a model's blocks cannot be run one at a time; ``sample`` is int64[T]."""
+    if not runs_by_block(model, sample):
+        raise ModelError(
+            f"{type(model).__name__} hands more than the hidden state from block to block, so {method} cannot run it",
+            hint="use another recovery method (see `msp plugins`)",
+        )

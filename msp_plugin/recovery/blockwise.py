@@ -23,9 +23,8 @@ from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models.held import held, read_from
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.models.offload import check_loadable, offload_cache
-from msp_plugin.passes.by_block import runs_by_block
 from msp_plugin.passes.gradients import BACKWARD
-from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult
+from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_by_block
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.shared import mean_kl
 from msp_plugin.recovery.window_training import (
@@ -107,11 +106,7 @@ class Blockwise(Recovery):
         """
         model, original = inputs.model, inputs.original
         assert original is not None, "the caller gives the original, because needs_original is True"
-        if not runs_by_block(model, inputs.data.samples[0]):
-            raise ModelError(
-                f"{type(model).__name__} hands more than the hidden state from block to block, so blockwise cannot run it",
-                hint="use another recovery method (see `msp plugins`)",
-            )
+        check_by_block(self.name, model, inputs.data.samples[0])
         with _frozen(model):
             return _Walk(self, inputs, original).run()
 

@@ -10,7 +10,7 @@ import torch
 from msp_plugin.errors import RecipeError
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.masks import Masks
-from msp_plugin.recovery.trained import TrainedRecovery, check_rank
+from msp_plugin.recovery.trained import TrainedRecovery, check_positive, check_rank
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -41,8 +41,7 @@ class LoRA(TrainedRecovery):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise RecipeError(f"{self.name}: rank = {self.rank}", hint="give at least 1")
+        check_positive(self.name, "rank", self.rank)
 
     def check_layers(self, masks: Masks) -> None:
         check_rank(self.name, "rank", self.rank, masks)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from msp_plugin.errors import RecipeError
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.masks import Masks
-from msp_plugin.recovery.trained import AdapterRecovery, check_rank
+from msp_plugin.recovery.trained import AdapterRecovery, check_positive, check_rank
 from msp_plugin.recovery.weight_change import Tensors, WeightChange
 
 
@@ -64,8 +63,7 @@ class MaskedLoRA(AdapterRecovery):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise RecipeError(f"{self.name}: rank = {self.rank}", hint="give at least 1")
+        check_positive(self.name, "rank", self.rank)
 
     def check_layers(self, masks: Masks) -> None:
         check_rank(self.name, "rank", self.rank, masks)

@@ -1,4 +1,4 @@
-"""Open a sparse checkpoint and the dense model that it was pruned from, with every check before work."""
+"""Open a sparse checkpoint and the dense model that it was pruned from, and check both before any work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Entries of a config that two models of one architecture share.
+#: Entries of the config that must be equal in a sparse model and its original.
 _SAME = (
     "model_type",
     "vocab_size",
@@ -41,7 +41,7 @@ _SAME = (
 
 @dataclass(frozen=True)
 class Sparse:
-    """A sparse checkpoint that is loaded: its model, its zeros, and the allocation beside it, if any."""
+    """A loaded sparse checkpoint: its model, its zeros, and the allocation and run.json beside it, if any."""
 
     model: PreTrainedModel
     masks: Masks
@@ -50,7 +50,7 @@ class Sparse:
 
 
 def load_sparse(source: ModelSource, tokenizer: PreTrainedTokenizerBase, out: Path) -> Sparse:
-    """Return a sparse checkpoint, checked.
+    """Return a sparse checkpoint after all checks.
 
     Raises:
         ModelError: it is dense, or cannot be saved again.
@@ -97,18 +97,19 @@ def load_original(source: ModelSource, model: PreTrainedModel) -> PreTrainedMode
             embeddings.append(module.get_parameter("weight").detach().float().cpu().clone())
     if not torch.equal(*embeddings):
         log.warning(
-            "%s has other embeddings than the sparse model: is it the model that was pruned?", source.name
+            "the embeddings of %s differ from the sparse model's: is it the model that was pruned?",
+            source.name,
         )
     return original
 
 
 def check_sources(sparse: ModelSource, dense: ModelSource | None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a sparse model, after the checks that need no weights.
+    """Return the tokenizer of a sparse model, after all checks that need no weights.
 
     Raises:
-        ModelError: a source is missing or quantized, or the original's config or tokenizer is another one.
+        ModelError: a source is missing or quantized, or the original's config or tokenizer differs.
     """
-    hint = "recover the sparse model from before its quantization, and quantize the result"
+    hint = "recover the sparse model before its quantization, and quantize the result"
     check_source_unquantized(sparse.name, trust_remote_code=sparse.trust_remote_code, hint=hint)
     tokenizer = sparse.tokenizer()
     if dense is None:
@@ -130,7 +131,7 @@ def check_sources(sparse: ModelSource, dense: ModelSource | None) -> PreTrainedT
 
 
 def _config(source: ModelSource) -> dict[str, Any]:
-    """Return the entries of a model's config for text."""
+    """Return the entries of a model's config, of its language part."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source.name, trust_remote_code=source.trust_remote_code)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from msp_plugin.errors import RecipeError
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.masks import Masks
-from msp_plugin.recovery.trained import AdapterRecovery, check_rank
+from msp_plugin.recovery.trained import AdapterRecovery, check_positive, check_rank
 from msp_plugin.recovery.weight_change import Tensors, WeightChange
 
 
@@ -77,8 +76,7 @@ class SPP(AdapterRecovery):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.groups < 1:
-            raise RecipeError(f"{self.name}: groups = {self.groups}", hint="give at least 1")
+        check_positive(self.name, "groups", self.groups)
 
     def check_layers(self, masks: Masks) -> None:
         check_rank(self.name, "groups", self.groups, masks)

@@ -1,4 +1,4 @@
-"""One step of a run: recover a sparse model in memory, prove its zeros, and measure it before and after."""
+"""One step of a run: recover a sparse model in memory, check its zeros, and measure it before and after."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: One sample in so many judges the recovery and is not recovered on.
+#: One sample in this many is hold-out: it measures the recovery and is not trained on.
 HOLDOUT_SHARE = 8
 
 
 @dataclass(frozen=True)
 class RecoveryText:
-    """The samples of a recovery, no two of which share a token's place in the text.
+    """The samples of a recovery; no two of them overlap in the text.
 
     Args:
-        data: to recover on.
-        holdout: judges the recovery meanwhile.
-        test: measures the models; empty where nothing is measured.
+        data: the samples to train on.
+        holdout: measures the recovery while it runs.
+        test: measures the models before and after; empty to measure nothing.
     """
 
     data: CalibrationSet
@@ -87,7 +87,7 @@ def recovery_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> RecoveryTex
 
 @dataclass(frozen=True)
 class RecoveryStep:
-    """A recovery method, its samples, and the way that it runs."""
+    """A recovery method, its samples, and the settings that it runs with."""
 
     recovery: Recovery
     samples: RecoveryText
@@ -96,7 +96,7 @@ class RecoveryStep:
     context: RunContext
 
     def identity(self, model: PreTrainedModel, original: PreTrainedModel | None) -> dict[str, Any]:
-        """Return the values that the state of a stopped recovery depends on, by names that a user can read."""
+        """Return everything that the state of a stopped recovery depends on, by names for messages."""
         return {
             "model": fingerprint(model),
             "original": None if original is None else fingerprint(original),
@@ -112,7 +112,7 @@ class RecoveryStep:
     def references(
         self, model: PreTrainedModel, original: PreTrainedModel | None, journal: Journal
     ) -> dict[str, Measured]:
-        """Return the measurements of the dense and the sparse model by stage, from the journal if there."""
+        """Return the measurements of the dense and the sparse model by stage; those in the journal are not repeated."""
         measured = {}
         if original is not None:
             measured[DENSE] = Measured(
@@ -134,7 +134,7 @@ class RecoveryStep:
         return Measured(value, self.divergence(name, model, original))
 
     def divergence(self, name: str, model: PreTrainedModel, original: PreTrainedModel | None) -> float | None:
-        """Return the KL divergence of a model from the original on the test text, None without either."""
+        """Return the KL divergence of a model from the original on the test text; None if one of the two is missing."""
         test = self.samples.test
         if not test or original is None:
             return None
@@ -144,7 +144,7 @@ class RecoveryStep:
             return self._finite(name, lambda: mean_kl(original, model, test, ranks, progress=progress))
 
     def _finite(self, name: str, measure: Callable[[], float]) -> float | None:
-        """Return what is measured, None for a sparse model's loss that is not a number."""
+        """Return the measured value; None if the loss of a sparse model is not a number."""
         try:
             return finite(measure())
         except NumericsError:
@@ -161,13 +161,13 @@ class RecoveryStep:
         allocation: Allocation | None,
         key: str,
     ) -> StageRecord:
-        """Change the surviving weights of a model in place, prove its zeros, and return the stage with its measurements.
+        """Change the surviving weights of a model in place, check its zeros, and return the stage with measurements.
 
         Args:
-            key: of everything that the state of a stopped recovery depends on.
+            key: digest of everything that the state of a stopped recovery depends on.
 
         Raises:
-            VerificationError: a zero was filled in, or a layer does not have its level any more.
+            VerificationError: a zero was filled in, or a layer no longer has its level.
             MSPError: see the method.
         """
         recovery, start = self.recovery, time.monotonic()
@@ -245,7 +245,7 @@ class RecoveryStep:
 
 
 def _sensitivities(allocation: Allocation | None) -> dict[str, float]:
-    """Return the sensitivity of each layer's unit, by Fisher's trace if the run has it, else by its first estimator."""
+    """Return each layer's sensitivity, that of its unit: the Fisher trace if the run has it, else its first estimator."""
     if allocation is None or not allocation.sensitivities:
         return {}
     known = allocation.sensitivities

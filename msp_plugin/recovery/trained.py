@@ -188,6 +188,12 @@ def vector_modules(model: torch.nn.Module) -> list[str]:
     return found
 
 
+def check_positive(method: str, option: str, value: int) -> None:
+    """Raise RecipeError unless a rank or a count of groups is at least 1."""
+    if value < 1:
+        raise RecipeError(f"{method}: {option} = {value}", hint="give at least 1")
+
+
 def check_rank(method: str, option: str, rank: int, masks: Masks) -> None:
     """Raise if a rank is larger than a side of a layer.
 

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from msp_plugin.errors import ModelError, NumericsError, RecipeError
+from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.models.layers import decoder_blocks
-from msp_plugin.models.offload import linear, offloaded_module
+from msp_plugin.models.offload import linear
 from msp_plugin.models.weights import Weights
-from msp_plugin.passes.by_block import runs_by_block
 from msp_plugin.passes.observe import units_of
 from msp_plugin.plan.units import Unit
-from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult
+from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_by_block, check_in_memory
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.shared import mean_kl
 from msp_plugin.recovery.windows import Window
@@ -110,11 +109,7 @@ class WeightUpdate(Recovery):
             raise RecipeError("weight_update: iterations must be at least 1 and damping above 0")
 
     def check(self, model: PreTrainedModel, masks: Masks) -> None:
-        if (name := offloaded_module(model)) is not None:
-            raise ModelError(
-                f"weight_update changes weights in memory, and those of {name} are offloaded",
-                hint="leave only the original's weights on disk",
-            )
+        check_in_memory(self.name, model)
 
     @torch.no_grad()
     def recover(self, inputs: RecoveryInputs) -> RecoveryResult:
@@ -126,11 +121,7 @@ class WeightUpdate(Recovery):
         """
         model, original = inputs.model, inputs.original
         assert original is not None, "the caller gives the original, because needs_original is True"
-        if not runs_by_block(model, inputs.data.samples[0]):
-            raise ModelError(
-                f"{type(model).__name__} hands more than the hidden state from block to block",
-                hint="use another recovery method (see `msp plugins`)",
-            )
+        check_by_block(self.name, model, inputs.data.samples[0])
         curve, notes, tokens = [(0, self._kl(inputs, original))], [], 0
         walks = [
             _Walk(model, original, list(part.batches(inputs.batch_tokens)), inputs.ranks)

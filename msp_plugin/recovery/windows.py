@@ -18,6 +18,7 @@ import torch
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.models.offload import input_device
 from msp_plugin.passes.observe import EnoughError
+from msp_plugin.passes.patching import replace_forward
 from msp_plugin.passes.prefix import replace_input, skip, without_embeddings
 from msp_plugin.runtime.memory import is_out_of_memory
 
@@ -237,18 +238,9 @@ def _silence(module: torch.nn.Module, outputs: int) -> Callable[[], None]:
         outputs: see Middle. Its other values, such as attention weights, become None: no pass without a cache reads
             them.
     """
-    own = module.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         zeros = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
         return (zeros, *[None] * (outputs - 1)) if outputs else zeros
 
-    module.forward = forward
-
-    def undo() -> None:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = own
-
-    return undo
+    return replace_forward(module, forward)

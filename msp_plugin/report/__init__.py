@@ -1,4 +1,4 @@
-"""The report: one HTML file, with nothing outside of it, drawn from a run's records or from a comparison."""
+"""The report: one self-contained HTML file, drawn from a run's records or from a comparison."""
 
 from msp_plugin.report.section import Section
 from msp_plugin.report.write import write_report

@@ -1,6 +1,7 @@
 """Charts as SVG images inside the page, drawn by matplotlib in the colours of the light theme.
 
-The page's style inverts their lightness in the dark theme. Text stays text. Equal charts give equal bytes.
+The page's style inverts their lightness in the dark theme. Text in them stays text, which can be searched. Equal charts
+give equal bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _COLORS, _SERIES = PAGE["light"], SERIES["light"]
 _INK, _MUTED = _COLORS["ink"], _COLORS["muted"]
-#: Most points of a series in a drawing, and in its table; more are thinned evenly.
+#: Most points of a series in a drawing and in its table; longer series are thinned evenly.
 MOST_POINTS, MOST_NUMBERS = 1500, 200
 #: Left, bottom, width and height of the axes; the same in all charts, so that they line up.
 _FRAME = (0.17, 0.15, 0.81, 0.8)
@@ -50,7 +51,7 @@ _STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
-#: The parts of matplotlib's metadata that change between versions and runs are left out.
+#: Leaves out the parts of matplotlib's metadata that change between versions and runs.
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -61,10 +62,10 @@ class Series:
     Args:
         label: its name in the legend.
         points: (x, y); points that are not finite are left out.
-        slot: number of its colour and mark; -1 draws in ink.
+        slot: number of its colour and mark; -1 draws in the colour of text.
         line: ``""`` for points alone, ``"line"``, or ``"steps"``: each value holds until the next point.
         errors: half lengths of vertical bars, one per point.
-        strong: True for larger marks, of means beside single values.
+        strong: True for larger marks, e.g. means beside single values.
     """
 
     label: str
@@ -100,12 +101,13 @@ class Chart:
     """The axes of a chart, its series and lines, and its images.
 
     Args:
-        title: the chart in words, for readers who do not see it.
+        title: the chart in words, for readers who cannot see it.
         lines: (y, label) of horizontal lines.
-        log_x: a logarithmic x axis, with zero at its left end.
-        log_y: a logarithmic y axis.
-        diagonal: draw y = x, and both axes alike.
-        svg: the drawing.
+        log_x: logarithmic x axis, with zero at its left end.
+        log_y: logarithmic y axis.
+        diagonal: draw y = x, and give both axes the same limits.
+        caption: text below the chart.
+        svg: the drawing; empty before ``draw``.
     """
 
     title: str
@@ -121,18 +123,18 @@ class Chart:
 
     @property
     def image(self) -> str:
-        """The drawing as the address of an image."""
+        """The drawing as a data URL."""
         return f"data:image/svg+xml;base64,{base64.b64encode(self.svg.encode()).decode()}"
 
     @property
     def legend(self) -> list[Series]:
-        """One series for each label, in the order of their colours, ink last."""
+        """One series for each label, in the order of colours, those in the colour of text last."""
         by_label = {s.label: s for s in self.series if s.drawn and s.label}
         return sorted(by_label.values(), key=lambda s: (s.slot < 0, s.slot))
 
 
 def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """Return at most ``most`` of the points, evenly taken, the last one among them."""
+    """Return at most ``most`` of the points, evenly spaced, including the last."""
     if len(points) <= most:
         return list(points)
     step = (len(points) - 1) / (most - 1)
@@ -175,11 +177,11 @@ def draw(chart: Chart) -> Chart | None:
             _diagonal(axes, chart)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
-    return replace(chart, svg=" ".join(buffer.getvalue().split()))  # without indentation
+    return replace(chart, svg=" ".join(buffer.getvalue().split()))  # drops the indentation
 
 
 def missing(package: str) -> PluginError:
-    """Return the error of a report without one of its packages."""
+    """Return the error that a package which the report needs is not installed."""
     return PluginError(
         f"a report needs {package}, which is not installed", hint="pip install 'msp_plugin[report]'"
     )
@@ -192,7 +194,7 @@ def _axes(axes: Axes, chart: Chart) -> None:
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     values = [x for series in chart.series for x, _ in series.drawn if x > 0]
-    if chart.log_x and not values:  # nothing was measured: one tick, and no numbers below it
+    if chart.log_x and not values:  # all points are at zero: one tick is enough
         axes.set_xticks([0.0])
     elif chart.log_x:
         least, wide = min(values), max(values) / min(values) > 300
@@ -251,5 +253,5 @@ def _diagonal(axes: Axes, chart: Chart) -> None:
 
 
 def number_of(value: float) -> str:
-    """Return a coordinate as the table beside a chart writes it."""
+    """Return a coordinate as text for the table beside a chart."""
     return count(value) if abs(value) >= 1000 else short(value)

@@ -18,7 +18,7 @@ UNIFORM = "uniform"
 
 @dataclass(frozen=True)
 class Entry:
-    """An allocator with its options, in one cell: its rows over the seeds, without those that failed."""
+    """An allocator with its options in one cell: its rows over the seeds, without failed ones."""
 
     label: str
     slot: int
@@ -31,7 +31,7 @@ class Entry:
 
     @property
     def perplexity(self) -> float | None:
-        """Mean test perplexity; None if a seed's is missing or infinite, so that no mean looks too good."""
+        """Mean test perplexity; None if a seed's is missing or infinite, because leaving it out would flatter."""
         return mean(self.perplexities) if len(self.perplexities) == len(self.rows) else None
 
     @property
@@ -41,12 +41,12 @@ class Entry:
 
     @property
     def kls(self) -> list[float]:
-        """Divergence from the dense model of every seed that has one."""
+        """KL divergence from the dense model of every seed that has one."""
         return finite_values(row.kl for row in self.rows)
 
     @property
     def kl(self) -> float | None:
-        """Mean divergence from the dense model; None if a seed's is missing or infinite."""
+        """Mean KL divergence from the dense model; None if a seed's is missing or infinite."""
         return mean(self.kls) if len(self.kls) == len(self.rows) else None
 
     @property
@@ -76,7 +76,7 @@ class Entry:
 
     @property
     def seconds(self) -> float | None:
-        """Mean seconds."""
+        """Mean duration of the search in seconds."""
         return mean(row.seconds for row in self.rows)
 
     @property
@@ -87,7 +87,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cell:
-    """The entries of one method at one sparsity, least divergence first."""
+    """The entries of one method at one sparsity, lowest divergence first."""
 
     method: str
     sparsity: Fraction
@@ -95,7 +95,7 @@ class Cell:
 
     @property
     def best(self) -> Entry | None:
-        """The entry of least mean divergence."""
+        """The entry with the lowest mean divergence."""
         measured = [entry for entry in self.entries if entry.kl is not None]
         return min(measured, key=lambda entry: entry.kl or 0.0, default=None)
 
@@ -111,7 +111,7 @@ class Cell:
 
     @property
     def ties(self) -> list[Entry]:
-        """Entries no further from the best one than twice the larger spread over seeds of the two."""
+        """The other entries within noise of the best one (see within_noise)."""
         best = self.best
         if best is None or best.kl is None:
             return []
@@ -130,7 +130,7 @@ class Cell:
 
 
 def labels(rows: Sequence[ComparedRow]) -> dict[int, str]:
-    """Return by a row's number its allocator's name, with the options in which rows of that name differ."""
+    """Return by row number a label: the allocator's name, and the options in which rows of that name differ."""
     options: dict[str, list[dict[str, str]]] = {}
     texts = [{k: json.dumps(v, sort_keys=True, default=str) for k, v in row.options.items()} for row in rows]
     for row, text in zip(rows, texts, strict=True):
@@ -145,7 +145,7 @@ def labels(rows: Sequence[ComparedRow]) -> dict[int, str]:
 
 
 def cells(comparison: CompareRecord) -> list[Cell]:
-    """Return the cells in the order of the rows' methods, sparser last."""
+    """Return the cells in the order of the rows' methods, higher sparsities last."""
     names = labels(comparison.rows)
     slots = {
         label: i

@@ -16,13 +16,13 @@ from msp_plugin.report.run_page import NOT_RECORDED, text_facts
 from msp_plugin.report.storage import Storage, storages
 from msp_plugin.report.text import NOTHING, number, rounded_percent
 
-#: Perplexities that differ by more than this factor are drawn on a logarithmic axis.
+#: If perplexities differ by more than this factor, their axis is logarithmic.
 _LOG_FROM = 4.0
 
 
 @dataclass(frozen=True)
 class EntryView:
-    """An allocator in a cell: its numbers, its mark among the others, its map and its bytes."""
+    """An allocator in a cell, as the template shows it: numbers, mark, map of levels, bytes."""
 
     entry: Entry
     best: bool
@@ -34,7 +34,7 @@ class EntryView:
 
     @property
     def color(self) -> str:
-        """The custom property of its colour in all charts."""
+        """The CSS custom property of its colour in all charts."""
         return Series("", (), self.entry.slot).color
 
     @property
@@ -44,7 +44,7 @@ class EntryView:
 
     @property
     def unmeasured(self) -> str:
-        """Why there is no mean perplexity."""
+        """The reason why there is no mean perplexity."""
         if all(row.perplexity is None for row in self.entry.rows):
             return NOTHING
         return f"{len(self.entry.perplexities)} of {len(self.entry.rows)} seeds finite"
@@ -67,7 +67,7 @@ class CellView:
 
 
 def comparison_page(comparison: CompareRecord) -> dict[str, Any]:
-    """Return the variables of a comparison's template."""
+    """Return the variables of the template comparison.html."""
     table = comparison.table
     layout = lay_out(table)
     names = labels(comparison.rows)
@@ -113,7 +113,7 @@ def _facts(comparison: CompareRecord, views: list[CellView], failed: int) -> lis
 
 
 def _cell(i: int, cell: Cell, comparison: CompareRecord, layout: Layout) -> CellView:
-    """Return cell number ``i`` with its charts and the maps and bytes of its entries."""
+    """Return cell number ``i`` with its charts, and its entries' maps and bytes."""
     uniform = cell.uniform.perplexity if cell.uniform else None
     entries = []
     for entry in cell.entries:
@@ -145,13 +145,11 @@ def _cell(i: int, cell: Cell, comparison: CompareRecord, layout: Layout) -> Cell
 
 
 def _dtype_note(views: list[CellView]) -> str:
-    """Return the sentence that says the dtype of the weights."""
+    """Return the sentence on the dtype of the weights."""
     known = next((row.storages[0] for view in views for row in view.entries if row.storages), None)
     if known is None:
         return "No row has levels."
-    return (
-        f"Weights are {known.dtype}{', which is assumed: the record does not say' if known.assumed else ''}."
-    )
+    return f"Weights are {known.dtype}{', assumed because the record does not say' if known.assumed else ''}."
 
 
 def _note(cell: Cell) -> str:
@@ -159,8 +157,8 @@ def _note(cell: Cell) -> str:
     if cell.best is None:
         return "No divergence was measured."
     if not cell.has_spread:
-        return "Least KL in bold. One seed: no spread, so that small differences mean nothing."
-    return "Least KL in bold; ≈ is no further from it than twice the larger spread over seeds of the two."
+        return "Lowest KL in bold. One seed: no spread, so small differences mean nothing."
+    return "Lowest KL in bold; ≈ marks those within twice the standard deviation over seeds, the larger of the two."
 
 
 def _curves(cell: Cell) -> Chart | None:
@@ -179,7 +177,7 @@ def _curves(cell: Cell) -> Chart | None:
         for row in e.rows
         if row.curve and "loss" in row.options
     }
-    warning = " They optimise different losses, which cannot be compared." if len(kinds) > 1 else ""
+    warning = " The allocators minimise different losses, which cannot be compared." if len(kinds) > 1 else ""
     return draw(
         Chart(
             f"Search curves, {cell.method} at {rounded_percent(cell.sparsity)}",
@@ -191,7 +189,7 @@ def _curves(cell: Cell) -> Chart | None:
                 for i, value in enumerate(sorted(set(uniform), reverse=True))
             ),
             log_x=True,
-            caption="Best loss so far on the search text; a line for each seed, the mark at its end."
+            caption="Lowest loss so far on the search text; one line per seed, with a mark at its end."
             + warning,
         )
     )
@@ -219,8 +217,8 @@ def _cost(cell: Cell, comparison: CompareRecord) -> Chart | None:
             tuple((value, "dense") for value in dense),
             log_x=True,
             log_y=bool(values) and max([*values, *dense]) > _LOG_FROM * max(min([*values, *dense]), 1e-9),
-            caption="Test perplexity after the final pruning against the tokens that candidates and "
-            "sensitivities cost. Large marks are means over seeds, with one standard deviation.",
+            caption="Test perplexity after the final pruning against the tokens that measured candidates and "
+            "sensitivities. Large marks are means over seeds; bars are one standard deviation.",
         )
     )
 
@@ -243,32 +241,32 @@ def _predictions(cell: Cell) -> Chart | None:
             "measured change, nats per token",
             tuple(series),
             diagonal=True,
-            caption=f"{len(pairs)} proposals that a surrogate made. On the dashed line the prediction is what "
-            f"was measured.{correlation}",
+            caption=f"{len(pairs)} proposals of a surrogate. On the dashed line prediction and measurement are "
+            f"equal.{correlation}",
         )
     )
 
 
 def _ranking(cell: Cell) -> Chart | None:
-    """Return the chart of the divergences after pruning against those with the level database's weights."""
+    """Return the chart of KL after the final pruning against KL with the level database's weights."""
     series: list[Series] = []
     pairs: list[tuple[float, float]] = []
     for entry in cell.entries:
         own = finite_pairs((row.database.kl, row.kl) for row in entry.rows if row.database is not None)
-        pairs = list(dict.fromkeys([*pairs, *own]))  # an allocation that several entries have counts once
+        pairs = list(dict.fromkeys([*pairs, *own]))  # an allocation of several entries counts once
         series.append(Series(entry.label, own, entry.slot, strong=True))
     rho = rank_correlation(pairs)
     correlation = f"Spearman's rho {number(rho, 2)}" if rho is not None else "too few for a rank correlation"
     return draw(
         Chart(
-            f"Divergence after pruning against that of the level database, {cell.method} "
+            f"KL after the final pruning against KL with the level database's weights, {cell.method} "
             f"at {rounded_percent(cell.sparsity)}",
             "KL with the database's weights, nats per token",
             "KL after the final pruning",
             tuple(series),
             diagonal=True,
             caption=f"Both on the test text, {len(pairs)} different allocations: {correlation}. "
-            "Below the dashed line the final pruning does better than the database's weights.",
+            "Below the dashed line the final pruning is better than the database's weights.",
         )
     )
 

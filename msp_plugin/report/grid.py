@@ -1,4 +1,4 @@
-"""Maps of a model, of levels or sensitivities: a row for each block, a column for each projection."""
+"""Maps of a model's levels or sensitivities: one row per block, one column per projection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msp_plugin.report.text import count, percent, rounded_percent, scientific
 
 @dataclass(frozen=True)
 class Cell:
-    """One unit on a map: text, CSS class of its colour, whether 2:4 kernels run it, and tooltip."""
+    """One unit on a map: its text, the CSS class of its colour, whether 2:4 kernels run it, and its tooltip."""
 
     text: str
     css: str = ""
@@ -27,7 +27,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A block's cells, one tuple per column (more than one entry only if names coincide), and its zeros."""
+    """A block's cells, a tuple per column (several entries only if names coincide), and its share of zeros."""
 
     block: int
     cells: tuple[tuple[Cell, ...], ...]
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """A map: column names, rows, and the shares of zeros by column and in total (or none)."""
+    """A map: column names, rows, and shares of zeros by column and in total; empty for sensitivities."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -46,14 +46,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of the units: column names, and by block, in order, the units' indices for every column."""
+    """The places of the units: column names, and rows of (block, the units' indices for each column)."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]
 
 
 def lay_out(table: UnitTable) -> Layout:
-    """Return the layout of a table: projections in the model's order, by their shortest distinct names."""
+    """Return the layout of a table: columns in the model's order, with the shortest names that differ."""
     places = [_place(unit) for unit in table]
     if len(set(places)) > 1 and len({unit.block for unit in table}) == len(table):  # a unit is a block
         places = ["block"] * len(table)
@@ -86,7 +86,7 @@ def level_class(level: Level) -> str:
 
 
 def level_grid(allocation: Allocation, layout: Layout | None = None, *, titles: bool = True) -> Grid:
-    """Return the map of levels; without ``titles``, tooltips are left out, for pages that show many maps."""
+    """Return the map of levels; without ``titles`` it has no tooltips, for pages with many maps."""
     table, layout = allocation.table, layout or lay_out(allocation.table)
     cells = [
         Cell(level.name, level_class(level), level.servable, _level_title(unit, level) if titles else "")
@@ -113,7 +113,7 @@ def level_grid(allocation: Allocation, layout: Layout | None = None, *, titles: 
 
 
 def kept_weights(allocation: Allocation) -> list[int]:
-    """Return how many weights each unit keeps; a share of zeros rounds to whole weights of each row."""
+    """Return the number of weights that each unit keeps."""
     return [level.kept(unit) for unit, level in zip(allocation.table, allocation.levels, strict=True)]
 
 
@@ -127,7 +127,10 @@ def _level_title(unit: Unit, level: Level) -> str:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """An estimator's numbers on the map, coloured by their logarithm between ``low`` and ``high``."""
+    """An estimator's numbers on a map, coloured by their logarithm between ``low`` and ``high``.
+
+    ``left_out`` counts numbers without a colour: zero, negative or not finite.
+    """
 
     name: str
     grid: Grid
@@ -139,7 +142,7 @@ class Sensitivity:
 def sensitivity_grid(
     name: str, table: UnitTable, values: Sequence[float | None], layout: Layout
 ) -> Sensitivity:
-    """Return the map of an estimator's numbers; numbers that have no logarithm have no colour."""
+    """Return the map of an estimator's numbers; numbers without a logarithm have no colour."""
     positive = [value for value in finite_values(values) if value > 0]
     low, high = (min(positive), max(positive)) if positive else (1.0, 1.0)
     spread = math.log(high / low) or 1.0

@@ -1,4 +1,4 @@
-"""Make one HTML page of the report's own sections and those of plugins."""
+"""Render one HTML page with the report's own sections and those of plugins."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def render(source: Run | Compared, plugins: Plugins | None = None) -> str:
 def plugin_sections(record: dict[str, Any], plugins: Plugins) -> list[Section]:
     """Return the sections of all plugins, sorted by title.
 
-    Each plugin gets a copy of the record, so that no plugin sees another one's changes.
+    Each plugin gets its own copy of the record, so that no plugin sees another's changes.
 
     Raises:
-        PluginError: a plugin raised, or returned something that is no Section.
+        PluginError: a plugin raised, or returned something that is not a Section.
     """
     sections = []
     for implementation in plugins.hook.msp_report_section.get_hookimpls():

@@ -1,17 +1,17 @@
 """The colours of a report, in light and in dark, as CSS.
 
-Levels and sensitivities are ramps of one hue that differ in lightness, so that they are told apart without
-seeing colours. The series of charts begin with those of Okabe and Ito (Color Universal Design, 2008),
-darkened or lightened until they stand out from the page (WCAG 2.2: 3 to 1), and differ in their marks too.
+Levels and sensitivities are ramps of one hue that differ in lightness, so that they can be told apart without colour
+vision. The series of charts use the colours of Okabe and Ito (Color Universal Design, 2008), darkened or lightened until
+their contrast with the page is 3 to 1 (WCAG 2.2), and also differ in their marks.
 """
 
 from __future__ import annotations
 
-#: Steps of sixteenths, so that 7:8 and 15:16 zeros look different.
+#: Sixteenths, so that levels such as 1:8 and 1:16 look different.
 LEVEL_STEPS = 16
 SENSITIVITY_STEPS = 8
 
-#: By theme: page, text, secondary text, rules, the faint ground of tables' heads.
+#: By theme: colours of page, text (ink), secondary text, rules, and the faint ground of table heads.
 PAGE = {
     "light": {
         "page": "#ffffff",
@@ -22,7 +22,7 @@ PAGE = {
     },
     "dark": {"page": "#14171b", "ink": "#e4e8ec", "muted": "#9aa5b1", "rule": "#363d46", "ground": "#1d2228"},
 }
-#: By theme: the ramps from the least to the most.
+#: By theme: the colours that a ramp passes through, from the lowest to the highest value.
 LEVELS = {
     "light": ("#f2f6fa", "#b5d2e8", "#4a90c4", "#0b4f8a", "#06274a"),
     "dark": ("#1b242d", "#1d4262", "#2a73a8", "#6fb2e0", "#cfe6f7"),
@@ -37,7 +37,7 @@ SERIES = {
 }
 #: Marks of the series in matplotlib's letters, and the same as text.
 MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("*", "★"))
-#: The mark of series that are drawn in ink.
+#: The mark of series in the colour of text.
 INK_MARK = ("X", "✖")
 
 
@@ -71,12 +71,12 @@ def ramp(anchors: tuple[str, ...], steps: int) -> list[str]:
 
 
 def ink_on(color: str) -> str:
-    """Return black or white, whichever is read better on a colour."""
+    """Return black or white, whichever is easier to read on a colour."""
     return max(("#000000", "#ffffff"), key=lambda ink: contrast(ink, color))
 
 
 def theme_css(theme: str) -> str:
-    """Return a theme's custom properties, and its classes: ``l0``.. of levels, ``v0``.. of sensitivities."""
+    """Return a theme's CSS: custom properties, and classes ``l0``.. for levels and ``v0``.. for sensitivities."""
     properties = [f"--{name}:{color}" for name, color in PAGE[theme].items()]
     properties += [f"--c{i}:{color}" for i, color in enumerate(SERIES[theme])]
     rules = [f":root{{color-scheme:{theme};{';'.join(properties)}}}"]
@@ -90,7 +90,7 @@ def theme_css(theme: str) -> str:
 
 
 def css() -> str:
-    """Return both themes: light, and dark on screens of readers who prefer it."""
+    """Return the CSS of both themes: light by default, dark for readers who prefer it."""
     return (
         f"{theme_css('light')}\n@media screen and (prefers-color-scheme: dark){{\n{theme_css('dark')}\n}}\n"
     )

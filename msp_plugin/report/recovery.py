@@ -1,4 +1,4 @@
-"""The section of a run's report on its recoveries: what each stage took back, and the course of each recovery."""
+"""The section of a run's report on its recoveries: the loss that each stage took back, and each recovery's curve."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msp_plugin.report.text import count, number, percent, rounded_percent, seco
 
 @dataclass(frozen=True)
 class StageRow:
-    """A stage as a row of the table."""
+    """A stage as a row of the table; ``back`` is the share of the loss over dense that it took back."""
 
     name: str
     perplexity: float | None
@@ -34,7 +34,7 @@ class RecoveryPart:
 
 
 def stage_rows(record: RunRecord) -> list[StageRow]:
-    """Return a row for each stage, with the share of the loss over dense of the one before that it took back.
+    """Return a row for each stage; its ``back`` is a share of the previous stage's loss over dense.
 
     Empty for a run without a recovery.
     """
@@ -51,7 +51,7 @@ def stage_rows(record: RunRecord) -> list[StageRow]:
 
 
 def _stage_name(stage: StageRecord) -> str:
-    """Return a stage with the name of its method."""
+    """Return a stage's name with that of its method."""
     method = None if stage.recovery is None else stage.recovery.method.get("name")
     return f"{stage.name}, {method}" if method else stage.name
 
@@ -106,7 +106,7 @@ def _curve(work: RecoveryRecord) -> Chart | None:
             "tokens through the blocks",
             "loss, nats per token",
             (Series("hold-out text", work.curve, 0, "line"),),
-            caption="The loss on the hold-out text, which is not recovered on, during the recovery: "
-            "the KL divergence from the dense model, unless the method names another loss.",
+            caption="The loss during the recovery on the hold-out text, which is not trained on: the KL divergence "
+            "from the dense model, unless the method uses another loss.",
         )
     )

@@ -25,7 +25,7 @@ from msp_plugin.report.storage import storages
 from msp_plugin.report.text import count, number, percent, rounded_percent, seconds
 
 NOT_RECORDED = "not recorded"
-#: The loss that a search measures, by the allocator's option ``loss``.
+#: Labels of the loss that a search measures, by the allocator's option ``loss``.
 _LOSSES = {
     "kl": "KL to the dense model, nats per token",
     "perplexity": "log perplexity, nats per token",
@@ -51,7 +51,7 @@ _SHOWN = frozenset(
 
 
 def run_page(run: Run) -> dict[str, Any]:
-    """Return the variables of a run's template."""
+    """Return the variables of the template run.html."""
     record, allocation = run.record, run.allocation
     layout = lay_out(allocation.table)
     given = allocation.provenance
@@ -80,12 +80,13 @@ def run_page(run: Run) -> dict[str, Any]:
 
 
 def model_name(record: RunRecord, given: Any) -> str:
-    """Return a model's name for people: the end of its path or id, else its architecture."""
+    """Return a model's short name: the end of its path or id, else its architecture."""
     name = PurePath(record.model.source or "").name
     return name or str(_inside(given, "model").get("architecture") or "Model")
 
 
 def _inside(data: Any, *keys: str) -> dict[str, Any]:
+    """Return the dictionary at a path of keys; empty if there is none."""
     for key in keys:
         data = data.get(key) if isinstance(data, dict) else None
     return data if isinstance(data, dict) else {}
@@ -113,18 +114,18 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ),
     ]
     zeros, achieved = record.sparsity.zeros, record.sparsity.achieved
-    said = "not pruned yet" if not run.pruned else NOT_RECORDED
+    result = "not pruned yet" if not run.pruned else NOT_RECORDED
     if achieved is not None:
-        said = percent(achieved, 4) + (f", {count(zeros)} zeros recounted" if zeros is not None else "")
-    return [*facts, ("Sparsity, achieved", said)]
+        result = percent(achieved, 4) + (f", {count(zeros)} zeros recounted" if zeros is not None else "")
+    return [*facts, ("Sparsity, achieved", result)]
 
 
 def _key(record: RunRecord) -> str:
     """Return the sentence with the result of a run; empty if nothing was measured."""
-    found = record.perplexity
-    dense, uniform, mixed = (found.get(name) for name in ("dense", "uniform", "mixed"))
-    recovered = found.get("recovered")
-    sparse = mixed if mixed is not None else found.get("result")
+    values = record.perplexity
+    dense, uniform, mixed = (values.get(name) for name in ("dense", "uniform", "mixed"))
+    recovered = values.get("recovered")
+    sparse = mixed if mixed is not None else values.get("result")
     back = taken_back(dense, sparse, recovered)
     if back is not None:
         verb = f"took back {percent(back, 0)} of" if back >= 0 else f"added {percent(-back, 0)} to"
@@ -139,10 +140,9 @@ def _key(record: RunRecord) -> str:
             f"Mixed sparsity {verb} the loss that uniform sparsity adds: test perplexity {number(mixed)}, "
             f"uniform {number(uniform)}, dense {number(dense)}."
         )
-    result = mixed if mixed is not None else found.get("result")
-    if result is not None:
+    if sparse is not None:
         before = f", {number(dense)} before pruning" if dense is not None else ""
-        return f"Test perplexity {number(result)}{before}."
+        return f"Test perplexity {number(sparse)}{before}."
     search = record.search
     if search.loss is not None and search.uniform_loss is not None:
         return (
@@ -154,7 +154,7 @@ def _key(record: RunRecord) -> str:
 
 @dataclass(frozen=True)
 class LevelCount:
-    """The units and weights of a model that have a level."""
+    """A level, and the units and weights of a model that have it."""
 
     name: str
     css: str
@@ -189,7 +189,7 @@ def _curve(search: SearchRecord, given: Any) -> Chart | None:
     kind = _inside(given, "allocator").get("loss", "kl")
     curve = list(search.curve)
     if curve and search.forward_tokens and (curve[-1][0] or 0) < search.forward_tokens:
-        curve.append((search.forward_tokens, curve[-1][1]))  # the best stays the best until the end
+        curve.append((search.forward_tokens, curve[-1][1]))  # the lowest loss holds until the end
     uniform = finite_values([search.uniform_loss])
     return draw(
         Chart(
@@ -197,14 +197,13 @@ def _curve(search: SearchRecord, given: Any) -> Chart | None:
             "forward tokens",
             _LOSSES.get(str(kind), str(kind)),
             (
-                Series("search text, least so far", curve, 0, "steps"),
+                Series("search text, lowest so far", curve, 0, "steps"),
                 Series("hold-out text, incumbents", search.holdout, 1, "line"),
             ),
             tuple((value, "uniform") for value in uniform),
             log_x=True,
-            caption="The least loss so far on the search text, and the incumbents' loss on the hold-out text, "
-            "with the level database's weights. The allocation that is returned may be another one: see the "
-            "allocator. "
+            caption="The lowest loss so far on the search text, and the incumbents' loss on the hold-out text, both "
+            "with the level database's weights. The allocator may return another allocation than the lowest point. "
             "The dashed line is the uniform allocation on the search text.",
         )
     )
@@ -222,14 +221,14 @@ def _predictions(search: SearchRecord) -> Chart | None:
             "measured change, nats per token",
             (Series("proposals", pairs, 0),),
             diagonal=True,
-            caption=f"{count(len(pairs))} proposals of the search. On the dashed line the prediction "
-            f"is what was measured.{rank}",
+            caption=f"{count(len(pairs))} proposals of the search. On the dashed line prediction and measurement "
+            f"are equal.{rank}",
         )
     )
 
 
 def _quality(record: RunRecord) -> list[dict[str, Any]]:
-    """Return a row for each model measured: perplexity, loss over dense, KL."""
+    """Return a row for each measured model: perplexity, loss over dense in nats per token, KL."""
     dense = record.perplexity.get("dense")
     rows = []
     for name in dict.fromkeys([*record.perplexity, *record.kl]):
@@ -247,12 +246,12 @@ def _quality(record: RunRecord) -> list[dict[str, Any]]:
 def text_facts(text: TextRecord | Mapping[str, Any] | None) -> str:
     """Return a text's provenance as one line."""
     facts = text.model_dump(exclude={"sources"}) if isinstance(text, TextRecord) else text or {}
-    said = [f"{key} {value}" for key, value in sorted(facts.items()) if value is not None]
-    return ", ".join(said) or NOT_RECORDED
+    parts = [f"{key} {value}" for key, value in sorted(facts.items()) if value is not None]
+    return ", ".join(parts) or NOT_RECORDED
 
 
 def _value(value: Any) -> str:
-    """Return a value of a record as text: lists with commas, mappings as JSON."""
+    """Return a value of a record as text: lists joined with commas, mappings as JSON."""
     if isinstance(value, list):
         return ", ".join(map(_value, value))
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
@@ -279,15 +278,15 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
         ("Time of the run", seconds(record.seconds)),
         ("Python", record.python or NOT_RECORDED),
     ]
-    found = record.versions or _inside(given, "versions")
-    return rows + [(f"{name}", str(version)) for name, version in sorted(found.items())]
+    versions = record.versions or _inside(given, "versions")
+    return rows + [(name, str(version)) for name, version in sorted(versions.items())]
 
 
 def _commands(run: Run) -> list[tuple[str, str]]:
-    """Return (what it does, command line) to be run in the run's directory."""
+    """Return (purpose, command line) of commands to use in the run's directory."""
     record, commands = run.record, []
     if record.command:
-        commands.append(("what was run", record.command))
+        commands.append(("the command of this run", record.command))
     model = "MODEL" if record.model.source is None else shlex.quote(record.model.source)
     if run.recipe:
         commands.append(

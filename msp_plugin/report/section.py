@@ -15,8 +15,8 @@ class Section:
         text: plain text; an empty line begins a paragraph.
         columns: headings of a table, if there is one.
         rows: the table's cells as text, one entry per column.
-        html: put into the page as it is, after text and table: the plugin must escape what it did not write.
-            The page allows no script, and nothing from another address.
+        html: put into the page unchanged, after text and table; the plugin must escape text from elsewhere. The page
+            allows no scripts, and nothing from another address.
     """
 
     title: str

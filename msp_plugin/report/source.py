@@ -1,4 +1,4 @@
-"""Read what a report is drawn from: run.json with allocation.json, or compare.json."""
+"""Read the records for a report: run.json with allocation.json, or compare.json."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Run:
     """One run.
 
     Args:
-        directory: where the records lie.
-        record: run.json; of an allocation alone, what that says of its search.
+        directory: the directory of the records.
+        record: run.json; for an allocation alone, the facts on its search in allocation.json.
         allocation: allocation.json.
         pruned: False for an allocation alone.
-        checkpoint: the model beside them, None if there is none.
+        checkpoint: the model beside the records; None if there is none.
         recipe: True if its recipe.yaml is there.
     """
 
@@ -44,10 +44,10 @@ class Compared:
 
 
 def read_source(path: Path) -> Run | Compared:
-    """Return what a path holds: a run or a comparison.
+    """Return the run or the comparison at a path.
 
     Raises:
-        RecipeError: it is missing, not JSON, of another schema, newer, or damaged.
+        RecipeError: a record is missing, not JSON, of another schema, newer, or damaged.
         FormatError: the checkpoint beside a run's records is damaged.
     """
     if path.is_dir():
@@ -76,13 +76,13 @@ def _read_file(path: Path) -> Run | Compared:
         allocation = Allocation.from_dict(data, str(path))
         return Run(path.parent, _record_of(allocation, str(path)), allocation, pruned=False)
     raise RecipeError(
-        f"{path} is no record of a run or of a comparison: its schema is {shown(schema)}",
+        f"{path} is not the record of a run or a comparison: its schema is {shown(schema)}",
         hint=f'expected "{RunRecord.SCHEMA}", "{CompareRecord.SCHEMA}" or "{ALLOCATION_SCHEMA}"',
     )
 
 
 def _record_of(allocation: Allocation, name: str) -> RunRecord:
-    """Return what an allocation says itself about its search, as the record of a run."""
+    """Return the facts on its search in an allocation, as the record of a run."""
     given = allocation.provenance
     by = given.get("allocator")
     search = {key: given[key] for key in ("loss", "uniform_loss") if key in given}
@@ -95,11 +95,11 @@ def _read_run(directory: Path, record: RunRecord) -> Run:
     if not (directory / ALLOCATION_FILE).is_file():
         raise RecipeError(
             f"{directory} has no {ALLOCATION_FILE}",
-            hint="a report shows the level of each unit; only runs of a recipe with our line have them",
+            hint="a report needs the level of each unit, which only runs with MixedSparsityModifier or `msp prune` have",
         )
     try:
         checkpoint = Checkpoint.open(directory)
-    except ModelError:  # no model there: records alone, or another format
+    except ModelError:  # records without a model, or a model in another format
         checkpoint = None
     allocation = Allocation.read(directory / ALLOCATION_FILE)
     recipe = (directory / "recipe.yaml").is_file()

@@ -1,6 +1,6 @@
-"""How many bytes an allocation takes: dense, and packed as each export packs it.
+"""Compute the bytes of an allocation: dense, and packed in each format.
 
-The format itself says which layers it packs; only levels, shapes and dtypes are needed for it.
+Each format decides which layers it packs, from levels, shapes and dtypes alone.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from msp_plugin.formats.bitmask import SparseBitmask
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.plan.allocation import Allocation
 
-#: Of the weights, where neither a record nor a checkpoint says it.
+#: Assumed for the weights if neither a record nor a checkpoint gives their dtype.
 DEFAULT_DTYPE = torch.bfloat16
 SPARSE24, BITMASK = Sparse24Bitmask(), SparseBitmask()
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the tensors: how many, their weights, and their bytes dense and as the export stores them."""
+    """Some layers: their number, weights, dense bytes, and bytes as the export stores them."""
 
     name: str
     layers: int
@@ -44,14 +44,14 @@ class Storage:
     """The bytes of an allocation, dense and in one packed format.
 
     Args:
-        format: the one that it is packed in.
+        format: the packed format.
         dtype: of the weights.
-        assumed: True if no record says the dtype.
+        assumed: True if no record gives the dtype.
         packed: the layers that are packed.
-        dense: those that stay dense, by reason.
-        total: all of the allocation.
-        whole: with all other tensors of the checkpoint; None where only the records are there.
-        quantized: True if the checkpoint is, which is then left aside.
+        dense: the layers that stay dense, by reason.
+        total: all layers of the allocation.
+        whole: ``total`` with all other tensors of the checkpoint; None without a checkpoint.
+        quantized: True if the checkpoint is quantized and therefore ignored.
     """
 
     format: PackedFormat
@@ -65,7 +65,7 @@ class Storage:
 
 
 def storages(allocation: Allocation, dtype: str | None, checkpoint: Checkpoint | None) -> list[Storage]:
-    """Return the bytes of an allocation in each built-in format; in that of the checkpoint first, if it is packed."""
+    """Return the bytes of an allocation in each built-in format, first in a packed checkpoint's own format."""
     own = checkpoint.format if checkpoint else None
     formats = dict.fromkeys([own or SPARSE24, SPARSE24, BITMASK])
     return [storage(allocation, dtype, checkpoint, format) for format in formats]
@@ -80,15 +80,14 @@ def storage(
     """Return the bytes of an allocation in a format.
 
     Args:
-        allocation: with the shapes of its layers.
-        dtype: of the weights as a record says it; ``auto`` and None mean that it is not known.
-        checkpoint: the model itself. It then says the dtypes, and which layers were left out of the
-            allocation; without one, no layer is taken to be left out.
+        dtype: of the weights, from a record; ``auto`` and None mean that it is not known.
+        checkpoint: the model. It gives the dtypes, and the layers that are not in the allocation; without one, all
+            layers are assumed to be in it.
     """
     allocation = allocation.as_stored()
     quantized = checkpoint is not None and checkpoint.quantization is not None
     if quantized:
-        checkpoint = None  # its weights have other dtypes and names
+        checkpoint = None  # the dtypes and names of its weights differ
     named = getattr(torch, dtype or "", None)
     known = isinstance(named, torch.dtype)
     kind: torch.dtype = named if isinstance(named, torch.dtype) else DEFAULT_DTYPE
@@ -96,14 +95,14 @@ def storage(
         f"{layer.name}.weight": TensorInfo(Path(), kind, (layer.out_features, layer.in_features))
         for layer in allocation.table.layers
     }
-    found = {name: checkpoint.dense_info(name) for name in checkpoint.dense_names} if checkpoint else {}
-    measured = [found[name].dtype for name in tensors if name in found]
+    stored = {name: checkpoint.dense_info(name) for name in checkpoint.dense_names} if checkpoint else {}
+    measured = [stored[name].dtype for name in tensors if name in stored]
     if measured:
         kind = Counter(measured).most_common(1)[0][0]
-    total, packed, dense = _parts(allocation, {**tensors, **found}, format)
-    others = {name: info for name, info in found.items() if name not in tensors}
+    total, packed, dense = _parts(allocation, {**tensors, **stored}, format)
+    others = {name: info for name, info in stored.items() if name not in tensors}
     whole = None
-    if found:
+    if stored:
         size = sum(info.bytes for info in others.values())
         rest = sum(info.bytes // info.dtype.itemsize for info in others.values())
         whole = Part(
@@ -116,7 +115,7 @@ def storage(
 def _parts(
     allocation: Allocation, tensors: dict[str, TensorInfo], format: PackedFormat
 ) -> tuple[Part, Part, list[Part]]:
-    """Return the bytes of all layers, of the packed ones, and of the others by reason."""
+    """Return the bytes of all layers, of the packed layers, and of the dense layers by reason."""
     packing = sort_layers(tensors, allocation, format)
     packed, total = [0, 0, 0, 0], [0, 0, 0, 0]
     dense: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Write numbers as text, as a report shows them."""
+"""Format numbers for a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NOTHING = "–"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return a perplexity, a loss or a divergence with fixed digits."""
+    """Return a perplexity, a loss or a divergence with ``digits`` decimals; none from 10,000 on."""
     if value is None or math.isnan(value):
         return NOTHING
     if math.isinf(value):
@@ -78,7 +78,7 @@ def mebibytes(value: int) -> str:
 
 
 def thousands(value: float, _: object = None) -> str:
-    """Return a count as the axis of a chart writes it: ``20k``, ``1.5M``."""
+    """Return a count for the axis of a chart: ``20k``, ``1.5M``."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
-#: The mark in the head of every report; only files that have it are written over.
+#: The mark in the head of every report; only files with it are overwritten.
 GENERATOR = '<meta name="generator" content="msp_plugin'
 
 
@@ -26,18 +26,18 @@ def write_report(
 ) -> Path:
     """Write the report of a run or of a comparison, and return its path.
 
-    Equal records give equal bytes. An older report is written over, any other file is not.
+    Equal records give equal bytes. An older report is overwritten, any other file is not.
 
     Args:
         source: a run's directory, an allocation.json, a comparison's directory or its compare.json.
         out: the file to write; default: ``report.html`` beside the records.
-        plugins: those that may add sections; default: the installed ones.
+        plugins: the plugins that may add sections; default: the installed ones.
 
     Raises:
         RecipeError: the records are missing, damaged, of another kind or of a newer version.
         FormatError: the checkpoint beside them is damaged.
         PluginError: a package is missing, or a plugin's section failed.
-        OutputError: the file cannot be written, or is no report.
+        OutputError: the file cannot be written, or is not a report.
     """
     from msp_plugin.report.page import render
     from msp_plugin.report.source import read_source
@@ -55,10 +55,12 @@ def write_report(
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raise if the path is a directory, or a file that is no report."""
+    """Raise OutputError if the path is a directory, or a file that is not a report."""
     if path.is_dir():
         raise OutputError(f"{path} is a directory", hint=f"give a file, e.g. {path / REPORT_FILE}")
     if path.exists():
         with path.open("rb") as file:
             if GENERATOR.encode() not in file.read(2048):
-                raise OutputError(f"{path} exists and is no report", hint="give another file, or remove it")
+                raise OutputError(
+                    f"{path} exists and is not a report", hint="give another file, or remove it"
+                )

@@ -1,1 +1,1 @@
-"""Whole runs: prune a model, compare allocators."""
+"""Whole runs: prune or recover a model, compare allocators, measure sensitivities."""

@@ -1,4 +1,4 @@
-"""Compare allocators: the same model, method, budget, text and level database for all of them."""
+"""Compare allocators that share model, method, budget, text and level database."""
 
 from __future__ import annotations
 
@@ -52,16 +52,15 @@ def compare(
     finals: Path | None = None,
     context: RunContext = RunContext(),
 ) -> CompareRecord | None:
-    """Return the record of a comparison.
+    """Return the record of a comparison; None on all ranks but the first.
 
     All allocators get the same samples for calibration, search, hold-out and test. A cell that fails becomes a row with
-    its error, and the others are still computed. A comparison that was stopped continues from the cache.
+    its error, and the others are still computed. A stopped comparison continues from the cache.
 
-    Several ranks find the allocations together. Then rank 0 takes them from the cache, prunes to each of them and
-    measures the result; the others return None.
+    Several ranks find the allocations together. Then rank 0 alone prunes to each of them and measures the result.
 
     Args:
-        finals: journal of the measurements of pruned models; None keeps none.
+        finals: journal file for the measurements of pruned models; None keeps them in memory only.
 
     Raises:
         MSPError: an error in the options, the text or the model is raised before the first allocation.
@@ -83,10 +82,10 @@ def compare(
     inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
     table = _check(model, plans, inputs, plugins, prune=grid.prune)
     recovery = grid.recovery(plugins)
-    bench = ComparisonRows(source, model, table, inputs, samples, grid, plugins, context, recovery)
+    comparison = ComparisonRows(source, model, table, inputs, samples, grid, plugins, context, recovery)
     with freed_memory_kept(), on_best_device(model):
         if ranks.size > 1:
-            bench.allocate_together()
+            comparison.allocate_together()
             if ranks.rank:
                 return None
         dense = perplexity(model, samples.test, progress=partial(context.progress, "perplexity, dense"))
@@ -101,20 +100,20 @@ def compare(
             "versions": versions(),
         }
         with closing(Journal(finals, identity)) as journal:
-            rows = [bench.row(cell, journal) for cell in bench.cells()]
-    return _record(bench, plans[0], dense, rows, ranks.size)
+            rows = [comparison.row(cell, journal) for cell in comparison.cells()]
+    return _record(comparison, plans[0], dense, rows, ranks.size)
 
 
 def _record(
-    bench: ComparisonRows, plan: ResolvedOptions, dense: float, rows: Sequence[ComparedRow], ranks: int
+    comparison: ComparisonRows, plan: ResolvedOptions, dense: float, rows: Sequence[ComparedRow], ranks: int
 ) -> CompareRecord:
-    """Return the record of the rows.
+    """Return the record of a comparison.
 
     Args:
-        plan: any cell's; levels, granularity and bounds are the same for all.
+        plan: of any cell; levels, granularity and bounds are the same for all.
         dense: test perplexity of the dense model.
     """
-    source, model, samples = bench.source, bench.model, bench.samples
+    source, model, samples = comparison.source, comparison.model, comparison.samples
     texts = ("calibration", "search", "holdout", "test")
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
     return CompareRecord(
@@ -130,9 +129,9 @@ def _record(
         protect=plan.bounds.protect,
         texts={name: getattr(samples, name).record() for name in texts},
         sources=tuple(r.record() for part in (samples.pruning, samples.test) for r in part.readings),
-        units=tuple(map(_unit_record, bench.table)),
+        units=tuple(map(_unit_record, comparison.table)),
         dense=QualityRecord(perplexity=dense),
-        sensitivities=dict(bench.sensitivities),
+        sensitivities=dict(comparison.sensitivities),
         rows=tuple(rows),
         rank_correlation=rank_correlations(rows),
         versions=versions(),
@@ -164,7 +163,7 @@ def _check(
     *,
     prune: bool,
 ) -> UnitTable:
-    """Return the units of a model, which are the same for all plans, after the checks of every plan.
+    """Check every plan against the model, and return the model's units, which are the same for all plans.
 
     Raises:
         MSPError: a plan does not fit the model, or its host cannot run it.

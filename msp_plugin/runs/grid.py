@@ -1,4 +1,4 @@
-"""The grid of a comparison: its sparsities, methods, allocators and seeds, and their spelling on the command line."""
+"""The grid of a comparison: its sparsities, methods, allocators and seeds, and how a command line writes them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from msp_plugin.search.resolve import ResolvedOptions, resolve
 
 @dataclass(frozen=True)
 class Grid:
-    """Every allocator for every method and sparsity; an allocator that uses a seed, for every seed.
+    """The cells to compare: every allocator for every method and sparsity, and for every seed if it uses one.
 
     Args:
-        methods: names or {name: ..., option: ...} of pruning methods.
-        allocators: the name or {name: ..., option: ...} of an allocator, by label.
+        methods: pruning methods, each a name or {name: ..., option: ...}.
+        allocators: by label, an allocator's name or {name: ..., option: ...}.
         options: all other options of a recipe, such as levels, ignore and granularity.
-        prune: prune to each allocation as a run does, block by block; False measures the level database's weights
-            only.
+        prune: prune to each allocation, block by block, as a run does; False measures only the level database's
+            weights.
         recover: the name or {name: ..., option: ...} of a recovery of each pruned model; None for none.
     """
 
@@ -58,25 +58,25 @@ class Grid:
         if self.options.get("estimators"):
             read = plugins.build("allocators", allocator).estimators
             others = set(plugins.components["estimators"]) - set(read)
-            # An unknown name stays, so that resolve refuses it.
+            # Unknown names stay, so that resolve refuses them.
             spelled["estimators"] = {
                 name: options for name, options in self.options["estimators"].items() if name not in others
             }
         return resolve(Options.parse(spelled), plugins)
 
     def check(self, plugins: Plugins) -> list[ResolvedOptions]:
-        """Return the plans of all cells, after the checks that need no model.
+        """Return the plans of all cells, after all checks that need no model.
 
         Raises:
-            RecipeError: an unknown name or option, a sparsity or seed out of range, an empty list, or a list
-                with an entry twice.
+            RecipeError: a name or option is unknown, a sparsity or seed is out of range, or a list is empty or has an
+                entry twice.
         """
         self.recovery(plugins)
         for axis in ("sparsities", "methods", "allocators", "seeds"):
             if not getattr(self, axis):
                 raise RecipeError(f"there are no {axis} to compare", hint="name at least one")
         for key in {"seed", "allocation"} & set(self.options):
-            raise RecipeError(f"{key} is no option of a comparison", hint="give seeds or allocators instead")
+            raise RecipeError(f"a comparison has no option {key}", hint="give seeds or allocators instead")
         for seed in self.seeds:
             if seed < 0:
                 raise RecipeError(f"seed = {seed}", hint="seeds are 0 or more")
@@ -101,14 +101,14 @@ class Grid:
 
 
 def _refuse_twice(axis: str, values: Sequence[Any]) -> None:
-    """Raise RecipeError if a value is there twice: its rows could not be told apart."""
+    """Raise RecipeError if a value occurs twice, because its rows could not be told apart."""
     for value in values:
         if values.count(value) > 1:
             raise RecipeError(f"{axis} {value} is given twice", hint="give it once")
 
 
 def parse_allocators(text: str) -> dict[str, str]:
-    """Return the allocators of a comma list: names by label, which is the name itself or, as ``name@label``, the whole.
+    """Return the allocators in a comma list, names by label; an entry is its own label: ``name`` or ``name@label``.
 
     Raises:
         RecipeError: a label is given twice.

@@ -52,8 +52,12 @@ def prune(
         model: directory or hub id.
         data: calibration text: a file, directory or dataset, or a Text with more settings.
         out: a directory that is new or empty.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         baseline: also prune uniformly, in memory only, so that run.json can compare the two.
+        trust_remote_code: run the model repository's code.
         offload: leave the weights on disk, for models larger than memory.
+        recover: a recovery to run afterwards, by name or as a mapping with ``name`` and options; None for none.
+        context: progress, ranks, and whether to use cached measurements.
         options: options of the recipe line, e.g. ``sparsity=0.75, method="wanda"`` (see search.options.Options).
 
     Returns:
@@ -86,7 +90,7 @@ def allocate(
     context: RunContext = RunContext(),
     **options: Any,
 ) -> Allocation:
-    """Return the allocation that a search finds; the model is not pruned. See ``prune`` for the arguments.
+    """Return the allocation that a search finds; nothing is pruned. See ``prune`` for the arguments.
 
     Raises:
         MSPError: an error in the options is raised before the model is loaded.
@@ -122,7 +126,7 @@ def run_recipe(
     from msp_plugin.hosts.llm_compressor.recipe import Recipe
 
     require_host()
-    if is_packed(model):  # the host reads the source's config.json again and would copy it to the result
+    if is_packed(model):  # llm-compressor would copy the source's config.json to the result
         raise ModelError(
             f"{model} is packed; llm-compressor takes dense models", hint="msp export it --to dense first"
         )
@@ -134,7 +138,7 @@ def run_recipe(
 
 
 def host_for(options: ResolvedOptions, plugins: Plugins) -> Host:
-    """Return the host of a method: the built-in one, or llm-compressor for a method that is its modifier.
+    """Return the host of a method: the built-in one, or llm-compressor for a method that is one of its modifiers.
 
     Raises:
         HostError: llm-compressor is needed and not installed.
@@ -161,12 +165,12 @@ def run(
 ) -> Run | None:
     """Prune a model with a host and write its directory; all files appear at the end, or none.
 
-    After a stop, the same call continues from the cache, which holds the sensitivities, the level database, the
-    search's measurements and the perplexities of the dense and uniform models.
+    After a stop, the same call continues from the cache, which has the sensitivities, the level database, the search's
+    measurements and the perplexities of the dense and uniform models.
 
     Args:
         options: None for a recipe without mixed sparsity.
-        recovery: run on the pruned model, with the dense one as its original; only where there are options.
+        recovery: a recovery to run on the pruned model; ignored without ``options``.
 
     Returns:
         The run; None on all ranks but the first.
@@ -223,16 +227,17 @@ def _search_together(
     out: str | Path,
     context: RunContext,
 ) -> None:
-    """Search with all ranks, which puts everything into the cache; afterwards rank 0 works by itself.
+    """Search with all ranks, which puts everything into the cache; afterwards rank 0 works alone.
 
     Raises:
-        RecipeError: the recipe has no search, or other modifiers beside it.
+        RecipeError: there is no search, or the recipe has other modifiers too.
         MSPError: see allocate.
     """
     ranks = context.ranks
     if options is None or options.given is not None or not host.prunes_only:
         raise RecipeError(
-            f"{ranks.size} ranks share a search, and this recipe has other modifiers than MixedSparsityModifier",
+            f"{ranks.size} ranks share a search, and this recipe has none, or has other modifiers beside "
+            "MixedSparsityModifier",
             hint="start it without torchrun",
         )
     with ExitStack() as stack:
@@ -247,7 +252,7 @@ def _search_together(
 def search(
     source: ModelSource, text: Text, options: ResolvedOptions, context: RunContext = RunContext()
 ) -> Outcome:
-    """Return the allocation that a search finds, with its cost; the model is not pruned.
+    """Return the allocation that a search finds, with its cost; nothing is pruned.
 
     Raises:
         MSPError: see allocate.

@@ -1,4 +1,4 @@
-"""Recovery of a sparse checkpoint: load it, check everything, change its surviving weights, prove the zeros, write it."""
+"""Recover a sparse checkpoint: load it, check everything, change its surviving weights, check its zeros, write it."""
 
 from __future__ import annotations
 
@@ -59,25 +59,28 @@ def recover(
 ) -> Run | None:
     """Change the surviving weights of a sparse checkpoint so that it comes nearer to the dense model, and write it.
 
-    ``out`` gets the checkpoint, in the dtype of ``run``, with its allocation.json and recipe.yaml, and run.json.
-    After a stop, the same call goes on where the method can.
+    ``out`` gets the checkpoint in the dtype of ``run``, its allocation.json and recipe.yaml, and run.json. After a
+    stop, the same call continues if the method can.
 
     Args:
-        run: directory or hub id of a sparse model, of this package or not, dense or packed.
+        run: directory or hub id of a sparse model, pruned by this package or another, stored dense or packed.
         data: text to recover on: a file, directory or dataset, or a Text with more settings.
         out: a directory that is new or empty.
-        original: directory or hub id of the dense model; None where the method needs none.
+        original: directory or hub id of the dense model; None if the method needs none.
         method: name of a recovery, or a mapping with ``name`` and options.
         seed: of the method's random choices.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``, for both models.
+        trust_remote_code: run the model repository's code.
         offload: leave the weights of the original on disk, and those of the sparse model if the method can.
-        cache: where the state of a stopped recovery lies; None is the default cache.
+        cache: directory for the state of a stopped recovery; None is the default cache.
+        context: progress, and whether to use cached measurements.
 
     Returns:
         The run; None on all ranks but the first.
 
     Raises:
-        MSPError: what can be refused is refused before the method starts; afterwards a VerificationError says that a
-            zero was filled in, and nothing is written.
+        MSPError: an option, model or text cannot be used; raised before the method starts.
+        VerificationError: the method filled a zero in; nothing is written.
     """
     recovery: Recovery = Plugins().build("recoveries", method)
     if original is None and recovery.needs_original:
@@ -145,7 +148,7 @@ def _record(
     before: Mapping[str, Measured],
     stage: StageRecord,
 ) -> RunRecord:
-    """Return the record of the sparse model's run with the recovery added; all of its perplexities are of one text."""
+    """Return the record of the sparse model's run with the recovery added; perplexities on another text are dropped."""
     test = samples.test
     record = subject.record or RunRecord(
         stages=(StageRecord(name=PRUNE, sparsity=stage.sparsity),),

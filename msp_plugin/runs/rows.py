@@ -1,4 +1,4 @@
-"""The rows of a comparison: one allocation each, and the quality of the model that is pruned to it."""
+"""The rows of a comparison: each has an allocation, and the quality of the model pruned to it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cell:
-    """An allocator, with the measurements that it shares with the others of its method and sparsity."""
+    """An allocator and a seed, with the measurements shared by all cells of one method and sparsity."""
 
     measurements: Measurements
     plan: ResolvedOptions
@@ -82,7 +82,7 @@ class ComparisonRows:
     renewed: set[Path] = field(default_factory=set)
 
     def cells(self) -> Iterator[Cell]:
-        """Yield the cell of each row; the rows of one method and sparsity share a level database."""
+        """Yield the cell of each row; cells of one method and sparsity share a level database."""
         first_label = next(iter(self.grid.allocators))
         for method in self.grid.methods:
             plans = [self._plan(method, self.grid.sparsities[0], label) for label in self.grid.allocators]
@@ -98,7 +98,7 @@ class ComparisonRows:
                         yield Cell(measurements, plan, label, seed)
 
     def _measurements(self, plans: list[ResolvedOptions], problem: AllocationProblem) -> Measurements:
-        """Return the measurements for the allocators of these plans, which differ in nothing else."""
+        """Return the measurements for these plans, which differ only in their allocators."""
         first = plans[0]
         return Measurements(
             self.model,
@@ -119,7 +119,7 @@ class ComparisonRows:
         return self.grid.plan(self.plugins, method, sparsity, self.grid.allocators[label])
 
     def allocate_together(self) -> None:
-        """Find all allocations with all ranks, which puts them into the cache; then rank 0 works by itself.
+        """Find all allocations with all ranks, which puts them into the cache; afterwards rank 0 works alone.
 
         Raises:
             LostError: a rank has ended.
@@ -139,7 +139,7 @@ class ComparisonRows:
         self.context = RunContext(progress=self.context.progress)
 
     def _allocate(self, cell: Cell) -> None:
-        _ = cell.measurements.database  # every row is measured with its weights, whatever the allocator reads
+        _ = cell.measurements.database  # every row needs it to measure the result
         problem = make_problem(self.model, self.table, cell.plan)
         cell.measurements.allocate(cell.plan.allocator, problem, cell.seed)
 
@@ -147,7 +147,7 @@ class ComparisonRows:
         """Return one row: the allocation, its cost, and the quality of the pruned model on the test text.
 
         Args:
-            finals: the quality of the models that were pruned before.
+            finals: journal of the quality of pruned models; those in it are not measured again.
 
         Raises:
             OSError: the disk fails; any other error becomes the error of the row.
@@ -179,7 +179,7 @@ class ComparisonRows:
         return ComparedRow.model_validate(row)
 
     def _fill(self, row: dict[str, Any], cell: Cell, finals: Journal) -> None:
-        """Add the allocation, its cost and the quality to a row; after an error the row has what came before it."""
+        """Add the allocation, its cost and the quality to a row; an error leaves in it what was added before."""
         problem = make_problem(self.model, self.table, cell.plan)
         result, search = cell.measurements.allocate(cell.plan.allocator, problem, cell.seed)
         make_allocation(problem, result.choice)  # raises if it is off the budget
@@ -193,7 +193,7 @@ class ComparisonRows:
         row |= finals.get(key, partial(self._quality, cell, problem, result.choice))
 
     def _quality(self, cell: Cell, problem: AllocationProblem, choice: Choice) -> dict[str, Any]:
-        """Return the test perplexity and KL of an allocation, pruned anew and with the database's weights."""
+        """Return test perplexity and KL of an allocation after the final pruning, and with the database's weights."""
         database = cell.measurements.database
         with CandidateWeights(self.model, database, problem) as weights:
             test = CandidateLoss(weights, self.samples.test, reuse=False).prepare()
@@ -201,10 +201,10 @@ class ComparisonRows:
             if self.samples.holdout:
                 holdout_loss = CandidateLoss(weights, self.samples.holdout, reuse=False).prepare()(choice)
             weights.set(choice)
-            unpruned = _named(test.quality())
-        quality = {"holdout_loss": finite(holdout_loss), "database": unpruned}
+            of_database = _named(test.quality())
+        quality = {"holdout_loss": finite(holdout_loss), "database": of_database}
         if not self.grid.prune:
-            return {**quality, **unpruned}
+            return {**quality, **of_database}
         with (
             tempfile.TemporaryDirectory(dir=database.path.parent) as folder,
             self._pruned(cell, problem, choice, Path(folder)),
@@ -243,7 +243,7 @@ class ComparisonRows:
 
     @contextmanager
     def _pruned(self, cell: Cell, problem: AllocationProblem, choice: Choice, folder: Path) -> Iterator[None]:
-        """Let the model hold, in the block, the weights of a run with this allocation on all samples."""
+        """Give the model in the block the weights that a run with this allocation would write."""
         plan, measurements = cell.plan, cell.measurements
         allocation = make_allocation(problem, choice)
         if plan.pruner.host == BuiltIn.name:
@@ -253,7 +253,7 @@ class ComparisonRows:
                 weights.set(choice)
                 yield
             return
-        gc.collect()  # the modules of the last model refer to each other
+        gc.collect()  # the last model is garbage with reference cycles
         model, host = self.source.load(), host_for(plan, self.plugins)
         given = replace(plan, given=allocation)
         host.prune(model, given, self.inputs, RunContext(), announce=False)

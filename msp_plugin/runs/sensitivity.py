@@ -23,7 +23,7 @@ def measure_sensitivity(
     ignore: Sequence[str] = (),
     context: RunContext = RunContext(),
 ) -> tuple[UnitTable, tuple[float, ...]]:
-    """Return a model's units and the sensitivity of each, which the cache keeps.
+    """Return (a model's units, the sensitivity of each); the cache keeps the values.
 
     Raises:
         MSPError: the model or the text cannot be read; see also Measurements.sensitivity.

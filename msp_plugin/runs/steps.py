@@ -1,4 +1,4 @@
-"""The steps of a run: measure the models that the result is compared with, measure the pruned model, write it."""
+"""The steps of a run around the pruning: measure the dense and uniform models before, measure and write the result."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RunSteps:
-    """The steps of a run, and the objects that they read.
+    """The steps of a run, and the objects that they need.
 
     Args:
         options: None for a recipe without mixed sparsity.
@@ -74,12 +74,12 @@ class RunSteps:
     context: RunContext
 
     def references(self, baseline: bool, journal_file: Path) -> list[StageRecord]:
-        """Return the dense stage and, if there is a baseline, the uniform stage; both are taken from the journal if there.
+        """Return the dense stage and, with ``baseline``, the uniform stage; those in the journal are not repeated.
 
-        The model, the host and the free space are checked first.
+        First checks the model, the host and the free space.
 
         Raises:
-            MSPError: a check fails, or the uniform pruning.
+            MSPError: a check or the uniform pruning fails.
         """
         options, ranks = self.options, self.context.ranks
         model = self.source.load()
@@ -208,7 +208,7 @@ class RunSteps:
         return record
 
     def _identity(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Return the values that the measurements of an unfinished run depend on, by names that a user can read."""
+        """Return everything that the measurements of an unfinished run depend on, by names for messages."""
         options, test = self.options, self.samples.test
         spelled = {"ours": options.spelled.model_dump() if options else None, "recipe": dict(self.host.steps)}
         return {
@@ -251,7 +251,7 @@ class RunSteps:
 
 
 def recipe_text(options: ResolvedOptions) -> str:
-    """Return llm-compressor's recipe for the same options, as YAML."""
+    """Return the llm-compressor recipe with these options, as YAML."""
     line = options.spelled.model_dump(exclude_defaults=True, exclude={"cache"})
     recipe = {"sparsity_stage": {"sparsity_modifiers": {"MixedSparsityModifier": line}}}
     text: str = yaml.safe_dump(recipe, sort_keys=False, width=100)

@@ -1,4 +1,4 @@
-"""How a run goes: what all of its steps share."""
+"""The settings that all steps of a run share."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from msp_plugin.runtime.ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class RunContext:
-    """How a run goes.
+    """The settings that all steps of a run share.
 
     Args:
-        fresh: measure anew what the cache holds of this run.
+        fresh: ignore this run's cached measurements and make them again.
         progress: told of each step and how far it is.
         ranks: the processes that share the work.
     """

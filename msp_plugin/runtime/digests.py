@@ -31,9 +31,7 @@ def source_digest(*classes: type, modules: Iterable[ModuleType] = ()) -> str:
     sha256 = hashlib.sha256()
     for cls in classes:
         sha256.update(cls.__qualname__.encode())
-    for module in dict.fromkeys(
-        [*map(inspect.getmodule, classes), *modules]
-    ):  # each once, in the order given
+    for module in dict.fromkeys([*map(inspect.getmodule, classes), *modules]):  # each once, in order
         if module is not None:
             with suppress(OSError, TypeError):
                 sha256.update(inspect.getsource(module).encode())
@@ -41,12 +39,12 @@ def source_digest(*classes: type, modules: Iterable[ModuleType] = ()) -> str:
 
 
 def folders_digest(root: Path, folders: Iterable[str]) -> str:
-    """Return the SHA-256 of the names and contents of all Python files below some folders of ``root``, in hex."""
-    found = hashlib.sha256()
+    """Return the SHA-256, in hex, of the names and contents of all Python files below folders of ``root``."""
+    sha256 = hashlib.sha256()
     for file in sorted(file for folder in folders for file in (root / folder).rglob("*.py")):
-        found.update(f"{file.relative_to(root).as_posix()}\n".encode())
-        found.update(hashlib.sha256(file.read_bytes()).digest())
-    return found.hexdigest()
+        sha256.update(f"{file.relative_to(root).as_posix()}\n".encode())
+        sha256.update(hashlib.sha256(file.read_bytes()).digest())
+    return sha256.hexdigest()
 
 
 def component_digest(component: object, modules: Iterable[ModuleType] = ()) -> str:

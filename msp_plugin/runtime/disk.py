@@ -1,4 +1,4 @@
-"""Turn errors of the disk into our own, with a hint."""
+"""Turn disk errors into our own errors with a hint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from msp_plugin.errors import OutputError
 from msp_plugin.runtime.files import check_output
 
-#: By the number of an error of the disk: a hint for the user.
+#: The hint for the user, by errno.
 HINTS = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some of your quota, or write to another disk",
@@ -23,13 +23,13 @@ HINTS = {
     errno.ENOTDIR: "a part of the path is a file: give another place",
     errno.EROFS: "give a place on a disk that is not read-only",
 }
-#: The numbers that only a failed write has, never a failed read.
+#: The errnos that only a failed write has, never a failed read.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise an OutputError that names ``path`` for every error of the disk in the block.
+    """Turn every disk error in the block into an OutputError that names ``path``.
 
     Raises:
         OutputError: the block failed with an OSError, or with safetensors' own error, which wraps one.
@@ -51,9 +51,9 @@ def cannot_write(path: Path | None, error: Exception) -> OutputError:
 
 
 def disk_errno(error: BaseException) -> int | None:
-    """Return the number of an error of the disk, a key of HINTS; None for any other error.
+    """Return the errno of a disk error, a key of HINTS; None for any other error.
 
-    safetensors wraps such errors and gives the number in its message only.
+    safetensors wraps such errors and gives the errno only in its message.
     """
     number = getattr(error, "errno", None)
     if isinstance(number, int) and number in HINTS:
@@ -71,7 +71,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def check_free(path: Path, need: int, what: str, hint: str) -> None:
-    """Raise unless the disk of a path, which need not exist yet, has ``need`` bytes free.
+    """Raise unless the disk of ``path`` has ``need`` bytes free; the path need not exist yet.
 
     Args:
         what: begins the message, with its verb, e.g. "the pruned weights need".

@@ -1,4 +1,4 @@
-"""Read JSON and YAML from outside: records, recipes, tasks of lm-eval, and values on the command line."""
+"""Parse JSON and YAML from outside: records, recipes, lm-eval tasks, and values on the command line."""
 
 from __future__ import annotations
 

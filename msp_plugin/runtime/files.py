@@ -24,7 +24,7 @@ def default_cache() -> Path:
 
 
 def cache_directory(cache: str | None) -> Path:
-    """Return the asked cache directory with ``~`` expanded, or the default one."""
+    """Return the given cache directory with ``~`` expanded; the default one if none is given."""
     return Path(cache).expanduser() if cache else default_cache()
 
 
@@ -98,9 +98,8 @@ def check_output(path: str | Path) -> Path:
 def output_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``path`` if the block succeeds.
 
-    ``path`` appears whole, by one rename, also where it was an empty directory. Only where it cannot be
-    renamed (it is a mount point, or its parent cannot be written) are the finished files moved into it one by
-    one.
+    One rename makes ``path`` appear whole, also in place of an empty directory. If ``path`` is a mount point, or its
+    parent cannot be written, the finished files are moved into it one by one instead.
 
     Raises:
         OutputError: the finished directory cannot be moved; the message says where it is.

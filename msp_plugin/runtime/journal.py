@@ -1,9 +1,8 @@
 """A file of the measurements made so far, so that a run that was killed continues where it stopped.
 
-An allocator is a function of its inputs, its seed and the losses that it asks for. Given the recorded losses it
-repeats its steps, at no cost, up to the first loss that is missing. So the state of a search is the list of its
-measurements: one line each, with a checksum, appended as soon as it is made. Every allocator resumes in this way,
-also a third party's.
+An allocator depends only on its inputs, its seed and the losses that it asks for. Given the recorded losses it
+repeats its steps at no cost up to the first missing loss. So the state of a search is the list of its measurements:
+one line each, with a checksum, appended as soon as it is made. Allocators of plugins resume in the same way.
 """
 
 from __future__ import annotations
@@ -45,16 +44,15 @@ class Journal:
         self._values: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
         if self.path is not None:
-            for partial in self.path.parent.glob(
-                f".{self.path.name}.*.partial"
-            ):  # of a process that was killed
+            # Left by a process that was killed.
+            for partial in self.path.parent.glob(f".{self.path.name}.*.partial"):
                 partial.unlink(missing_ok=True)
             if self.path.exists():
                 self._values = self._read(self.path)
         self._values = ranks.on_rank_zero(lambda: self._values)
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """Return the values of a file, which is written again without its damaged lines."""
+        """Return the values in the file, and rewrite the file without its damaged lines."""
         first, *lines = _lines_of(path)
         identity = _record(first)
         known = identity == self.identity
@@ -62,24 +60,24 @@ class Journal:
             changed = sorted(
                 key for key in identity.keys() | self.identity if identity.get(key) != self.identity.get(key)
             )
-            log.warning("%s is of another %s: it is begun anew", path, ", ".join(changed))
+            log.warning("%s belongs to another %s: it starts again", path, ", ".join(changed))
         elif not known and first.endswith(b"\n"):
-            log.warning("%s is damaged: it is begun anew", path)
+            log.warning("%s is damaged: it starts again", path)
         records = [_record(line) for line in lines] if known else []
         records = [record if _is_value(record) else None for record in records]
         good = [line for line, record in zip(lines, records, strict=False) if record is not None]
         damaged = sum(line.endswith(b"\n") for line in lines) - len(good) if known else 0
         if damaged:  # a torn last line is no damage: it is what a kill leaves
-            log.warning("%s: %d damaged lines are measured anew", path, damaged)
+            log.warning("%s: %d damaged lines are measured again", path, damaged)
         if not known or len(good) < len(lines):
             with replacing(path) as temporary:
                 temporary.write_bytes(b"".join([_line(self.identity), *good]))
         return {record["key"]: record["value"] for record in records if record is not None}
 
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
-        """Return the JSON value of a key; a missing one is measured and written to the file.
+        """Return the JSON value of a key; if it is missing, measure it and write it to the file.
 
-        All ranks ask for the same keys in the same order, and measure the same values.
+        All ranks must ask for the same keys in the same order, and measure the same values.
         """
         if key not in self._values:
             value = measure()
@@ -138,12 +136,12 @@ def _record(line: bytes) -> Any:
 
 
 def packed(array: np.ndarray) -> dict[str, Any]:
-    """Return a float64 array as JSON, bit for bit."""
+    """Return a float64 array as JSON that keeps every bit."""
     data = zlib.compress(np.ascontiguousarray(array, dtype="<f8").tobytes(), 1)
     return {"shape": list(array.shape), "zlib": base64.b64encode(data).decode()}
 
 
 def unpacked(record: Mapping[str, Any]) -> np.ndarray:
-    """Return the float64 array that ``packed`` made JSON of."""
+    """Return the float64 array from the JSON of ``packed``."""
     data = zlib.decompress(base64.b64decode(record["zlib"]))
     return np.frombuffer(data, dtype="<f8").reshape(record["shape"]).copy()

@@ -1,4 +1,4 @@
-"""Locks: one process at a time writes to an output, and the leftovers of killed processes are removed."""
+"""Locks: only one process at a time writes to an output; leftovers of killed processes are removed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ def locked(path: Path, what: str, *, wait: bool = False, remove: bool = False) -
     """Hold the lock file ``path`` during the block; the system frees it when the process ends in any way.
 
     Args:
-        what: the holder's work for messages, e.g. "a run writes to out".
+        what: what the holder does, for messages, e.g. "it writes to out".
         wait: wait for another process instead of raising.
-        remove: remove the file at the end, before the lock is freed; only for locks that no process waits
-            for.
+        remove: remove the file before the lock is freed; only for locks that no process waits for.
 
     Raises:
         OutputError: another process holds the lock, or the file cannot be made.
@@ -107,7 +106,7 @@ def sole_run(
 
     Args:
         fresh: remove the journal of an earlier run first.
-        keep: do not remove the journal at the end, because the run goes on after the block.
+        keep: leave the journal in place, because the run goes on after the block.
 
     Raises:
         OutputError: see sole_output.
@@ -123,7 +122,7 @@ def sole_run(
 
 @contextmanager
 def scratch_directory(name: str, cache: str | None = None) -> Iterator[Path]:
-    """Yield a new directory ``name``/... in the cache, which is removed after the block.
+    """Yield a new directory below ``name`` in the cache, and remove it after the block.
 
     Directories that killed processes left there are removed first.
 

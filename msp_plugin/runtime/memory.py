@@ -1,4 +1,4 @@
-"""Retry with less held in memory when it runs out, and give freed memory back to the system."""
+"""Retry with less in memory when it runs out, and return freed memory to the system."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from msp_plugin.errors import ModelError
 
 T = TypeVar("T")
 
-#: Parts of the messages of torch's plain RuntimeErrors about memory: of its CPU allocator, of CUDA and of
-#: cuBLAS.
+#: Torch reports some shortages of memory as plain RuntimeErrors with these words (CPU allocator, CUDA, cuBLAS).
 _MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-#: Options of glibc's mallopt (mallopt(3)), in bytes: a block of this size is mapped by itself, and this much
-#: free memory at the heap's end is given back. _GLIBC: its own values in a process that has freed large
-#: tensors.
+#: Options of glibc's mallopt (mallopt(3)): blocks from the first size on are mapped by themselves, and free memory
+#: at the end of the heap beyond the second size is returned.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
+#: Values of both in bytes: ours, and the two that glibc itself reaches in a process that has freed large tensors.
 _KEPT, _GLIBC = 2**30, (2**25, 2**26)
 
 
@@ -31,10 +30,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def retried(work: Callable[[], T], release: Callable[[], bool]) -> T:
-    """Return the result of ``work``; where memory does not suffice for it, of a second try after ``release``.
+    """Return the result of ``work``; if memory runs out, call ``release`` and try once more.
 
     Args:
-        release: lets go of what is held for later; False if there was nothing, so that the error stands.
+        release: frees memory that is held for later; returns False if there is none, which keeps the error.
     """
     try:
         return work()
@@ -47,7 +46,7 @@ def retried(work: Callable[[], T], release: Callable[[], bool]) -> T:
 
 @contextmanager
 def shortage_explained(subject: str, remedy: str) -> Iterator[None]:
-    """Raise a ModelError in the place of an error in the block that says that memory does not suffice.
+    """Turn an error in the block that says that memory ran out into a ModelError.
 
     Args:
         subject, remedy: see short_of_memory.
@@ -64,8 +63,8 @@ def short_of_memory(subject: str, remedy: str, error: BaseException) -> ModelErr
     """Return the error that something does not fit into memory beside the model.
 
     Args:
-        subject: it, with its verb, e.g. ``one sample does``.
-        remedy: something to give instead, e.g. ``shorter samples``.
+        subject: what does not fit, with the verb, e.g. ``one sample does``; "not fit into memory" follows.
+        remedy: what the user can give instead, e.g. ``shorter samples``.
     """
     lines = str(error).strip().splitlines()
     return ModelError(
@@ -75,16 +74,16 @@ def short_of_memory(subject: str, remedy: str, error: BaseException) -> ModelErr
 
 
 def cache_bytes(device: torch.device, most: int) -> int:
-    """Return how many bytes may be cached on a device: ``most``, on a GPU at most 1/8 of what is free."""
+    """Return how many bytes may be cached on a device: ``most``, but on a GPU at most 1/8 of its free memory."""
     return most if device.type != "cuda" else min(most, torch.cuda.mem_get_info(device)[0] // 8)
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Let glibc reuse freed memory for later tensors during the block, and give it back at the end.
+    """Let glibc reuse freed memory for later tensors during the block, and return it at the end.
 
-    By default glibc maps each tensor beyond 32 MiB, such as logits, anew, and the system clears all of its
-    pages: almost half of the seconds of a forward pass of a model with 49,152 tokens.
+    By default glibc maps new memory for each tensor above 32 MiB, such as logits, and the system clears its pages.
+    That took almost half of the time of a forward pass of a model with a vocabulary of 49,152 tokens.
     """
     _set_malloc(_KEPT, _KEPT)
     try:
@@ -103,10 +102,10 @@ def _set_malloc(mapped: int, trimmed: int) -> None:
 
 
 def free_cached() -> None:
-    """Give freed memory that torch (on a GPU) or the C library (on the CPU) has kept back to the system.
+    """Return to the system the freed memory that torch (GPU) or the C library (CPU) still holds.
 
-    On a GPU a smaller batch then gets it in one piece. glibc takes tensors below 32 MiB from its heap, and
-    keeps the gigabytes that a step with many of them has freed until it is asked to trim.
+    On a GPU a smaller batch can then get it in one piece. glibc takes tensors below 32 MiB from its heap, and keeps
+    the gigabytes that many of them have freed until it is told to trim.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -29,10 +29,10 @@ class LostError(HostError):
 
 
 class Ranks:
-    """The ranks of a run: this process alone.
+    """The ranks of a run that is this process alone; TorchRanks stands for several.
 
-    All methods but ``share`` are collective: every rank calls the same ones in the same order. An error on one rank
-    is raised on all of them. If a rank ends, the others raise LostError.
+    All methods but ``share`` are collective: every rank must call the same ones in the same order. An error on one
+    rank is raised on all of them. If a rank ends, the others raise LostError.
     """
 
     rank = 0
@@ -86,10 +86,10 @@ class Ranks:
         return self.gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value] # not None on rank 0
 
     def collective(self, work: Callable[[], T]) -> T:
-        """Return what ``work`` returns here, for work that itself calls the ranks; it succeeds or fails on all of them.
+        """Return what ``work`` returns here; ``work`` itself makes collective calls, and fails on all ranks or none.
 
-        If one rank fails between two of its calls, it answers the others' next call with the error. So all ranks have
-        made equally many calls afterwards, and may go on with other work.
+        A rank that fails between two calls answers the others' next call with its error. So all ranks have made
+        equally many calls afterwards and can continue with other work.
 
         Raises: see gather.
         """
@@ -107,7 +107,7 @@ class Ranks:
         return value
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the ranks' tensors, which have one shape and dtype; ``tensor`` may be overwritten.
+        """Return the sum of the ranks' tensors of one shape and dtype; ``tensor`` may be overwritten.
 
         The same number of ranks gives the same bytes.
 
@@ -117,7 +117,7 @@ class Ranks:
         return self._all_reduce(tensor)
 
     def leave(self) -> None:
-        """End the sharing of work; rank 0 continues by itself."""
+        """Stop sharing work; the caller continues on rank 0 alone."""
 
     def _all_gather(self, value: Any) -> list[Any]:
         return [value]
@@ -130,7 +130,7 @@ ALONE = Ranks()
 
 
 def _described(error: Exception) -> tuple[str, str | None, int]:
-    """Return message, hint and exit code of an error, for the other ranks."""
+    """Return (message, hint, exit code) of an error, for the other ranks."""
     if isinstance(error, MSPError):
         return error.message, error.hint, error.exit_code
     return f"{type(error).__name__}: {error}", "see its own output", MSPError.exit_code
@@ -199,7 +199,9 @@ def world_size(environment: Mapping[str, str] = os.environ) -> int:
     """
     size = environment.get("WORLD_SIZE", "1")
     if not size.isdecimal():
-        raise HostError(f"WORLD_SIZE is {shown(size)}, no number of ranks", hint="unset it, or use torchrun")
+        raise HostError(
+            f"WORLD_SIZE is {shown(size)}, expected a number of ranks", hint="unset it, or use torchrun"
+        )
     return int(size)
 
 

@@ -1,1 +1,1 @@
-"""Find an allocation: resolve the options, measure the model, search, and keep what was measured."""
+"""Find an allocation: resolve the options, measure the model, search, and record every measurement."""

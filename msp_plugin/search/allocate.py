@@ -1,4 +1,4 @@
-"""From a model and calibration text to an allocation: sensitivity, level database, search."""
+"""Find an allocation for a model: check it, measure sensitivities and the level database, search."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ log = logging.getLogger(__name__)
 
 
 def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
-    """Return the model's units after the checks that need the model but no work.
+    """Return the model's units, after all checks that are cheap once the model is loaded.
 
     Raises:
         RecipeError, ModelError, BudgetError, VerificationError, NumericsError: see the functions called.
     """
     check_unquantized(model)
-    if plan.given is not None:  # its layers are the targets
+    if plan.given is not None:  # its layers take the place of targets and ignore
         plan.given.check_matches(prunable_layers(model))
         table = plan.given.table
     else:
@@ -58,13 +58,13 @@ def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
         least = int(problem.kept.min(axis=1).sum())
         if budget.kept == least and not plan.is_uniform:
             log.warning(
-                "sparsity %s is the sparsest that the levels reach: one allocation only meets it; add sparser "
-                "levels, e.g. 1:16, to leave a choice",
+                "sparsity %s is the highest that the levels reach, so only one allocation meets it; add sparser "
+                "levels, e.g. 1:16, to give the search a choice",
                 float(plan.sparsity),
             )
         if not budget.exact:
             log.info(
-                "sparsity %s cannot be met to the weight: nearest is %d zeros of %d",
+                "sparsity %s cannot be met exactly; the nearest is %d zeros of %d",
                 plan.sparsity,
                 budget.zeros,
                 budget.weights,
@@ -83,13 +83,15 @@ def allocate(
     progress: StepProgress = no_progress,
     ranks: Ranks = ALONE,
 ) -> Outcome:
-    """Return the allocation that the plan asks for; the model is left as it was found.
+    """Return the allocation that the plan asks for, with its cost; the model is left as it was.
 
-    What the cache holds of this model, text and method is taken from there, unless ``fresh``; so a search that was
-    stopped goes on.
+    Unless ``fresh``, measurements of this model, text and method are read from the cache, so that a stopped search
+    continues.
 
     Args:
-        text: split as ``plan.search_text`` asks; ``TextSplit()`` where there is no text.
+        text: split as ``plan.search_text`` asks; ``TextSplit()`` without text.
+        batch_tokens: most tokens of one forward pass.
+        fresh: ignore the cached measurements and make them again.
 
     Raises:
         MSPError: see check_model, check_ids, build_database and the components.
@@ -135,7 +137,7 @@ def _vocabulary(model: torch.nn.Module) -> int:
 
 
 def make_problem(model: torch.nn.Module, table: UnitTable, plan: ResolvedOptions) -> AllocationProblem:
-    """Return the plan's choice to make over a model's units.
+    """Return the problem of choosing a level for each of a model's units.
 
     Raises:
         RecipeError: see allowed_levels.
@@ -159,7 +161,7 @@ def _finish(
     result: AllocationResult,
     sensitivities: dict[str, tuple[float, ...]],
 ) -> Allocation:
-    """Return the allocation with where it came from; nothing in it differs from run to run."""
+    """Return the allocation with its provenance; nothing in it differs from run to run."""
     provenance = {
         "model": {
             "architecture": type(model).__name__,

@@ -1,4 +1,4 @@
-"""Batches of samples, of a size that fits into memory."""
+"""Split samples into batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from msp_plugin.runtime.memory import free_cached, is_out_of_memory, short_of_me
 
 log = logging.getLogger(__name__)
 
-#: Batches come in multiples of this: one, two, four or eight ranks get as many each.
+#: The number of batches is a multiple of this, so that one, two, four or eight ranks get equally many.
 SHARES = 8
-#: What helps where a single sample does not fit.
+#: The remedy if a single sample does not fit.
 SHORTER = "shorter samples (a smaller length)"
 
 
 class Batches:
-    """Splits samples into batches of neighbours of equal length.
+    """Splits samples into batches of consecutive samples of equal length.
 
     Args:
         lengths: tokens of each sample, by its number.
-        tokens: of a batch at most; a longer sample is a batch by itself.
+        tokens: most tokens of a batch; a longer sample is a batch by itself.
     """
 
     def __init__(self, lengths: Sequence[int], tokens: int):
@@ -31,8 +31,8 @@ class Batches:
     def of(self, samples: Sequence[int]) -> Iterator[list[int]]:
         """Yield the numbers of the samples of each batch.
 
-        The count of the batches of one length is a multiple of SHARES where there are as many samples, and their
-        sizes differ by one at most, so that ranks get equal shares. It does not depend on how many ranks there are.
+        For each length the number of batches is a multiple of SHARES, if there are enough samples, and their sizes
+        differ by at most one, so that ranks get equal shares. The batches do not depend on the number of ranks.
         """
         for length, run in groupby(samples, key=lambda i: self.lengths[i]):
             same = list(run)
@@ -45,7 +45,7 @@ class Batches:
         return min(samples, -(-least // SHARES) * SHARES)
 
     def largest(self) -> list[int]:
-        """Return samples that make up as large a batch as any selection of samples gives, by its tokens."""
+        """Return the samples of a batch with the most tokens that ``of`` can yield for any selection of samples."""
 
         def tokens(length: int) -> int:
             return length * max(-(-n // self._count(n, length)) for n in range(1, counts[length] + 1))
@@ -56,7 +56,7 @@ class Batches:
         return same[: tokens(length) // length]
 
     def fit(self, measure: Callable[[list[int]], object]) -> int:
-        """Halve the batches until ``measure`` of the largest one fits into memory; return the tokens of a batch.
+        """Halve the batches until ``measure`` of the largest one fits into memory; return the new ``tokens``.
 
         Raises:
             ModelError: a single sample does not fit.
@@ -89,6 +89,6 @@ class Batches:
         return True
 
     def describe(self, group: Sequence[int]) -> str:
-        """Return the subject of a sentence on whether a batch fits, with its verb."""
+        """Return the beginning of a sentence that ends with "not fit into memory"."""
         tokens = f"{self.lengths[group[0]]:,} tokens"
         return f"one sample of {tokens} does" if len(group) == 1 else f"{len(group)} samples of {tokens} do"

@@ -1,4 +1,4 @@
-"""The loss of candidates on a model."""
+"""Measure the loss of candidates on a model."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Activations of the incumbent held in memory.
+#: Bytes of the incumbent's activations kept in memory.
 ACTIVATION_BYTES = 4 * 1024**3
 
 
 class CandidateLoss:
     """The mean loss of a choice over samples of text, nats per token.
 
-    ``kl``: KL(dense || candidate); ``perplexity``: the next-token cross entropy, the logarithm of the
-    perplexity. The model holds the last candidate's weights until the next one.
+    The model keeps the last candidate's weights until the next one.
 
     Args:
         weights: an entered CandidateWeights.
-        batch_tokens: of a batch; fewer where they do not fit into memory.
-        reuse: run a candidate from the first block that differs from the incumbent.
-        activation_bytes: of the incumbent's activations; None: ACTIVATION_BYTES, or what cache_bytes gives.
+        objective: ``kl``: KL(dense || candidate); ``perplexity``: the next-token cross entropy, which is the logarithm
+            of the perplexity.
+        batch_tokens: most tokens of a batch; ``prepare`` lowers it if memory runs out.
+        reuse: start a candidate at the first block that differs from the incumbent.
+        activation_bytes: memory for the incumbent's activations; None: ACTIVATION_BYTES, less on a GPU (see
+            cache_bytes).
         ranks: share the batches; each has the model, the data and the database.
     """
 
@@ -74,14 +76,14 @@ class CandidateLoss:
 
     @property
     def block_tokens(self) -> int:
-        """Tokens times the share of the blocks that they really went through, so far."""
+        """Tokens times the share of blocks that they went through, summed so far."""
         return self.forward_tokens - self._prefix.saved_tokens
 
     @torch.no_grad()
     def prepare(self) -> CandidateLoss:
         """Measure the dense model, which the KL compares with, and find batches that fit into memory.
 
-        Nothing of it is counted in ``forward_tokens``.
+        ``forward_tokens`` does not count this. Returns itself.
 
         Raises:
             NumericsError: the dense model's logits are not finite.
@@ -102,12 +104,12 @@ class CandidateLoss:
         return self
 
     def _trial(self, group: list[int]) -> None:
-        """Measure some samples in each way that takes memory, for nothing but that."""
+        """Measure some samples in each way that needs memory, only to see if they fit."""
         self._terms.measure_dense(group)
         self._quality(group)
 
     def set_incumbent(self, choice: Choice) -> None:
-        """Hold the activations of ``choice`` from its next measurement on (see TrueLoss.set_incumbent)."""
+        """Keep the activations of ``choice`` from its next measurement on (see TrueLoss.set_incumbent)."""
         if choice != self._incumbent:
             self._prefix.forget(0 if self._incumbent is None else self._first_difference(choice))
             self._incumbent = choice
@@ -136,14 +138,14 @@ class CandidateLoss:
         return loss
 
     def _measure(self, group: list[int], first: int, record: bool) -> tuple[float, int]:
-        """Return the summed loss of a batch, and the count of positions; ``record`` holds its activations."""
+        """Return (the summed loss of a batch, its number of positions); with ``record``, keep its activations."""
         with self._prefix.use(group, first, record=record):
             passed = self._terms.forward(group)
         return self._terms.summed(group, passed)
 
     @torch.no_grad()
     def quality(self) -> tuple[float, float]:
-        """Return (KL, perplexity) of the weights that the model holds, whatever they are; for ``kl`` only."""
+        """Return (KL, perplexity) of the model with its present weights; only for the objective ``kl``."""
         groups = list(self._batches.of(range(len(self._ids))))
         parts = [self._run(group, partial(self._quality, group)) for group in groups]
         kl, positions, cross_entropy, targets = (sum(column) for column in zip(*parts, strict=True))
@@ -151,7 +153,7 @@ class CandidateLoss:
         return kl / positions, math.exp(mean) if mean < 700 else math.inf
 
     def _quality(self, group: list[int]) -> tuple[float, int, float, int]:
-        """Return the summed loss and the summed cross entropy of a batch, each with its count of positions."""
+        """Return (summed loss, positions, summed cross entropy, positions) of a batch."""
         passed = self._terms.forward(group)
         cross_entropy = CrossEntropy(self.model, self._ids).summed(group, passed)
         return *self._terms.summed(group, passed), *cross_entropy
@@ -159,7 +161,7 @@ class CandidateLoss:
     def move_gradients(
         self, choice: Choice, samples: Sequence[int], reach: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return how the loss changes when one unit moves by up to ``reach`` levels (see TrueLoss.move_gradients)."""
+        """Return the predicted changes of the loss by moves of one unit (see TrueLoss.move_gradients)."""
         layers = [layer.name for layer in self.problem.table.layers]
         self._set(choice, self._outputs)
         changes = changes_within(self.weights, choice, reach, self._outputs)
@@ -179,7 +181,7 @@ class CandidateLoss:
         return stack_samples(self.ranks.map(measure, range(len(samples))))
 
     def _first_difference(self, choice: Choice) -> int:
-        """Return the first block in which the choice differs from the incumbent; beyond all if none does."""
+        """Return the first block in which the choice differs from the incumbent; a huge number if none does."""
         if self._incumbent is None:
             return 0
         pairs = zip(self.problem.table, self._incumbent, choice, strict=True)
@@ -187,35 +189,35 @@ class CandidateLoss:
 
     @cached_property
     def _outputs(self) -> frozenset[str] | None:
-        """The layers that moves to ``dropped`` and from there change; None where the menu has no such level."""
+        """The layers that moves to or from ``dropped`` change; None if the menu has no such level."""
         if DROPPED not in self.problem.menu:
             return None
         return output_layers(self.model, (layer.name for layer in self.problem.table.layers))
 
     def _set(self, choice: Choice | None, outputs: frozenset[str] | None = None) -> None:
-        """Let the model hold the weights of a choice (see CandidateWeights.set).
+        """Give the model the weights of a choice (see CandidateWeights.set).
 
         Raises:
-            ModelError: they do not fit beside the model's own.
+            ModelError: they do not fit into memory beside the model's own.
         """
         with shortage_explained("a candidate's weights do", "offloaded weights"):
             retried(lambda: self.weights.set(choice, outputs), self._release)
 
     def _run(self, group: Sequence[int], work: Callable[[], T]) -> T:
-        """Return what ``work`` on some samples gives, without what is held for later where memory is short."""
+        """Return the result of ``work`` on some samples; if memory runs out, try again after ``_release``."""
         with shortage_explained(self._batches.describe(group), SHORTER):
             return retried(work, self._release)
 
     def _release(self) -> bool:
-        """Let go of weights and activations that are held for later, for good; return True if there were any."""
+        """Drop weights and activations that were kept for later, and keep none from now on; True if there were any."""
         released = any([self._prefix.release(), self.weights.release()])
         if released:
-            log.warning("memory is short: no weights or activations are held for later candidates any more")
+            log.warning("memory is short: weights and activations are no longer kept for later candidates")
         return released
 
 
 class CrossEntropy:
-    """The next-token cross entropy of samples; it takes nothing from the dense model."""
+    """The next-token cross entropy of samples; it needs no dense model."""
 
     def __init__(self, model: torch.nn.Module, ids: Sequence[torch.Tensor]):
         self.model, self._ids = model, ids
@@ -224,11 +226,11 @@ class CrossEntropy:
         """Do nothing: there is no reference."""
 
     def forward(self, group: Sequence[int]) -> Passed:
-        """Return the output of the model as it is now on some samples."""
+        """Return the output of the model with its present weights on some samples."""
         return Passed(self.model(torch.stack([self._ids[i] for i in group]), use_cache=False).logits)
 
     def summed(self, group: Sequence[int], passed: Passed) -> tuple[float, int]:
-        """Return the cross entropy in nats, summed over the positions of some samples in float64, and their count."""
+        """Return (the cross entropy of some samples in nats, summed over positions in float64, their number)."""
         targets = torch.stack([self._ids[i] for i in group])[:, 1:].flatten()
         return summed_cross_entropy(passed.logits[:, :-1].flatten(0, 1), targets), targets.numel()
 

@@ -1,4 +1,4 @@
-"""The weights of a candidate in a model: exchanged for those of the level database, and put back."""
+"""Put the weights of a candidate from the level database into a model, and the model's own back."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DROPPED
 from msp_plugin.runtime.memory import cache_bytes, free_cached
 
-#: Pruned weights held in memory, so that a level that comes back is not read from disk again.
+#: Bytes of pruned weights kept in memory, so that a level is not read from disk each time.
 WEIGHT_BYTES = 4 * 1024**3
-#: Pruned weights that are unpacked before what that has freed goes back to the system.
+#: After unpacking this many bytes of weights, freed memory is returned to the system.
 UNPACKED_BYTES = 256 * 1024**2
 
 
 class CandidateWeights:
-    """Puts the weights of a choice into a model, and the model's own back when the block ends.
+    """A context manager that puts the weights of a choice into a model, and the model's own back at its end.
 
-    Weights are exchanged, not copied: the parameters point at the level database's tensors meanwhile. A layer
-    that accelerate or compressed-tensors offloads gets the tensor when it loads its weight; between its passes no
-    more than ``held_bytes`` of pruned weights are in memory, and nothing of the dense ones.
+    Weights are swapped, not copied: the parameters point at the level database's tensors. A layer that accelerate or
+    compressed-tensors offloads gets the tensor when it loads its weight; between its passes at most ``held_bytes`` of
+    pruned weights are in memory, and no dense ones.
 
     Args:
-        held_bytes: of pruned weights that are kept for the next candidates, beside those of the present one that have
-            made way; None: WEIGHT_BYTES, or what cache_bytes gives.
+        held_bytes: memory for pruned weights kept for later candidates; None: WEIGHT_BYTES, less on a GPU (see
+            cache_bytes).
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class CandidateWeights:
         self._bytes = 0
 
     def set(self, choice: Choice | None, outputs: Collection[str] | None = None) -> None:
-        """Let the model hold the weights of a choice; None: its own.
+        """Give the model the weights of a choice, or its own for None.
 
         Args:
-            outputs: of a dropped unit only these layers are zeros, and the others hold their dense weights. The loss
-                is the same, and unlike at zeros in all layers its gradient is not zero.
+            outputs: in a dropped unit, set only these layers to zero and leave the others dense. The loss is the same,
+                but its gradient is not zero, as it would be with zeros in all layers.
         """
         menu = self.problem.menu
         names = ["dense"] * len(self._now) if choice is None else [menu[k].name for k in choice]
@@ -85,7 +85,10 @@ class CandidateWeights:
                 self._now[u] = now
 
     def _giver(self, layer: str, level: str) -> Callable[[], torch.Tensor] | None:
-        """Return what gives a layer's weight at a level; in memory it is read at once, so that it cannot fail."""
+        """Return a function that returns a layer's weight at a level; None for the layer's own.
+
+        The weight of a layer in memory is read at once, so that the function cannot fail.
+        """
         if level == "dense":
             return None
         give = partial(self._stored, layer, level)
@@ -100,9 +103,9 @@ class CandidateWeights:
         return self._bytes
 
     def release(self) -> bool:
-        """Let go of all pruned weights that are held for later, and hold none from now on.
+        """Drop all pruned weights kept for later, and keep none from now on.
 
-        Returns False, and changes nothing, if there are none.
+        If there are none, changes nothing and returns False.
         """
         if not self._held:
             return False
@@ -111,9 +114,9 @@ class CandidateWeights:
         return True
 
     def put(self, weights: Mapping[str, torch.Tensor] | Weights) -> None:
-        """Let the model hold weights [out, in] from elsewhere, by layer name, until the next ``set``.
+        """Give the model other weights [out, in], by layer name, until the next ``set``.
 
-        An offloaded layer asks for its weight whenever it runs, the others at once.
+        The weight of an offloaded layer is read whenever the layer runs, the others at once.
         """
         for u, unit in enumerate(self.problem.table):
             self._now[u] = ""
@@ -124,13 +127,13 @@ class CandidateWeights:
         return weights[layer].to(self._places[layer].at, self._places[layer].dtype)
 
     def weight(self, layer: str, level: str) -> torch.Tensor:
-        """Return the weight [out, in] of a layer at a level, on the device that the layer works on."""
+        """Return the weight [out, in] of a layer at a level, on the device on which the layer computes."""
         place = self._places[layer]
-        found = place.dense() if level == "dense" else self._stored(layer, level)
-        return found.to(place.device, place.dtype)
+        weight = place.dense() if level == "dense" else self._stored(layer, level)
+        return weight.to(place.device, place.dtype)
 
     def _stored(self, layer: str, level: str) -> torch.Tensor:
-        """Return a layer's weight at a level that is not dense, where candidates' weights are held."""
+        """Return a layer's weight at a level that is not dense, from memory or else from the database."""
         key = (layer, level)
         if key not in self._held:
             place = self._places[layer]

@@ -1,4 +1,4 @@
-"""The dense model's output on each sample, and the KL divergence of another output from it.
+"""Keep the dense model's output on each sample, and measure the KL divergence of another output from it.
 
 Shape legend: B samples, T tokens, D hidden size, V vocabulary, K likely tokens.
 """
@@ -28,7 +28,7 @@ class Passed(NamedTuple):
 def make_reference(
     model: torch.nn.Module, ids: Sequence[torch.Tensor]
 ) -> PlainHeadReference | OutputReference:
-    """Return an empty reference of the kind that a model allows; it runs two forward passes of the first sample.
+    """Return an empty reference of the cheapest kind that is exact for a model; runs a few passes of the first sample.
 
     Args:
         ids: token ids int64[T] of each sample, on the model's device.
@@ -52,13 +52,13 @@ class _Sample:
 
 
 class PlainHeadReference:
-    """The KL divergence from a dense model whose logits are a linear head's output; no dense logits are made again.
+    """The KL divergence from a dense model whose logits are the output of a linear head, without its full logits.
 
-    With h_t the input of the head, z_t the logits, p_t the dense model's probabilities, L_t its K likeliest tokens
+    With h_t the input of the head, z_t the logits, p_t the dense model's probabilities, L_t its K most likely tokens
     and w_v the rows of the head,
     KL_t = logsumexp z_t - logsumexp z_t(dense) - sum_{v in L_t} p_tv (z_tv - z_tv(dense)) - (h_t - h_t(dense)) . e_t,
-    e_t = sum_{v not in L_t} p_tv w_v; a bias of the head cancels. The likely tokens come from the logits, because in
-    16 bits these are rounded, in the logsumexp as well; over the many others the rounding averages out.
+    e_t = sum_{v not in L_t} p_tv w_v; a bias of the head cancels. Likely tokens are read from the logits, which are
+    rounded in 16 bits just as in the logsumexp; over the many other tokens the rounding averages out.
     """
 
     def __init__(self, model: torch.nn.Module, ids: Sequence[torch.Tensor], head: torch.nn.Linear):
@@ -117,11 +117,11 @@ class PlainHeadReference:
 class OutputReference:
     """The KL divergence from a dense model of any kind.
 
-    It holds the output of the last block where the model makes the same logits of it again, e.g. if it scales or
-    caps them; else the logits.
+    It keeps the output of the last block if the model computes the same logits from it again, e.g. when it scales or
+    caps them; else it keeps the logits.
 
     Attributes:
-        outputs: by sample, [T, D] or [T, V].
+        outputs: by sample, the last block's output [T, D] or the logits [T, V].
     """
 
     def __init__(self, model: torch.nn.Module, ids: Sequence[torch.Tensor], exact_tail: bool):

@@ -1,4 +1,4 @@
-"""Names of what was measured: JSON values that hold everything that a measurement depends on."""
+"""Identities of measurements: JSON values with everything that a measurement depends on."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from msp_plugin.pruning.base import Pruner
 from msp_plugin.runtime.digests import component_digest, folders_digest, versions
 from msp_plugin.sensitivity.base import Estimator
 
-#: Rooms whose code decides the measured numbers. Components of plugins have digests of their own.
+#: Packages whose code decides the measured numbers. Components have digests of their own.
 MEASURING_ROOMS = ("database", "formats", "passes", "pruning", "search", "sensitivity")
 
 
 @cache
 def measuring_code() -> str:
-    """Return the SHA-256 of all source files of the rooms that measure, in hex: other code measures anew."""
+    """Return the SHA-256, in hex, of all source files that measure; when it changes, everything is measured again."""
     return folders_digest(Path(__file__).parents[1], MEASURING_ROOMS)
 
 
@@ -41,7 +41,7 @@ def database_identity(
     batch_tokens: int,
     device: str,
 ) -> dict[str, Any]:
-    """Return the identity of a level database; how statistics are added up rounds by ``batch_tokens`` and device."""
+    """Return the identity of a level database; ``batch_tokens`` and the device decide how statistics are rounded."""
     statistics = pruner.needs_statistics
     return {
         "model": model_id,
@@ -69,7 +69,7 @@ def sensitivity_identity(
 
 
 def problem_identity(database_key: str, problem: AllocationProblem, batch_tokens: int) -> dict[str, Any]:
-    """Return the identity of losses of candidates of a problem, without the text that they are measured on."""
+    """Return the identity of the losses of a problem's candidates, without the text that they are measured on."""
     return {
         "database": database_key,
         "target": str(problem.target),
@@ -83,11 +83,11 @@ def problem_identity(database_key: str, problem: AllocationProblem, batch_tokens
 def search_identity(
     allocator: Allocator, seed: int, text: TextSplit, estimators: Iterable[Estimator]
 ) -> dict[str, Any]:
-    """Return the identity of an allocator's search, beside that of its problem.
+    """Return the identity of an allocator's search, without its problem (see problem_identity).
 
     Args:
-        text: the search text and hold-out that it measures on, and the calibration text.
-        estimators: those whose sensitivities it reads.
+        text: the search text, hold-out and calibration text that it measures on.
+        estimators: the estimators whose sensitivities it reads.
     """
     return {
         "allocator": spec_of(allocator),

@@ -1,4 +1,4 @@
-"""The level database of a model, a method and its text: opened by its identity, and built where it is missing."""
+"""Open the level database of a model, method and text by its identity, and build what is missing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,14 @@ def open_database(
     batch_tokens: int = BATCH_TOKENS,
     device: str = "cpu",
 ) -> LevelDatabase:
-    """Return the level database of a model (its fingerprint), samples, method and levels, built or not."""
+    """Return the level database of a model, samples, method and levels, whether it is built or not.
+
+    Args:
+        model_id: the model's fingerprint.
+        cache: the cache directory; None is the default one.
+        prefix, batch_tokens: see build_database.
+        device: the kind of device that measures, such as ``cpu``.
+    """
     identity = database_identity(
         model_id, data, pruner, prefix=prefix, batch_tokens=batch_tokens, device=device
     )
@@ -53,11 +60,11 @@ def complete_database(
     progress: StepProgress = no_progress,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Build what is missing of a level database; another process that builds it is waited for.
+    """Build what is missing of a level database; waits for another process that builds it.
 
     Args:
         prefix, batch_tokens: see build_database.
-        fresh: build all of it anew, unless its path is in ``renewed``, which it is added to.
+        fresh: build it all again, unless its path is in ``renewed``; then add the path there.
 
     Raises:
         MSPError: see build_database and check_space.

@@ -1,4 +1,4 @@
-"""The numbers that allocators read of a model under one pruning method; each is measured once."""
+"""Measure, once each, the numbers that allocators read: sensitivities, errors and losses under one pruning method."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class _Measured(NamedTuple):
-    """The functions that measure candidates for an allocator; None where it does not ask for one."""
+    """The functions that measure candidates for an allocator; None if it does not need one."""
 
     loss: RecordedLoss | None = None
     holdout: RecordedLoss | None = None
@@ -59,20 +59,20 @@ class _Measured(NamedTuple):
 
 @dataclass
 class Measurements:
-    """A model with its text and method, and the numbers that were measured of them so far.
+    """A model with its text and method, and the numbers measured so far.
 
-    One object serves any number of allocators and seeds, and of budgets where there is no ``prefix``: sensitivities,
-    the level database and errors are measured when the first of them asks.
+    One object serves any number of allocators and seeds, and without ``prefix`` any number of budgets: sensitivities,
+    the level database and errors are measured at first use.
 
     Args:
-        pruner: None where nothing asks for the level database.
-        estimators: by name, those that allocators may ask for. The Fisher-weighted error is of as many samples
-            as ``fisher`` is.
-        fresh: measure anew what the cache holds of this model, method and text.
+        pruner: None if nothing needs the level database.
+        estimators: the estimators that allocators may use, by name. The Fisher-weighted and K-FAC errors use as many
+            samples as ``fisher``.
+        fresh: ignore the cached measurements of this model, method and text and make them again.
         ranks: share the measurements; each has the model, the text and the cache.
-        prefix: the name of a level by unit, the pruned blocks that the level database's statistics are taken behind
-            (see build_database); None: dense ones.
-        renewed: what ``fresh`` has measured anew, for measurements that share the cache.
+        prefix: the level's name of each unit in the pruned blocks whose outputs feed the level database's statistics
+            (see build_database); None: dense blocks.
+        renewed: the files that ``fresh`` has measured again; shared by objects with one cache.
     """
 
     model: torch.nn.Module
@@ -97,7 +97,7 @@ class Measurements:
 
     @property
     def journals(self) -> Journals:
-        """The journals of what is measured."""
+        """The journals of the measurements."""
         return Journals(self.device, self.fresh, self.renewed, self.ranks)
 
     @cached_property
@@ -105,20 +105,20 @@ class Measurements:
         """The fingerprint of the dense model.
 
         Raises:
-            HostError: ranks have different ones.
+            HostError: ranks have different models, texts or kinds of device.
         """
         texts = [part.fingerprint for part in (self.text.calibration, self.text.search, self.text.holdout)]
-        found = self.ranks.gather(lambda: [fingerprint(self.model), self.device, *texts])
-        if any(of != found[0] for of in found):
+        by_rank = self.ranks.gather(lambda: [fingerprint(self.model), self.device, *texts])
+        if any(values != by_rank[0] for values in by_rank):
             raise HostError(
                 "the ranks hold different models, texts or kinds of device",
                 hint="give all of them the same files, and as many GPUs as ranks",
             )
-        return found[0][0]
+        return by_rank[0][0]
 
     @cached_property
     def database(self) -> LevelDatabase:
-        """The level database, built if it is not there.
+        """The level database, built at first use.
 
         Raises:
             MSPError: see complete_database.
@@ -126,7 +126,7 @@ class Measurements:
         if self.pruner is None:
             raise RecipeError("the level database needs a pruning method", hint="name one")
         prefix = None
-        if self.prefix is not None and self.pruner.needs_statistics:  # else no input is looked at
+        if self.prefix is not None and self.pruner.needs_statistics:  # else inputs do not matter
             levels = zip(self.table, self.prefix, strict=True)
             prefix = {layer.name: level for unit, level in levels for layer in unit.layers}
         data = self.text.calibration
@@ -156,7 +156,7 @@ class Measurements:
         return database
 
     def sensitivity(self, name: str) -> tuple[float, ...]:
-        """Return one number per unit of the dense model.
+        """Return the sensitivity of each unit of the dense model.
 
         Raises:
             RecipeError: there is no such estimator, or no text for it.
@@ -178,7 +178,7 @@ class Measurements:
     def _estimate(
         self, name: str, progress: Callable[[int, int], None], journal: Journal | None = None
     ) -> tuple[float, ...]:
-        """Return one number per unit of the model as it is now."""
+        """Return the sensitivity of each unit of the model with its present weights."""
         estimator, data = self.estimators[name], self.text.calibration
         if not data and estimator.needs_data:
             raise RecipeError(f"sensitivity {name!r} needs calibration text", hint="pass a dataset")
@@ -200,9 +200,9 @@ class Measurements:
         raise RecipeError(f"there is no error {name!r}", hint=nearest(name, ERRORS))
 
     def replace_one(self, tokens: int) -> tuple[np.ndarray, RecordedLoss]:
-        """Return float64[U, K], the KL divergence with one unit pruned and all others dense, and its loss.
+        """Return float64[units, levels], the KL divergence with one unit pruned and all others dense, and its loss.
 
-        Measured on about ``tokens`` tokens of the search text.
+        Measured on about ``tokens`` tokens of the search text; in nats per token.
 
         Raises:
             RecipeError: there is no search text.
@@ -223,7 +223,7 @@ class Measurements:
         return CalibrationSet(self.text.calibration.samples[:most], "")
 
     def sensitivity_tokens(self, allocator: Allocator) -> int:
-        """Return the forward tokens of the sensitivities and errors that an allocator reads, whoever measured them."""
+        """Return the forward tokens of the sensitivities and errors that an allocator reads, cached or not."""
         data = self.text.calibration
         total = sum(self.estimators[name].forward_tokens(data) for name in allocator.sensitivities)
         read = set(allocator.errors)
@@ -253,11 +253,11 @@ class Measurements:
         measure: Callable[..., dict[str, dict[str, float]]],
         stored: Callable[[str, str], torch.Tensor],
     ) -> np.ndarray:
-        """Return float64[U, K] of an error from gradients, kept in the database's journal ``name``.
+        """Return float64[units, levels], an error from gradients, recorded in the database's journal ``name``.
 
         Args:
             measure: fisher_errors or kfac_errors.
-            stored: what the database holds for it, of a layer at a level.
+            stored: returns the tensor of the database that ``measure`` reads, for a layer and a level.
         """
         data, database = self._fisher_data(), self.database
         layers = [layer.name for layer in self.table.layers]
@@ -286,7 +286,7 @@ class Measurements:
     def allocate(
         self, allocator: Allocator, problem: AllocationProblem, seed: int
     ) -> tuple[AllocationResult, SearchRecord]:
-        """Return the allocator's result and the ``search`` part of run.json.
+        """Return (the allocator's result, the ``search`` part of run.json).
 
         Raises:
             MSPError: see the components.
@@ -304,13 +304,13 @@ class Measurements:
         if allocator.needs_database:
             _ = self.database
         began = time.monotonic()
-        paid: list[Recorded] = []
+        recorded: list[Recorded] = []
         if "kl" in allocator.errors:
             errors["kl"], loss = self.replace_one(int(getattr(allocator, "tokens", 0)))
-            paid.append(loss)
+            recorded.append(loss)
         with self._measured(allocator, problem, seed) as measured:
-            paid += [part for part in measured if part is not None]
-            report, clock = partial(self.progress, "search"), partial(self._clock, paid)
+            recorded += [part for part in measured if part is not None]
+            report, clock = partial(self.progress, "search"), partial(self._clock, recorded)
             result = allocator.allocate(
                 AllocationInputs(
                     problem,
@@ -329,21 +329,21 @@ class Measurements:
         record = search_record(
             allocator,
             result,
-            paid,
+            recorded,
             sensitivity_tokens=self.sensitivity_tokens(allocator),
             seconds=now - began,
             total_seconds=now - start,
         )
         return result, record
 
-    def _clock(self, paid: Sequence[Recorded]) -> float:
-        """Return the seconds of rank 0, with those that values had taken which a stopped search left."""
-        read = sum(part.saved_seconds for part in paid)
-        return self.ranks.on_rank_zero(lambda: time.monotonic() + read)
+    def _clock(self, recorded: Sequence[Recorded]) -> float:
+        """Return rank 0's clock in seconds, plus the time that a stopped search spent on values read from its journal."""
+        saved = sum(part.saved_seconds for part in recorded)
+        return self.ranks.on_rank_zero(lambda: time.monotonic() + saved)
 
     @contextmanager
     def _measured(self, allocator: Allocator, problem: AllocationProblem, seed: int) -> Iterator[_Measured]:
-        """Yield the losses and the estimate that an allocator asks for; the model is itself afterwards."""
+        """Yield the losses and the estimate that an allocator needs; the model has its own weights afterwards."""
         if not (allocator.measures or allocator.remeasures):
             yield _Measured()
             return
@@ -371,7 +371,7 @@ class Measurements:
     def _candidates(
         self, name: str, problem: AllocationProblem, about: Mapping[str, Any]
     ) -> Iterator[tuple[CandidateWeights, Journal]]:
-        """Yield the weights of a problem's candidates, and the journal of what is measured of them."""
+        """Yield (the weights of a problem's candidates, the journal of their measurements)."""
         about = {**problem_identity(self.database.key, problem, self.batch_tokens), **about}
         with (
             self.journals.open(self.database.path, name, about) as journal,

@@ -1,4 +1,4 @@
-"""How the loss of a pruned model changes when one unit moves to another level, from gradients.
+"""Predict from gradients how the loss of a pruned model changes when one unit moves to another level.
 
 Shape legend: S samples, U units, K levels, T tokens of a sample, V vocabulary, O out_features, I in_features.
 """
@@ -16,19 +16,19 @@ from msp_plugin.passes.gradients import activation_gradients
 from msp_plugin.plan.levels import DROPPED
 from msp_plugin.search.candidate_weights import CandidateWeights
 
-#: Of a layer's name: its unit, and the change of its weight [O, I], in its dtype, for each level that is asked about.
+#: Called with a layer's name; returns the number of its unit and, by level, the change [O, I] of its weight.
 Changes = Callable[[str], tuple[int, Mapping[int, torch.Tensor]]]
 
 
 def changes_within(
     weights: CandidateWeights, choice: Choice, reach: int, outputs: Collection[str] | None = None
 ) -> Changes:
-    """Return the changes of weight by moves of one unit of ``choice`` by up to ``reach`` steps (see neighbours).
+    """Return the changes of weights when one unit of ``choice`` moves by up to ``reach`` levels (see neighbours).
 
     Args:
-        outputs: the layers that a move to ``dropped`` or from there changes (see CandidateWeights.set); None: all. The
-            output of a half-block is a product of its layers' weights, but linear in those of its last layer: with the
-            changes of all layers its first-order change would be counted once for each.
+        outputs: the layers that a move to or from ``dropped`` changes (see CandidateWeights.set); None: all layers. A
+            half-block's output is linear in the weights of its last layer alone; with the changes of all its layers,
+            the first-order change would be counted once for each.
     """
     problem = weights.problem
     units = {layer.name: u for u, unit in enumerate(problem.table) for layer in unit.layers}
@@ -53,7 +53,7 @@ def sample_gradients(
     shape: tuple[int, int],
     seed: tuple[int, int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (first_order, curvature_sample) of one sample, each float64[U, K], NaN where nothing was asked.
+    """Return (first_order, curvature_sample) of one sample, each float64[U, K], NaN for moves not in ``changes``.
 
     For a change D of the weights the loss grows by about <g, D> + 1/2 D^T F D. The first-order change is <g, D> of
     one unit and level, nats per token; it adds up over units. F is the Fisher information of the pruned model
@@ -64,9 +64,9 @@ def sample_gradients(
 
     Args:
         ids: int64[T], on the model's device.
-        loss: of logits [T, V] the mean loss, nats per token, as a node of the graph.
+        loss: returns the mean loss of logits [T, V], nats per token, as a node of the graph.
         shape: (U, K).
-        seed: of the labels: the search's, and the sample's number, so that it does not matter who measures it.
+        seed: (the search's seed, the sample's number), which draw the labels; so any rank draws the same.
     """
     first_order, curvature_sample = np.zeros((2, *shape))
     into, asked = first_order, np.zeros(shape, dtype=bool)
@@ -91,11 +91,11 @@ def sample_gradients(
 
 
 def stack_samples(samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the gradients of all samples, each float64[S, U, K].
+    """Return (first_order, curvature_samples) of all samples, each float64[S, U, K].
 
-    Where a sample does not reach a unit that others do, e.g. an expert, its loss does not change: 0 instead of NaN.
+    If a sample does not reach a unit that others reach, e.g. an expert, its loss does not change: 0 instead of NaN.
     """
-    first_order, curvature_samples = (np.stack(found) for found in zip(*samples, strict=True))
+    first_order, curvature_samples = (np.stack(arrays) for arrays in zip(*samples, strict=True))
     missed, asked = np.isnan(first_order).all(axis=2), ~np.isnan(first_order).all(axis=0)
     unreached = missed[:, :, None] & asked
     first_order[unreached] = curvature_samples[unreached] = 0.0

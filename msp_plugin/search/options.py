@@ -1,4 +1,4 @@
-"""The options of a run, as a recipe line, a command or a Python call spell them."""
+"""The options of a run, as they are written in a recipe line, a command or a Python call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu
 
 
 class Options(BaseModel):
-    """What a recipe may say about mixed sparsity. Components are names, or {name: ..., option: ...}.
+    """The options of mixed sparsity. A component is its name, or {name: ..., option: ...}.
 
     Args:
         sparsity: share of zeros among the prunable weights, in [0, 1). Not needed with ``allocation``.
@@ -25,15 +25,15 @@ class Options(BaseModel):
             those of a block's attention or MLP; ``block``, all layers of a decoder block. Default: ``half`` where
             the menu holds ``dropped``; else ``layer``, but ``unit`` where all levels run on 2:4 kernels, which take
             fused layers all or none.
-        bounds: by pattern, the least and the most sparsity of the layers it matches, {pattern: [low, high]}.
-        protect: patterns of layers that stay dense. Unlike ignored ones they count in the budget, so that
-            the others make up for them. With bounds and protect, a unit takes those of all its layers.
+        bounds: least and most sparsity of the layers that a pattern matches, {pattern: [low, high]}.
+        protect: patterns of layers that stay dense. Unlike ignored layers they count in the budget, so that the
+            others get sparser instead. A unit obeys the bounds and protections of all its layers.
         allocator: chooses a level per unit: search, uniform, or any other of `msp plugins`.
-        estimators: overrides of the sensitivity estimators' options, by their name.
-        allocation: path of a finished allocation.json; nothing is searched then, and what is said of layers, levels
-            and the search is refused, because the file says it.
+        estimators: options of sensitivity estimators, by their name.
+        allocation: path of a finished allocation.json; then nothing is searched, and options of layers, levels and
+            search are refused, because the file has decided them.
         seed: of every random choice.
-        cache: directory of the level database; default $MSP_CACHE or ~/.cache/msp_plugin.
+        cache: directory of all measurements; default $MSP_CACHE or ~/.cache/msp_plugin.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,9 +65,7 @@ class Options(BaseModel):
                 data["levels"] = [data["levels"]]
             given = data.get("allocation")
             if isinstance(given, str) and given and not given.startswith("~"):
-                data["allocation"] = str(
-                    Path.cwd() / given
-                )  # recipe.yaml says it, and runs again from elsewhere
+                data["allocation"] = str(Path.cwd() / given)  # recipe.yaml may be run from elsewhere
             for key in ("targets", "ignore", "levels", "protect"):
                 if isinstance(data.get(key), str):
                     data[key] = [part.strip() for part in data[key].split(",") if part.strip()]

@@ -1,4 +1,4 @@
-"""Losses and sensitivities whose values are in a journal, so that a search that was stopped goes on."""
+"""Losses and sensitivities whose values are kept in a journal, so that a stopped search continues."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def locked_for_all(path: Path, reason: str, ranks: Ranks) -> Iterator[None]:
-    """Hold the lock of a file for all ranks while something is measured, then give its memory back.
+    """Hold the lock file ``path`` for all ranks during the block, then return freed memory to the system.
 
     Args:
-        reason: told to another process that waits for the lock.
+        reason: what a process that waits for the lock tells its user.
     """
     try:
         with locked(path, reason, wait=True) if ranks.rank == 0 else nullcontext():
@@ -43,7 +43,7 @@ class Journals:
 
     Args:
         device: the kind of device that measures.
-        fresh: begin each journal anew that is not in ``renewed``, and add it there.
+        fresh: delete each journal that is not in ``renewed`` when it is opened, and add it there.
         ranks: of the run; rank 0 reads and writes the files.
     """
 
@@ -54,7 +54,7 @@ class Journals:
 
     @contextmanager
     def open(self, folder: Path, name: str, about: Mapping[str, Any]) -> Iterator[Journal]:
-        """Yield the journal of what ``about`` names; another process that has it is waited for."""
+        """Yield the journal of the measurements that ``about`` identifies; waits for another process that has it."""
         identity = journal_identity(about, self.device)
         path = folder / f"{name}-{digest(identity)[:16]}.jsonl"
         with locked_for_all(
@@ -68,20 +68,20 @@ class Journals:
 
 
 class Recorded:
-    """Values of a journal with their cost: forward tokens, and seconds of those that another process measured."""
+    """Values in a journal with their cost: forward tokens of all, seconds of those measured by an earlier process."""
 
     def __init__(self, journal: Journal):
         self.forward_tokens = 0
-        #: Seconds that another process had taken to measure the values that were read.
+        #: Seconds that an earlier process spent on the values that were read.
         self.saved_seconds = 0.0
         self._journal = journal
         self._mine: set[str] = set()
 
     def _get(self, key: str, measure: Callable[[], tuple[Any, int]]) -> Any:
-        """Return the value of a key; ``measure`` returns it with its forward tokens where it is missing."""
+        """Return the value of a key; if it is missing, ``measure`` returns (the value, its forward tokens)."""
 
         def measured() -> dict[str, Any]:
-            self._get_ready()  # every process does this again: it is no part of the value's seconds
+            self._get_ready()  # every process repeats this, so it does not count in the value's seconds
             began = time.monotonic()
             value, tokens = measure()
             self._mine.add(key)
@@ -99,14 +99,12 @@ class Recorded:
 
 
 class RecordedLoss(Recorded):
-    """A true loss (see allocators.base.TrueLoss) whose values are in a journal.
-
-    The model is not touched before a value is missing: ``make`` is called then.
+    """A TrueLoss (see allocators.base) whose values are kept in a journal.
 
     Args:
-        make: returns the loss that measures.
+        make: returns the loss that measures; called at the first missing value, so that the model is not touched before.
         data: the samples that it measures on.
-        name: of the text, part of the keys.
+        name: names the text in the journal's keys.
     """
 
     def __init__(self, make: Callable[[], TrueLoss], data: CalibrationSet, journal: Journal, name: str):
@@ -155,10 +153,10 @@ class RecordedLoss(Recorded):
 
 
 class RecordedEstimate(Recorded):
-    """Sensitivities of pruned models (see allocators.base.AllocationInputs.estimate) that are in a journal.
+    """Sensitivities of pruned models (see allocators.base.AllocationInputs.estimate), kept in a journal.
 
     Args:
-        measure: returns float64[U] of a name and a choice, and its forward tokens.
+        measure: called with an estimator's name and a choice; returns (a number per unit, its forward tokens).
     """
 
     def __init__(self, measure: Callable[[str, Choice], tuple[Sequence[float], int]], journal: Journal):

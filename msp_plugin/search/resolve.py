@@ -22,7 +22,7 @@ from msp_plugin.search.options import Options
 
 @dataclass(frozen=True)
 class ResolvedOptions:
-    """Options that were checked as far as they can be without a model, with their components built."""
+    """Options with their components built, checked as far as possible without a model."""
 
     sparsity: Fraction
     pruner: Pruner
@@ -36,7 +36,7 @@ class ResolvedOptions:
     cache: str | None
     granularity: str
     bounds: Bounds
-    #: As they were given; recipe.yaml says them.
+    #: The options as the user gave them, for recipe.yaml.
     spelled: Options
 
     def uniform(self) -> ResolvedOptions:
@@ -56,7 +56,7 @@ class ResolvedOptions:
 
     @property
     def search_text(self) -> SearchText:
-        """The text that the search sets aside; less will do where nobody asked for just that much."""
+        """The text that the search sets aside; it may be less, unless the user set the number of tokens."""
         if self.given is not None:
             return SearchText()
         allocator = self.allocator
@@ -66,7 +66,7 @@ class ResolvedOptions:
 
     @property
     def is_uniform(self) -> bool:
-        """True if the outcome is the uniform allocation without a search."""
+        """True if the result is the uniform allocation, without a search."""
         return self.given is None and self.allocator.name == "uniform"
 
     @property
@@ -82,17 +82,21 @@ class ResolvedOptions:
         return self.allocator.needs_database or any(e.needs_data for e in self.estimators.values())
 
 
-#: What a finished allocation has decided.
+#: Options that a finished allocation has decided.
 _DECIDED = ("levels", "targets", "ignore", "granularity", "bounds", "protect", "allocator", "estimators")
 
 
 def _plain(value: Any) -> Any:
-    """Return the short form of a component without options."""
+    """Return a component without options as its name; anything else unchanged."""
     return value["name"] if isinstance(value, Mapping) and value.keys() == {"name"} else value
 
 
 def _target(options: Options, given: Allocation | None) -> tuple[Fraction, tuple[Level, ...]]:
-    """Return the asked sparsity and the menu, of the recipe or of a finished allocation."""
+    """Return (sparsity, menu) of the options or of the finished allocation.
+
+    Raises:
+        RecipeError: the sparsity is missing, or an option contradicts the allocation.
+    """
     if given is None:
         if options.sparsity is None:
             raise RecipeError("sparsity is missing", hint="say e.g. sparsity: 0.75, or give an allocation")
@@ -101,21 +105,21 @@ def _target(options: Options, given: Allocation | None) -> tuple[Fraction, tuple
     if idle:
         raise RecipeError(
             f"{', '.join(idle)} would have no effect: {options.allocation} has decided the level of each layer",
-            hint="leave that out, or leave the allocation out and allocate anew",
+            hint="leave that out, or leave the allocation out and search again",
         )
     if options.sparsity is not None and parse_sparsity(options.sparsity) != given.target:
         raise RecipeError(
             f"sparsity {shown(options.sparsity)} contradicts {options.allocation}, made for {given.target}",
-            hint="leave sparsity out, or allocate anew",
+            hint="leave sparsity out, or search a new allocation",
         )
     return given.target, tuple(dict.fromkeys(given.levels))
 
 
 def _granularity(options: Options, menu: Sequence[Level]) -> str:
-    """Return what shares a level: as the options say, or else as the menu asks.
+    """Return the granularity of the options; without one, the default for the menu (see Options).
 
     Raises:
-        RecipeError: it is unknown, or too fine for a level.
+        RecipeError: it is unknown, or too fine for a level of the menu.
     """
     if options.granularity is None:
         served = all(level.is_dense or level.servable for level in menu)
@@ -135,11 +139,12 @@ def _granularity(options: Options, menu: Sequence[Level]) -> str:
 
 
 def resolve(options: Options, plugins: Plugins) -> ResolvedOptions:
-    """Return the plan of the options.
+    """Return the options resolved: components built, levels and fractions parsed, everything checked.
 
     Raises:
-        RecipeError: an unknown name or option, a level that is none, a sparsity or bounds out of range, a
-            method that cannot make a level, a missing or damaged allocation file, options that it contradicts.
+        RecipeError: a name, option or level is unknown, sparsity or bounds are out of range, the method cannot make a
+            level, or the allocation file is missing, damaged or contradicts another option.
+        HostError: the method's host is not installed.
     """
     pruner = plugins.build("pruners", options.method)
     allocator = plugins.build("allocators", options.allocator)

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 def search_record(
     allocator: Allocator,
     result: AllocationResult,
-    paid: Sequence[Recorded],
+    recorded: Sequence[Recorded],
     *,
     sensitivity_tokens: int,
     seconds: float,
@@ -25,18 +25,18 @@ def search_record(
     """Return the findings and the cost of a search.
 
     Args:
-        paid: the losses and estimates that it asked; seconds of a search that was stopped before are added.
+        recorded: the losses and estimates that it used; the seconds of an earlier, stopped search are added.
         sensitivity_tokens: forward tokens of the sensitivities and errors that it read.
-        seconds: of this process for the search; ``total_seconds`` with sensitivities and level database.
+        seconds, total_seconds: of this process, for the search alone and with sensitivities and level database.
     """
-    read = sum(part.saved_seconds for part in paid)
+    saved = sum(part.saved_seconds for part in recorded)
     return SearchRecord(
         allocator=allocator.name,
-        forward_tokens=sum(part.forward_tokens for part in paid),
+        forward_tokens=sum(part.forward_tokens for part in recorded),
         sensitivity_tokens=sensitivity_tokens,
         evaluations=result.evaluations,
-        seconds=round(seconds + read, 3),
-        total_seconds=round(total_seconds + read, 3),
+        seconds=round(seconds + saved, 3),
+        total_seconds=round(total_seconds + saved, 3),
         loss=finite(result.loss),
         uniform_loss=finite(result.uniform_loss),
         curve=result.curve,

@@ -1,4 +1,4 @@
-"""Errors of the units of a model at each level, as allocators read them.
+"""Errors of a model's units at each level, as allocators read them.
 
 Shape legend: U units, K levels.
 """
@@ -32,7 +32,7 @@ def sum_over_units(
         title: names the error in messages.
 
     Raises:
-        NumericsError: it is not finite for a layer.
+        NumericsError: the error of a layer is not finite.
     """
     bad = [name for name, errors in by_layer.items() if not all(map(math.isfinite, errors.values()))]
     if bad:
@@ -54,14 +54,14 @@ def dropped_by_outputs(
     menu: Sequence[Level],
     outputs: Callable[[], Collection[str]],
 ) -> np.ndarray:
-    """Return float64[U, K], errors of units, those of ``dropped`` from the layers that end an attention or an MLP.
+    """Return float64[U, K], the errors of units; at ``dropped`` only the last layer of each attention or MLP counts.
 
-    A dropped unit changes what it adds to its input, which is what those layers give; the change inside of it, which
-    the sum over its layers would count too, reaches nothing else.
+    Dropping a unit changes only what its last layers add to their input; the sum over all its layers would also count
+    changes inside of it, which reach nothing else.
 
     Args:
-        errors_of: of a table float64[U, K], summed over the layers of each unit.
-        outputs: returns the names of those layers; called only if the menu has ``dropped``.
+        errors_of: returns for a table float64[U, K], summed over the layers of each unit.
+        outputs: returns the names of the last layers; called only if the menu has ``dropped``.
     """
     errors = errors_of(table)
     if DROPPED in menu:
@@ -72,10 +72,10 @@ def dropped_by_outputs(
 
 
 def replace_one_errors(problem: AllocationProblem, loss: TrueLoss, progress: Progress = silent) -> np.ndarray:
-    """Return float64[U, K]: the loss with one unit pruned and all others dense.
+    """Return float64[U, K], the loss with one unit pruned and all others dense.
 
     Args:
-        problem: its menu holds ``dense``; its budget does not matter.
+        problem: its menu must have ``dense``; its budget does not matter.
         loss: the KL divergence, nats per token, so that a dense unit has the error 0.
     """
     dense = (problem.menu.index(DENSE),) * len(problem.table)

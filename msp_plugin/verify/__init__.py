@@ -1,1 +1,1 @@
-"""Proof that a checkpoint is what was planned, stored, measured and served."""
+"""Checks which prove that a checkpoint is what was planned, stored, measured and served."""

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint: their base class, their findings, and the run of several of them."""
+"""Checks of a checkpoint: their base class, their findings, and how several of them are run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ OK, FAIL, SKIP = "ok", "fail", "skip"
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table.
+    """One row of the table of results.
 
     Args:
         item: the part that was checked.
         state: ``ok``, ``fail`` or ``skip`` (not checked).
-        found: the result; for ``skip``, what the check would need.
-        expected: the right result; empty where there is nothing to compare with.
+        found: the result; for ``skip``, the reason.
+        expected: the right result; empty if there is nothing to compare with.
         details: further values, for programs.
     """
 
@@ -41,14 +41,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """The checkpoint that is checked, and the models and texts that it is compared with.
+    """The checkpoint to check, and the models and texts to compare it with.
 
     Args:
-        checkpoint: the one that is checked.
+        checkpoint: the one to check.
         reference: the checkpoint that it must equal bit for bit, e.g. the run that it was exported from.
         original: source of the model before pruning, to measure what pruning costs.
         text: test samples for perplexity and KL.
-        environment: the virtual environment (or the ``vllm`` executable) that serves.
+        environment: the virtual environment with vLLM, or its ``vllm`` executable, to serve it.
         trust_remote_code: run the model repository's code.
     """
 
@@ -62,9 +62,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Check(ABC):
-    """Proves one thing of a checkpoint. Fields are the options of ``msp verify --set``.
+    """Proves one property of a checkpoint. Fields are the options of ``msp verify --set``.
 
-    ``needs`` names the fields of the subject without which the check is skipped.
+    ``needs`` names fields of Subject; if one of them is None, the check is skipped.
     """
 
     name: ClassVar[str]
@@ -72,7 +72,7 @@ class Check(ABC):
 
     @abstractmethod
     def run(self, subject: Subject, progress: StepProgress) -> list[Finding]:
-        """Return the findings. An MSPError that it raises becomes a failed finding."""
+        """Return the findings. Any error becomes a failed finding."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class CheckResult:
 
     @property
     def passed(self) -> bool:
-        """True if nothing failed; a skipped check has not failed."""
+        """True if nothing failed; a skipped check counts as passed."""
         return all(finding.state != FAIL for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class CheckResult:
         }
 
 
-#: By field of the subject that a check may need, its name in messages.
+#: What messages call the fields of Subject that a check may need.
 OPTIONS = {
     "reference": "a reference",
     "original": "the original model",
@@ -108,14 +108,14 @@ OPTIONS = {
 
 
 def missing_needs(check: Check, subject: Subject) -> list[str]:
-    """Return the names of what a check needs and the subject lacks."""
+    """Return what a check needs and the subject lacks, in words (see OPTIONS)."""
     return [OPTIONS[need] for need in check.needs if getattr(subject, need) is None]
 
 
 def run_checks(
     subject: Subject, checks: Sequence[Check], progress: StepProgress = no_progress
 ) -> list[CheckResult]:
-    """Return the result of every check, in order; one that fails does not stop the others."""
+    """Return the result of every check in order; a failing check does not stop the others."""
     results = []
     for check in checks:
         began = time.monotonic()
@@ -127,7 +127,7 @@ def run_checks(
                 findings = check.run(subject, progress)
             except MSPError as error:
                 findings = [Finding(check.name, FAIL, str(error))]
-            except Exception as error:  # a plugin's fault, out of memory: the other findings must not be lost
+            except Exception as error:  # e.g. a plugin's bug, or out of memory: keep the other findings
                 log.info("check %s", check.name, exc_info=True)
                 findings = [Finding(check.name, FAIL, f"the check broke: {type(error).__name__}: {error}")]
         result = CheckResult(check.name, tuple(findings), time.monotonic() - began)

@@ -1,4 +1,4 @@
-"""The check that a smaller model computes what the one does that it was cut from."""
+"""The check that a smaller model gives the logits of the model that it was cut from."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
 
 @dataclass(frozen=True)
 class Logits(Check):
-    """A smaller model's logits in float32 are those of the reference, on random tokens, and so are greedy tokens.
+    """A smaller model gives the reference's float32 logits on random tokens, and the same greedy tokens.
 
-    The sums have fewer terms, all of which are zero, but are rounded in another order. Every other export keeps the
-    bits of its weights, and is left out here.
+    The terms that its sums leave out are zero, but the others are rounded in another order. Other exports keep the
+    bits of their weights, so the check skips them.
 
     Args:
-        samples, length: of the random tokens.
-        tokens: how many each sample is continued by, through the KV cache.
-        tolerance: the largest difference of two logits, as a share of the largest logit.
+        samples, length: number of samples of random tokens, and tokens of each.
+        tokens: greedy tokens after each sample, through the KV cache.
+        tolerance: largest difference of two logits, as a share of the largest logit.
     """
 
     name = "logits"
@@ -45,7 +45,9 @@ class Logits(Check):
         assert reference is not None, "the check needs a reference"
         manifest = subject.checkpoint.manifest
         if manifest is None or not manifest.structure:
-            return [Finding("logits", SKIP, "no smaller model: its tensors are compared bit for bit")]
+            return [
+                Finding("logits", SKIP, "not a smaller model: round_trip compares its tensors bit for bit")
+            ]
         ids, logits, greedy = None, [], []
         for done, path in enumerate((reference.path, subject.checkpoint.path), 1):
             model = load(path, "float32", checksums=False)
@@ -75,14 +77,14 @@ class Logits(Check):
 
 
 def _greedy(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Return the most likely continuation [samples, tokens] through the KV cache; no token ends it."""
-    cache, new, found = None, ids, []
+    """Return the greedy continuation int64[samples, tokens] through the KV cache; no token ends it."""
+    cache, new, chosen = None, ids, []
     with torch.no_grad():
         for _ in range(tokens):
             result = model(new, past_key_values=cache, use_cache=True)
             cache, new = result.past_key_values, result.logits[:, -1:].argmax(dim=-1)
-            found.append(new)
-    return torch.cat(found, dim=1)
+            chosen.append(new)
+    return torch.cat(chosen, dim=1)
 
 
 def _same_tokens(expected: torch.Tensor, found: torch.Tensor) -> Finding:

@@ -24,10 +24,9 @@ from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Relative difference of a perplexity measured twice, on other machines or thread counts.
+#: Largest relative difference of one perplexity measured on two machines or with other thread counts.
 _SAME_PERPLEXITY = 1e-3
-
-#: The most nats per token between a smaller model and the one that it was cut from, in float32.
+#: Largest KL, in nats per token, between a smaller model and the one that it was cut from, in float32.
 _ROUNDING = 1e-6
 
 
@@ -36,7 +35,7 @@ class Quality(Check):
     """Perplexity on the text is finite, KL to the reference is 0, KL to the original is not too large.
 
     Args:
-        dtype: of all models, ``auto`` for each one's own.
+        dtype: of all models; ``auto`` for each model's own.
         max_kl: the most that pruning may cost, KL(original || checkpoint) in nats per token; none by default.
     """
 
@@ -80,7 +79,7 @@ class Quality(Check):
         remote_code: bool,
         progress: Progress,
     ) -> tuple[float, float]:
-        """Return KL(source || model) in nats per token and the source's perplexity."""
+        """Return (KL(source || model) in nats per token, the source's perplexity)."""
         other = load(source, self.dtype, checksums=False, trust_remote_code=remote_code)
         sizes = [m.config.get_text_config().vocab_size for m in (other, model)]
         if sizes[0] != sizes[1]:
@@ -90,7 +89,7 @@ class Quality(Check):
             )
         with on_best_device(other):
             device = next(other.parameters()).device
-            if next(model.parameters()).device != device:  # KL is 0 on one device only
+            if next(model.parameters()).device != device:  # equal models have KL 0 only on the same device
                 torch.nn.Module.to(model, device)
             return mean_kl(other, model, text, progress=progress), perplexity(other, text)
 
@@ -106,7 +105,7 @@ class Quality(Check):
 
 
 def _against_reference(kl: float, value: float, *, smaller: bool, dtype: str) -> Finding:
-    """Return whether a checkpoint computes what its reference does; a smaller one is rounded in another order."""
+    """Return the finding on the KL to the reference; a smaller model's sums are rounded in another order."""
     most = _ROUNDING if smaller else 0.0
     unknown = smaller and dtype != "float32"
     expected = "KL 0: the same weights give the same logits"
@@ -122,20 +121,20 @@ def _against_reference(kl: float, value: float, *, smaller: bool, dtype: str) ->
 
 
 def _recorded(checkpoint: Checkpoint, text: CalibrationSet, value: float, dtype: str) -> Finding:
-    """Return the perplexity, compared with the run's own of the same text and dtype, if there is one."""
+    """Return the finding on the perplexity, compared with run.json's if that is of the same text and dtype."""
     details = {"perplexity": finite(value), "tokens": text.tokens, "fingerprint": text.fingerprint}
-    said, measured_in = _said(checkpoint, text)
-    if said is None or dtype != measured_in:
-        other = "finite" if said is None else f"finite; {said:.4f} in {measured_in} (run.json)"
+    recorded, measured_in = _perplexity_in_run(checkpoint, text)
+    if recorded is None or dtype != measured_in:
+        other = "finite" if recorded is None else f"finite; {recorded:.4f} in {measured_in} (run.json)"
         return Finding("perplexity", OK if math.isfinite(value) else FAIL, f"{value:.4f}", other, details)
-    near = abs(value - said) <= _SAME_PERPLEXITY * said
+    near = abs(value - recorded) <= _SAME_PERPLEXITY * recorded
     return Finding(
-        "perplexity", OK if near else FAIL, f"{value:.4f}", f"{said:.4f} (run.json, same text)", details
+        "perplexity", OK if near else FAIL, f"{value:.4f}", f"{recorded:.4f} (run.json, same text)", details
     )
 
 
-def _said(checkpoint: Checkpoint, text: CalibrationSet) -> tuple[float | None, str]:
-    """Return the perplexity in run.json if it is of the same text, and the dtype in which it was measured."""
+def _perplexity_in_run(checkpoint: Checkpoint, text: CalibrationSet) -> tuple[float | None, str]:
+    """Return (the perplexity in run.json, its dtype); None if there is none of the same text."""
     record = RunRecord.beside(checkpoint.path)
     if record is None or record.test is None or record.test.fingerprint != text.fingerprint:
         return None, ""

@@ -18,7 +18,7 @@ from msp_plugin.verify.sliced import sliced
 
 @dataclass(frozen=True)
 class RoundTrip(Check):
-    """Packing and unpacking changes no bit; with a reference, every tensor equals it."""
+    """Packing and unpacking changes no bit; with a reference, every tensor equals the reference's."""
 
     name = "round_trip"
 
@@ -26,9 +26,7 @@ class RoundTrip(Check):
         rows = [_packing(subject.checkpoint, progress)]
         if subject.reference is None:
             rows.append(
-                Finding(
-                    "reference", SKIP, "not compared: give a reference, the run that it was exported from"
-                )
+                Finding("reference", SKIP, "not compared: give a reference, the run that was exported")
             )
         elif subject.checkpoint.manifest is not None and subject.checkpoint.manifest.structure:
             rows += sliced(subject.checkpoint, subject.reference, progress)
@@ -38,9 +36,9 @@ class RoundTrip(Check):
 
 
 def _packing(checkpoint: Checkpoint, progress: StepProgress) -> Finding:
-    """Return whether every layer comes back from packing with the same bits.
+    """Return the finding whether every layer comes back from packing with the same bits.
 
-    Of a dense checkpoint, those are looked at that an export to sparse24 would pack.
+    The layers of a dense checkpoint are those that an export to sparse24 would pack.
     """
     format = checkpoint.format or Sparse24Bitmask()
     if checkpoint.quantization is not None:
@@ -71,7 +69,7 @@ def _packing(checkpoint: Checkpoint, progress: StepProgress) -> Finding:
 
 
 def _equality(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgress) -> Finding:
-    """Return whether dense tensors equal the reference's; in packed layers, zeros may differ in sign."""
+    """Return the finding whether dense tensors equal the reference's; zeros of packed layers may differ in sign."""
     ours, theirs = checkpoint.dense_names, reference.dense_names
     lost, odd = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
     other, signs = [], 0
@@ -81,9 +79,7 @@ def _equality(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgr
         packed = {ours[name], theirs[name]} != {None}
         if same_bits(a, b):
             pass
-        elif packed and same_bits(
-            positive_zeros(a)[0], positive_zeros(b)[0]
-        ):  # packing has no place for their signs
+        elif packed and same_bits(positive_zeros(a)[0], positive_zeros(b)[0]):  # packing drops zeros' signs
             signs += int((torch.signbit(a) != torch.signbit(b)).count_nonzero())
         else:
             other.append(name)

@@ -20,7 +20,7 @@ from msp_plugin.runtime.files import finite
 from msp_plugin.verify.base import FAIL, OK, Check, Finding, Subject
 from msp_plugin.verify.server import Completion, serving
 
-#: Beginnings that any language model can continue; prose and code, short and longer.
+#: Beginnings of texts that any language model can continue: prose and code, short and longer.
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
@@ -34,27 +34,27 @@ PROMPTS = (
     "SELECT name FROM users WHERE",
 )
 
-#: Nats by which log-probabilities may differ. In float32 the order of sums shows in the sixth digit. With 16
-#: bits the logits themselves are rounded: between 16 and 32 they are 2**-3 apart in bfloat16, 2**-6 in
-#: float16; twice that.
+#: Nats by which log-probabilities may differ. In float32 the order of sums shows in the sixth digit. With 16 bits the
+#: logits are rounded too: between 16 and 32, neighbouring numbers are 2**-3 apart in bfloat16 and 2**-6 in float16;
+#: the tolerance is twice that.
 TOLERANCE = {"float32": 1e-3, "float16": 2**-5, "bfloat16": 2**-2}
 
 
 @dataclass(frozen=True)
 class Served(Check):
-    """A vLLM server gives the greedy tokens and log-probabilities of transformers; lists the kernels.
+    """A vLLM server gives the greedy tokens and log-probabilities of transformers; also lists its kernels.
 
     Args:
         prompts: number of prompts, at most ten.
         tokens: greedy tokens after each prompt.
-        dtype: of the server and of transformers. In float32 the greedy tokens must be the same. With 16 bits,
-            where near ties fall either way, transformers reads the server's own tokens: each must be within
-            ``tolerance`` of the most likely one.
-        tolerance: largest difference of a token's log-probability in nats; null for the dtype's own.
+        dtype: of the server and of transformers. In float32 the greedy tokens must be the same. With 16 bits near ties
+            may fall either way, so transformers scores the server's tokens: each must be within ``tolerance`` of the
+            most likely one.
+        tolerance: largest difference of a token's log-probability in nats; null takes the dtype's in TOLERANCE.
         quantization: value of vLLM's ``--quantization``: ``sparse24`` packs a dense checkpoint at load time.
             A packed checkpoint needs none.
-        arguments: further ones of ``vllm serve``, quoted as in a shell.
-        port: 0 for any free one.
+        arguments: further arguments of ``vllm serve``, quoted as in a shell.
+        port: 0 for any free port.
         patience: seconds that the server may take to get ready.
     """
 
@@ -171,7 +171,7 @@ def _largest(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of given tokens, the log-probability of each, and how far it is behind the most likely token there."""
+    """By token, its log-probability (nats), and how far that is below the most likely token's at its position."""
 
     logprobs: tuple[float, ...]
     behind: tuple[float, ...]
@@ -179,7 +179,7 @@ class Scores:
 
 @torch.no_grad()
 def scores(model: torch.nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> Scores:
-    """Return the scores (nats) that a model gives to tokens after a prompt."""
+    """Return the scores that a model gives to tokens after a prompt."""
     ids = torch.tensor([[*prompt, *tokens]], device=next(model.parameters()).device)
     logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     of_tokens = logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
@@ -187,7 +187,7 @@ def scores(model: torch.nn.Module, prompt: Sequence[int], tokens: Sequence[int])
 
 
 def _while_equal(x: Completion, y: Completion) -> list[tuple[float, float]]:
-    """Return the pairs of log-probabilities until the first token that differs, that one included."""
+    """Return the pairs of log-probabilities up to and including the first token that differs."""
     pairs = []
     for a, b, p, q in zip(x.tokens, y.tokens, x.logprobs, y.logprobs, strict=True):
         pairs.append((p, q))

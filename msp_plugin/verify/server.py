@@ -1,4 +1,4 @@
-"""Start a vLLM server on a checkpoint, ask it over HTTP, and stop it."""
+"""Start a vLLM server on a checkpoint, query it over HTTP, and stop it."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Server:
     """A running server.
 
     Args:
-        name: of the model, random, so that no other server can answer in this one's place.
-        url: its root.
-        log: the file that its output goes to.
-        report: the file that the vLLM plugin writes one JSON line per layer and process to.
-        process: the server's process, leader of a group of its own.
+        name: the model's name in requests; random, so that no other server can answer in its place.
+        url: the root address.
+        log: the file with its output.
+        report: the file in which the vLLM plugin writes one JSON line per layer and process.
+        process: the server's process, the leader of its own process group.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Server:
         """Return ``count`` greedy tokens after a prompt of token ids.
 
         Raises:
-            ServingError: the server died, refused, or answered something else.
+            ServingError: the server ended, refused, or gave an unexpected answer.
         """
         body = {
             "model": self.name,
@@ -110,7 +110,7 @@ class Server:
             raise _died(self.process, self.log) from None
 
     def layers(self) -> list[dict[str, Any]]:
-        """Return the vLLM plugin's report of each layer; empty if it is not installed or packs nothing."""
+        """Return the vLLM plugin's report of each layer; empty if the plugin is not installed or packs nothing."""
         if not self.report.is_file():
             return []
         try:
@@ -146,13 +146,13 @@ def serving(
     """Yield a server that is ready to answer, and stop it when the block ends, however it ends.
 
     Args:
-        arguments: further ones of ``vllm serve``.
-        port: None for any free one.
+        arguments: further arguments of ``vllm serve``.
+        port: None for any free port.
         patience: seconds that the server may take to get ready.
 
     Raises:
-        RecipeError: no vLLM there.
-        ServingError: the port is taken, the server dies (its last lines are shown) or does not get ready.
+        RecipeError: the environment has no vLLM.
+        ServingError: the port is taken, or the server ends or does not get ready; the message has its last lines.
     """
     executable, port = vllm_executable(environment), _free_port(port)
     name = f"msp-{uuid.uuid4().hex}"
@@ -176,7 +176,7 @@ def serving(
 
 
 def _free_port(port: int | None) -> int:
-    """Return the port if it is free, any free one for None; raise if it is not."""
+    """Return the port, or any free one for None; raise ServingError if the port is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -184,7 +184,7 @@ def _free_port(port: int | None) -> int:
         except OSError as error:
             raise ServingError(
                 f"port {port} cannot be used: {error.strerror}",
-                hint="give another one, or none for any free port",
+                hint="give another port, or none for any free one",
             ) from None
         return int(probe.getsockname()[1])
 
@@ -213,7 +213,7 @@ def _died(process: subprocess.Popen[bytes], log: Path) -> ServingError:
 
 
 def _first_error(log: Path) -> str:
-    """Return the first exception in the log: vLLM's engine says why, the last lines only that it ended."""
+    """Return the first exception in the log; it says why vLLM ended, the last lines often do not."""
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         if match := _EXCEPTION.search(line):
             return match[0][:300]
@@ -226,7 +226,7 @@ def _tail(log: Path) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop the server and the processes that it started: asked first, killed if they go on."""
+    """Stop the server and the processes that it started: first ask them to end, then kill them."""
     for sign, seconds in ((signal.SIGINT, 20), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
         try:
             os.killpg(process.pid, sign)

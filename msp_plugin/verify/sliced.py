@@ -1,4 +1,4 @@
-"""Whether a smaller checkpoint's tensors are slices of its reference's, and what was left out contributed nothing."""
+"""Check that a smaller checkpoint's tensors are slices of its reference's, and that the rest contributed nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from msp_plugin.verify.base import FAIL, OK, Finding
 
 
 def sliced(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgress) -> list[Finding]:
-    """Compare every tensor with the slice of the reference's that export.json records, and look at the rest of it.
+    """Compare every tensor with its slice of the reference as export.json records it, and check what was left out.
 
     Raises:
         FormatError: the record is damaged or of another model.
@@ -50,7 +50,7 @@ def _slices(checkpoint: Checkpoint, reference: Checkpoint, slices: Slices, progr
 
 
 def _left_out(reference: Checkpoint, slices: Slices) -> Finding:
-    """Return whether every group that is left out contributes nothing in the reference."""
+    """Return the finding whether every group that is left out contributes nothing in the reference."""
     structure, wrong, count = reference.structure, [], 0
     for half in slices.halves:
         out = torch.ones(half.groups, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The check that files and tensors are those of the export, and that every layer holds its level."""
+"""The check that files and tensors are those of the export, and that every layer has the pattern of its level."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msp_plugin.structure.halves import find_halves
 from msp_plugin.structure.small_model import empty_model
 from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
 
-#: Layers that fail are named one by one up to this many.
+#: Most failing layers that are listed one by one.
 _NAMED = 10
 
 
@@ -39,7 +39,7 @@ def _files(checkpoint: Checkpoint) -> list[Finding]:
     """Compare the files with the checksums of export.json."""
     manifest = checkpoint.manifest
     if manifest is None:
-        return [Finding("files", SKIP, "no export.json, so no checksums to hold the files against")]
+        return [Finding("files", SKIP, "no export.json, so there are no checksums to compare with")]
     wrong = manifest.differences(checkpoint.path)
     expected = f"{len(manifest.files)} files with the SHA-256 of export.json"
     if wrong:
@@ -51,7 +51,7 @@ def _tensors(checkpoint: Checkpoint) -> list[Finding]:
     """Compare names and shapes of the tensors with export.json."""
     shapes = {name: list(info.shape) for name, info in checkpoint.tensors.items()}
     if checkpoint.manifest is None:
-        return [Finding("tensors", SKIP, f"{len(shapes)} there; no export.json says which there must be")]
+        return [Finding("tensors", SKIP, f"{len(shapes)} found; no export.json says which ones to expect")]
     expected = {name: list(shape) for name, shape in checkpoint.manifest.tensors.items()}
     lost, odd = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
     other = sorted(name for name in set(shapes) & set(expected) if shapes[name] != expected[name])
@@ -66,7 +66,7 @@ def _tensors(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def _widths(checkpoint: Checkpoint) -> list[Finding]:
-    """Compare the tensors of a smaller model with the widths of each block that its config.json gives."""
+    """Compare the tensors of a smaller model with the widths of its blocks in config.json."""
     if checkpoint.manifest is None or not checkpoint.manifest.structure:
         return []
     model = empty_model(checkpoint.path)
@@ -87,7 +87,7 @@ def _layers(checkpoint: Checkpoint, progress: StepProgress) -> list[Finding]:
     """Compare every layer with its level in allocation.json, and count all zeros."""
     allocation = checkpoint.allocation
     if allocation is None:
-        return [Finding("layers", SKIP, "no allocation.json, so no levels to hold the layers against")]
+        return [Finding("layers", SKIP, "no allocation.json, so there are no levels to compare with")]
     quantized = checkpoint.quantization is not None
     if quantized and any(f"{layer}.weight" not in checkpoint.tensors for layer in allocation.by_layer):
         return [Finding("layers", SKIP, "the quantized weights are in a form that is not read here")]
@@ -115,7 +115,7 @@ def _layers(checkpoint: Checkpoint, progress: StepProgress) -> list[Finding]:
 
 
 def _layer(checkpoint: Checkpoint, layer: str, level: Level) -> tuple[int, str | None]:
-    """Return the zeros of a layer, and why it does not hold its level, None if it does."""
+    """Return (the zeros of a layer, the reason why it breaks its level or None)."""
     try:
         counted = recount(checkpoint.weight(layer), level)
     except FormatError as error:
@@ -126,6 +126,6 @@ def _layer(checkpoint: Checkpoint, layer: str, level: Level) -> tuple[int, str |
 
 
 def _recorded_zeros(checkpoint: Checkpoint) -> int | None:
-    """Return the zeros that the run counted when it had pruned, None if no run.json says so."""
+    """Return the zeros that the run counted after pruning; None if no run.json has them."""
     record = RunRecord.beside(checkpoint.path)
     return None if record is None else record.sparsity.zeros

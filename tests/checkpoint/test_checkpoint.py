@@ -133,7 +133,7 @@ def test_a_config_without_a_sparse_format_names_no_layer(found):
         (config(**{**GOOD, "format": "dense"}), "sparsity format 'dense' is not read"),
         (config(**{**GOOD, "format": None}), "sparsity format None is not read"),
         (config(targets=["a.b"]), "sparsity format None is not read"),
-        ({"quantization_config": {"sparsity_config": ["x"]}}, "sparsity_config is no mapping"),
+        ({"quantization_config": {"sparsity_config": ["x"]}}, "sparsity_config is not a mapping"),
         ({"quantization_config": {"sparsity_config": GOOD, "config_groups": {"g": 1}}}, "quantized and packed at once"),
     ],
 )  # fmt: skip
@@ -205,7 +205,7 @@ def test_a_layer_both_packed_and_dense_is_refused(packed_dir, copied, rewrite):
 
 def test_values_that_are_no_matrix_are_refused(packed_dir, copied, rewrite):
     path = rewrite(copied(packed_dir), {f"{UP}.compressed": lambda t: t.reshape(-1)})
-    with pytest.raises(FormatError, match=f"{UP} is no packed weight: compressed torch.bfloat16 .4096."):
+    with pytest.raises(FormatError, match=f"{UP} is not a packed weight: compressed torch.bfloat16 .4096."):
         Checkpoint.open(path)
 
 
@@ -218,21 +218,23 @@ def test_values_that_are_no_matrix_are_refused(packed_dir, copied, rewrite):
 )  # fmt: skip
 def test_a_shape_tensor_that_disagrees_with_the_values_is_named(shape, packed_dir, copied, rewrite):
     path = rewrite(copied(packed_dir), {f"{UP}.shape": torch.tensor(shape, dtype=torch.int64)})
-    with pytest.raises(FormatError, match=f"{UP}.shape says|{UP} is no packed weight: .* shape torch.int64"):
+    with pytest.raises(
+        FormatError, match=f"{UP}.shape says|{UP} is not a packed weight: .* shape torch.int64"
+    ):
         Checkpoint.open(path).weight(UP)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.uint8, torch.bool])
 def test_a_shape_tensor_of_another_type_is_refused(dtype, packed_dir, copied, rewrite):
     path = rewrite(copied(packed_dir), {f"{UP}.shape": lambda t: t.to(dtype)})
-    with pytest.raises(FormatError, match=f"{UP} is no packed weight: .* shape {dtype}"):
+    with pytest.raises(FormatError, match=f"{UP} is not a packed weight: .* shape {dtype}"):
         Checkpoint.open(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.float64])
 def test_values_without_a_scale_of_a_type_that_needs_one_are_refused(dtype, packed_dir, copied, rewrite):
     path = rewrite(copied(packed_dir), {f"{UP}.compressed": lambda t: t.to(dtype)})
-    with pytest.raises(FormatError, match=f"{UP} is no packed weight: compressed {dtype}"):
+    with pytest.raises(FormatError, match=f"{UP} is not a packed weight: compressed {dtype}"):
         Checkpoint.open(path)
 
 
@@ -290,7 +292,7 @@ def test_packed_tensors_whose_headers_cannot_be_a_weights_are_refused_at_once(
 ):
     path = rewrite(copied(packed_dir), {f"{UP}.{suffix}": change})
     with pytest.raises(
-        FormatError, match=f"{UP} is no packed weight: compressed torch.* bitmask torch.* shape"
+        FormatError, match=f"{UP} is not a packed weight: compressed torch.* bitmask torch.* shape"
     ):
         Checkpoint.open(path)
 

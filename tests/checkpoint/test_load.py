@@ -201,7 +201,7 @@ def test_a_shard_that_the_manifest_names_and_is_gone_is_found(run_dir, tmp_path)
 def test_truncated_tensors_are_damage(keep, packed):
     content = (packed / "model.safetensors").read_bytes()
     (packed / "model.safetensors").write_bytes(content[:keep])
-    with pytest.raises(FormatError, match="is no whole safetensors file"):
+    with pytest.raises(FormatError, match="is not a complete safetensors file"):
         load(packed)
 
 
@@ -211,7 +211,7 @@ def test_truncated_tensors_are_damage(keep, packed):
         ({f"{UP}.bitmask": lambda t: t ^ 16}, f"{UP}: the bitmask does not store two"),
         ({f"{UP}.shape": lambda t: t.flip(0)}, f"{UP}.shape says"),
         ({f"{UP}.shape": lambda t: t * 2**56}, f"{UP}.shape says"),
-        ({f"{UP}.shape": lambda t: t.double()}, f"{UP} is no packed weight"),
+        ({f"{UP}.shape": lambda t: t.double()}, f"{UP} is not a packed weight"),
         ({f"{UP}.shape": None}, f"there is no {UP}.shape"),
         ({"model.norm.weight": None}, "no model.norm.weight"),
         ({"model.extra.weight": torch.zeros(3)}, "model.extra.weight has no place"),

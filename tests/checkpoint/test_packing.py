@@ -135,7 +135,7 @@ def test_shapes_that_the_kernels_have_no_tiles_for_stay_dense(make_run, tmp_path
     path = make_run(tmp_path / "run", small(hidden_size=48), levels=["2:4"] * 8)
     choice = Checkpoint.open(path).packing_in(SPARSE24)
     assert choice.packed == {f"{block}.mlp.down_proj": "2:4" for block in BLOCKS}  # [48, 128]
-    assert choice.dense[f"{BLOCKS[0]}.mlp.up_proj"] == "shape [128, 48] is no multiple of [16, 32]"
+    assert choice.dense[f"{BLOCKS[0]}.mlp.up_proj"] == "shape [128, 48] is not a multiple of [16, 32]"
     assert len(choice.dense) == 12
 
 
@@ -143,7 +143,7 @@ def test_one_narrow_sibling_keeps_the_fused_ones_dense(make_run, tmp_path):
     model = small(num_attention_heads=8, num_key_value_heads=1)
     path = make_run(tmp_path / "run", model, levels=["2:4"] * 8)
     choice = Checkpoint.open(path).packing_in(SPARSE24)
-    why = "shape [8, 64] is no multiple of [16, 32]"
+    why = "shape [8, 64] is not a multiple of [16, 32]"
     k, v, q = (f"{BLOCKS[0]}.self_attn.{part}_proj" for part in "kvq")
     assert choice.dense[k] == choice.dense[v] == why
     assert choice.dense[q] in [f"inference fuses it with {name}, which stays dense: {why}" for name in (k, v)]

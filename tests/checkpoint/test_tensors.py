@@ -120,7 +120,7 @@ def test_a_truncated_file_is_named_before_a_tensor_is_read(keep, tmp_path):
     written(tmp_path, sized(a=400, b=40), 10**6)
     path = tmp_path / SINGLE
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(FormatError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(FormatError, match=r"model\.safetensors is not a complete safetensors file"):
         TensorFiles(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_a_file_truncated_after_it_was_opened_is_named_with_the_tensor(tmp_path)
 )  # fmt: skip
 def test_a_header_that_contradicts_itself_is_damage(header, tmp_path):
     with_header(tmp_path / SINGLE, header, b"\0" * 12)
-    with pytest.raises(FormatError, match="is no whole safetensors file"):
+    with pytest.raises(FormatError, match="is not a complete safetensors file"):
         TensorFiles(tmp_path)
 
 

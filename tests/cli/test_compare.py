@@ -152,7 +152,7 @@ def test_an_output_directory_with_something_in_it_is_refused_first(msp_compare, 
     (("--allocators", "owl", "--set", "dlp.amplitude=0.1"), "no such role 'dlp'"),
     (("--allocators", "owl", "--set", "owl.amplitude=wide"), "option amplitude"),
     (("--allocators", "owl", "--set", "outliers.m=1"), "no option 'm'"),
-    (("--seeds", "0,x"), "seeds '0,x' are no numbers"), (("--seeds", "0,-1"), "seed = -1"),
+    (("--seeds", "0,x"), "seeds '0,x' are not numbers"), (("--seeds", "0,-1"), "seed = -1"),
     (("--seeds", "2,2"), "seed 2 is given twice"), (("--seeds", ","), "no seeds to compare"),
     (("-s", "75"), "outside [0, 1)"), (("-s", "0.5,1/2"), "sparsity 1/2 is given twice"),
     (("-s", ","), "no sparsities"), (("-m", "wandda"), "no pruner called 'wandda'"),
@@ -240,7 +240,7 @@ def test_a_report_that_cannot_be_drawn_does_not_cost_the_comparison(msp_compare,
     )
     (left,) = (tmp_path / "[1] out").iterdir()
     assert len(json.loads(left.read_text())["rows"]) == 2 and "knapsack" in printed.out
-    assert f"error: {left} is whole, but no report could be drawn: 'a bug'" in printed.err
+    assert f"error: {left} is complete, but the report failed: 'a bug'" in printed.err
     assert f"msp report '{tmp_path}/[1] out'" in printed.err
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from msp_plugin.cli import console
 from msp_plugin.progress import no_progress, prefixed
-from msp_plugin.records.run import RunRecord
+from msp_plugin.records.run import RunRecord, SparsityRecord, StageRecord
 
 #: Each would be lost, coloured or replaced if it were markup or an emoji code.
 ODD = "out[1] [red]x[/red] [/] :smile:"
@@ -101,6 +101,17 @@ def test_a_bar_shows_step_and_note_as_they_are(monkeypatch, capsys):
     assert ODD in shown and "2/2" in shown and "loss [0.2]" in shown
 
 
+def test_each_model_of_a_run_is_shown_with_its_own_zeros():
+    shares = {"dense": None, "uniform": 0.5, "prune": 0.25, "recover": 0.75}
+    record = RunRecord(
+        stages=tuple(StageRecord(name=name, sparsity=share) for name, share in shares.items()),
+        sparsity=SparsityRecord(achieved=0.25),
+        perplexity={"dense": 2.0, "uniform": 3.0, "mixed": 2.5, "recovered": 2.2},
+    )
+    zeros = list(console.quality_table(record, "").columns[1].cells)
+    assert zeros == ["0.00 %", "50.00 %", "25.00 %", "75.00 %"]
+
+
 def test_no_text_is_read_as_markup(capsys):
     table = Table(title=ODD)
     table.add_column(ODD)
@@ -151,4 +162,4 @@ def test_a_name_that_the_terminals_encoding_lacks_is_printed_with_escapes(copied
 
 def test_a_world_size_that_is_no_number_is_one_clear_error(msp, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "all")
-    assert msp("doctor", code=1).err.startswith("error: WORLD_SIZE is 'all', no number of ranks")
+    assert msp("doctor", code=1).err.startswith("error: WORLD_SIZE is 'all', expected a number of ranks")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,31 @@ def test_the_start_up_hook_imports_neither_torch_nor_the_host():
     assert python(code).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_one_import_makes_the_modifier_known():
     done = python(f"from msp_plugin import MixedSparsityModifier; {SCRIPT}")
     assert "MixedSparsityModifier" in done.stdout, done.stderr
 
 
+@pytest.fixture
+def ria(tmp_path, monkeypatch):
+    """msp-ria as an installer leaves it: its module and its metadata, from its pyproject.toml."""
+    about = tomllib.loads((RIA / "pyproject.toml").read_text())["project"]
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "msp_ria.py").write_text((RIA / "msp_ria.py").read_text())
+    info = tmp_path / "site" / f"msp_ria-{about['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: {about['name']}\nVersion: {about['version']}\n")
+    points = "\n".join(f"{name} = {module}" for name, module in about["entry-points"]["msp_plugin"].items())
+    (info / "entry_points.txt").write_text(f"[msp_plugin]\n{points}\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    yield
+    sys.modules.pop("msp_ria", None)
+
+
 @pytest.fixture(scope="module")
-def ria(tmp_path_factory):
+def installed_ria(tmp_path_factory):
+    """The environment variables of processes in which pip has installed msp-ria."""
     target = tmp_path_factory.mktemp("site")
     copy = tmp_path_factory.mktemp("src")
     for name in ("pyproject.toml", "msp_ria.py"):
@@ -63,7 +82,7 @@ def ria(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_third_party_method_of_25_lines_prunes_like_a_built_in_one(ria, tmp_path):
+def test_a_third_party_method_of_25_lines_prunes_like_a_built_in_one(installed_ria, tmp_path):
     assert len((RIA / "msp_ria.py").read_text().splitlines()) <= 25
     text = tmp_path / "text.txt"
     text.write_text("for i in range(10):\n    print(i * i)\n" * 200)
@@ -74,7 +93,7 @@ def test_a_third_party_method_of_25_lines_prunes_like_a_built_in_one(ria, tmp_pa
          "--set", "allocator.rounds=1", "--set", "allocator.seeds=3", "--set", "allocator.tokens=128",
          "--set", "allocator.holdout=64", "--set", "method.power=0.7", "--cache", str(tmp_path / "cache"),
          "--out", str(out)],
-        capture_output=True, text=True, env={**os.environ, **ria},
+        capture_output=True, text=True, env={**os.environ, **installed_ria},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     from msp_plugin.checkpoint.recount import recount_model
@@ -86,17 +105,10 @@ def test_a_third_party_method_of_25_lines_prunes_like_a_built_in_one(ria, tmp_pa
     assert recount_model(load_model(out), allocation).sparsity == 0.75
 
 
-def test_the_plugin_list_names_the_distribution_of_each_component(ria):
-    done = subprocess.run(
-        [sys.executable, "-m", "msp_plugin", "plugins", "--json"],
-        capture_output=True, text=True, env={**os.environ, **ria},
-    )  # fmt: skip
-    assert '"ria (msp-ria 1.0)"' in done.stdout
+def test_the_plugin_list_names_the_distribution_of_each_component(ria, msp):
+    assert '"ria (msp-ria 1.0)"' in msp("plugins", "--json").out
 
 
-def test_a_blocked_plugin_is_not_loaded(ria):
-    done = subprocess.run(
-        [sys.executable, "-m", "msp_plugin", "plugins", "--json"],
-        capture_output=True, text=True, env={**os.environ, **ria, "MSP_BLOCK_PLUGINS": "ria"},
-    )  # fmt: skip
-    assert done.returncode == 0 and "msp-ria" not in done.stdout
+def test_a_blocked_plugin_is_not_loaded(ria, msp, monkeypatch):
+    monkeypatch.setenv("MSP_BLOCK_PLUGINS", "ria")
+    assert "msp-ria" not in msp("plugins", "--json").out

@@ -19,19 +19,9 @@ from msp_plugin.models.load import load_model
 from msp_plugin.models.source import load_tokenizer
 from msp_plugin.runs import steps
 from msp_plugin.runtime import disk as writing
+from tests.helpers.commands import SEARCH
 
 SMALL = ["--samples", "6", "--length", "64", "--dtype", "float32"]
-SEARCH = [
-    "--set", "allocator.rounds=1", "--set", "allocator.seeds=3", "--set", "allocator.tokens=128",
-    "--set", "allocator.holdout=64", "--set", "fisher.samples=2",
-]  # fmt: skip
-
-
-@pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("\n".join(f"def function_{i}(a, b):\n    return a * {i} + b\n" for i in range(800)))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +148,8 @@ def test_a_disk_without_room_for_the_pruned_weights_is_found_before_any_work(
     [
         (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "free some space"),
-        (MemoryError(), "memory does not suffice"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "memory does not suffice"),
+        (MemoryError(), "out of memory:"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory:"),
         (KeyboardInterrupt(), ""),
     ],
     ids=lambda value: type(value).__name__,

@@ -115,7 +115,7 @@ def test_too_short_a_text_says_how_much_there_is(tokenizer):
     count = len(tokenizer(text).input_ids) + 1
     with pytest.raises(DataError) as error:
         tokenize(tokenizer, [text], samples=9, length=2, source="a.txt")
-    assert f"a.txt has {count} tokens: {count // 2} samples of 2, 9 were asked for" in error.value.message
+    assert f"a.txt has {count} tokens: {count // 2} samples of 2; needed: 9" in error.value.message
     assert "fewer or shorter samples" in error.value.hint
     assert len(tokenize(tokenizer, [text], samples=9, length=2, source="a.txt", at_least=1)) == count // 2
 
@@ -250,7 +250,7 @@ def test_a_loader_without_a_usable_sample_is_refused(batches):
 
 
 @pytest.mark.parametrize("ids, found", [
-    ([[1, 2], [3]], "no table of numbers"), (torch.tensor([1, 2, 3]), r"int64\[3\]"),
+    ([[1, 2], [3]], "not a table of numbers"), (torch.tensor([1, 2, 3]), r"int64\[3\]"),
     (torch.ones(2, 3), r"float32\[2, 3\]"), (torch.ones(1, 2, 3, dtype=torch.int64), r"int64\[1, 2, 3\]"),
 ])  # fmt: skip
 def test_token_ids_that_are_no_table_are_refused(ids, found):

@@ -113,13 +113,15 @@ def test_without_a_count_a_short_text_gives_what_it_holds_and_says_so(tokenizer,
     calibration, test = len(found.calibration), len(found.test)
     assert 8 < calibration + test < 128 + 32 and test == (calibration + test) // 4
     assert f"fewer than the default of 160: {calibration} calibrate, {test} test" in caplog.text
-    with pytest.raises(DataError, match="128 were asked for"):
+    with pytest.raises(DataError, match="needed: 128"):
         load_split(tokenizer, Text(text_file, samples=128, length=512, test_samples=0))
+    with pytest.raises(DataError, match="needed: 8"):  # fewer than the default do, but not any number
+        load_split(tokenizer, Text(text_file, length=16384))
 
 
 def test_a_search_text_of_its_own_that_is_too_short_is_refused(tokenizer, text_file, tmp_path):
     text = Text(
         text_file, search=write_text(tmp_path / "other.txt", 1), samples=8, length=512, test_samples=0
     )
-    with pytest.raises(DataError, match="other.txt has .* were asked for"):
+    with pytest.raises(DataError, match="other.txt has .* needed"):
         load_split(tokenizer, text, SearchText(10**6))

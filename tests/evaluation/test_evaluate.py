@@ -130,7 +130,7 @@ def test_under_json_the_console_shows_no_bar_and_no_log_of_lm_eval_and_what_is_c
     bars = [line for line in shown.err.replace("\r", "\n").split("\n") if "%|" in line]
     assert all("Loading weights" in bar for bar in bars)  # transformers' own
     assert "pretrained" not in shown.err
-    assert "lost their beginning" in shown.err  # 128 tokens are less than an item has
+    assert "their beginnings were cut off" in shown.err  # 128 tokens are less than an item has
 
 
 @needs_lm_eval
@@ -193,7 +193,7 @@ def test_a_reference_with_another_tokenizer_has_no_kl(msp, no_model, run_dir, te
         (["--tasks", "x", "--dtype", "int8"], ["dtype 'int8' is unknown"]),
         (["--tasks", "x", "--task-dir", "/nowhere"], ["no directory of tasks at /nowhere"]),
         (["--tasks", "x", "--task-dir", "."], ["holds no .yaml file"]),
-        (["--task-dir", str(TASKS)], ["without a task", TASK]),
+        (["--task-dir", str(TASKS)], ["no task of it", TASK]),
         (["--data", "/nowhere/text.txt"], ["no data file at /nowhere/text.txt"]),
         (["--data", "demo:test", "--length", "500"], ["samples of 500 tokens", "takes 128 at most"]),
         (["--data", "demo:test", "--out", "taken.json"], ["taken.json exists"]),
@@ -214,8 +214,8 @@ def test_bad_input_is_explained_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("task: [mine\n", ["mine.yaml is no YAML that lm-eval reads"]),
-        ("task: !fun mine.load\n", ["mine.yaml is no YAML that lm-eval reads", "!fun"]),
+        ("task: [mine\n", ["mine.yaml is not YAML that lm-eval reads"]),
+        ("task: !fun mine.load\n", ["mine.yaml is not YAML that lm-eval reads", "!fun"]),
         ("- task: mine\n", ["mine.yaml holds no mapping"]),
         ("output_type: multiple_choice\n", ["no .yaml file of", "defines a task"]),
     ],

@@ -313,12 +313,12 @@ def test_the_header_is_that_of_the_weight(stored):
         ({"shape": torch.tensor([4, 17])}, r"m.up.shape says \[4, 17\], its bitmask is \[4, 2\]"),
         ({"shape": torch.tensor([4, 8])}, r"says \[4, 8\], its bitmask"),
         ({"shape": torch.tensor([0, 13])}, "expected two sizes"),
-        ({"shape": torch.tensor([4, 13], dtype=torch.int32)}, "m.up is no packed weight"),
-        ({"bitmask": torch.zeros(4, 0, dtype=torch.uint8)}, "is no packed weight"),
-        ({"row_offsets": torch.zeros(3, dtype=torch.int64)}, "is no packed weight"),
-        ({"compressed": torch.zeros(65, dtype=torch.bfloat16)}, "is no packed weight"),
-        ({"compressed": torch.zeros(9, dtype=torch.int8)}, "is no packed weight"),
-        ({"compressed": torch.zeros(3, 3)}, "is no packed weight"),
+        ({"shape": torch.tensor([4, 13], dtype=torch.int32)}, "m.up is not a packed weight"),
+        ({"bitmask": torch.zeros(4, 0, dtype=torch.uint8)}, "is not a packed weight"),
+        ({"row_offsets": torch.zeros(3, dtype=torch.int64)}, "is not a packed weight"),
+        ({"compressed": torch.zeros(65, dtype=torch.bfloat16)}, "is not a packed weight"),
+        ({"compressed": torch.zeros(9, dtype=torch.int8)}, "is not a packed weight"),
+        ({"compressed": torch.zeros(3, 3)}, "is not a packed weight"),
     ],
 )
 def test_headers_that_cannot_be_those_of_a_packed_weight_are_refused(changes, words, stored):

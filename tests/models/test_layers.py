@@ -76,7 +76,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(llama, kind):
 
 
 def test_a_broken_regular_expression_is_explained(llama):
-    with pytest.raises(RecipeError, match=r"pattern 're:\(' is no regular expression"):
+    with pytest.raises(RecipeError, match=r"pattern 're:\(' is not a regular expression"):
         prunable_layers(llama, ["re:("])
 
 

@@ -226,7 +226,7 @@ BAD = {
     "another model": (lambda run, dense: {"original": "demo:qwen2"}, "is not the original of"),
     "another tokenizer": (lambda run, dense: change_tokenizer(dense), "another tokenizer"),
     "no text": (lambda run, dense: {"data": "nowhere.txt"}, "nowhere.txt"),
-    "too little text": (lambda run, dense: {"samples": "2000"}, "2004 were asked for"),
+    "too little text": (lambda run, dense: {"samples": "2000"}, "needed: 2004"),
     "one sample": (lambda run, dense: {"samples": "1"}, "one to learn from and another to judge"),
     "unknown method": (lambda run, dense: {"method": "blokwise"}, "did you mean 'blockwise'?"),
     "unknown option": (lambda run, dense: {"set": "blockwise.epoch=2"}, "did you mean 'epochs'?"),

@@ -29,7 +29,7 @@ def test_records_that_cannot_be_read_say_what_was_expected(records, report, tmp_
         "no record of a run": lambda d: {**d, "schema": "other"},
         "version 3, this package reads 1 and 2": lambda d: {**d, "version": 3},
         r"damaged: search\.curve\.0": lambda d: {**d, "search": {"curve": [["x", 1]]}},
-        "is no JSON object": lambda d: [d],
+        "is not a JSON object": lambda d: [d],
     }
     for i, (text, change) in enumerate(changes.items()):
         path = records(f"changed{i}")
@@ -55,7 +55,7 @@ def test_reports_are_written_over_and_nothing_else_is(msp, records, tmp_path):
     for _ in range(2):
         assert msp("report", path).out == f"Written: {path / 'report.html'}\n"
     (path / "notes.txt").write_text("mine")
-    assert "exists and is no report" in msp("report", path, "--out", path / "notes.txt", code=2).err
+    assert "exists and is not a report" in msp("report", path, "--out", path / "notes.txt", code=2).err
     assert "is a directory" in msp("report", path, "--out", path, code=2).err
     assert "there is no" in msp("report", tmp_path / "nowhere", code=2).err
     assert (path / "notes.txt").read_text() == "mine"

@@ -131,8 +131,8 @@ ALL_WRONG = [
     ({"granularity": "row"}, "granularity 'row'"),
     ({"estimators": {"fish": {}}}, "no estimator called 'fish'"),
     ({"estimators": {"fisher": {"samples": 2}}}, "options of fisher, which no allocator of this comparison reads"),
-    ({"nonsense": 1}, "unknown key 'nonsense'"), ({"seed": 3}, "seed is no option"),
-    ({"allocation": "a.json"}, "allocation is no option"),
+    ({"nonsense": 1}, "unknown key 'nonsense'"), ({"seed": 3}, "has no option seed"),
+    ({"allocation": "a.json"}, "has no option allocation"),
     ({"allocators": {"a": {**SEARCH, "tokens": 10_000}}}, "held-out tokens"),
 ]  # fmt: skip
 

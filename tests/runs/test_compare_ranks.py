@@ -15,7 +15,7 @@ def without_times(record):
     return {**kept, "rows": timeless}
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_ranks_find_the_rows_of_one_process_and_the_first_of_them_has_the_record(
     run, on_ranks, llama_dir, monkeypatch, tmp_path, with_plugins, size
 ):

@@ -23,7 +23,7 @@ def run(llama_dir, tmp_path, monkeypatch):
     """Run a recipe; ``stop`` ends it at the first report of that step."""
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat, and the dog sat on the log\n" * 200)
-    search = {"name": "search", "tokens": 64, "holdout": 32, "rounds": 2}
+    search = {"name": "search", "tokens": 64, "holdout": 32, "rounds": 1, "seeds": 2}
     line = {"sparsity": "1/2", "levels": ["dense", "2:4", "1:4"], "allocator": search, "method": "wanda"}
     monkeypatch.setenv("MSP_CACHE", str(tmp_path / "cache"))
 
@@ -79,7 +79,7 @@ def test_text_that_changed_in_between_is_named_and_nothing_of_the_old_is_taken(r
     run.text.write_text("another text altogether, with other words in it\n" * 200)
     caplog.clear()
     steps = run()
-    assert "is of another calibration, test: it is begun anew" in caplog.text
+    assert "belongs to another calibration, test: it starts again" in caplog.text
     assert {"perplexity, dense", "perplexity, uniform", "level database", "sensitivity, fisher"} <= steps
     run("undisturbed", fresh=True)
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")

@@ -146,6 +146,7 @@ def test_processes_share_add_up_fail_together_and_part():
     assert (said, code, other, other_code) == ("2 ranks False\n", 0, "", 0), errors + other_errors
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_error_of_one():
     assert [(said, code) for said, _, code in run_two("error")] == [
         ("rank 1: no number\n", 3), ("no number\n", 3)
@@ -161,6 +162,7 @@ def test_a_rank_that_is_killed_ends_the_others():
     )  # gloo may abort a plain Python process at its end; the command avoids it
 
 
+@pytest.mark.slow
 def test_torchrun_starts_ranks(tmp_path):
     script = tmp_path / "process.py"
     script.write_text(PROCESS)

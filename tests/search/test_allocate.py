@@ -164,7 +164,7 @@ def test_weights_that_are_not_finite_are_found_before_any_work(llama, data, msp_
 def test_a_budget_that_cannot_be_met_to_the_weight_is_logged(llama, msp_plan, caplog):
     with caplog.at_level(logging.INFO, logger="msp_plugin"):
         check_model(llama, msp_plan(sparsity=0.6))
-        assert "sparsity 3/5 cannot be met to the weight: nearest is 44032 zeros of 73728" in caplog.text
+        assert "sparsity 3/5 cannot be met exactly; the nearest is 44032 zeros of 73728" in caplog.text
         caplog.clear()
         check_model(llama, msp_plan(sparsity=0.5))
         assert not caplog.text

@@ -43,7 +43,9 @@ def measured(llama, make_samples, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize(
+    "size", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_losses_and_move_gradients_are_those_of_one_process_bit_for_bit(on_ranks, measured, size):
     def work(ranks):
         held = measured(ranks)
@@ -60,9 +62,9 @@ def test_losses_and_move_gradients_are_those_of_one_process_bit_for_bit(on_ranks
     assert on_ranks(size, work) == [expected] * size
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_search_finds_the_same_from_the_same_files_whatever_the_ranks(on_ranks, measured, size, tmp_path):
-    search = Search(rounds=3, tokens=216, holdout=96)
+    search = Search(rounds=2, seeds=2, tokens=216, holdout=96)
 
     def work(cache):
         def run(ranks):
@@ -81,7 +83,7 @@ def test_a_search_finds_the_same_from_the_same_files_whatever_the_ranks(on_ranks
 
 
 def test_a_search_that_two_ranks_began_is_ended_by_one_and_the_other_way_round(on_ranks, measured, tmp_path):
-    search = Search(rounds=3, tokens=216, holdout=96)
+    search = Search(rounds=2, seeds=2, tokens=216, holdout=96)
 
     def run(ranks, cache, stop=None):
         held = measured(ranks, cache)

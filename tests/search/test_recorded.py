@@ -103,7 +103,7 @@ def test_a_damaged_line_is_named_and_measured_anew_and_the_others_are_kept(open_
     lines[2] = lines[2].replace(b"value", b"valve")
     path.write_bytes(b"".join(lines))
     loss, made = open_loss()
-    assert f"{path}: 1 damaged lines are measured anew" in caplog.text
+    assert f"{path}: 1 damaged lines are measured again" in caplog.text
     assert np.array_equal(ask(loss)[0], expected, equal_nan=True) and len(made[1].calls) == 1
 
 
@@ -113,7 +113,7 @@ def test_a_file_of_something_else_is_begun_anew(open_loss, tmp_path, content, ca
     path.parent.mkdir()
     path.write_bytes(content)
     ask(open_loss()[0])
-    assert "is begun anew" in caplog.text and b"garbage" not in path.read_bytes()
+    assert "it starts again" in caplog.text and b"garbage" not in path.read_bytes()
 
 
 def test_another_identity_does_not_read_the_values(open_loss, caplog):
@@ -121,4 +121,4 @@ def test_another_identity_does_not_read_the_values(open_loss, caplog):
     ask(open_loss({"model": "b"})[0])
     other, made = open_loss({"model": "b"})
     ask(other)
-    assert len(made) == 2 and "is of another model, seed: it" in caplog.text
+    assert len(made) == 2 and "belongs to another model, seed: it" in caplog.text

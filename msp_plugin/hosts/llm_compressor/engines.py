@@ -1,7 +1,7 @@
 """The final pruning inside llm-compressor's calibration, where a block's inputs come from the pruned blocks before it.
 
-Each engine has the life cycle of the modifier: ``initialize``, ``event``, ``finalize``, and ``abort``, which leaves no
-hook and no statistic behind after a failure.
+Each engine follows the modifier's life cycle: ``initialize``, ``event``, ``finalize``, and after a failure ``abort``,
+which removes all hooks and statistics.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def make_engine(
 ) -> HostEngine | LayerwiseEngine | BothEngines:
     """Return the engine for a method and its layers' levels.
 
-    The host's own modifiers make the levels that they can. Layer-wise methods, and levels that only our functions make,
-    go through our hooks.
+    The host's own modifiers prune the levels that they can make. Layer-wise methods, and levels that only our functions
+    can make, go through our hooks.
     """
     levels = {name: level for name, level in allocation.by_layer.items() if not level.is_dense}
     method = host_method(pruner)
@@ -104,18 +104,20 @@ class HostEngine:
 
 
 def _flatten_inputs(instance: Modifier) -> None:
-    """Give the host's modifier inputs of more than three dimensions as [B, T, I]; it fails on others."""
+    """Reshape inputs of more than three dimensions to [B, T, I] for the host's modifier, which fails on them."""
     own = getattr(instance, "calibrate_module", None)
     if own is not None:
 
         def calibrate(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             return own(module, (as_samples(args[0]), *args[1:]), output)
 
-        object.__setattr__(instance, "calibrate_module", calibrate)  # it is no field of the modifier
+        object.__setattr__(
+            instance, "calibrate_module", calibrate
+        )  # pydantic refuses to set what is not a field
 
 
 class LayerwiseEngine:
-    """Statistics by forward hooks; each layer is pruned when the pipeline has calibrated its block."""
+    """Collects statistics with forward hooks, and prunes each layer when the pipeline has calibrated its block."""
 
     def __init__(self, pruner: Pruner, levels: Mapping[str, Level], owner: Modifier):
         self.pruner, self.levels, self.owner = pruner, levels, owner

@@ -1,4 +1,4 @@
-"""An allocation as a plain recipe of llm-compressor, for where this package is not installed."""
+"""Export an allocation as a plain recipe of llm-compressor, for machines without this package."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ RECIPE_FILE = "recipe.yaml"
 
 _CARD = """# A mixed-sparsity allocation as a plain llm-compressor recipe
 
-`recipe.yaml` prunes the model that `allocation.json` was made for, with {modifier}, one modifier for each level, the
-layers named one by one. It needs llm-compressor alone:
+`recipe.yaml` prunes the model that `allocation.json` was made for, with one {modifier} for each level, which names its
+layers one by one. It needs only llm-compressor:
 
 ```python
 from llmcompressor import oneshot
 oneshot(model=..., dataset=..., recipe="recipe.yaml", output_dir=..., pipeline="sequential")
 ```
 
-llm-compressor runs one calibration pass for each modifier, densest level first, so a layer's statistics see the
-layers of the levels before it pruned, wherever they stand in the model. `msp prune --allocation` prunes all
-levels in one pass, block by block; the masks differ a little, the pattern of every layer is the same.
+llm-compressor runs one calibration pass for each modifier, densest level first, so a layer's statistics come from a
+model whose denser levels are pruned already, wherever they are. `msp prune --allocation` prunes all levels in one pass,
+block by block; the masks differ a little, the pattern of every layer is the same.
 
-`mask_structure` counts the pruned weights: "6:8" there is 2:8 in `allocation.json`.
+`mask_structure` counts the pruned weights: "6:8" there means 2:8 in `allocation.json`.
 """
 
 
@@ -67,11 +67,11 @@ class PlainRecipe(Exporter):
 def plain_recipe(allocation: Allocation) -> dict[str, Any]:
     """Return the recipe of an allocation, a stage for each level, densest first.
 
-    llm-compressor keeps the last of two modifiers of one class in a group, hence the stages.
+    Stages are needed, because of two modifiers of one class in a group llm-compressor keeps only the last.
 
     Raises:
-        RecipeError: the allocation names no method, one that is no modifier of llm-compressor, or levels that its
-            options do not fit.
+        RecipeError: the allocation names no method or one that llm-compressor has no modifier for, all its layers are
+            dense, or the method cannot make one of its levels.
     """
     pruner, method = _method(allocation)
     layers: dict[Pattern, list[str]] = {}
@@ -108,7 +108,7 @@ def _method(allocation: Allocation) -> tuple[Pruner, HostMethod]:
     method = host_method(pruner)
     if method is None:
         raise RecipeError(
-            f"method {pruner.name!r} is no modifier of llm-compressor",
+            f"llm-compressor has no modifier for method {pruner.name!r}",
             hint="use `msp prune --allocation` where this package is installed, or prune with sparsegpt or wanda",
         )
     return pruner, method

@@ -1,4 +1,4 @@
-"""llm-compressor as a host: runs a recipe through ``oneshot``, and cleans up if it fails."""
+"""llm-compressor as a host: run a recipe through ``oneshot``, and clean up if it fails."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class LLMCompressor:
         """Run the recipe on a loaded model (see Host).
 
         Raises:
-            MSPError: an error of ours, also where the host wraps it in its own. The model has no hooks left.
+            MSPError: one of our errors, even if the host has wrapped it. No hook is left in the model.
         """
         from llmcompressor.entrypoints.oneshot import oneshot
         from torch.utils.data import DataLoader
@@ -78,18 +78,16 @@ class LLMCompressor:
         if one_pass:
             log.warning(
                 "%s is calibrated in one pass of the whole model, because its later blocks read keys and values of "
-                "earlier ones: no block sees what pruning the blocks before it changes",
+                "earlier ones; so the inputs of every block come from dense blocks",
                 type(model).__name__,
             )
         if ours is not None:
             ours.report_to(context.progress, announce=announce, fresh=context.fresh, one_pass=one_pass)
         recoveries = _recoveries(recipe.modifiers)
-        for (
-            recovery
-        ) in recoveries:  # a baseline stays without, as the model before a recovery is compared with it
+        for recovery in recoveries:  # not of a baseline, with which the model before the recovery is compared
             text = RecoveryText.of(inputs.text.pruning, inputs.text.test)
             recovery.report_to(context.progress, text, active=announce, fresh=context.fresh)
-        # Typed more narrowly than they are: DataLoader takes lists, and oneshot any tokenizer.
+        # Any, because DataLoader also takes lists and oneshot any tokenizer, which their types do not say.
         samples: Any = [{"input_ids": sample} for sample in inputs.data.samples]
         processor: Any = inputs.tokenizer
         with _traces_forgotten(), _cleaned_up(recipe.modifiers):
@@ -111,7 +109,7 @@ class LLMCompressor:
         model.save_pretrained(directory, save_compressed=True, max_shard_size=SHARD_BYTES)
 
     def forget(self) -> None:
-        """Release the host's session and its last model, whose ``save_pretrained`` writes no recipe.yaml from then on."""
+        """Release the host's session and last model; that model's ``save_pretrained`` then writes no recipe.yaml."""
         from llmcompressor.core import reset_session
 
         reset_session()
@@ -128,7 +126,7 @@ def _recoveries(modifiers: list[Any]) -> list[RecoveryModifier]:
 def _traces_forgotten() -> Iterator[None]:
     """Make torch.fx release the namespaces that the host traces in the block.
 
-    The host wraps functions in a namespace that holds the model, and torch keeps such namespaces for ever:
+    The host wraps functions in a namespace that refers to the model, and torch keeps such namespaces for ever, so
     every pruned model would stay in memory.
     """
     from torch.fx import _symbolic_trace

@@ -1,4 +1,4 @@
-"""Methods that llm-compressor's own modifiers carry out.
+"""Pruning methods that llm-compressor's own modifiers run.
 
 ``mask_structure`` in llm-compressor counts the *pruned* weights of M; our levels count the kept ones.
 """
@@ -21,7 +21,7 @@ from msp_plugin.pruning.wanda import Wanda
 
 
 class HostMethod(ABC):
-    """A modifier of llm-compressor that prunes to a level; one instance of it for each level.
+    """A pruning modifier of llm-compressor; each level gets its own instance.
 
     ``modifier`` is the name of its class.
     """
@@ -33,7 +33,7 @@ class HostMethod(ABC):
         if not isinstance(level, Pattern) or level.kind is not Kind.NM:
             raise RecipeError(
                 f"{self.modifier} of llm-compressor cannot make level {level}",
-                hint="it makes N:M, and of shares of zeros no exact count: use levels such as 2:4",
+                hint="it makes exact counts of zeros only for N:M: use levels such as 2:4",
             )
 
     @abstractmethod
@@ -47,8 +47,8 @@ class HostMethod(ABC):
 class HostPruner(Pruner, HostMethod):
     """A pruning method of a third party whose final pruning is a modifier of llm-compressor.
 
-    Name the modifier's class in ``modifier`` and write its layer-wise functions, which the level database uses.
-    Levels that the modifier cannot make are refused, unless ``check_level`` says that the layer-wise functions can.
+    Set ``modifier`` to the class's name, and write the layer-wise functions, which the level database uses. Levels that
+    the modifier cannot make are refused, unless ``check_level`` accepts them for the layer-wise functions.
     """
 
     host: ClassVar[str] = "llmcompressor"
@@ -97,7 +97,7 @@ class WandaModifier(HostMethod):
 
 
 def host_method(pruner: Pruner) -> HostMethod | None:
-    """Return the modifier that carries out a method in llm-compressor's own calibration, None if none does."""
+    """Return the modifier that runs a method in llm-compressor's own calibration; None if there is none."""
     if isinstance(pruner, HostPruner):
         return pruner
     if type(pruner) is SparseGPT:

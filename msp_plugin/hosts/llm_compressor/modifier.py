@@ -1,4 +1,4 @@
-"""``MixedSparsityModifier``: mixed sparsity, searched and pruned, by one line of llm-compressor's recipe."""
+"""``MixedSparsityModifier``: search and prune mixed sparsity with one line of an llm-compressor recipe."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ log = logging.getLogger(__name__)
 
 
 class MixedSparsityModifier(Options, Modifier):
-    """Prune each layer at the level that a search chose for it, with the host's own method.
+    """Prune each layer to the level that a search has chosen for it.
 
     The search runs when the modifier is initialised, on the dense model and the calibration data of ``oneshot``. The
-    pruning then runs in the host's pipeline, block by block. Afterwards the zeros are recounted, and the model's
+    pruning then runs in llm-compressor's pipeline, block by block. Afterwards the zeros are recounted, and the model's
     ``save_pretrained`` also writes allocation.json and run.json.
 
     Sample recipe::
@@ -126,14 +126,12 @@ class MixedSparsityModifier(Options, Modifier):
     def report_to(
         self, progress: StepProgress, *, announce: bool = True, fresh: bool = False, one_pass: bool = False
     ) -> None:
-        """Set how this run reports and measures; the caller is responsible for saving the model.
-
-        It checks that the model can be saved, and keeps the model if saving fails.
+        """Set how this run reports and measures, for a caller that checks and saves the model itself.
 
         Args:
             progress: called with each step.
             announce: call the plugins' observers; False for a baseline.
-            fresh: measure again what the cache holds of this run.
+            fresh: ignore the cached measurements and make them again.
             one_pass: the host calibrates in one pass of the whole model.
         """
         self._progress, self._announce, self._fresh, self._alone = progress, announce, fresh, False
@@ -149,8 +147,8 @@ class MixedSparsityModifier(Options, Modifier):
         if (ranks := launched_ranks()) > 1:
             raise HostError(
                 f"there are {ranks} ranks, and each would prune the whole model",
-                hint="llm-compressor's pruning does not sum its statistics over ranks: start it in one process. "
-                "`torchrun ... -m msp_plugin allocate` shares the search; give the recipe its allocation",
+                hint="llm-compressor does not sum its statistics over ranks: start it in one process. To share the "
+                "search, run `torchrun ... -m msp_plugin allocate` and give the recipe its allocation",
             )
         if self._plan.pruner.prunes_units:
             raise HostError(
@@ -166,16 +164,16 @@ class MixedSparsityModifier(Options, Modifier):
         if self._alone:
             try:
                 check_savable(model)
-            except ModelError as error:  # the caller of oneshot may not want to save it
+            except ModelError as error:  # only a warning: the caller may not want to save the model
                 log.warning("%s", error)
         data = self._calibration(state)
         with on_best_device(model):
             if self._plan.pruner.needs_statistics:
                 check_called(model, table, data)
-            asked = self._plan.search_text
-            text = TextSplit() if data is None else split_text(data, asked, warn=self._alone)
-            found = allocate(model, text, self._plan, fresh=self._fresh, progress=self._progress)
-        self._outcome = replace(found, allocation=replace(found.allocation, stored=stored))
+            wanted = self._plan.search_text
+            text = TextSplit() if data is None else split_text(data, wanted, warn=self._alone)
+            searched = allocate(model, text, self._plan, fresh=self._fresh, progress=self._progress)
+        self._outcome = replace(searched, allocation=replace(searched.allocation, stored=stored))
         allocation = self._outcome.allocation
         self._zeros_before = count_zeros(model, allocation)
         if self._announce:
@@ -199,9 +197,9 @@ class MixedSparsityModifier(Options, Modifier):
         sampler = getattr(state.data.calib, "sampler", None)
         if isinstance(sampler, RandomSampler):
             log.warning(
-                "llm-compressor draws calibration samples at random, others for every pass: the search and the "
-                "pruning see different ones, and no two runs are equal. Pass "
-                "shuffle_calibration_samples=False to oneshot to avoid that"
+                "llm-compressor draws new random calibration samples for every pass, so search and pruning see "
+                "different samples, and no two runs are equal. To avoid that, pass "
+                "shuffle_calibration_samples=False to oneshot"
             )
         padding, loader = Padding(), state.data.calib
         data = from_dataloader(padding.noted(loader), keep_order=isinstance(sampler, SequentialSampler))
@@ -258,7 +256,7 @@ class MixedSparsityModifier(Options, Modifier):
         return self._outcome.allocation
 
     def _guarded(self, step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Take a step of the engine; leave no hook behind if it fails."""
+        """Run a step of the engine; if it fails, remove all hooks."""
         try:
             step(*args, **kwargs)
         except BaseException:
@@ -267,8 +265,8 @@ class MixedSparsityModifier(Options, Modifier):
 
 
 def launched_ranks() -> int:
-    """Return the number of processes that run this script: of torch.distributed, or of torchrun before they meet."""
+    """Return the number of processes that torch.distributed has joined, or that torchrun has started."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
-    # other launchers set WORLD_SIZE for jobs that have nothing in common
+    # Other launchers set WORLD_SIZE for independent jobs.
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1

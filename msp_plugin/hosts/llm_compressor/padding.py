@@ -26,7 +26,7 @@ class Padding:
     """The padded positions of each batch.
 
     The host's hooks see every position of a batch; the search sees samples without padding. ``hide`` sets the layers'
-    inputs to zero at padded positions: zeros add nothing to a Hessian or a norm, and no other position attends to them.
+    inputs at padded positions to zero, which adds nothing to a Hessian or a norm; no other position attends to them.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Padding:
         return sum(int((~m).sum()) for m in masks) / max(1, sum(m.numel() for m in masks))
 
     def warn_unless_hidden(self, loader: DataLoader[Any]) -> bool:
-        """Return True if there is padding that ``hide`` can hide; log how much padding there is."""
+        """Return True if there is padding and ``hide`` can hide it; log its share."""
         if not self.share:
             return False
         sampler, batches = loader.sampler, loader.batch_sampler
@@ -57,17 +57,18 @@ class Padding:
             )
             return True
         log.warning(
-            "%.1f %% of the calibration batches is padding. The search leaves it out; llm-compressor's statistics "
-            "count it, because the batches come in another order each time. Pass batch_size=1, samples of one "
-            "length, or a DataLoader that does not shuffle",
+            "%.1f %% of the calibration batches is padding. The search leaves it out, but llm-compressor's statistics "
+            "count it, because the order of the batches changes. Pass batch_size=1, samples of one length, or a "
+            "DataLoader that does not shuffle",
             100 * self.share,
         )
         return False
 
     def hide(self, state: State, layers: Iterable[str], owner: Modifier) -> None:
-        """Set the inputs of the layers, and of the parts of each decoder block, to zero at padded positions.
+        """Set the inputs of the layers, and of each decoder block's children, to zero at padded positions.
 
-        The parts are for experts, which get tokens without their positions. The owner's ``remove_hooks`` undoes it.
+        The children matter for experts, which get single tokens without their positions. The owner's ``remove_hooks``
+        undoes it.
         """
 
         def zero(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

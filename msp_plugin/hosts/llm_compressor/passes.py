@@ -16,7 +16,7 @@ def shares_keys(model: torch.nn.Module) -> bool:
 def check_by_block(model: torch.nn.Module) -> None:
     """Raise if llm-compressor's calibration cannot run the model block by block.
 
-    Its pipeline passes on the hidden states, and each block gets a new copy of everything else.
+    Its pipeline hands only hidden states from block to block; each block gets a fresh copy of everything else.
 
     Raises:
         ModelError: later blocks read keys and values of earlier ones.

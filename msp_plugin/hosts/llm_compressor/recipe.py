@@ -1,4 +1,4 @@
-"""Read a recipe for llm-compressor, and refuse entries that the host would silently ignore."""
+"""Read a recipe for llm-compressor, and refuse entries that it would silently ignore."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OURS, RECOVERY = "MixedSparsityModifier", "RecoveryModifier"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where a repeated key is an error; the host would silently keep the last one."""
+    """YAML in which a repeated key is an error; llm-compressor would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -41,10 +41,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_recipe(source: str | Path) -> dict[str, Any]:
-    """Return the recipe of a YAML or JSON file, or of a text that holds one.
+    """Return the recipe in a YAML or JSON file, or in a text of several lines.
 
     Raises:
-        RecipeError: missing, unreadable, or not in the three levels stage, group, modifier.
+        RecipeError: it is missing, unreadable, or without the three levels stage, group, modifier.
     """
     path = Path(source) if "\n" not in str(source) else None
     name = "the recipe" if path is None else f"the recipe {path}"
@@ -80,13 +80,13 @@ def _check_levels(recipe: Any, name: str) -> None:
             continue
         if not str(stage).endswith("_stage") or not isinstance(groups, dict):
             raise RecipeError(
-                f"{name}: the key {shown(stage)} is no stage: llm-compressor would ignore it in silence",
+                f"{name}: the key {shown(stage)} is not a stage: llm-compressor would ignore it in silence",
                 hint=f"a recipe has three levels, x_stage, y_modifiers, ClassName: {_EXAMPLE}",
             )
         for group, modifiers in groups.items():
             if not str(group).endswith("_modifiers") or not isinstance(modifiers, dict):
                 raise RecipeError(
-                    f"{name}: {shown(group)} in {shown(stage)} is no group of modifiers: llm-compressor would ignore it",
+                    f"{name}: {shown(group)} in {shown(stage)} is not a group of modifiers: llm-compressor would ignore it",
                     hint=f"its name must end in _modifiers and it must hold modifiers: {_EXAMPLE}",
                 )
             for modifier, arguments in modifiers.items():
@@ -101,7 +101,7 @@ def _check_levels(recipe: Any, name: str) -> None:
 
 
 def our_line(recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments of a recipe's MixedSparsityModifier, None if it has no such modifier.
+    """Return the arguments of a recipe's MixedSparsityModifier; None if it has none.
 
     Raises:
         RecipeError: there is more than one.
@@ -123,9 +123,9 @@ def our_line(recipe: dict[str, Any]) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: its stages, and the resolved options of its MixedSparsityModifier, None without one.
+    """A checked recipe: its stages, and the resolved options of its MixedSparsityModifier, or None without one.
 
-    Modifiers keep state, so each run builds its own from the stages.
+    Modifiers keep state, so each run builds new ones from the stages.
     """
 
     steps: Mapping[str, Any]
@@ -133,7 +133,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, source: str | Path | Mapping[str, Any], plugins: Plugins) -> Recipe:
-        """Return the recipe of a file, a text or a mapping, checked as far as is possible without a model.
+        """Return the recipe in a file, a text or a mapping, checked as far as possible without a model.
 
         Raises:
             RecipeError: see read_recipe, Options.parse, resolve and build.

@@ -1,7 +1,7 @@
-"""Save the experts that llm-compressor has split under the names from which transformers loads them.
+"""Save the experts that llm-compressor has split under the names that transformers loads.
 
-transformers renames weights when it loads and saves a model, by rules for fused experts. llm-compressor splits fused
-experts into linears, whose names these rules do not know.
+transformers renames weights when it loads and saves a model. Its rules are for fused experts, and llm-compressor splits
+those into linears, whose names the rules do not know.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from transformers.core_model_loading import MergeModulelist, WeightRenaming
 from msp_plugin.checkpoint.saved_names import weight_conversions
 from msp_plugin.errors import ModelError
 
-#: llm-compressor's linears for the two matrices of an expert that transformers puts into one.
+#: llm-compressor's names for the two matrices of an expert that transformers fuses into one.
 _GATE_UP = ("gate_proj", "up_proj")
-#: A part of the name of an expert's linear in the rules of transformers.
+#: In transformers' rules, marks a target name of a split expert.
 _SPLIT = r"experts.\1."
 
 
 def name_experts(model: PreTrainedModel) -> None:
-    """Let the experts that llm-compressor has split be saved under the names from which transformers loads them.
+    """Make ``save_pretrained`` write the split experts of a model under the names that transformers loads.
 
     Raises:
-        ModelError: transformers loads the experts of this architecture only in one piece.
+        ModelError: transformers loads the experts of this architecture only fused.
     """
     from llmcompressor.modeling.moe.linearize import get_linearized_moes
 
@@ -46,7 +46,7 @@ def name_experts(model: PreTrainedModel) -> None:
 
 
 def _of_experts(conversion: Any) -> list[WeightRenaming]:
-    """Return a conversion's rules for experts that stay apart; empty for a conversion of other weights."""
+    """Return a conversion's rules for split experts; empty for a conversion of other weights."""
     operations = getattr(conversion, "operations", ())
     if not any(isinstance(operation, MergeModulelist) for operation in operations):
         return []

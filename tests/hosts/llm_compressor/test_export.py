@@ -144,7 +144,7 @@ def test_oneshot_with_nothing_but_the_recipe_gives_every_layer_its_level(
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ({"name": "magnitude", "version": "1"}, "method 'magnitude' is no modifier of llm-compressor"),
+        ({"name": "magnitude", "version": "1"}, "llm-compressor has no modifier for method 'magnitude'"),
         ({"name": "wandda"}, "no pruner called 'wandda'"),
         ({"name": "wanda", "colour": "red"}, "has no option 'colour'"),
         ({"block_size": 3}, "does not say which method"),

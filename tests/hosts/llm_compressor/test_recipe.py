@@ -16,9 +16,9 @@ GOOD = "a_stage:\n  b_modifiers:\n    MixedSparsityModifier: {sparsity: 0.75}\n"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("MixedSparsityModifier: {sparsity: 0.75}\n", ["is no stage", "ignore it in silence"]),
-        ("a_stage:\n  MixedSparsityModifier: {sparsity: 0.75}\n", ["no group of modifiers"]),
-        ("a:\n  b_modifiers:\n    MixedSparsityModifier: {}\n", ["'a' is no stage"]),
+        ("MixedSparsityModifier: {sparsity: 0.75}\n", ["is not a stage", "ignore it in silence"]),
+        ("a_stage:\n  MixedSparsityModifier: {sparsity: 0.75}\n", ["not a group of modifiers"]),
+        ("a:\n  b_modifiers:\n    MixedSparsityModifier: {}\n", ["'a' is not a stage"]),
         ("a_stage:\n  b_modifiers: {MixedSparsityModifier: 3}\n", ["has 3 for arguments"]),
         ("\n", ["empty or no mapping"]),
         ("a_stage: [\n", ["not YAML"]),
