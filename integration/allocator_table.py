@@ -105,7 +105,7 @@ def summary(cells: dict[tuple[str, str, str], dict]) -> list[dict]:
 
 def is_tie(entry: dict, best: dict) -> bool:
     """True if the KL is no further from the best than the noise."""
-    from msp_plugin.report.statistics import within_noise
+    from msp_plugin.records.statistics import within_noise
 
     return within_noise(entry["kl"], entry["kl_spread"], best["kl"], best["kl_spread"])
 
@@ -229,7 +229,7 @@ def apart(entries: list[dict], earlier: dict) -> float | None:
 
 def write(cells: dict[tuple[str, str, str], dict], out: Path, earlier: dict | None = None) -> int:
     """Write allocators.json and allocators.md; return 1 if search is behind uniform anywhere."""
-    from msp_plugin.report.statistics import rank_correlation
+    from msp_plugin.records.statistics import rank_correlation
 
     entries, said = summary(cells), ""
     if earlier:

@@ -64,20 +64,27 @@ _PUBLIC = {
     "PluginError": "errors",
     "VerificationError": "errors",
 }
-__all__ = ["MixedSparsityModifier", *_PUBLIC]
+#: The modifiers; asking for one makes all known to llm-compressor's recipes.
+_MODIFIERS = {
+    "MixedSparsityModifier": "hosts.llm_compressor.modifier",
+    "RecoveryModifier": "hosts.llm_compressor.recovery",
+}
+__all__ = ["MixedSparsityModifier", "RecoveryModifier", *_PUBLIC]
 
 if TYPE_CHECKING:
     from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
+    from msp_plugin.hosts.llm_compressor.recovery import RecoveryModifier
 
 
 def __getattr__(name: str) -> Any:
-    if name == "MixedSparsityModifier":  # known to llm-compressor's recipes from then on
+    places = _MODIFIERS | _PUBLIC
+    if name not in places:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODIFIERS:
         from msp_plugin.hosts.llm_compressor.register import register_modifier
 
-        return register_modifier()
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+        register_modifier()
+    return getattr(importlib.import_module(f"{__name__}.{places[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -66,16 +66,13 @@ def write_files(directory: Path, outcome: Outcome | None, record: RunRecord) -> 
     record.write(directory / RUN_FILE)
 
 
-def attach_files(
-    model: PreTrainedModel, outcome: Outcome, stats: PruneStats, seed: int, *, keep: bool = True
-) -> None:
+def attach_files(model: PreTrainedModel, outcome: Outcome, record: RunRecord, *, keep: bool = True) -> None:
     """Make ``model.save_pretrained`` also write both files and those of an image processor.
 
     Args:
         keep: if saving fails, keep the model elsewhere (see kept_if_it_fails).
     """
     save = model.save_pretrained
-    record = run_record(outcome, stats, seed)
 
     def save_with_files(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         path = Path(save_directory).absolute()

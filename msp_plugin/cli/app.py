@@ -24,10 +24,10 @@ from msp_plugin.cli.stopping import Stopped
 from msp_plugin.errors import HostError, MSPError
 from msp_plugin.runtime.ranks import LostError, world_size
 
-#: Commands whose search several ranks can share.
-SHARED = {"run", "prune", "demo", "allocate", "compare"}
+#: Commands whose work several ranks can share.
+SHARED = {"run", "prune", "recover", "demo", "allocate", "compare"}
 #: Commands that continue from the cache after a stop.
-RESUMED = SHARED | {"recover", "sensitivity"}
+RESUMED = SHARED | {"sensitivity"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -159,7 +159,7 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
         if ranks > 1 and not (SHARED & set(sys.argv[1:2]) or "--help" in sys.argv):
             raise HostError(
                 f"{' '.join(sys.argv[1:2]) or 'msp'} runs in one process, not in {ranks}",
-                hint="start it without torchrun; run, prune, demo, allocate and compare share their search among ranks",
+                hint="start it without torchrun; run, prune, recover, demo, allocate and compare share their work among ranks",
             )
         if not {"plugins", "doctor", "disable", "--version"} & set(sys.argv[1:2]):
             from msp_plugin.plugins.manager import Plugins

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from msp_plugin.cli.arguments import (
     RunText,
     component_options,
     given,
+    recovery_spec,
     with_groups,
 )
 
@@ -53,6 +54,12 @@ class Compared:
     prune: Annotated[
         bool, typer.Option(help="prune to each allocation, or only measure the level database's weights")
     ] = True
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            "--recover", help="recovery of every pruned model; its options: --set NAME.option=value"
+        ),
+    ] = None
     options: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,7 +88,8 @@ class Compared:
         labels = parse_allocators(allocators)
         pruners = [part.strip() for part in self.methods.split(",") if part.strip()]
         roles = labels | {name: name for name in (*labels.values(), *pruners)}
-        specs = component_options(self.options, Plugins().components["estimators"], **roles)
+        recover, pairs = recovery_spec(self.recover, self.options)
+        specs = component_options(pairs, Plugins().components["estimators"], **roles)
         try:
             numbers = [int(part) for part in self.seeds.split(",") if part.strip()]
         except ValueError:
@@ -96,6 +104,7 @@ class Compared:
             numbers,
             {**keys, **given(estimators=estimators)},
             self.prune,
+            recover,
         )
 
 
@@ -189,7 +198,7 @@ def comparison_tables(record: CompareRecord, title: str) -> list[Table]:
     """Return one table per method and sparsity: the allocators in the order of their KL."""
     from rich.table import Table
 
-    from msp_plugin.report.statistics import deviation
+    from msp_plugin.records.statistics import deviation
     from msp_plugin.runs.compare import cells
 
     tables = []
@@ -211,10 +220,32 @@ def comparison_tables(record: CompareRecord, title: str) -> list[Table]:
                 str(len(rows)),
             )
         tables.append(table)
+        if (name := f"{method} {sparsity}") in record.rank_correlation:
+            tables.append(_recovered_table(allocators, record.rank_correlation[name]))
     return tables
 
 
-def _mean(rows: Sequence[ComparedRow], field: str) -> float:
-    """Return the mean of a field over seeds; infinite if a value is missing, because leaving it out would flatter."""
-    values = [getattr(row, field) for row in rows]
-    return float("inf") if None in values else float(sum(values) / len(values))
+def _recovered_table(allocators: Mapping[str, Sequence[ComparedRow]], rho: float | None) -> Table:
+    """Return the table of the models after the recovery, in the order of their KL.
+
+    Args:
+        rho: rank correlation of the KL before and after.
+    """
+    from rich.table import Table
+
+    shown = "unknown" if rho is None else f"{rho:.2f}"
+    title = f"After the recovery; rank correlation of the KL before and after it: {shown}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("allocator", overflow="fold")
+    for heading in ("perplexity", "KL, nats"):
+        table.add_column(heading, justify="right")
+    stages = {label: [row.recovered for row in rows] for label, rows in allocators.items()}
+    for label, after in sorted(stages.items(), key=lambda item: _mean(item[1], "kl")):
+        table.add_row(label, f"{_mean(after, 'perplexity'):.2f}", f"{_mean(after, 'kl'):.4f}")
+    return table
+
+
+def _mean(parts: Sequence[Any], field: str) -> float:
+    """Return the mean of a field over seeds; infinite if one is not finite or there, whose omission would flatter."""
+    values = [value for part in parts if (value := getattr(part, field, None)) is not None]
+    return float("inf") if len(values) < len(parts) else float(sum(values) / len(values))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def show_run(run: Run | None, as_json: bool, title: str) -> None:
     """Print the table of a run, or with ``as_json`` its record; nothing on ranks after the first."""
     from msp_plugin.cli.console import out, quality_table
-    from msp_plugin.report.statistics import taken_back
+    from msp_plugin.records.statistics import taken_back
 
     if run is None:  # rank 0 prints it
         return

@@ -65,4 +65,5 @@ def recover(
             context=context,
             **vars(loading),
         )
-    show_run(result, output.as_json, f"{run}, recovery {method}")
+    if result is not None:
+        show_run(result, output.as_json, f"{run}, recovery {method}")

@@ -13,6 +13,7 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import TextSplit
 from msp_plugin.passes.reach import check_called
 from msp_plugin.records.run import Outcome
+from msp_plugin.recovery.record import Recovered
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.search.allocate import check_model
 from msp_plugin.search.resolve import ResolvedOptions
@@ -45,13 +46,18 @@ class PruneInputs:
 
 @dataclass(frozen=True)
 class Pruned:
-    """The result of a host: the allocation that it pruned to, and the zeros counted afterwards.
+    """The result of a host.
 
-    Both are None for a recipe without mixed sparsity.
+    Args:
+        outcome, stats: the allocation that it pruned to, and the zeros counted afterwards; None for a recipe without
+            mixed sparsity.
+        recovered: the recoveries that its recipe held, in order. The last one has no measurements where other
+            modifiers have changed the model since.
     """
 
     outcome: Outcome | None = None
     stats: PruneStats | None = None
+    recovered: tuple[Recovered, ...] = ()
 
 
 def check_layers(model: PreTrainedModel, options: ResolvedOptions, inputs: PruneInputs) -> None:

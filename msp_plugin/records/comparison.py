@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -20,6 +20,8 @@ from msp_plugin.records.parts import (
     SpeedRecord,
     TextRecord,
 )
+from msp_plugin.records.run import StageRecord
+from msp_plugin.records.statistics import finite_pairs, rank_correlation
 
 COMPARE_FILE = "compare.json"
 
@@ -106,11 +108,28 @@ class ComparedRow(SearchRecord):
     """Perplexity and KL divergence on the test text with the weights of the level database."""
     holdout_loss: float | None = None
     """KL divergence on the hold-out text with the weights of the level database, nats per token."""
+    recovered: StageRecord | None = None
+    """The recovery of the pruned model, and its quality afterwards; null without one."""
 
     @property
     def tokens(self) -> float | None:
         """Forward tokens of candidates and sensitivities together; None if those of candidates are not known."""
         return None if self.forward_tokens is None else self.forward_tokens + (self.sensitivity_tokens or 0)
+
+
+def survival(rows: Iterable[ComparedRow]) -> list[tuple[float, float]]:
+    """Return the KL before and after the recovery of each different allocation, both finite."""
+    pairs = {row.levels: (row.kl, row.recovered.kl) for row in rows if row.recovered is not None}
+    return finite_pairs(pairs.values())
+
+
+def rank_correlations(rows: Sequence[ComparedRow]) -> dict[str, float | None]:
+    """Return CompareRecord's ``rank_correlation`` of its rows."""
+    groups: dict[str, list[ComparedRow]] = {}
+    for row in rows:
+        if row.recovered is not None:
+            groups.setdefault(f"{row.method} {row.sparsity}", []).append(row)
+    return {name: rank_correlation(survival(group)) for name, group in groups.items()}
 
 
 class CompareRecord(Record):
@@ -144,6 +163,9 @@ class CompareRecord(Record):
     """By estimator, a number for each unit."""
     rows: tuple[ComparedRow, ...]
     """The allocations that were compared."""
+    rank_correlation: dict[str, float | None] = {}
+    """By method and sparsity, such as `sparsegpt 3/4`, Spearman's correlation of the KL of the allocations before and \
+after the recovery; null where fewer than three differ. Empty without a recovery."""
     speed: tuple[SpeedRecord, ...] = ()
     """Measurements of speed for the report."""
     versions: dict[str, str] = {}

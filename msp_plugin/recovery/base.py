@@ -71,6 +71,10 @@ class Recovery(ABC):
     name: ClassVar[str]
     #: True if the method reads the dense model.
     needs_original: ClassVar[bool] = True
+    #: True if calibration samples are enough, so that the method may stand in a recipe of llm-compressor.
+    by_calibration: ClassVar[bool] = True
+    #: True if the weights of the sparse model may stay on disk.
+    offloads: ClassVar[bool] = False
 
     def check(self, model: PreTrainedModel, masks: Masks) -> None:  # noqa: B027 - optional to override
         """Raise, before any work, if an option does not fit the model."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
+from msp_plugin.models.held import held, read_from
 from msp_plugin.models.layers import decoder_blocks
+from msp_plugin.models.offload import check_loadable, offload_cache
 from msp_plugin.passes.gradients import BACKWARD
-from msp_plugin.passes.losses import mean_kl
-from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_by_block, check_in_memory
+from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_by_block
 from msp_plugin.recovery.masks import Masks
+from msp_plugin.recovery.shared import mean_kl
 from msp_plugin.recovery.window_training import (
     Fit,
     Schedule,
@@ -70,6 +73,7 @@ class Blockwise(Recovery):
     """
 
     name = "blockwise"
+    offloads = True
 
     blocks: int = 0
     epochs: int = 4
@@ -85,7 +89,13 @@ class Blockwise(Recovery):
             raise RecipeError("blockwise: decay must be at least 0")
 
     def check(self, model: PreTrainedModel, masks: Masks) -> None:
-        check_in_memory(self.name, model)
+        check_loadable(model)
+        cached = [name for name, module in model.named_modules() if offload_cache(module) is not None]
+        if cached:
+            raise ModelError(
+                f"compressed-tensors offloads the weights of {cached[0] or 'the model'}, and blockwise cannot change them",
+                hint="load the model into memory, or by accelerate with a device_map",
+            )
 
     def recover(self, inputs: RecoveryInputs) -> RecoveryResult:
         """Change the surviving weights of the model in place (see Recovery.recover).
@@ -110,8 +120,11 @@ class Blockwise(Recovery):
 class _Walk:
     """One walk of a sparse and a dense model through all windows, side by side.
 
+    Each rank has its samples of every batch; errors and gradients are summed over the ranks.
+
     Attributes:
-        ids: the batches, int64[B, T], first those that are trained on.
+        ids: this rank's part of the batches, int64[B, T], first those that are trained on.
+        tokens: of each batch, over all ranks.
         batches: count of the batches that are trained on; the others judge.
         dense, own: the hidden states [B, T, D] of both models at the present window, by batch; None before the first.
     """
@@ -119,8 +132,16 @@ class _Walk:
     def __init__(self, method: Blockwise, inputs: RecoveryInputs, original: PreTrainedModel):
         self.method, self.inputs, self.original, self.model = method, inputs, original, inputs.model
         data = list(inputs.data.batches(inputs.batch_tokens))
-        self.ids = data + list(inputs.holdout.batches(inputs.batch_tokens))
-        self.batches = len(data)
+        ids = data + list(inputs.holdout.batches(inputs.batch_tokens))
+        self.ranks, self.batches = inputs.ranks, len(data)
+        self.ids = [rows[self.ranks.rank :: self.ranks.size] for rows in ids]
+        self.tokens = [rows.numel() for rows in ids]
+        if self.ranks.rank == 0 and max(map(len, ids)) < self.ranks.size:
+            log.warning(
+                "a batch has no more than %d samples, and there are %d ranks: some do nothing; give shorter samples",
+                max(map(len, ids)),
+                self.ranks.size,
+            )
         self.windows = windows(original, inputs.data.samples[0], method.blocks)
         self.prefix, self.blocks = decoder_blocks(self.model)
         self.dense: list[torch.Tensor | None] = [None] * len(self.ids)
@@ -131,21 +152,30 @@ class _Walk:
         course = _Course()
         count = len(self.windows)
         for number, window in enumerate(self.windows):
-            self.dense = self._through(window, self.original, self.dense)
-            trained = trained_parameters(self.model, window, self.inputs.masks)
-            restored = _restore(self._file(number), trained)
-            if restored is None:
-                if number == 0:
-                    self._measure(course)
-                self._train(number, window, trained, course)
-                if (number + 1) * _MEASUREMENTS // count > number * _MEASUREMENTS // count:
-                    self._measure(course)
-                _save(self._file(number), trained, course)
-            else:
-                course = restored
-            self.own = self._through(window, self.model, self.own)
+            self._through(window, self.original, self.dense)
+            with held(self.blocks[window.first : window.last + 1], writable=True):
+                trained = trained_parameters(self.model, window, self.inputs.masks)
+                restored = self._restored(number, trained)
+                if restored is None:
+                    if number == 0:
+                        self._measure(course)
+                    self._train(number, window, trained, course)
+                    if (number + 1) * _MEASUREMENTS // count > number * _MEASUREMENTS // count:
+                        self._measure(course)
+                    self.ranks.on_rank_zero(partial(_save, self._file(number), trained, course))
+                else:
+                    course = restored
+                self._through(window, self.model, self.own)
+            read_from(self.model, self._file(number), [each.name for each in trained])
             self.inputs.progress("recovery", number + 1, count, course.note)
         return RecoveryResult(course.tokens, tuple(course.curve), tuple(course.notes))
+
+    def _restored(self, number: int, trained: Sequence[Trained]) -> _Course | None:
+        """Set a window's parameters from its file, and return the course then; None if rank 0 finds no whole file."""
+        course = self.ranks.on_rank_zero(partial(_restore, self._file(number), trained))
+        if course is not None and self.ranks.rank:
+            _restore(self._file(number), trained)
+        return course
 
     def _train(self, number: int, window: Window, trained: Sequence[Trained], course: _Course) -> None:
         """Train a window's parameters and leave them in the best state on the hold-out samples."""
@@ -160,23 +190,22 @@ class _Walk:
             return
 
         with self._fitting(window, trained, first) as fit_at:
-            start = Fit(before, state_of(trained))
-            fits = [start]
-            rates = self.method.rates
-            if len(rates) > 1:
-                trial = min(_TRIAL_STEPS, self.batches)
-                trials = [fit_at(start, Schedule(trial, rate, self.method.decay), number) for rate in rates]
-                rates = (rates[min(range(len(rates)), key=lambda i: trials[i].error)],)
-                fits += trials
-            steps = self.method.epochs * self.batches
-            fits.append(fit_at(start, Schedule(steps, rates[0], self.method.decay), number))
-        best = min(fits, key=lambda result: result.error)
+            start = best = Fit(before, state_of(trained))
+            rate, least, done, finite = self.method.rates[0], math.inf, 0, True
+            trial = min(_TRIAL_STEPS, self.batches)
+            trials = [(trial, each) for each in self.method.rates if len(self.method.rates) > 1]
+            for steps, each in [*trials, (self.method.epochs * self.batches, None)]:
+                result = fit_at(start, Schedule(steps, each or rate, self.method.decay), number)
+                if each is not None and result.error < least:
+                    rate, least = each, result.error
+                best = min(best, result, key=lambda fit: fit.error)
+                done, finite = done + result.steps, finite and result.finite
         set_state(trained, best.state)
-        course.tokens += self._cost(window, sum(result.steps for result in fits))
-        if not all(result.finite for result in fits):
+        course.tokens += self._cost(window, done)
+        if not finite:
             course.notes.append(f"{name}: a loss was not finite, the best state before it stays")
             log.warning(course.notes[-1])
-        course.note = f"{name}: rate {rates[0]:g}, error {before:.3g}, then {best.error:.3g}"
+        course.note = f"{name}: rate {rate:g}, error {before:.3g}, then {best.error:.3g}"
 
     @contextmanager
     def _fitting(
@@ -195,7 +224,9 @@ class _Walk:
             return self._mean_error(window, range(self.batches, len(self.ids)))
 
         def fit_at(start: Fit, schedule: Schedule, seed: int) -> Fit:
-            return fit(trained, loss, self.batches, held_out, start, schedule, self.inputs.seed + seed)
+            return fit(
+                trained, loss, self.batches, held_out, start, schedule, self.inputs.seed + seed, self.ranks
+            )
 
         try:
             for each in trained:
@@ -206,33 +237,38 @@ class _Walk:
                 each.parameter.requires_grad_(False)
 
     def _error(self, window: Window, batch: int) -> torch.Tensor:
-        """Return the error of a window's output on a batch, as a node of the graph.
+        """Return the error of a window's output on a batch, as a node of the graph: this rank's part of it.
 
         It is the mean over tokens of the squared distance to the dense hidden state, in squared lengths of that state.
         """
+        if not len(self.ids[batch]):
+            return torch.zeros(())
         output = window.run(self.model, self.ids[batch], self.own[batch]).float()
         target = self.dense[batch]
         assert target is not None
         target = target.to(output.device).float()
-        return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
+        mean = ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
+        return mean * (self.ids[batch].numel() / self.tokens[batch])
 
     @torch.no_grad()
     def _mean_error(self, window: Window, batches: Sequence[int]) -> float:
-        """Return the mean error over the tokens of some batches."""
-        weights = [self.ids[batch].numel() for batch in batches]
-        errors = [float(self._error(window, batch)) for batch in batches]
-        return sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
+        """Return the mean error over the tokens of some batches, on all ranks."""
+        weights = [self.tokens[batch] for batch in batches]
+        errors = self.ranks.gather(lambda: [float(self._error(window, batch)) for batch in batches])
+        sums = [math.fsum(parts) for parts in zip(*errors, strict=True)]
+        return sum(w * e for w, e in zip(weights, sums, strict=True)) / sum(weights)
 
     @torch.no_grad()
-    def _through(
-        self, window: Window, model: torch.nn.Module, hidden: Sequence[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:
-        """Return the hidden states behind a window of a model by batch."""
-        return [window.run(model, ids, state) for ids, state in zip(self.ids, hidden, strict=True)]
+    def _through(self, window: Window, model: torch.nn.Module, hidden: list[torch.Tensor | None]) -> None:
+        """Replace the hidden states before a window of a model by those behind it."""
+        with held(decoder_blocks(model)[1][window.first : window.last + 1]):
+            for batch, ids in enumerate(self.ids):
+                if len(ids):
+                    hidden[batch] = window.run(model, ids, hidden[batch])
 
     def _cost(self, window: Window, steps: int) -> int:
         """Return the tokens of some steps in a window, as tokens through all blocks; the hold-out is left out."""
-        data = sum(ids.numel() for ids in self.ids[: self.batches])
+        data = sum(self.tokens[: self.batches])
         share = (window.last + 1 - window.first) / len(self.blocks) / (2 if window.half else 1)
         return round(BACKWARD * data * steps / self.batches * share)
 
@@ -240,7 +276,7 @@ class _Walk:
         """Add to the curve the KL divergence from the dense model on the hold-out samples, if it is a number."""
         text = self.inputs.holdout
         with suppress(NumericsError):  # the window that makes it so is named later
-            loss = mean_kl(self.original, self.model, text, batch_tokens=self.inputs.batch_tokens)
+            loss = mean_kl(self.original, self.model, text, self.ranks, batch_tokens=self.inputs.batch_tokens)
             course.curve.append((course.tokens, loss))
 
     def _file(self, number: int) -> Path:
@@ -289,11 +325,11 @@ def _restore(file: Path, trained: Sequence[Trained]) -> _Course | None:
 @contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
     """Let no parameter of a model require gradients in the block, but those that the block names."""
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        for parameter in required:
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
+        for name, flag in required.items():  # holding an offloaded parameter makes a new one
+            model.get_parameter(name).requires_grad_(flag)

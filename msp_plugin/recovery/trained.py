@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+#: Variables by which accelerate's launcher tells its processes to shard weights.
+_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
 
 @dataclass(frozen=True)
 class TrainedRecovery(TrainingOptions):
@@ -38,11 +42,16 @@ class TrainedRecovery(TrainingOptions):
         """Raise, before any work, if an option does not fit the model.
 
         Raises:
-            HostError: peft or accelerate is missing.
+            HostError: peft or accelerate is missing, or accelerate is configured to shard weights.
             ModelError: weights are offloaded, or in a dtype that is not trained.
             RecipeError: an option does not fit its layers.
         """
         require_training()
+        if sharded := [name for name in _SHARDING if os.environ.get(name, "").lower() in ("1", "true")]:
+            raise HostError(
+                f"{sharded[0]} is set, and {self.name} merges its change into whole weights, not into shards",
+                hint="start it with torchrun or accelerate without FSDP and DeepSpeed: each process holds the model",
+            )
         if (name := offloaded_module(model)) is not None:
             raise ModelError(
                 f"the weights of {name} are offloaded, and {self.name} trains models in memory",

@@ -25,8 +25,12 @@ from msp_plugin.recovery.importance import Importance
 from msp_plugin.recovery.objective import Objective
 from msp_plugin.recovery.training_options import TrainingOptions
 from msp_plugin.recovery.training_text import Batch, Samples, Steps, collate, shuffled
+from msp_plugin.runtime.disk import cannot_write, is_full
 
 log = logging.getLogger(__name__)
+
+#: In the message of torch.save where it cannot write, which has no number of an error.
+_TORCH_WRITES = "PytorchStreamWriter"
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,9 @@ def train(
     """Train an adapter, or continue a training that was stopped; the model ends with the best state.
 
     ``inputs.folder`` gets the Trainer's checkpoints and log.jsonl.
+
+    Raises:
+        OutputError: the folder takes no more data.
     """
     steps = Steps.plan(method, inputs.data, inputs.batch_tokens, inputs.ranks.size)
     inputs = replace(inputs, holdout=inputs.holdout.cut(method.evaluation_tokens)[1])
@@ -168,7 +175,12 @@ def train(
     if method.layers == "ist":
         importance = Importance(adapted, trainer.batch_loss, steps, inputs, method.ist_start)
         trainer.add_callback(importance)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        if is_full(error) or _TORCH_WRITES in str(error):
+            raise cannot_write(inputs.folder, error) from error
+        raise
     return course_of(trainer, watch, steps, inputs, importance.measured if importance else 0)
 
 

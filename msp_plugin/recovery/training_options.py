@@ -35,6 +35,8 @@ class TrainingOptions(Recovery):
         report_to: ``none``, or an integration of transformers such as ``tensorboard``.
     """
 
+    by_calibration = False
+
     tokens: int = 1_000_000
     step_tokens: int = 4096
     learning_rate: float = 5e-4

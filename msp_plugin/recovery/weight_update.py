@@ -16,12 +16,13 @@ from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.models.offload import linear
 from msp_plugin.models.weights import Weights
-from msp_plugin.passes.losses import mean_kl
 from msp_plugin.passes.observe import units_of
 from msp_plugin.plan.units import Unit
 from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_by_block, check_in_memory
 from msp_plugin.recovery.masks import Masks
+from msp_plugin.recovery.shared import mean_kl
 from msp_plugin.recovery.windows import Window
+from msp_plugin.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +124,7 @@ class WeightUpdate(Recovery):
         check_by_block(self.name, model, inputs.data.samples[0])
         curve, notes, tokens = [(0, self._kl(inputs, original))], [], 0
         walks = [
-            _Walk(model, original, list(part.batches(inputs.batch_tokens)))
+            _Walk(model, original, list(part.batches(inputs.batch_tokens)), inputs.ranks)
             for part in (inputs.data, inputs.holdout)
         ]
         units = units_of(model, list(inputs.masks))
@@ -167,7 +168,7 @@ class WeightUpdate(Recovery):
                 module.weight.copy_(new)
 
     def _kl(self, inputs: RecoveryInputs, original: torch.nn.Module) -> float:
-        return mean_kl(original, inputs.model, inputs.holdout, batch_tokens=inputs.batch_tokens)
+        return mean_kl(original, inputs.model, inputs.holdout, inputs.ranks, batch_tokens=inputs.batch_tokens)
 
 
 def _error(weight: torch.Tensor, dense: torch.Tensor, moments: Moments) -> float:
@@ -177,11 +178,14 @@ def _error(weight: torch.Tensor, dense: torch.Tensor, moments: Moments) -> float
 
 
 class _Walk:
-    """The hidden states [B, T, D] of a sparse and a dense model at one block, by batch."""
+    """The hidden states [B, T, D] of a sparse and a dense model at one block, by batch; each rank has its batches."""
 
-    def __init__(self, model: torch.nn.Module, original: torch.nn.Module, ids: Sequence[torch.Tensor]):
-        self.models, self.ids, self.block = (model, original), ids, 0
-        self.tokens = sum(batch.numel() for batch in ids)
+    def __init__(
+        self, model: torch.nn.Module, original: torch.nn.Module, batches: Sequence[torch.Tensor], ranks: Ranks
+    ):
+        self.models, self.ids, self.block, self.ranks = (model, original), ranks.share(batches), 0, ranks
+        self.tokens = sum(batch.numel() for batch in batches)
+        ids = self.ids
         self._hidden: list[list[torch.Tensor | None]] = [[None] * len(ids) for _ in self.models]
 
     def move_to(self, block: int) -> int:
@@ -202,18 +206,24 @@ class _Walk:
             NumericsError: an input is not finite.
         """
         window, layer = Window(self.block, self.block), unit.layers[0].name
-        own = cross = None
+        width = linear(self.models[0], layer).in_features
+        own, cross = torch.zeros(2, width, width).unbind()
+        apart = False
         for number, ids in enumerate(self.ids):
             x, dense = (
                 window.input_of(layer, model, ids, hidden[number]).flatten(0, -2).float()
                 for model, hidden in zip(self.models, self._hidden, strict=True)
             )
-            if x.shape != dense.shape:
-                return None
+            apart = x.shape != dense.shape
+            if apart:
+                break
             dense = dense.to(x.device)
-            own = x.T @ x if own is None else own.addmm_(x.T, x)
-            cross = dense.T @ x if cross is None else cross.addmm_(dense.T, x)
-        assert own is not None and cross is not None, "there are samples"
+            own = own.to(x.device).addmm_(x.T, x)
+            cross = cross.to(x.device).addmm_(dense.T, x)
+        if any(self.ranks.gather(lambda: apart)):
+            return None
+        if self.ranks.size > 1:
+            own, cross = self.ranks.all_reduce_sum(own), self.ranks.all_reduce_sum(cross)
         if not bool(torch.isfinite(own).all() and torch.isfinite(cross).all()):
             raise NumericsError(f"the input of {layer} is not finite", hint="try dtype float32 or bfloat16")
         return Moments(own, cross)

@@ -15,6 +15,7 @@ import torch
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.windows import Window
+from msp_plugin.runtime.ranks import ALONE, Ranks
 
 #: Least size of a parameter, such as a bias of zeros, by which its steps are scaled (Adafactor's epsilon 2).
 LEAST_SIZE = 1e-3
@@ -49,7 +50,7 @@ class Trained:
     def take_gradient(self) -> None:
         """Move the parameter's gradient to the float32 values, without those of pruned weights."""
         gradient = self.parameter.grad
-        self.parameter.grad = None
+        self.parameter.grad = self.master.grad = None
         if gradient is not None:
             gradient = gradient.float()
             self.master.grad = gradient if self.kept is None else gradient.mul_(self.kept)
@@ -125,6 +126,7 @@ def fit(
     start: Fit,
     schedule: Schedule,
     seed: int,
+    ranks: Ranks = ALONE,
 ) -> Fit:
     """Return the best state of a training run of a window; the parameters are left in another one.
 
@@ -132,10 +134,11 @@ def fit(
     values. The zeros have no gradient, so that its moments of them stay zero, and decay multiplies them by zero.
 
     Args:
-        loss: of a batch; its scale should be about one.
+        loss: of a batch; its scale should be about one. With several ranks the losses of all of them add up to it.
         batches: count of the batches, which are drawn without repetition.
         held_out: returns the loss on the hold-out.
         start: the state to begin with.
+        ranks: sum their gradients, and have the same values afterwards.
     """
     set_state(trained, start.state)
     groups = [
@@ -149,11 +152,12 @@ def fit(
     for step in range(schedule.steps):
         order = order or torch.randperm(batches, generator=generator).tolist()
         value = loss(order.pop())
-        if not torch.isfinite(value):
-            return Fit(best.error, best.state, step, finite=False)
-        value.backward()
+        if value.requires_grad:  # a rank may have no sample of this batch
+            value.backward()
         for each in trained:
             each.take_gradient()
+        if not torch.isfinite(summed(value, trained, ranks)):
+            return Fit(best.error, best.state, step, finite=False)
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(step) * group["size"]
         optimizer.step()
@@ -164,6 +168,19 @@ def fit(
             if error < best.error:  # False for NaN
                 best = Fit(error, state_of(trained))
     return Fit(best.error, best.state, schedule.steps)
+
+
+def summed(value: torch.Tensor, trained: Sequence[Trained], ranks: Ranks) -> torch.Tensor:
+    """Return the sum of a scalar over the ranks, and let all of them have the sum of their gradients."""
+    if ranks.size == 1:
+        return value
+    gradients = [torch.zeros_like(t.master) if t.master.grad is None else t.master.grad for t in trained]
+    parts = [value.detach().float().reshape(1), *(g.reshape(-1) for g in gradients)]
+    sizes = [part.numel() for part in parts]
+    total, *sums = torch.split(ranks.all_reduce_sum(torch.cat(parts)), sizes)
+    for each, gradient in zip(trained, sums, strict=True):
+        each.master.grad = gradient.view_as(each.master)
+    return total
 
 
 def state_of(trained: Sequence[Trained]) -> list[torch.Tensor]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from msp_plugin.errors import PluginError
+from msp_plugin.records.statistics import finite_pairs
 from msp_plugin.report.palette import INK_MARK, MARKS, PAGE, SERIES
-from msp_plugin.report.statistics import finite_pairs
 from msp_plugin.report.text import count, short, thousands
 
 if TYPE_CHECKING:

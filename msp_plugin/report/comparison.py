@@ -11,7 +11,7 @@ from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.records.comparison import ComparedRow, CompareRecord
-from msp_plugin.report.statistics import deviation, finite_values, mean, within_noise
+from msp_plugin.records.statistics import deviation, finite_values, mean, within_noise
 
 UNIFORM = "uniform"
 
@@ -55,6 +55,21 @@ class Entry:
         return deviation(self.kls)
 
     @property
+    def recovered(self) -> tuple[float | None, float | None] | None:
+        """Mean test perplexity and divergence after the recovery, None where a seed's is missing; None without one."""
+        stages = [row.recovered for row in self.rows if row.recovered is not None]
+        if not stages:
+            return None
+        perplexities, kls = (
+            finite_values(getattr(stage, name) for stage in stages) for name in ("perplexity", "kl")
+        )
+        whole = len(self.rows)
+        return (
+            mean(perplexities) if len(perplexities) == whole else None,
+            mean(kls) if len(kls) == whole else None,
+        )
+
+    @property
     def tokens(self) -> float | None:
         """Mean forward tokens, of candidates and sensitivities together."""
         return mean(row.tokens for row in self.rows)
@@ -83,6 +98,11 @@ class Cell:
         """The entry with the lowest mean divergence."""
         measured = [entry for entry in self.entries if entry.kl is not None]
         return min(measured, key=lambda entry: entry.kl or 0.0, default=None)
+
+    @property
+    def has_recovery(self) -> bool:
+        """True if an entry was recovered."""
+        return any(entry.recovered is not None for entry in self.entries)
 
     @property
     def has_spread(self) -> bool:

@@ -7,11 +7,12 @@ from pathlib import PurePath
 from typing import Any
 
 from msp_plugin.records.comparison import CompareRecord
+from msp_plugin.records.statistics import finite_pairs, finite_values, rank_correlation, taken_back
 from msp_plugin.report.charts import Chart, Series, draw
 from msp_plugin.report.comparison import Cell, Entry, allocation_of, cells, labels
 from msp_plugin.report.grid import Grid, Layout, lay_out, level_grid, sensitivity_grid
+from msp_plugin.report.recovery import survival_chart
 from msp_plugin.report.run_page import NOT_RECORDED, text_facts
-from msp_plugin.report.statistics import finite_pairs, finite_values, rank_correlation, taken_back
 from msp_plugin.report.storage import Storage, storages
 from msp_plugin.report.text import NOTHING, number, rounded_percent
 
@@ -62,6 +63,7 @@ class CellView:
     cost: Chart | None
     predictions: Chart | None
     ranking: Chart | None
+    survival: Chart | None
 
 
 def comparison_page(comparison: CompareRecord) -> dict[str, Any]:
@@ -77,6 +79,7 @@ def comparison_page(comparison: CompareRecord) -> dict[str, Any]:
         "facts": _facts(comparison, views, len(failed)),
         "dense": comparison.dense,
         "cells": views,
+        "recovered": any(view.cell.has_recovery for view in views),
         "sensitivities": [
             sensitivity_grid(name, table, values, layout)
             for name, values in sorted(comparison.sensitivities.items())
@@ -137,6 +140,7 @@ def _cell(i: int, cell: Cell, comparison: CompareRecord, layout: Layout) -> Cell
         cost=_cost(cell, comparison),
         predictions=_predictions(cell),
         ranking=_ranking(cell),
+        survival=survival_chart(cell, comparison.rank_correlation.get(f"{cell.method} {cell.sparsity}")),
     )
 
 

@@ -10,8 +10,8 @@ from fractions import Fraction
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level, Width
 from msp_plugin.plan.units import Unit, UnitTable
+from msp_plugin.records.statistics import finite_values
 from msp_plugin.report.palette import LEVEL_STEPS, SENSITIVITY_STEPS
-from msp_plugin.report.statistics import finite_values
 from msp_plugin.report.text import count, percent, rounded_percent, scientific
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from msp_plugin.records.comparison import survival
 from msp_plugin.records.run import DENSE, RECOVER, RecoveryRecord, RunRecord, StageRecord
+from msp_plugin.records.statistics import taken_back
 from msp_plugin.report.charts import Chart, Series, draw
-from msp_plugin.report.statistics import taken_back
-from msp_plugin.report.text import count, percent, seconds
+from msp_plugin.report.comparison import Cell
+from msp_plugin.report.text import count, number, percent, rounded_percent, seconds
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,25 @@ def _facts(stage: StageRecord, work: RecoveryRecord) -> list[tuple[str, str]]:
         ("Zeros, recounted", percent(stage.sparsity, 4)),
         ("Weights rounded to zero", count(sum(work.rounded.values()))),
     ]
+
+
+def survival_chart(cell: Cell, rho: float | None) -> Chart | None:
+    """Return the chart of the divergences after a recovery against those before it, None without a recovery.
+
+    Args:
+        rho: their rank correlation.
+    """
+    series = [Series(entry.label, survival(entry.rows), entry.slot, strong=True) for entry in cell.entries]
+    correlation = "too few for a rank correlation" if rho is None else f"Spearman's rho {number(rho, 2)}"
+    return draw(
+        Chart(
+            f"Divergence after the recovery against that before, {cell.method} at {rounded_percent(cell.sparsity)}",
+            "KL after the final pruning, nats per token",
+            "KL after the recovery",
+            tuple(series),
+            caption=f"Both on the test text, each allocation once: {correlation}.",
+        )
+    )
 
 
 def _curve(work: RecoveryRecord) -> Chart | None:

@@ -16,12 +16,12 @@ from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
 from msp_plugin.records.parts import SearchRecord, TextRecord
 from msp_plugin.records.run import RunRecord
+from msp_plugin.records.statistics import finite_pairs, finite_values, rank_correlation, taken_back
 from msp_plugin.report.charts import Chart, Series, draw
 from msp_plugin.report.grid import lay_out, level_class, level_grid, sensitivity_grid
 from msp_plugin.report.recovery import recovery_parts, stage_rows
 from msp_plugin.report.size import sizes
 from msp_plugin.report.source import Run
-from msp_plugin.report.statistics import finite_pairs, finite_values, rank_correlation, taken_back
 from msp_plugin.report.storage import storages
 from msp_plugin.report.text import count, number, percent, rounded_percent, seconds
 

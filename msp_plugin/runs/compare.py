@@ -14,7 +14,7 @@ import torch
 
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import SearchText, Text, TextSplit, load_split
-from msp_plugin.errors import DataError
+from msp_plugin.errors import DataError, RecipeError
 from msp_plugin.hosts.base import PruneInputs
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
@@ -22,7 +22,14 @@ from msp_plugin.models.offload import check_room, input_device
 from msp_plugin.passes.losses import perplexity
 from msp_plugin.plan.units import Groups, Unit, UnitTable
 from msp_plugin.plugins.manager import Plugins
-from msp_plugin.records.comparison import ComparedRow, CompareRecord, GroupsRecord, LayerRecord, UnitRecord
+from msp_plugin.records.comparison import (
+    ComparedRow,
+    CompareRecord,
+    GroupsRecord,
+    LayerRecord,
+    UnitRecord,
+    rank_correlations,
+)
 from msp_plugin.records.parts import ModelRecord, QualityRecord
 from msp_plugin.runs.grid import Grid
 from msp_plugin.runs.prune import host_for
@@ -61,6 +68,11 @@ def compare(
     """
     plugins, ranks = Plugins(), context.ranks
     plans = grid.check(plugins)
+    if grid.recover is not None and source.offload:
+        raise RecipeError(
+            "a recovery changes weights in memory, and with offload they are on disk",
+            hint="compare without --offload, or recover single runs with `msp recover`",
+        )
     source.check()
     text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
     tokenizer = source.tokenizer()
@@ -70,7 +82,8 @@ def compare(
         check_room(model, source.cache)
     inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
     table = _check(model, plans, inputs, plugins, prune=grid.prune)
-    comparison = ComparisonRows(source, model, table, inputs, samples, grid, plugins, context)
+    recovery = grid.recovery(plugins)
+    comparison = ComparisonRows(source, model, table, inputs, samples, grid, plugins, context, recovery)
     with freed_memory_kept(), on_best_device(model):
         if ranks.size > 1:
             comparison.allocate_together()
@@ -122,6 +135,7 @@ def _record(
         dense=QualityRecord(perplexity=dense),
         sensitivities=dict(comparison.sensitivities),
         rows=tuple(rows),
+        rank_correlation=rank_correlations(rows),
         versions=versions(),
         machine=machine + (f", {ranks} ranks" if ranks > 1 else ""),
     )

@@ -9,6 +9,7 @@ from typing import Any
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.levels import parse_sparsity
 from msp_plugin.plugins.manager import Plugins
+from msp_plugin.recovery.base import Recovery
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import ResolvedOptions, resolve
 
@@ -23,6 +24,7 @@ class Grid:
         options: all other options of a recipe, such as levels, ignore and granularity.
         prune: prune to each allocation, block by block, as a run does; False measures only the level database's
             weights.
+        recover: the name or {name: ..., option: ...} of a recovery of each pruned model; None for none.
     """
 
     sparsities: Sequence[str]
@@ -31,6 +33,20 @@ class Grid:
     seeds: Sequence[int] = (0,)
     options: Mapping[str, Any] = field(default_factory=dict)
     prune: bool = True
+    recover: str | Mapping[str, Any] | None = None
+
+    def recovery(self, plugins: Plugins) -> Recovery | None:
+        """Return the recovery method.
+
+        Raises:
+            RecipeError: an unknown name or option, or nothing is pruned.
+        """
+        if self.recover is None:
+            return None
+        if not self.prune:
+            raise RecipeError("without pruning there is nothing to recover", hint="leave out --no-prune")
+        built: Recovery = plugins.build("recoveries", self.recover)
+        return built
 
     def plan(self, plugins: Plugins, method: Any, sparsity: str, allocator: Any) -> ResolvedOptions:
         """Return the plan of one cell, with the options of the estimators that its allocator reads.
@@ -55,6 +71,7 @@ class Grid:
             RecipeError: a name or option is unknown, a sparsity or seed is out of range, or a list is empty or has an
                 entry twice.
         """
+        self.recovery(plugins)
         for axis in ("sparsities", "methods", "allocators", "seeds"):
             if not getattr(self, axis):
                 raise RecipeError(f"there are no {axis} to compare", hint="name at least one")

@@ -6,8 +6,6 @@ import gc
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,12 @@ from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.records.run import Outcome
 from msp_plugin.recovery.base import Recovery
+from msp_plugin.recovery.record import Recovered
+from msp_plugin.recovery.step import RecoveryStep, RecoveryText
 from msp_plugin.runs.recover import recover_pruned
-from msp_plugin.runs.recovery_step import RecoveryStep, RecoveryText
 from msp_plugin.runs.steps import Run, RunSteps
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import sole_run
-from msp_plugin.runtime.ranks import ALONE
 from msp_plugin.search.allocate import allocate as allocate_on
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import ResolvedOptions, resolve
@@ -71,10 +69,10 @@ def prune(
     plugins = Plugins()
     resolved = resolve(Options.parse(options), plugins)
     recovery = None if recover is None else plugins.build("recoveries", recover)
-    if recovery is not None and offload:
+    if recovery is not None and offload and not recovery.offloads:
         raise RecipeError(
-            "a recovery needs the weights in memory, and offload leaves them on disk",
-            hint="prune with offload, and recover the result with `msp recover`",
+            f"recovery {recovery.name!r} changes weights in memory, and with offload they are on disk",
+            hint="use blockwise, or prune without offload",
         )
     source = ModelSource(model, dtype, trust_remote_code, offload, resolved.cache)
     text = data if isinstance(data, Text) else Text(data)
@@ -197,9 +195,7 @@ def run(
         step = None
         if recovery is not None and options is not None:
             recovery_samples = RecoveryText.of(samples.pruning, samples.test)
-            step = RecoveryStep(
-                recovery, recovery_samples, options.seed, cache, replace(context, ranks=ALONE)
-            )
+            step = RecoveryStep(recovery, recovery_samples, options.seed, cache, context)
         inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
         steps = RunSteps(host, source, text, options, samples, inputs, path, context)
         stages = steps.references(baseline, journal_file)
@@ -208,12 +204,17 @@ def run(
         model = source.load()
         pruned = host.prune(model, options, inputs, context)
         seconds = round(time.monotonic() - start, 3)
-        if ranks.size > 1:
-            ranks.leave()
+
+        def mend() -> Recovered | None:
+            recovered = None if step is None else recover_pruned(step, source, model, pruned, path)
+            if ranks.size > 1:
+                ranks.leave()
+            return recovered
+
         if ranks.rank:
+            mend()
             return None
-        recover = None if step is None else partial(recover_pruned, step, source, model, pruned, path)
-        record = steps.finish(model, pruned, stages, seconds, recover)
+        record = steps.finish(model, pruned, stages, seconds, mend)
     Plugins().tell("msp_run_finished", record=record.to_dict())
     return Run(path, record)
 

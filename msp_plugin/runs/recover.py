@@ -10,29 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msp_plugin.checkpoint.run_files import copy_processor
-from msp_plugin.checkpoint.saving import SHARD_BYTES, generation_config_kept, kept_if_it_fails
+from msp_plugin.checkpoint.saving import generation_config_kept, kept_if_it_fails
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import Text
 from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.base import Pruned
+from msp_plugin.hosts.builtin import BuiltIn
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.records.parts import ModelRecord
 from msp_plugin.records.run import (
-    DENSE,
     PRUNE,
-    RECOVER,
-    RECOVERED,
     RUN_FILE,
-    UNIFORM,
     RunRecord,
     SparsityRecord,
     StageRecord,
 )
 from msp_plugin.recovery.base import Recovery
 from msp_plugin.recovery.masks import Masks
-from msp_plugin.runs.recovery_step import Measured, RecoveryStep, RecoveryText, recovery_text
-from msp_plugin.runs.sparse_source import Sparse, check_sources, load_original, load_sparse
+from msp_plugin.recovery.record import Measured, Recovered, with_recovery
+from msp_plugin.recovery.sources import Sparse, check_sources, load_original, load_sparse
+from msp_plugin.recovery.step import RecoveryStep, RecoveryText, recovery_text
 from msp_plugin.runs.steps import RECIPE_FILE, Run
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import digest, versions
@@ -58,7 +56,7 @@ def recover(
     offload: bool = False,
     cache: str | None = None,
     context: RunContext = RunContext(),
-) -> Run:
+) -> Run | None:
     """Change the surviving weights of a sparse checkpoint so that it comes nearer to the dense model, and write it.
 
     ``out`` gets the checkpoint in the dtype of ``run``, its allocation.json and recipe.yaml, and run.json. After a
@@ -73,9 +71,12 @@ def recover(
         seed: of the method's random choices.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``, for both models.
         trust_remote_code: run the model repository's code.
-        offload: leave the weights of the original on disk.
+        offload: leave the weights of the original on disk, and those of the sparse model if the method can.
         cache: directory for the state of a stopped recovery; None is the default cache.
         context: progress, and whether to use cached measurements.
+
+    Returns:
+        The run; None on all ranks but the first.
 
     Raises:
         MSPError: an option, model or text cannot be used; raised before the method starts.
@@ -87,10 +88,13 @@ def recover(
             f"recovery {recovery.name!r} needs the dense model",
             hint="name the dense model as its original",
         )
-    sparse = ModelSource(run, dtype, trust_remote_code, False, cache)
+    sparse = ModelSource(run, dtype, trust_remote_code, offload and recovery.offloads, cache)
     dense = None if original is None else ModelSource(original, dtype, trust_remote_code, offload, cache)
+    ranks = context.ranks
     with ExitStack() as stack:
-        path, journal_file = stack.enter_context(sole_run(out, cache, fresh=context.fresh))
+        path, journal_file = ranks.on_rank_zero(
+            lambda: stack.enter_context(sole_run(out, cache, fresh=context.fresh))
+        )
         sources = check_sources(sparse, dense)
         tokenizer, smaller = sources.tokenizer, sources.smaller
         text = data if isinstance(data, Text) else Text(data)
@@ -101,10 +105,14 @@ def recover(
         recovery.check(subject.model, subject.masks)
         reference = None if dense is None else load_original(dense, subject.model, smaller=smaller)
         identity = step.identity(subject.model, reference)
-        with closing(Journal(journal_file, identity)) as journal:
+        with closing(Journal(journal_file, identity, ranks)) as journal:
             before = step.references(subject.model, reference, journal)
         key = digest({**identity, "out": str(path)})
         stage = step.run(subject.model, reference, subject.masks, subject.allocation, key)
+        if ranks.size > 1:
+            ranks.leave()
+        if ranks.rank:
+            return None
         record = _record(sparse, dense, subject, text, samples, before, stage)
         _write(subject.model, tokenizer, sparse, record, path)
     Plugins().tell("msp_run_finished", record=record.to_dict())
@@ -112,18 +120,12 @@ def recover(
 
 
 def recover_pruned(
-    step: RecoveryStep,
-    source: ModelSource,
-    model: PreTrainedModel,
-    pruned: Pruned,
-    out: Path,
-    record: RunRecord,
-) -> RunRecord:
-    """Recover, in place, a model that was just pruned, and return its record with the new stage.
+    step: RecoveryStep, source: ModelSource, model: PreTrainedModel, pruned: Pruned, out: Path
+) -> Recovered:
+    """Recover, in place, a model that was just pruned; all ranks do it together.
 
     Args:
         source: of the dense model.
-        record: of the pruning, with its measurements.
 
     Raises:
         MSPError: see RecoveryStep.run.
@@ -133,13 +135,9 @@ def recover_pruned(
     masks = Masks.of(model, list(allocation.by_layer))
     step.recovery.check(model, masks)
     original = source.load()
-    before = {
-        DENSE: Measured(record.perplexity.get(DENSE)),
-        PRUNE: Measured(record.stages[-1].perplexity, step.divergence("mixed", model, original)),
-    }
+    before = {PRUNE: Measured(kl=step.divergence("mixed", model, original))}
     key = digest({**step.identity(model, original), "out": str(out)})
-    stage = step.run(model, original, masks, allocation, key)
-    return with_recovery(record, before, stage)
+    return Recovered(step.run(model, original, masks, allocation, key), before)
 
 
 def _record(
@@ -173,33 +171,7 @@ def _record(
         "test": test.record(length=text.length) if test else None,
         "versions": versions(),
     }
-    return with_recovery(record.model_copy(update=changes), before, stage)
-
-
-def with_recovery(record: RunRecord, before: Mapping[str, Measured], stage: StageRecord) -> RunRecord:
-    """Return the record of a run with a stage of recovery, and with the measurements of the models before it."""
-    *earlier, last = record.stages
-    earlier = [s for s in earlier if s.name != DENSE or DENSE not in before]
-    if DENSE in before:
-        earlier.insert(0, StageRecord(name=DENSE, perplexity=before[DENSE].perplexity))
-    last = last.model_copy(update=vars(before[PRUNE]))
-    name = RECOVERED if last.name == RECOVER else "result" if "result" in record.perplexity else "mixed"
-    values = {name: before[PRUNE].perplexity}
-    if record.perplexity.get(UNIFORM) is not None and UNIFORM not in {s.name for s in earlier}:
-        values[UNIFORM] = before[PRUNE].perplexity  # the uniform allocation is the result
-    if DENSE in before:
-        values[DENSE] = before[DENSE].perplexity
-    perplexities = {**record.perplexity, **values, RECOVERED: stage.perplexity}
-    order = [key for key in (DENSE, UNIFORM) if key in perplexities]
-    order += [key for key in perplexities if key not in order]
-    divergences = {**record.kl, name: before[PRUNE].kl, RECOVERED: stage.kl}
-    return record.model_copy(
-        update={
-            "stages": (*earlier, last, stage),
-            "perplexity": {key: perplexities[key] for key in order},
-            "kl": {key: value for key, value in divergences.items() if value is not None},
-        }
-    )
+    return with_recovery(record.model_copy(update=changes), Recovered(stage, before))
 
 
 def _write(
@@ -224,7 +196,7 @@ def _write(
     kept = partial(kept_if_it_fails, model, path, records, source.cache)
     with writing(path), output_directory(path) as temporary, kept():
         with generation_config_kept(model, temporary):
-            model.save_pretrained(temporary, max_shard_size=SHARD_BYTES)
+            BuiltIn(Plugins()).save(model, temporary)
         tokenizer.save_pretrained(temporary)
         copy_processor(model, temporary)
         records(temporary)

@@ -19,6 +19,7 @@ from msp_plugin.data.samples import TextSplit
 from msp_plugin.errors import MSPError
 from msp_plugin.hosts.base import PruneInputs
 from msp_plugin.hosts.builtin import BuiltIn, pruned_weights
+from msp_plugin.models.offload import linear
 from msp_plugin.models.weights import Weights
 from msp_plugin.plan.allocation import make_allocation
 from msp_plugin.plan.budget import AllocationProblem
@@ -26,6 +27,9 @@ from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins.manager import Plugins, spec_of
 from msp_plugin.progress import prefixed
 from msp_plugin.records.comparison import ComparedRow
+from msp_plugin.recovery.base import Recovery
+from msp_plugin.recovery.masks import Masks
+from msp_plugin.recovery.step import RecoveryStep, RecoveryText
 from msp_plugin.runs.grid import Grid
 from msp_plugin.runs.prune import host_for
 from msp_plugin.runtime.context import RunContext
@@ -62,6 +66,7 @@ class ComparisonRows:
 
     Args:
         inputs: for the hosts that prune the model to an allocation.
+        recovery: of each pruned model.
     """
 
     source: ModelSource
@@ -72,6 +77,7 @@ class ComparisonRows:
     grid: Grid
     plugins: Plugins
     context: RunContext
+    recovery: Recovery | None = None
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
     renewed: set[Path] = field(default_factory=set)
 
@@ -182,6 +188,8 @@ class ComparisonRows:
         row["kept"], row["weights"] = problem.total_kept(result.choice), self.table.weights
         units = [[layer.name for layer in unit.layers] for unit in self.table]
         key = f"{cell.measurements.database.key} {digest(units)[:16]} {','.join(row['levels'])}"
+        if self.recovery is not None:
+            key += f" {digest([spec_of(self.recovery), cell.seed])[:16]}"
         row |= finals.get(key, partial(self._quality, cell, problem, result.choice))
 
     def _quality(self, cell: Cell, problem: AllocationProblem, choice: Choice) -> dict[str, Any]:
@@ -201,7 +209,37 @@ class ComparisonRows:
             tempfile.TemporaryDirectory(dir=database.path.parent) as folder,
             self._pruned(cell, problem, choice, Path(folder)),
         ):
-            return {**quality, **_named(test.quality())}
+            quality |= _named(test.quality())
+            if self.recovery is None:
+                return quality
+            sparse = self._copy()
+        return {**quality, "recovered": self._recovered(self.recovery, sparse, cell, problem, choice)}
+
+    def _copy(self) -> PreTrainedModel:
+        """Return a new model with the weights that this model's layers hold now."""
+        gc.collect()  # the modules of the last one refer to each other
+        model, weights = self.source.load(), Weights(self.model)
+        for layer in self.table.layers:
+            linear(model, layer.name).weight.data.copy_(weights[layer.name])
+        return model
+
+    def _recovered(
+        self,
+        recovery: Recovery,
+        sparse: PreTrainedModel,
+        cell: Cell,
+        problem: AllocationProblem,
+        choice: Choice,
+    ) -> dict[str, Any]:
+        """Return the stage of the recovery of a pruned model, as JSON; this model is its original."""
+        masks = Masks.of(sparse, [layer.name for layer in self.table.layers])
+        recovery.check(sparse, masks)
+        samples = RecoveryText.of(self.samples.pruning, self.samples.test)
+        context = RunContext(progress=cell.measurements.progress, fresh=self.context.fresh)
+        step = RecoveryStep(recovery, samples, cell.seed, cell.plan.cache, context)
+        allocation = make_allocation(problem, choice)
+        key = digest(step.identity(sparse, self.model))
+        return step.run(sparse, self.model, masks, allocation, key).to_dict()
 
     @contextmanager
     def _pruned(self, cell: Cell, problem: AllocationProblem, choice: Choice, folder: Path) -> Iterator[None]:

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,8 @@ from msp_plugin.models.offload import check_room, named_parameters, quantized_fo
 from msp_plugin.passes.losses import perplexity
 from msp_plugin.progress import prefixed
 from msp_plugin.records.parts import ModelRecord
-from msp_plugin.records.run import DENSE, PRUNE, UNIFORM, RunRecord, StageRecord
+from msp_plugin.records.run import DENSE, PRUNE, RECOVERED, UNIFORM, RunRecord, StageRecord
+from msp_plugin.recovery.record import Measured, Recovered, with_recovery
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.disk import check_free, writing
@@ -139,14 +140,14 @@ class RunSteps:
         pruned: Pruned,
         before: Sequence[StageRecord],
         seconds: float,
-        recover: Callable[[RunRecord], RunRecord] | None = None,
+        recover: Callable[[], Recovered | None] = lambda: None,
     ) -> RunRecord:
         """Return the record of the run, after measuring the pruned model and writing the directory.
 
         Args:
             before: the stages of the models that the result is compared with.
-            seconds: time of the pruning.
-            recover: recovers the pruned model, and returns its record with that stage.
+            seconds: time of the host's work.
+            recover: recovers the pruned model, or does nothing and returns None.
 
         Raises:
             OutputError: the directory cannot be written; the error names where the pruned model is kept.
@@ -155,7 +156,8 @@ class RunSteps:
         record = RunRecord(stages=(StageRecord(name=PRUNE),), versions=versions())
         if options is not None and outcome is not None and pruned.stats is not None:
             record = run_record(outcome, pruned.stats, options.seed)
-        record = record.model_copy(update={"seconds": seconds})
+        seconds -= sum(each.stage.seconds or 0.0 for each in pruned.recovered)
+        record = record.model_copy(update={"seconds": round(seconds, 3)})
         kept = partial(
             kept_if_it_fails,
             model,
@@ -163,13 +165,15 @@ class RunSteps:
             lambda folder: write_files(folder, outcome, record),
             self.source.cache,
         )
-        name = "result" if options is None else "mixed"
         with kept():
-            value = finite(self._perplexity(name, model))
-        record = self._measured(record, before, value)
-        if recover is not None:
-            with kept():
-                record = recover(record)
+            record = self._with_recipe_recoveries(model, record, before, pruned.recovered)
+        with kept():
+            recovered = recover()
+        if recovered is not None:
+            dense, sparse = Measured(record.perplexity.get(DENSE)), record.stages[-1].perplexity
+            sparse_measured = replace(recovered.before[PRUNE], perplexity=sparse)
+            known = {DENSE: dense, PRUNE: sparse_measured}
+            record = with_recovery(record, replace(recovered, before=known))
         with writing(self.out), output_directory(self.out) as temporary, kept():
             with warnings.catch_warnings(), generation_config_kept(model, temporary):
                 warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
@@ -179,6 +183,28 @@ class RunSteps:
             write_files(temporary, outcome, record)
             if not (temporary / RECIPE_FILE).exists() and options is not None:
                 write_text(temporary / RECIPE_FILE, recipe_text(options))
+        return record
+
+    def _with_recipe_recoveries(
+        self,
+        model: PreTrainedModel,
+        record: RunRecord,
+        before: Sequence[StageRecord],
+        done: Sequence[Recovered],
+    ) -> RunRecord:
+        """Return the record with what is measured of the pruned model, and with the recoveries that the host's recipe held."""
+        name = "result" if self.options is None else "mixed"
+        if not done:
+            return self._measured(record, before, finite(self._perplexity(name, model)))
+        record = self._measured(record, before, done[0].before[PRUNE].perplexity)
+        for recovered in done:
+            record = with_recovery(record, recovered)
+        last = record.stages[-1]
+        if last.perplexity is None:
+            value = finite(self._perplexity(RECOVERED, model))
+            stages = (*record.stages[:-1], last.model_copy(update={"perplexity": value}))
+            quality = {**record.perplexity, RECOVERED: value}
+            record = record.model_copy(update={"stages": stages, "perplexity": quality})
         return record
 
     def _identity(self, model: PreTrainedModel) -> dict[str, Any]:

@@ -242,3 +242,18 @@ def test_a_report_that_cannot_be_drawn_does_not_cost_the_comparison(msp_compare,
     assert len(json.loads(left.read_text())["rows"]) == 2 and "knapsack" in printed.out
     assert f"error: {left} is complete, but the report failed: 'a bug'" in printed.err
     assert f"msp report '{tmp_path}/[1] out'" in printed.err
+
+
+def test_a_recovery_adds_a_table_and_a_chart_with_the_rank_correlation(msp_compare, tmp_path):
+    pytest.importorskip("jinja2", reason="the report is not drawn")
+    printed = msp_compare(
+        "--allocators", "uniform,lsa,knapsack", "--prune", "--recover", "blockwise", "--set", "blockwise.epochs=1",
+        "--set", "blockwise.rates=[0.06]",
+    )  # fmt: skip
+    record = CompareRecord.read(tmp_path / "out" / "compare.json")
+    (rho,) = record.rank_correlation.values()
+    assert f"rank correlation of the KL before and after it: {rho:.2f}" in " ".join(printed.out.split())
+    after = printed.out[printed.out.index("After the recovery") :]
+    assert all(f"{row.recovered.perplexity:.2f}" in after for row in record.rows)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Does the ranking survive the recovery?" in page and "recovered KL" in page

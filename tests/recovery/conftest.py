@@ -22,6 +22,17 @@ def sparse_copy(dense, share=0.6):
     return model, Masks.of(model, names)
 
 
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = [
+        f"The cat sat on mat {i}, and the dog sat on log {i * 7 % 23}; two of every four weights.\n"
+        for i in range(80)
+    ]
+    path.write_text("".join(lines))
+    return path
+
+
 @dataclass
 class Case:
     """A dense model, and inputs for recoveries of sparse copies of it."""

@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
-from msp_plugin.errors import ModelError, NumericsError, RecipeError
+from msp_plugin.errors import NumericsError, RecipeError
+from msp_plugin.models.fingerprint import fingerprint
+from msp_plugin.models.load import load_model
+from msp_plugin.models.offload import offloaded_module
 from msp_plugin.passes.losses import mean_kl
 from msp_plugin.recovery.blockwise import Blockwise
 from msp_plugin.recovery.window_training import Fit, Schedule, fit, state_of, trained_parameters
@@ -146,15 +149,30 @@ def test_options_out_of_range_are_refused(options):
         Blockwise(**options)
 
 
-def test_a_sparse_model_on_disk_is_refused_and_an_original_on_disk_serves(
-    pair, prune_half, make_inputs, bits
-):
+def test_an_original_on_disk_serves_as_one_in_memory(pair, prune_half, make_inputs, bits):
     here, away = pair
     sparse = copy.deepcopy(here)
     masks = prune_half(sparse)
-    with pytest.raises(ModelError, match="offloaded"):
-        QUICK.check(away, masks)
     other = copy.deepcopy(sparse)
     QUICK.recover(make_inputs(sparse, masks, away, "away"))
     QUICK.recover(make_inputs(other, masks, here, "here"))
     assert bits(sparse) == bits(other)
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_sparse_model_on_disk_is_recovered_as_in_memory(
+    tied, llama, qwen2, prune_half, make_inputs, tmp_path
+):
+    here = qwen2 if tied else llama
+    sparse = copy.deepcopy(here)
+    masks = prune_half(sparse)
+    sparse.save_pretrained(tmp_path / "sparse")
+    away = load_model(tmp_path / "sparse", offload=True, cache=str(tmp_path))
+    assert fingerprint(away) == fingerprint(sparse)
+    results = [
+        QUICK.recover(make_inputs(model, masks, here, folder))
+        for model, folder in ((sparse, "here"), (away, "away"))
+    ]
+    assert results[0] == results[1] and fingerprint(away) == fingerprint(sparse)
+    assert offloaded_module(away) is not None and masks.check(away, "the test") == {}
+    assert all(parameter.is_meta for parameter in away.parameters())

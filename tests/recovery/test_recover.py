@@ -1,8 +1,12 @@
 """Whole recoveries, through the command and from Python, on tiny runs."""
 
+import gc
 import json
 import math
+import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -20,17 +24,6 @@ from msp_plugin.runs.recover import recover
 
 SMALL = ["--samples", "12", "--length", "24", "--test-samples", "4"]
 QUICK = ["--set", "blockwise.epochs=2", "--set", "blockwise.rates=[0.06]"]
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = [
-        f"The cat sat on mat {i}, and the dog sat on log {i * 7 % 23}; two of every four weights.\n"
-        for i in range(80)
-    ]
-    path.write_text("".join(lines))
-    return path
 
 
 @pytest.fixture
@@ -226,6 +219,10 @@ def change_tokenizer(path):
 BAD = {
     "dense run": (lambda run, dense: {"run": dense}, "the model is dense, there is nothing to keep"),
     "no original": (lambda run, dense: {"original": None}, "needs the dense model"),
+    "a loss without targets": (
+        lambda run, dense: {"original": None, "method": "full", "set": "full.kl_weight=0.5"},
+        "needs the dense model",
+    ),
     "another model": (lambda run, dense: {"original": "demo:qwen2"}, "is not the original of"),
     "another tokenizer": (lambda run, dense: change_tokenizer(dense), "another tokenizer"),
     "no text": (lambda run, dense: {"data": "nowhere.txt"}, "nowhere.txt"),
@@ -295,6 +292,26 @@ def test_an_output_that_exists_and_a_full_disk_are_refused(run_dir, llama_dir, t
         recover(run_dir, text, tmp_path / "out", original=llama_dir)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["blockwise", "full"])
+def test_a_disk_that_fills_meanwhile_is_named_and_the_same_command_goes_on(
+    method, run_dir, llama_dir, corpus, tmp_path
+):
+    options = ["full.tokens=800", "full.step_tokens=96"] if method == "full" else QUICK[1::2]
+    command = [sys.executable, "-m", "msp_plugin", "recover", run_dir, "--original", llama_dir, "--data", corpus, *SMALL,
+               "--method", method, *(part for option in options for part in ("--set", option)), "--cache", tmp_path / "cache",
+               "--out", tmp_path / "out"]  # fmt: skip
+
+    def little_room():  # no file may have more, as where a disk is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))
+
+    failed = subprocess.run(list(map(str, command)), capture_output=True, text=True, preexec_fn=little_room)
+    assert failed.returncode and "cannot write" in failed.stderr and "Traceback" not in failed.stderr
+    assert str(tmp_path / "cache" / "recovery") in failed.stderr and not (tmp_path / "out").exists()
+    assert subprocess.run(list(map(str, command)), capture_output=True).returncode == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_a_failed_save_keeps_the_recovered_model(with_recovery, run_dir, text, tmp_path, monkeypatch):
     with_recovery(lambda inputs: None, needs_original=False)
 
@@ -310,3 +327,27 @@ def test_a_failed_save_keeps_the_recovered_model(with_recovery, run_dir, text, t
 
 def test_recover_is_a_public_name():
     assert msp_plugin.recover is recover
+
+
+def test_models_on_disk_give_the_bytes_of_models_in_memory(msp, run_dir, llama_dir, corpus, tmp_path):
+    records = []
+    for name, offload in (("memory", []), ("disk", ["--offload"])):
+        msp("recover", run_dir, "--original", llama_dir, "--data", corpus, "--out", tmp_path / name, *SMALL, *QUICK,
+            "--fresh", *offload)  # fmt: skip
+        records.append(json.loads((tmp_path / name / "run.json").read_text()))
+    assert (tmp_path / "memory" / "model.safetensors").read_bytes() == (
+        tmp_path / "disk" / "model.safetensors"
+    ).read_bytes()
+    assert records[0]["perplexity"] == records[1]["perplexity"] and records[0]["kl"] == records[1]["kl"]
+    gc.collect()
+    assert not list((tmp_path / "cache").glob("*/*"))
+
+
+@pytest.mark.slow
+def test_a_model_that_was_pruned_on_disk_is_recovered_there(msp, llama_dir, corpus, tmp_path):
+    for name, offload in (("memory", []), ("disk", ["--offload"])):
+        msp("prune", llama_dir, "-s", "0.5", "--levels", "2:4", "--allocator", "uniform", "-m", "wanda", "--data", corpus,
+            *SMALL, "--recover", "blockwise", *QUICK, "--cache", tmp_path / name, "--out", tmp_path / f"out-{name}",
+            *offload)  # fmt: skip
+    files = [(tmp_path / f"out-{name}" / "model.safetensors").read_bytes() for name in ("memory", "disk")]
+    assert files[0] == files[1]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import msp_plugin.report
 from msp_plugin.plan.units import Layer, Unit, UnitTable
+from msp_plugin.records.statistics import deviation, mean, rank_correlation, taken_back, within_noise
 from msp_plugin.report.charts import Chart, Series, draw, thin
 from msp_plugin.report.grid import lay_out
 from msp_plugin.report.palette import (
@@ -27,7 +28,6 @@ from msp_plugin.report.palette import (
     luminance,
     ramp,
 )
-from msp_plugin.report.statistics import deviation, mean, rank_correlation, taken_back, within_noise
 from msp_plugin.report.text import (
     count,
     mebibytes,

@@ -25,7 +25,8 @@ def run(llama_dir, text, tmp_path):
         shared = {"cache": str(tmp_path / "cache"), "granularity": "unit", **options}
         finals = shared.pop("finals", None)
         context = RunContext(**{name: shared.pop(name) for name in ("ranks", "fresh") if name in shared})
-        grid = Grid(sparsities, methods, allocators, seeds, shared, prune)
+        recover = shared.pop("recover", None)
+        grid = Grid(sparsities, methods, allocators, seeds, shared, prune, recover)
         record = compare(ModelSource(llama_dir, "float32"), text, grid, finals=finals, context=context)
         return record and record.to_dict()
 

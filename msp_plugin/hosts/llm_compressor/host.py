@@ -15,11 +15,14 @@ from msp_plugin.hosts.base import Pruned, PruneInputs, check_layers
 from msp_plugin.hosts.llm_compressor.passes import shares_keys
 from msp_plugin.hosts.llm_compressor.recipe import Recipe
 from msp_plugin.models.layers import fused_experts
+from msp_plugin.recovery.step import RecoveryText
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from msp_plugin.hosts.llm_compressor.recovery import RecoveryModifier
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ class LLMCompressor:
 
     @property
     def prunes_only(self) -> bool:
-        """True if the recipe has a MixedSparsityModifier and nothing else."""
+        """True if the recipe has a MixedSparsityModifier and else at most recoveries."""
         return self.recipe.mixes
 
     def check(self, model: PreTrainedModel, options: ResolvedOptions | None, inputs: PruneInputs) -> None:
@@ -80,6 +83,10 @@ class LLMCompressor:
             )
         if ours is not None:
             ours.report_to(context.progress, announce=announce, fresh=context.fresh, one_pass=one_pass)
+        recoveries = _recoveries(recipe.modifiers)
+        for recovery in recoveries:  # not of a baseline, with which the model before the recovery is compared
+            text = RecoveryText.of(inputs.text.pruning, inputs.text.test)
+            recovery.report_to(context.progress, text, active=announce, fresh=context.fresh)
         # Any, because DataLoader also takes lists and oneshot any tokenizer, which their types do not say.
         samples: Any = [{"input_ids": sample} for sample in inputs.data.samples]
         processor: Any = inputs.tokenizer
@@ -92,7 +99,10 @@ class LLMCompressor:
                 trust_remote_code_model=inputs.trust_remote_code,
                 pipeline="basic" if one_pass else "independent",
             )
-        return Pruned() if ours is None else Pruned(ours.outcome, ours.stats)
+        recovered = tuple(each.recovered for each in recoveries if each.recovered is not None)
+        if recovered and recipe.modifiers[-1] is not recoveries[-1]:
+            recovered = (*recovered[:-1], recovered[-1].unmeasured())
+        return Pruned(None, None, recovered) if ours is None else Pruned(ours.outcome, ours.stats, recovered)
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:
         """Write the weights, config and recipe.yaml as llm-compressor does."""
@@ -103,6 +113,13 @@ class LLMCompressor:
         from llmcompressor.core import reset_session
 
         reset_session()
+
+
+def _recoveries(modifiers: list[Any]) -> list[RecoveryModifier]:
+    """Return the recoveries among the modifiers of a recipe."""
+    from msp_plugin.hosts.llm_compressor.recovery import RecoveryModifier
+
+    return [modifier for modifier in modifiers if isinstance(modifier, RecoveryModifier)]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, PrivateAttr, model_validator
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from msp_plugin.checkpoint.recount import PruneStats, count_zeros, recount_model
-from msp_plugin.checkpoint.run_files import attach_files
+from msp_plugin.checkpoint.run_files import attach_files, run_record
 from msp_plugin.checkpoint.saved_names import saved_names
 from msp_plugin.checkpoint.saving import check_savable
 from msp_plugin.data.calibration import CalibrationSet
@@ -35,6 +35,7 @@ from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import StepProgress, no_progress
 from msp_plugin.records.run import Outcome
+from msp_plugin.recovery.record import Recovered, with_recovery
 from msp_plugin.search.allocate import allocate, check_model
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import ResolvedOptions, resolve
@@ -77,6 +78,7 @@ class MixedSparsityModifier(Options, Modifier):
     _steps: int = PrivateAttr(default=0)
     _padding: Padding | None = PrivateAttr(default=None)
     _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
+    _recovered: list[Recovered] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +119,10 @@ class MixedSparsityModifier(Options, Modifier):
         """The recounted zeros; None until the model is pruned."""
         return self._stats
 
+    def was_recovered(self, recovered: Recovered) -> None:
+        """Note a recovery of the pruned model, for its record."""
+        self._recovered.append(recovered)
+
     def report_to(
         self, progress: StepProgress, *, announce: bool = True, fresh: bool = False, one_pass: bool = False
     ) -> None:
@@ -138,7 +144,7 @@ class MixedSparsityModifier(Options, Modifier):
                 "the recipe holds more than one MixedSparsityModifier",
                 hint="one line covers all layers: give it several levels, or an allocation",
             )
-        if (ranks := _ranks()) > 1:
+        if (ranks := launched_ranks()) > 1:
             raise HostError(
                 f"there are {ranks} ranks, and each would prune the whole model",
                 hint="llm-compressor does not sum its statistics over ranks: start it in one process. To share the "
@@ -226,7 +232,10 @@ class MixedSparsityModifier(Options, Modifier):
         self._stats = recount_model(
             state.model, self._outcome.allocation, exact=False, after="a later modifier"
         )
-        attach_files(state.model, self._outcome, self._stats, self._plan.seed, keep=self._alone)
+        record = run_record(self._outcome, self._stats, self._plan.seed)
+        for recovered in self._recovered:
+            record = with_recovery(record, recovered)
+        attach_files(state.model, self._outcome, record, keep=self._alone)
         log.info(
             "mixed sparsity: %d of %d weights are zero (%.4f %%)",
             self._stats.total_zeros,
@@ -255,7 +264,7 @@ class MixedSparsityModifier(Options, Modifier):
             raise
 
 
-def _ranks() -> int:
+def launched_ranks() -> int:
     """Return the number of processes that torch.distributed has joined, or that torchrun has started."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()

@@ -20,7 +20,7 @@ from msp_plugin.search.resolve import ResolvedOptions, resolve
 if TYPE_CHECKING:
     from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
 
-OURS = "MixedSparsityModifier"
+OURS, RECOVERY = "MixedSparsityModifier", "RecoveryModifier"
 
 
 class _Loader(yaml.SafeLoader):
@@ -149,9 +149,9 @@ class Recipe:
 
     @property
     def mixes(self) -> bool:
-        """True if the recipe has a MixedSparsityModifier and nothing else."""
+        """True if the recipe has a MixedSparsityModifier and else at most recoveries."""
         modifiers = [name for _, group in self._groups() for name in group]
-        return modifiers == [OURS]
+        return [name for name in modifiers if name != RECOVERY] == [OURS]
 
     def build(self, options: ResolvedOptions | None) -> tuple[Any, MixedSparsityModifier | None]:
         """Return llm-compressor's own Recipe with new modifiers, and the MixedSparsityModifier among them.

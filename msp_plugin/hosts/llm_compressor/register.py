@@ -1,4 +1,4 @@
-"""Make the modifier known to llm-compressor."""
+"""Make the modifiers known to llm-compressor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def register_modifier() -> type[MixedSparsityModifier]:
-    """Make ``MixedSparsityModifier`` known to llm-compressor's recipes and return it.
+    """Make our modifiers known to llm-compressor's recipes and return ``MixedSparsityModifier``.
 
     Raises:
         HostError: llm-compressor is not installed.
@@ -20,6 +20,8 @@ def register_modifier() -> type[MixedSparsityModifier]:
     from llmcompressor.modifiers.factory import ModifierFactory
 
     from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
+    from msp_plugin.hosts.llm_compressor.recovery import RecoveryModifier
 
-    ModifierFactory.register(MixedSparsityModifier.__name__, MixedSparsityModifier)
+    for modifier in (MixedSparsityModifier, RecoveryModifier):
+        ModifierFactory.register(modifier.__name__, modifier)
     return MixedSparsityModifier

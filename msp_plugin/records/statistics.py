@@ -1,4 +1,4 @@
-"""Statistics of a report: means, deviations, rank correlations, shares of loss."""
+"""Numbers that follow from records: means, deviations, rank correlations."""
 
 from __future__ import annotations
 

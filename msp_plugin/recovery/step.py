@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from msp_plugin.data.samples import Text, load_split
 from msp_plugin.errors import DataError, NumericsError
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
-from msp_plugin.passes.losses import mean_kl, perplexity
+from msp_plugin.models.offload import offloaded_module
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import spec_of
 from msp_plugin.records.run import DENSE, PRUNE, RECOVER, RecoveryRecord, StageRecord
 from msp_plugin.recovery.base import Recovery, RecoveryInputs
 from msp_plugin.recovery.masks import Masks
+from msp_plugin.recovery.record import Measured
+from msp_plugin.recovery.shared import mean_kl, perplexity
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import component_digest, versions
 from msp_plugin.runtime.disk import writing
@@ -83,14 +86,6 @@ def recovery_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> RecoveryTex
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model's perplexity, and its KL divergence from the dense model, on the test text; None if not measured."""
-
-    perplexity: float | None = None
-    kl: float | None = None
-
-
-@dataclass(frozen=True)
 class RecoveryStep:
     """A recovery method, its samples, and the settings that it runs with."""
 
@@ -135,7 +130,7 @@ class RecoveryStep:
             return Measured()
         with freed_memory_kept(), on_best_device(model):
             progress = partial(self.context.progress, f"perplexity, {name}")
-            value = self._finite(name, lambda: perplexity(model, test, progress=progress))
+            value = self._finite(name, lambda: perplexity(model, test, self.context.ranks, progress=progress))
         return Measured(value, self.divergence(name, model, original))
 
     def divergence(self, name: str, model: PreTrainedModel, original: PreTrainedModel | None) -> float | None:
@@ -145,7 +140,8 @@ class RecoveryStep:
             return None
         progress = partial(self.context.progress, f"KL, {name}")
         with freed_memory_kept(), on_best_device(model), on_best_device(original):
-            return self._finite(name, lambda: mean_kl(original, model, test, progress=progress))
+            ranks = self.context.ranks
+            return self._finite(name, lambda: mean_kl(original, model, test, ranks, progress=progress))
 
     def _finite(self, name: str, measure: Callable[[], float]) -> float | None:
         """Return the measured value; None if the loss of a sparse model is not a number."""
@@ -175,7 +171,7 @@ class RecoveryStep:
             MSPError: see the method.
         """
         recovery, start = self.recovery, time.monotonic()
-        with self._folder(key) as folder, ExitStack() as stack:
+        with self._folder(key, model) as folder, ExitStack() as stack:
             stack.enter_context(freed_memory_kept())
             for each in (model, original):
                 if each is not None:
@@ -226,15 +222,26 @@ class RecoveryStep:
         )
 
     @contextmanager
-    def _folder(self, key: str) -> Iterator[Path]:
-        """Yield the directory for the state of this recovery, and remove it if the block succeeds."""
-        folder = cache_directory(self.cache) / "recovery" / key[:24]
-        if self.context.fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+    def _folder(self, key: str, model: PreTrainedModel) -> Iterator[Path]:
+        """Yield the directory for the state of this recovery, which is removed if the block succeeds on all ranks.
+
+        An offloaded model may read its changed weights there: it is removed with the model.
+        """
+        folder, ranks = cache_directory(self.cache) / "recovery" / key[:24], self.context.ranks
+
+        def make() -> None:
+            if self.context.fresh:
+                shutil.rmtree(folder, ignore_errors=True)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+
+        ranks.on_rank_zero(make)
         yield folder
-        shutil.rmtree(folder, ignore_errors=True)
+        ranks.gather(lambda: None)
+        if ranks.rank == 0 and offloaded_module(model) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif ranks.rank == 0:
+            weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
 
 
 def _sensitivities(allocation: Allocation | None) -> dict[str, float]:

@@ -1,0 +1,123 @@
+"""How much faster two processes recover a model than one, each with one thread, and how near the results are.
+
+    python integration/recover_ranks.py
+
+A demo model with the two smallest of every four weights set to zero is recovered by each method with 128 samples of 256
+tokens of the demo corpus, by one process and by two that torchrun starts, over gloo. Seconds are of the method alone, and so
+are CPU seconds, of the process that used most: on a machine that is busy otherwise only those tell. Two free cores are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from database_cost import RESULTS, machine
+
+#: What two processes should reach, in the speed of one.
+GOAL = 1.6
+METHODS = {
+    "blockwise": {"epochs": 2},
+    "masked_lora": {"tokens": 40_000, "step_tokens": 4096, "learning_rate": 2e-3, "evaluations": 2},
+}
+
+
+def work(method: str, samples: int) -> None:
+    """Recover as one of the processes; the first one prints its figures as JSON."""
+    import torch
+
+    from msp_plugin.data.samples import Text, load_split
+    from msp_plugin.demo import demo_model_path
+    from msp_plugin.models.layers import prunable_layers
+    from msp_plugin.models.load import load_model
+    from msp_plugin.models.source import load_tokenizer
+    from msp_plugin.plan.levels import Level
+    from msp_plugin.plugins.manager import Plugins
+    from msp_plugin.pruning.masks import nm_mask
+    from msp_plugin.recovery.base import RecoveryInputs
+    from msp_plugin.recovery.masks import Masks
+    from msp_plugin.recovery.shared import mean_kl
+    from msp_plugin.recovery.step import RecoveryText
+    from msp_plugin.runtime.ranks import join
+
+    ranks, source = join(), demo_model_path("qwen2")
+    original, model = load_model(source, "float32"), load_model(source, "float32")
+    layers = [layer.name for layer in prunable_layers(model).layers]
+    with torch.no_grad():
+        for name in layers:
+            weight = model.get_submodule(name).weight
+            weight.masked_fill_(~nm_mask(weight.abs(), Level.parse("2:4")), 0)
+    text = Text("demo:calibration", test="demo:test", samples=samples, length=256, test_samples=16)
+    split = load_split(load_tokenizer(source), text)
+    parts = RecoveryText.of(split.pruning, split.test)
+    recovery = Plugins().build("recoveries", {"name": method, **METHODS[method]})
+    folder = ranks.on_rank_zero(lambda: Path(tempfile.mkdtemp()))
+    inputs = RecoveryInputs(
+        model, Masks.of(model, layers), parts.data, parts.holdout, original, folder, ranks=ranks
+    )
+    began, used = time.perf_counter(), time.process_time()
+    recovery.recover(inputs)
+    seconds, cpu = time.perf_counter() - began, max(ranks.gather(lambda: time.process_time() - used))
+    kl = mean_kl(original, model, parts.test, ranks)
+    if ranks.rank == 0:
+        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "kl": kl}))
+
+
+def measure(method: str, samples: int, ranks: int) -> dict[str, Any]:
+    """Return the figures of a recovery by some processes."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, __file__, "--work", method, "--samples", str(samples)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if done.returncode:
+        raise SystemExit("a recovery failed")
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--work", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--write", action="store_true", help="write results/recover_ranks.md")
+    given = parser.parse_args()
+    if given.work:
+        work(given.work, given.samples)
+        return 0
+    lines = [
+        "| method | processes | seconds | CPU seconds of a process | KL to the dense model |",
+        "|---|---|---|---|---|",
+    ]
+    speeds = []
+    for method in given.methods:
+        rows = [measure(method, given.samples, ranks) for ranks in (1, 2)]
+        lines += [
+            f"| `{method}` | {i + 1} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['kl']:.5f} |"
+            for i, row in enumerate(rows)
+        ]
+        speeds.append(rows[0]["seconds"] / rows[1]["seconds"])
+        print(
+            f"{method}: {speeds[-1]:.2f} times as fast, by CPU seconds {rows[0]['cpu_seconds'] / rows[1]['cpu_seconds']:.2f}"
+        )
+    print(*lines, sep="\n")
+    if given.write:
+        about = " ".join(__doc__.split("\n\n")[-1].split())
+        head = f"# Recovery by two processes\n\nMade by `python integration/recover_ranks.py --write`: {about}\n\n{machine()}\n\n"
+        (RESULTS / "recover_ranks.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    return 0 if min(speeds) >= GOAL else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,60 @@
+"""The record of a run with a recovery: what was measured before it, and its stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from msp_plugin.records.run import DENSE, PRUNE, RECOVER, RECOVERED, UNIFORM, RunRecord, StageRecord
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The perplexity and the KL divergence from the dense model of one model on the test text; None where unmeasured."""
+
+    perplexity: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A recovery that is done.
+
+    Args:
+        stage: its work, and the measurements of the recovered model.
+        before: the measurements of the models before it, by stage; PRUNE stands for the model that was recovered.
+    """
+
+    stage: StageRecord
+    before: Mapping[str, Measured] = field(default_factory=dict)
+
+    def unmeasured(self) -> Recovered:
+        """Return the same without the measurements of the recovered model, which was changed since."""
+        return replace(self, stage=self.stage.model_copy(update={"perplexity": None, "kl": None}))
+
+
+def with_recovery(record: RunRecord, recovered: Recovered) -> RunRecord:
+    """Return the record of a run with a stage of recovery and with the measurements of the models before it."""
+    before, stage = {PRUNE: Measured(), **recovered.before}, recovered.stage
+    *earlier, last = record.stages
+    earlier = [s for s in earlier if s.name != DENSE or DENSE not in before]
+    if DENSE in before:
+        earlier.insert(0, StageRecord(name=DENSE, perplexity=before[DENSE].perplexity))
+    last = last.model_copy(update=vars(before[PRUNE]))
+    name = RECOVERED if last.name == RECOVER else "result" if "result" in record.perplexity else "mixed"
+    values = {name: before[PRUNE].perplexity}
+    if record.perplexity.get(UNIFORM) is not None and UNIFORM not in {s.name for s in earlier}:
+        values[UNIFORM] = before[PRUNE].perplexity  # the uniform allocation is the result
+    if DENSE in before:
+        values[DENSE] = before[DENSE].perplexity
+    perplexities = {**record.perplexity, **values, RECOVERED: stage.perplexity}
+    order = [key for key in (DENSE, UNIFORM) if key in perplexities]
+    order += [key for key in perplexities if key not in order]
+    divergences = {**record.kl, name: before[PRUNE].kl, RECOVERED: stage.kl}
+    return record.model_copy(
+        update={
+            "stages": (*earlier, last, stage),
+            "perplexity": {key: perplexities[key] for key in order},
+            "kl": {key: value for key, value in divergences.items() if value is not None},
+        }
+    )

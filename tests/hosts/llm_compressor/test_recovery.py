@@ -1,0 +1,196 @@
+"""``RecoveryModifier`` in recipes: through ``oneshot``, and through ``msp run``."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import CompressedTensorsConfig
+
+from msp_plugin import MixedSparsityModifier, RecoveryModifier, Text, prune, run_recipe
+from msp_plugin.data.sources import load_texts
+from msp_plugin.data.tokenize import tokenize
+from msp_plugin.demo import demo_model_path
+from msp_plugin.errors import ModelError, RecipeError
+from msp_plugin.models.load import load_model
+from msp_plugin.models.source import load_tokenizer
+from msp_plugin.passes.losses import mean_kl
+
+PRUNE = {"sparsity": 0.5, "levels": ["2:4"], "method": "magnitude", "allocator": "uniform"}
+QUICK = {"name": "blockwise", "epochs": 1, "rates": [0.06]}
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    tokenizer = load_tokenizer(demo_model_path("qwen2"))
+    return tokenize(
+        tokenizer, load_texts("demo:calibration"), samples=8, length=48, source="demo:calibration"
+    )
+
+
+@pytest.fixture
+def model():
+    return load_model(demo_model_path("qwen2"), "float32")
+
+
+def run(model, modifiers, calibration, **kwargs):
+    from llmcompressor import oneshot
+
+    samples = [{"input_ids": sample} for sample in calibration.samples]
+    return oneshot(model=model, recipe=modifiers, dataset=DataLoader(samples, batch_size=1), **kwargs)
+
+
+def zeros(model):
+    return {
+        n: m.weight == 0 for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n
+    }
+
+
+def test_a_line_behind_the_pruning_recovers_with_the_pruned_models_zeros(model, calibration, tmp_path):
+    pruned = load_model(demo_model_path("qwen2"), "float32")
+    run(pruned, [MixedSparsityModifier(**PRUNE)], calibration)
+    line = RecoveryModifier(method=QUICK, cache=str(tmp_path / "cache"))
+    run(model, [MixedSparsityModifier(**PRUNE), line], calibration, output_dir=str(tmp_path / "out"))
+    before, after = zeros(pruned), zeros(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    dense = load_model(demo_model_path("qwen2"), "float32")
+    assert mean_kl(dense, model, calibration) < 0.9 * mean_kl(dense, pruned, calibration)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [stage["name"] for stage in record["stages"]] == ["prune", "recover"]
+    assert record["stages"][-1]["recovery"]["method"]["epochs"] == 1
+    assert "RecoveryModifier" in (tmp_path / "out" / "recipe.yaml").read_text()
+    assert not list((tmp_path / "cache" / "recovery").iterdir())
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_recipe_gives_the_bytes_of_prune_with_recover(tmp_path):
+    text = Text("demo:calibration", samples=8, length=48, test="demo:test", test_samples=4)
+    source = demo_model_path("qwen2")
+    cache = str(tmp_path / "cache")
+    prune(source, text, tmp_path / "own", **PRUNE, recover=QUICK, dtype="float32", cache=cache)
+    lines = {
+        "MixedSparsityModifier": {**PRUNE, "cache": cache},
+        "RecoveryModifier": {"method": QUICK, "cache": cache},
+    }
+    recipe = {"a_stage": {"b_modifiers": lines}}
+    run_recipe(recipe, source, text, tmp_path / "host", dtype="float32")
+    own, host = weights(tmp_path / "own"), weights(tmp_path / "host")
+    assert own.keys() == host.keys() and all(torch.equal(own[name], host[name]) for name in own)
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("own", "host")]
+    assert records[0]["perplexity"] == records[1]["perplexity"] and records[0]["kl"] == records[1]["kl"]
+    assert records[1]["perplexity"]["recovered"] < records[1]["perplexity"]["mixed"]
+    stages = [[{**s, "seconds": None} for s in record["stages"]] for record in records]
+    assert stages[0] == stages[1] and [s["name"] for s in stages[0]] == ["dense", "prune", "recover"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W4A16"])
+def test_a_later_line_quantizes_the_recovered_model_and_keeps_the_zeros(scheme, tmp_path):
+    text = Text("demo:calibration", samples=8, length=48, test="demo:test", test_samples=4)
+    lines = {
+        "MixedSparsityModifier": PRUNE,
+        "RecoveryModifier": {"method": QUICK},
+        "QuantizationModifier": {"targets": ["Linear"], "scheme": scheme, "ignore": ["lm_head"]},
+    }
+    run_recipe({"a_stage": {"b_modifiers": lines}}, demo_model_path("qwen2"), text, tmp_path / "out")
+    recovered = run_recipe(
+        {"a_stage": {"b_modifiers": {n: lines[n] for n in ("MixedSparsityModifier", "RecoveryModifier")}}},
+        demo_model_path("qwen2"), text, tmp_path / "recovered",
+    )  # fmt: skip
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    before, after = zeros(load_model(tmp_path / "recovered")), zeros(quantized)
+    assert all(bool(after[name][zero].all()) for name, zero in before.items())
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["stages"][-1]["name"] == "recover" and record["stages"][-1]["kl"] is None
+    values = record["perplexity"], recovered.record.perplexity
+    assert values[0]["mixed"] == values[1]["mixed"] and values[0]["recovered"] != values[1]["recovered"]
+    assert values[0]["recovered"] < 1.2 * values[1]["recovered"]
+
+
+@pytest.mark.slow
+def test_the_hosts_own_pruning_is_recovered_too(model, calibration, tmp_path):
+    from llmcompressor.modifiers.factory import ModifierFactory
+
+    pruning = ModifierFactory.create(
+        "WandaPruningModifier", allow_registered=True, allow_experimental=True, sparsity=0.5,
+        mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"],
+    )  # fmt: skip
+    line = RecoveryModifier(method="weight_update", cache=str(tmp_path))
+    run(model, [pruning, line], calibration)
+    assert all(int(zero.sum()) == zero.numel() // 2 for zero in zeros(model).values())
+    before, after = line.recovered.stage.recovery.curve[0][1], line.recovered.stage.recovery.curve[-1][1]
+    assert after < before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "masked_lora"}, "trains on more text"),
+        ({"method": "no_such"}, "no_such"),
+        ({"methods": "blockwise"}, "no key 'methods'"),
+        ({"method": {"name": "blockwise", "epochs": 0}}, "epochs"),
+    ],
+)
+def test_a_line_that_cannot_work_is_refused_when_it_is_read(options, words):
+    with pytest.raises(RecipeError, match=words):
+        RecoveryModifier(**options)
+
+
+def test_a_line_before_the_pruning_is_refused(model, calibration):
+    with pytest.raises(RecipeError, match="before MixedSparsityModifier"):
+        run(model, [RecoveryModifier(method=QUICK), MixedSparsityModifier(**PRUNE)], calibration)
+
+
+def test_one_calibration_for_all_modifiers_is_refused(model, calibration):
+    modifiers = [MixedSparsityModifier(**PRUNE), RecoveryModifier(method=QUICK)]
+    with pytest.raises(RecipeError, match="share one calibration"):
+        run(model, modifiers, calibration, pipeline="sequential")
+
+
+def test_a_dense_model_is_refused(model, calibration):
+    with pytest.raises(ModelError, match="the model is dense"):
+        run(model, [RecoveryModifier(method=QUICK)], calibration)
+
+
+def test_dense_weights_that_are_not_in_the_files_need_an_original(model, calibration, tmp_path):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    model.save_pretrained(tmp_path / "dense")
+    line = RecoveryModifier(method=QUICK, original=str(tmp_path / "dense"), cache=str(tmp_path))
+    run(copy.deepcopy(model), [MixedSparsityModifier(**PRUNE), line], calibration)
+    assert line.recovered is not None
+    modifiers = [MixedSparsityModifier(**PRUNE), RecoveryModifier(method=QUICK)]
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj is not as in"):
+        run(model, modifiers, calibration)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W4A16"])
+def test_a_recovered_checkpoint_is_quantized_by_oneshot_with_its_zeros(scheme, calibration, msp, tmp_path):
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    text = Text("demo:calibration", samples=8, length=48, test="demo:test", test_samples=4)
+    recovered, out = tmp_path / "recovered", tmp_path / "out"
+    prune(demo_model_path("qwen2"), text, recovered, **PRUNE, recover=QUICK, cache=str(tmp_path / "cache"))
+    quantize = QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
+    run(load_model(recovered), [quantize], calibration, output_dir=str(out))
+    for name in ("allocation.json", "run.json"):
+        shutil.copyfile(recovered / name, out / name)
+    config = CompressedTensorsConfig(dequantize=True)
+    quantized = AutoModelForCausalLM.from_pretrained(out, quantization_config=config)
+    before, after = zeros(load_model(recovered)), zeros(quantized)
+    assert all(bool(after[name][zero].all()) for name, zero in before.items())
+    said = msp("verify", out).out
+    assert "FAIL" not in said and "passed" in said
+    dense = load_model(demo_model_path("qwen2"))
+    assert mean_kl(dense, quantized, calibration) < 1.5 * mean_kl(dense, load_model(recovered), calibration)

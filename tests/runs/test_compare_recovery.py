@@ -1,0 +1,45 @@
+"""Comparisons whose pruned models are recovered."""
+
+import pytest
+
+from msp_plugin import prune
+from msp_plugin.errors import RecipeError
+
+METHOD = {"name": "blockwise", "epochs": 1, "rates": [0.06]}
+
+
+def by_name(*names):
+    return {name: name for name in names}
+
+
+def test_every_pruned_model_is_recovered_as_prune_with_recover_does(run, llama_dir, text, tmp_path):
+    labels = ("uniform", "lsa", "knapsack")
+    record = run(by_name(*labels), prune=True, recover=METHOD)
+    whole = prune(
+        llama_dir, text, tmp_path / "whole", sparsity="3/4", method="magnitude", allocator="uniform",
+        granularity="unit", dtype="float32", recover=METHOD, cache=str(tmp_path / "cache"),
+    ).record  # fmt: skip
+    (row,) = (row for row in record["rows"] if row["allocator"] == "uniform")
+    assert (row["perplexity"], row["recovered"]["perplexity"], row["recovered"]["kl"]) == (
+        pytest.approx(whole.perplexity["mixed"]),
+        pytest.approx(whole.perplexity["recovered"]),
+        pytest.approx(whole.kl["recovered"]),
+    )
+    assert all(row["recovered"]["kl"] < row["kl"] for row in record["rows"])
+    assert row["recovered"]["recovery"]["method"]["name"] == "blockwise"
+    before, after = (
+        [sorted(values).index(value) for value in values]
+        for values in ([r["kl"] for r in record["rows"]], [r["recovered"]["kl"] for r in record["rows"]])
+    )
+    apart = sum((a - b) ** 2 for a, b in zip(before, after, strict=True))
+    assert record["rank_correlation"] == {"magnitude 3/4": pytest.approx(1 - 6 * apart / (3 * 8))}
+    assert run(by_name(*labels), prune=True)["rank_correlation"] == {}
+
+
+def test_a_recovery_without_pruning_or_of_an_unknown_name_is_refused_before_the_model_is_loaded(
+    run, no_model
+):
+    with pytest.raises(RecipeError, match="nothing to recover"):
+        run(by_name("uniform"), recover="blockwise")
+    with pytest.raises(RecipeError, match="no_such"):
+        run(by_name("uniform"), prune=True, recover="no_such")
