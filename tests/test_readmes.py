@@ -82,10 +82,11 @@ def test_a_plugin_written_from_a_readme_alone_prunes_a_model(code, llama_dir, tm
     role = {"pruners": "method", "recoveries": "recover", "allocators": "allocator"}[
         re.search(r"msp_register_(\w+)", code)[1]
     ]
+    levels = {"levels": "width"} if "StructuredPruner" in code else {}
     run = msp_plugin.prune(
         llama_dir, msp_plugin.Text(str(text), samples=8, length=16, test_samples=2), tmp_path / "out", sparsity=0.5,
         cache=str(tmp_path / "cache"),
-        **{"method": "magnitude", "allocator": "uniform", role: name},
+        **{"method": "magnitude", "allocator": "uniform", role: name}, **levels,
     )  # fmt: skip
     allocation = json.loads((tmp_path / "out" / "allocation.json").read_text())
     if role == "recover":

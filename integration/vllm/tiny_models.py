@@ -112,11 +112,20 @@ def serve(job):
         skip_tokenizer_init=True, disable_log_stats=True, **job.get("options", {}),
     )  # fmt: skip
     result = generate(llm, job.get("adapter"))
+    result["cache"] = caches(llm)
     if job.get("reload"):
         llm.collective_rpc("reload_weights")
         llm.reset_prefix_cache()
         result["again"] = generate(llm, None)
     return result
+
+
+def caches(llm):
+    """Return the KV heads of each attention that has a KV cache; nothing of several processes."""
+    if llm.llm_engine.vllm_config.parallel_config.world_size > 1:
+        return {}
+    (specs,) = llm.collective_rpc("get_kv_cache_spec")
+    return {name: spec.num_kv_heads for name, spec in specs.items()}
 
 
 def generate(llm, adapter):

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Allocator, Choice, TrueLoss
+from msp_plugin.allocators.msp import compensated
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.plan.levels import DROPPED
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class EvoPress(Allocator):
     Deviations: (1) The authors' levels remove an equal count of weights in every layer, so that a swap is one
     level up and one down. Here the level that is denser by exactly the same count is looked up, and a pair
     without one is drawn anew; if the levels of the menu are not equally far apart, a third unit makes up the
-    difference. (2) Rows are units, not layers. (3) A stage uses at most the whole search text. (4) Where no
+    difference. With ``dropped`` in the menu, where the authors swap attentions for attentions and MLPs for MLPs, any
+    two halves may be swapped, and as many others as needed make up the difference, an exact solution at random
+    prices. (2) Rows are units, not layers. (3) A stage uses at most the whole search text. (4) Where no
     level has the target sparsity, the first parent is the mixture on the budget nearest to uniform. (5) Equal
     mutants are measured once instead of being replaced, so that fewer may be measured for a small model.
 
@@ -125,7 +129,7 @@ class EvoPress(Allocator):
         for stage, (count, tokens) in enumerate(stages, 1):
             if stage == len(self.survivors) and parent not in alive:
                 alive.insert(0, parent)  # first, so that the others reuse its activations
-            samples = _draw(loss, tokens, rng)
+            samples = draw_samples(loss, tokens, rng)
             scores = {choice: loss(choice, samples) for choice in alive}
             measured += len(alive)
             alive = sorted(alive, key=lambda choice: (scores[choice], choice))[:count]
@@ -143,7 +147,9 @@ def swapped(problem: AllocationProblem, parent: Choice, most: int, rng: np.rando
         for _attempt in range(64):
             a, b = (int(u) for u in rng.choice(len(choice), 2, replace=False))
             moves = _swap(problem, choice, a, b)
-            if moves is None and _uneven(problem):
+            if moves is None and DROPPED in problem.menu:
+                moves = _swap_of_many(problem, choice, a, b, rng)
+            elif moves is None and _uneven(problem):
                 moves = _swap_of_three(problem, choice, a, b, rng)
             if moves is not None:
                 for unit, level in moves:
@@ -157,9 +163,8 @@ Moves = tuple[tuple[int, int], ...]
 
 
 def _uneven(problem: AllocationProblem) -> bool:
-    """Return True if the levels of the menu are not equally far apart."""
-    kept = np.unique(problem.kept[0])
-    return len(kept) > 2 and len(np.unique(np.diff(kept))) > 1
+    """Return True if the levels of some unit are not equally far apart."""
+    return any(len(np.unique(np.diff(np.unique(kept)))) > 1 for kept in problem.kept)
 
 
 def _next(problem: AllocationProblem, choice: list[int], unit: int, denser: bool) -> tuple[int, int] | None:
@@ -202,7 +207,21 @@ def _swap_of_three(
     return None
 
 
-def _draw(loss: TrueLoss, tokens: int, rng: np.random.Generator) -> tuple[int, ...]:
+def _swap_of_many(
+    problem: AllocationProblem, choice: list[int], a: int, b: int, rng: np.random.Generator
+) -> Moves | None:
+    """Return the moves of a by one level sparser, of b by one denser, and of the units that make up the difference.
+
+    Where an attention and an MLP trade places, those are mostly several; None if there are none.
+    """
+    sparser, denser = _next(problem, choice, a, denser=False), _next(problem, choice, b, denser=True)
+    if sparser is None or denser is None:
+        return None
+    swapped = compensated(problem, tuple(choice), {a: sparser[0], b: denser[0]}, rng)
+    return tuple((u, k) for u, k in enumerate(swapped) if k != choice[u]) or None
+
+
+def draw_samples(loss: TrueLoss, tokens: int, rng: np.random.Generator) -> tuple[int, ...]:
     """Return sorted numbers of random samples with at least ``tokens`` tokens, or of all samples."""
     order = rng.permutation(len(loss.lengths))
     total = np.cumsum([loss.lengths[i] for i in order])

@@ -5,6 +5,7 @@ Shape legend: U units, K levels, S the target share of zeros.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -196,18 +197,30 @@ def mutate(problem: AllocationProblem, parent: Choice, max_moves: int, rng: np.r
     compensate follow from an exact solution with random prices, so that units of unequal size can compensate
     for each other.
     """
-    levels, moves = len(problem.menu), 1 + min(rng.integers(0, max_moves, 2))
+    moves = 1 + min(rng.integers(0, max_moves, 2))
     target = np.array(parent)
     pinned = rng.choice(len(parent), size=min(int(moves), max(1, len(parent) - 1)), replace=False)
     for u in pinned:
         order, step = problem.by_cost[u], rng.choice([-1, 1])
+        order = order[problem.may[u, order]]
         at = np.flatnonzero(order == target[u])[0]
-        target[u] = order[np.clip(at + step, 0, levels - 1)]
+        target[u] = order[np.clip(at + step, 0, len(order) - 1)]
+    return compensated(problem, parent, {int(u): int(target[u]) for u in pinned}, rng)
+
+
+def compensated(
+    problem: AllocationProblem, parent: Choice, moves: Mapping[int, int], rng: np.random.Generator
+) -> Choice:
+    """Return the parent, int[U], after some moves and those of other units that keep the budget, at random prices.
+
+    Args:
+        moves: by unit its new level.
+    """
     price = rng.exponential(1.0, len(parent))
     cost = price[:, None] * _steps(problem, parent)
-    for u in pinned:
+    for u, level in moves.items():
         cost[u] = np.inf
-        cost[u, target[u]] = 0.0
+        cost[u, level] = 0.0
     return _solve_or(problem, cost, parent)
 
 

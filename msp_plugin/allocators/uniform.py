@@ -9,7 +9,10 @@ from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Alloc
 
 @dataclass(frozen=True)
 class Uniform(Allocator):
-    """One sparsity for all units; if no level has it, the nearest mixture of levels on the budget."""
+    """One sparsity for all units; if no level has it, the nearest mixture of levels on the budget.
+
+    With ``dropped`` in the menu, what is dropped is spread evenly over the model: of equal blocks each n-th one.
+    """
 
     name = "uniform"
     seeded = False

@@ -23,7 +23,6 @@ from msp_plugin.formats.bitmask import SparseBitmask
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.formats.tensor_files import INDEX, ShardWriter
 from msp_plugin.plan.allocation import ALLOCATION_FILE
-from msp_plugin.plan.units import Layer
 from msp_plugin.progress import Progress, silent
 from msp_plugin.records.run import RUN_FILE
 from msp_plugin.runtime.digests import versions
@@ -214,11 +213,12 @@ class PackedExporter(Sharded):
     def _packed_sizes(self, source: Checkpoint) -> dict[str, dict[str, int]]:
         """Return the bytes of each packed layer's tensors by suffix; upper bounds if there is no allocation."""
         sizes = {}
+        levels = source.allocation.by_layer if source.allocation else {}
+        layers = {layer.name: layer for layer in source.allocation.table.layers} if source.allocation else {}
         for _, info, layer in self._planned(source):
             if layer is not None:
                 rows, columns = info.shape
-                levels = source.allocation.by_layer if source.allocation else {}
-                kept = levels[layer].kept(Layer(layer, rows, columns)) if layer in levels else rows * columns
+                kept = levels[layer].kept(layers[layer]) if layer in layers else rows * columns
                 sizes[layer] = self.format.sizes((rows, columns), info.dtype, kept)
         return sizes
 

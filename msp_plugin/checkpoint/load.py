@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +16,7 @@ from msp_plugin.errors import FormatError, ModelError, MSPError
 from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import auto_class, check_dtype, check_source
-from msp_plugin.structure.small_model import as_usual, plain_config, small_class
+from msp_plugin.structure.small_model import as_usual, plain_config, shrink, small_class
 from msp_plugin.structure.widths import read_widths
 
 if TYPE_CHECKING:
@@ -125,16 +126,21 @@ def from_tensors(
     """
     from transformers import AutoConfig, GenerationConfig
 
-    target = check_dtype(dtype)
+    target, widths = check_dtype(dtype), read_widths(checkpoint.config, str(checkpoint.path / "config.json"))
     try:
-        config = copy.deepcopy(
-            AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-        )
+        if widths is None:
+            named = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+            config = copy.deepcopy(named)
+        else:
+            config = plain_config(checkpoint.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):  # for the class alone, which may be the repository's own
             cls = type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
-        loader: Any = cls if prepare is None else _prepared(cls, prepare)
+        steps: list[Callable[[PreTrainedModel], None]] = []
+        steps += [] if widths is None else [partial(shrink, widths=widths)]
+        steps += [] if prepare is None else [prepare]
+        loader: Any = _prepared(cls, steps) if steps else cls
         model, report = loader.from_pretrained(
             None,
             config=config,
@@ -153,13 +159,14 @@ def from_tensors(
 
 
 def _prepared(
-    cls: type[PreTrainedModel], prepare: Callable[[PreTrainedModel], None]
+    cls: type[PreTrainedModel], steps: Sequence[Callable[[PreTrainedModel], None]]
 ) -> type[PreTrainedModel]:
     """Return a class of models that are changed before ``from_pretrained`` loads their tensors."""
 
     def init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, *args, **kwargs)
-        prepare(self)
+        for prepare in steps:
+            prepare(self)
 
     prepared = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
     return cast("type[PreTrainedModel]", prepared)

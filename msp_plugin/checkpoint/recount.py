@@ -76,11 +76,14 @@ def recount_model(
         VerificationError: a layer differs from the plan, or is not finite.
     """
     zeros, weights = {}, {}
-    for name, level in allocation.by_layer.items():
+    levels = allocation.by_layer
+    for layer in allocation.table.layers:
+        name, level = layer.name, levels[layer.name]
         with _readable(model.get_submodule(name)) as weight:
-            counted = recount(weight, level)
+            here = Layer(name, weight.shape[0], weight.shape[1], layer.groups)
+            counted = recount(weight, level, here)
             zeros[name], weights[name] = counted.zeros, weight.numel()
-            kept = level.kept(Layer(name, *weight.shape))
+            kept = level.kept(here)
         if not counted.finite:
             raise VerificationError(f"after {after}, {name} holds weights that are not finite")
         plan = f"planned was {level.name} with {weights[name] - kept:,} zeros of {weights[name]:,}"

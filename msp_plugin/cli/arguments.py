@@ -25,7 +25,8 @@ Sparsity = Annotated[str, typer.Option("--sparsity", "-s", help="share of zeros 
 Method = Annotated[str, typer.Option("--method", "-m", help="pruning method; see `msp plugins`")]
 AllocatorName = Annotated[str, typer.Option("--allocator", help="allocator; see `msp plugins`")]
 Levels = Annotated[
-    str | None, typer.Option("--levels", help='comma list, e.g. "dense,4:8,2:8,1:8", or servable')
+    str | None,
+    typer.Option("--levels", help='comma list, e.g. "dense,4:8,2:8,1:8", or servable, width, depth, mixed'),
 ]
 Set = Annotated[
     list[str] | None,
@@ -161,9 +162,13 @@ class LayerChoice:
         typer.Option(
             "--granularity",
             help="which layers share a level: layer (none), unit (those that inference fuses), half (those of an "
-            "attention or MLP) or block; default: half with level dropped, unit if all levels run on 2:4 kernels, "
+            "attention or MLP) or block; default: half with widths or dropped, unit if all levels run on 2:4 kernels, "
             "else layer",
         ),
+    ] = None
+    quantum: Annotated[
+        int | None,
+        typer.Option("--quantum", help="a width keeps a multiple of so many channels; default: 64"),
     ] = None
     bounds: Annotated[
         list[str] | None,
@@ -187,6 +192,7 @@ class LayerChoice:
             targets=self.target,
             ignore=self.ignore,
             granularity=self.granularity,
+            quantum=self.quantum,
             bounds=_bounds(self.bounds),
             protect=self.protect,
         )

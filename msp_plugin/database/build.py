@@ -14,15 +14,16 @@ import torch
 
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.bitmask import bitmask_bytes
+from msp_plugin.database.gradients import gradient_scores
 from msp_plugin.database.statistics import StatisticsCollector
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError
 from msp_plugin.models.offload import linear, onloaded
 from msp_plugin.models.weights import weight_place
-from msp_plugin.plan.levels import DENSE, Level
+from msp_plugin.plan.levels import DENSE, Level, Width
 from msp_plugin.plan.units import Layer, Unit, UnitTable, group_layers, pruned_together, shared_inputs
 from msp_plugin.progress import Progress, silent
-from msp_plugin.pruning.base import Pruner
+from msp_plugin.pruning.base import Pruner, UnitInputs
 from msp_plugin.runtime.disk import check_free
 from msp_plugin.runtime.ranks import ALONE, Ranks
 
@@ -98,13 +99,15 @@ def build_database(
 
     def write() -> int:
         written = 0
+        scores = gradient_scores(model, own, pruner, data) if pruner.gradient_order else {}
         pruned = partial(_pruned_block, database, model, table, prefix) if prefix else None
         collector = StatisticsCollector(model, pruner, data, batch_tokens, statistics_bytes, ranks)
         last = missing[-1].block if missing else None
         inputs = shared_inputs(UnitTable(tuple(own)))
         for unit, statistics in _with_statistics(collector.statistics(inputs, last, pruned), units):
             if levels := levels_of(unit.layers[0]):
-                _write_unit(database, model, unit, pruner, statistics, levels)
+                own_scores = {layer.name: scores[layer.name] for layer in unit.layers if scores}
+                _write_unit(database, model, unit, pruner, statistics, own_scores, levels)
             written += len(unit.layers)
             progress(written, total)
         return written
@@ -150,6 +153,10 @@ def _pruned_block(
             place.leave()
 
 
+def _goes_by_rows(layer: Layer) -> bool:
+    return layer.groups is not None and not layer.groups.by_columns
+
+
 def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTable) -> None:
     """Raise if the disk cannot hold the layers that are still missing; a damaged file makes room for its new one.
 
@@ -161,7 +168,8 @@ def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTabl
         if not database.has(layer):
             size = linear(model, layer.name).weight.element_size()
             mask = bitmask_bytes(layer.out_features, layer.in_features)
-            own = sum(level.kept(layer) * size + mask for level in database.menu if not level.is_dense)
+            levels = [level for level in database.menu if not level.is_dense and level.on(layer) is not None]
+            own = sum(level.kept(layer) * size + mask for level in levels)
             old = database.file(layer.name)
             replaced = min(own, old.stat().st_size) if old.exists() else 0
             need, most = need + own - replaced, max(most, replaced)
@@ -177,9 +185,13 @@ def _write_unit(
     unit: Unit,
     pruner: Pruner,
     statistics: Mapping[str, Any],
+    scores: Mapping[str, torch.Tensor],
     levels: Sequence[Level],
 ) -> None:
     """Write the weights of a unit's layers at the levels, with their errors.
+
+    What a width takes from an attention or MLP is the error of its last layer; the rows of the others that go with it
+    change nothing else, so that they have no error of their own.
 
     Raises:
         NumericsError: the method returns weights that are not finite.
@@ -187,11 +199,13 @@ def _write_unit(
     layers = {layer.name: layer for layer in unit.layers}
     with ExitStack() as stack:
         modules = {name: stack.enter_context(onloaded(linear(model, name))) for name in layers}
-        for name, by_level in pruner.prune_unit(modules, statistics, levels):
+        for name, by_level in pruner.prune_unit(UnitInputs(unit, modules, statistics, scores), levels):
             dense, statistic = modules[name].weight.detach(), statistics[name]
             weights, rows, errors = {}, {}, {"dense": LayerErrors(0.0, 0.0)}
             for level, pruned in zip(levels, by_level, strict=True):
                 delta = (pruned.float() - dense.float()).contiguous()
+                if isinstance(level, Width) and _goes_by_rows(layers[name]):
+                    delta *= (pruned != 0).any(dim=1, keepdim=True)
                 change = float(torch.linalg.vector_norm(delta, dtype=torch.float64) ** 2)
                 if not math.isfinite(change):
                     raise NumericsError(

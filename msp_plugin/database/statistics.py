@@ -155,4 +155,4 @@ def _collecting(
 
 def _new_statistic(model: torch.nn.Module, unit: Unit, pruner: Pruner) -> Any:
     with onloaded(linear(model, unit.layers[0].name)) as module:
-        return pruner.new_statistic(module)
+        return pruner.layer_statistic(unit.layers[0], module)

@@ -221,9 +221,13 @@ class SparseBitmask(PackedFormat):
         rows, columns = shape
         if level is None:
             return None
-        return self._cost(
-            (rows, columns), dtype, level.kept(Layer(layer, rows, columns)), f"at level {level.name} "
+        # How many weights a width keeps of a layer depends on its unit; the share is near enough to choose a form.
+        kept = (
+            round(rows * columns * (1 - level.sparsity))
+            if level.narrows
+            else level.kept(Layer(layer, rows, columns))
         )
+        return self._cost((rows, columns), dtype, kept, f"at level {level.name} ")
 
     def refuses_weight(self, weight: torch.Tensor) -> str | None:
         rows, columns = weight.shape

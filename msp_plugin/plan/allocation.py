@@ -14,7 +14,7 @@ import numpy as np
 from msp_plugin.errors import RecipeError, VerificationError, shown
 from msp_plugin.plan.budget import AllocationProblem, Budget
 from msp_plugin.plan.levels import Level, parse_fraction
-from msp_plugin.plan.units import Layer, Unit, UnitTable
+from msp_plugin.plan.units import Groups, Layer, Unit, UnitTable
 from msp_plugin.runtime.documents import parse_json
 
 #: The file's name beside a checkpoint.
@@ -76,8 +76,9 @@ class Allocation:
 
         ``schema``, ``version``; ``budget`` {target, weights, kept, zeros, sparsity}; ``units``, a list in the
         model's order of {name, block, level, weights, zeros, sensitivity: {estimator: value}, layers: [{name,
-        shape: [out, in]}]}; ``provenance``; ``stored`` {layer: its name in the checkpoint's files}, only if a
-        name differs there. ``target`` is an exact fraction such as "3/4".
+        shape: [out, in]}]}, and where the menu had widths ``groups`` {count, quantum, columns: names of the layers
+        whose groups are columns}; ``provenance``; ``stored`` {layer: its name in the checkpoint's files}, only if
+        a name differs there. ``target`` is an exact fraction such as "3/4".
         """
         budget = self.budget
         units = []
@@ -93,6 +94,7 @@ class Allocation:
                     "layers": [
                         {"name": a.name, "shape": [a.out_features, a.in_features]} for a in unit.layers
                     ],
+                    **({} if unit.groups is None else {"groups": _groups_record(unit, unit.groups)}),
                 }
             )
         return {
@@ -220,6 +222,30 @@ def _read(data: dict[str, Any], source: str) -> Allocation:
     )
 
 
+def _groups_record(unit: Unit, groups: Groups) -> dict[str, Any]:
+    """Return ``groups`` of a unit."""
+    columns = [layer.name for layer in unit.layers if layer.groups and layer.groups.by_columns]
+    return {"count": groups.count, "quantum": groups.quantum, "columns": columns}
+
+
+def _read_groups(record: dict[str, Any], layers: list[Layer]) -> list[Layer]:
+    """Return the layers of a unit with the groups that its entry gives.
+
+    Raises:
+        KeyError, TypeError, ValueError: a value is missing, or of a wrong type or size.
+    """
+    count, quantum = (_typed(record[key], int, key) for key in ("count", "quantum"))
+    columns = _typed(record["columns"], list, "columns")
+    grouped = []
+    for layer in layers:
+        by_columns = layer.name in columns
+        length = layer.in_features if by_columns else layer.out_features
+        if min(count, quantum) < 1 or count % quantum or length % count:
+            raise ValueError(f"{shown(layer.name)} does not split into {count} groups in steps of {quantum}")
+        grouped.append(replace(layer, groups=Groups(count, quantum, by_columns)))
+    return grouped
+
+
 def _read_unit(entry: dict[str, Any]) -> Unit:
     """Return the unit of an entry of ``units``.
 
@@ -235,6 +261,8 @@ def _read_unit(entry: dict[str, Any]) -> Unit:
     block = _typed(entry["block"], int, "block")
     if block < 0 or not layers:
         raise ValueError(f"unit {shown(entry['name'])} has block = {block} and {len(layers)} layers")
+    if "groups" in entry:
+        layers = _read_groups(_typed(entry["groups"], dict, "groups"), layers)
     return Unit(_typed(entry["name"], str, "name"), block, tuple(layers))
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from msp_plugin.errors import BudgetError
 from msp_plugin.plan.knapsack import Steps, cheapest
-from msp_plugin.plan.levels import Level, menu_names
-from msp_plugin.plan.units import UnitTable
+from msp_plugin.plan.levels import DROPPED, Level, Width, has_widths, menu_names
+from msp_plugin.plan.units import Unit, UnitTable
 
 #: Bytes of the largest choice table that is tried; a larger one is an error instead of a full memory.
 _TABLE_LIMIT = 2 * 1024**3
@@ -58,7 +58,7 @@ class AllocationProblem:
 
     Args:
         allowed: bool[U, K], True for the levels that each unit may take; None allows all. A read-only copy is
-            kept.
+            kept, without the widths that do not fit a unit, or make the same of it as one before in the menu.
 
     Raises:
         BudgetError: ``allowed`` has another shape, or leaves a unit without a level.
@@ -71,12 +71,15 @@ class AllocationProblem:
     _allowed_bytes: bytes | None = field(init=False, default=None, repr=False)  # arrays cannot be compared
 
     def __post_init__(self) -> None:
-        if self.allowed is None:
+        widths = has_widths(self.menu)
+        if self.allowed is None and not widths:
             return
-        allowed = np.array(self.allowed, dtype=bool)
         shape = (len(self.table), len(self.menu))
+        allowed = np.ones(shape, dtype=bool) if self.allowed is None else np.array(self.allowed, dtype=bool)
         if allowed.shape != shape:
             raise BudgetError(f"the allowed levels have shape {allowed.shape}, units and levels {shape}")
+        if widths:
+            allowed &= self._distinct()
         if not allowed.any(axis=1).all():
             unit = self.table[int(np.argmin(allowed.any(axis=1)))]
             raise BudgetError(
@@ -87,10 +90,22 @@ class AllocationProblem:
         object.__setattr__(self, "allowed", allowed)
         object.__setattr__(self, "_allowed_bytes", allowed.tobytes())
 
+    def _distinct(self) -> np.ndarray:
+        """Return bool[U, K], True for levels that fit a unit and make of it what no level before in the menu makes."""
+        rows = []
+        for unit in self.table:
+            made = [level.on(unit) for level in self.menu]
+            rows.append([form is not None and form not in made[:k] for k, form in enumerate(made)])
+        return np.array(rows, dtype=bool)
+
     @cached_property
     def kept(self) -> np.ndarray:
-        """int64[U, K]: how many weights each unit keeps at each level, allowed or not."""
-        return np.array([[level.kept(unit) for level in self.menu] for unit in self.table], dtype=np.int64)
+        """int64[U, K]: how many weights each unit keeps at each level, allowed or not; 0 at a width that does not fit."""
+
+        def kept(level: Level, unit: Unit) -> int:
+            return 0 if isinstance(level, Width) and level.on(unit) is None else level.kept(unit)
+
+        return np.array([[kept(level, unit) for level in self.menu] for unit in self.table], dtype=np.int64)
 
     @cached_property
     def by_cost(self) -> np.ndarray:
@@ -100,22 +115,23 @@ class AllocationProblem:
     def neighbours(self, unit: int, level: int, steps: int) -> tuple[int, ...]:
         """Return the other levels that are at most so many steps from a level of a unit, in the menu's order.
 
-        A step leads to the level that keeps the next more or the next fewer weights of the unit.
+        A step leads to the allowed level that keeps the next more or the next fewer weights of the unit.
         """
         order = self.by_cost[unit]
+        order = order[self.may[unit, order] | (order == level)]
         at = int(np.flatnonzero(order == level)[0])
         return tuple(sorted(int(k) for k in order[max(0, at - steps) : at + steps + 1] if k != level))
 
     @cached_property
     def reach(self) -> tuple[int, int]:
         """The fewest and the most weights that can be kept under ``allowed``."""
-        return int(self._least.sum()), int(self.kept.max(axis=1, where=self._may, initial=0).sum())
+        return int(self._least.sum()), int(self.kept.max(axis=1, where=self.may, initial=0).sum())
 
     @property
     def _nominal(self) -> Fraction:
         """The most weights that could be kept if shares of zeros did not round rows down."""
         total = Fraction(0)
-        for unit, may in zip(self.table, self._may, strict=True):
+        for unit, may in zip(self.table, self.may, strict=True):
             densest = min(
                 level.sparsity for level, is_allowed in zip(self.menu, may, strict=True) if is_allowed
             )
@@ -123,20 +139,20 @@ class AllocationProblem:
         return total
 
     @cached_property
-    def _may(self) -> np.ndarray:
+    def may(self) -> np.ndarray:
         """bool[U, K]: ``allowed``, or True everywhere."""
         return np.ones(self.kept.shape, dtype=bool) if self.allowed is None else self.allowed
 
     @cached_property
     def _least(self) -> np.ndarray:
         """int64[U]: the fewest weights that each unit can keep."""
-        least: np.ndarray = self.kept.min(axis=1, where=self._may, initial=np.iinfo(np.int64).max)
+        least: np.ndarray = self.kept.min(axis=1, where=self.may, initial=np.iinfo(np.int64).max)
         return least
 
     @cached_property
     def _quantum(self) -> int:
         """The count of weights of which all steps between levels are multiples."""
-        spread = (self.kept - self._least[:, None])[self._may]
+        spread = (self.kept - self._least[:, None])[self.may]
         return int(np.gcd.reduce(spread)) or 1
 
     @cached_property
@@ -145,7 +161,7 @@ class AllocationProblem:
         spread = (self.kept - self._least[:, None]) // self._quantum
         return [
             [(int(k), int(row[k])) for k in np.lexsort((np.arange(len(row)), row)) if may[k]]
-            for row, may in zip(spread, self._may, strict=True)
+            for row, may in zip(spread, self.may, strict=True)
         ]
 
     @cached_property
@@ -250,13 +266,36 @@ class AllocationProblem:
         return self.solve(cost)
 
     def uniform(self) -> tuple[int, ...]:
-        """Return the choice nearest to one sparsity for all units: the target's own level if it exists."""
+        """Return the choice nearest to one sparsity for all units: the target's own level if it exists.
+
+        With ``dropped`` in the menu, units are nearest to one sparsity together: the dropped ones are spread evenly
+        over the model, so that of equal blocks each n-th one is dropped.
+        """
         return self._uniform
 
     @cached_property
     def _uniform(self) -> tuple[int, ...]:
         ones = np.ones(len(self.table))
+        if DROPPED in self.menu:
+            return self._spread()
         return self.repair(ones * float(1 - self.target), ones)
+
+    def _spread(self) -> tuple[int, ...]:
+        """Return the choice on the budget, int[U], nearest to one that meets the target at every depth.
+
+        Each unit takes the level with which the weights kept so far, of units of its size (attentions, MLPs), are nearest
+        to their share (error diffusion); then as few weights as possible change their place to meet the budget.
+        """
+        cost = np.empty(self.kept.shape)
+        # By the size of a unit, the weights that the units so far should keep and do not.
+        behind: dict[int, Fraction] = {}
+        for u, unit in enumerate(self.table):
+            wanted = behind.get(unit.weights, 0) + (1 - self.target) * unit.weights
+            off = {int(k): abs(int(self.kept[u, k]) - wanted) for k in np.flatnonzero(self.may[u])}
+            best = min(off, key=off.__getitem__)
+            behind[unit.weights] = wanted - int(self.kept[u, best])
+            cost[u] = np.abs(self.kept[u] - self.kept[u, best])
+        return self.solve(cost)
 
 
 def _exactly(share: Fraction) -> str:

@@ -3,26 +3,32 @@
 ``N:M`` keeps N of every M consecutive weights along in_features, as in the papers and NVIDIA's documentation.
 (llm-compressor's ``mask_structure`` counts the pruned weights instead; hosts/llm_compressor/ converts.) ``N:M
 in 2:4`` also keeps at most two of every aligned four, so that 2:4 kernels run it. A plain fraction is a share
-of zeros, placed anywhere in each output row. ``dropped`` keeps nothing of an attention, an MLP or a block.
+of zeros, placed anywhere in each output row. ``3/4 wide`` keeps three quarters of an attention's heads or an
+MLP's channels, ``3/4 wide 2:4`` two of every four weights of those. ``dropped`` keeps nothing of an attention,
+an MLP or a block.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 from numbers import Number
+from typing import ClassVar
 
 from msp_plugin.errors import RecipeError, shown
 from msp_plugin.plan.units import Layer, Unit
 
 _PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:(?:in|@)\s*(\d+)\s*:\s*(\d+)\s*)?", re.IGNORECASE)
 _SHARE = re.compile(r"\s*(\d+\s*/\s*0*[1-9]\d*|\d*\.?\d+(e-?\d{1,2})?)\s*", re.IGNORECASE)
+_WIDE = re.compile(r"\s*(\S+)\s+wide\b(.*)", re.IGNORECASE | re.DOTALL)
 _FORMS = (
-    'write "dense", "N:M" (N kept of M, e.g. "2:4"), "N:M in 2:4", a share of zeros, e.g. "0.7", or "dropped"'
+    'write "dense", "N:M" (N kept of M, e.g. "2:4"), "N:M in 2:4", a share of zeros, e.g. "0.7", a width, e.g. '
+    '"3/4 wide", or "dropped"'
 )
 
 
@@ -31,6 +37,10 @@ class Level(ABC):
 
     Levels are values: equal levels have equal names. A layer stands for a unit that holds it alone.
     """
+
+    #: True if heads, channels or all of a unit go: what that changes in the model is in the weights of its last layer
+    #: alone, whatever the others hold for what has gone.
+    narrows: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -62,6 +72,10 @@ class Level(ABC):
     def misfit(self, unit: Unit | Layer) -> str | None:
         """Return why the level does not fit a unit, as what follows its name in a sentence; None if it fits."""
 
+    def on(self, unit: Unit | Layer) -> Hashable | None:
+        """Return what the level makes of a unit, equal where two levels make the same; None if it does not fit."""
+        return self if self.misfit(unit) is None else None
+
     @property
     def is_dense(self) -> bool:
         """True if nothing is pruned."""
@@ -69,7 +83,7 @@ class Level(ABC):
 
     @staticmethod
     def parse(text: object) -> Level:
-        """Return the level of a recipe's text: ``"dense"``, ``"N:M"``, ``"N:M in 2:4"``, a share of zeros, ``"dropped"``.
+        """Return the level of a recipe's text, e.g. ``"dense"``, ``"2:4"``, ``"3:8 in 2:4"``, ``"0.7"``, ``"3/4 wide"``.
 
         Raises:
             RecipeError: the text is not a level. The message explains an unquoted ``2:4``, which YAML 1.1
@@ -79,6 +93,8 @@ class Level(ABC):
             return text
         if isinstance(text, str) and text.strip().lower() == DROPPED.name:
             return DROPPED
+        if isinstance(text, str) and (match := _WIDE.fullmatch(text)):
+            return _parse_width(text, *match.groups())
         return _parse_pattern(text)
 
     def __str__(self) -> str:
@@ -179,12 +195,108 @@ class Dropped(Level):
     name = "dropped"
     sparsity = Fraction(1)
     servable = True
+    narrows = True
 
     def kept(self, unit: Unit | Layer) -> int:
         return 0
 
     def misfit(self, unit: Unit | Layer) -> str | None:
         return None
+
+
+@dataclass(frozen=True)
+class Width(Level):
+    """A share of an attention's KV heads, each with its query heads, or of an MLP's channels; the others are gone.
+
+    A unit keeps the multiple of its quantum that is nearest to the share, the smaller one of two. Where that is none or
+    all of it, the level does not fit the unit, which then takes other levels. The weights that go stay in the model, as
+    zeros, until an export leaves them out.
+
+    Args:
+        share: of the groups that stay, between 0 and 1.
+        inside: the pattern of the weights that stay, along what stays of in_features.
+    """
+
+    share: Fraction
+    inside: Pattern
+    narrows = True
+
+    @property
+    def name(self) -> str:
+        """``"3/4 wide"``, or ``"3/4 wide 2:4"``."""
+        return f"{self.share} wide" + ("" if self.inside.is_dense else f" {self.inside.name}")
+
+    @property
+    def sparsity(self) -> Fraction:
+        """The nominal share of zeros; a unit's own is that of ``kept``."""
+        return 1 - self.share * (1 - self.inside.sparsity)
+
+    @property
+    def servable(self) -> bool:
+        """False: at full size, the columns that stay are no aligned groups of four."""
+        return False
+
+    def groups(self, unit: Unit | Layer) -> int:
+        """Return how many of a unit's groups stay; 0 if they are not known, or are too few."""
+        of = unit.groups
+        if of is None:
+            return 0
+        steps = self.share * of.count / of.quantum
+        return max(0, math.ceil(steps - Fraction(1, 2))) * of.quantum
+
+    def kept(self, unit: Unit | Layer) -> int:
+        if why := self.misfit(unit):
+            raise RecipeError(f"level {self.name} {why}", hint="use another width, or a smaller quantum")
+        kept = 0
+        for layer in unit.layers:
+            rows, columns = self.shape(layer)
+            n, m = self.inside.group(columns)
+            kept += rows * columns // m * n
+        return kept
+
+    def shape(self, layer: Layer) -> tuple[int, int]:
+        """Return (out_features, in_features) of what stays of a layer whose groups are known."""
+        assert layer.groups is not None
+        count = self.groups(layer)
+        rows, columns = layer.out_features, layer.in_features
+        if layer.groups.by_columns:
+            return rows, columns // layer.groups.count * count
+        return rows // layer.groups.count * count, columns
+
+    def misfit(self, unit: Unit | Layer) -> str | None:
+        name = unit.name
+        if unit.groups is None:
+            return f"is for the attention or the MLP of a block, which {name} is not known to be"
+        of, count = unit.groups, self.groups(unit)
+        if not 0 < count < of.count:
+            found = f"{of.count} heads or channels of {name}, which come in steps of {of.quantum}"
+            return f"keeps {'all' if count else 'none'} of the {found}"
+        for layer in unit.layers:
+            _, columns = self.shape(layer)
+            if why := self.inside.misfit(Layer(layer.name, 1, columns)):
+                return why
+        return None
+
+    def on(self, unit: Unit | Layer) -> Hashable | None:
+        return None if self.misfit(unit) else (self.groups(unit), self.inside)
+
+
+def _parse_width(text: str, share: str, inside: str) -> Width:
+    """Return the width of a text such as ``3/4 wide`` or ``0.5 wide 2:4``.
+
+    Raises:
+        RecipeError: the share is not between 0 and 1, or what follows is not a pattern.
+    """
+    try:
+        kept = parse_fraction(share)
+    except ValueError:
+        kept = Fraction(0)
+    if not 0 < kept < 1:
+        raise RecipeError(
+            f"level {shown(text)} keeps {shown(share)} of the heads or channels",
+            hint='give the share that stays, between 0 and 1, e.g. "3/4 wide"; all is "dense", none "dropped"',
+        )
+    return Width(kept, _parse_pattern(inside) if inside.strip() else DENSE)
 
 
 def _parse_pattern(text: object) -> Pattern:
@@ -231,10 +343,18 @@ DROPPED = Dropped()
 #: levels are not published.
 DEFAULT_LEVELS = ("dense", "7:8", "6:8", "5:8", "4:8", "3:8", "2:8", "1:8")
 
-#: Menus that have a name. 2:4 kernels run every level of ``servable`` except dense.
+#: Channels that the widths of an MLP come in: matrix kernels work on tiles of 64 or more.
+DEFAULT_QUANTUM = 64
+#: Widths in the steps of the default levels.
+WIDTHS = tuple(f"{share}/8 wide" for share in range(7, 0, -1))
+#: Menus that have a name. 2:4 kernels run every level of ``servable`` except dense; the last three make a model
+#: smaller, as ``msp export --to small`` writes it.
 MENUS = {
     "default": DEFAULT_LEVELS,
     "servable": ("dense", "2:4", "3:8 in 2:4", "2:8", "1:8", "1:16"),
+    "width": ("dense", *WIDTHS),
+    "depth": ("dense", "dropped"),
+    "mixed": ("dense", *WIDTHS, "dropped"),
 }
 
 
@@ -267,6 +387,11 @@ def parse_menu(levels: Iterable[object]) -> tuple[Level, ...]:
 def _menu_order(level: Level) -> tuple[Fraction, int, int]:
     kind, period = (level.kind.value, level.m) if isinstance(level, Pattern) else (len(Kind), 0)
     return level.sparsity, kind, -period
+
+
+def has_widths(menu: Iterable[Level]) -> bool:
+    """Return True if a level of the menu is a width."""
+    return any(isinstance(level, Width) for level in menu)
 
 
 def menu_names(menu: Sequence[Level]) -> list[str]:

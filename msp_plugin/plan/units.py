@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How a layer of an attention or an MLP splits into equal parts that go one by one, through all layers of its half.
+
+    Args:
+        count: KV heads, each with its query heads; or channels.
+        quantum: a width keeps a multiple of so many.
+        by_columns: the layer has a group's weights in columns, as the last one of its half does; else in rows.
+    """
+
+    count: int
+    quantum: int = 1
+    by_columns: bool = False
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One prunable linear: its module name and its weight's shape [out_features, in_features]."""
+    """One prunable linear: its module name and its weight's shape [out_features, in_features].
+
+    Args:
+        groups: known where the menu holds widths; it is no part of the layer's identity.
+    """
 
     name: str
     out_features: int
     in_features: int
+    groups: Groups | None = field(default=None, compare=False)
 
     @property
     def weights(self) -> int:
@@ -41,6 +61,11 @@ class Unit:
     def weights(self) -> int:
         """Count of weights of all layers of the unit."""
         return sum(layer.weights for layer in self.layers)
+
+    @property
+    def groups(self) -> Groups | None:
+        """The groups of the unit's layers, as its first layer has them; None where they are not known."""
+        return self.layers[0].groups
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,32 @@ from msp_plugin.plugins.hookspecs import hookimpl
 
 @hookimpl
 def msp_register_estimators() -> list[type]:
+    from msp_plugin.sensitivity.block_influence import BlockInfluence
     from msp_plugin.sensitivity.fisher import FisherTrace
     from msp_plugin.sensitivity.heavy_tail import HeavyTail
     from msp_plugin.sensitivity.hessian import HessianTrace
     from msp_plugin.sensitivity.lsa import VirtualRemoval
     from msp_plugin.sensitivity.outliers import Median, Outliers
+    from msp_plugin.sensitivity.shapley import LeaveOneOut, Shapley
 
-    return [FisherTrace, HeavyTail, HessianTrace, Median, Outliers, VirtualRemoval]
+    return [
+        BlockInfluence,
+        FisherTrace,
+        HeavyTail,
+        HessianTrace,
+        LeaveOneOut,
+        Median,
+        Outliers,
+        Shapley,
+        VirtualRemoval,
+    ]
 
 
 @hookimpl
 def msp_register_allocators() -> list[type]:
     from msp_plugin.allocators.alphapruning import AlphaPruning
     from msp_plugin.allocators.atp import ATP
+    from msp_plugin.allocators.depth import Depth
     from msp_plugin.allocators.dlp import DLP
     from msp_plugin.allocators.evopress import EvoPress
     from msp_plugin.allocators.hessian import OneShot
@@ -28,19 +41,40 @@ def msp_register_allocators() -> list[type]:
     from msp_plugin.allocators.mrp import MRP
     from msp_plugin.allocators.msp import MSP
     from msp_plugin.allocators.owl import OWL
+    from msp_plugin.allocators.policy_gradient import PolicyGradient
     from msp_plugin.allocators.search import Search
     from msp_plugin.allocators.uniform import Uniform
 
-    return [AlphaPruning, ATP, DLP, EvoPress, Knapsack, LSA, MRP, MSP, OneShot, OWL, Search, Uniform]
+    return [
+        AlphaPruning,
+        ATP,
+        Depth,
+        DLP,
+        EvoPress,
+        Knapsack,
+        LSA,
+        MRP,
+        MSP,
+        OneShot,
+        OWL,
+        PolicyGradient,
+        Search,
+        Uniform,
+    ]
 
 
 @hookimpl
 def msp_register_pruners() -> list[type]:
+    from msp_plugin.pruning.flap import FLAP
+    from msp_plugin.pruning.llm_pruner import LLMPruner
     from msp_plugin.pruning.magnitude import Magnitude
+    from msp_plugin.pruning.obs import OBS
+    from msp_plugin.pruning.plain_groups import L2, RandomGroups
+    from msp_plugin.pruning.saap import SAAP
     from msp_plugin.pruning.sparsegpt import SparseGPT
     from msp_plugin.pruning.wanda import Wanda
 
-    return [Magnitude, SparseGPT, Wanda]
+    return [FLAP, L2, LLMPruner, Magnitude, OBS, RandomGroups, SAAP, SparseGPT, Wanda]
 
 
 @hookimpl
@@ -49,11 +83,12 @@ def msp_register_recoveries() -> list[type]:
     from msp_plugin.recovery.full import Full
     from msp_plugin.recovery.lora import LoRA
     from msp_plugin.recovery.masked_lora import MaskedLoRA
+    from msp_plugin.recovery.mean_update import MeanUpdate
     from msp_plugin.recovery.sparse_delta import SparseDelta
     from msp_plugin.recovery.spp import SPP
     from msp_plugin.recovery.weight_update import WeightUpdate
 
-    return [Blockwise, Full, LoRA, MaskedLoRA, SPP, SparseDelta, WeightUpdate]
+    return [Blockwise, Full, LoRA, MaskedLoRA, MeanUpdate, SPP, SparseDelta, WeightUpdate]
 
 
 @hookimpl

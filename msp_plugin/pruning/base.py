@@ -5,16 +5,34 @@ from __future__ import annotations
 import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 
 from msp_plugin.errors import NumericsError, RecipeError
-from msp_plugin.plan.levels import DROPPED, Level, Pattern
+from msp_plugin.plan.levels import DROPPED, Level, Pattern, Width
+from msp_plugin.plan.units import Layer, Unit
 from msp_plugin.pruning import masks
 from msp_plugin.pruning.masks import nm_masks
 from msp_plugin.runtime.digests import component_digest, installed_version
+
+
+@dataclass(frozen=True)
+class UnitInputs:
+    """A unit with what a method reads of its layers, each by the layer's name.
+
+    Args:
+        modules: in the unit's order; they are not changed.
+        statistics: layers with the same input share one.
+        scores: what ``gradient_score`` gave of each layer; empty if the method takes no gradients.
+    """
+
+    unit: Unit
+    modules: Mapping[str, torch.nn.Linear]
+    statistics: Mapping[str, Any]
+    scores: Mapping[str, torch.Tensor]
 
 
 class Pruner(ABC):
@@ -58,12 +76,18 @@ class Pruner(ABC):
             elif level != DROPPED:
                 raise RecipeError(
                     f"method {self.name!r} cannot make level {level}",
-                    hint="use another method, or another level",
+                    hint="widths are made by the structured methods: llm_pruner, obs, flap, l2, random"
+                    if isinstance(level, Width)
+                    else "use another method, or another level",
                 )
 
     def statistic_bytes(self, module: torch.nn.Linear) -> int:
         """Return the memory of one layer's statistic in bytes."""
         return 0
+
+    def layer_statistic(self, layer: Layer, module: torch.nn.Linear) -> Any:
+        """Return an empty statistic for a layer; by default ``new_statistic``, which knows the linear alone."""
+        return self.new_statistic(module)
 
     @abstractmethod
     def new_statistic(self, module: torch.nn.Linear) -> Any:
@@ -89,11 +113,26 @@ class Pruner(ABC):
         """True if the method has a ``prune_unit`` of its own, which gets the layers of whole units."""
         return type(self).prune_unit is not Pruner.prune_unit
 
+    @property
+    def gradient_order(self) -> int:
+        """0 if the method takes no gradients of the loss by the weights, 1 if their mean, 2 if the mean of squares too."""
+        return 0
+
+    def gradient_score(
+        self, layer: Layer, weight: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what is kept for ``prune_unit`` of a layer's gradients, of any shape.
+
+        Args:
+            weight: [O, I].
+            gradient: float32[O, I], of the mean over samples of each sample's mean cross entropy.
+            squares: float32[O, I], the mean over samples of the square of each sample's gradient; zeros if
+                ``gradient_order`` is 1.
+        """
+        raise NotImplementedError(f"method {self.name!r} takes gradients, and has no gradient_score")
+
     def prune_unit(
-        self,
-        modules: Mapping[str, torch.nn.Linear],
-        statistics: Mapping[str, Any],
-        levels: Sequence[Level],
+        self, inputs: UnitInputs, levels: Sequence[Level]
     ) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
         """Yield each layer of a unit with its pruned weights [out, in], one for each level, in the weight's dtype.
 
@@ -101,12 +140,10 @@ class Pruner(ABC):
         be called for single layers of a unit.
 
         Args:
-            modules: by layer name, in the unit's order; they are not changed.
-            statistics: by layer name; layers with the same input share one.
             levels: not dense.
         """
-        for name, module in modules.items():
-            yield name, self._prune_layer(module, statistics[name], levels, name)
+        for name, module in inputs.modules.items():
+            yield name, self._prune_layer(module, inputs.statistics[name], levels, name)
 
     def _prune_layer(
         self, module: torch.nn.Linear, statistic: Any, levels: Sequence[Level], layer: str

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from msp_plugin.errors import NumericsError
-from msp_plugin.plan.levels import Kind, Level, Pattern
-from msp_plugin.plan.units import Layer
+from msp_plugin.plan.levels import Kind, Level, Pattern, Width
+from msp_plugin.plan.units import Groups, Layer
 
 #: From scores [M, C] and a count to bool[M, C], True for exactly so many lowest of each column, however many
 #: are equal.
@@ -160,16 +160,24 @@ class Recount:
     broken: str | None = None
 
 
-def recount(weight: torch.Tensor, level: Level) -> Recount:
+def recount(weight: torch.Tensor, level: Level, layer: Layer | None = None) -> Recount:
     """Return the counts of a weight [O, I], in the groups of ``level`` if it is a pattern.
 
-    At any other level only the count of kept weights is held against it.
+    At a width the rows or columns of its groups are counted; at any other level the kept weights alone.
+
+    Args:
+        layer: with its groups, for a width.
     """
     nonzero = weight != 0
     finite = bool(torch.isfinite(weight if weight.element_size() > 1 else weight.float()).all())
     if not isinstance(level, Pattern):
-        kept, most = level.kept(Layer("weight", *weight.shape)), int(nonzero.sum())
+        layer = layer or Layer("weight", *weight.shape)
+        kept, most = level.kept(layer), int(nonzero.sum())
         broken = f"keeps {most:,} weights instead of {kept:,}" if most > kept else None
+        if isinstance(level, Width) and layer.groups is not None:
+            used, count = int(groups_of(nonzero, layer.groups).any((1, 2)).sum()), level.groups(layer)
+            if used > count:
+                broken = f"keeps {used} of {layer.groups.count} heads or channels instead of {count}"
         return Recount(weight.numel() - most, most, 0, finite, broken)
     n, m = level.group(weight.shape[1])
     alive = nonzero.any(dim=0)
@@ -189,6 +197,12 @@ def recount(weight: torch.Tensor, level: Level) -> Recount:
         finite=finite,
         broken=broken,
     )
+
+
+def groups_of(matrix: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Return [G, size, other], the rows or columns of a matrix [O, I] by the group that they belong to."""
+    by_channel = matrix.t() if groups.by_columns else matrix
+    return by_channel.reshape(groups.count, -1, by_channel.shape[1])
 
 
 def _most(nonzero: torch.Tensor, m: int) -> int:

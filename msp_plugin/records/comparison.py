@@ -10,7 +10,7 @@ from pydantic import PlainSerializer, PlainValidator, model_validator
 
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.levels import Level, parse_sparsity
-from msp_plugin.plan.units import Layer, Unit, UnitTable
+from msp_plugin.plan.units import Groups, Layer, Unit, UnitTable
 from msp_plugin.records.base import Part, Record
 from msp_plugin.records.parts import (
     ModelRecord,
@@ -64,6 +64,17 @@ class UnitRecord(Part):
     """Weights of its layers."""
     layers: tuple[LayerRecord, ...]
     """Its layers."""
+
+
+class GroupsRecord(Part):
+    """The KV heads of an attention, or the channels of an MLP, as widths count them."""
+
+    count: int
+    """How many there are."""
+    quantum: int = 1
+    """A width keeps a multiple of so many."""
+    columns: tuple[str, ...] = ()
+    """The layers that hold them in columns; the others hold them in rows."""
 
 
 class ComparedRow(SearchRecord):
@@ -144,6 +155,8 @@ class CompareRecord(Record):
     """What was read of each source of text."""
     units: tuple[UnitRecord, ...]
     """The units of the model, in its order."""
+    groups: dict[str, GroupsRecord] = {}
+    """By unit, where the levels hold widths."""
     dense: QualityRecord = QualityRecord()
     """The dense model on the test text."""
     sensitivities: dict[str, tuple[float | None, ...]] = {}
@@ -164,8 +177,16 @@ after the recovery; null where fewer than three differ. Empty without a recovery
     def table(self) -> UnitTable:
         """The units."""
         return UnitTable(
-            tuple(Unit(u.name, u.block, tuple(Layer(a.name, *a.shape) for a in u.layers)) for u in self.units)
+            tuple(
+                Unit(unit.name, unit.block, tuple(self._layer(unit.name, layer) for layer in unit.layers))
+                for unit in self.units
+            )
         )
+
+    def _layer(self, unit: str, layer: LayerRecord) -> Layer:
+        of = self.groups.get(unit)
+        groups = None if of is None else Groups(of.count, of.quantum, layer.name in of.columns)
+        return Layer(layer.name, *layer.shape, groups)
 
     @model_validator(mode="after")
     def _consistent(self) -> CompareRecord:
@@ -176,16 +197,15 @@ after the recovery; null where fewer than three differ. Empty without a recovery
         for name, values in self.sensitivities.items():
             if len(values) != count:
                 raise ValueError(f"sensitivity {name!r} has {len(values)} numbers for {count} units")
+        table = self.table
         for row in self.rows:
-            self._check_levels(row)
+            self._check_levels(row, table)
         return self
 
-    def _check_levels(self, row: ComparedRow) -> None:
+    def _check_levels(self, row: ComparedRow, table: UnitTable) -> None:
         if row.levels and len(row.levels) != len(self.units):
             raise ValueError(
                 f"the row of {row.allocator!r} has {len(row.levels)} levels for {len(self.units)} units"
             )
-        for name, unit in zip(row.levels, self.units, strict=False):
-            level = _parsed(Level.parse, name)
-            for layer in unit.layers:
-                _parsed(level.kept, Layer(layer.name, *layer.shape))
+        for name, unit in zip(row.levels, table, strict=False):
+            _parsed(_parsed(Level.parse, name).kept, unit)

@@ -1,4 +1,4 @@
-"""LoRA, for models whose shapes shrank; the zeros of a mask are put back when it is merged."""
+"""LoRA, for models that lost heads, channels or halves; the zeros of a mask are put back when it is merged."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from msp_plugin.errors import RecipeError
 from msp_plugin.recovery.base import RecoveryInputs
+from msp_plugin.recovery.masked_lora import MaskedLowRank
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.trained import TrainedRecovery, check_positive, check_rank
 
@@ -21,7 +22,9 @@ class LoRA(TrainedRecovery):
     """Low-rank changes of all layers, W + (alpha / rank) B A, without regard to zeros while training.
 
     The recovery of LLM-Pruner (arXiv 2305.11627), with the rank, alpha and learning rate of its script, and peft's own
-    adapter: it needs no gradient of a whole weight, so that it is cheaper than masked_lora. On a mask it trains a model
+    adapter: it needs no gradient of a whole weight, so that it is cheaper than masked_lora. Where whole rows and
+    columns are zero (heads, channels and halves that are gone and not cut out yet), the change leaves them out, as in
+    masked_lora, which is what LoRA of the smaller model is. On a mask it trains a model
     that the merge does not give, because the merge leaves the zeros as they are; it is refused there without
     ``masked_merge``. Deviations: KL to the dense model instead of the cross entropy where there is one; no dropout
     (0.05 there).
@@ -45,7 +48,7 @@ class LoRA(TrainedRecovery):
 
     def check_layers(self, masks: Masks) -> None:
         check_rank(self.name, "rank", self.rank, masks)
-        zeros = sum(masks.zeros(name) for name in masks)
+        zeros = sum(masks.zeros(name) for name in masks if not masks.is_structural(name))
         if zeros and not self.masked_merge:
             raise RecipeError(
                 f"{self.name} would fill {zeros:,} pruned weights in",
@@ -55,10 +58,17 @@ class LoRA(TrainedRecovery):
     def config(self, inputs: RecoveryInputs) -> PeftConfig:
         from peft import LoraConfig
 
+        masks = inputs.masks
+        if not self.masked_merge and any(masks.zeros(name) for name in masks):
+            from msp_plugin.recovery.tuner import SparseAdapterConfig
+
+            change = MaskedLowRank(self.rank, self.alpha)
+            return SparseAdapterConfig.of(change, list(masks), vectors=[], biases=False, seed=inputs.seed)
         return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(inputs.masks))  # type: ignore[arg-type,unused-ignore]
 
     def merge(self, adapted: PeftModel) -> None:
         from peft.tuners.lora import Linear
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         with torch.no_grad():
             for module in adapted.modules():
@@ -66,3 +76,5 @@ class LoRA(TrainedRecovery):
                     weight = module.get_base_layer().weight
                     new = weight.float() + module.get_delta_weight("default").float()
                     weight.copy_(torch.where(weight == 0, weight, new.to(weight.dtype)))
+                elif isinstance(module, BaseTunerLayer):
+                    module.merge()

@@ -25,11 +25,14 @@ class Masks:
     bits: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, model: torch.nn.Module, layers: Sequence[str]) -> Masks:
+    def of(cls, model: torch.nn.Module, layers: Sequence[str], *, smaller: bool = False) -> Masks:
         """Return the masks of a model's layers.
 
+        Args:
+            smaller: the model lost heads, channels, halves or blocks, so that it may have no zeros to keep.
+
         Raises:
-            ModelError: no weight of them is zero.
+            ModelError: no weight of them is zero, and it is not ``smaller``.
         """
         shapes, bits, zeros = {}, {}, 0
         weights = Weights(model)
@@ -38,7 +41,7 @@ class Masks:
             zeros += kept.numel() - int(kept.sum())
             shapes[name] = (kept.shape[0], kept.shape[1])
             bits[name] = np.packbits(kept.numpy())
-        if not zeros:
+        if not zeros and not smaller:
             raise ModelError(
                 f"none of the {len(shapes)} layers has a zero: the model is dense, there is nothing to keep",
                 hint="recover a model that was pruned",
@@ -58,6 +61,11 @@ class Masks:
         """Return the count of zeros of a layer."""
         out_features, in_features = self.shapes[layer]
         return out_features * in_features - int(np.bitwise_count(self.bits[layer]).sum())
+
+    def is_structural(self, layer: str) -> bool:
+        """Return True if the zeros of a layer are whole rows and whole columns, or if it has none."""
+        kept = self.kept(layer)
+        return bool(torch.equal(kept, kept.any(1)[:, None] & kept.any(0)))
 
     def check(self, model: torch.nn.Module, after: str) -> dict[str, int]:
         """Return by layer the weights that have become zero; layers without one are left out.

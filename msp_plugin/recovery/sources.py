@@ -21,22 +21,17 @@ from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 from msp_plugin.records.run import RunRecord
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.runtime.disk import check_free
+from msp_plugin.structure.widths import read_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-#: Entries of the config that must be equal in a sparse model and its original.
-_SAME = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
+#: Entries of a config that a model and its original share, and those that are less in one that lost heads, channels or
+#: blocks.
+_SAME = ("vocab_size", "hidden_size")
+_LESS = ("intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,13 @@ class Sparse:
     record: RunRecord | None
 
 
-def load_sparse(source: ModelSource, tokenizer: PreTrainedTokenizerBase, out: Path) -> Sparse:
+def load_sparse(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, out: Path, *, smaller: bool = False
+) -> Sparse:
     """Return a sparse checkpoint after all checks.
+
+    Args:
+        smaller: see Sources.
 
     Raises:
         ModelError: it is dense, or cannot be saved again.
@@ -65,7 +65,7 @@ def load_sparse(source: ModelSource, tokenizer: PreTrainedTokenizerBase, out: Pa
     model = source.load()
     table = prunable_layers(model)
     check_finite_weights(model, table)
-    masks = Masks.of(model, [layer.name for layer in table.layers])
+    masks = Masks.of(model, [layer.name for layer in table.layers], smaller=smaller)
     if allocation is not None:
         recount_model(model, allocation, exact=False, after="loading")
     check_savable(model, tokenizer)
@@ -74,17 +74,20 @@ def load_sparse(source: ModelSource, tokenizer: PreTrainedTokenizerBase, out: Pa
     return Sparse(model, masks, allocation, RunRecord.beside(folder))
 
 
-def load_original(source: ModelSource, model: PreTrainedModel) -> PreTrainedModel:
+def load_original(source: ModelSource, model: PreTrainedModel, *, smaller: bool = False) -> PreTrainedModel:
     """Return the dense model of a sparse one.
 
+    Args:
+        smaller: see Sources.
+
     Raises:
-        ModelError: it has other parameters or other shapes.
+        ModelError: it has other parameters or other shapes, but where ``smaller`` allows that.
     """
     original = source.load()
     shapes, expected = (
         {name: tuple(p.shape) for name, _, p in named_parameters(m)} for m in (original, model)
     )
-    if shapes != expected:
+    if shapes != expected and not smaller:
         names = sorted({*shapes, *expected}, key=lambda name: (shapes.get(name) == expected.get(name), name))
         raise ModelError(
             f"{source.name} is not the original of this model: {names[0]} is "
@@ -103,31 +106,50 @@ def load_original(source: ModelSource, model: PreTrainedModel) -> PreTrainedMode
     return original
 
 
-def check_sources(sparse: ModelSource, dense: ModelSource | None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a sparse model, after all checks that need no weights.
+@dataclass(frozen=True)
+class Sources:
+    """A sparse model and its original after the checks that need no weights.
+
+    Args:
+        smaller: the sparse model has less of something than the original, or has blocks of their own widths: what is
+            left is not held against the original's shapes.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    smaller: bool
+
+
+def check_sources(sparse: ModelSource, dense: ModelSource | None) -> Sources:
+    """Return the tokenizer of a sparse model and if it is a smaller one, after all checks that need no weights.
 
     Raises:
         ModelError: a source is missing or quantized, or the original's config or tokenizer differs.
     """
     hint = "recover the sparse model before its quantization, and quantize the result"
     check_source_unquantized(sparse.name, trust_remote_code=sparse.trust_remote_code, hint=hint)
-    tokenizer = sparse.tokenizer()
+    tokenizer, own = sparse.tokenizer(), _config(sparse)
+    widths = read_widths(own, str(sparse.name)) is not None
     if dense is None:
-        return tokenizer
+        return Sources(tokenizer, widths)
     dense.check()
-    own, other = (_config(source) for source in (sparse, dense))
-    for key in _SAME:
-        if own.get(key) != other.get(key):
-            raise ModelError(
-                f"{dense.name} is not the original of {sparse.name}: {key} is {other.get(key)}, expected {own.get(key)}",
-                hint="give the dense model that was pruned",
-            )
+    other = _config(dense)
+    less = [key for key in _LESS if (own.get(key) or 0) < (other.get(key) or 0)]
+    odd = [key for key in _SAME if own.get(key) != other.get(key)]
+    odd += [key for key in _LESS if key not in less and own.get(key) != other.get(key)]
+    # A smaller Llama may be written as a Mistral.
+    if not less and own.get("model_type") != other.get("model_type"):
+        odd.insert(0, "model_type")
+    for key in odd:
+        raise ModelError(
+            f"{dense.name} is not the original of {sparse.name}: {key} is {other.get(key)}, expected {own.get(key)}",
+            hint="give the dense model that was pruned",
+        )
     if dense.tokenizer().get_vocab() != tokenizer.get_vocab():
         raise ModelError(
             f"{dense.name} has another tokenizer than {sparse.name}",
             hint="give the dense model that was pruned",
         )
-    return tokenizer
+    return Sources(tokenizer, widths or bool(less))
 
 
 def _config(source: ModelSource) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from msp_plugin.records.statistics import finite_pairs, finite_values, rank_corr
 from msp_plugin.report.charts import Chart, Series, draw
 from msp_plugin.report.grid import lay_out, level_class, level_grid, sensitivity_grid
 from msp_plugin.report.recovery import recovery_parts, stage_rows
+from msp_plugin.report.size import sizes
 from msp_plugin.report.source import Run
 from msp_plugin.report.storage import storages
 from msp_plugin.report.text import count, number, percent, rounded_percent, seconds
@@ -70,6 +71,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "curve": _curve(record.search, given),
         "predictions": _predictions(record.search),
         "quality": _quality(record),
+        "sizes": sizes(allocation, run.checkpoint),
         "storages": storages(allocation, record.model.dtype, run.checkpoint),
         "stages": stage_rows(record),
         "recoveries": recovery_parts(record),
@@ -296,6 +298,8 @@ def _commands(run: Run) -> list[tuple[str, str]]:
         ("prune to this allocation", f"msp prune {model} --allocation allocation.json --data TEXT --out NEW")
     )
     if run.checkpoint is not None and not run.checkpoint.packed:
+        if any(level.narrows for level in run.allocation.levels):
+            commands.append(("leave out what does nothing", "msp export . --to small --out ../SMALL"))
         commands.append(("pack it for 2:4 kernels", "msp export . --to sparse24 --out ../PACKED"))
         commands.append(("pack it at any level", "msp export . --to bitmask --out ../PACKED"))
     return commands

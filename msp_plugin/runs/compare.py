@@ -20,11 +20,12 @@ from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.offload import check_room, input_device
 from msp_plugin.passes.losses import perplexity
-from msp_plugin.plan.units import Unit, UnitTable
+from msp_plugin.plan.units import Groups, Unit, UnitTable
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.records.comparison import (
     ComparedRow,
     CompareRecord,
+    GroupsRecord,
     LayerRecord,
     UnitRecord,
     rank_correlations,
@@ -130,6 +131,7 @@ def _record(
         texts={name: getattr(samples, name).record() for name in texts},
         sources=tuple(r.record() for part in (samples.pruning, samples.test) for r in part.readings),
         units=tuple(map(_unit_record, comparison.table)),
+        groups={unit.name: _groups_record(unit, unit.groups) for unit in comparison.table if unit.groups},
         dense=QualityRecord(perplexity=dense),
         sensitivities=dict(comparison.sensitivities),
         rows=tuple(rows),
@@ -181,6 +183,11 @@ def _unit_record(unit: Unit) -> UnitRecord:
         LayerRecord(name=layer.name, shape=(layer.out_features, layer.in_features)) for layer in unit.layers
     )
     return UnitRecord(name=unit.name, block=unit.block, weights=unit.weights, layers=layers)
+
+
+def _groups_record(unit: Unit, groups: Groups) -> GroupsRecord:
+    columns = tuple(layer.name for layer in unit.layers if layer.groups and layer.groups.by_columns)
+    return GroupsRecord(count=groups.count, quantum=groups.quantum, columns=columns)
 
 
 def cells(rows: Sequence[ComparedRow]) -> dict[tuple[str, Fraction], dict[str, list[ComparedRow]]]:

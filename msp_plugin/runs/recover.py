@@ -95,14 +95,15 @@ def recover(
         path, journal_file = ranks.on_rank_zero(
             lambda: stack.enter_context(sole_run(out, cache, fresh=context.fresh))
         )
-        tokenizer = check_sources(sparse, dense)
+        sources = check_sources(sparse, dense)
+        tokenizer, smaller = sources.tokenizer, sources.smaller
         text = data if isinstance(data, Text) else Text(data)
         text = text.for_model(run, trust_remote_code=trust_remote_code)
         samples = recovery_text(tokenizer, text)
         step = RecoveryStep(recovery, samples, seed, cache, context)
-        subject = load_sparse(sparse, tokenizer, path)
+        subject = load_sparse(sparse, tokenizer, path, smaller=smaller)
         recovery.check(subject.model, subject.masks)
-        reference = None if dense is None else load_original(dense, subject.model)
+        reference = None if dense is None else load_original(dense, subject.model, smaller=smaller)
         identity = step.identity(subject.model, reference)
         with closing(Journal(journal_file, identity, ranks)) as journal:
             before = step.references(subject.model, reference, journal)

@@ -11,7 +11,7 @@ from msp_plugin.checkpoint.quantized import check_unquantized
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import NO_TEXT, TextSplit
 from msp_plugin.data.tokenize import check_ids
-from msp_plugin.errors import RecipeError
+from msp_plugin.errors import RecipeError, VerificationError
 from msp_plugin.models.layers import (
     allowed_levels,
     check_finite_weights,
@@ -22,7 +22,7 @@ from msp_plugin.models.layers import (
 from msp_plugin.models.offload import own_parameters
 from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import DROPPED
+from msp_plugin.plan.levels import has_widths
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins.manager import spec_of
 from msp_plugin.progress import StepProgress, no_progress
@@ -34,6 +34,7 @@ from msp_plugin.runtime.memory import freed_memory_kept
 from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.search.measurements import Measurements
 from msp_plugin.search.resolve import ResolvedOptions
+from msp_plugin.structure.groups import with_groups
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +49,17 @@ def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
     if plan.given is not None:  # its layers take the place of targets and ignore
         plan.given.check_matches(prunable_layers(model))
         table = plan.given.table
+        _check_groups(model, table)
     else:
         table = prunable_layers(model, plan.targets, plan.ignore, plan.granularity)
-        check_fit(table, plan.menu)
-        if DROPPED in plan.menu:
+        if any(level.narrows for level in plan.menu):
             check_whole(model, table, plan.granularity)
+        if has_widths(plan.menu):
+            table = with_groups(model, table, plan.quantum)
+        check_fit(table, plan.menu)
         problem = make_problem(model, table, plan)
         budget = problem.budget
-        least = int(problem.kept.min(axis=1).sum())
-        if budget.kept == least and not plan.is_uniform:
+        if budget.kept == problem.reach[0] and not plan.is_uniform:
             log.warning(
                 "sparsity %s is the highest that the levels reach, so only one allocation meets it; add sparser "
                 "levels, e.g. 1:16, to give the search a choice",
@@ -71,6 +74,27 @@ def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
             )
     check_finite_weights(model, table)
     return table
+
+
+def _check_groups(model: torch.nn.Module, table: UnitTable) -> None:
+    """Raise unless the groups of a finished allocation are those of the model.
+
+    Raises:
+        VerificationError: they are not.
+        ModelError, RecipeError: see with_groups.
+    """
+    quantum = max((unit.groups.quantum for unit in table if unit.groups), default=0)
+    if not quantum:
+        return
+    own = with_groups(model, table, quantum)
+    odd = [
+        layer.name for layer, its in zip(table.layers, own.layers, strict=True) if layer.groups != its.groups
+    ]
+    if odd:
+        raise VerificationError(
+            f"the allocation gives {odd[0]} other heads or channels than the model has",
+            hint="the file was edited, or is for another model; allocate anew",
+        )
 
 
 def allocate(
@@ -174,6 +198,7 @@ def _finish(
         "targets": list(plan.targets),
         "ignore": list(plan.ignore),
         "granularity": plan.granularity,
+        **({"quantum": plan.quantum} if has_widths(plan.menu) else {}),
         **plan.bounds.to_dict(),
         "seed": plan.seed,
         "calibration": {"fingerprint": data.fingerprint, "samples": len(data)} if data else None,

@@ -17,7 +17,6 @@ from msp_plugin.models.offload import input_device
 from msp_plugin.passes.losses import summed_cross_entropy
 from msp_plugin.passes.outputs import output_layers
 from msp_plugin.passes.prefix import Prefix
-from msp_plugin.plan.levels import DROPPED
 from msp_plugin.runtime.memory import cache_bytes, retried, shortage_explained
 from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.search.batches import SHORTER, Batches
@@ -189,8 +188,8 @@ class CandidateLoss:
 
     @cached_property
     def _outputs(self) -> frozenset[str] | None:
-        """The layers that moves to or from ``dropped`` change; None if the menu has no such level."""
-        if DROPPED not in self.problem.menu:
+        """The layers that say what heads, channels and halves change that are gone; None where no level takes any."""
+        if not any(level.narrows for level in self.problem.menu):
             return None
         return output_layers(self.model, (layer.name for layer in self.problem.table.layers))
 

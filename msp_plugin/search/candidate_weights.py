@@ -13,13 +13,18 @@ from msp_plugin.database.store import LevelDatabase
 from msp_plugin.models.offload import input_device, linear
 from msp_plugin.models.weights import InMemory, Place, Weights, weight_place
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import DROPPED
+from msp_plugin.plan.levels import DENSE, DROPPED, Level
 from msp_plugin.runtime.memory import cache_bytes, free_cached
 
 #: Bytes of pruned weights kept in memory, so that a level is not read from disk each time.
 WEIGHT_BYTES = 4 * 1024**3
 #: After unpacking this many bytes of weights, freed memory is returned to the system.
 UNPACKED_BYTES = 256 * 1024**2
+
+
+def with_dense_rows(pruned: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """Return a pruned weight [O, I] with the dense rows in place of those that are zero."""
+    return torch.where((pruned != 0).any(dim=1, keepdim=True), pruned, dense)
 
 
 class CandidateWeights:
@@ -66,36 +71,45 @@ class CandidateWeights:
         """Give the model the weights of a choice, or its own for None.
 
         Args:
-            outputs: in a dropped unit, set only these layers to zero and leave the others dense. The loss is the same,
-                but its gradient is not zero, as it would be with zeros in all layers.
+            outputs: of heads, channels and halves that are gone, only these layers hold zeros, and the others their
+                dense rows. The loss is the same, but its gradient is not zero, as it would be with zeros in all layers.
         """
         menu = self.problem.menu
-        names = ["dense"] * len(self._now) if choice is None else [menu[k].name for k in choice]
-        for u, (unit, name) in enumerate(zip(self.problem.table, names, strict=True)):
+        levels = [DENSE] * len(self._now) if choice is None else [menu[k] for k in choice]
+        for u, (unit, level) in enumerate(zip(self.problem.table, levels, strict=True)):
             inner = [
-                outputs is not None and name == DROPPED.name and a.name not in outputs for a in unit.layers
+                outputs is not None and level.narrows and layer.name not in outputs for layer in unit.layers
             ]
-            now = f"outputs {name}" if any(inner) else name
+            now = f"outputs {level.name}" if any(inner) else level.name
             if self._now[u] != now:
-                levels = ["dense" if dense else name for dense in inner]
-                gives = [self._giver(a.name, level) for a, level in zip(unit.layers, levels, strict=True)]
+                gives = [
+                    self._giver(layer.name, level, dense_rows)
+                    for layer, dense_rows in zip(unit.layers, inner, strict=True)
+                ]
                 self._now[u] = ""  # neither, until all layers of the unit are set
                 for layer, give in zip(unit.layers, gives, strict=True):
                     self._places[layer.name].put(give)
                 self._now[u] = now
 
-    def _giver(self, layer: str, level: str) -> Callable[[], torch.Tensor] | None:
+    def _giver(self, layer: str, level: Level, dense_rows: bool) -> Callable[[], torch.Tensor] | None:
         """Return a function that returns a layer's weight at a level; None for the layer's own.
 
         The weight of a layer in memory is read at once, so that the function cannot fail.
+
+        Args:
+            dense_rows: give the dense rows in place of those that are zero.
         """
-        if level == "dense":
+        if level.is_dense or (dense_rows and level == DROPPED):
             return None
-        give = partial(self._stored, layer, level)
+        give = partial(self._with_dense_rows if dense_rows else self._stored, layer, level.name)
         if isinstance(self._places[layer], InMemory):
             weight = give()
             return lambda: weight
         return give
+
+    def _with_dense_rows(self, layer: str, level: str) -> torch.Tensor:
+        place = self._places[layer]
+        return with_dense_rows(self._stored(layer, level), place.dense().to(place.at, place.dtype))
 
     @property
     def bytes_held(self) -> int:

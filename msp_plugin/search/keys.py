@@ -18,7 +18,7 @@ from msp_plugin.runtime.digests import component_digest, folders_digest, version
 from msp_plugin.sensitivity.base import Estimator
 
 #: Packages whose code decides the measured numbers. Components have digests of their own.
-MEASURING_ROOMS = ("database", "formats", "passes", "pruning", "search", "sensitivity")
+MEASURING_ROOMS = ("database", "formats", "passes", "pruning", "search", "sensitivity", "structure")
 
 
 @cache
@@ -40,10 +40,12 @@ def database_identity(
     prefix: Mapping[str, str] | None,
     batch_tokens: int,
     device: str,
+    quantum: int | None = None,
 ) -> dict[str, Any]:
     """Return the identity of a level database; ``batch_tokens`` and the device decide how statistics are rounded."""
     statistics = pruner.needs_statistics
     return {
+        **({} if quantum is None else {"quantum": quantum}),
         "model": model_id,
         "calibration": data.fingerprint if statistics else None,
         "method": {**spec_of(pruner), "host": pruner.host, "version": pruner.version()},

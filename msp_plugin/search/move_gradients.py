@@ -26,22 +26,36 @@ def changes_within(
     """Return the changes of weights when one unit of ``choice`` moves by up to ``reach`` levels (see neighbours).
 
     Args:
-        outputs: the layers that a move to or from ``dropped`` changes (see CandidateWeights.set); None: all layers. A
-            half-block's output is linear in the weights of its last layer alone; with the changes of all its layers,
-            the first-order change would be counted once for each.
+        outputs: the layers that say what a move to or from a level that narrows changes (see CandidateWeights.set);
+            None: all layers. A half-block's output is linear in the weights of its last layer alone; with the changes of
+            all its layers, the first-order change would be counted once for each. Of the others only rows count that
+            both levels keep.
     """
     problem = weights.problem
     units = {layer.name: u for u, unit in enumerate(problem.table) for layer in unit.layers}
 
     def changes(layer: str) -> tuple[int, dict[int, torch.Tensor]]:
         u = units[layer]
-        now = weights.weight(layer, problem.menu[choice[u]].name)
-        near = problem.neighbours(u, choice[u], reach)
-        if outputs is not None and layer not in outputs:
-            near = tuple(k for k in near if DROPPED not in (problem.menu[k], problem.menu[choice[u]]))
-        return u, {k: weights.weight(layer, problem.menu[k].name) - now for k in near}
+        level = problem.menu[choice[u]]
+        now, found = weights.weight(layer, level.name), {}
+        for k in problem.neighbours(u, choice[u], reach):
+            then = problem.menu[k]
+            inner = outputs is not None and layer not in outputs and (level.narrows or then.narrows)
+            if inner and DROPPED in (level, then):
+                continue
+            weight = weights.weight(layer, then.name)
+            change = _in_rows_of_both(weight, now) if inner else weight - now
+            if not inner or bool(change.any()):
+                found[k] = change
+        return u, found
 
     return changes
+
+
+def _in_rows_of_both(weight: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Return the change from one weight [O, I] to another, zero in rows that are zero in either."""
+    rows = (weight != 0).any(dim=1, keepdim=True) & (now != 0).any(dim=1, keepdim=True)
+    return (weight - now) * rows
 
 
 def sample_gradients(

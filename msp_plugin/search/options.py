@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from msp_plugin.errors import RecipeError, nearest, shown
-from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu
+from msp_plugin.plan.levels import DEFAULT_LEVELS, DEFAULT_QUANTUM, parse_menu
 
 
 class Options(BaseModel):
@@ -18,13 +18,15 @@ class Options(BaseModel):
     Args:
         sparsity: share of zeros among the prunable weights, in [0, 1). Not needed with ``allocation``.
         method: the pruner: sparsegpt, wanda, magnitude, or one that a plugin registers.
-        levels: the menu: "dense", "N:M" with N kept of M, "N:M in 2:4", shares of zeros such as "0.7", "dropped"; or
-            the name of a menu, "default" or "servable" (every level of it but dense runs on 2:4 kernels).
+        levels: the menu: "dense", "N:M" with N kept of M, "N:M in 2:4", shares of zeros such as "0.7", widths such as
+            "3/4 wide" or "3/4 wide 2:4", "dropped"; or the name of a menu, "default", "servable" (every level of it but
+            dense runs on 2:4 kernels), "width", "depth" or "mixed".
         targets, ignore: which linears of the decoder blocks are pruned (see prunable_layers).
         granularity: what shares a level: ``layer``, nothing; ``unit``, the layers that inference fuses; ``half``,
             those of a block's attention or MLP; ``block``, all layers of a decoder block. Default: ``half`` where
-            the menu holds ``dropped``; else ``layer``, but ``unit`` where all levels run on 2:4 kernels, which take
+            the menu holds widths or ``dropped``; else ``layer``, but ``unit`` where all levels run on 2:4 kernels, which take
             fused layers all or none.
+        quantum: where the menu holds widths, the channels of an MLP that stay are a multiple of it.
         bounds: least and most sparsity of the layers that a pattern matches, {pattern: [low, high]}.
         protect: patterns of layers that stay dense. Unlike ignored layers they count in the budget, so that the
             others get sparser instead. A unit obeys the bounds and protections of all its layers.
@@ -44,6 +46,7 @@ class Options(BaseModel):
     targets: list[str] = ["Linear"]
     ignore: list[str] = []
     granularity: str | None = None
+    quantum: int = Field(DEFAULT_QUANTUM, ge=1)
     bounds: dict[str, Any] = {}
     protect: list[str] = []
     allocator: str | dict[str, Any] = "search"

@@ -13,7 +13,7 @@ from msp_plugin.data.samples import SearchText
 from msp_plugin.errors import RecipeError, nearest, shown
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.bounds import Bounds, parse_bounds
-from msp_plugin.plan.levels import DROPPED, Level, parse_menu, parse_sparsity
+from msp_plugin.plan.levels import DEFAULT_QUANTUM, DROPPED, Level, has_widths, parse_menu, parse_sparsity
 from msp_plugin.plan.units import GRANULARITIES
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.base import Pruner
@@ -36,6 +36,7 @@ class ResolvedOptions:
     cache: str | None
     granularity: str
     bounds: Bounds
+    quantum: int
     #: The options as the user gave them, for recipe.yaml.
     spelled: Options
 
@@ -44,14 +45,17 @@ class ResolvedOptions:
         baseline = replace(self, allocator=Uniform(), estimators={}, given=None)
         if self.given is None:
             return baseline
-        menu = self.given.provenance.get("levels") or [level.name for level in self.menu]
+        provenance = self.given.provenance
+        menu = parse_menu(list(provenance.get("levels") or [level.name for level in self.menu]))
         layers = tuple(layer.name for layer in self.given.table.layers)
         return replace(
             baseline,
             sparsity=self.given.budget.sparsity,
-            menu=parse_menu(list(menu)),
+            menu=menu,
             targets=layers,
             ignore=(),
+            granularity="half" if has_widths(menu) else self.granularity,
+            quantum=provenance.get("quantum", self.quantum),
         )
 
     @property
@@ -83,7 +87,17 @@ class ResolvedOptions:
 
 
 #: Options that a finished allocation has decided.
-_DECIDED = ("levels", "targets", "ignore", "granularity", "bounds", "protect", "allocator", "estimators")
+_DECIDED = (
+    "levels",
+    "targets",
+    "ignore",
+    "granularity",
+    "quantum",
+    "bounds",
+    "protect",
+    "allocator",
+    "estimators",
+)
 
 
 def _plain(value: Any) -> Any:
@@ -123,11 +137,17 @@ def _granularity(options: Options, menu: Sequence[Level]) -> str:
     """
     if options.granularity is None:
         served = all(level.is_dense or level.servable for level in menu)
-        return "half" if DROPPED in menu else "unit" if served else "layer"
+        whole = any(level.narrows for level in menu)
+        return "half" if whole else "unit" if served else "layer"
     if options.granularity not in GRANULARITIES:
         raise RecipeError(
             f"granularity {shown(options.granularity)} is unknown",
             hint=nearest(options.granularity, GRANULARITIES),
+        )
+    if has_widths(menu) and options.granularity != "half":
+        raise RecipeError(
+            f"widths are for an attention or an MLP, not for granularity {options.granularity}",
+            hint="use granularity half, or leave them out of levels",
         )
     if DROPPED in menu and options.granularity not in ("half", "block"):
         raise RecipeError(
@@ -151,6 +171,11 @@ def resolve(options: Options, plugins: Plugins) -> ResolvedOptions:
     given = Allocation.read(options.allocation) if options.allocation else None
     sparsity, menu = _target(options, given)
     granularity = _granularity(options, menu)
+    if options.quantum != DEFAULT_QUANTUM and not has_widths(menu):
+        raise RecipeError(
+            f"quantum = {options.quantum} would have no effect: no level is a width",
+            hint="leave it out, or name a width, e.g. levels: width",
+        )
     bounds = parse_bounds(options.bounds, options.protect, menu)
     pruner.version()  # raises if its host is missing
     pruner.check_menu(menu)
@@ -181,5 +206,6 @@ def resolve(options: Options, plugins: Plugins) -> ResolvedOptions:
         options.cache,
         granularity,
         bounds,
+        options.quantum,
         Options(**options.model_dump(include=set(Options.model_fields))),
     )

@@ -85,6 +85,6 @@ def replace_one_errors(problem: AllocationProblem, loss: TrueLoss, progress: Pro
     for u in range(len(problem.table)):
         progress(u + 1, len(problem.table))
         for k in range(len(problem.menu)):
-            if k != dense[u]:
+            if k != dense[u] and problem.may[u, k]:
                 errors[u, k] = loss((*dense[:u], k, *dense[u + 1 :]))
     return errors

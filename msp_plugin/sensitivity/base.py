@@ -51,6 +51,10 @@ class Estimator(ABC):
         """
         return data.tokens if self.needs_data else 0
 
+    def passes(self, layers: Sequence[str]) -> int:
+        """Return how often a measurement of these layers does what ``forward_tokens`` counts; once by default."""
+        return 1
+
     def parts(self, data: CalibrationSet) -> Sequence[CalibrationSet]:
         """Return sets of samples whose sensitivities have those of ``data`` as their mean.
 

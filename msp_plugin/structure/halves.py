@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,3 +194,23 @@ class Dropped(torch.nn.Module):
         """Return a zero without dimensions, which costs nothing to add."""
         nothing = hidden_states.new_zeros(())
         return (nothing, None) if self.attention else nothing
+
+
+def drop(model: torch.nn.Module, half: Half) -> None:
+    """Put what adds nothing in the place of a half; its norms go too."""
+    model.set_submodule(half.name, Dropped(half.kind == ATTENTION))
+    for norm in half.norms:
+        model.set_submodule(norm, torch.nn.Identity())
+
+
+@contextmanager
+def without(model: torch.nn.Module, halves: Collection[Half]) -> Iterator[None]:
+    """Run the model without some halves while this is open. Call it with ``use_cache=False``."""
+    kept = {name: model.get_submodule(name) for half in halves for name in (half.name, *half.norms)}
+    try:
+        for half in halves:
+            drop(model, half)
+        yield
+    finally:
+        for name, module in kept.items():
+            model.set_submodule(name, module)

@@ -12,7 +12,7 @@ from msp_plugin.errors import ModelError
 from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.models.source import auto_class
-from msp_plugin.structure.halves import ATTENTION, Dropped, Half, find_halves
+from msp_plugin.structure.halves import ATTENTION, Dropped, Half, drop, find_halves
 from msp_plugin.structure.widths import GLOBAL_ACCESS, KEY, Widths, per_layer_record, read_widths
 
 if TYPE_CHECKING:
@@ -100,9 +100,7 @@ def _resize(model: torch.nn.Module, half: Half, groups: int) -> None:
     if groups == half.groups:
         return
     if not groups:
-        model.set_submodule(half.name, Dropped(half.kind == ATTENTION))
-        for norm in half.norms:
-            model.set_submodule(norm, torch.nn.Identity())
+        drop(model, half)
         return
     for layer, rows in half.inputs.items():
         _replace(model, layer, out_features=groups * rows)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.errors import FormatError
 from msp_plugin.plan.levels import Level
+from msp_plugin.plan.units import Layer
 from msp_plugin.progress import StepProgress
 from msp_plugin.pruning.masks import recount
 from msp_plugin.records.run import RunRecord
@@ -92,12 +93,14 @@ def _layers(checkpoint: Checkpoint, progress: StepProgress) -> list[Finding]:
     if quantized and any(f"{layer}.weight" not in checkpoint.tensors for layer in allocation.by_layer):
         return [Finding("layers", SKIP, "the quantized weights are in a form that is not read here")]
     bad, zeros, details = [], 0, {}
-    for i, (layer, level) in enumerate(allocation.by_layer.items(), 1):
+    levels = allocation.by_layer
+    for i, layer in enumerate(allocation.table.layers, 1):
+        level = levels[layer.name]
         layer_zeros, reason = _layer(checkpoint, layer, level)
-        details[layer] = {"level": level.name, "zeros": layer_zeros}
+        details[layer.name] = {"level": level.name, "zeros": layer_zeros}
         zeros += layer_zeros
         if reason:
-            bad.append(Finding(layer, FAIL, reason, level.name))
+            bad.append(Finding(layer.name, FAIL, reason, level.name))
         progress("structure", i, len(allocation.by_layer))
     budget = allocation.budget
     holding = f"{len(allocation.by_layer) - len(bad)} of {len(allocation.by_layer)} layers hold their level"
@@ -114,10 +117,10 @@ def _layers(checkpoint: Checkpoint, progress: StepProgress) -> list[Finding]:
     ]
 
 
-def _layer(checkpoint: Checkpoint, layer: str, level: Level) -> tuple[int, str | None]:
+def _layer(checkpoint: Checkpoint, layer: Layer, level: Level) -> tuple[int, str | None]:
     """Return (the zeros of a layer, the reason why it breaks its level or None)."""
     try:
-        counted = recount(checkpoint.weight(layer), level)
+        counted = recount(checkpoint.weight(layer.name), level, layer)
     except FormatError as error:
         return 0, error.message
     if not counted.finite:

@@ -11,7 +11,7 @@ from msp_plugin.plugins.manager import Plugins
 
 SMALL = {
     "search": {"rounds": 3}, "evopress": {"generations": 3, "offspring": 8, "tokens": 12},
-    "msp": {"population": 4, "generations": 3, "offspring": 4}, "atp": {"step": 0.02}, "mrp": {"start": 0.5},
+    "policy_gradient": {"steps": 40, "rate": 0.05, "tokens": 12}, "msp": {"population": 4, "generations": 3, "offspring": 4}, "atp": {"step": 0.02}, "mrp": {"start": 0.5},
 }  # fmt: skip
 NAMES = sorted(Plugins(entry_points=False).components["allocators"])
 SHAPES = [(4, 24), (8, 24), (4, 48), (16, 24), (2, 96), (8, 48)]

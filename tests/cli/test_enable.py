@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from msp_plugin.cli import enable
+
 RIA = Path(__file__).parents[1] / "plugins" / "msp-ria"
 RECIPE = "a_stage: {b_modifiers: {MixedSparsityModifier: {sparsity: 0.5}}}"
 SCRIPT = f"from llmcompressor.recipe import Recipe; print(Recipe.create_instance({RECIPE!r}).modifiers)"
@@ -19,6 +21,15 @@ def python(code, **env):
     )
 
 
+def test_enable_leaves_one_file_and_disable_removes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("sysconfig.get_paths", lambda *a, **k: {"purelib": str(tmp_path)})
+    enable.enable()
+    assert enable.is_enabled() and [p.name for p in tmp_path.iterdir()] == ["msp_plugin_autoload.pth"]
+    enable.disable()
+    assert not enable.is_enabled() and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 def test_enable_makes_an_unchanged_script_know_the_modifier_and_disable_undoes_it(tmp_path):
     # A site directory of its own stands for site-packages: this environment is left as it is.
     code = (

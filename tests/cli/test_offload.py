@@ -12,31 +12,31 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import ModelError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
-from msp_plugin.models.source import load_tokenizer
 from msp_plugin.runs import steps
 from msp_plugin.runtime import disk as writing
+from tests.helpers import models
 from tests.helpers.commands import SEARCH
 
 SMALL = ["--samples", "6", "--length", "64", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory):
-    """The demo model in bfloat16, so that float32 weights cannot be read from the checkpoint as they are."""
+def half(tmp_path_factory, tokenizer):
+    """A tiny model in bfloat16, so that float32 weights cannot be read from the checkpoint as they are."""
     path = tmp_path_factory.mktemp("models") / "half"
-    source = demo_model_path("qwen2")
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(path)
-    load_tokenizer(source).save_pretrained(path)
+    models.qwen2().bfloat16().save_pretrained(path)
+    tokenizer.save_pretrained(path)
     return path
 
 
 def test_a_pruned_model_is_that_of_a_run_in_memory(msp, half, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("msp_plugin.hosts.builtin.SHARD_BYTES", 4_000_000)
-    what = ["prune", half, "-s", "0.75", "--method", "wanda", *SEARCH]
+    monkeypatch.setattr("msp_plugin.hosts.builtin.SHARD_BYTES", 100_000)
+    # A search of offloaded weights: tests/search/test_offloaded.py.
+    what = ["prune", half, "-s", "0.75", "--method", "wanda", "--allocator", "knapsack", "--no-baseline",
+            "--set", "allocator.surrogate=output"]  # fmt: skip
     found = []
     for name, offload in (("memory", []), ("disk", ["--offload"])):
         out = tmp_path / name
@@ -71,18 +71,16 @@ def test_sensitivities_are_those_in_memory(msp, half, text_file):
     assert msp(*arguments).out == msp(*arguments, "--offload").out
 
 
-@pytest.mark.parametrize("prune", [pytest.param([], marks=pytest.mark.slow), ["--no-prune"]])
-def test_a_comparison_is_that_in_memory(prune, msp, half, text_file, tmp_path):
-    small = [
-        *(option.replace("allocator.", "search.") for option in SEARCH),
-        "--test-samples",
-        "4",
-        *SMALL,
-        *prune,
-    ]
+@pytest.mark.parametrize(
+    ("prune", "allocators"),
+    [(["--no-prune"], "uniform"), pytest.param([], "uniform,search", marks=pytest.mark.slow)],
+)
+def test_a_comparison_is_that_in_memory(prune, allocators, msp, half, text_file, tmp_path):
+    search = [option.replace("allocator.", "search.") for option in SEARCH] if "search" in allocators else []
+    small = [*search, "--test-samples", "4", *SMALL, *prune]
     found = []
     for name, offload in (("memory", []), ("disk", ["--offload"])):
-        msp("compare", half, "--methods", "wanda", "--allocators", "uniform,search", "--data", text_file, *small,
+        msp("compare", half, "--methods", "wanda", "--allocators", allocators, "--data", text_file, *small,
             "--cache", tmp_path / f"{name} cache", "--out", tmp_path / name, *offload)  # fmt: skip
         record = json.loads((tmp_path / name / "compare.json").read_text())
         for row in record["rows"]:

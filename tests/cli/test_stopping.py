@@ -23,12 +23,9 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stop", "code", "step"),
-    [
-        (signal.SIGINT, 130, "sensitivity"),
-        pytest.param(signal.SIGTERM, 143, "search", marks=pytest.mark.slow),
-    ],
+    ("stop", "code", "step"), [(signal.SIGINT, 130, "sensitivity"), (signal.SIGTERM, 143, "search")]
 )  # every command, step and signal: integration/signals.py
 def test_a_stopped_run_leaves_nothing_behind_but_its_cache(stop, code, step, tmp_path):
     text = tmp_path / "text.txt"

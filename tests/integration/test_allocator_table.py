@@ -45,7 +45,11 @@ def test_the_allocators_of_the_table_can_be_built(table):
 
     plugins = Plugins(entry_points=False)
     built = [plugins.build("allocators", spec).name for spec in table.ALLOCATORS.values()]
-    assert set(built) == set(plugins.components["allocators"])
+    of_halves = {
+        "depth",
+        "policy_gradient",
+    }  # they are for menus with dropped halves, which the table has none of
+    assert set(built) == set(plugins.components["allocators"]) - of_halves
 
 
 def test_a_summary_has_mean_and_sample_deviation_over_the_seeds_that_succeeded(table):

@@ -170,6 +170,19 @@ def test_uniform_of_two_levels_with_one_sparsity_is_the_freer_one(make_problem):
     assert {problem.menu[k].name for k in problem.uniform()} == {"4:8"}
 
 
+def test_uniform_drops_every_nth_block_of_equal_ones(make_problem):
+    problem = make_problem([(4, 8), (12, 8)] * 10, ["dense", "dropped"], 0.2)
+    dropped = {u for u, k in enumerate(problem.uniform()) if problem.menu[k].name == "dropped"}
+    assert dropped == {4, 5, 14, 15}
+
+
+def test_uniform_spreads_what_is_dropped_where_sizes_differ(make_problem):
+    problem = make_problem([(4, 8), (9, 8)] * 12, ["dense", "dropped"], 0.3)
+    dropped = [u for u, k in enumerate(problem.uniform()) if k]
+    assert problem.total_kept(problem.uniform()) == problem.budget.kept
+    assert all(1 <= sum(6 * third <= u < 6 * third + 6 for u in dropped) <= 3 for third in range(4))
+
+
 @given(problems())
 def test_uniform_is_on_the_budget(problem):
     if within_reach(problem):

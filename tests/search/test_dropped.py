@@ -1,7 +1,7 @@
 """Dropped half-blocks, and levels that are no patterns, from the menu to the checkpoint."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -246,7 +246,8 @@ class Channels(Wanda):
     def check_menu(self, menu):
         super().check_menu([level for level in menu if level != Narrow()])
 
-    def prune_unit(self, modules: Mapping, statistics: Mapping, levels) -> Iterator:
+    def prune_unit(self, inputs, levels) -> Iterator:
+        modules = inputs.modules
         ends = [name for name in modules if name.endswith("down_proj")]
         for name, module in modules.items():
             yield (

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 import msp_plugin
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Bitmask, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.smaller import Small
 from msp_plugin.errors import FormatError, ModelError, RecipeError
 from msp_plugin.structure.halves import find_halves
@@ -271,3 +271,32 @@ def test_changed_bytes_are_refused_before_anything_is_loaded(cut, rewrite):
     rewrite(cut[2], {"model.norm.weight": lambda t: t + 1})
     with pytest.raises(FormatError, match="is not what was exported"):
         msp_plugin.load(cut[2])
+
+
+@pytest.mark.parametrize("packer", [Sparse24(), Bitmask()], ids=lambda packer: packer.name)
+def test_what_is_left_may_be_packed_and_comes_back_bit_for_bit(tmp_path, packer, zeroing):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+    }
+    model = (
+        MistralForCausalLM(MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+        .float()
+        .eval()
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight.view(-1, 4)[:, :2] = 0
+    zeroing(model).half(0, "attention")
+    model.model.layers[1].mlp.down_proj.weight.data[:, :32] = 0
+    model.save_pretrained(tmp_path / "zeros")
+    export_checkpoint(tmp_path / "zeros", Small(), tmp_path / "small")
+    export_checkpoint(tmp_path / "small", packer, tmp_path / "packed")
+    small, packed = (msp_plugin.load(tmp_path / form).state_dict() for form in ("small", "packed"))
+    assert small.keys() == packed.keys() and all(torch.equal(small[name], packed[name]) for name in small)
+    assert Checkpoint.open(tmp_path / "packed").packed

@@ -18,7 +18,8 @@ from msp_plugin.models.offload import linear
 from msp_plugin.passes.observe import as_samples
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level, Pattern
-from msp_plugin.pruning.base import Pruner
+from msp_plugin.plan.units import Layer, Unit
+from msp_plugin.pruning.base import Pruner, UnitInputs
 
 if TYPE_CHECKING:
     from llmcompressor.core import Event, State
@@ -163,9 +164,9 @@ class LayerwiseEngine:
             name = self.names[module]
             with align_module_device(module):
                 statistic = self.statistics.pop(module, None)
-                ((_, weights),) = self.pruner.prune_unit(
-                    {name: module}, {name: statistic}, [self.levels[name]]
-                )
+                unit = Unit(name, 0, (Layer(name, module.out_features, module.in_features),))
+                inputs = UnitInputs(unit, {name: module}, {name: statistic}, {})
+                ((_, weights),) = self.pruner.prune_unit(inputs, [self.levels[name]])
                 (pruned,) = weights
             update_offload_parameter(module, "weight", pruned)
             self.pruned.add(module)

@@ -184,8 +184,8 @@ def test_one_run_prunes_levels_of_all_kinds_to_exact_counts(
 
 def test_a_method_that_prunes_whole_units_is_refused_before_any_work(llama, data, given, run, plugins_with):
     class WholeUnits(Wanda):
-        def prune_unit(self, modules, statistics, levels):
-            return super().prune_unit(modules, statistics, levels)
+        def prune_unit(self, inputs, levels):
+            return super().prune_unit(inputs, levels)
 
     options = resolve(Options(allocation=given(), method="wanda"), plugins_with())
     modifier = MixedSparsityModifier.of(replace(options, pruner=WholeUnits()), {})

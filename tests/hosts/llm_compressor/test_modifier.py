@@ -1,4 +1,4 @@
-"""The modifier through llm-compressor's own ``oneshot``, on the embedded Qwen2-type model."""
+"""The modifier through llm-compressor's own ``oneshot``, on a tiny model of Qwen2's type."""
 
 import json
 
@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from msp_plugin import MixedSparsityModifier
-from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import NumericsError, VerificationError
 from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
@@ -16,8 +15,19 @@ from tests.helpers.oneshot import FISHER, SEARCH, groups, hooks, linears, run
 
 
 @pytest.fixture
-def model(demo_model):
-    return demo_model
+def fresh(qwen2_dir):
+    """Load the model anew."""
+    return lambda: load_model(qwen2_dir, "float32")
+
+
+@pytest.fixture
+def model(fresh):
+    return fresh()
+
+
+@pytest.fixture(scope="module")
+def calibration(make_samples):
+    return make_samples(8, 64)
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
@@ -47,7 +57,9 @@ def test_every_method_prunes_every_group_to_the_level_and_touches_nothing_else(
     ("method", "host"), [("sparsegpt", "SparseGPTModifier"), ("wanda", "WandaPruningModifier")]
 )
 @pytest.mark.parametrize("pipeline", ["sequential", pytest.param("independent", marks=pytest.mark.slow)])
-def test_a_uniform_2_4_run_is_bit_identical_to_the_hosts_own(method, host, pipeline, model, calibration):
+def test_a_uniform_2_4_run_is_bit_identical_to_the_hosts_own(
+    method, host, pipeline, model, calibration, fresh
+):
     from llmcompressor.modifiers.factory import ModifierFactory
 
     ours = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method=method, allocator="uniform")
@@ -56,13 +68,13 @@ def test_a_uniform_2_4_run_is_bit_identical_to_the_hosts_own(method, host, pipel
         host, allow_registered=True, allow_experimental=True, sparsity=0.5, mask_structure="2:4",
         targets=["Linear"], ignore=["re:.*lm_head"],
     )  # fmt: skip
-    reference = load_model(demo_model_path("qwen2"), "float32")
+    reference = fresh()
     run(reference, [theirs], calibration, pipeline=pipeline)
     for name, module in linears(reference).items():
         assert torch.equal(module.weight, model.get_submodule(name).weight), name
 
 
-def test_a_given_allocation_is_pruned_layer_by_layer(model, calibration, tmp_path):
+def test_a_given_allocation_is_pruned_layer_by_layer(model, calibration, tmp_path, fresh):
     searched = MixedSparsityModifier(
         sparsity=0.75, method="wanda", allocator=SEARCH, estimators=FISHER, cache=str(tmp_path)
     )
@@ -71,7 +83,7 @@ def test_a_given_allocation_is_pruned_layer_by_layer(model, calibration, tmp_pat
     allocation = Allocation.read(path)
     assert len(set(allocation.levels)) > 1
 
-    again = load_model(demo_model_path("qwen2"), "float32")
+    again = fresh()
     given = MixedSparsityModifier(allocation=str(path), method="wanda")
     run(again, [given], calibration)
     for name, level in allocation.by_layer.items():
@@ -80,10 +92,10 @@ def test_a_given_allocation_is_pruned_layer_by_layer(model, calibration, tmp_pat
         assert torch.equal(weight, model.get_submodule(name).weight)
 
 
-def test_the_same_recipe_twice_gives_the_same_bytes(calibration, tmp_path):
+def test_the_same_recipe_twice_gives_the_same_bytes(calibration, tmp_path, fresh):
     files = []
     for turn in ("a", "b"):
-        model = load_model(demo_model_path("qwen2"), "float32")
+        model = fresh()
         modifier = MixedSparsityModifier(
             sparsity="5/8",
             method="sparsegpt",
@@ -112,14 +124,14 @@ def test_a_run_leaves_a_checkpoint_that_plain_transformers_loads(model, calibrat
     assert record["sparsity"]["zeros"] == sum(int((m.weight == 0).sum()) for m in linears(plain).values())
 
 
-def test_a_yaml_recipe_gives_what_python_gives(model, calibration, tmp_path):
+def test_a_yaml_recipe_gives_what_python_gives(model, calibration, tmp_path, fresh):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "a_stage:\n  b_modifiers:\n    MixedSparsityModifier:\n"
         '      {sparsity: 0.5, method: wanda, allocator: uniform, levels: ["4:8"]}\n'
     )
     run(model, str(recipe), calibration, output_dir=str(tmp_path / "out"))
-    other = load_model(demo_model_path("qwen2"), "float32")
+    other = fresh()
     run(
         other,
         [MixedSparsityModifier(sparsity=0.5, method="wanda", allocator="uniform", levels=["4:8"])],
@@ -133,7 +145,7 @@ def test_a_yaml_recipe_gives_what_python_gives(model, calibration, tmp_path):
 @pytest.mark.parametrize("scheme", [pytest.param("FP8_DYNAMIC", marks=pytest.mark.slow), "W4A16"])
 @pytest.mark.parametrize("pipeline", ["sequential", pytest.param("independent", marks=pytest.mark.slow)])
 def test_round_to_nearest_quantization_afterwards_keeps_the_pattern_after_reload(
-    scheme, pipeline, model, calibration, tmp_path
+    scheme, pipeline, demo_model, calibration, tmp_path
 ):
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers.utils.quantization_config import CompressedTensorsConfig
@@ -142,7 +154,7 @@ def test_round_to_nearest_quantization_afterwards_keeps_the_pattern_after_reload
         sparsity=0.75, method="wanda", allocator=SEARCH, estimators=FISHER, cache=str(tmp_path)
     )
     quantize = QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
-    run(model, [modifier, quantize], calibration, output_dir=str(tmp_path / "out"), pipeline=pipeline)
+    run(demo_model, [modifier, quantize], calibration, output_dir=str(tmp_path / "out"), pipeline=pipeline)
     reloaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True)
     )
@@ -153,20 +165,20 @@ def test_round_to_nearest_quantization_afterwards_keeps_the_pattern_after_reload
         assert (weight != 0).any(), name
 
 
-def test_a_later_modifier_that_destroys_the_pattern_is_an_error(model, calibration):
+def test_a_later_modifier_that_destroys_the_pattern_is_an_error(demo_model, calibration):
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     ours = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="wanda", allocator="uniform")
     gptq = GPTQModifier(targets="Linear", scheme="W8A16", ignore=["lm_head"])
     with pytest.raises(VerificationError, match="after a later modifier.*planned was 2:4"):
-        run(model, [ours, gptq], calibration)
+        run(demo_model, [ours, gptq], calibration)
 
 
 def test_a_method_that_fails_leaves_no_hooks_in_the_model(model, calibration):
     with torch.no_grad():
-        model.model.layers[3].mlp.up_proj.weight.mul_(1e30)  # overflows in the activations, finite itself
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e30)  # overflows in the activations, finite itself
     modifier = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="sparsegpt", allocator="uniform")
-    with pytest.raises(NumericsError, match="layers.3.mlp.down_proj"):
+    with pytest.raises(NumericsError, match="layers.1.mlp.down_proj"):
         run(model, [modifier], calibration)
     assert hooks(model) == 0
 
@@ -211,32 +223,32 @@ def test_sparsity_zero_changes_nothing(model, calibration):
 
 
 @pytest.mark.slow
-def test_the_recipe_that_a_run_leaves_runs_again(model, calibration, tmp_path):
+def test_the_recipe_that_a_run_leaves_runs_again(model, calibration, tmp_path, fresh):
     modifier = MixedSparsityModifier(
         sparsity="5/8", method={"name": "sparsegpt", "block_size": 64}, allocator="uniform", ignore=["k_proj"]
     )
     run(model, [modifier], calibration, output_dir=str(tmp_path / "out"))
-    again = load_model(demo_model_path("qwen2"), "float32")
+    again = fresh()
     run(again, str(tmp_path / "out" / "recipe.yaml"), calibration)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
 
 
-def test_an_allocation_brings_its_own_targets(model, calibration, tmp_path):
+def test_an_allocation_brings_its_own_targets(model, calibration, tmp_path, fresh):
     first = MixedSparsityModifier(
         sparsity=0.5, method="magnitude", levels=["2:4"], allocator="uniform", targets=["down_proj"]
     )
     run(model, [first], calibration, output_dir=str(tmp_path / "out"))
-    again = load_model(demo_model_path("qwen2"), "float32")
+    again = fresh()
     path = str(tmp_path / "out" / "allocation.json")
     run(again, [MixedSparsityModifier(allocation=path, method="magnitude")], calibration)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
 
 
-def test_a_target_that_the_levels_cannot_meet_exactly_is_met_to_the_nearest_count(model, calibration):
+def test_a_target_that_the_levels_cannot_meet_exactly_is_met_to_the_nearest_count(demo_model, calibration):
     modifier = MixedSparsityModifier(sparsity=0.7, method="magnitude", allocator="uniform")
-    run(model, [modifier], calibration)
+    run(demo_model, [modifier], calibration)
     budget = modifier.outcome.allocation.budget
     assert not budget.exact
     assert modifier.stats.total_zeros == budget.zeros

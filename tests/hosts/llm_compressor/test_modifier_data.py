@@ -33,7 +33,7 @@ def test_magnitude_with_uniform_levels_needs_no_dataset(model):
     assert all((groups(m.weight, 4) == 2).all() for m in linears(model).values())
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("shuffle", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_datasets_dataset_of_ragged_padded_samples_calibrates(
     shuffle, model, calibration, tmp_path, caplog
 ):

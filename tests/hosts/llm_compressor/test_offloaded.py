@@ -15,13 +15,10 @@ from msp_plugin import MixedSparsityModifier
 from msp_plugin.allocators.search import Search
 from msp_plugin.data.samples import TextSplit
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import ModelError
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
-from msp_plugin.models.load import load_model
 from msp_plugin.models.offload import check_loadable, named_parameters, offloaded_module
-from msp_plugin.models.source import load_tokenizer
 from msp_plugin.passes.gradients import gradients_without_weights
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import parse_menu, parse_sparsity
@@ -128,20 +125,19 @@ def test_a_graph_holds_the_weights_of_one_block(pair, make_samples, monkeypatch)
     assert blocks[0] // 2 < most[0] <= max(blocks) + around and not live
 
 
-def test_oneshot_prunes_an_offloaded_model_to_the_same_weights(tmp_path, make_samples, monkeypatch):
-    path = demo_model_path("qwen2")
-    load_model(path, "float32").save_pretrained(tmp_path / "model")
-    load_tokenizer(path).save_pretrained(tmp_path / "model")
+def test_oneshot_prunes_an_offloaded_model_to_the_same_weights(
+    qwen2_dir, tmp_path, make_samples, monkeypatch
+):
     places = {
         "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
-        **{f"model.layers.{i}": ("disk", "cpu")[i % 2] for i in range(8)},
+        **{f"model.layers.{i}": ("disk", "cpu")[i % 2] for i in range(2)},
     }  # fmt: skip
     found = []
     for name in ("here", "away"):
         monkeypatch.setenv("MSP_CACHE", str(tmp_path / f"cache of {name}"))
         options = {"device_map": places, "offload_folder": str(tmp_path / "away")} if name == "away" else {}
         with load_offloaded_model() if options else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+            model = AutoModelForCausalLM.from_pretrained(qwen2_dir, **options)
         assert (offloaded_module(model) is None) == (name == "here")
         modifier = MixedSparsityModifier(
             sparsity=0.6, method="wanda", levels=["dense", "2:4", "1:4"], allocator=SEARCH,

@@ -33,18 +33,18 @@ def text_file(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["wanda", pytest.param("sparsegpt", marks=pytest.mark.slow)])
-def test_a_run_holds_one_model_at_a_time(method, alive, msp, text_file, tmp_path):
+def test_a_run_holds_one_model_at_a_time(method, alive, msp, llama_dir, text_file, tmp_path):
     msp(
-        "prune", "demo:qwen2", "-s", "0.75", "--method", method, "--allocator", "owl", "--data", text_file, *SMALL,
+        "prune", llama_dir, "-s", "0.75", "--method", method, "--allocator", "owl", "--data", text_file, *SMALL,
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert alive == [0, 0, 0]  # dense, uniform, mixed
     assert (tmp_path / "out" / "recipe.yaml").exists()
 
 
-def test_a_comparison_holds_one_model(alive, msp, text_file, tmp_path):
+def test_a_comparison_holds_one_model(alive, msp, llama_dir, text_file, tmp_path):
     msp(
-        "compare", "demo:qwen2", "-s", "0.75", "--methods", "wanda", "--allocators", "uniform,owl,alphapruning",
+        "compare", llama_dir, "-s", "0.75", "--methods", "wanda", "--allocators", "uniform,owl",
         "--data", text_file, *SMALL, "--out", tmp_path / "out",
     )  # fmt: skip
     assert alive == [0]

@@ -1,0 +1,146 @@
+"""The mean update: dropped halves become biases of the halves before them, exactly."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import msp_plugin
+from msp_plugin import Text
+from msp_plugin.checkpoint.export import export_checkpoint
+from msp_plugin.checkpoint.smaller import Small
+from msp_plugin.errors import ModelError
+from msp_plugin.models.load import load_model
+from msp_plugin.records.run import RunRecord
+from msp_plugin.runs.recover import recover
+
+IDS = torch.arange(1, 20)[None]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"The cat sat on mat {i}, the dog on log {i * 7 % 23}.\n" for i in range(120)))
+    return Text(str(path), samples=12, length=24, test_samples=4)
+
+
+@pytest.fixture
+def offset_dir(llama_dir, tmp_path):
+    """A tiny Llama whose second block adds the same to every token, beside a little that depends on it."""
+    folder = tmp_path / "dense"
+    shutil.copytree(llama_dir, folder)
+    model = load_model(llama_dir, "float32")
+    with torch.no_grad():
+        block = model.model.layers[1]
+        block.self_attn.o_proj.weight.mul_(0.05)
+        block.mlp.down_proj.weight.mul_(0.05)
+        model.model.embed_tokens.weight.add_(
+            torch.linspace(-0.3, 0.3, 64)
+        )  # so that all tokens share a direction
+    model.save_pretrained(folder)
+    return folder
+
+
+def zeroed(dense, folder):
+    shutil.copytree(dense, folder)
+    model = load_model(dense, "float32")
+    with torch.no_grad():
+        for module in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+            module.weight.zero_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def by_hand(dense, data):
+    """The updates of both halves of block 1, from the dense modules on the states of the model without them."""
+    model = load_model(dense, "float32")
+    block, rope = model.model.layers[1], model.model.rotary_emb
+    attention, mlp = torch.zeros(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
+    stream = []
+    handle = block.input_layernorm.register_forward_pre_hook(
+        lambda module, args: stream.append(args[0].detach())
+    )
+    with torch.no_grad():
+        for sample in data:
+            model(sample[None])
+        handle.remove()
+        for x in stream:
+            cos_sin = rope(x, torch.arange(x.shape[1])[None])
+            causal = torch.full((x.shape[1],) * 2, float("-inf")).triu(1)[None, None]
+            attention += block.self_attn(block.input_layernorm(x), cos_sin, causal)[0].double().sum((0, 1))
+        tokens = sum(x.shape[1] for x in stream)
+        attention /= tokens
+        for x in stream:
+            mlp += block.mlp(block.post_attention_layernorm(x + attention.float())).double().sum((0, 1))
+    return attention, mlp / tokens
+
+
+@pytest.mark.parametrize("form", ["zeros", "small"])
+def test_the_update_is_the_mean_of_what_the_dense_halves_add(offset_dir, text, tmp_path, form, monkeypatch):
+    sparse = zeroed(offset_dir, tmp_path / "zeros")
+    if form == "small":
+        export_checkpoint(sparse, Small(), tmp_path / "small")
+        sparse = tmp_path / "small"
+    seen = {}
+    from msp_plugin.recovery.mean_update import MeanUpdate
+
+    plain = MeanUpdate.recover
+    monkeypatch.setattr(
+        MeanUpdate,
+        "recover",
+        lambda self, inputs: (seen.update(data=inputs.data.samples), plain(self, inputs))[1],
+    )
+    run = recover(sparse, text, tmp_path / "out", original=offset_dir, method="mean_update", dtype="float32")
+    model = msp_plugin.load(run.path, "float32")
+    attention, mlp = by_hand(offset_dir, seen["data"])
+    bias = model.model.layers[0].mlp.down_proj.bias.detach().double()
+    torch.testing.assert_close(bias, attention + mlp, rtol=1e-4, atol=1e-6)
+    assert model.config.attention_bias and model.config.mlp_bias
+    biases = {name for name, p in model.named_parameters() if name.endswith(".bias") and p.any()}
+    assert biases == {"model.layers.0.mlp.down_proj.bias"}
+    stages = {stage.name: stage for stage in RunRecord.beside(run.path).stages}
+    assert stages["recover"].kl < 0.7 * stages["prune"].kl
+    assert ("per_layer_config" in json.loads((run.path / "config.json").read_text())) == (form == "small")
+
+
+def test_adding_it_there_is_adding_it_to_the_output_of_the_dropped_half(offset_dir, text, tmp_path):
+    sparse = zeroed(offset_dir, tmp_path / "zeros")
+    run = recover(sparse, text, tmp_path / "out", original=offset_dir, method="mean_update", dtype="float32")
+    found, bare = msp_plugin.load(run.path, "float32"), load_model(sparse, "float32")
+    update = found.model.layers[0].mlp.down_proj.bias.detach()
+    bare.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output + update)
+    export_checkpoint(run.path, Small(), tmp_path / "small")
+    with torch.no_grad():
+        expected = bare(IDS).logits
+        for model in (found, msp_plugin.load(tmp_path / "small", "float32")):
+            torch.testing.assert_close(
+                model(IDS).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+            )
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["per_layer_config"]["1"]["skip"] == [
+        "attention", "mlp",
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_updated_is_refused_or_noted(llama_dir, qwen2_dir, text, tmp_path):
+    def damaged(source, name, damage):
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        model = load_model(source, "float32")
+        with torch.no_grad():
+            damage(model.model.layers)
+        model.save_pretrained(folder)
+        return folder
+
+    masked = damaged(llama_dir, "masked", lambda layers: layers[0].mlp.up_proj.weight[:4].zero_())
+    with pytest.raises(ModelError, match="no attention and no MLP of the model is dropped"):
+        recover(masked, text, tmp_path / "a", original=llama_dir, method="mean_update", dtype="float32")
+    other = damaged(qwen2_dir, "qwen2", lambda layers: layers[1].mlp.down_proj.weight.zero_())
+    with pytest.raises(
+        ModelError, match="the projections of qwen2 that write to the hidden state have no biases"
+    ):
+        recover(other, text, tmp_path / "b", original=qwen2_dir, method="mean_update", dtype="float32")
+    first = damaged(llama_dir, "first", lambda layers: layers[0].self_attn.o_proj.weight.zero_())
+    run = recover(first, text, tmp_path / "c", original=llama_dir, method="mean_update", dtype="float32")
+    (note, *_) = run.record.stages[-1].recovery.notes
+    assert note == "model.layers.0.self_attn has no half before it, so nothing stands for it"
