@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +37,8 @@ BATCHES = (1, 2, 4, 8, 16, 64, 512)
 #: Least ratio to dense by batch, at 2:4 and beyond.
 GOALS = {1: (1.5, 2.0), 2: (1.5, 2.0), 4: (1.5, 2.0)}
 LEAST = 0.9
+#: Least ratio to dense of a whole model's decoding at batch 1.
+DECODING = {"2:4": 1.3, "3:8": 1.5, "2:8": 1.8}
 
 
 def pruned(rows: int, columns: int, kept: int, of: int, dtype: torch.dtype) -> torch.Tensor:
@@ -104,7 +107,10 @@ def measure_matrix(
 
 
 def prune_model(source: str, out: Path, kept: int, of: int) -> None:
-    """Write a model pruned by magnitude, packed in the bitmask format; ``source`` may be "random"."""
+    """Write a model pruned by magnitude to out/dense, and packed in the bitmask format to out/packed.
+
+    ``source`` may be "random".
+    """
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     from msp_plugin.checkpoint.export import Bitmask, export_checkpoint
@@ -127,9 +133,8 @@ def prune_model(source: str, out: Path, kept: int, of: int) -> None:
                     groups = module.weight.view(len(module.weight), -1, of)
                     places = groups.abs().topk(kept, dim=-1).indices
                     groups.mul_(torch.zeros_like(groups).scatter_(-1, places, 1.0))
-    with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
-        export_checkpoint(scratch, Bitmask(), out)
+    model.save_pretrained(out / "dense")
+    export_checkpoint(out / "dense", Bitmask(), out / "packed")
 
 
 def share_of_linears(path: Path) -> dict[str, float]:
@@ -152,18 +157,22 @@ def share_of_linears(path: Path) -> dict[str, float]:
     return {"step_cpu_ms": used["step"], "linears_cpu_ms": used["linears"]}
 
 
-def measure_model(source: str, level: tuple[int, int], options: BenchOptions) -> dict[str, Any]:
-    """Return ``msp bench`` of a model at one level, and what share of a step its packed linears take."""
+def measure_model(
+    source: str, level: tuple[int, int], options: BenchOptions, vllm: Path | None
+) -> dict[str, Any]:
+    """Return ``msp bench`` of a model at one level, what share of a step its packed linears take, and vLLM's speeds."""
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "packed"
-        prune_model(source, path, *level)
-        record = bench(path, options).to_dict()
-        return {
-            **record,
-            "model": Path(source).name,
-            "level": f"{level[0]}:{level[1]}",
-            **share_of_linears(path),
-        }
+        dense, packed = Path(scratch) / "dense", Path(scratch) / "packed"
+        prune_model(source, Path(scratch), *level)
+        found = {**bench(packed, options).to_dict(), **share_of_linears(packed)}
+        if vllm:
+            command = [
+                str(vllm / "bin/python"), str(Path(__file__).parent / "vllm/speed.py"), f"dense={dense}", f"packed={packed}",
+                "--prompt", str(options.prompt), "--tokens", str(options.tokens + 1), "--rounds", "2",
+            ]  # fmt: skip
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found["vllm"] = json.loads(done.stdout)["speeds"]["packed"]["1"]
+        return {**found, "model": Path(source).name, "level": f"{level[0]}:{level[1]}"}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -185,23 +194,30 @@ def markdown(results: dict[str, Any]) -> str:
             f"{r['dense_ms']:.2f} | {r['packed_ms']:.2f} | {r['ratio']:.2f} | {r['cpu_ratio']:.2f} | {r['roofline_ms']:.2f} |"
         )
     lines += [
-        "", "| model | level | decode, packed | decode, dense | ratio | prefill ratio | bytes ratio | packed linears' "
-        "share of a step |", "|---|---|---|---|---|---|---|---|",
+        "", "| model | level | decode, packed | decode, dense | ratio | prefill ratio | bytes ratio | resident over "
+        "bytes | packed linears' share of a step | vLLM: decode ratio | vLLM: prefill ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for m in results["models"]:
+        served = [f"{m['vllm'][step]['ratio']:.2f}" if "vllm" in m else "" for step in ("decode", "prefill")]
         lines.append(
             f"| {m['model']} | {m['level']} | {m['packed']['decode']:.1f} tokens/s | {m['dense']['decode']:.1f} tokens/s | "
             f"{m['ratios']['decode']:.2f} | {m['ratios']['prefill']:.2f} | {m['ratios']['bytes']:.2f} | "
-            f"{m['linears_cpu_ms'] / m['step_cpu_ms']:.2f} |"
+            f"{m['packed']['resident'] / m['packed']['bytes']:.3f} | {m['linears_cpu_ms'] / m['step_cpu_ms']:.2f} | "
+            f"{' | '.join(served)} |"
         )
     lines += ["", f"Below their goals: {', '.join(results['below']) or 'none'}.", ""]
     return "\n".join(lines)
 
 
-def below(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the cells of the machine's own kernel that are under the goals, by CPU time."""
+def below(results: dict[str, Any]) -> list[str]:
+    """Return the cells of the machine's own kernel, by CPU time, and the models that are under the goals."""
     found = []
-    for r in rows:
+    for m in results["models"]:
+        ratios = {"transformers": m["ratios"]["decode"]}
+        ratios |= {"vLLM": m["vllm"]["decode"]["ratio"]} if "vllm" in m else {}
+        found += [f"{m['model']} {m['level']} in {k}" for k, v in ratios.items() if v < DECODING[m["level"]]]
+    for r in results["matrices"]:
         goal = GOALS.get(r["batch"], (LEAST, LEAST))[r["level"] != "2:4" and r["level"] != "3:8"]
         if (
             r["kernel"] == choose(torch.bfloat16).kernel
@@ -219,6 +235,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_speed")
     parser.add_argument("--model", help="a small Llama's directory, such as SmolLM2's")
     parser.add_argument("--random", action="store_true", help="a random Llama of 1 B weights too")
+    parser.add_argument(
+        "--vllm", type=Path, help="the environment of vLLM, with msp_plugin in it: models there as well"
+    )
+    parser.add_argument("--matrices", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each cell")
     parser.add_argument("--quick", action="store_true", help="fewer cells")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -227,24 +247,28 @@ def main() -> None:
     shapes, levels, batches = SHAPES, LEVELS, BATCHES
     if arguments.quick:
         shapes, levels, batches = SHAPES[:1], LEVELS[::2], (1, 4, 16, 64, 512)
+    if not arguments.matrices:
+        shapes = ()
     for threads, shape, level in itertools.product(arguments.threads, shapes, levels):
         torch.set_num_threads(threads)
         matrices += measure_matrix(shape, level, batches, [own], arguments.seconds)
     others = [k for k in KERNELS if k != own]
     torch.set_num_threads(1)
-    matrices += measure_matrix(SHAPES[0], (2, 4), (1, 4, 16), others, arguments.seconds)
+    if arguments.matrices:
+        matrices += measure_matrix(SHAPES[0], (2, 4), (1, 4, 16), others, arguments.seconds)
     models = []
     torch.set_num_threads(max(arguments.threads))
     sources = [*([arguments.model] if arguments.model else []), *(["random"] if arguments.random else [])]
     for source, level in itertools.product(sources, ((2, 4), (3, 8), (2, 8))):
-        models.append(measure_model(source, level, BenchOptions(prompt=128, tokens=16)))
+        models.append(measure_model(source, level, BenchOptions(prompt=128, tokens=16), arguments.vllm))
     results = {
         "machine": {
             "processor": processor(), "torch": torch.__version__, "copy_rate": copy_rate(),
             "load": [load_before, os.getloadavg()[0]],
         },
-        "matrices": matrices, "models": models, "below": below(matrices),
+        "matrices": matrices, "models": models,
     }  # fmt: skip
+    results["below"] = below(results)
     arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text(markdown(results))
     print(markdown(results))
