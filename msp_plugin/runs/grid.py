@@ -44,7 +44,9 @@ class Grid:
         if self.recover is None:
             return None
         if not self.prune:
-            raise RecipeError("without pruning there is nothing to recover", hint="leave out --no-prune")
+            raise RecipeError(
+                "without pruning there is nothing to recover", hint="prune too, or leave out the recovery"
+            )
         built: Recovery = plugins.build("recoveries", self.recover)
         return built
 

@@ -43,8 +43,7 @@ def changes_within(
             inner = outputs is not None and layer not in outputs and (level.narrows or then.narrows)
             if inner and DROPPED in (level, then):
                 continue
-            weight = weights.weight(layer, then.name)
-            change = _in_rows_of_both(weight, now) if inner else weight - now
+            change = _change(weights.weight(layer, then.name), now, in_rows_of_both=inner)
             if not inner or bool(change.any()):
                 found[k] = change
         return u, found
@@ -52,8 +51,10 @@ def changes_within(
     return changes
 
 
-def _in_rows_of_both(weight: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Return the change from one weight [O, I] to another, zero in rows that are zero in either."""
+def _change(weight: torch.Tensor, now: torch.Tensor, in_rows_of_both: bool) -> torch.Tensor:
+    """Return the change from ``now`` [O, I] to a weight, on request zero in rows that are zero in either."""
+    if not in_rows_of_both:
+        return weight - now
     rows = (weight != 0).any(dim=1, keepdim=True) & (now != 0).any(dim=1, keepdim=True)
     return (weight - now) * rows
 

@@ -73,7 +73,7 @@ def test_both_files_are_written_and_read_back(run, tmp_path):
 
 def test_saving_the_model_writes_the_files_beside_it(run, tmp_path):
     model, outcome, stats = run
-    attach_files(model, outcome, stats, 3)
+    attach_files(model, outcome, run_record(outcome, stats, 3))
     before = os.umask(0o022)
     try:
         model.save_pretrained(tmp_path / "a")
@@ -90,5 +90,5 @@ def test_saving_the_model_writes_the_files_beside_it(run, tmp_path):
 
 def test_the_hosts_mark_keeps_it_from_wrapping_again(run):
     model, outcome, stats = run
-    attach_files(model, outcome, stats, 0)
+    attach_files(model, outcome, run_record(outcome, stats, 0))
     assert model.save_pretrained._overridden is True

@@ -92,5 +92,5 @@ class TensorParallel(VerifyAndUpdateConfig):
                 if uneven:
                     raise ServingError(
                         f"block {block} has {count} {kind}, which {processes} tensor parallel processes cannot share",
-                        hint=f"another --tensor-parallel-size; see {KEY} in config.json for the widths of each block",
+                        hint=f"choose another tensor parallel size; see {KEY} in config.json for the widths of each block",
                     )
