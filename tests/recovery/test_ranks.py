@@ -124,6 +124,7 @@ def test_processes_of_torchrun_prune_and_recover_as_one_does(llama_dir, corpus, 
     records = [json.loads((tmp_path / f"{ranks}" / "run.json").read_text()) for ranks in (1, 2)]
     assert [stage["name"] for stage in records[1]["stages"]] == ["dense", "prune", "recover"]
     values = [record["perplexity"] for record in records]
-    assert values[1] == pytest.approx(values[0], rel=1e-3) and values[1]["recovered"] < values[1]["mixed"]
+    assert values[1] == pytest.approx(values[0], rel=1e-3)
+    assert records[1]["stages"][2]["kl"] < records[1]["stages"][1]["kl"]
     zeros = [{n: p == 0 for n, p in load(tmp_path / f"{ranks}").named_parameters()} for ranks in (1, 2)]
     assert all(torch.equal(zeros[0][name], zeros[1][name]) for name in zeros[0] if "proj" in name)
