@@ -104,7 +104,7 @@ def test_a_packed_checkpoint_is_refused(msp, packed_dir, text_file, tmp_path):
 def test_a_quantized_model_is_measured_with_the_weights_that_are_saved(msp, half, text_file, tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "quant_stage:\n  quant_modifiers:\n    QuantizationModifier:\n"
-        "      {targets: [Linear], scheme: W8A16, ignore: [lm_head]}\n"
+        "      {targets: [Linear], scheme: W8A8, ignore: [lm_head]}\n"
     )
     found = {}
     for name, offload in (("memory", []), ("disk", ["--offload"])):
