@@ -53,8 +53,11 @@ def inputs(tokens, columns, dtype):
 
 
 def assert_product(out, x, weight, bias=None):
-    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    scale = (x.double().abs() @ weight.double().abs().T).max().clamp_min(1e-30) if out.numel() else 1
+    add = torch.zeros(len(weight)) if bias is None else bias.double()
+    expected = x.double() @ weight.double().T + add
+    scale = (
+        (x.double().abs() @ weight.double().abs().T + add.abs()).max().clamp_min(1e-30) if out.numel() else 1
+    )
     assert out.dtype == weight.dtype and out.shape == expected.shape
     if out.numel():
         assert float((out.double() - expected).abs().max() / scale) <= ALLOWED[weight.dtype]
