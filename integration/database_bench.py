@@ -23,7 +23,7 @@ def measure(dtype_name: str, rows: int, columns: int, repeats: int) -> list[dict
     from safetensors.torch import save_file
 
     from msp_plugin.database.bitmask import pack_bitmask, unpack_bitmask
-    from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu
+    from msp_plugin.plan.menus import DEFAULT_LEVELS, parse_menu
 
     dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(
         getattr(torch, dtype_name)

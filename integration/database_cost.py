@@ -60,7 +60,7 @@ def build(model, data, levels: tuple[str, ...], folder: str) -> None:
     from msp_plugin.database.build import build_database
     from msp_plugin.database.store import LevelDatabase
     from msp_plugin.models.layers import prunable_layers
-    from msp_plugin.plan.levels import parse_menu
+    from msp_plugin.plan.menus import parse_menu
     from msp_plugin.pruning.sparsegpt import SparseGPT
 
     database = LevelDatabase(Path(folder), {"bench": "database_cost"}, parse_menu(list(levels)))

@@ -30,6 +30,8 @@ _PUBLIC = {
     "LayerwisePruner": "pruning.base",
     "UnitInputs": "pruning.base",
     "StructuredPruner": "pruning.structured",
+    "WidthPruner": "pruning.structured",
+    "Cut": "pruning.structured",
     "HalfInputs": "pruning.structured",
     "HostPruner": "hosts.llm_compressor.methods",
     "Recovery": "recovery.base",

@@ -61,7 +61,7 @@ def measurements_of(model, data, method: str, levels: tuple[str, ...], cache: st
     """Return Measurements of a model: the first half of the text calibrates, the rest measures."""
     from msp_plugin.data.samples import TextSplit
     from msp_plugin.models.layers import prunable_layers
-    from msp_plugin.plan.levels import parse_menu
+    from msp_plugin.plan.menus import parse_menu
     from msp_plugin.plugins.manager import Plugins
     from msp_plugin.search.measurements import Measurements
 

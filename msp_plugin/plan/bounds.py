@@ -13,7 +13,8 @@ from fractions import Fraction
 import numpy as np
 
 from msp_plugin.errors import RecipeError, shown
-from msp_plugin.plan.levels import DENSE, Level, Width, menu_names, parse_fraction
+from msp_plugin.plan.levels import DENSE, Level, Width, parse_fraction
+from msp_plugin.plan.menus import menu_names
 from msp_plugin.plan.units import Unit, UnitTable
 
 #: Least and most share of zeros.

@@ -19,7 +19,8 @@ import numpy as np
 
 from msp_plugin.errors import BudgetError
 from msp_plugin.plan.knapsack import Steps, cheapest
-from msp_plugin.plan.levels import DROPPED, Level, Width, has_widths, menu_names
+from msp_plugin.plan.levels import DROPPED, Level, Width
+from msp_plugin.plan.menus import has_widths, menu_names
 from msp_plugin.plan.units import Unit, UnitTable
 
 #: Bytes of the largest choice table that is tried; a larger one is an error instead of a full memory.

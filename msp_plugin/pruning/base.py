@@ -121,7 +121,7 @@ class Pruner(ABC):
     def gradient_score(
         self, layer: Layer, weight: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor
     ) -> torch.Tensor:
-        """Return what is kept for ``prune_unit`` of a layer's gradients, of any shape.
+        """Return what is kept for ``prune_unit`` of a layer's gradients, of any shape; by default ``gradient``.
 
         Args:
             weight: [O, I].
@@ -129,7 +129,7 @@ class Pruner(ABC):
             squares: float32[O, I], the mean over samples of the square of each sample's gradient; zeros if
                 ``gradient_order`` is 1.
         """
-        raise NotImplementedError(f"method {self.name!r} takes gradients, and has no gradient_score")
+        return gradient
 
     def prune_unit(
         self, inputs: UnitInputs, levels: Sequence[Level]

@@ -9,13 +9,13 @@ import torch
 
 from msp_plugin.errors import RecipeError
 from msp_plugin.pruning import masks, structured
-from msp_plugin.pruning.structured import Cut, HalfInputs, StructuredPruner
+from msp_plugin.pruning.structured import Cut, HalfInputs, WidthPruner
 from msp_plugin.structure import obs
 from msp_plugin.structure.obs import remove_groups
 
 
 @dataclass(frozen=True)
-class OBS(StructuredPruner):
+class OBS(WidthPruner):
     """Optimal Brain Surgeon on groups of columns of the last layer (ZipLM, arXiv 2302.04089; OSSCAR 2403.12983; Týr 2503.09657).
 
     The group goes whose removal changes the output least after the columns that stay have made up for it, and so on; one

@@ -5,6 +5,7 @@ Shape legend: G groups of a half, O out_features, I in_features.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -99,8 +100,8 @@ class Cut:
     output: torch.Tensor | None = None
 
 
-class StructuredPruner(Pruner):
-    """A method that removes heads and channels; a subclass defines ``group_scores``, or ``cuts`` for more than scores.
+class WidthPruner(Pruner):
+    """A method that makes widths: a subclass says in ``cuts`` which heads and channels stay. See StructuredPruner.
 
     All layers of a half lose the same groups. One calibration pass and one set of scores serve all widths. N:M patterns,
     and those inside a width, are Wanda's.
@@ -109,26 +110,13 @@ class StructuredPruner(Pruner):
     #: Collect x x^T of the last layer's inputs.
     keeps_gram: ClassVar[bool] = False
 
-    def group_scores(self, half: HalfInputs) -> torch.Tensor:
-        """Return float[G], higher for KV heads or channels to keep."""
-        raise NotImplementedError(f"method {self.name!r} has neither group_scores nor cuts")
-
+    @abstractmethod
     def cuts(self, half: HalfInputs, counts: Sequence[int]) -> Mapping[int, Cut]:
-        """Return by count of groups what is kept; by default those of the highest scores, of equal ones the first.
+        """Return by count of groups what is kept.
 
         Raises:
-            NumericsError: a score is not finite.
+            NumericsError: what decides is not finite.
         """
-        scores = self.group_scores(half)
-        if not torch.isfinite(scores).all():
-            raise NumericsError(f"method {self.name!r} gives scores that are not finite for {half.name}")
-        order = scores.argsort(descending=True, stable=True)
-        cuts = {}
-        for count in counts:
-            kept = torch.zeros(half.groups, dtype=torch.bool, device=scores.device)
-            kept[order[:count]] = True
-            cuts[count] = Cut(kept)
-        return cuts
 
     def check_menu(self, menu: Sequence[Level]) -> None:
         super().check_menu([level for level in menu if not isinstance(level, Width)])
@@ -211,6 +199,26 @@ class StructuredPruner(Pruner):
         if statistic.gram is None:
             return delta.double().square() @ statistic.rms.double().square()
         return ((delta @ statistic.gram) * delta).sum(dim=1, dtype=torch.float64) / max(statistic.tokens, 1)
+
+
+class StructuredPruner(WidthPruner):
+    """A method that scores the heads and channels of a half and keeps the best; a subclass defines ``group_scores``."""
+
+    @abstractmethod
+    def group_scores(self, half: HalfInputs) -> torch.Tensor:
+        """Return float[G], higher for KV heads or channels to keep; of equal ones the first stay."""
+
+    def cuts(self, half: HalfInputs, counts: Sequence[int]) -> Mapping[int, Cut]:
+        scores = self.group_scores(half)
+        if not torch.isfinite(scores).all():
+            raise NumericsError(f"method {self.name!r} gives scores that are not finite for {half.name}")
+        order = scores.argsort(descending=True, stable=True)
+        cuts = {}
+        for count in counts:
+            kept = torch.zeros(half.groups, dtype=torch.bool, device=scores.device)
+            kept[order[:count]] = True
+            cuts[count] = Cut(kept)
+        return cuts
 
 
 def _half(inputs: UnitInputs) -> HalfInputs:

@@ -22,7 +22,7 @@ from msp_plugin.models.layers import (
 from msp_plugin.models.offload import own_parameters
 from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import has_widths
+from msp_plugin.plan.menus import has_widths
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins.manager import spec_of
 from msp_plugin.progress import StepProgress, no_progress

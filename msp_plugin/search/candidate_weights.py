@@ -10,10 +10,11 @@ import torch
 
 from msp_plugin.allocators.base import Choice
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.models.offload import input_device, linear
+from msp_plugin.models.offload import input_device, linear, onloaded
 from msp_plugin.models.weights import InMemory, Place, Weights, weight_place
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import DENSE, DROPPED, Level
+from msp_plugin.plan.levels import DENSE, DROPPED, Level, Width
+from msp_plugin.plan.units import UnitTable
 from msp_plugin.runtime.memory import cache_bytes, free_cached
 
 #: Bytes of pruned weights kept in memory, so that a level is not read from disk each time.
@@ -25,6 +26,26 @@ UNPACKED_BYTES = 256 * 1024**2
 def with_dense_rows(pruned: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     """Return a pruned weight [O, I] with the dense rows in place of those that are zero."""
     return torch.where((pruned != 0).any(dim=1, keepdim=True), pruned, dense)
+
+
+def weight_for_errors(
+    model: torch.nn.Module, database: LevelDatabase, table: UnitTable
+) -> Callable[[str, str], torch.Tensor]:
+    """Return a function that returns a layer's weight [O, I] at a level, as errors of single layers are measured with it.
+
+    Heads and channels that a width takes out keep their dense rows: what those change is the error of the last layer
+    of their attention or MLP.
+    """
+    groups = {layer.name: layer.groups for layer in table.layers}
+
+    def weight(layer: str, level: str) -> torch.Tensor:
+        pruned, of = database.weight(layer, level), groups[layer]
+        if of is None or of.by_columns or not isinstance(Level.parse(level), Width):
+            return pruned
+        with onloaded(linear(model, layer)) as module:
+            return with_dense_rows(pruned, module.weight.detach().to(pruned.device))
+
+    return weight
 
 
 class CandidateWeights:

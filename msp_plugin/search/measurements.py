@@ -22,12 +22,12 @@ from msp_plugin.database.build import BATCH_TOKENS
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import HostError, RecipeError, nearest
 from msp_plugin.models.fingerprint import fingerprint
-from msp_plugin.models.offload import check_loadable, input_device, linear, onloaded
+from msp_plugin.models.offload import check_loadable, input_device
 from msp_plugin.passes.gradients import BACKWARD
 from msp_plugin.passes.outputs import output_layers
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import DENSE, Level, Width
-from msp_plugin.plan.units import Groups, UnitTable
+from msp_plugin.plan.levels import DENSE, Level
+from msp_plugin.plan.units import UnitTable
 from msp_plugin.progress import StepProgress, no_progress
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.records.parts import SearchRecord
@@ -35,7 +35,7 @@ from msp_plugin.runtime.files import cache_directory
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.search.candidate_loss import CandidateLoss
-from msp_plugin.search.candidate_weights import CandidateWeights, with_dense_rows
+from msp_plugin.search.candidate_weights import CandidateWeights, weight_for_errors
 from msp_plugin.search.keys import problem_identity, search_identity, sensitivity_identity
 from msp_plugin.search.level_database import complete_database, open_database
 from msp_plugin.search.recorded import Journals, Recorded, RecordedEstimate, RecordedLoss
@@ -240,25 +240,8 @@ class Measurements:
 
     @cached_property
     def _fisher_error(self) -> np.ndarray:
-        return self._gradient_error(
-            "Fisher-weighted error", "fisher-error", fisher_errors, self._weight_for_errors
-        )
-
-    def _weight_for_errors(self, layer: str, level: str) -> torch.Tensor:
-        """Return a layer's weight at a level, with the dense rows for heads and channels that a width takes out.
-
-        What those change is the error of the last layer of their attention or MLP.
-        """
-        weight = self.database.weight(layer, level)
-        groups = self._groups.get(layer)
-        if groups is None or groups.by_columns or not isinstance(Level.parse(level), Width):
-            return weight
-        with onloaded(linear(self.model, layer)) as module:
-            return with_dense_rows(weight, module.weight.detach().to(weight.device))
-
-    @cached_property
-    def _groups(self) -> dict[str, Groups | None]:
-        return {layer.name: layer.groups for layer in self.table.layers}
+        weight = weight_for_errors(self.model, self.database, self.table)
+        return self._gradient_error("Fisher-weighted error", "fisher-error", fisher_errors, weight)
 
     @cached_property
     def _kfac_error(self) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from msp_plugin.errors import RecipeError, nearest, shown
-from msp_plugin.plan.levels import DEFAULT_LEVELS, DEFAULT_QUANTUM, parse_menu
+from msp_plugin.plan.menus import DEFAULT_LEVELS, DEFAULT_QUANTUM, parse_menu
 
 
 class Options(BaseModel):

@@ -5,6 +5,7 @@ Shape legend: H halves.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,9 +29,9 @@ class _TakenOut(Estimator):
     combine: ClassVar[str] = "mean"
     samples: int
 
+    @abstractmethod
     def removals(self, count: int) -> list[list[np.ndarray]]:
         """Return by round the runs of halves that are taken out one after the other, each run from the whole model."""
-        raise NotImplementedError
 
     def forward_tokens(self, data: CalibrationSet) -> int:
         return sum(map(len, data.samples[: self.samples]))

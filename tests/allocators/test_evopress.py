@@ -12,7 +12,8 @@ from msp_plugin.allocators.base import AllocationInputs
 from msp_plugin.allocators.evopress import EvoPress, swapped
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu, parse_sparsity
+from msp_plugin.plan.levels import parse_sparsity
+from msp_plugin.plan.menus import DEFAULT_LEVELS, parse_menu
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 
 SMALL = EvoPress(generations=4, offspring=6, survivors=(3, 1), tokens_per_selection=(8, 16), tokens=24)

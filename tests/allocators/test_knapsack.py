@@ -11,7 +11,7 @@ from msp_plugin.allocators.base import AllocationInputs
 from msp_plugin.allocators.knapsack import SURROGATES, Knapsack
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu
+from msp_plugin.plan.menus import DEFAULT_LEVELS, parse_menu
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 
 

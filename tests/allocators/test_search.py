@@ -14,7 +14,7 @@ from msp_plugin.allocators.search import LEAST_TOKENS, TOKENS_PER_UNIT, Search
 from msp_plugin.allocators.selection import GAIN_ROUNDS
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu
+from msp_plugin.plan.menus import DEFAULT_LEVELS, parse_menu
 from tests.allocators.quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
 
 SHORT = Search(rounds=4, seeds=5)

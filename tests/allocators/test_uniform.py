@@ -2,7 +2,7 @@ import pytest
 
 from msp_plugin.allocators.base import AllocationInputs
 from msp_plugin.allocators.uniform import Uniform
-from msp_plugin.plan.levels import DEFAULT_LEVELS
+from msp_plugin.plan.menus import DEFAULT_LEVELS
 
 
 def allocate(problem):

@@ -9,7 +9,7 @@ from msp_plugin.checkpoint.recount import count_zeros, recount_model
 from msp_plugin.errors import VerificationError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
 
 MENU = parse_menu(["dense", "2:4", "1:8"])
@@ -143,7 +143,7 @@ import torch
 from fractions import Fraction
 from msp_plugin.checkpoint.recount import recount_model
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 model = torch.nn.Sequential(torch.nn.Linear(8, 4))
 with torch.no_grad():

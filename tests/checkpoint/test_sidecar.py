@@ -12,7 +12,7 @@ from msp_plugin.checkpoint.run_files import attach_files, run_record, write_file
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.records.parts import SearchRecord
 from msp_plugin.records.run import RUN_FILE, Outcome, RunRecord

@@ -15,7 +15,7 @@ from msp_plugin.database.statistics import collect
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.models.layers import decoder_blocks, prunable_layers
 from msp_plugin.passes.by_block import BlockPass, runs_by_block
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.pruning.base import InputNorm
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.sparsegpt import SparseGPT

@@ -10,7 +10,7 @@ from msp_plugin.database.statistics import collect
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import MSPError, NumericsError, OutputError
 from msp_plugin.models.layers import prunable_layers
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.pruning.base import LayerwisePruner
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.sparsegpt import SparseGPT

@@ -12,7 +12,7 @@ from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import MSPError, NumericsError
 from msp_plugin.models.layers import prunable_layers
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.pruning.sparsegpt import SparseGPT
 from msp_plugin.pruning.wanda import Wanda
 from msp_plugin.runtime.ranks import ALONE

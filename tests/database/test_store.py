@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from msp_plugin.database.bitmask import pack_bitmask
 from msp_plugin.database.store import OPEN_FILES, LayerErrors, LevelDatabase
 from msp_plugin.errors import VerificationError
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 
 MENU = parse_menu(["dense", "2:4", "1:4"])

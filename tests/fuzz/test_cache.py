@@ -8,7 +8,7 @@ from hypothesis import given
 
 from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import VerificationError
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plan.units import Layer
 from msp_plugin.runtime.journal import Journal
 from tests.fuzz.mutations import byte_files

@@ -25,7 +25,7 @@ from msp_plugin.models.layers import (
 )
 from msp_plugin.models.offload import check_loadable
 from msp_plugin.plan.bounds import parse_bounds
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from tests.helpers import models
 
 LEAVES = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]

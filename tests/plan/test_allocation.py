@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msp_plugin.errors import MSPError, RecipeError, VerificationError
 from msp_plugin.plan.allocation import SCHEMA, VERSION, Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plan.units import Layer, Unit, UnitTable, group_layers
 
 TABLE = UnitTable(

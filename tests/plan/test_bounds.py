@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.bounds import Bounds, parse_bounds
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plan.units import Layer, group_layers
 
 MENU = parse_menu(["dense", "6:8", "4:8", "2:8"])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from msp_plugin.errors import BudgetError
 from msp_plugin.plan.budget import AllocationProblem, Budget
-from msp_plugin.plan.levels import DEFAULT_LEVELS, parse_menu
+from msp_plugin.plan.menus import DEFAULT_LEVELS, parse_menu
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 
 LEVELS = [*DEFAULT_LEVELS, "2:4", "1:4", "1:2", "1:3", "2:3", "5:6"]

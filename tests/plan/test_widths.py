@@ -10,7 +10,8 @@ from msp_plugin.errors import BudgetError, RecipeError
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.bounds import parse_bounds
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import DENSE, Level, Pattern, has_widths, menu_names, parse_menu
+from msp_plugin.plan.levels import DENSE, Level, Pattern
+from msp_plugin.plan.menus import has_widths, menu_names, parse_menu
 from msp_plugin.plan.units import Groups, Layer, Unit, UnitTable
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import Level, parse_menu
+from msp_plugin.plan.levels import Level
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plan.units import Layer, group_layers
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import write_report

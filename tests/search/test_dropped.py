@@ -20,7 +20,8 @@ from msp_plugin.errors import BudgetError, RecipeError, VerificationError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.passes.outputs import output_layers
-from msp_plugin.plan.levels import DENSE, DROPPED, menu_names, parse_menu
+from msp_plugin.plan.levels import DENSE, DROPPED
+from msp_plugin.plan.menus import menu_names, parse_menu
 from msp_plugin.plan.units import Layer, group_layers, pruned_together
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.wanda import Wanda

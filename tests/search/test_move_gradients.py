@@ -11,7 +11,7 @@ from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights

@@ -5,7 +5,7 @@ import yaml
 
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.allocation import make_allocation
-from msp_plugin.plan.levels import DEFAULT_LEVELS
+from msp_plugin.plan.menus import DEFAULT_LEVELS
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve

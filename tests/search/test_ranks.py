@@ -12,7 +12,7 @@ from msp_plugin.data.samples import TextSplit
 from msp_plugin.errors import HostError, NumericsError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.pruning.sparsegpt import SparseGPT
 from msp_plugin.runtime.ranks import ALONE
 from msp_plugin.search.candidate_loss import CandidateLoss

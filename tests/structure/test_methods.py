@@ -10,13 +10,14 @@ from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import NumericsError
 from msp_plugin.models.layers import prunable_layers
-from msp_plugin.plan.levels import Level, Width, parse_menu
+from msp_plugin.plan.levels import Level, Width
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.flap import FLAP
 from msp_plugin.pruning.masks import groups_of, recount
 from msp_plugin.pruning.obs import OBS
 from msp_plugin.pruning.plain_groups import L2
-from msp_plugin.pruning.structured import HalfInputs, HalfLayer, InputMoments, StructuredPruner
+from msp_plugin.pruning.structured import HalfInputs, HalfLayer, InputMoments, StructuredPruner, WidthPruner
 from msp_plugin.structure.groups import with_groups
 
 QUANTUM = 4
@@ -24,7 +25,7 @@ MENU = parse_menu("dense,2:4,7/8 wide,3/4 wide,1/2 wide,1/4 wide,1/2 wide 2:4,dr
 METHODS = sorted(
     name
     for name, component in Plugins(entry_points=False).components["pruners"].items()
-    if issubclass(component.cls, StructuredPruner)
+    if issubclass(component.cls, WidthPruner)
 )
 
 

@@ -17,7 +17,8 @@ from msp_plugin.errors import VerificationError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plan.levels import Level, parse_menu
+from msp_plugin.plan.levels import Level
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report.grid import level_grid
 from msp_plugin.report.size import sizes

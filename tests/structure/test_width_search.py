@@ -15,7 +15,7 @@ from msp_plugin.data.samples import split_text
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
 from msp_plugin.models.layers import prunable_layers
-from msp_plugin.plan.levels import parse_menu
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.masks import groups_of
 from msp_plugin.search.allocate import allocate

@@ -51,14 +51,14 @@ def load_operator() -> str | None:
 def _load(library: Path) -> None:
     """Load the built library, once in a process."""
     torch.ops.load_library(str(library))
-    torch.library.register_fake("msp_plugin::bitmask_linear")(_fake)
+    torch.library.impl("msp_plugin::bitmask_linear", "Meta", _output)  # what torch.compile traces
 
 
 class _BuildError(Exception):
     """The kernels cannot be built here; the message says why."""
 
 
-def _fake(
+def _output(
     x: torch.Tensor,
     values: torch.Tensor,
     bitmask: torch.Tensor,
@@ -67,7 +67,7 @@ def _fake(
     in_features: int,
     kernel: str,
 ) -> torch.Tensor:
-    """Return an empty tensor [..., O], as a graph is traced with it."""
+    """Return a tensor [..., O] of the product's shape and dtype, for tensors without data."""
     return x.new_empty((*x.shape[:-1], row_offsets.numel()))
 
 
