@@ -48,14 +48,14 @@ def rows(search: dict[str, Any]) -> Iterator[Row]:
     Args:
         search: options of the search.
     """
-    methods = [{"name": "llm_pruner", "score": score} for score in SCORES]
+    methods = [{"name": "llm_pruner", "taylor": taylor} for taylor in SCORES]
     methods += [{"name": name} for name in ("flap", "obs", "l2", "random")]
     yield from (Row("uniform width", method, "width", {"name": "uniform"}) for method in methods)
     leave_one_out = {"name": "knapsack", "surrogate": "kl", "tokens": search["tokens"]}
     yield Row("depth by leave-one-out", {"name": "magnitude"}, "depth", leave_one_out)
     yield Row("depth by search", {"name": "magnitude"}, "depth", {"name": "search", **search})
     for name, levels, allocator in SEARCHES:
-        for method in ({"name": "llm_pruner", "score": "first"}, {"name": "obs"}):
+        for method in ({"name": "llm_pruner", "taylor": "first"}, {"name": "obs"}):
             yield Row(name, method, levels, {"name": allocator, **search})
 
 

@@ -13,7 +13,6 @@ from msp_plugin.allocators.base import AllocationInputs, AllocationResult, Alloc
 from msp_plugin.allocators.msp import compensated
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import DROPPED
 
 
 @dataclass(frozen=True)
@@ -141,15 +140,15 @@ def swapped(problem: AllocationProblem, parent: Choice, most: int, rng: np.rando
 
     It is the parent itself if no swap is possible.
     """
-    choice = list(parent)
+    choice, narrows = list(parent), any(level.narrows for level in problem.menu)
     swaps = 1 + int(min(rng.integers(0, most, 2)))
     for _ in range(swaps if len(choice) > 1 else 0):
         for _attempt in range(64):
             a, b = (int(u) for u in rng.choice(len(choice), 2, replace=False))
             moves = _swap(problem, choice, a, b)
-            if moves is None and DROPPED in problem.menu:
+            if moves is None and narrows:
                 moves = _swap_of_many(problem, choice, a, b, rng)
-            elif moves is None and _uneven(problem):
+            elif moves is None and problem.uneven:
                 moves = _swap_of_three(problem, choice, a, b, rng)
             if moves is not None:
                 for unit, level in moves:
@@ -160,11 +159,6 @@ def swapped(problem: AllocationProblem, parent: Choice, most: int, rng: np.rando
 
 #: (unit, its new level) of each unit that moves.
 Moves = tuple[tuple[int, int], ...]
-
-
-def _uneven(problem: AllocationProblem) -> bool:
-    """Return True if the levels of some unit are not equally far apart."""
-    return any(len(np.unique(np.diff(np.unique(kept)))) > 1 for kept in problem.kept)
 
 
 def _next(problem: AllocationProblem, choice: list[int], unit: int, denser: bool) -> tuple[int, int] | None:

@@ -28,7 +28,7 @@ class PolicyGradient(Allocator):
 
     Each unit has a probability for each level, float64[U, K]. A step draws M choices, measures them on the same samples, and
     moves the probabilities towards the levels of choices that were better than a moving average of the losses: for each
-    level by the mean of (loss - average) * (drawn - p) / sqrt(p (1 - p)), where ``drawn`` is 1 for the level that was
+    level by the sum over the choices, divided by M - 1, of (loss - average) * (drawn - p) / sqrt(p (1 - p)), where ``drawn`` is 1 for the level that was
     drawn, with a rate that falls to zero as a cosine. Then it takes the nearest probabilities (Euclidean) under which
     a choice keeps the budget's weights on average. The result is the most probable choice on the exact budget.
 
@@ -38,7 +38,7 @@ class PolicyGradient(Allocator):
     solver, where theirs takes ties beyond the count. (4) They start from Wanda scores of heads and channels; here the
     start is a softmax of the standardised sensitivity ``start`` times the share that a level keeps. (5) KL to the dense
     model by default, where they take the language model's loss (``perplexity``). Their rate, M, average and
-    1,024 tokens a step; their 15,000 steps are 31 million tokens.
+    1,024 tokens for each choice of a step, whole samples at least; their 15,000 steps are 31 million tokens.
 
     Args:
         steps: of the probabilities, fewer if ``max_tokens`` does not allow so many.
@@ -46,7 +46,8 @@ class PolicyGradient(Allocator):
         rate: of the first step.
         window: of the moving average, in steps.
         tokens_per_step: tokens that each choice of a step is measured on.
-        start: the estimator that the first probabilities come from; an empty text: equal ones, moved onto the budget.
+        start: the estimator that the first probabilities come from; an empty text: equal ones, moved onto the budget,
+            also for models whose attentions and MLPs ``block_influence`` does not know.
         max_tokens: most forward tokens, beside those that measure the result; 0 sets no limit.
         loss: ``kl`` (to the dense model, nats per token) or ``perplexity`` (its logarithm).
         tokens: held-out calibration tokens, the text that steps draw from.
@@ -89,16 +90,17 @@ class PolicyGradient(Allocator):
         uniform = problem.uniform()
         uniform_loss = loss(uniform)
         curve, average, measured = [(loss.forward_tokens, uniform_loss)], np.nan, 1
-        steps = self.steps
+        steps, whole, ended = self.steps, sum(loss.lengths), ""
         if self.max_tokens:
-            whole = sum(loss.lengths)
-            steps = min(
-                steps,
-                max(0, self.max_tokens - 2 * whole) // (self.choices * min(self.tokens_per_step, whole)),
-            )
+            drawn_tokens = min(max(self.tokens_per_step, *loss.lengths), whole)
+            steps = min(steps, max(0, self.max_tokens - 2 * whole) // (self.choices * drawn_tokens))
         policy = self._start(inputs)
         for step in range(steps):
             samples = draw_samples(loss, self.tokens_per_step, rng)
+            cost = self.choices * sum(loss.lengths[i] for i in samples)
+            if self.max_tokens and loss.forward_tokens + cost + whole > self.max_tokens:
+                ended = f"its budget is spent after {step} steps"
+                break
             drawn = [draw_choice(policy, rng) for _ in range(self.choices)]
             losses = np.array([loss(choice, samples) for choice in drawn])
             measured += len(drawn)
@@ -120,7 +122,7 @@ class PolicyGradient(Allocator):
         return AllocationResult(
             choice, found, uniform_loss, measured + 1, tuple(curve),
             incumbents=((curve[0][0], uniform), (loss.forward_tokens, choice)),
-            ended=f"after {steps} steps",
+            ended=ended or f"after {steps} steps",
         )  # fmt: skip
 
     def _start(self, inputs: AllocationInputs) -> np.ndarray:

@@ -42,7 +42,7 @@ class PruneStats:
 
 #: Share of a layer's kept weights that may round to zero. In float16 a compensated weight below 6e-8 does: about one
 #: in a million of a normal distribution with deviation 0.02.
-_ROUNDED = 1e-4
+ROUNDED = 1e-4
 
 
 def count_zeros(model: torch.nn.Module, allocation: Allocation) -> dict[str, int]:
@@ -95,7 +95,7 @@ def recount_model(
                 if after != "pruning"
                 else "the layer saw no calibration text, or the host prunes to another pattern",
             )
-        explained = (before or {}).get(name, 0) + counted.from_dead_inputs + math.ceil(_ROUNDED * kept)
+        explained = (before or {}).get(name, 0) + counted.from_dead_inputs + math.ceil(ROUNDED * kept)
         if exact and counted.zeros - (weights[name] - kept) > explained:
             raise VerificationError(
                 f"after {after}, {name} has {counted.zeros:,} zeros; {plan}",

@@ -106,7 +106,7 @@ def build_database(
         inputs = shared_inputs(UnitTable(tuple(own)))
         for unit, statistics in _with_statistics(collector.statistics(inputs, last, pruned), units):
             if levels := levels_of(unit.layers[0]):
-                own_scores = {layer.name: scores[layer.name] for layer in unit.layers if scores}
+                own_scores = {layer.name: scores[layer.name] for layer in unit.layers if layer.name in scores}
                 _write_unit(database, model, unit, pruner, statistics, own_scores, levels)
             written += len(unit.layers)
             progress(written, total)

@@ -32,7 +32,7 @@ def gradient_scores(
     Raises:
         NumericsError: a sample's loss is not finite.
     """
-    layers = [layer for unit in units for layer in unit.layers]
+    layers = [layer for unit in units for layer in unit.layers if pruner.wants_gradient(layer)]
 
     def need(layer: Layer) -> int:
         return 4 * layer.weights * pruner.gradient_order

@@ -83,9 +83,13 @@ class AllocationProblem:
             allowed &= self._distinct()
         if not allowed.any(axis=1).all():
             unit = self.table[int(np.argmin(allowed.any(axis=1)))]
+            misfits = [f"{level.name} {why}" for level in self.menu if (why := level.misfit(unit))]
             raise BudgetError(
-                f"no level of {', '.join(menu_names(self.menu))} is allowed for {unit.name}",
-                hint="widen its bounds, or add levels",
+                f"no level of {', '.join(menu_names(self.menu))} is allowed for {unit.name}"
+                + "".join(f"; {misfit}" for misfit in misfits),
+                hint="add levels that fit it, such as dense"
+                if misfits
+                else "widen its bounds, or add levels",
             )
         allowed.setflags(write=False)
         object.__setattr__(self, "allowed", allowed)
@@ -130,19 +134,26 @@ class AllocationProblem:
 
     @property
     def _nominal(self) -> Fraction:
-        """The most weights that could be kept if shares of zeros did not round rows down."""
+        """The most weights that could be kept if shares of zeros did not round rows down; widths count as they are."""
         total = Fraction(0)
-        for unit, may in zip(self.table, self.may, strict=True):
-            densest = min(
-                level.sparsity for level, is_allowed in zip(self.menu, may, strict=True) if is_allowed
+        for unit, kept, may in zip(self.table, self.kept, self.may, strict=True):
+            total += max(
+                Fraction(int(kept[k])) if isinstance(level, Width) else unit.weights * (1 - level.sparsity)
+                for k, level in enumerate(self.menu)
+                if may[k]
             )
-            total += unit.weights * (1 - densest)
         return total
 
     @cached_property
     def may(self) -> np.ndarray:
         """bool[U, K]: ``allowed``, or True everywhere."""
         return np.ones(self.kept.shape, dtype=bool) if self.allowed is None else self.allowed
+
+    @cached_property
+    def uneven(self) -> bool:
+        """True if the allowed levels of some unit are not equally far apart in what they keep."""
+        steps = (np.diff(np.unique(kept[may])) for kept, may in zip(self.kept, self.may, strict=True))
+        return any(len(np.unique(step)) > 1 for step in steps)
 
     @cached_property
     def _least(self) -> np.ndarray:

@@ -296,7 +296,10 @@ def _parse_width(text: str, share: str, inside: str) -> Width:
             f"level {shown(text)} keeps {shown(share)} of the heads or channels",
             hint='give the share that stays, between 0 and 1, e.g. "3/4 wide"; all is "dense", none "dropped"',
         )
-    return Width(kept, _parse_pattern(inside) if inside.strip() else DENSE)
+    try:
+        return Width(kept, _parse_pattern(inside) if inside.strip() else DENSE)
+    except RecipeError as error:
+        raise RecipeError(f"level {shown(text)}: {error.message}", hint=error.hint) from None
 
 
 def _parse_pattern(text: object) -> Pattern:

@@ -54,9 +54,9 @@ def parse_menu(levels: Iterable[object]) -> tuple[Level, ...]:
     return tuple(sorted(dict.fromkeys([*menu, *whole]), key=_menu_order))
 
 
-def _menu_order(level: Level) -> tuple[Fraction, int, int]:
+def _menu_order(level: Level) -> tuple[Fraction, int, int, str]:
     kind, period = (level.kind.value, level.m) if isinstance(level, Pattern) else (len(Kind), 0)
-    return level.sparsity, kind, -period
+    return level.sparsity, kind, -period, level.name
 
 
 def has_widths(menu: Iterable[Level]) -> bool:

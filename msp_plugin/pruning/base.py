@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from msp_plugin.errors import NumericsError, RecipeError
+from msp_plugin.errors import NumericsError, PluginError, RecipeError
 from msp_plugin.plan.levels import DROPPED, Level, Pattern, Width
 from msp_plugin.plan.units import Layer, Unit
 from msp_plugin.pruning import masks
@@ -76,10 +76,15 @@ class Pruner(ABC):
             elif level != DROPPED:
                 raise RecipeError(
                     f"method {self.name!r} cannot make level {level}",
-                    hint="widths are made by the structured methods: llm_pruner, obs, flap, l2, random"
+                    hint="use a method that makes widths: llm_pruner, obs, flap, saap, l2, random, or a plugin's"
                     if isinstance(level, Width)
                     else "use another method, or another level",
                 )
+
+    @property
+    def needs_data(self) -> bool:
+        """True if the method reads calibration samples, for statistics or for gradients."""
+        return self.needs_statistics or self.gradient_order > 0
 
     def statistic_bytes(self, module: torch.nn.Linear) -> int:
         """Return the memory of one layer's statistic in bytes."""
@@ -118,10 +123,14 @@ class Pruner(ABC):
         """0 if the method takes no gradients of the loss by the weights, 1 if their mean, 2 if the mean of squares too."""
         return 0
 
+    def wants_gradient(self, layer: Layer) -> bool:
+        """Return True if ``gradient_score`` is to be called for a layer."""
+        return True
+
     def gradient_score(
         self, layer: Layer, weight: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor
     ) -> torch.Tensor:
-        """Return what is kept for ``prune_unit`` of a layer's gradients, of any shape; by default ``gradient``.
+        """Return what is kept for ``prune_unit`` of a layer's gradients, of any shape.
 
         Args:
             weight: [O, I].
@@ -129,7 +138,7 @@ class Pruner(ABC):
             squares: float32[O, I], the mean over samples of the square of each sample's gradient; zeros if
                 ``gradient_order`` is 1.
         """
-        return gradient
+        raise PluginError(f"method {self.name!r} sets gradient_order and defines no gradient_score")
 
     def prune_unit(
         self, inputs: UnitInputs, levels: Sequence[Level]

@@ -26,26 +26,26 @@ class LLMPruner(StructuredPruner):
     multiples of ``quantum`` channels.
 
     Args:
-        score: ``first`` (its default), ``second``, ``mixed`` or ``vector``.
+        taylor: ``first`` (its default), ``second``, ``mixed`` or ``vector``.
     """
 
     name = "llm_pruner"
     arithmetic = (masks, structured, scores)
 
-    score: str = "first"
+    taylor: str = "first"
 
     def __post_init__(self) -> None:
-        gradient_order(self.score)
+        gradient_order(self.taylor)
 
     @property
     def gradient_order(self) -> int:
-        return gradient_order(self.score)
+        return gradient_order(self.taylor)
 
     def gradient_score(
         self, layer: Layer, weight: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor
     ) -> torch.Tensor:
         """Return float64[G] (see taylor_scores)."""
-        return layer_taylor_scores(layer, weight, gradient, squares, self.score)
+        return layer_taylor_scores(layer, weight, gradient, squares, self.taylor)
 
     def group_scores(self, half: HalfInputs) -> torch.Tensor:
         return torch.stack([part.score for part in half.layers if part.score is not None]).sum(dim=0)
@@ -55,8 +55,6 @@ def layer_taylor_scores(
     layer: Layer, weight: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor, score: str
 ) -> torch.Tensor:
     """Return float64[G], the scores of the groups of one layer, whose matrices are [O, I]."""
-    groups = layer.groups
-    if groups is None:  # no width in the menu
-        return torch.zeros(0)
-    first, second, third = (groups_of(matrix, groups) for matrix in (weight, gradient, squares))
+    assert layer.groups is not None, "see wants_gradient"
+    first, second, third = (groups_of(matrix, layer.groups) for matrix in (weight, gradient, squares))
     return taylor_scores(first, second, third, score)

@@ -15,8 +15,9 @@ import torch
 from msp_plugin.errors import NumericsError
 from msp_plugin.plan.levels import Level, Pattern, Width
 from msp_plugin.plan.units import Layer
-from msp_plugin.pruning.base import InputNorm, Pruner, UnitInputs
-from msp_plugin.pruning.masks import groups_of, nm_mask, nm_masks
+from msp_plugin.pruning.base import InputNorm, LayerwisePruner, UnitInputs
+from msp_plugin.pruning.masks import groups_of, nm_mask
+from msp_plugin.pruning.sparsegpt import quadratic_form
 
 
 class InputMoments(InputNorm):
@@ -100,7 +101,7 @@ class Cut:
     output: torch.Tensor | None = None
 
 
-class WidthPruner(Pruner):
+class WidthPruner(LayerwisePruner):
     """A method that makes widths: a subclass says in ``cuts`` which heads and channels stay. See StructuredPruner.
 
     All layers of a half lose the same groups. One calibration pass and one set of scores serve all widths. N:M patterns,
@@ -133,16 +134,12 @@ class WidthPruner(Pruner):
     def new_statistic(self, module: torch.nn.Linear) -> InputMoments:
         return InputMoments(module.in_features, module.weight.device)
 
-    def observe(self, module: torch.nn.Linear, inputs: torch.Tensor, statistic: InputMoments) -> InputMoments:
-        statistic.add(inputs)
-        return statistic
+    def wants_gradient(self, layer: Layer) -> bool:
+        return layer.groups is not None
 
-    def prune_levels(
-        self, module: torch.nn.Linear, statistic: InputMoments, levels: Sequence[Pattern], layer: str
-    ) -> Iterator[torch.Tensor]:
-        weight = module.weight.detach()
-        for mask in nm_masks(weight.float().abs() * statistic.rms, levels):
-            yield weight.masked_fill(~mask, 0)
+    def score(self, weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
+        """Return Wanda's score, for the patterns."""
+        return weight.abs() * input_norm
 
     def prune_unit(
         self, inputs: UnitInputs, levels: Sequence[Level]
@@ -182,7 +179,7 @@ class WidthPruner(Pruner):
             weight = cut.output.to(weight.dtype)
         part = weight[:, kept] if columns else weight[kept]
         if not inside.is_dense:
-            score = part.float().abs() * (norm[kept] if columns else norm)
+            score = self.score(part.float(), norm[kept] if columns else norm)
             part = part.masked_fill(~nm_mask(score, inside), 0)
         narrowed = torch.zeros_like(weight)
         if columns:
@@ -191,14 +188,11 @@ class WidthPruner(Pruner):
             narrowed[kept] = part
         return narrowed
 
-    def output_error(self, delta: torch.Tensor, statistic: InputMoments) -> float:
-        """Return the mean squared change of the output per token, exact where x x^T is kept, else by feature."""
-        return float(self.row_errors(delta, statistic).sum())
-
-    def row_errors(self, delta: torch.Tensor, statistic: InputMoments) -> torch.Tensor:
-        if statistic.gram is None:
-            return delta.double().square() @ statistic.rms.double().square()
-        return ((delta @ statistic.gram) * delta).sum(dim=1, dtype=torch.float64) / max(statistic.tokens, 1)
+    def row_errors(self, delta: torch.Tensor, statistic: InputNorm) -> torch.Tensor | None:
+        """Return the errors by output feature, exact where x x^T is kept, else as if the inputs were uncorrelated."""
+        if isinstance(statistic, InputMoments) and statistic.gram is not None:
+            return quadratic_form(delta, statistic.gram) / max(statistic.tokens, 1)
+        return super().row_errors(delta, statistic)
 
 
 class StructuredPruner(WidthPruner):

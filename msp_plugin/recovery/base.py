@@ -99,7 +99,7 @@ def check_in_memory(method: str, model: PreTrainedModel) -> None:
         )
 
 
-def check_by_block(method: str, model: PreTrainedModel, sample: torch.Tensor) -> None:
+def check_runs_by_block(method: str, model: PreTrainedModel, sample: torch.Tensor) -> None:
     """Raise ModelError if a model's blocks cannot be run one at a time; ``sample`` is int64[T]."""
     if not runs_by_block(model, sample):
         raise ModelError(

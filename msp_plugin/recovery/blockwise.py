@@ -19,12 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msp_plugin.errors import ModelError, NumericsError, RecipeError
+from msp_plugin.errors import ModelError, NumericsError, OutputError, RecipeError
 from msp_plugin.models.held import held, read_from
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.models.offload import check_loadable, offload_cache
 from msp_plugin.passes.gradients import BACKWARD
-from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_by_block
+from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_runs_by_block
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.shared import mean_kl
 from msp_plugin.recovery.window_training import (
@@ -112,7 +112,7 @@ class Blockwise(Recovery):
                 f"the model has {depth} blocks and its original {whole}, so blockwise cannot hold them side by side",
                 hint="use lora or full, which compare outputs, or export the model to small, which keeps empty blocks",
             )
-        check_by_block(self.name, model, inputs.data.samples[0])
+        check_runs_by_block(self.name, model, inputs.data.samples[0])
         with _frozen(model):
             return _Walk(self, inputs, original).run()
 
@@ -173,8 +173,14 @@ class _Walk:
     def _restored(self, number: int, trained: Sequence[Trained]) -> _Course | None:
         """Set a window's parameters from its file, and return the course then; None if rank 0 finds no whole file."""
         course = self.ranks.on_rank_zero(partial(_restore, self._file(number), trained))
-        if course is not None and self.ranks.rank:
-            _restore(self._file(number), trained)
+        if course is None:
+            return None
+        first = self.ranks.rank == 0
+        if not all(self.ranks.gather(lambda: first or _restore(self._file(number), trained) is not None)):
+            raise OutputError(
+                f"not all ranks can read {self._file(number)}",
+                hint="give all of them one file system for the cache",
+            )
         return course
 
     def _train(self, number: int, window: Window, trained: Sequence[Trained], course: _Course) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from msp_plugin.checkpoint.recount import ROUNDED
 from msp_plugin.errors import RecipeError
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.masked_lora import MaskedLowRank
@@ -24,7 +25,7 @@ class LoRA(TrainedRecovery):
     The recovery of LLM-Pruner (arXiv 2305.11627), with the rank, alpha and learning rate of its script, and peft's own
     adapter: it needs no gradient of a whole weight, so that it is cheaper than masked_lora. Where whole rows and
     columns are zero (heads, channels and halves that are gone and not cut out yet), the change leaves them out, as in
-    masked_lora, which is what LoRA of the smaller model is. On a mask it trains a model
+    masked_lora and at its cost, which is what LoRA of the smaller model is. On a mask it trains a model
     that the merge does not give, because the merge leaves the zeros as they are; it is refused there without
     ``masked_merge``. Deviations: KL to the dense model instead of the cross entropy where there is one; no dropout
     (0.05 there).
@@ -48,8 +49,9 @@ class LoRA(TrainedRecovery):
 
     def check_layers(self, masks: Masks) -> None:
         check_rank(self.name, "rank", self.rank, masks)
-        zeros = sum(masks.zeros(name) for name in masks if not masks.is_structural(name))
-        if zeros and not self.masked_merge:
+        zeros = sum(masks.unstructured(name) for name in masks)
+        weights = sum(rows * columns for rows, columns in masks.shapes.values())
+        if zeros > ROUNDED * weights and not self.masked_merge:
             raise RecipeError(
                 f"{self.name} would fill {zeros:,} pruned weights in",
                 hint="use masked_lora, which trains what it merges, or masked_merge: true",

@@ -62,10 +62,10 @@ class Masks:
         out_features, in_features = self.shapes[layer]
         return out_features * in_features - int(np.bitwise_count(self.bits[layer]).sum())
 
-    def is_structural(self, layer: str) -> bool:
-        """Return True if the zeros of a layer are whole rows and whole columns, or if it has none."""
+    def unstructured(self, layer: str) -> int:
+        """Return the count of zeros of a layer within the rows and the columns that are not all zero."""
         kept = self.kept(layer)
-        return bool(torch.equal(kept, kept.any(1)[:, None] & kept.any(0)))
+        return int((kept.any(1)[:, None] & kept.any(0) & ~kept).sum())
 
     def check(self, model: torch.nn.Module, after: str) -> dict[str, int]:
         """Return by layer the weights that have become zero; layers without one are left out.

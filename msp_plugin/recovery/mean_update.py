@@ -6,6 +6,7 @@ Shape legend: T tokens of all samples, D hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,10 @@ import torch
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import ModelError, NumericsError
 from msp_plugin.models.layers import text_config
-from msp_plugin.passes.losses import mean_kl
 from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_in_memory
 from msp_plugin.recovery.masks import Masks
+from msp_plugin.recovery.shared import mean_kl
+from msp_plugin.runtime.ranks import Ranks
 from msp_plugin.structure.halves import Half, find_halves
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class MeanUpdate(Recovery):
         assert original is not None, "the caller gives the original, because needs_original is True"
         left, gone = _left_and_gone(model, original)
         before = self._loss(inputs)
-        _add_biases(model)
+        added = _add_biases(model)
         kept = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(".bias")}
         notes, tokens = [], 0
         for done, half in enumerate(gone, 1):
@@ -72,7 +74,7 @@ class MeanUpdate(Recovery):
             if target is None:
                 notes.append(f"{half.name} has no half before it, so nothing stands for it")
                 continue
-            update = _mean_output(model, original, half, inputs.data)
+            update = _mean_output(model, original, half, inputs.data, inputs.ranks)
             tokens += inputs.data.tokens
             if not torch.isfinite(update).all():
                 raise NumericsError(f"the mean output of {half.name} is not finite", hint="try dtype float32")
@@ -88,13 +90,16 @@ class MeanUpdate(Recovery):
             with torch.no_grad():
                 for name, bias in kept.items():
                     model.get_parameter(name).copy_(bias)
-        return RecoveryResult(tokens, ((0, before), (tokens, after)), tuple(notes))
+            _remove_biases(model, added)
+        return RecoveryResult(tokens, ((0, before), (tokens, min(after, before))), tuple(notes))
 
     def _loss(self, inputs: RecoveryInputs) -> float:
         """Return the KL divergence from the dense model on the hold-out, inf if it is not finite."""
         assert inputs.original is not None
         try:
-            return mean_kl(inputs.original, inputs.model, inputs.holdout, batch_tokens=inputs.batch_tokens)
+            return mean_kl(
+                inputs.original, inputs.model, inputs.holdout, inputs.ranks, batch_tokens=inputs.batch_tokens
+            )
         except NumericsError:
             return math.inf
 
@@ -126,10 +131,15 @@ def _place(half: Half) -> tuple[int, bool]:
     return half.block, half.kind == "mlp"
 
 
-def _add_biases(model: PreTrainedModel) -> None:
-    """Give each projection of the halves a bias of zeros, where it has none, and say so in the config."""
+def _add_biases(model: PreTrainedModel) -> list[str]:
+    """Give each projection of the halves a bias of zeros, where it has none, and say so in the config.
+
+    Returns:
+        The entries of the config that were changed.
+    """
     config = text_config(model)
-    for key in _BIASES[config.model_type]:
+    changed = [key for key in _BIASES[config.model_type] if not getattr(config, key)]
+    for key in changed:
         setattr(config, key, True)
     for half in find_halves(model):
         for layer in (*half.inputs, half.output):
@@ -138,11 +148,24 @@ def _add_biases(model: PreTrainedModel) -> None:
                 weight = module.weight
                 assert isinstance(weight, torch.Tensor)
                 module.bias = torch.nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=False)
+    return changed
+
+
+def _remove_biases(model: PreTrainedModel, changed: Sequence[str]) -> None:
+    """Undo ``_add_biases``, given what it returned."""
+    config = text_config(model)
+    attention, mlp = _BIASES[config.model_type]
+    for key in changed:
+        setattr(config, key, False)
+    for half in find_halves(model):
+        if (mlp if half.kind == "mlp" else attention) in changed:
+            for layer in (*half.inputs, half.output):
+                model.get_submodule(layer).bias = None  # type: ignore[assignment,unused-ignore]
 
 
 @torch.no_grad()
 def _mean_output(
-    model: PreTrainedModel, original: PreTrainedModel, half: Half, data: CalibrationSet
+    model: PreTrainedModel, original: PreTrainedModel, half: Half, data: CalibrationSet, ranks: Ranks
 ) -> torch.Tensor:
     """Return float64[D], the mean over tokens of what the dense half adds beyond the present one, on the model's own inputs."""
     norm, dense = original.get_submodule(half.norms[0]), original.get_submodule(half.name)
@@ -165,6 +188,6 @@ def _mean_output(
         first = model.get_submodule(half.norms[0])
         undo.callback(first.register_forward_pre_hook(state).remove)
         undo.callback(model.get_submodule(half.name).register_forward_hook(add, with_kwargs=True).remove)
-        for sample in data.samples:
+        for sample in data.of_rank(ranks).samples:
             model(sample[None].to(model.device), use_cache=False)
-    return total / data.tokens
+    return (total if ranks.size == 1 else ranks.all_reduce_sum(total)) / data.tokens

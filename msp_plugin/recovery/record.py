@@ -23,10 +23,12 @@ class Recovered:
     Args:
         stage: its work, and the measurements of the recovered model.
         before: the measurements of the models before it, by stage; PRUNE stands for the model that was recovered.
+        seconds: that it took with all measurements.
     """
 
     stage: StageRecord
     before: Mapping[str, Measured] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def unmeasured(self) -> Recovered:
         """Return the same without the measurements of the recovered model, which was changed since."""

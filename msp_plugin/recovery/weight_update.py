@@ -18,7 +18,13 @@ from msp_plugin.models.offload import linear
 from msp_plugin.models.weights import Weights
 from msp_plugin.passes.observe import units_of
 from msp_plugin.plan.units import Unit
-from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_by_block, check_in_memory
+from msp_plugin.recovery.base import (
+    Recovery,
+    RecoveryInputs,
+    RecoveryResult,
+    check_in_memory,
+    check_runs_by_block,
+)
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.shared import mean_kl
 from msp_plugin.recovery.windows import Window
@@ -121,7 +127,7 @@ class WeightUpdate(Recovery):
         """
         model, original = inputs.model, inputs.original
         assert original is not None, "the caller gives the original, because needs_original is True"
-        check_by_block(self.name, model, inputs.data.samples[0])
+        check_runs_by_block(self.name, model, inputs.data.samples[0])
         curve, notes, tokens = [(0, self._kl(inputs, original))], [], 0
         walks = [
             _Walk(model, original, list(part.batches(inputs.batch_tokens)), inputs.ranks)
@@ -206,8 +212,8 @@ class _Walk:
             NumericsError: an input is not finite.
         """
         window, layer = Window(self.block, self.block), unit.layers[0].name
-        width = linear(self.models[0], layer).in_features
-        own, cross = torch.zeros(2, width, width).unbind()
+        module = linear(self.models[0], layer)
+        own, cross = torch.zeros(2, module.in_features, module.in_features, device=module.weight.device)
         apart = False
         for number, ids in enumerate(self.ids):
             x, dense = (

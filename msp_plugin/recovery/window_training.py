@@ -175,12 +175,13 @@ def summed(value: torch.Tensor, trained: Sequence[Trained], ranks: Ranks) -> tor
     if ranks.size == 1:
         return value
     gradients = [torch.zeros_like(t.master) if t.master.grad is None else t.master.grad for t in trained]
-    parts = [value.detach().float().reshape(1), *(g.reshape(-1) for g in gradients)]
+    device = gradients[0].device  # a rank without samples has its zero on the CPU
+    parts = [value.detach().to(device, torch.float32).reshape(1), *(g.reshape(-1) for g in gradients)]
     sizes = [part.numel() for part in parts]
     total, *sums = torch.split(ranks.all_reduce_sum(torch.cat(parts)), sizes)
     for each, gradient in zip(trained, sums, strict=True):
         each.master.grad = gradient.view_as(each.master)
-    return total
+    return total.to(value.device)
 
 
 def state_of(trained: Sequence[Trained]) -> list[torch.Tensor]:

@@ -33,6 +33,7 @@ from msp_plugin.records.comparison import (
 from msp_plugin.records.parts import ModelRecord, QualityRecord
 from msp_plugin.runs.grid import Grid
 from msp_plugin.runs.prune import host_for
+from msp_plugin.runs.recover import check_recovery
 from msp_plugin.runs.rows import ComparisonRows
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import versions
@@ -70,7 +71,7 @@ def compare(
     plans = grid.check(plugins)
     if grid.recover is not None and source.offload:
         raise RecipeError(
-            "a recovery changes weights in memory, and with offload they are on disk",
+            "a comparison recovers copies of the model in memory, and with offload it is on disk",
             hint="compare without --offload, or recover single runs with `msp recover`",
         )
     source.check()
@@ -83,6 +84,8 @@ def compare(
     inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
     table = _check(model, plans, inputs, plugins, prune=grid.prune)
     recovery = grid.recovery(plugins)
+    if recovery is not None:
+        check_recovery(recovery, model)
     comparison = ComparisonRows(source, model, table, inputs, samples, grid, plugins, context, recovery)
     with freed_memory_kept(), on_best_device(model):
         if ranks.size > 1:

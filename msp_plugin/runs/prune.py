@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from msp_plugin.records.run import Outcome
 from msp_plugin.recovery.base import Recovery
 from msp_plugin.recovery.record import Recovered
 from msp_plugin.recovery.step import RecoveryStep, RecoveryText
-from msp_plugin.runs.recover import recover_pruned
+from msp_plugin.runs.recover import check_recovery, recover_pruned
 from msp_plugin.runs.steps import Run, RunSteps
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import sole_run
@@ -198,23 +199,24 @@ def run(
             step = RecoveryStep(recovery, recovery_samples, options.seed, cache, context)
         inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
         steps = RunSteps(host, source, text, options, samples, inputs, path, context)
-        stages = steps.references(baseline, journal_file)
+        check = None if step is None else partial(check_recovery, step.recovery)
+        stages = steps.references(baseline, journal_file, check)
         gc.collect()
         start = time.monotonic()
         model = source.load()
         pruned = host.prune(model, options, inputs, context)
         seconds = round(time.monotonic() - start, 3)
 
-        def mend() -> Recovered | None:
+        def recover_it() -> Recovered | None:
             recovered = None if step is None else recover_pruned(step, source, model, pruned, path)
             if ranks.size > 1:
                 ranks.leave()
             return recovered
 
         if ranks.rank:
-            mend()
+            recover_it()
             return None
-        record = steps.finish(model, pruned, stages, seconds, mend)
+        record = steps.finish(model, pruned, stages, seconds, recover_it)
     Plugins().tell("msp_run_finished", record=record.to_dict())
     return Run(path, record)
 

@@ -16,6 +16,7 @@ from msp_plugin.data.samples import Text
 from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.base import Pruned
 from msp_plugin.hosts.builtin import BuiltIn
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.records.parts import ModelRecord
@@ -117,6 +118,16 @@ def recover(
         _write(subject.model, tokenizer, sparse, record, path)
     Plugins().tell("msp_run_finished", record=record.to_dict())
     return Run(path, record)
+
+
+def check_recovery(recovery: Recovery, model: PreTrainedModel) -> None:
+    """Check a recovery on the dense model, so that a package, a type or a dtype that it lacks is known before the work.
+
+    Raises:
+        MSPError: see Recovery.check.
+    """
+    layers = [layer.name for layer in prunable_layers(model).layers]
+    recovery.check(model, Masks.of(model, layers, smaller=True))
 
 
 def recover_pruned(

@@ -33,7 +33,7 @@ from msp_plugin.recovery.step import RecoveryStep, RecoveryText
 from msp_plugin.runs.grid import Grid
 from msp_plugin.runs.prune import host_for
 from msp_plugin.runtime.context import RunContext
-from msp_plugin.runtime.digests import digest
+from msp_plugin.runtime.digests import component_digest, digest
 from msp_plugin.runtime.disk import is_full
 from msp_plugin.runtime.files import finite
 from msp_plugin.runtime.journal import Journal
@@ -189,7 +189,7 @@ class ComparisonRows:
         units = [[layer.name for layer in unit.layers] for unit in self.table]
         key = f"{cell.measurements.database.key} {digest(units)[:16]} {','.join(row['levels'])}"
         if self.recovery is not None:
-            key += f" {digest([spec_of(self.recovery), cell.seed])[:16]}"
+            key += f" {digest([spec_of(self.recovery), component_digest(self.recovery), cell.seed])[:16]}"
         row |= finals.get(key, partial(self._quality, cell, problem, result.choice))
 
     def _quality(self, cell: Cell, problem: AllocationProblem, choice: Choice) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.offload import check_room, named_parameters, quantized_forward
 from msp_plugin.passes.losses import perplexity
+from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import prefixed
 from msp_plugin.records.parts import ModelRecord
 from msp_plugin.records.run import DENSE, PRUNE, RECOVERED, UNIFORM, RunRecord, StageRecord
@@ -73,10 +74,15 @@ class RunSteps:
     out: Path
     context: RunContext
 
-    def references(self, baseline: bool, journal_file: Path) -> list[StageRecord]:
+    def references(
+        self, baseline: bool, journal_file: Path, check: Callable[[PreTrainedModel], None] | None = None
+    ) -> list[StageRecord]:
         """Return the dense stage and, with ``baseline``, the uniform stage; those in the journal are not repeated.
 
         First checks the model, the host and the free space.
+
+        Args:
+            check: checks what comes after the pruning on the dense model.
 
         Raises:
             MSPError: a check or the uniform pruning fails.
@@ -89,6 +95,8 @@ class RunSteps:
             need = sum(p.numel() * p.element_size() for _, _, p in named_parameters(model))
             check_free(self.out, need, "the pruned model takes", "give an output directory on another disk")
         self.host.check(model, options, self.inputs)
+        if check is not None:
+            check(model)
         with closing(Journal(journal_file, self._identity(model), ranks)) as journal:
             dense = journal.get("dense", partial(self.measure, "dense", model))
             stages = [StageRecord(name=DENSE, perplexity=finite(dense))]
@@ -156,7 +164,7 @@ class RunSteps:
         record = RunRecord(stages=(StageRecord(name=PRUNE),), versions=versions())
         if options is not None and outcome is not None and pruned.stats is not None:
             record = run_record(outcome, pruned.stats, options.seed)
-        seconds -= sum(each.stage.seconds or 0.0 for each in pruned.recovered)
+        seconds -= sum(each.seconds for each in pruned.recovered)
         record = record.model_copy(update={"seconds": round(seconds, 3)})
         kept = partial(
             kept_if_it_fails,
@@ -182,7 +190,7 @@ class RunSteps:
             copy_processor(model, temporary)
             write_files(temporary, outcome, record)
             if not (temporary / RECIPE_FILE).exists() and options is not None:
-                write_text(temporary / RECIPE_FILE, recipe_text(options))
+                write_text(temporary / RECIPE_FILE, recipe_text(options, recovery_line(recovered)))
         return record
 
     def _with_recipe_recoveries(
@@ -250,9 +258,20 @@ class RunSteps:
         )
 
 
-def recipe_text(options: ResolvedOptions) -> str:
-    """Return the llm-compressor recipe with these options, as YAML."""
+def recovery_line(recovered: Recovered | None) -> dict[str, Any] | None:
+    """Return the recipe line of a recovery; None if there is none, or a recipe cannot hold it."""
+    work = None if recovered is None else recovered.stage.recovery
+    if work is None or not Plugins().build("recoveries", dict(work.method)).by_calibration:
+        return None
+    return {"method": dict(work.method), "seed": work.seed}
+
+
+def recipe_text(options: ResolvedOptions, recovery: dict[str, Any] | None = None) -> str:
+    """Return the llm-compressor recipe with these options and the line of a recovery, as YAML."""
     line = options.spelled.model_dump(exclude_defaults=True, exclude={"cache"})
-    recipe = {"sparsity_stage": {"sparsity_modifiers": {"MixedSparsityModifier": line}}}
+    modifiers = {"MixedSparsityModifier": line}
+    if recovery is not None:
+        modifiers["RecoveryModifier"] = recovery
+    recipe = {"sparsity_stage": {"sparsity_modifiers": modifiers}}
     text: str = yaml.safe_dump(recipe, sort_keys=False, width=100)
     return text

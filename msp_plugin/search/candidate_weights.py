@@ -43,7 +43,8 @@ def weight_for_errors(
         if of is None or of.by_columns or not isinstance(Level.parse(level), Width):
             return pruned
         with onloaded(linear(model, layer)) as module:
-            return with_dense_rows(pruned, module.weight.detach().to(pruned.device))
+            dense = module.weight.detach()
+            return with_dense_rows(pruned.to(dense.device), dense)
 
     return weight
 

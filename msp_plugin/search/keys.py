@@ -18,7 +18,7 @@ from msp_plugin.runtime.digests import component_digest, folders_digest, version
 from msp_plugin.sensitivity.base import Estimator
 
 #: Packages whose code decides the measured numbers. Components have digests of their own.
-MEASURING_ROOMS = ("database", "formats", "passes", "pruning", "search", "sensitivity", "structure")
+MEASURING_ROOMS = ("database", "formats", "passes", "plan", "pruning", "search", "sensitivity", "structure")
 
 
 @cache
@@ -40,14 +40,22 @@ def database_identity(
     prefix: Mapping[str, str] | None,
     batch_tokens: int,
     device: str,
-    quantum: int | None = None,
+    table: UnitTable | None = None,
 ) -> dict[str, Any]:
-    """Return the identity of a level database; ``batch_tokens`` and the device decide how statistics are rounded."""
+    """Return the identity of a level database; ``batch_tokens`` and the device decide how statistics are rounded.
+
+    Args:
+        table: for a method that prunes whole units, whose layers' weights depend on each other.
+    """
     statistics = pruner.needs_statistics
     return {
-        **({} if quantum is None else {"quantum": quantum}),
+        **(
+            {}
+            if table is None
+            else {"units": units_of(table), "groups": [str(unit.groups) for unit in table]}
+        ),
         "model": model_id,
-        "calibration": data.fingerprint if statistics else None,
+        "calibration": data.fingerprint if pruner.needs_data else None,
         "method": {**spec_of(pruner), "host": pruner.host, "version": pruner.version()},
         "code": [pruner.code(), measuring_code()],
         "batch_tokens": batch_tokens if statistics else None,

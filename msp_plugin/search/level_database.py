@@ -31,7 +31,7 @@ def open_database(
     prefix: Mapping[str, str] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     device: str = "cpu",
-    quantum: int | None = None,
+    table: UnitTable | None = None,
 ) -> LevelDatabase:
     """Return the level database of a model, samples, method and levels, whether it is built or not.
 
@@ -40,7 +40,7 @@ def open_database(
         cache: the cache directory; None is the default one.
         prefix, batch_tokens: see build_database.
         device: the kind of device that measures, such as ``cpu``.
-        quantum: of the widths; None where the menu holds none.
+        table: see database_identity.
     """
     identity = database_identity(
         model_id,
@@ -49,7 +49,7 @@ def open_database(
         prefix=prefix,
         batch_tokens=batch_tokens,
         device=device,
-        quantum=quantum,
+        table=table,
     )
     return LevelDatabase(cache_directory(cache), identity, menu)
 

@@ -139,7 +139,7 @@ class Measurements:
             device=self.device,
             prefix=prefix,
             batch_tokens=self.batch_tokens,
-            quantum=max((unit.groups.quantum for unit in self.table if unit.groups), default=None),
+            table=self.table if self.pruner.prunes_units else None,
         )
         complete_database(
             database,

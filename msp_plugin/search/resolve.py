@@ -55,7 +55,7 @@ class ResolvedOptions:
             menu=menu,
             targets=layers,
             ignore=(),
-            granularity="half" if has_widths(menu) else self.granularity,
+            granularity=provenance.get("granularity", self.granularity),
             quantum=provenance.get("quantum", self.quantum),
         )
 
@@ -76,8 +76,8 @@ class ResolvedOptions:
 
     @property
     def needs_data(self) -> bool:
-        """True if calibration text is needed: by the allocation, or by the method's statistics."""
-        return self.allocation_needs_data or self.pruner.needs_statistics
+        """True if calibration text is needed: by the allocation, or by the method."""
+        return self.allocation_needs_data or self.pruner.needs_data
 
     @property
     def allocation_needs_data(self) -> bool:

@@ -23,12 +23,10 @@ class Removal:
     Args:
         kept: the groups that stay, in order.
         weight: float64[O, I], zero in the columns that are gone.
-        error: the squared change of the output, summed over the rows of H's inputs: tr(D H D^T), D the change of W.
     """
 
     kept: tuple[int, ...]
     weight: torch.Tensor
-    error: float
 
 
 def remove_groups(
@@ -98,6 +96,4 @@ def _fitted(original: torch.Tensor, h: torch.Tensor, alive: torch.Tensor, size: 
     elif len(columns):
         factor = torch.linalg.cholesky(h[columns][:, columns])
         fitted[:, columns] = torch.cholesky_solve(h[columns] @ original.T, factor).T
-    change = fitted - original
-    error = float(torch.einsum("oi,ij,oj->", change, h, change))
-    return Removal(tuple(torch.nonzero(alive).flatten().tolist()), fitted, error)
+    return Removal(tuple(torch.nonzero(alive).flatten().tolist()), fitted)

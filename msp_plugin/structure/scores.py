@@ -20,7 +20,7 @@ def gradient_order(score: str) -> int:
         RecipeError: there is no such score.
     """
     if score not in TAYLOR:
-        raise RecipeError(f"score {score!r} is unknown", hint=nearest(score, TAYLOR))
+        raise RecipeError(f"Taylor score {score!r} is unknown", hint=nearest(score, TAYLOR))
     return TAYLOR[score]
 
 

@@ -168,3 +168,10 @@ def _random_choices(problem):
 def test_bad_options_are_refused(options):
     with pytest.raises(RecipeError, match="policy_gradient"):
         PolicyGradient(**options)
+
+
+def test_a_budget_holds_also_where_one_sample_is_longer_than_a_step():
+    loss = AdditiveLoss(np.random.default_rng(0).random((12, 2)))
+    policy = PolicyGradient(tokens_per_step=2, max_tokens=1000, start="")
+    allocate(policy, problem_of(SIZES, HALVES, "1/3"), loss)
+    assert 900 < loss.forward_tokens <= 1000 and len(loss.seen) > 40

@@ -227,3 +227,26 @@ def test_a_width_of_a_unit_whose_groups_are_gone_from_the_file_is_refused():
 
 def test_dense_is_no_width():
     assert not DENSE.narrows and DENSE.on(mlp()) == DENSE
+
+
+def test_the_order_of_a_menu_is_that_of_its_levels_however_it_is_written():
+    levels = ["3/4 wide 1/3", "1/2 wide", "dense"]
+    assert parse_menu(levels) == parse_menu(levels[::-1])
+
+
+def test_an_error_inside_a_width_shows_the_whole_text():
+    with pytest.raises(RecipeError, match=r"level '3/4 wide 2;4'"):
+        Level.parse("3/4 wide 2;4")
+
+
+def test_a_unit_that_no_width_fits_is_named_with_the_reason():
+    table = UnitTable((attention(kv_heads=3), mlp()))
+    with pytest.raises(BudgetError, match=r"for attention; 7/8 wide keeps all of the 3 heads") as error:
+        AllocationProblem(table, parse_menu(["7/8 wide", "1/8 wide"]), Fraction(1, 2))
+    assert "dense" in error.value.hint
+
+
+def test_a_target_between_what_whole_heads_can_keep_is_refused_with_the_reachable_range():
+    table = UnitTable((attention(kv_heads=3),))
+    with pytest.raises(BudgetError, match="reach"):
+        print(AllocationProblem(table, parse_menu(["1/2 wide"]), Fraction(1, 2)).budget)

@@ -13,6 +13,7 @@ from msp_plugin.checkpoint.smaller import Small
 from msp_plugin.errors import ModelError
 from msp_plugin.models.load import load_model
 from msp_plugin.records.run import RunRecord
+from msp_plugin.recovery.mean_update import MeanUpdate
 from msp_plugin.runs.recover import recover
 
 IDS = torch.arange(1, 20)[None]
@@ -144,3 +145,18 @@ def test_what_cannot_be_updated_is_refused_or_noted(llama_dir, qwen2_dir, text, 
     run = recover(first, text, tmp_path / "c", original=llama_dir, method="mean_update", dtype="float32")
     (note, *_) = run.record.stages[-1].recovery.notes
     assert note == "model.layers.0.self_attn has no half before it, so nothing stands for it"
+
+
+def test_an_update_that_does_not_help_leaves_the_model_as_it_was(offset_dir, text, tmp_path, monkeypatch):
+    """The loss is made to rise, whatever the biases do."""
+    losses = iter((1.0, 2.0))
+    monkeypatch.setattr(MeanUpdate, "_loss", lambda self, inputs: next(losses))
+    run = recover(
+        zeroed(offset_dir, tmp_path / "sparse"), text, tmp_path / "out", original=offset_dir, method="mean_update",
+        dtype="float32",
+    )  # fmt: skip
+    work = RunRecord.beside(run.path).stages[-1].recovery
+    assert "no bias was changed" in work.notes[-1] and [loss for _, loss in work.curve] == [1.0, 1.0]
+    config = json.loads((run.path / "config.json").read_text())
+    assert not config["attention_bias"] and not config["mlp_bias"]
+    assert not [name for name, _ in load_model(run.path).named_parameters() if name.endswith(".bias")]

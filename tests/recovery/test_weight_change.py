@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from msp_plugin.errors import RecipeError
 from msp_plugin.recovery.full import FullWeight
+from msp_plugin.recovery.lora import LoRA
 from msp_plugin.recovery.masked_lora import MaskedLowRank
+from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.sparse_delta import ChosenWeights
 from msp_plugin.recovery.spp import Proportional
 from msp_plugin.recovery.weight_change import ChangedLinear, changed_weight
@@ -115,3 +118,17 @@ def test_a_share_of_the_change_lies_between(weight):
     change, _, moved, formula = change_and_formula("masked_lora", weight)
     quarter = changed_weight(change, weight, moved, share=0.25)
     torch.testing.assert_close(quarter, weight + 0.25 * (formula(weight, moved) - weight))
+
+
+def test_zeros_by_rounding_are_no_reason_to_refuse_lora():
+    """float16 rounds one weight in a million to zero; 600 of 10,000 zeros within rows and columns are a mask."""
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(100, 100, bias=False)})
+    weight = model["a"].weight.data.fill_(1)
+    weight[:, :20] = 0
+    weight[50, 50] = 0
+    masks = Masks.of(model, ["a"])
+    assert masks.unstructured("a") == 1
+    LoRA(rank=4).check_layers(masks)
+    weight[:30, 60:80] = 0
+    with pytest.raises(RecipeError, match="would fill 601 pruned weights in"):
+        LoRA(rank=4).check_layers(Masks.of(model, ["a"]))

@@ -1,9 +1,11 @@
 """The key of a level database names what its weights depend on."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from msp_plugin.models.fingerprint import fingerprint
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.pruning.plain_groups import L2
 from msp_plugin.pruning.sparsegpt import SparseGPT
 from msp_plugin.pruning.wanda import Wanda
 from msp_plugin.search import keys
@@ -57,3 +59,20 @@ def test_a_database_is_named_by_what_its_weights_depend_on(llama, qwen2, make_sa
     ]  # fmt: skip
     assert len(set(found)) == len(found) and key() == found[0]
     assert key(pruner=Magnitude()) == key(pruner=Magnitude(), samples=other)  # it needs no statistics
+
+
+def test_a_method_of_gradients_alone_has_a_database_for_each_text(llama, data, make_samples, msp_plan):
+    @dataclass(frozen=True)
+    class Gradients(Magnitude):
+        gradient_order = 1
+
+    made = replace(msp_plan(method="magnitude", allocator="uniform"), pruner=Gradients())
+    assert made.needs_data and key_of("m", data, made) != key_of("m", make_samples(seed=1), made)
+
+
+def test_a_method_of_whole_units_has_a_database_for_each_grouping_of_the_layers(llama, data, tmp_path):
+    tables = [prunable_layers(llama, granularity=name) for name in ("half", "block", "half")]
+    half, block, again = (
+        open_database("m", data, L2(), MENU, str(tmp_path), table=table).key for table in tables
+    )
+    assert half == again != block

@@ -72,7 +72,7 @@ def test_options_that_do_not_fit_the_model_are_refused(tiny, options, words):
         ({"granularity": "block"}, "not for granularity block"),
         ({"levels": ["2:4", "dense"]}, "quantum = 8 would have no effect: no level is a width"),
         ({"quantum": 0}, "quantum = 0"),
-        ({"method": {"name": "llm_pruner", "score": "third"}}, "score 'third' is unknown"),
+        ({"method": {"name": "llm_pruner", "taylor": "third"}}, "Taylor score 'third' is unknown"),
         ({"method": {"name": "obs", "damping": 0}}, "damping = 0.0 must be above 0"),
         ({"method": {"name": "obs", "rounds": 0}}, "rounds = 0 at least 1"),
     ],

@@ -67,7 +67,7 @@ class PlainRecipe(Exporter):
 def plain_recipe(allocation: Allocation) -> dict[str, Any]:
     """Return the recipe of an allocation, a stage for each level, densest first.
 
-    Stages are needed, because of two modifiers of one class in a group llm-compressor keeps only the last.
+    One stage for each level: of two modifiers of one class in a group, llm-compressor keeps only the last.
 
     Raises:
         RecipeError: the allocation names no method or one that llm-compressor has no modifier for, all its layers are

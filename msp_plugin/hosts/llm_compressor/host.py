@@ -43,7 +43,7 @@ class LLMCompressor:
 
     @property
     def prunes_only(self) -> bool:
-        """True if the recipe has a MixedSparsityModifier and else at most recoveries."""
+        """True if the recipe has a MixedSparsityModifier and otherwise only RecoveryModifiers."""
         return self.recipe.mixes
 
     def check(self, model: PreTrainedModel, options: ResolvedOptions | None, inputs: PruneInputs) -> None:
@@ -86,7 +86,10 @@ class LLMCompressor:
         recoveries = _recoveries(recipe.modifiers)
         for recovery in recoveries:  # not of a baseline, with which the model before the recovery is compared
             text = RecoveryText.of(inputs.text.pruning, inputs.text.test)
-            recovery.report_to(context.progress, text, active=announce, fresh=context.fresh)
+            recovery.report_to(
+                context.progress, text, active=announce, fresh=context.fresh,
+                trust_remote_code=inputs.trust_remote_code,
+            )  # fmt: skip
         # Any, because DataLoader also takes lists and oneshot any tokenizer, which their types do not say.
         samples: Any = [{"input_ids": sample} for sample in inputs.data.samples]
         processor: Any = inputs.tokenizer

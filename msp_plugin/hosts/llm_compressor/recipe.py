@@ -149,7 +149,7 @@ class Recipe:
 
     @property
     def mixes(self) -> bool:
-        """True if the recipe has a MixedSparsityModifier and else at most recoveries."""
+        """True if the recipe has a MixedSparsityModifier and otherwise only RecoveryModifiers."""
         modifiers = [name for _, group in self._groups() for name in group]
         return [name for name in modifiers if name != RECOVERY] == [OURS]
 

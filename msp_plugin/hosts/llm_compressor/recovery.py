@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,7 @@ class RecoveryModifier(Modifier):
     _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
     _fresh: bool = PrivateAttr(default=False)
     _active: bool = PrivateAttr(default=True)
+    _trust_remote_code: bool = PrivateAttr(default=False)
     _pruning: MixedSparsityModifier | None = PrivateAttr(default=None)
     _recovered: Recovered | None = PrivateAttr(default=None)
 
@@ -100,16 +102,24 @@ class RecoveryModifier(Modifier):
         return self._recovered
 
     def report_to(
-        self, progress: StepProgress, samples: RecoveryText, *, active: bool = True, fresh: bool = False
+        self,
+        progress: StepProgress,
+        samples: RecoveryText,
+        *,
+        active: bool = True,
+        fresh: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         """Set how this run reports and measures.
 
         Args:
+            trust_remote_code: run the code of the original's repository.
             samples: in place of oneshot's.
             active: False to do nothing, for a baseline.
             fresh: do not go on with a recovery that was stopped.
         """
         self._progress, self._samples, self._active, self._fresh = progress, samples, active, fresh
+        self._trust_remote_code = trust_remote_code
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         if not self._active:
@@ -138,7 +148,7 @@ class RecoveryModifier(Modifier):
         return True
 
     def _dense(self, model: PreTrainedModel) -> PreTrainedModel | None:
-        """Return the dense model with its weights on disk; None if the method needs none and nobody names one.
+        """Return the dense model with its weights on disk; None if the method needs none and ``original`` is not given.
 
         Raises:
             RecipeError: nobody says where it is.
@@ -153,7 +163,9 @@ class RecoveryModifier(Modifier):
                 hint="save it before oneshot, and give RecoveryModifier its directory as original",
             )
         dtype = str(model.dtype).removeprefix("torch.")
-        files = ModelSource(source, dtype, offload=True, cache=self.cache)
+        # Code that oneshot was allowed to run for this model may run for its files.
+        trusted = self._trust_remote_code or type(model).__module__.startswith("transformers_modules")
+        files = ModelSource(source, dtype, trusted, offload=True, cache=self.cache)
         files.check()
         original = load_original(files, model)
         if self.original is None:
@@ -185,6 +197,7 @@ class RecoveryModifier(Modifier):
 
     def _recover(self, model: PreTrainedModel) -> Recovered:
         """Recover the model in place, and return the work with the measurements before and after."""
+        start = time.monotonic()
         allocation = (
             None
             if self._pruning is None or self._pruning.outcome is None
@@ -203,7 +216,7 @@ class RecoveryModifier(Modifier):
         before = {PRUNE: step.measure("mixed", model, self._original)}
         key = digest(step.identity(model, self._original))
         stage = step.run(model, self._original, masks, allocation, key)
-        return Recovered(stage, before)
+        return Recovered(stage, before, time.monotonic() - start)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         if self._active and self._recovered is None:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -88,6 +89,10 @@ def test_a_recipe_gives_the_bytes_of_prune_with_recover(tmp_path):
     assert records[1]["perplexity"]["recovered"] < records[1]["perplexity"]["mixed"]
     stages = [[{**s, "seconds": None} for s in record["stages"]] for record in records]
     assert stages[0] == stages[1] and [s["name"] for s in stages[0]] == ["dense", "prune", "recover"]
+    left = yaml.safe_load((tmp_path / "own" / "recipe.yaml").read_text())["sparsity_stage"][
+        "sparsity_modifiers"
+    ]
+    assert left["RecoveryModifier"] == {"method": records[0]["stages"][2]["recovery"]["method"], "seed": 0}
 
 
 @pytest.mark.slow
