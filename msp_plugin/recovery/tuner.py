@@ -36,7 +36,8 @@ class SparseAdapterConfig(PeftConfig):  # type: ignore[misc,unused-ignore] # Any
 
     Args:
         change: name of the weight change, and the arguments that make it.
-        target_modules: names of the layers that it changes.
+        layers: names of the layers that it changes. peft shortens a list of twenty and more ``target_modules`` to their
+            endings, which say less, so nothing reads those.
         vectors: names of the modules whose own vectors (norms) are trained too.
         biases: also train the biases of the layers.
         seed: of the start of the trained tensors.
@@ -44,6 +45,7 @@ class SparseAdapterConfig(PeftConfig):  # type: ignore[misc,unused-ignore] # Any
 
     change: str = "masked_lora"
     options: dict[str, Any] = field(default_factory=dict)
+    layers: list[str] = field(default_factory=list)
     target_modules: list[str] = field(default_factory=list)
     vectors: list[str] = field(default_factory=list)
     biases: bool = False
@@ -56,7 +58,13 @@ class SparseAdapterConfig(PeftConfig):  # type: ignore[misc,unused-ignore] # Any
     @classmethod
     def of(cls, change: WeightChange, layers: list[str], **options: Any) -> SparseAdapterConfig:
         """Return the configuration of a change of some layers, which makes its tensors."""
-        config = cls(change=change.name, options=change.options(), target_modules=layers, **options)
+        config = cls(
+            change=change.name,
+            options=change.options(),
+            layers=layers,
+            target_modules=list(layers),
+            **options,
+        )
         config._made = change
         return config
 
@@ -207,7 +215,7 @@ class SparseTuner(BaseTuner):  # type: ignore[misc,unused-ignore]
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        return key in peft_config.target_modules or key in peft_config.vectors
+        return key in peft_config.layers or key in peft_config.vectors
 
     def _create_and_replace(
         self,

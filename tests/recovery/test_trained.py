@@ -17,6 +17,7 @@ from msp_plugin.recovery.sparse_delta import SparseDelta, best, best_of_all
 from msp_plugin.recovery.spp import SPP
 from msp_plugin.recovery.trainer import last_checkpoint
 from msp_plugin.recovery.training_text import Steps, shuffled
+from tests.helpers import models
 
 #: Eight steps of four samples.
 SHORT = {"tokens": 8 * 96, "step_tokens": 96, "evaluations": 2, "warmup": 0.0}
@@ -54,6 +55,21 @@ def test_a_method_lowers_the_loss_and_keeps_every_zero(name, case, weights_of, c
     assert not inputs.model.training
     assert count_hooks(inputs.model) == count_hooks(case.dense)
     assert [n for n, _ in inputs.model.named_modules()] == [n for n, _ in case.dense.named_modules()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_layer_of_a_model_of_more_than_twenty_changes(name, case, weights_of):
+    """peft shortens twenty and more names of layers to their endings."""
+    case.dense = models.llama(num_hidden_layers=3)
+    inputs = case.inputs()
+    assert len(inputs.masks.shapes) == 21
+    before = weights_of(inputs.model, inputs.masks)
+    METHODS[name].recover(inputs)
+    after = weights_of(inputs.model, inputs.masks)
+    same = [layer for layer in before if torch.equal(before[layer], after[layer])]
+    assert (
+        len(same) < 7 if name == "sparse_delta" else not same
+    )  # that one changes the layers that it chooses
 
 
 def test_a_bfloat16_model_is_trained_with_its_own_rounding(case, weights_of):
