@@ -135,7 +135,7 @@ def test_lora_on_zeroed_heads_channels_and_halves_is_that_of_the_smaller_model(l
     [
         ({"name": "blockwise", "epochs": 2}, 0.8),
         ({"name": "lora", "tokens": 60_000, "step_tokens": 1024, "learning_rate": 1e-3}, 0.8),
-        ({"name": "full", "tokens": 60_000, "step_tokens": 1024, "learning_rate": 5e-3}, 0.8),
+        ({"name": "full", "tokens": 60_000, "step_tokens": 1024, "learning_rate": 5e-4}, 0.8),
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
