@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -22,7 +22,7 @@ from msp_plugin.cli.report import report
 from msp_plugin.cli.search import allocate_command, sensitivity
 from msp_plugin.cli.stopping import Stopped
 from msp_plugin.errors import HostError, MSPError
-from msp_plugin.runtime.ranks import LostError, world_size
+from msp_plugin.runtime.ranks import world_size
 
 #: Commands whose work several ranks can share.
 SHARED = {"run", "prune", "recover", "demo", "allocate", "compare"}
@@ -175,8 +175,6 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
         if debug:
             raise
         typer.echo(f"{where}error: {error}", err=True)
-        if isinstance(error, LostError):
-            _leave(error.exit_code)
         sys.exit(error.exit_code)
     except Stopped:
         typer.echo(f"stopped; nothing half-written is left. {_again(sys.argv)}".strip(), err=True)
@@ -187,13 +185,6 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
             raise
         typer.echo(f"{where}error: {message}", err=True)
         sys.exit(code)
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process without clean-up: torch.distributed's may abort once a rank is lost."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _again(command: list[str]) -> str:

@@ -6,6 +6,7 @@ the results of all of them, so that all ranks take the same decisions. They meet
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -191,6 +192,14 @@ class TorchRanks(Ranks):
             os.environ.pop(name, None)  # a host that reads them would wait for ranks that have left
 
 
+def _destroy_process_group() -> None:
+    """Stop torch's threads; a process that ends while they run may abort instead of returning its exit code."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Return the number of ranks that a launcher has started; 1 without a launcher.
 
@@ -226,6 +235,7 @@ def join(environment: Mapping[str, str] = os.environ) -> Ranks:
         raise HostError(
             f"torch.distributed does not start: {error}", hint="start it with torchrun"
         ) from error
+    atexit.register(_destroy_process_group)
     ranks = TorchRanks()
     log.info("rank %d of %d", ranks.rank, ranks.size)
     return ranks
