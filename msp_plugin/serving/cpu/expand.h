@@ -15,6 +15,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace msp {
 
@@ -52,12 +53,12 @@ using Dot = void (*)(const Packed&, const void* x, int64_t tokens, int64_t begin
 using Unpack = void (*)(const Packed&, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t* places,
                         void* out, int64_t stride);
 
-// sums[(row - begin) * inputs * input_tiles + t] = the product of a row with input t, for rows begin to end.
-// x: pairs of columns of `inputs` inputs, at most 16, for each tile of inputs: [input_tiles, padded(columns) / 2, inputs].
-// columns: how many are unpacked at a time, a multiple of kStep. places: one for each row, weights: `columns` for each
-// row, both scratch. Places, weights and sums have room for rows up to the next multiple of 32.
-using Tiles = void (*)(const Packed&, const uint32_t* x, int64_t inputs, int64_t input_tiles, int64_t begin,
-                       int64_t end, int64_t columns, int64_t* places, uint16_t* weights, float* sums);
+// out[t * rows of the weight + row] = the product of a row with input t plus its bias (none if null), bfloat16, for rows
+// begin to end. x: pairs of columns of inputs, for each tile of min(tokens, 16) of them: [tiles, padded(columns) / 2,
+// min(tokens, 16)]. Of more than 64 tokens, `columns` are unpacked at a time, a multiple of kStep, and weights
+// [rows, columns] and sums [rows, tokens] are scratch, with room up to the next multiple of 32 rows and 16 tokens.
+using Tiles = void (*)(const Packed&, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end, int64_t columns,
+                       uint16_t* weights, float* sums, const uint16_t* bias, uint16_t* out);
 
 struct Kernel {
   Dot dot;

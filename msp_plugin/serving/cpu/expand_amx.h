@@ -1,8 +1,10 @@
-// Products of packed bfloat16 weights with two and more inputs on AMX tiles. Included by expand_x86.h.
+// Products of packed bfloat16 weights on AMX tiles. Included by expand_x86.h.
 //
 // A piece of columns of some rows is expanded into tiles in cache; each tile of 16 rows by 32 columns is multiplied by
-// tiles of 32 columns of up to 16 inputs. A sum runs over the columns in their order,
-// whatever the number of inputs. Subnormal numbers count as zero, as AMX takes them.
+// tiles of 32 columns of up to 16 inputs. A sum runs over the columns in their order, whatever the number of inputs.
+// Subnormal numbers count as zero, as AMX takes them. An AMX product costs the same for one input as for 16, and less
+// than the expansion before it (3 of the 5 clock cycles of a step and row go to mask and expansion, on one port), where
+// the bfloat16 dot product of AVX-512 takes 2.2 cycles of the same port for each input.
 
 #define MSP_AMX                                                                                                  \
   __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx2,fma," \
@@ -12,6 +14,8 @@ namespace amx {
 
 constexpr int64_t kTile = 16;              // rows, and at most inputs, of a tile
 constexpr int64_t kWords = kTile * kStep;  // 16-bit weights of a tile
+constexpr int64_t kSums = kTile * kTile;   // sums, or pairs of inputs, of a tile
+constexpr int64_t kFewTiles = 4;           // tiles of inputs that are multiplied straight from expanded tiles
 
 // True if the CPU has AMX for bfloat16 and the system lets this process use it.
 inline bool supported() {
@@ -28,40 +32,55 @@ inline bool supported() {
 #endif
 }
 
-// Expand columns first to last of `rows` rows, at most kTile, to tiles [steps][kTile][kStep]; places move on.
+// Store the next kStep columns of a row, expanded; returns where the row's values go on.
+template <bool safe>
+MSP_AMX MSP_INLINE const uint8_t* expand_step(const uint8_t* from, const uint8_t* end, uint32_t bits, uint16_t* out) {
+  _mm512_store_si512(out, Bf16::expand<safe>(from, end, bits));
+  return from + 2 * _mm_popcnt_u64(bits);
+}
+
+// Expand columns first to last of `rows` rows of a tile, to [steps][kTile][kStep]; places move on.
 template <bool safe, int rows>
 MSP_AMX inline void expand(const Packed& w, int64_t row, int64_t first, int64_t last, int64_t* places, uint16_t* out) {
-  const uint8_t *values = static_cast<const uint8_t*>(w.values), *values_end = values + w.count * 2;
-  const uint8_t *masks[rows], *from[rows];
+  const uint8_t *values = static_cast<const uint8_t*>(w.values), *end = values + w.count * 2, *from[rows];
+  const int64_t stride = w.mask_bytes(), whole = w.columns / kStep * kStep;
+  const uint8_t* masks = w.masks + row * stride;
 #pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r)
-    masks[r] = w.masks + (row + r) * w.mask_bytes(), from[r] = values + 2 * places[r];
-  for (int64_t c = first; c < last; c += kStep, out += kWords)
+  for (int r = 0; r < rows; ++r) from[r] = values + 2 * places[r];
+  int64_t c = first;
+  for (; c < last && c < whole; c += kStep, out += kWords)
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-      const uint32_t bits = mask_bits(masks[r], c, w.columns);
-      if constexpr (safe) _mm_prefetch(reinterpret_cast<const char*>(from[r] + (last - first)), _MM_HINT_T0);
-      _mm512_storeu_si512(out + r * kStep, Bf16::expand<safe>(from[r], values_end, bits));
-      from[r] += 2 * _mm_popcnt_u32(bits);
+      uint32_t bits;
+      std::memcpy(&bits, masks + r * stride + c / 8, 4);
+      from[r] = expand_step<safe>(from[r], end, bits, out + r * kStep);
     }
+  if (c < last)  // the last columns are no whole step
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r)
+      from[r] = expand_step<safe>(from[r], end, mask_bits(masks + r * stride, c, w.columns), out + r * kStep);
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) places[r] = (from[r] - values) / 2;
 }
 
-// Expand columns first to last of rows begin to end to tiles [row tiles][steps][kTile][kStep]; rows beyond are left.
-MSP_AMX inline void expand_tiles(const Packed& w, int64_t begin, int64_t end, int64_t first, int64_t last,
-                                 int64_t* places, uint16_t* out) {
-  for (int64_t row = begin; row < end;) {
-    int64_t* place = places + row - begin;
-    uint16_t* to = out + (row - begin) / kTile * kTile * (last - first) + (row - begin) % kTile * kStep;
-    bool safe = row + kRows <= end && (row - begin) % kTile <= kTile - kRows;  // within a tile
-    for (int64_t r = 0; safe && r < kRows; ++r) safe = is_safe(w, place[r]);
-    if (safe)
-      expand<true, kRows>(w, row, first, last, place, to), row += kRows;
-    else
-      expand<false, 1>(w, row, first, last, place, to), row += 1;
+// The rows of a tile, up to kTile of them, and how far each is expanded.
+struct RowTile {
+  int64_t row, rows, places[kTile];
+  bool safe = true;  // all of them, whole
+
+  RowTile(const Packed& w, int64_t row, int64_t end) : row(row), rows(end - row < kTile ? end - row : kTile) {
+    for (int64_t r = 0; r < rows; ++r) places[r] = w.start(row + r), safe = safe && is_safe(w, places[r]);
+    safe = safe && rows == kTile;
   }
-}
+
+  // Expand columns first to last to [steps][kTile][kStep]; rows that are not there are left as they were.
+  MSP_AMX void expand(const Packed& w, int64_t first, int64_t last, uint16_t* out) {
+    for (int64_t r = 0; safe && r < kTile; r += kRows)
+      amx::expand<true, kRows>(w, row + r, first, last, places + r, out + r * kStep);
+    for (int64_t r = 0; !safe && r < rows; ++r)
+      amx::expand<false, 1>(w, row + r, first, last, places + r, out + r * kStep);
+  }
+};
 
 struct alignas(64) TileSizes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -69,8 +88,8 @@ struct alignas(64) TileSizes {
   uint8_t rows[16] = {};
 };
 
-// GCC's tile intrinsics do not say which memory they read: what was written before must be there.
-MSP_INLINE void all_written(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+// GCC's tile intrinsics do not say which memory they read: no store may move from one side of this to the other.
+MSP_INLINE void in_order(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
 // Tiles 0 to 3: sums; 4 and 5: weights; 6 and 7: inputs.
 MSP_AMX inline void configure(int64_t inputs) {
@@ -79,68 +98,189 @@ MSP_AMX inline void configure(int64_t inputs) {
     sizes.rows[i] = kTile;
     sizes.row_bytes[i] = i == 4 || i == 5 ? 64 : static_cast<uint16_t>(4 * inputs);
   }
-  all_written(&sizes);
+  in_order(&sizes);
   _tile_loadconfig(&sizes);
 }
 
-// Add products of two row tiles with one or two input tiles to sums [2 kTile, stride], or store them there.
+// sums [tiles, kTile, inputs] = a row tile times `tiles` input tiles. While a piece of columns is multiplied, the next
+// one is expanded to other memory, so that neither waits for the other.
+template <int tiles>
+MSP_AMX inline void multiply_row_tile(const Packed& w, RowTile rows, const uint32_t* x, int64_t inputs, float* sums) {
+  constexpr int64_t kPiece = 2 * kStep;
+  alignas(64) uint16_t weights[2][kTile * kPiece];
+  const int64_t width = padded(w.columns), next = width / 2 * inputs;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t c = -kPiece; c < width; c += kPiece) {
+    const int64_t last = c + kPiece < width ? c + kPiece : width;
+    if (last < width)
+      rows.expand(w, last, last + kPiece < width ? last + kPiece : width, weights[last / kPiece % 2]);
+    in_order(weights);
+    for (int64_t at = c < 0 ? last : c; at < last; at += kStep) {
+      const uint32_t* input = x + at / 2 * inputs;
+      _tile_loadd(4, weights[c / kPiece % 2] + (at - c) * kTile, 64);
+      _tile_loadd(6, input, 4 * inputs);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (tiles > 1) {
+        _tile_loadd(7, input + next, 4 * inputs);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (tiles > 2) {
+        _tile_loadd(6, input + 2 * next, 4 * inputs);
+        _tile_dpbf16ps(2, 4, 6);
+      }
+      if constexpr (tiles > 3) {
+        _tile_loadd(7, input + 3 * next, 4 * inputs);
+        _tile_dpbf16ps(3, 4, 7);
+      }
+    }
+    in_order(weights);
+  }
+  _tile_stored(0, sums, 4 * inputs);
+  if constexpr (tiles > 1) _tile_stored(1, sums + kTile * inputs, 4 * inputs);
+  if constexpr (tiles > 2) _tile_stored(2, sums + 2 * kTile * inputs, 4 * inputs);
+  if constexpr (tiles > 3) _tile_stored(3, sums + 3 * kTile * inputs, 4 * inputs);
+}
+
+// Add products of two row tiles with one or two tiles of kTile inputs to sums, or store them there. x_next: words to
+// the second input tile; sums: the first row tile's, [two ? 2 : 1, kTile, kTile], the second row tile's `below` later.
 template <bool two>
-MSP_AMX inline void multiply(const uint16_t* weights, const uint32_t* x, int64_t inputs, int64_t words, int64_t steps,
-                             bool add, float* sums, int64_t stride) {
-  float* low = sums + kTile * stride;
-  all_written(weights);
+MSP_AMX inline void multiply(const uint16_t* weights, const uint32_t* x, int64_t x_next, int64_t steps, bool add,
+                             float* sums, int64_t below) {
+  float* low = sums + below;
+  in_order(weights);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   if (add) {
-    _tile_loadd(0, sums, 4 * stride);
-    _tile_loadd(2, low, 4 * stride);
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(2, low, 64);
     if constexpr (two) {
-      _tile_loadd(1, sums + inputs, 4 * stride);
-      _tile_loadd(3, low + inputs, 4 * stride);
+      _tile_loadd(1, sums + kSums, 64);
+      _tile_loadd(3, low + kSums, 64);
     }
   }
   for (int64_t s = 0; s < steps; ++s) {
-    const uint32_t* input = x + s * kTile * inputs;
+    const uint32_t* input = x + s * kSums;
     _tile_loadd(4, weights + s * kWords, 64);
     _tile_loadd(5, weights + (steps + s) * kWords, 64);
-    _tile_loadd(6, input, 4 * inputs);
+    _tile_loadd(6, input, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(2, 5, 6);
     if constexpr (two) {
-      _tile_loadd(7, input + words * inputs, 4 * inputs);
+      _tile_loadd(7, input + x_next, 64);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, sums, 4 * stride);
-  _tile_stored(2, low, 4 * stride);
+  _tile_stored(0, sums, 64);
+  _tile_stored(2, low, 64);
   if constexpr (two) {
-    _tile_stored(1, sums + inputs, 4 * stride);
-    _tile_stored(3, low + inputs, 4 * stride);
+    _tile_stored(1, sums + kSums, 64);
+    _tile_stored(3, low + kSums, 64);
+  }
+  in_order(weights);
+}
+
+// Transpose 16 vectors of 16 numbers: pairs, fours and eights of them change places.
+MSP_AMX MSP_INLINE void transpose(__m512* rows) {
+  __m512 next[kTile];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; i += 2) {
+    next[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    next[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) {
+    const int low = i / 4 * 4 + i % 4 / 2;
+    const __m512d a = _mm512_castps_pd(next[low]), b = _mm512_castps_pd(next[low + 2]);
+    rows[i] = _mm512_castpd_ps(i % 2 ? _mm512_unpackhi_pd(a, b) : _mm512_unpacklo_pd(a, b));
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) {
+    const int low = i / 8 * 8 + i % 4;
+    next[i] = i % 8 < 4 ? _mm512_shuffle_f32x4(rows[low], rows[low + 4], 0x88)
+                        : _mm512_shuffle_f32x4(rows[low], rows[low + 4], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) {
+    const int low = i % 8;
+    rows[i] = i < 8 ? _mm512_shuffle_f32x4(next[low], next[low + 8], 0x88)
+                    : _mm512_shuffle_f32x4(next[low], next[low + 8], 0xdd);
   }
 }
 
-MSP_AMX inline void tiles(const Packed& w, const uint32_t* x, int64_t inputs, int64_t input_tiles, int64_t begin,
-                          int64_t end, int64_t columns, int64_t* places, uint16_t* weights, float* sums) {
-  const int64_t width = padded(w.columns), words = width / 2, stride = inputs * input_tiles;
-  for (int64_t row = begin; row < end; ++row) places[row - begin] = w.start(row);
-  configure(inputs);
+// out[t * stride + r] = sums [kTile, inputs] [r, t], plus bias[r], for the rows and tokens that are there.
+MSP_AMX inline void write(const float* sums, int64_t inputs, int64_t tokens, int64_t rows, const uint16_t* bias,
+                          uint16_t* out, int64_t stride) {
+  const __mmask16 here = static_cast<__mmask16>((1 << inputs) - 1), kept = static_cast<__mmask16>((1 << rows) - 1);
+  __m512 add = _mm512_setzero_ps(), values[kTile];
+  if (bias)
+    add = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(kept, bias)), 16));
+#pragma GCC unroll 16
+  for (int r = 0; r < kTile; ++r) values[r] = _mm512_maskz_loadu_ps(here, sums + r * inputs);
+  transpose(values);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const __m512 sum = bias ? _mm512_add_ps(values[t], add) : values[t];  // without one a negative zero stays one
+    _mm256_mask_storeu_epi16(out + t * stride, kept, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
+  }
+}
+
+// Products of up to kFewTiles input tiles: row tile by row tile, in registers over all columns.
+MSP_AMX inline void few_tiles(const Packed& w, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end,
+                              const uint16_t* bias, uint16_t* out) {
+  const int64_t inputs = tokens < kTile ? tokens : kTile, tiles = (tokens + inputs - 1) / inputs;
+  alignas(64) float sums[kFewTiles * kSums];
+  for (int64_t row = begin; row < end; row += kTile) {
+    const RowTile rows(w, row, end);
+    switch (tiles) {
+      case 1: multiply_row_tile<1>(w, rows, x, inputs, sums); break;
+      case 2: multiply_row_tile<2>(w, rows, x, inputs, sums); break;
+      case 3: multiply_row_tile<3>(w, rows, x, inputs, sums); break;
+      default: multiply_row_tile<4>(w, rows, x, inputs, sums);
+    }
+    for (int64_t i = 0; i < tiles; ++i)
+      write(sums + i * kTile * inputs, inputs, tokens - i * kTile < inputs ? tokens - i * kTile : inputs, rows.rows,
+            bias ? bias + row : nullptr, out + i * kTile * w.rows + row, w.rows);
+  }
+}
+
+// Products of more input tiles: pieces of columns of all rows, expanded once for all inputs.
+MSP_AMX inline void many_tiles(const Packed& w, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end,
+                               int64_t columns, uint16_t* weights, float* sums, const uint16_t* bias, uint16_t* out) {
+  const int64_t width = padded(w.columns), words = width / 2 * kTile, tiles = (tokens + kTile - 1) / kTile;
+  std::vector<RowTile> rows;
+  for (int64_t row = begin; row < end; row += kTile) rows.emplace_back(w, row, end);
   for (int64_t c = 0; c < width; c += columns) {
     const int64_t last = c + columns < width ? c + columns : width, steps = (last - c) / kStep;
-    expand_tiles(w, begin, end, c, last, places, weights);
-    for (int64_t i = 0; i < input_tiles; i += 2)
-      for (int64_t r = 0; r < end - begin; r += 2 * kTile) {
-        const uint16_t* rows = weights + r * (last - c);
-        const uint32_t* input = x + (i * words + c / 2) * inputs;
-        float* to = sums + r * stride + i * inputs;
-        if (i + 1 < input_tiles)
-          multiply<true>(rows, input, inputs, words, steps, c > 0, to, stride);
+    for (std::size_t r = 0; r < rows.size(); ++r) rows[r].expand(w, c, last, weights + r * steps * kWords);
+    for (int64_t i = 0; i < tiles; i += 2)
+      for (std::size_t r = 0; r < rows.size(); r += 2) {
+        const uint16_t* from = weights + r * steps * kWords;
+        const uint32_t* input = x + i * words + c / 2 * kTile;
+        float* to = sums + (r * tiles + i) * kSums;
+        if (i + 1 < tiles)
+          multiply<true>(from, input, words, steps, c > 0, to, tiles * kSums);
         else
-          multiply<false>(rows, input, inputs, words, steps, c > 0, to, stride);
+          multiply<false>(from, input, words, steps, c > 0, to, tiles * kSums);
       }
   }
+  for (int64_t i = 0; i < tiles; ++i)
+    for (std::size_t r = 0; r < rows.size(); ++r)
+      write(sums + (r * tiles + i) * kSums, kTile, tokens - i * kTile < kTile ? tokens - i * kTile : kTile,
+            rows[r].rows, bias ? bias + rows[r].row : nullptr, out + i * kTile * w.rows + rows[r].row, w.rows);
+}
+
+MSP_AMX inline void tiles(const Packed& w, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end, int64_t columns,
+                  uint16_t* weights, float* sums, const uint16_t* bias, uint16_t* out) {
+  configure(tokens < kTile ? tokens : kTile);
+  if (tokens <= kFewTiles * kTile)
+    few_tiles(w, x, tokens, begin, end, bias, out);
+  else
+    many_tiles(w, x, tokens, begin, end, columns, weights, sums, bias, out);
   _tile_release();
 }
 

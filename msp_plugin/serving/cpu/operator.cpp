@@ -26,13 +26,13 @@ using at::Tensor;
 using msp::Packed;
 
 // Rows of a tile and columns unpacked at a time: 64 KiB to 1 MiB of weights, beside the inputs of those columns.
-constexpr int64_t kFewRows = 32, kManyRows = 256, kColumns = 1024;
+constexpr int64_t kFewTokens = 64, kFewRows = 32, kManyRows = 256, kColumns = 1024;
 // Tokens at a time, so that their inputs and sums stay in cache.
 constexpr int64_t kMostTokens = 1024;
 // Rows that a thread takes at a time in products straight from packed weights.
 constexpr int64_t kDotRows = 16;
 // Tokens up to which products straight from packed weights are faster than AMX tiles.
-constexpr int64_t kBeforeTiles = 3;
+constexpr int64_t kBeforeTiles = 0;
 // Inputs of an AMX tile.
 constexpr int64_t kTileInputs = 16;
 // Weights that are worth a second thread.
@@ -136,11 +136,11 @@ void many(const Packed& w, msp::Unpack unpack, const Tensor& x, const Tensor* bi
   constexpr bool pairs = sizeof(Weight) == 2;  // 16-bit inputs stand in pairs of columns, as AMX reads them
   const int64_t tokens = x.size(0), width = msp::padded(w.columns);
   // oneDNN makes a kernel for each number of tokens: few numbers, few kernels.
-  const int64_t even = tokens > 64 ? (tokens + 63) / 64 * 64 : (tokens + 15) / 16 * 16;
+  const int64_t even = tokens > kFewTokens ? (tokens + 63) / 64 * 64 : (tokens + 15) / 16 * 16;
   Tensor input = padded_input(x, c10::CppTypeToScalarType<Weight>::value);
   input = transposed(pairs ? input.view(at::kInt) : input, even);
   const Weight* data = static_cast<const Weight*>(input.const_data_ptr());
-  const int64_t tile = tokens > 64 ? kManyRows : kFewRows, step = std::min(kColumns, width);
+  const int64_t tile = tokens > kFewTokens ? kManyRows : kFewRows, step = std::min(kColumns, width);
   for_rows(w.rows, w.columns, tile, [&](int64_t begin, int64_t end) {
     const int64_t rows = end - begin;
     Weight* weights = scratch<Weight, 0>(tile * step);
@@ -176,18 +176,21 @@ Tensor input_tiles(const Tensor& x, int64_t inputs, int64_t tiles) {
   return out;
 }
 
+// Columns unpacked at a time for AMX tiles of many tokens: 512 to 1023, so that 32 inputs of them stay in the first cache.
+int64_t tile_columns(int64_t width) { return msp::padded(width / std::max<int64_t>(1, width / 512)); }
+
 // out [T, O] on AMX tiles, for bfloat16.
 void on_tiles(const Packed& w, msp::Tiles tiles, const Tensor& x, const Tensor* bias, at::BFloat16* out) {
   const int64_t tokens = x.size(0), inputs = std::min(tokens, kTileInputs), count = (tokens + inputs - 1) / inputs;
   const Tensor input = input_tiles(padded_input(x, at::kBFloat16), inputs, count);
   const auto* data = reinterpret_cast<const uint32_t*>(input.const_data_ptr<int32_t>());
-  const int64_t piece = tokens > 64 ? kManyRows : kFewRows, columns = tokens > 64 ? 512 : 128, stride = inputs * count;
+  const auto* add = bias ? reinterpret_cast<const uint16_t*>(bias->const_data_ptr<at::BFloat16>()) : nullptr;
+  const bool many = tokens > kFewTokens;
+  const int64_t piece = many ? kManyRows : kFewRows, columns = tile_columns(msp::padded(w.columns));
   for_rows(w.rows, w.columns, piece, [&](int64_t begin, int64_t end) {
-    uint16_t* weights = scratch<uint16_t, 0>(piece * columns);
-    float* sums = scratch<float, 1>(piece * stride);
-    int64_t places[kManyRows];
-    tiles(w, data, inputs, count, begin, end, columns, places, weights, sums);
-    write(sums, stride, bias, begin, end, tokens, w.rows, out);
+    uint16_t* weights = many ? scratch<uint16_t, 0>(piece * columns) : nullptr;
+    float* sums = many ? scratch<float, 1>(piece * inputs * count) : nullptr;
+    tiles(w, data, tokens, begin, end, columns, weights, sums, add, reinterpret_cast<uint16_t*>(out));
   });
 }
 
