@@ -15,6 +15,7 @@ namespace amx {
 constexpr int64_t kTile = 16;              // rows, and at most inputs, of a tile
 constexpr int64_t kWords = kTile * kStep;  // 16-bit weights of a tile
 constexpr int64_t kSums = kTile * kTile;   // sums, or pairs of inputs, of a tile
+constexpr int64_t kPiece = 2 * kStep;      // columns that are expanded while those before them are multiplied
 constexpr int64_t kFewTiles = 4;           // tiles of inputs that are multiplied straight from expanded tiles
 
 // True if the CPU has AMX for bfloat16 and the system lets this process use it.
@@ -39,46 +40,57 @@ MSP_AMX MSP_INLINE const uint8_t* expand_step(const uint8_t* from, const uint8_t
   return from + 2 * _mm_popcnt_u64(bits);
 }
 
-// Expand columns first to last of `rows` rows of a tile, to [steps][kTile][kStep]; places move on.
-template <bool safe, int rows>
-MSP_AMX inline void expand(const Packed& w, int64_t row, int64_t first, int64_t last, int64_t* places, uint16_t* out) {
-  const uint8_t *values = static_cast<const uint8_t*>(w.values), *end = values + w.count * 2, *from[rows];
-  const int64_t stride = w.mask_bytes(), whole = w.columns / kStep * kStep;
-  const uint8_t* masks = w.masks + row * stride;
-#pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) from[r] = values + 2 * places[r];
-  int64_t c = first;
-  for (; c < last && c < whole; c += kStep, out += kWords)
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-      uint32_t bits;
-      std::memcpy(&bits, masks + r * stride + c / 8, 4);
-      from[r] = expand_step<safe>(from[r], end, bits, out + r * kStep);
-    }
-  if (c < last)  // the last columns are no whole step
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r)
-      from[r] = expand_step<safe>(from[r], end, mask_bits(masks + r * stride, c, w.columns), out + r * kStep);
-#pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) places[r] = (from[r] - values) / 2;
-}
-
-// The rows of a tile, up to kTile of them, and how far each is expanded.
+// The rows of a tile, up to kTile of them, and where the values of each go on.
 struct RowTile {
-  int64_t row, rows, places[kTile];
-  bool safe = true;  // all of them, whole
+  const Packed& w;
+  int64_t row, rows;
+  const uint8_t* from[kTile];
+  bool safe;  // no load of a row leaves the values, and there are kTile rows
 
-  RowTile(const Packed& w, int64_t row, int64_t end) : row(row), rows(end - row < kTile ? end - row : kTile) {
-    for (int64_t r = 0; r < rows; ++r) places[r] = w.start(row + r), safe = safe && is_safe(w, places[r]);
-    safe = safe && rows == kTile;
+  RowTile(const Packed& w, int64_t row, int64_t end) : w(w), row(row), rows(end - row < kTile ? end - row : kTile) {
+    safe = rows == kTile;
+    for (int64_t r = 0; r < rows; ++r) {
+      from[r] = static_cast<const uint8_t*>(w.values) + 2 * w.start(row + r);
+      safe = safe && is_safe(w, w.start(row + r));
+    }
   }
 
   // Expand columns first to last to [steps][kTile][kStep]; rows that are not there are left as they were.
-  MSP_AMX void expand(const Packed& w, int64_t first, int64_t last, uint16_t* out) {
-    for (int64_t r = 0; safe && r < kTile; r += kRows)
-      amx::expand<true, kRows>(w, row + r, first, last, places + r, out + r * kStep);
-    for (int64_t r = 0; !safe && r < rows; ++r)
-      amx::expand<false, 1>(w, row + r, first, last, places + r, out + r * kStep);
+  MSP_AMX MSP_INLINE void expand(int64_t first, int64_t last, uint16_t* out) {
+    for (int64_t c = first; c < last; c += kPiece, out += kPiece * kTile)
+      if (safe && c + kPiece <= w.columns)
+        expand_piece(c, out);
+      else
+        expand_rest(c, c + kPiece < last ? c + kPiece : last, out);
+  }
+
+  // Expand kPiece columns of a safe tile, four rows at a time: their chains of masks and places overlap.
+  MSP_AMX MSP_INLINE void expand_piece(int64_t column, uint16_t* out) {
+    const int64_t stride = w.mask_bytes();
+    const uint8_t *masks = w.masks + row * stride + column / 8, *at[kRows];
+    for (int64_t r = 0; r < kTile; r += kRows, masks += kRows * stride, out += kRows * kStep) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) at[i] = from[r + i];
+#pragma GCC unroll 4
+      for (int s = 0; s < kPiece / kStep; ++s)
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+          uint32_t bits;
+          std::memcpy(&bits, masks + i * stride + s * kStep / 8, 4);
+          at[i] = expand_step<true>(at[i], nullptr, bits, out + s * kWords + i * kStep);
+        }
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) from[r + i] = at[i];
+    }
+  }
+
+  MSP_AMX void expand_rest(int64_t first, int64_t last, uint16_t* out) {
+    const uint8_t* end = static_cast<const uint8_t*>(w.values) + 2 * w.count;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = first; c < last; c += kStep) {
+        const uint32_t bits = mask_bits(w.masks + (row + r) * w.mask_bytes(), c, w.columns);
+        from[r] = expand_step<false>(from[r], end, bits, out + (c - first) * kTile + r * kStep);
+      }
   }
 };
 
@@ -105,10 +117,9 @@ MSP_AMX inline void configure(int64_t inputs) {
 // sums [tiles, kTile, inputs] = a row tile times `tiles` input tiles. While a piece of columns is multiplied, the next
 // one is expanded to other memory, so that neither waits for the other.
 template <int tiles>
-MSP_AMX inline void multiply_row_tile(const Packed& w, RowTile rows, const uint32_t* x, int64_t inputs, float* sums) {
-  constexpr int64_t kPiece = 2 * kStep;
+MSP_AMX inline void multiply_row_tile(RowTile rows, const uint32_t* x, int64_t inputs, float* sums) {
   alignas(64) uint16_t weights[2][kTile * kPiece];
-  const int64_t width = padded(w.columns), next = width / 2 * inputs;
+  const int64_t width = padded(rows.w.columns), next = width / 2 * inputs;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -116,7 +127,7 @@ MSP_AMX inline void multiply_row_tile(const Packed& w, RowTile rows, const uint3
   for (int64_t c = -kPiece; c < width; c += kPiece) {
     const int64_t last = c + kPiece < width ? c + kPiece : width;
     if (last < width)
-      rows.expand(w, last, last + kPiece < width ? last + kPiece : width, weights[last / kPiece % 2]);
+      rows.expand(last, last + kPiece < width ? last + kPiece : width, weights[last / kPiece % 2]);
     in_order(weights);
     for (int64_t at = c < 0 ? last : c; at < last; at += kStep) {
       const uint32_t* input = x + at / 2 * inputs;
@@ -237,10 +248,10 @@ MSP_AMX inline void few_tiles(const Packed& w, const uint32_t* x, int64_t tokens
   for (int64_t row = begin; row < end; row += kTile) {
     const RowTile rows(w, row, end);
     switch (tiles) {
-      case 1: multiply_row_tile<1>(w, rows, x, inputs, sums); break;
-      case 2: multiply_row_tile<2>(w, rows, x, inputs, sums); break;
-      case 3: multiply_row_tile<3>(w, rows, x, inputs, sums); break;
-      default: multiply_row_tile<4>(w, rows, x, inputs, sums);
+      case 1: multiply_row_tile<1>(rows, x, inputs, sums); break;
+      case 2: multiply_row_tile<2>(rows, x, inputs, sums); break;
+      case 3: multiply_row_tile<3>(rows, x, inputs, sums); break;
+      default: multiply_row_tile<4>(rows, x, inputs, sums);
     }
     for (int64_t i = 0; i < tiles; ++i)
       write(sums + i * kTile * inputs, inputs, tokens - i * kTile < inputs ? tokens - i * kTile : inputs, rows.rows,
@@ -256,7 +267,7 @@ MSP_AMX inline void many_tiles(const Packed& w, const uint32_t* x, int64_t token
   for (int64_t row = begin; row < end; row += kTile) rows.emplace_back(w, row, end);
   for (int64_t c = 0; c < width; c += columns) {
     const int64_t last = c + columns < width ? c + columns : width, steps = (last - c) / kStep;
-    for (std::size_t r = 0; r < rows.size(); ++r) rows[r].expand(w, c, last, weights + r * steps * kWords);
+    for (std::size_t r = 0; r < rows.size(); ++r) rows[r].expand(c, last, weights + r * steps * kWords);
     for (int64_t i = 0; i < tiles; i += 2)
       for (std::size_t r = 0; r < rows.size(); r += 2) {
         const uint16_t* from = weights + r * steps * kWords;

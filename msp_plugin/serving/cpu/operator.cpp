@@ -32,7 +32,7 @@ constexpr int64_t kMostTokens = 1024;
 // Rows that a thread takes at a time in products straight from packed weights.
 constexpr int64_t kDotRows = 16;
 // Tokens up to which products straight from packed weights are faster than AMX tiles.
-constexpr int64_t kBeforeTiles = 0;
+constexpr int64_t kBeforeTiles = 1;
 // Inputs of an AMX tile.
 constexpr int64_t kTileInputs = 16;
 // Weights that are worth a second thread.
@@ -177,7 +177,10 @@ Tensor input_tiles(const Tensor& x, int64_t inputs, int64_t tiles) {
 }
 
 // Columns unpacked at a time for AMX tiles of many tokens: 512 to 1023, so that 32 inputs of them stay in the first cache.
-int64_t tile_columns(int64_t width) { return msp::padded(width / std::max<int64_t>(1, width / 512)); }
+int64_t tile_columns(int64_t width) {
+  const int64_t pieces = std::max<int64_t>(1, width / 512);
+  return (width / pieces + 63) / 64 * 64;
+}
 
 // out [T, O] on AMX tiles, for bfloat16.
 void on_tiles(const Packed& w, msp::Tiles tiles, const Tensor& x, const Tensor* bias, at::BFloat16* out) {
