@@ -30,7 +30,7 @@ MSP_TARGET void dot_rows(const Packed& w, const typename Step::Input* x, int64_t
         for (int i = 0; i < kStep; i += Step::kLanes) {
           const uint32_t part = kept_bits<Step::kLanes>(bits, i);
           const auto weights = Step::template expand<safe>(from[r], values_end, part);
-          from[r] += _mm_popcnt_u32(part) * Step::kBytes;
+          from[r] += _mm_popcnt_u64(part) * Step::kBytes;
 #pragma GCC unroll 4
           for (int t = 0; t < tokens; ++t) sums[r][t] = Step::add(sums[r][t], weights, x + t * width + c + i);
         }
@@ -83,7 +83,7 @@ MSP_TARGET int64_t unpack_row(const Packed& w, int64_t row, int64_t first, int64
     for (int i = 0; i < kStep; i += Step::kLanes) {
       const uint32_t part = kept_bits<Step::kLanes>(bits, i);
       Step::store(out + i, Step::template expand<safe>(from, values_end, part));
-      from += _mm_popcnt_u32(part) * Step::kBytes;
+      from += _mm_popcnt_u64(part) * Step::kBytes;
     }
   }
   return (from - values) / Step::kBytes;

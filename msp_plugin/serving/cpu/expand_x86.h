@@ -168,6 +168,19 @@ struct Bf16 {
   MSP_BF16 static MSP_INLINE float total(__m512 sum) { return _mm512_reduce_add_ps(sum); }
 };
 
+// The same in float32, two columns of a pair one after the other: CPUs with AMX take 2.2 clock cycles for a bfloat16 dot
+// product, much of it on the port that expands, and two float32 ones run in each.
+struct Bf16InFloat : Bf16 {
+  MSP_BF16 static MSP_INLINE __m512 add(__m512 sum, __m512i weights, const uint16_t* x) {
+    const __m512i inputs = _mm512_loadu_si512(x);
+    return _mm512_fmadd_ps(odd(weights), odd(inputs), _mm512_fmadd_ps(even(weights), even(inputs), sum));
+  }
+  MSP_BF16 static MSP_INLINE __m512 even(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+  MSP_BF16 static MSP_INLINE __m512 odd(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
+  }
+};
+
 namespace avx2 {
 #define MSP_TARGET MSP_AVX2
 #include "expand_rows.h"
@@ -195,7 +208,7 @@ Kernel kernel(Isa isa) {
   if (isa == Isa::kAvx512) return kernel;
   if (type != Type::kFloat) kernel.unpack16 = bf16::unpack<Bf16>;
   if (type == Type::kBFloat16) kernel.dot = bf16::dot<Bf16>, kernel.input16 = true;
-  if (type == Type::kBFloat16 && isa == Isa::kAmxBf16) kernel.tiles = amx::tiles;
+  if (type == Type::kBFloat16 && isa == Isa::kAmxBf16) kernel.dot = bf16::dot<Bf16InFloat>, kernel.tiles = amx::tiles;
   return kernel;
 }
 

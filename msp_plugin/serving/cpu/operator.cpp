@@ -32,7 +32,7 @@ constexpr int64_t kMostTokens = 1024;
 // Rows that a thread takes at a time in products straight from packed weights.
 constexpr int64_t kDotRows = 16;
 // Tokens up to which products straight from packed weights are faster than AMX tiles.
-constexpr int64_t kBeforeTiles = 1;
+constexpr int64_t kBeforeTiles = 2;
 // Inputs of an AMX tile.
 constexpr int64_t kTileInputs = 16;
 // Weights that are worth a second thread.
