@@ -45,10 +45,12 @@ struct RowTile {
   const Packed& w;
   int64_t row, rows;
   const uint8_t* from[kTile];
-  bool safe;  // no load of a row leaves the values, and there are kTile rows
+  int64_t ahead = 0;  // bytes to about the same place in the next tile that this thread takes
+  bool safe;          // no load of a row leaves the values, and there are kTile rows
 
   RowTile(const Packed& w, int64_t row, int64_t end) : w(w), row(row), rows(end - row < kTile ? end - row : kTile) {
     safe = rows == kTile;
+    if (row + kTile < end) ahead = 2 * (w.start(row + kTile) - w.start(row));
     for (int64_t r = 0; r < rows; ++r) {
       from[r] = static_cast<const uint8_t*>(w.values) + 2 * w.start(row + r);
       safe = safe && is_safe(w, w.start(row + r));
@@ -70,7 +72,10 @@ struct RowTile {
     const uint8_t *masks = w.masks + row * stride + column / 8, *at[kRows];
     for (int64_t r = 0; r < kTile; r += kRows, masks += kRows * stride, out += kRows * kStep) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) at[i] = from[r + i];
+      for (int i = 0; i < kRows; ++i) {
+        at[i] = from[r + i];
+        _mm_prefetch(reinterpret_cast<const char*>(at[i]) + ahead, _MM_HINT_T1);
+      }
 #pragma GCC unroll 4
       for (int s = 0; s < kPiece / kStep; ++s)
 #pragma GCC unroll 4

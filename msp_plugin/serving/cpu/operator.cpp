@@ -189,7 +189,8 @@ void on_tiles(const Packed& w, msp::Tiles tiles, const Tensor& x, const Tensor* 
   const auto* data = reinterpret_cast<const uint32_t*>(input.const_data_ptr<int32_t>());
   const auto* add = bias ? reinterpret_cast<const uint16_t*>(bias->const_data_ptr<at::BFloat16>()) : nullptr;
   const bool many = tokens > kFewTokens;
-  const int64_t piece = many ? kManyRows : kFewRows, columns = tile_columns(msp::padded(w.columns));
+  // Few tokens: long pieces, because the first tile of each waits for memory, but enough of them to share out.
+  const int64_t piece = many ? kManyRows : std::clamp(w.rows / 32 / 16 * 16, kFewRows, int64_t{128}), columns = tile_columns(msp::padded(w.columns));
   for_rows(w.rows, w.columns, piece, [&](int64_t begin, int64_t end) {
     uint16_t* weights = many ? scratch<uint16_t, 0>(piece * columns) : nullptr;
     float* sums = many ? scratch<float, 1>(piece * inputs * count) : nullptr;
