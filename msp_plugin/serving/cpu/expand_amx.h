@@ -273,21 +273,23 @@ MSP_AMX inline void many_tiles(const Packed& w, const uint32_t* x, int64_t token
   for (int64_t c = 0; c < width; c += columns) {
     const int64_t last = c + columns < width ? c + columns : width, steps = (last - c) / kStep;
     for (std::size_t r = 0; r < rows.size(); ++r) rows[r].expand(c, last, weights + r * steps * kWords);
-    for (int64_t i = 0; i < tiles; i += 2)
+    for (int64_t i = 0; i < tiles; i += 2) {
+      const int64_t some = tiles - i < 2 ? 1 : 2;
       for (std::size_t r = 0; r < rows.size(); r += 2) {
         const uint16_t* from = weights + r * steps * kWords;
         const uint32_t* input = x + i * words + c / 2 * kTile;
         float* to = sums + (r * tiles + i) * kSums;
-        if (i + 1 < tiles)
+        if (some == 2)
           multiply<true>(from, input, words, steps, c > 0, to, tiles * kSums);
         else
           multiply<false>(from, input, words, steps, c > 0, to, tiles * kSums);
       }
+      for (int64_t at = i; last == width && at < i + some; ++at)  // while the sums are in cache
+        for (std::size_t r = 0; r < rows.size(); ++r)
+          write(sums + (r * tiles + at) * kSums, kTile, tokens - at * kTile < kTile ? tokens - at * kTile : kTile,
+                rows[r].rows, bias ? bias + rows[r].row : nullptr, out + at * kTile * w.rows + rows[r].row, w.rows);
+    }
   }
-  for (int64_t i = 0; i < tiles; ++i)
-    for (std::size_t r = 0; r < rows.size(); ++r)
-      write(sums + (r * tiles + i) * kSums, kTile, tokens - i * kTile < kTile ? tokens - i * kTile : kTile,
-            rows[r].rows, bias ? bias + rows[r].row : nullptr, out + i * kTile * w.rows + rows[r].row, w.rows);
 }
 
 MSP_AMX inline void tiles(const Packed& w, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end, int64_t columns,

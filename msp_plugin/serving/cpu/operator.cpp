@@ -176,10 +176,18 @@ Tensor input_tiles(const Tensor& x, int64_t inputs, int64_t tiles) {
   return out;
 }
 
-// Columns unpacked at a time for AMX tiles of many tokens: 512 to 1023, so that 32 inputs of them stay in the first cache.
-int64_t tile_columns(int64_t width) {
-  const int64_t pieces = std::max<int64_t>(1, width / 512);
-  return (width / pieces + 63) / 64 * 64;
+// Rows that a thread takes at a time, and columns of them that are unpacked at a time, for AMX tiles.
+struct Piece {
+  int64_t rows, columns;
+};
+
+Piece tile_piece(const Packed& w, int64_t tokens) {
+  // Few tokens: long pieces, because the first tile of each waits for memory, but enough of them to share out.
+  if (tokens <= kFewTokens) return {std::clamp(w.rows / 32 / 16 * 16, kFewRows, kManyRows / 2), 0};
+  // Many: columns such that those of two tiles of rows and two of inputs stay in the first cache; more rows where the
+  // inputs, which are read once for each piece, do not stay in the second.
+  const int64_t width = msp::padded(w.columns), columns = width / std::max<int64_t>(1, width / 256);
+  return {tokens * width > 1 << 20 ? kManyRows : kManyRows / 2, (columns + 63) / 64 * 64};
 }
 
 // out [T, O] on AMX tiles, for bfloat16.
@@ -188,13 +196,11 @@ void on_tiles(const Packed& w, msp::Tiles tiles, const Tensor& x, const Tensor* 
   const Tensor input = input_tiles(padded_input(x, at::kBFloat16), inputs, count);
   const auto* data = reinterpret_cast<const uint32_t*>(input.const_data_ptr<int32_t>());
   const auto* add = bias ? reinterpret_cast<const uint16_t*>(bias->const_data_ptr<at::BFloat16>()) : nullptr;
-  const bool many = tokens > kFewTokens;
-  // Few tokens: long pieces, because the first tile of each waits for memory, but enough of them to share out.
-  const int64_t piece = many ? kManyRows : std::clamp(w.rows / 32 / 16 * 16, kFewRows, int64_t{128}), columns = tile_columns(msp::padded(w.columns));
-  for_rows(w.rows, w.columns, piece, [&](int64_t begin, int64_t end) {
-    uint16_t* weights = many ? scratch<uint16_t, 0>(piece * columns) : nullptr;
-    float* sums = many ? scratch<float, 1>(piece * inputs * count) : nullptr;
-    tiles(w, data, tokens, begin, end, columns, weights, sums, add, reinterpret_cast<uint16_t*>(out));
+  const Piece piece = tile_piece(w, tokens);
+  for_rows(w.rows, w.columns, piece.rows, [&](int64_t begin, int64_t end) {
+    uint16_t* weights = scratch<uint16_t, 0>(piece.rows * piece.columns);  // few tokens need none
+    float* sums = piece.columns ? scratch<float, 1>(piece.rows * inputs * count) : nullptr;
+    tiles(w, data, tokens, begin, end, piece.columns, weights, sums, add, reinterpret_cast<uint16_t*>(out));
   });
 }
 
