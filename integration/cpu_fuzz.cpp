@@ -103,26 +103,43 @@ void check(Isa isa, Type type, const Packed& w) {
   }
 }
 
-// Products on AMX tiles with ones, in arrays of exactly the size that they may use.
+uint16_t rounded(float value) {  // to bfloat16, to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Products on AMX tiles with ones, and a bias, in arrays of exactly the size that they may use.
 void check_tiles(Isa isa, Type type, const Packed& w) {
-  const msp::Tiles tiles = msp::kernel(isa, type).tiles;
-  if (!tiles) return;
+  const msp::Kernel kernel = msp::kernel(isa, type);
+  if (!kernel.tiles) return;
   const int64_t begin = below(w.rows), end = begin + 1 + below(w.rows - begin), room = (end - begin + 31) / 32 * 32;
-  const int64_t inputs = 1 + below(16), count = 1 + below(3), words = msp::padded(w.columns) / 2, columns = 32 << below(4);
-  auto ones = block<float>(2 * words), expected = block<float>(end - begin), sums = block<float>(room * inputs * count);
-  auto pairs = block<uint32_t>(count * words * inputs);
+  const int64_t tokens = 1 + below(below(2) ? 16 : 150), inputs = std::min<int64_t>(tokens, 16), count = (tokens + inputs - 1) / inputs;
+  const int64_t words = msp::padded(w.columns) / 2, columns = 64 * (1 + below(5));
+  auto ones = block<float>(2 * words), expected = block<float>(end - begin);
+  auto ones16 = block<uint16_t>(tokens * 2 * words);
   for (int64_t c = 0; c < w.columns; ++c) {
     ones[c] = 1;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t t = 0; t < inputs; ++t)
-        pairs[(i * words + c / 2) * inputs + t] |= uint32_t(0x3f80) << (c % 2 * 16);
+    for (int64_t t = 0; t < tokens; ++t) ones16[t * 2 * words + c] = 0x3f80;
+  }
+  auto pairs = block<uint32_t>(count * words * inputs);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto* from = reinterpret_cast<const uint32_t*>(ones16.get()) + i * inputs * words;
+    kernel.arrange(from, tokens - i * inputs, words, inputs, pairs.get() + i * inputs * words);
   }
   msp::kernel(Isa::kPortable, type).dot(w, ones.get(), 1, begin, end, expected.get());
-  auto places = block<int64_t>(room);
-  auto weights = block<uint16_t>(room * columns);
-  tiles(w, pairs.get(), inputs, count, begin, end, columns, places.get(), weights.get(), sums.get());
-  for (int64_t i = 0; i < (end - begin) * inputs * count; ++i)
-    if (sums[i] != expected[i / (inputs * count)]) fail("product on tiles", isa, type, w);
+  const bool many = tokens > 64, biased = below(2);
+  auto weights = block<uint16_t>(many ? room * columns : 0);
+  auto sums = block<float>(many ? room * inputs * count : 0);
+  auto bias = block<uint16_t>(w.rows), out = block<uint16_t>(tokens * w.rows);
+  for (int64_t row = 0; row < w.rows; ++row) bias[row] = rounded(float(below(9) - 4));
+  kernel.tiles(w, pairs.get(), tokens, begin, end, columns, weights.get(), sums.get(), biased ? bias.get() : nullptr, out.get());
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t row = 0; row < w.rows; ++row) {
+      const bool here = row >= begin && row < end;
+      const float add = biased ? msp::as_float(uint32_t(bias[row]) << 16) : 0;
+      if (out[t * w.rows + row] != (here ? rounded(expected[row - begin] + add) : 0)) fail("product on tiles", isa, type, w);
+    }
 }
 
 }  // namespace

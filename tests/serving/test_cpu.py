@@ -69,7 +69,7 @@ def assert_product(out, x, weight, bias=None):
     dtype=st.sampled_from(DTYPES),
     rows=st.integers(1, 70),
     columns=st.integers(1, 200),
-    tokens=st.sampled_from([0, 1, 2, 3, 4, 5, 9, 16, 33, 65]),
+    tokens=st.sampled_from([0, 1, 2, 3, 4, 5, 9, 16, 20, 33, 50, 65]),
     kept=st.sampled_from([0.0, 0.125, 0.5, 1.0]),
     biased=st.booleans(),
 )
@@ -108,7 +108,7 @@ def test_nan_and_infinity_go_where_the_dense_product_has_them(kernel, dtype, tok
     assert int(out[0].isnan().sum()) > 0  # a zero weight times infinity, as in a dense product
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 16, 65])
+@pytest.mark.parametrize("tokens", [1, 4, 16, 50, 65])
 @pytest.mark.parametrize("kernel", HERE)
 def test_results_do_not_depend_on_the_number_of_threads(kernel, tokens):
     weight, x = weight_of(515, 515, 0.4, torch.bfloat16), inputs(tokens, 515, torch.bfloat16)

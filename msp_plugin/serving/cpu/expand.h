@@ -53,8 +53,12 @@ using Dot = void (*)(const Packed&, const void* x, int64_t tokens, int64_t begin
 using Unpack = void (*)(const Packed&, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t* places,
                         void* out, int64_t stride);
 
+// out [words, inputs] = pairs of columns of `inputs` inputs, at most 16, from x [tokens, words]; zeros for tokens that are
+// not there. words is a multiple of 16.
+using Arrange = void (*)(const uint32_t* x, int64_t tokens, int64_t words, int64_t inputs, uint32_t* out);
+
 // out[t * rows of the weight + row] = the product of a row with input t plus its bias (none if null), bfloat16, for rows
-// begin to end. x: pairs of columns of inputs, for each tile of min(tokens, 16) of them: [tiles, padded(columns) / 2,
+// begin to end. x: each tile of min(tokens, 16) inputs as Arrange leaves it: [tiles, padded(columns) / 2,
 // min(tokens, 16)]. Of more than 64 tokens, `columns` are unpacked at a time, a multiple of kStep, and weights
 // [rows, columns] and sums [rows, tokens] are scratch, with room up to the next multiple of 32 rows and 16 tokens.
 using Tiles = void (*)(const Packed&, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end, int64_t columns,
@@ -64,7 +68,8 @@ struct Kernel {
   Dot dot;
   Unpack unpack;         // to float
   Unpack unpack16;       // to the weight's own 16-bit type; null where the instruction set has no fast way
-  Tiles tiles;           // null but for AMX
+  Arrange arrange;       // null but for AMX, like tiles
+  Tiles tiles;
   bool input16;
 };
 
@@ -176,7 +181,7 @@ Kernel kernel(Isa isa) {
 #if defined(__x86_64__)
   if (isa != Isa::kPortable) return x86::kernel<type>(isa);
 #endif
-  return {dot_portable<type>, unpack_portable<type>, nullptr, nullptr, false};
+  return {dot_portable<type>, unpack_portable<type>, nullptr, nullptr, nullptr, false};
 }
 
 inline Kernel kernel(Isa isa, Type type) {

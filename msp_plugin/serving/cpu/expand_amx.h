@@ -36,7 +36,7 @@ inline bool supported() {
 // Store the next kStep columns of a row, expanded; returns where the row's values go on.
 template <bool safe>
 MSP_AMX MSP_INLINE const uint8_t* expand_step(const uint8_t* from, const uint8_t* end, uint32_t bits, uint16_t* out) {
-  _mm512_store_si512(out, Bf16::expand<safe>(from, end, bits));
+  _mm512_storeu_si512(out, Bf16::expand<safe>(from, end, bits));
   return from + 2 * _mm_popcnt_u64(bits);
 }
 
@@ -226,6 +226,19 @@ MSP_AMX MSP_INLINE void transpose(__m512* rows) {
     const int low = i % 8;
     rows[i] = i < 8 ? _mm512_shuffle_f32x4(next[low], next[low + 8], 0x88)
                     : _mm512_shuffle_f32x4(next[low], next[low + 8], 0xdd);
+  }
+}
+
+// Pairs of columns of a tile of inputs, [words, inputs], from x [tokens, words]; zeros for tokens that are not there.
+MSP_AMX inline void arrange(const uint32_t* x, int64_t tokens, int64_t words, int64_t inputs, uint32_t* out) {
+  const __mmask16 here = static_cast<__mmask16>((1 << inputs) - 1);
+  for (int64_t word = 0; word < words; word += kTile) {
+    __m512 values[kTile];
+#pragma GCC unroll 16
+    for (int t = 0; t < kTile; ++t) values[t] = t < tokens ? _mm512_loadu_ps(x + t * words + word) : _mm512_setzero_ps();
+    transpose(values);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; ++i) _mm512_mask_storeu_ps(out + (word + i) * inputs, here, values[i]);
   }
 }
 

@@ -203,12 +203,13 @@ namespace bf16 {
 
 template <Type type>
 Kernel kernel(Isa isa) {
-  if (isa == Isa::kAvx2) return {avx2::dot<Avx2<type>>, avx2::unpack<Avx2<type>>, nullptr, nullptr, false};
-  Kernel kernel{avx512::dot<Avx512<type>>, avx512::unpack<Avx512<type>>, nullptr, nullptr, false};
+  if (isa == Isa::kAvx2) return {avx2::dot<Avx2<type>>, avx2::unpack<Avx2<type>>, nullptr, nullptr, nullptr, false};
+  Kernel kernel{avx512::dot<Avx512<type>>, avx512::unpack<Avx512<type>>, nullptr, nullptr, nullptr, false};
   if (isa == Isa::kAvx512) return kernel;
   if (type != Type::kFloat) kernel.unpack16 = bf16::unpack<Bf16>;
   if (type == Type::kBFloat16) kernel.dot = bf16::dot<Bf16>, kernel.input16 = true;
-  if (type == Type::kBFloat16 && isa == Isa::kAmxBf16) kernel.dot = bf16::dot<Bf16InFloat>, kernel.tiles = amx::tiles;
+  if (type == Type::kBFloat16 && isa == Isa::kAmxBf16)
+    kernel.dot = bf16::dot<Bf16InFloat>, kernel.arrange = amx::arrange, kernel.tiles = amx::tiles;
   return kernel;
 }
 

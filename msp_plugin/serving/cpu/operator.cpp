@@ -1,7 +1,7 @@
 // The operator msp_plugin::bitmask_linear: x times a transposed weight that stays packed (expand.h), on torch's threads.
 //
 // Up to kTokens inputs are multiplied straight from the packed weights. More of them share the cost of unpacking:
-// tiles of rows are unpacked into cache and multiplied by oneDNN, through torch.
+// tiles of rows are unpacked into cache and multiplied on AMX tiles (expand_amx.h), or by oneDNN through torch.
 //
 // Shape legend: O out_features, I in_features, T tokens.
 
@@ -159,19 +159,14 @@ void many(const Packed& w, msp::Unpack unpack, const Tensor& x, const Tensor* bi
 }
 
 // x [T, width] to pairs of columns for each tile of `inputs` inputs: [tiles, width / 2, inputs]; zeros for none.
-Tensor input_tiles(const Tensor& x, int64_t inputs, int64_t tiles) {
+Tensor input_tiles(const Tensor& x, int64_t inputs, int64_t tiles, msp::Arrange arrange) {
   const int64_t tokens = x.size(0), words = x.size(1) / 2;
   Tensor out = at::empty({tiles, words, inputs}, x.options().dtype(at::kInt));
   const auto* from = static_cast<const uint32_t*>(x.const_data_ptr());
   auto* to = reinterpret_cast<uint32_t*>(out.mutable_data_ptr<int32_t>());
   at::parallel_for(0, tiles, std::max<int64_t>(1, kWeightsPerThread / (words * inputs)), [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile)
-      for (int64_t word = 0; word < words; word += 16)
-        for (int64_t t = 0; t < inputs; ++t) {
-          const int64_t token = tile * inputs + t;
-          uint32_t* column = to + (tile * words + word) * inputs + t;
-          for (int64_t i = 0; i < 16; ++i) column[i * inputs] = token < tokens ? from[token * words + word + i] : 0;
-        }
+    for (int64_t i = begin; i < end; ++i)
+      arrange(from + i * inputs * words, tokens - i * inputs, words, inputs, to + i * inputs * words);
   });
   return out;
 }
@@ -191,16 +186,16 @@ Piece tile_piece(const Packed& w, int64_t tokens) {
 }
 
 // out [T, O] on AMX tiles, for bfloat16.
-void on_tiles(const Packed& w, msp::Tiles tiles, const Tensor& x, const Tensor* bias, at::BFloat16* out) {
+void on_tiles(const Packed& w, const msp::Kernel& kernel, const Tensor& x, const Tensor* bias, at::BFloat16* out) {
   const int64_t tokens = x.size(0), inputs = std::min(tokens, kTileInputs), count = (tokens + inputs - 1) / inputs;
-  const Tensor input = input_tiles(padded_input(x, at::kBFloat16), inputs, count);
+  const Tensor input = input_tiles(padded_input(x, at::kBFloat16), inputs, count, kernel.arrange);
   const auto* data = reinterpret_cast<const uint32_t*>(input.const_data_ptr<int32_t>());
   const auto* add = bias ? reinterpret_cast<const uint16_t*>(bias->const_data_ptr<at::BFloat16>()) : nullptr;
   const Piece piece = tile_piece(w, tokens);
   for_rows(w.rows, w.columns, piece.rows, [&](int64_t begin, int64_t end) {
     uint16_t* weights = scratch<uint16_t, 0>(piece.rows * piece.columns);  // few tokens need none
     float* sums = piece.columns ? scratch<float, 1>(piece.rows * inputs * count) : nullptr;
-    tiles(w, data, tokens, begin, end, piece.columns, weights, sums, add, reinterpret_cast<uint16_t*>(out));
+    kernel.tiles(w, data, tokens, begin, end, piece.columns, weights, sums, add, reinterpret_cast<uint16_t*>(out));
   });
 }
 
@@ -214,7 +209,7 @@ void product(const Packed& w, msp::Type type, msp::Isa isa, const Tensor& x, con
     const Tensor some = x.narrow(0, t, std::min(kMostTokens, x.size(0) - t));
     if constexpr (std::is_same_v<Float, at::BFloat16>)
       if (kernel.tiles) {
-        on_tiles(w, kernel.tiles, some, bias, to + t * w.rows);
+        on_tiles(w, kernel, some, bias, to + t * w.rows);
         continue;
       }
     if constexpr (sizeof(Float) == 2)
