@@ -89,6 +89,7 @@ struct RowTile {
     }
   }
 
+  // The same of fewer columns, of the last ones, or of rows near the end of the values: row by row.
   MSP_AMX void expand_rest(int64_t first, int64_t last, uint16_t* out) {
     const uint8_t* end = static_cast<const uint8_t*>(w.values) + 2 * w.count;
     for (int64_t r = 0; r < rows; ++r)
@@ -235,7 +236,8 @@ MSP_AMX inline void arrange(const uint32_t* x, int64_t tokens, int64_t words, in
   for (int64_t word = 0; word < words; word += kTile) {
     __m512 values[kTile];
 #pragma GCC unroll 16
-    for (int t = 0; t < kTile; ++t) values[t] = t < tokens ? _mm512_loadu_ps(x + t * words + word) : _mm512_setzero_ps();
+    for (int t = 0; t < kTile; ++t)
+      values[t] = t < tokens ? _mm512_loadu_ps(x + t * words + word) : _mm512_setzero_ps();
     transpose(values);
 #pragma GCC unroll 16
     for (int i = 0; i < kTile; ++i) _mm512_mask_storeu_ps(out + (word + i) * inputs, here, values[i]);
@@ -258,6 +260,14 @@ MSP_AMX inline void write(const float* sums, int64_t inputs, int64_t tokens, int
   }
 }
 
+// The outputs of a row tile and input tile `tile`.
+MSP_AMX inline void write(const RowTile& rows, const float* sums, int64_t inputs, int64_t tile, int64_t tokens,
+                          const uint16_t* bias, uint16_t* out) {
+  const int64_t first = tile * kTile, here = tokens - first < inputs ? tokens - first : inputs;
+  write(sums, inputs, here, rows.rows, bias ? bias + rows.row : nullptr, out + first * rows.w.rows + rows.row,
+        rows.w.rows);
+}
+
 // Products of up to kFewTiles input tiles: row tile by row tile, in registers over all columns.
 MSP_AMX inline void few_tiles(const Packed& w, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end,
                               const uint16_t* bias, uint16_t* out) {
@@ -271,9 +281,7 @@ MSP_AMX inline void few_tiles(const Packed& w, const uint32_t* x, int64_t tokens
       case 3: multiply_row_tile<3>(rows, x, inputs, sums); break;
       default: multiply_row_tile<4>(rows, x, inputs, sums);
     }
-    for (int64_t i = 0; i < tiles; ++i)
-      write(sums + i * kTile * inputs, inputs, tokens - i * kTile < inputs ? tokens - i * kTile : inputs, rows.rows,
-            bias ? bias + row : nullptr, out + i * kTile * w.rows + row, w.rows);
+    for (int64_t i = 0; i < tiles; ++i) write(rows, sums + i * kTile * inputs, inputs, i, tokens, bias, out);
   }
 }
 
@@ -299,8 +307,7 @@ MSP_AMX inline void many_tiles(const Packed& w, const uint32_t* x, int64_t token
       }
       for (int64_t at = i; last == width && at < i + some; ++at)  // while the sums are in cache
         for (std::size_t r = 0; r < rows.size(); ++r)
-          write(sums + (r * tiles + at) * kSums, kTile, tokens - at * kTile < kTile ? tokens - at * kTile : kTile,
-                rows[r].rows, bias ? bias + rows[r].row : nullptr, out + at * kTile * w.rows + rows[r].row, w.rows);
+          write(rows[r], sums + (r * tiles + at) * kSums, kTile, at, tokens, bias, out);
     }
   }
 }
