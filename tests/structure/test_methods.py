@@ -52,7 +52,7 @@ def build(tiny, tmp_path):
 
 def kept(weight, layer):
     """Return bool[G], the groups of which a layer holds any weight."""
-    return (groups_of(weight, layer.groups) != 0).any((1, 2))
+    return (groups_of(weight, layer) != 0).any((1, 2))
 
 
 def test_the_structured_methods_are_those_of_the_readme():
@@ -183,7 +183,7 @@ def test_l2_keeps_the_largest_and_of_equal_ones_the_first(tiny):
         for layer in unit.layers:
             weight = model.get_submodule(layer.name).weight
             weight.fill_(0.1)
-            if layer.groups.by_columns:
+            if not layer.inner:
                 weight[:, -1] = 1.0  # of the last KV head
     scores = L2().group_scores(half(model, unit))
     assert scores.argmax() == 3 and scores[0] == scores[1] == scores[2]

@@ -57,8 +57,8 @@ def test_with_the_last_layers_alone_narrowed_the_loss_is_the_same(searched, firs
     with CandidateWeights(model, database, problem) as weights:
         loss = CandidateLoss(weights, data, "kl").prepare()
         expected = loss(choice)
-        weights.set(choice, loss._outputs)
-        inner = [layer for layer in problem.table[3].layers if not layer.groups.by_columns]
+        weights.set(choice, inner_dense=True)
+        inner = [layer for layer in problem.table[3].layers if layer.inner]
         for layer in inner:  # at 1/2 wide, with its dense rows
             assert (model.get_submodule(layer.name).weight != 0).any(1).all()
         assert loss.quality()[0] == pytest.approx(expected, rel=1e-6)
@@ -109,8 +109,8 @@ def test_the_gradient_of_a_move_is_the_derivative_of_the_loss_along_it(searched,
             level = MENU[choice[u]].name
             for layer in part.layers:
                 own, at_level = weight(layer, "dense"), weight(layer, level)
-                gone = ~(groups_of(at_level, layer.groups) != 0).any((1, 2))
-                if not layer.groups.by_columns:  # the rows that have gone are there again, and change nothing
+                gone = ~(groups_of(at_level, layer) != 0).any((1, 2))
+                if layer.inner:  # the rows that have gone are there again, and change nothing
                     at_level = torch.where(
                         gone.repeat_interleave(len(own) // len(gone))[:, None], own, at_level
                     )
@@ -118,7 +118,7 @@ def test_the_gradient_of_a_move_is_the_derivative_of_the_loss_along_it(searched,
         for layer in problem.table[unit].layers:
             a, b = weight(layer, now), weight(layer, then)
             change = b - a
-            if not layer.groups.by_columns:
+            if layer.inner:
                 change = change * ((a != 0).any(1, keepdim=True) & (b != 0).any(1, keepdim=True))
             changes[layer.name] = change
     ids, eps = data.samples[0], 2e-3  # transformers computes norms in float32
