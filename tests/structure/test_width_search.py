@@ -21,6 +21,7 @@ from msp_plugin.pruning.masks import groups_of
 from msp_plugin.search.allocate import allocate
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
+from msp_plugin.search.move_gradients import changes_within
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
 from msp_plugin.structure.groups import with_groups
@@ -62,6 +63,22 @@ def test_with_the_last_layers_alone_narrowed_the_loss_is_the_same(searched, firs
         for layer in inner:  # at 1/2 wide, with its dense rows
             assert (model.get_submodule(layer.name).weight != 0).any(1).all()
         assert loss.quality()[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_moves_read_no_inner_weight_of_what_is_dropped_and_none_twice_that_stays_as_it_was(searched):
+    model, problem, database, _ = searched
+    with CandidateWeights(model, database, problem) as weights:
+        for level, others in (("dropped", set()), ("3/4 wide", {"2:4", "1/2 wide 2:4"})):
+            changes, read = changes_within(weights, at(level, level, *REST), 9), []
+            weights.weight = lambda layer, name, read=read: (
+                read.append(name) or CandidateWeights.weight(weights, layer, name)
+            )
+            inner, last = problem.table[1].layers[0].name, problem.table[1].layers[-1].name
+            first = changes(inner)[1]
+            assert {MENU[k].name for k in first} == others and "dropped" not in read
+            read.clear()
+            assert changes(inner)[1].keys() == first.keys() and set(read) - {level} == others
+            assert {MENU[k].name for k in changes(last)[1]} == {a.name for a in MENU} - {level}
 
 
 def loss_along(model, ids, dense, changes, step):
