@@ -164,7 +164,7 @@ def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTabl
         if not database.has(layer):
             size = linear(model, layer.name).weight.element_size()
             mask = bitmask_bytes(layer.out_features, layer.in_features)
-            levels = [level for level in database.menu if not level.is_dense and level.on(layer) is not None]
+            levels = [level for level in database.menu if not level.is_dense and not level.misfit(layer)]
             own = sum(level.kept(layer) * size + mask for level in levels)
             old = database.file(layer.name)
             replaced = min(own, old.stat().st_size) if old.exists() else 0

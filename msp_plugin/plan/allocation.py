@@ -311,13 +311,12 @@ def make_allocation(
             f"the budget is {problem.budget.kept:,}",
             hint="this is a bug of the allocator",
         )
-    if problem.allowed is not None:
-        odd = np.flatnonzero(~problem.allowed[np.arange(len(choice)), list(choice)])
-        if len(odd):
-            raise VerificationError(
-                f"the allocator took {problem.menu[choice[odd[0]]]} for {problem.table[int(odd[0])].name}, "
-                "which its bounds forbid",
-                hint="this is a bug of the allocator",
-            )
+    odd = np.flatnonzero(~problem.may[np.arange(len(choice)), list(choice)])
+    if len(odd):
+        raise VerificationError(
+            f"the allocator took {problem.menu[choice[odd[0]]]} for {problem.table[int(odd[0])].name}, "
+            "which its bounds forbid",
+            hint="this is a bug of the allocator",
+        )
     levels = tuple(problem.menu[k] for k in choice)
     return Allocation(problem.table, levels, problem.target, sensitivities or {}, provenance or {})

@@ -21,7 +21,7 @@ from msp_plugin.errors import BudgetError
 from msp_plugin.plan.knapsack import Steps, cheapest
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.menus import has_widths, menu_names
-from msp_plugin.plan.units import Unit, UnitTable
+from msp_plugin.plan.units import UnitTable
 
 #: Bytes of the largest choice table that is tried; a larger one is an error instead of a full memory.
 _TABLE_LIMIT = 2 * 1024**3
@@ -97,18 +97,18 @@ class AllocationProblem:
         """Return bool[U, K], True for levels that fit a unit and make of it what no level before in the menu makes."""
         rows = []
         for unit in self.table:
-            made = [level.on(unit) for level in self.menu]
+            made = [None if level.misfit(unit) else level.width(unit) or level for level in self.menu]
             rows.append([form is not None and form not in made[:k] for k, form in enumerate(made)])
         return np.array(rows, dtype=bool)
 
     @cached_property
     def kept(self) -> np.ndarray:
         """int64[U, K]: how many weights each unit keeps at each level, allowed or not; 0 at a width that does not fit."""
-
-        def kept(level: Level, unit: Unit) -> int:
-            return 0 if level.by_groups and level.misfit(unit) else level.kept(unit)
-
-        return np.array([[kept(level, unit) for level in self.menu] for unit in self.table], dtype=np.int64)
+        kept = [
+            [0 if level.by_groups and level.misfit(unit) else level.kept(unit) for level in self.menu]
+            for unit in self.table
+        ]
+        return np.array(kept, dtype=np.int64)
 
     @cached_property
     def by_cost(self) -> np.ndarray:

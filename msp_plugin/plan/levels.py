@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
@@ -77,16 +76,15 @@ class Level(ABC):
     def misfit(self, unit: Unit | Layer) -> str | None:
         """Return why the level does not fit a unit, as what follows its name in a sentence; None if it fits."""
 
-    def on(self, unit: Unit | Layer) -> Hashable | None:
-        """Return what the level makes of a unit, equal where two levels make the same; None if it does not fit."""
-        return self if self.misfit(unit) is None else None
-
     def sparsity_of(self, unit: Unit | Layer) -> Fraction:
         """Return the share of zeros of a unit before it is rounded to whole weights of a row."""
-        return self.sparsity
+        return self.sparsity if self.width(unit) is None else 1 - Fraction(self.kept(unit), unit.weights)
 
     def width(self, unit: Unit | Layer) -> tuple[int, Pattern] | None:
-        """Return (heads or channels of a unit that stay, the pattern inside what stays); None if none go, or all."""
+        """Return (heads or channels of a unit that stay, the pattern inside what stays).
+
+        None at a level that is not ``by_groups``, and where it does not fit the unit.
+        """
         return None
 
     def limits(self, layer: Layer) -> tuple[tuple[int, int, str], ...]:
@@ -272,9 +270,6 @@ class Width(Level):
         """The nominal share of zeros; a unit's own is ``sparsity_of`` it."""
         return 1 - self.share * (1 - self.inside.sparsity)
 
-    def sparsity_of(self, unit: Unit | Layer) -> Fraction:
-        return self.sparsity if self.misfit(unit) else 1 - Fraction(self.kept(unit), unit.weights)
-
     @property
     def servable(self) -> bool:
         """False: at full size, the columns that stay are no aligned groups of four."""
@@ -323,8 +318,6 @@ class Width(Level):
 
     def width(self, unit: Unit | Layer) -> tuple[int, Pattern] | None:
         return None if self.misfit(unit) else (self.groups(unit), self.inside)
-
-    on = width
 
 
 def _parse_width(text: str, share: str, inside: str) -> Width:

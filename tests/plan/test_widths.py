@@ -112,7 +112,7 @@ def test_a_unit_keeps_the_nearest_multiple_of_its_quantum(share, groups, quantum
     level, layer = Level.parse(f"{share} wide"), Layer("layer", groups, 4, Groups(groups, quantum), True)
     assert level.groups(layer) == kept
     fits = 0 < kept < groups
-    assert (level.misfit(layer) is None) == fits and (level.on(layer) is not None) == fits
+    assert (level.misfit(layer) is None) == (level.width(layer) is not None) == fits
     if not fits:
         with pytest.raises(RecipeError, match=f"keeps {'all' if kept else 'none'} of the {groups} heads"):
             level.kept(layer)
@@ -224,7 +224,7 @@ def test_a_width_of_a_unit_whose_groups_are_gone_from_the_file_is_refused():
 
 
 def test_dense_is_no_width():
-    assert not DENSE.narrows and DENSE.on(mlp()) == DENSE
+    assert not DENSE.narrows and DENSE.width(mlp()) is None
 
 
 def test_the_order_of_a_menu_is_that_of_its_levels_however_it_is_written():
