@@ -80,6 +80,7 @@ class ComparisonRows:
     recovery: Recovery | None = None
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
     renewed: set[Path] = field(default_factory=set)
+    prepared: dict[str, CandidateLoss] = field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
         """Yield the cell of each row; cells of one method and sparsity share a level database."""
@@ -201,10 +202,8 @@ class ComparisonRows:
         """
         database = cell.measurements.database
         with CandidateWeights(self.model, database, problem) as weights:
-            test = CandidateLoss(weights, self.samples.test, reuse=False).prepare()
-            holdout_loss = None
-            if self.samples.holdout:
-                holdout_loss = CandidateLoss(weights, self.samples.holdout, reuse=False).prepare()(choice)
+            test = self._loss("test", weights)
+            holdout_loss = self._loss("holdout", weights)(choice) if self.samples.holdout else None
             weights.set(choice)
             of_database = _named(test.quality())
         quality = {"holdout_loss": finite(holdout_loss), "database": of_database}
@@ -219,6 +218,13 @@ class ComparisonRows:
                 return quality
             sparse = self._copy()
         return {**quality, "recovered": self._recovered(self.recovery, sparse, cell, problem, choice, key)}
+
+    def _loss(self, part: str, weights: CandidateWeights) -> CandidateLoss:
+        """Return the loss over a part of the text; the dense model is measured on it once for all rows."""
+        loss = CandidateLoss(weights, getattr(self.samples, part), reuse=False)
+        loss.prepare(self.prepared.get(part))
+        self.prepared.setdefault(part, loss)
+        return loss
 
     def _copy(self) -> PreTrainedModel:
         """Return a new model with the weights that this model's layers hold now."""

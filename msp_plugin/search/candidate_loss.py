@@ -78,15 +78,21 @@ class CandidateLoss:
         return self.forward_tokens - self._prefix.saved_tokens
 
     @torch.no_grad()
-    def prepare(self) -> CandidateLoss:
+    def prepare(self, like: CandidateLoss | None = None) -> CandidateLoss:
         """Measure the dense model, which the KL compares with, and find batches that fit into memory.
 
         ``forward_tokens`` does not count this. Returns itself.
+
+        Args:
+            like: a prepared one of the same model, samples, objective and ``reuse``; what it found is taken over.
 
         Raises:
             NumericsError: the dense model's logits are not finite.
             ModelError: a single sample does not fit into memory.
         """
+        if like is not None:
+            self._terms, self._batches.tokens = like._terms, like._batches.tokens
+            return self
         self._set(None)
         if self.objective == "kl":
             self._terms = self._run([0], lambda: make_reference(self.model, self._ids))
