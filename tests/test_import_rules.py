@@ -122,6 +122,17 @@ def test_plans_allocators_and_records_know_no_torch():
     assert not wrong
 
 
+def test_no_file_tells_the_kinds_of_levels_apart_but_asks_the_level():
+    wrong = [
+        f"{file}:{node.lineno}"
+        for file in FILES
+        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "type", "issubclass")
+        if any(isinstance(name, ast.Name) and name.id in ("Width", "Pattern") for name in ast.walk(node))
+    ]
+    assert not wrong
+
+
 def loaded_by(statement):
     code = f"import sys\n{statement}\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

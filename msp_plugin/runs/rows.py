@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,7 @@ class ComparisonRows:
     recovery: Recovery | None = None
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
     renewed: set[Path] = field(default_factory=set)
+    prepared: dict[str, CandidateLoss] = field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
         """Yield the cell of each row; cells of one method and sparsity share a level database."""
@@ -190,16 +191,19 @@ class ComparisonRows:
         key = f"{cell.measurements.database.key} {digest(units)[:16]} {','.join(row['levels'])}"
         if self.recovery is not None:
             key += f" {digest([spec_of(self.recovery), component_digest(self.recovery), cell.seed])[:16]}"
-        row |= finals.get(key, partial(self._quality, cell, problem, result.choice))
+        whole_key = digest([finals.identity, key])
+        row |= finals.get(key, partial(self._quality, cell, problem, result.choice, whole_key))
 
-    def _quality(self, cell: Cell, problem: AllocationProblem, choice: Choice) -> dict[str, Any]:
-        """Return test perplexity and KL of an allocation after the final pruning, and with the database's weights."""
+    def _quality(self, cell: Cell, problem: AllocationProblem, choice: Choice, key: str) -> dict[str, Any]:
+        """Return test perplexity and KL of an allocation after the final pruning, and with the database's weights.
+
+        Args:
+            key: digest of everything that they depend on.
+        """
         database = cell.measurements.database
         with CandidateWeights(self.model, database, problem) as weights:
-            test = CandidateLoss(weights, self.samples.test, reuse=False).prepare()
-            holdout_loss = None
-            if self.samples.holdout:
-                holdout_loss = CandidateLoss(weights, self.samples.holdout, reuse=False).prepare()(choice)
+            test = self._loss("test", weights)
+            holdout_loss = self._loss("holdout", weights)(choice) if self.samples.holdout else None
             weights.set(choice)
             of_database = _named(test.quality())
         quality = {"holdout_loss": finite(holdout_loss), "database": of_database}
@@ -213,7 +217,14 @@ class ComparisonRows:
             if self.recovery is None:
                 return quality
             sparse = self._copy()
-        return {**quality, "recovered": self._recovered(self.recovery, sparse, cell, problem, choice)}
+        return {**quality, "recovered": self._recovered(self.recovery, sparse, cell, problem, choice, key)}
+
+    def _loss(self, part: str, weights: CandidateWeights) -> CandidateLoss:
+        """Return the loss over a part of the text; the dense model is measured on it once for all rows."""
+        loss = CandidateLoss(weights, getattr(self.samples, part), reuse=False)
+        loss.prepare(self.prepared.get(part))
+        self.prepared.setdefault(part, loss)
+        return loss
 
     def _copy(self) -> PreTrainedModel:
         """Return a new model with the weights that this model's layers hold now."""
@@ -230,16 +241,18 @@ class ComparisonRows:
         cell: Cell,
         problem: AllocationProblem,
         choice: Choice,
+        key: str,
     ) -> dict[str, Any]:
         """Return the stage of the recovery of a pruned model, as JSON; this model is its original."""
         masks = Masks.of(sparse, [layer.name for layer in self.table.layers])
         recovery.check(sparse, masks)
-        samples = RecoveryText.of(self.samples.pruning, self.samples.test)
         context = RunContext(progress=cell.measurements.progress, fresh=self.context.fresh)
-        step = RecoveryStep(recovery, samples, cell.seed, cell.plan.cache, context)
-        allocation = make_allocation(problem, choice)
-        key = digest(step.identity(sparse, self.model))
-        return step.run(sparse, self.model, masks, allocation, key).to_dict()
+        step = RecoveryStep(recovery, self._recovery_text, cell.seed, cell.plan.cache, context)
+        return step.run(sparse, self.model, masks, make_allocation(problem, choice), key).to_dict()
+
+    @cached_property
+    def _recovery_text(self) -> RecoveryText:
+        return RecoveryText.of(self.samples.pruning, self.samples.test)
 
     @contextmanager
     def _pruned(self, cell: Cell, problem: AllocationProblem, choice: Choice, folder: Path) -> Iterator[None]:

@@ -22,6 +22,7 @@ from msp_plugin.records.comparison import ComparedRow, CompareRecord
 from msp_plugin.runs import rows as compared_rows
 from msp_plugin.runs.compare import cells, compare
 from msp_plugin.runs.grid import Grid
+from msp_plugin.search.dense_reference import PlainHeadReference
 from msp_plugin.sensitivity.base import Estimator
 from tests.helpers.comparing import MSP, SEARCH, Raises, allocators_plugin, by_name, row_of
 from tests.helpers.losses import quality_by_hand
@@ -50,6 +51,19 @@ def test_there_is_a_row_for_every_cell_and_seed_and_unseeded_allocators_run_once
         "calibration": 6, "search": 2, "holdout": 0, "test": 3,
     }  # fmt: skip
     assert record["texts"]["test"]["tokens"] == 60 and list(record["sensitivities"]) == ["fisher"]
+
+
+def test_the_dense_model_is_measured_once_for_all_rows(run, monkeypatch):
+    measured, plain = [], PlainHeadReference.measure_dense
+    monkeypatch.setattr(
+        PlainHeadReference, "measure_dense", lambda self, group: measured.append(group) or plain(self, group)
+    )
+    counts = []
+    for labels in (("uniform",), ("uniform", "lsa")):
+        run(by_name(*labels))
+        counts.append(len(measured))
+        measured.clear()
+    assert 0 < counts[0] == counts[1]
 
 
 def test_kl_and_perplexity_are_those_of_the_pruned_weights_by_hand(run, text, llama_dir, tokenizer):
