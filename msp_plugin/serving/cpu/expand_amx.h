@@ -312,8 +312,8 @@ MSP_AMX inline void many_tiles(const Packed& w, const uint32_t* x, int64_t token
   }
 }
 
-MSP_AMX inline void tiles(const Packed& w, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end, int64_t columns,
-                  uint16_t* weights, float* sums, const uint16_t* bias, uint16_t* out) {
+MSP_AMX inline void tiles(const Packed& w, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end,
+                          int64_t columns, uint16_t* weights, float* sums, const uint16_t* bias, uint16_t* out) {
   configure(tokens < kTile ? tokens : kTile);
   if (tokens <= kFewTiles * kTile)
     few_tiles(w, x, tokens, begin, end, bias, out);
