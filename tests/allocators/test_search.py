@@ -254,12 +254,12 @@ def test_a_search_ends_when_a_round_promises_too_little_and_says_why():
 
 def test_the_default_budget_grows_with_the_units():
     tokens = []
-    for shapes in (SHAPES, SHAPES * 48):
+    for shapes in (SHAPES, SHAPES * 30):
         given_inputs = inputs_of(problem_of(shapes))
         given_inputs.loss.lengths = tuple(2000 * n for n in given_inputs.loss.lengths)
         Search(least_gain=0, patience=99).allocate(given_inputs)
         tokens.append(given_inputs.loss.forward_tokens)
-    assert LEAST_TOKENS / 2 < tokens[0] <= LEAST_TOKENS < tokens[1] <= TOKENS_PER_UNIT * 576
+    assert LEAST_TOKENS / 2 < tokens[0] <= LEAST_TOKENS < tokens[1] <= TOKENS_PER_UNIT * 360
 
 
 @pytest.mark.parametrize("option, value", [

@@ -1,8 +1,9 @@
 """The built-in host gives what llm-compressor gives, and needs no package of it."""
 
-import subprocess
+import importlib
 import sys
 from fractions import Fraction
+from importlib.abc import MetaPathFinder
 
 import pytest
 import torch
@@ -61,11 +62,19 @@ def test_its_recipe_runs_in_llm_compressor(llama_dir, text, tmp_path):
     assert again.record.sparsity == own.record.sparsity
 
 
-def test_pruning_loads_no_host(llama_dir, text, tmp_path):
-    code = (
-        "import sys, msp_plugin\n"
-        f"text = msp_plugin.Text({text.data!r}, samples=6, length=20, test_samples=0)\n"
-        f"msp_plugin.prune({str(llama_dir)!r}, text, {str(tmp_path / 'own')!r}, sparsity=0.5, allocator='uniform')\n"
-        "assert 'llmcompressor' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+def test_pruning_loads_no_host(llama_dir, text, tmp_path, monkeypatch):
+    class Refused(MetaPathFinder):
+        asked = []
+
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "llmcompressor":
+                self.asked.append(name)
+                raise ImportError(name)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "llmcompressor"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Refused(), *sys.meta_path])
+    msp_plugin.prune(llama_dir, text, tmp_path / "own", sparsity=0.5, allocator="uniform")
+    assert Refused.asked == []
+    with pytest.raises(ImportError):
+        importlib.import_module("llmcompressor")

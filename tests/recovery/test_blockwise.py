@@ -16,7 +16,7 @@ from msp_plugin.recovery.blockwise import Blockwise
 from msp_plugin.recovery.window_training import Fit, Schedule, fit, state_of, trained_parameters
 from msp_plugin.recovery.windows import windows
 
-QUICK = Blockwise(epochs=4, rates=(0.02, 0.06))
+QUICK = Blockwise(epochs=2, rates=(0.02, 0.06))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

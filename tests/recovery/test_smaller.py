@@ -16,7 +16,7 @@ from msp_plugin.models.load import load_model
 from msp_plugin.records.run import RunRecord
 from msp_plugin.runs.recover import recover
 
-TRAINED = {"tokens": 6000, "step_tokens": 96, "evaluations": 2, "learning_rate": 1e-3}
+TRAINED = {"tokens": 2000, "step_tokens": 96, "evaluations": 2, "learning_rate": 1e-3}
 METHODS = [
     {"name": "blockwise", "epochs": 2, "rates": [0.06]},
     {"name": "full", **TRAINED},

@@ -162,12 +162,12 @@ def test_a_database_is_built_once_for_each_method_and_sparsity_and_serves_the_ne
     monkeypatch.setattr(
         level_database, "build_database", lambda *a, **b: built.append(a[3].name) or real(*a, **b)
     )
-    cell = {"uniform": "uniform", "knapsack": "knapsack", "msp": MSP}
-    run(cell, ("1/2", "3/4"), ("magnitude", "wanda"), (0, 1))
+    cell = {"knapsack": "knapsack", "msp": MSP}
+    run(cell, ("1/2", "3/4"), ("magnitude", "wanda"))
     files = list((tmp_path / "cache").rglob("*.safetensors"))
     times = {path: path.stat().st_mtime_ns for path in files}
     assert sorted(set(built)) == ["magnitude", "wanda"] and files  # magnitude reads no inputs: one for both
-    run(cell, ("1/2", "3/4"), ("magnitude", "wanda"), (2, 3))
+    run(cell, ("1/2", "3/4"), ("magnitude", "wanda"), (2,))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == times
 
 

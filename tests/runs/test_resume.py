@@ -69,8 +69,7 @@ def test_a_stopped_run_goes_on_with_what_it_had_measured_and_ends_with_the_same_
 
 def test_fresh_measures_everything_anew(run):
     everything = run("one")
-    assert "level database" in everything and "level database" not in run("two")
-    run(stop="pruning")
+    assert "level database" in everything and "level database" not in run(stop="pruning")
     assert run(fresh=True) == everything
 
 
