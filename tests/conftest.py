@@ -10,6 +10,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 
+# Collections after the usual 700 objects take a tenth of the time of all tests; runs ask for some themselves.
+gc.set_threshold(50_000, 20, 20)
+
 
 def pytest_configure(config):
     """Load the fixtures, and torch and transformers with them, unless other processes run the tests."""
@@ -18,8 +21,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    # The default of 700 objects costs a tenth of the time of all tests; runs ask for collections themselves.
-    gc.set_threshold(50_000, 20, 20)
     spare_collections()
 
 
