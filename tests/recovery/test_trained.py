@@ -64,7 +64,7 @@ def test_every_layer_of_a_model_of_more_than_twenty_changes(name, case, weights_
     inputs = case.inputs()
     assert len(inputs.masks.shapes) == 21
     before = weights_of(inputs.model, inputs.masks)
-    dataclasses.replace(METHODS[name], tokens=2 * 96, evaluations=1).recover(inputs)
+    dataclasses.replace(METHODS[name], tokens=4 * 96, evaluations=1).recover(inputs)
     after = weights_of(inputs.model, inputs.masks)
     same = [layer for layer in before if torch.equal(before[layer], after[layer])]
     assert (

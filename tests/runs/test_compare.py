@@ -78,6 +78,7 @@ def test_a_pruned_row_is_what_a_run_with_that_allocation_gives(run, text, llama_
 
     record = run(by_name("uniform", "knapsack"), methods=("wanda",), prune=True)
     dense, test = load_model(llama_dir, "float32"), load_split(tokenizer, text).test.samples
+    assert record["rank_correlation"] == {}
     row = row_of(record, "knapsack")
     levels = tuple(map(Level.parse, row["levels"]))
     allocation = Allocation(prunable_layers(dense), levels, Fraction(3, 4), {}, {})
@@ -177,9 +178,7 @@ def test_the_same_comparison_twice_gives_the_same_record_but_for_the_seconds(run
         return json.dumps({**record, "rows": rows}, sort_keys=True, allow_nan=False)
 
     cell = {"owl": "owl", "msp": MSP, "search": SEARCH}
-    assert timeless(run(cell, seeds=(0, 1))) == timeless(
-        run(cell, seeds=(0, 1), cache=str(tmp_path / "fresh"))
-    )
+    assert timeless(run(cell, seeds=(1,))) == timeless(run(cell, seeds=(1,), cache=str(tmp_path / "fresh")))
 
 
 def test_a_row_does_not_depend_on_the_allocators_beside_it(run):
