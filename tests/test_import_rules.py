@@ -33,9 +33,14 @@ WITHOUT_TORCH = ("plan/", "allocators/", "records/")
 
 
 @cache
+def tree_of(file):
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+@cache
 def imports(file):
     """Return (name, inside a function) of every import; ``from a import b`` counts as ``a.b`` where that is a module."""
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    tree = tree_of(file)
     lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
     found = []
     for node in ast.walk(tree):
@@ -118,6 +123,18 @@ def test_plans_allocators_and_records_know_no_torch():
         if file.startswith(WITHOUT_TORCH)
         for name, _ in imports(file)
         if name.partition(".")[0] in ("torch", "transformers", "safetensors")
+    ]
+    assert not wrong
+
+
+def test_no_file_tells_the_kinds_of_levels_apart_but_asks_the_level():
+    wrong = [
+        f"{file}:{node.lineno}"
+        for file in FILES
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if node.func.id in ("isinstance", "type", "issubclass")
+        if any(isinstance(name, ast.Name) and name.id in ("Width", "Pattern") for name in ast.walk(node))
     ]
     assert not wrong
 

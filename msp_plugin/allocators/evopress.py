@@ -163,23 +163,23 @@ Moves = tuple[tuple[int, int], ...]
 
 def _next(problem: AllocationProblem, choice: list[int], unit: int, denser: bool) -> tuple[int, int] | None:
     """Return (level, change of kept weights) of a unit's next denser or sparser level, if any."""
-    kept, allowed = problem.kept[unit], problem.allowed
+    kept, may = problem.kept[unit], problem.may[unit]
     change = kept - kept[choice[unit]]
     steps = [
         (abs(int(change[k])), k)
         for k in range(len(kept))
-        if (change[k] > 0 if denser else change[k] < 0) and (allowed is None or allowed[unit, k])
+        if may[k] and (change[k] > 0 if denser else change[k] < 0)
     ]
     return None if not steps else (min(steps)[1], int(change[min(steps)[1]]))
 
 
 def _swap(problem: AllocationProblem, choice: list[int], a: int, b: int) -> Moves | None:
     """Return the moves of a to its next sparser level and of b to one as much denser, if any."""
-    sparser, allowed = _next(problem, choice, a, denser=False), problem.allowed
+    sparser = _next(problem, choice, a, denser=False)
     if sparser is None:
         return None
     equal = np.flatnonzero(problem.kept[b] == problem.kept[b, choice[b]] - sparser[1])
-    denser = [int(k) for k in equal if allowed is None or allowed[b, k]]
+    denser = [int(k) for k in equal if problem.may[b, k]]
     return ((a, sparser[0]), (b, denser[0])) if denser else None
 
 

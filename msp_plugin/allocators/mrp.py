@@ -103,5 +103,4 @@ def on_budget(problem: AllocationProblem, choice: Choice, moves_first: np.ndarra
 
 def _allowed(problem: AllocationProblem, u: int) -> list[int]:
     """Return the indices of the levels that a unit may take."""
-    levels = range(len(problem.menu))
-    return list(levels) if problem.allowed is None else [k for k in levels if problem.allowed[u, k]]
+    return [k for k, may in enumerate(problem.may[u]) if may]

@@ -145,10 +145,9 @@ def on_budget(problem: AllocationProblem, values: np.ndarray) -> np.ndarray:
     """
     cost = problem.kept / problem.kept.max()
     goal = problem.budget.kept / problem.kept.max()
-    allowed = np.ones(cost.shape, dtype=bool) if problem.allowed is None else problem.allowed
 
     def nearest(price: float) -> np.ndarray:
-        return _distributions(np.where(allowed, values - price * cost, -np.inf))
+        return _distributions(np.where(problem.may, values - price * cost, -np.inf))
 
     def over(price: float) -> float:
         return float((nearest(price) * cost).sum() - goal)  # falls with the price, piecewise linear

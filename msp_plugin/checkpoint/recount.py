@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -13,7 +13,6 @@ import torch
 from msp_plugin.errors import VerificationError
 from msp_plugin.models.offload import onloaded
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plan.units import Layer
 from msp_plugin.pruning.masks import recount
 
 
@@ -80,7 +79,7 @@ def recount_model(
     for layer in allocation.table.layers:
         name, level = layer.name, levels[layer.name]
         with _readable(model.get_submodule(name)) as weight:
-            here = Layer(name, weight.shape[0], weight.shape[1], layer.groups)
+            here = replace(layer, out_features=weight.shape[0], in_features=weight.shape[1])
             counted = recount(weight, level, here)
             zeros[name], weights[name] = counted.zeros, weight.numel()
             kept = level.kept(here)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 
@@ -57,7 +58,7 @@ class CalibrationSet:
         """Tokens of all samples."""
         return sum(len(sample) for sample in self.samples)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The hex SHA-256 of the lengths and token ids of all samples."""
         digest = hashlib.sha256()

@@ -20,7 +20,7 @@ from msp_plugin.database.store import LayerErrors, LevelDatabase
 from msp_plugin.errors import NumericsError
 from msp_plugin.models.offload import linear, onloaded
 from msp_plugin.models.weights import weight_place
-from msp_plugin.plan.levels import DENSE, Level, Width
+from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import Layer, Unit, UnitTable, group_layers, pruned_together, shared_inputs
 from msp_plugin.progress import Progress, silent
 from msp_plugin.pruning.base import Pruner, UnitInputs
@@ -153,10 +153,6 @@ def _pruned_block(
             place.leave()
 
 
-def _goes_by_rows(layer: Layer) -> bool:
-    return layer.groups is not None and not layer.groups.by_columns
-
-
 def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTable) -> None:
     """Raise if the disk cannot hold the layers that are still missing; a damaged file makes room for its new one.
 
@@ -168,7 +164,7 @@ def check_space(database: LevelDatabase, model: torch.nn.Module, table: UnitTabl
         if not database.has(layer):
             size = linear(model, layer.name).weight.element_size()
             mask = bitmask_bytes(layer.out_features, layer.in_features)
-            levels = [level for level in database.menu if not level.is_dense and level.on(layer) is not None]
+            levels = [level for level in database.menu if not level.is_dense and not level.misfit(layer)]
             own = sum(level.kept(layer) * size + mask for level in levels)
             old = database.file(layer.name)
             replaced = min(own, old.stat().st_size) if old.exists() else 0
@@ -190,7 +186,7 @@ def _write_unit(
 ) -> None:
     """Write the weights of a unit's layers at the levels, with their errors.
 
-    What a width takes from an attention or MLP is the error of its last layer; the rows of the others that go with it
+    What a level takes from an attention or MLP is the error of its last layer; the rows of the others that go with it
     change nothing else, so that they have no error of their own.
 
     Raises:
@@ -204,7 +200,7 @@ def _write_unit(
             weights, rows, errors = {}, {}, {"dense": LayerErrors(0.0, 0.0)}
             for level, pruned in zip(levels, by_level, strict=True):
                 delta = (pruned.float() - dense.float()).contiguous()
-                if isinstance(level, Width) and _goes_by_rows(layers[name]):
+                if level.narrows and layers[name].inner:
                     delta *= (pruned != 0).any(dim=1, keepdim=True)
                 change = float(torch.linalg.vector_norm(delta, dtype=torch.float64) ** 2)
                 if not math.isfinite(change):

@@ -109,7 +109,7 @@ class StatisticsCollector:
         """Return the units in groups whose statistics are held at once."""
 
         def need(unit: Unit) -> int:
-            return self.pruner.statistic_bytes(linear(self.model, unit.layers[0].name))
+            return self.pruner.statistic_bytes(unit.layers[0])
 
         return list(in_groups(units, need, self.statistics_bytes))
 

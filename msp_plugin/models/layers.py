@@ -12,7 +12,7 @@ from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models.offload import check_loadable, linear, named_parameters, onloaded, own_parameters
 from msp_plugin.models.patterns import check_patterns, matches
 from msp_plugin.plan.bounds import Bounds
-from msp_plugin.plan.levels import DROPPED, Level, Width
+from msp_plugin.plan.levels import DROPPED, Level
 from msp_plugin.plan.units import Layer, UnitTable, group_layers
 
 if TYPE_CHECKING:
@@ -150,16 +150,15 @@ def allowed_levels(
 
 
 def check_fit(table: UnitTable, menu: Iterable[Level]) -> None:
-    """Raise unless every level fits every unit. A width may fit some units only, but one has to fit one.
+    """Raise unless every level fits every unit. Those by groups may fit some units only, but one has to fit one.
 
     Raises:
         RecipeError: a level does not fit; the message names the first units.
     """
     odd = {level: [why for unit in table if (why := level.misfit(unit))] for level in menu}
-    widths = [level for level in odd if isinstance(level, Width)]
-    fits = any(len(odd[level]) < len(table) for level in widths)
+    fits = any(level.by_groups and len(reasons) < len(table) for level, reasons in odd.items())
     for level, reasons in odd.items():
-        if reasons and not (fits and level in widths):
+        if reasons and not (fits and level.by_groups):
             raise RecipeError(
                 f"level {level.name} does not fit {len(reasons)} of {len(table)} units: it {', '.join(reasons[:3])}",
                 hint=f"leave {level.name} out of levels, or add the layers to ignore",

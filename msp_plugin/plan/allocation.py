@@ -224,7 +224,7 @@ def _read(data: dict[str, Any], source: str) -> Allocation:
 
 def _groups_record(unit: Unit, groups: Groups) -> dict[str, Any]:
     """Return ``groups`` of a unit."""
-    columns = [layer.name for layer in unit.layers if layer.groups and layer.groups.by_columns]
+    columns = [layer.name for layer in unit.layers if not layer.inner]
     return {"count": groups.count, "quantum": groups.quantum, "columns": columns}
 
 
@@ -238,11 +238,11 @@ def _read_groups(record: dict[str, Any], layers: list[Layer]) -> list[Layer]:
     columns = _typed(record["columns"], list, "columns")
     grouped = []
     for layer in layers:
-        by_columns = layer.name in columns
-        length = layer.in_features if by_columns else layer.out_features
+        inner = layer.name not in columns
+        length = layer.out_features if inner else layer.in_features
         if min(count, quantum) < 1 or count % quantum or length % count:
             raise ValueError(f"{shown(layer.name)} does not split into {count} groups in steps of {quantum}")
-        grouped.append(replace(layer, groups=Groups(count, quantum, by_columns)))
+        grouped.append(replace(layer, groups=Groups(count, quantum), inner=inner))
     return grouped
 
 
@@ -311,13 +311,12 @@ def make_allocation(
             f"the budget is {problem.budget.kept:,}",
             hint="this is a bug of the allocator",
         )
-    if problem.allowed is not None:
-        odd = np.flatnonzero(~problem.allowed[np.arange(len(choice)), list(choice)])
-        if len(odd):
-            raise VerificationError(
-                f"the allocator took {problem.menu[choice[odd[0]]]} for {problem.table[int(odd[0])].name}, "
-                "which its bounds forbid",
-                hint="this is a bug of the allocator",
-            )
+    odd = np.flatnonzero(~problem.may[np.arange(len(choice)), list(choice)])
+    if len(odd):
+        raise VerificationError(
+            f"the allocator took {problem.menu[choice[odd[0]]]} for {problem.table[int(odd[0])].name}, "
+            "which its bounds forbid",
+            hint="this is a bug of the allocator",
+        )
     levels = tuple(problem.menu[k] for k in choice)
     return Allocation(problem.table, levels, problem.target, sensitivities or {}, provenance or {})

@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from msp_plugin.errors import RecipeError, shown
-from msp_plugin.plan.levels import DENSE, Level, Width, parse_fraction
+from msp_plugin.plan.levels import DENSE, Level, parse_fraction
 from msp_plugin.plan.menus import menu_names
 from msp_plugin.plan.units import Unit, UnitTable
 
@@ -87,7 +87,7 @@ class Bounds:
                 "gives each its own",
             )
         no_dense = self.dense_for_protected and not protecting
-        row = [low <= _sparsity(level, unit) <= high and not (no_dense and level.is_dense) for level in menu]
+        row = [low <= level.sparsity_of(unit) <= high and not (no_dense and level.is_dense) for level in menu]
         if not any(row):
             raise RecipeError(
                 f"no level of {', '.join(menu_names(menu))} is within the bounds of {unit.name}: "
@@ -102,13 +102,6 @@ class Bounds:
             "bounds": {pattern: [str(least), str(most)] for pattern, (least, most) in self.shares.items()},
             "protect": list(self.protect),
         }
-
-
-def _sparsity(level: Level, unit: Unit) -> Fraction:
-    """Return the share of zeros that bounds hold: of a pattern the nominal one, of a width the unit's own."""
-    if isinstance(level, Width) and level.on(unit) is not None:
-        return 1 - Fraction(level.kept(unit), unit.weights)
-    return level.sparsity
 
 
 def parse_bounds(bounds: Mapping[str, object], protect: Iterable[str], menu: Sequence[Level]) -> Bounds:

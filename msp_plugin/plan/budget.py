@@ -19,9 +19,9 @@ import numpy as np
 
 from msp_plugin.errors import BudgetError
 from msp_plugin.plan.knapsack import Steps, cheapest
-from msp_plugin.plan.levels import DROPPED, Level, Width
+from msp_plugin.plan.levels import Level
 from msp_plugin.plan.menus import has_widths, menu_names
-from msp_plugin.plan.units import Unit, UnitTable
+from msp_plugin.plan.units import UnitTable
 
 #: Bytes of the largest choice table that is tried; a larger one is an error instead of a full memory.
 _TABLE_LIMIT = 2 * 1024**3
@@ -72,15 +72,13 @@ class AllocationProblem:
     _allowed_bytes: bytes | None = field(init=False, default=None, repr=False)  # arrays cannot be compared
 
     def __post_init__(self) -> None:
-        widths = has_widths(self.menu)
-        if self.allowed is None and not widths:
+        if self.allowed is None and not has_widths(self.menu):
             return
         shape = (len(self.table), len(self.menu))
         allowed = np.ones(shape, dtype=bool) if self.allowed is None else np.array(self.allowed, dtype=bool)
         if allowed.shape != shape:
             raise BudgetError(f"the allowed levels have shape {allowed.shape}, units and levels {shape}")
-        if widths:
-            allowed &= self._distinct()
+        allowed &= self._distinct()
         if not allowed.any(axis=1).all():
             unit = self.table[int(np.argmin(allowed.any(axis=1)))]
             misfits = [f"{level.name} {why}" for level in self.menu if (why := level.misfit(unit))]
@@ -99,18 +97,18 @@ class AllocationProblem:
         """Return bool[U, K], True for levels that fit a unit and make of it what no level before in the menu makes."""
         rows = []
         for unit in self.table:
-            made = [level.on(unit) for level in self.menu]
+            made = [None if level.misfit(unit) else level.width(unit) or level for level in self.menu]
             rows.append([form is not None and form not in made[:k] for k, form in enumerate(made)])
         return np.array(rows, dtype=bool)
 
     @cached_property
     def kept(self) -> np.ndarray:
         """int64[U, K]: how many weights each unit keeps at each level, allowed or not; 0 at a width that does not fit."""
-
-        def kept(level: Level, unit: Unit) -> int:
-            return 0 if isinstance(level, Width) and level.on(unit) is None else level.kept(unit)
-
-        return np.array([[kept(level, unit) for level in self.menu] for unit in self.table], dtype=np.int64)
+        kept = [
+            [0 if level.by_groups and level.misfit(unit) else level.kept(unit) for level in self.menu]
+            for unit in self.table
+        ]
+        return np.array(kept, dtype=np.int64)
 
     @cached_property
     def by_cost(self) -> np.ndarray:
@@ -134,14 +132,13 @@ class AllocationProblem:
 
     @property
     def _nominal(self) -> Fraction:
-        """The most weights that could be kept if shares of zeros did not round rows down; widths count as they are."""
+        """The most weights that could be kept if shares of zeros did not round rows down."""
         total = Fraction(0)
-        for unit, kept, may in zip(self.table, self.kept, self.may, strict=True):
-            total += max(
-                Fraction(int(kept[k])) if isinstance(level, Width) else unit.weights * (1 - level.sparsity)
-                for k, level in enumerate(self.menu)
-                if may[k]
+        for unit, may in zip(self.table, self.may, strict=True):
+            shares = (
+                level.sparsity_of(unit) for level, allowed in zip(self.menu, may, strict=True) if allowed
             )
+            total += unit.weights * (1 - min(shares))
         return total
 
     @cached_property
@@ -288,7 +285,7 @@ class AllocationProblem:
     @cached_property
     def _uniform(self) -> tuple[int, ...]:
         ones = np.ones(len(self.table))
-        if DROPPED in self.menu:
+        if any(level.is_dropped for level in self.menu):
             return self._spread()
         return self.repair(ones * float(1 - self.target), ones)
 

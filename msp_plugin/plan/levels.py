@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
@@ -21,7 +20,7 @@ from numbers import Number
 from typing import ClassVar
 
 from msp_plugin.errors import RecipeError, shown
-from msp_plugin.plan.units import Layer, Unit
+from msp_plugin.plan.units import GRANULARITIES, Layer, Unit
 
 _PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:(?:in|@)\s*(\d+)\s*:\s*(\d+)\s*)?", re.IGNORECASE)
 _SHARE = re.compile(r"\s*(\d+\s*/\s*0*[1-9]\d*|\d*\.?\d+(e-?\d{1,2})?)\s*", re.IGNORECASE)
@@ -41,6 +40,11 @@ class Level(ABC):
     #: True if heads, channels or all of a unit go: what that changes in the model is in the weights of its last layer
     #: alone, whatever the others hold for what has gone.
     narrows: ClassVar[bool] = False
+    #: True if some heads or channels of a unit stay (see ``width``): its layers have to know their groups. It may fit some
+    #: units only.
+    by_groups: ClassVar[bool] = False
+    #: The granularities of the units that it is for.
+    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
 
     @property
     @abstractmethod
@@ -72,14 +76,38 @@ class Level(ABC):
     def misfit(self, unit: Unit | Layer) -> str | None:
         """Return why the level does not fit a unit, as what follows its name in a sentence; None if it fits."""
 
-    def on(self, unit: Unit | Layer) -> Hashable | None:
-        """Return what the level makes of a unit, equal where two levels make the same; None if it does not fit."""
-        return self if self.misfit(unit) is None else None
+    def sparsity_of(self, unit: Unit | Layer) -> Fraction:
+        """Return the share of zeros of a unit before it is rounded to whole weights of a row."""
+        return self.sparsity if self.width(unit) is None else 1 - Fraction(self.kept(unit), unit.weights)
+
+    def width(self, unit: Unit | Layer) -> tuple[int, Pattern] | None:
+        """Return (heads or channels of a unit that stay, the pattern inside what stays).
+
+        None at a level that is not ``by_groups``, and where it does not fit the unit.
+        """
+        return None
+
+    def limits(self, layer: Layer) -> tuple[tuple[int, int, str], ...]:
+        """Return (n, m, place) of each pattern that a layer's weight keeps to, the widest first.
+
+        At most n of every m consecutive weights of a row are kept; ``place`` names the m weights. m divides in_features.
+        """
+        return ()
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The pattern, if a mask of it in each layer is all that the level asks for."""
+        return None
 
     @property
     def is_dense(self) -> bool:
         """True if nothing is pruned."""
         return not self.sparsity
+
+    @property
+    def is_dropped(self) -> bool:
+        """True if nothing is kept."""
+        return self.sparsity == 1
 
     @staticmethod
     def parse(text: object) -> Level:
@@ -147,6 +175,14 @@ class Pattern(Level):
             return self.kind is Kind.NM_IN_24
         return (self.n == 1 and self.m > 1) or (self.n == 2 and self.m % 4 == 0)
 
+    @property
+    def pattern(self) -> Pattern:
+        return self
+
+    def limits(self, layer: Layer) -> tuple[tuple[int, int, str], ...]:
+        widest = (*self.group(layer.in_features), "row" if self.kind is Kind.SHARE else "group")
+        return (widest, (2, 4, "aligned four")) if self.kind is Kind.NM_IN_24 else (widest,)
+
     def group(self, in_features: int) -> tuple[int, int]:
         """Return (n, m): exactly n of every m consecutive weights of a row are kept; m divides in_features.
 
@@ -196,6 +232,7 @@ class Dropped(Level):
     sparsity = Fraction(1)
     servable = True
     narrows = True
+    granularities = ("half", "block")
 
     def kept(self, unit: Unit | Layer) -> int:
         return 0
@@ -220,6 +257,8 @@ class Width(Level):
     share: Fraction
     inside: Pattern
     narrows = True
+    by_groups = True
+    granularities = ("half",)
 
     @property
     def name(self) -> str:
@@ -228,7 +267,7 @@ class Width(Level):
 
     @property
     def sparsity(self) -> Fraction:
-        """The nominal share of zeros; a unit's own is that of ``kept``."""
+        """The nominal share of zeros; a unit's own is ``sparsity_of`` it."""
         return 1 - self.share * (1 - self.inside.sparsity)
 
     @property
@@ -259,9 +298,9 @@ class Width(Level):
         assert layer.groups is not None
         count = self.groups(layer)
         rows, columns = layer.out_features, layer.in_features
-        if layer.groups.by_columns:
-            return rows, columns // layer.groups.count * count
-        return rows // layer.groups.count * count, columns
+        if layer.inner:
+            return rows // layer.groups.count * count, columns
+        return rows, columns // layer.groups.count * count
 
     def misfit(self, unit: Unit | Layer) -> str | None:
         name = unit.name
@@ -277,7 +316,7 @@ class Width(Level):
                 return why
         return None
 
-    def on(self, unit: Unit | Layer) -> Hashable | None:
+    def width(self, unit: Unit | Layer) -> tuple[int, Pattern] | None:
         return None if self.misfit(unit) else (self.groups(unit), self.inside)
 
 

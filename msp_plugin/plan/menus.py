@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from msp_plugin.errors import RecipeError
-from msp_plugin.plan.levels import Kind, Level, Pattern, Width
+from msp_plugin.plan.levels import Kind, Level
 
 #: Eight steps of one eighth. With one M, the levels of every layer differ by multiples of one count of
 #: weights, so that budgets are met exactly; 2:8 and 1:8 run on 2:4 kernels. The choice is ours: the paper's
@@ -55,13 +55,13 @@ def parse_menu(levels: Iterable[object]) -> tuple[Level, ...]:
 
 
 def _menu_order(level: Level) -> tuple[Fraction, int, int, str]:
-    kind, period = (level.kind.value, level.m) if isinstance(level, Pattern) else (len(Kind), 0)
+    kind, period = (pattern.kind.value, pattern.m) if (pattern := level.pattern) else (len(Kind), 0)
     return level.sparsity, kind, -period, level.name
 
 
 def has_widths(menu: Iterable[Level]) -> bool:
-    """Return True if a level of the menu is a width."""
-    return any(isinstance(level, Width) for level in menu)
+    """Return True if a level of the menu keeps some heads or channels of a unit."""
+    return any(level.by_groups for level in menu)
 
 
 def menu_names(menu: Sequence[Level]) -> list[str]:

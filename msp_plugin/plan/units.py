@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 class Groups:
     """How a layer of an attention or an MLP splits into equal parts that go one by one, through all layers of its half.
 
+    An inner layer has a group's weights in rows, the last one in columns.
+
     Args:
         count: KV heads, each with its query heads; or channels.
         quantum: a width keeps a multiple of so many.
-        by_columns: the layer has a group's weights in columns, as the last one of its half does; else in rows.
     """
 
     count: int
     quantum: int = 1
-    by_columns: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,15 @@ class Layer:
 
     Args:
         groups: known where the menu holds widths; it is no part of the layer's identity.
+        inner: another layer ends its attention or MLP. What a level takes out of that changes the model through that last
+            layer alone, and counts there. Known where a level narrows; it is no part of the layer's identity.
     """
 
     name: str
     out_features: int
     in_features: int
     groups: Groups | None = field(default=None, compare=False)
+    inner: bool = field(default=False, compare=False)
 
     @property
     def weights(self) -> int:

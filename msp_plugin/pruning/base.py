@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from msp_plugin.errors import NumericsError, PluginError, RecipeError
-from msp_plugin.plan.levels import DROPPED, Level, Pattern, Width
+from msp_plugin.plan.levels import Level, Pattern
 from msp_plugin.plan.units import Layer, Unit
 from msp_plugin.pruning import masks
 from msp_plugin.pruning.masks import nm_masks
@@ -70,14 +70,14 @@ class Pruner(ABC):
         By default it can drop what any method can, and make the patterns that ``check_level`` allows.
         """
         for level in menu:
-            if isinstance(level, Pattern):
+            if level.pattern is not None:
                 if not level.is_dense:
-                    self.check_level(level)
-            elif level != DROPPED:
+                    self.check_level(level.pattern)
+            elif not level.is_dropped:
                 raise RecipeError(
                     f"method {self.name!r} cannot make level {level}",
                     hint="use a method that makes widths: llm_pruner, obs, flap, saap, l2, random, or a plugin's"
-                    if isinstance(level, Width)
+                    if level.by_groups
                     else "use another method, or another level",
                 )
 
@@ -86,8 +86,8 @@ class Pruner(ABC):
         """True if the method reads calibration samples, for statistics or for gradients."""
         return self.needs_statistics or self.gradient_order > 0
 
-    def statistic_bytes(self, module: torch.nn.Linear) -> int:
-        """Return the memory of one layer's statistic in bytes."""
+    def statistic_bytes(self, layer: Layer) -> int:
+        """Return the memory of a layer's statistic in bytes."""
         return 0
 
     def layer_statistic(self, layer: Layer, module: torch.nn.Linear) -> Any:
@@ -157,11 +157,11 @@ class Pruner(ABC):
     def _prune_layer(
         self, module: torch.nn.Linear, statistic: Any, levels: Sequence[Level], layer: str
     ) -> Iterator[torch.Tensor]:
-        patterns = [level for level in levels if isinstance(level, Pattern)]
+        patterns = [level.pattern for level in levels if level.pattern]
         weights = self.prune_levels(module, statistic, patterns, layer) if patterns else ()
         pruned = zip(patterns, weights, strict=True)
         for level in levels:
-            yield torch.zeros_like(module.weight) if level == DROPPED else next(pruned)[1]
+            yield torch.zeros_like(module.weight) if level.is_dropped else next(pruned)[1]
         next(pruned, None)  # raises if there are more weights than patterns
 
     @abstractmethod
@@ -212,8 +212,8 @@ class LayerwisePruner(Pruner):
                 tokens; ones if ``needs_statistics`` is False.
         """
 
-    def statistic_bytes(self, module: torch.nn.Linear) -> int:
-        return 8 * module.in_features
+    def statistic_bytes(self, layer: Layer) -> int:
+        return 8 * layer.in_features
 
     def new_statistic(self, module: torch.nn.Linear) -> InputNorm:
         return InputNorm(module.in_features, module.weight.device)

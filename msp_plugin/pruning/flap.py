@@ -17,8 +17,8 @@ class FLAP(StructuredPruner):
     A channel j of the last layer's inputs scores var(x_j) |W_:j|^2; a head the mean over its channels, of the squares of
     that, as in the authors' code.
 
-    Deviations: no bias makes up for the mean of what goes, because models of the supported types have none there and the
-    level database holds weights alone (``obs`` makes up for it in the weights that stay); KV heads are scored with their
+    Deviations: the bias that makes up for the mean of what goes is a recovery of its own, ``mean_update``, as the level
+    database holds weights alone (``obs`` makes up for it in the weights that stay); KV heads are scored with their
     query heads, which the authors' code does not support; one threshold over all layers is the allocation's choice.
     """
 

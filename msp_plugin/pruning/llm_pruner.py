@@ -55,6 +55,5 @@ def layer_taylor_scores(
     layer: Layer, weight: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor, score: str
 ) -> torch.Tensor:
     """Return float64[G], the scores of the groups of one layer, whose matrices are [O, I]."""
-    assert layer.groups is not None, "see wants_gradient"
-    first, second, third = (groups_of(matrix, layer.groups) for matrix in (weight, gradient, squares))
+    first, second, third = (groups_of(matrix, layer) for matrix in (weight, gradient, squares))
     return taylor_scores(first, second, third, score)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from msp_plugin.errors import NumericsError
-from msp_plugin.plan.levels import Kind, Level, Pattern, Width
-from msp_plugin.plan.units import Groups, Layer
+from msp_plugin.plan.levels import Kind, Level, Pattern
+from msp_plugin.plan.units import Layer
 
 #: From scores [M, C] and a count to bool[M, C], True for exactly so many lowest of each column, however many
 #: are equal.
@@ -145,64 +145,48 @@ class Recount:
 
     Args:
         zeros: count of zeros.
-        most_in_group: the most nonzeros in any group of M; for a share of zeros, in any row; for a level without
-            groups, in the whole weight.
         from_dead_inputs: zeros beyond the pattern's own that are due to columns of zeros: a group with j such
             columns cannot keep more than M - j weights.
         finite: True if no weight is infinite or NaN.
-        broken: how the weight breaks the level's pattern, None if it does not.
+        broken: how the weight breaks the level, None if it does not.
     """
 
     zeros: int
-    most_in_group: int
     from_dead_inputs: int
     finite: bool
     broken: str | None = None
 
 
 def recount(weight: torch.Tensor, level: Level, layer: Layer | None = None) -> Recount:
-    """Return the counts of a weight [O, I], in the groups of ``level`` if it is a pattern.
-
-    At a width the rows or columns of its groups are counted; at any other level the kept weights alone.
+    """Return the counts of a weight [O, I], and if it obeys a level.
 
     Args:
         layer: with its groups, for a width.
     """
-    nonzero = weight != 0
+    layer, nonzero = layer or Layer("weight", *weight.shape), weight != 0
     finite = bool(torch.isfinite(weight if weight.element_size() > 1 else weight.float()).all())
-    if not isinstance(level, Pattern):
-        layer = layer or Layer("weight", *weight.shape)
-        kept, most = level.kept(layer), int(nonzero.sum())
-        broken = f"keeps {most:,} weights instead of {kept:,}" if most > kept else None
-        if isinstance(level, Width) and layer.groups is not None:
-            used, count = int(groups_of(nonzero, layer.groups).any((1, 2)).sum()), level.groups(layer)
-            if used > count:
-                broken = f"keeps {used} of {layer.groups.count} heads or channels instead of {count}"
-        return Recount(weight.numel() - most, most, 0, finite, broken)
-    n, m = level.group(weight.shape[1])
-    alive = nonzero.any(dim=0)
-    most, broken = _most(nonzero, m), None
-    if most > n:
-        broken = f"keeps {most} of {m} in some {'row' if level.kind is Kind.SHARE else 'group'}"
-    if level.kind is Kind.NM_IN_24:
-        alive = alive.reshape(-1, 4).sum(dim=-1).clamp(max=2).repeat_interleave(4) / 4
-        four = _most(nonzero, 4)
-        if four > 2 and broken is None:
-            broken = f"keeps {four} of 4 in some aligned four"
-    capacity = alive.float().reshape(-1, m).sum(dim=-1).round().long()
-    return Recount(
-        zeros=weight.numel() - int(nonzero.sum()),
-        most_in_group=most,
-        from_dead_inputs=weight.shape[0] * int((n - capacity).clamp(min=0).sum()),
-        finite=finite,
-        broken=broken,
-    )
+    alive, dead, broken = nonzero.any(dim=0).float(), 0, None
+    kept, most = int(nonzero.sum()), level.kept(layer)
+    if kept > most:
+        broken = f"keeps {kept:,} weights instead of {most:,}"
+    for n, m, place in reversed(level.limits(layer)):
+        capacity = alive.reshape(-1, m).sum(dim=-1).round()
+        dead = int((n - capacity).clamp(min=0).sum())
+        alive = (capacity.clamp(max=n) / m).repeat_interleave(m)
+        if (largest := _most(nonzero, m)) > n:
+            broken = f"keeps {largest} of {m} in some {place}"
+    if (width := level.width(layer)) and layer.groups:
+        used = int(groups_of(nonzero, layer).any((1, 2)).sum())
+        if used > width[0]:
+            broken = f"keeps {used} of {layer.groups.count} heads or channels instead of {width[0]}"
+    return Recount(weight.numel() - kept, weight.shape[0] * dead, finite, broken)
 
 
-def groups_of(matrix: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Return [G, size, other], the rows or columns of a matrix [O, I] by the group that they belong to."""
-    by_channel = matrix.t() if groups.by_columns else matrix
-    return by_channel.reshape(groups.count, -1, by_channel.shape[1])
+def groups_of(matrix: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """Return [G, size, other], the rows or columns of a layer's matrix [O, I] by the group that they belong to."""
+    assert layer.groups is not None
+    by_channel = matrix if layer.inner else matrix.t()
+    return by_channel.reshape(layer.groups.count, -1, by_channel.shape[1])
 
 
 def _most(nonzero: torch.Tensor, m: int) -> int:

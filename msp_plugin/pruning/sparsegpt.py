@@ -21,6 +21,7 @@ import torch
 
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.levels import Kind, Pattern
+from msp_plugin.plan.units import Layer
 from msp_plugin.pruning import masks
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.pruning.masks import lowest, lowest_by_topk, nm_mask
@@ -236,8 +237,8 @@ class SparseGPT(Pruner):
                 hint="the pattern would break at the block's edge; change block_size",
             )
 
-    def statistic_bytes(self, module: torch.nn.Linear) -> int:
-        return 4 * module.in_features**2
+    def statistic_bytes(self, layer: Layer) -> int:
+        return 4 * layer.in_features**2
 
     def new_statistic(self, module: torch.nn.Linear) -> InputHessian:
         width = module.in_features

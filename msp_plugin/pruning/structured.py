@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from msp_plugin.errors import NumericsError
-from msp_plugin.plan.levels import Level, Pattern, Width
+from msp_plugin.plan.levels import Level, Pattern
 from msp_plugin.plan.units import Layer
 from msp_plugin.pruning.base import InputNorm, LayerwisePruner, UnitInputs
 from msp_plugin.pruning.masks import groups_of, nm_mask
@@ -64,8 +64,7 @@ class HalfLayer:
 
     def by_group(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return [G, rows of a group, I] of a matrix [O, I]; of the last layer [G, columns of a group, O]."""
-        assert self.layer.groups is not None
-        return groups_of(matrix, self.layer.groups)
+        return groups_of(matrix, self.layer)
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class HalfInputs:
     @property
     def output(self) -> HalfLayer:
         """The last layer, whose columns belong to the groups."""
-        return next(part for part in self.layers if part.layer.groups and part.layer.groups.by_columns)
+        return next(part for part in self.layers if not part.layer.inner)
 
 
 @dataclass(frozen=True)
@@ -120,16 +119,18 @@ class WidthPruner(LayerwisePruner):
         """
 
     def check_menu(self, menu: Sequence[Level]) -> None:
-        super().check_menu([level for level in menu if not isinstance(level, Width)])
+        super().check_menu([level for level in menu if not level.by_groups])
 
-    def statistic_bytes(self, module: torch.nn.Linear) -> int:
-        width = module.in_features
-        return 16 * width + (4 * width**2 if self.keeps_gram else 0)
+    def statistic_bytes(self, layer: Layer) -> int:
+        width = layer.in_features
+        return 16 * width + (4 * width**2 if self._takes_gram(layer) else 0)
+
+    def _takes_gram(self, layer: Layer) -> bool:
+        """Return True for the last layer of a half, where the method wants its x x^T."""
+        return self.keeps_gram and layer.groups is not None and not layer.inner
 
     def layer_statistic(self, layer: Layer, module: torch.nn.Linear) -> InputMoments:
-        """Return an empty statistic; of the last layer of a half with x x^T, where the method wants that."""
-        last = layer.groups is not None and layer.groups.by_columns
-        return InputMoments(module.in_features, module.weight.device, gram=self.keeps_gram and last)
+        return InputMoments(module.in_features, module.weight.device, gram=self._takes_gram(layer))
 
     def new_statistic(self, module: torch.nn.Linear) -> InputMoments:
         return InputMoments(module.in_features, module.weight.device)
@@ -145,8 +146,7 @@ class WidthPruner(LayerwisePruner):
         self, inputs: UnitInputs, levels: Sequence[Level]
     ) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
         unit = inputs.unit
-        fitting = [level for level in levels if isinstance(level, Width) and level.on(unit) is not None]
-        counts = sorted({level.groups(unit) for level in fitting})
+        counts = sorted({width[0] for level in levels if (width := level.width(unit))})
         cuts = self.cuts(_half(inputs), counts) if counts else {}
         for layer in unit.layers:
             yield layer.name, self._layer_weights(inputs, layer, levels, cuts)
@@ -156,23 +156,23 @@ class WidthPruner(LayerwisePruner):
     ) -> Iterator[torch.Tensor]:
         """Yield a layer's weight at each level; zeros at a width that does not fit the unit, which no unit takes."""
         module, statistic = inputs.modules[layer.name], inputs.statistics[layer.name]
-        others = [level for level in levels if not isinstance(level, Width)]
+        others = [level for level in levels if not level.by_groups]
         weights = self._prune_layer(module, statistic, others, layer.name)
         for level in levels:
-            if not isinstance(level, Width):
+            if not level.by_groups:
                 yield next(weights)
-            elif level.on(inputs.unit) is None:
-                yield torch.zeros_like(module.weight)
+            elif width := level.width(inputs.unit):
+                count, inside = width
+                yield self._narrowed(module.weight.detach(), layer, statistic, cuts[count], inside)
             else:
-                cut = cuts[level.groups(inputs.unit)]
-                yield self._narrowed(module.weight.detach(), layer, statistic, cut, level.inside)
+                yield torch.zeros_like(module.weight)
 
     def _narrowed(
         self, weight: torch.Tensor, layer: Layer, statistic: InputMoments, cut: Cut, inside: Pattern
     ) -> torch.Tensor:
         """Return a layer's weight with zeros for the groups that go, and with a pattern in what stays."""
         assert layer.groups is not None
-        norm, columns = statistic.rms, layer.groups.by_columns
+        norm, columns = statistic.rms, not layer.inner
         length = layer.in_features if columns else layer.out_features
         kept = cut.kept.repeat_interleave(length // layer.groups.count)
         if columns and cut.output is not None:

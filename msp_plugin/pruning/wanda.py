@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from msp_plugin.plan.levels import Pattern
+from msp_plugin.plan.units import Layer
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.pruning.masks import lowest_by_topk, nm_masks
 
@@ -36,8 +37,8 @@ class Wanda(Pruner):
 
     name = "wanda"
 
-    def statistic_bytes(self, module: torch.nn.Linear) -> int:
-        return 4 * module.in_features
+    def statistic_bytes(self, layer: Layer) -> int:
+        return 4 * layer.in_features
 
     def new_statistic(self, module: torch.nn.Linear) -> InputSquares:
         return InputSquares(torch.zeros(module.in_features, device=module.weight.device))

@@ -185,8 +185,9 @@ after the recovery; null where fewer than three differ. Empty without a recovery
 
     def _layer(self, unit: str, layer: LayerRecord) -> Layer:
         of = self.groups.get(unit)
-        groups = None if of is None else Groups(of.count, of.quantum, layer.name in of.columns)
-        return Layer(layer.name, *layer.shape, groups)
+        if of is None:
+            return Layer(layer.name, *layer.shape)
+        return Layer(layer.name, *layer.shape, Groups(of.count, of.quantum), layer.name not in of.columns)
 
     @model_validator(mode="after")
     def _consistent(self) -> CompareRecord:

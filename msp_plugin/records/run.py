@@ -21,10 +21,15 @@ RECOVER, RECOVERED = "recover", "recovered"
 
 @dataclass(frozen=True)
 class Outcome:
-    """An allocation and the cost of finding it."""
+    """An allocation and the cost of finding it.
+
+    Args:
+        saved_seconds: that an earlier, stopped process spent on the search.
+    """
 
     allocation: Allocation
     search: SearchRecord = field(default_factory=SearchRecord)
+    saved_seconds: float = 0.0
 
 
 class RecoveryRecord(Part):
@@ -59,7 +64,8 @@ class StageRecord(Part):
     kl: float | None = None
     """KL divergence from the dense model on the test text, nats per token; only a run with a recovery measures it."""
     seconds: float | None = None
-    """Duration of the step without measuring the perplexity; null if it took none or was not measured."""
+    """Duration of the step without measuring the perplexity; null if it took none or was not measured. Of a step that \
+was stopped and went on, of its last part and of the whole search."""
     sparsity: float | None = None
     """Share of zeros in the prunable layers, recounted; null for the dense model."""
     recovery: RecoveryRecord | None = None
@@ -115,7 +121,8 @@ class RunRecord(Record):
     seed: int | None = None
     """The seed of the search."""
     seconds: float | None = None
-    """Duration of search and pruning, without the baseline and the perplexities."""
+    """Duration of search and pruning, without the baseline and the perplexities; of a run that was stopped and went on, \
+of its last part and of the whole search."""
     speed: tuple[SpeedRecord, ...] = ()
     """Measurements of speed for the report."""
     command: str | None = None

@@ -75,6 +75,8 @@ class Recovery(ABC):
     by_calibration: ClassVar[bool] = True
     #: True if the weights of the sparse model may stay on disk.
     offloads: ClassVar[bool] = False
+    #: True if both models must have as many blocks, because the method holds them side by side.
+    same_depth: ClassVar[bool] = False
 
     def check(self, model: PreTrainedModel, masks: Masks) -> None:  # noqa: B027 - optional to override
         """Raise, before any work, if an option does not fit the model."""

@@ -74,6 +74,7 @@ class Blockwise(Recovery):
 
     name = "blockwise"
     offloads = True
+    same_depth = True
 
     blocks: int = 0
     epochs: int = 4
@@ -106,12 +107,6 @@ class Blockwise(Recovery):
         """
         model, original = inputs.model, inputs.original
         assert original is not None, "the caller gives the original, because needs_original is True"
-        depth, whole = (len(decoder_blocks(each)[1]) for each in (model, original))
-        if depth != whole:
-            raise ModelError(
-                f"the model has {depth} blocks and its original {whole}, so blockwise cannot hold them side by side",
-                hint="use lora or full, which compare outputs, or export the model to small, which keeps empty blocks",
-            )
         check_runs_by_block(self.name, model, inputs.data.samples[0])
         with _frozen(model):
             return _Walk(self, inputs, original).run()

@@ -1,4 +1,4 @@
-"""Mean update: what a dropped half would add on average goes into the bias of the half before it.
+"""Mean update: the mean of what a half lost goes into an output bias.
 
 Shape legend: T tokens of all samples, D hidden size.
 """
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import ModelError, NumericsError
 from msp_plugin.models.layers import text_config
+from msp_plugin.passes.by_block import BlockPass
 from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_in_memory
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.shared import mean_kl
-from msp_plugin.runtime.ranks import Ranks
 from msp_plugin.structure.halves import Half, find_halves
 
 if TYPE_CHECKING:
@@ -32,16 +31,18 @@ _BIASES = {"llama": ("attention_bias", "mlp_bias")}
 
 @dataclass(frozen=True)
 class MeanUpdate(Recovery):
-    """Replaces each dropped half by the mean of what it would add (the emulated update of arXiv 2407.16286).
+    """Adds the mean of what each half lost to an output bias (arXiv 2407.16286; for widths FLAP, arXiv 2312.11983).
 
-    For a dropped half, b = mean_t(f(x_t)), where f is the dense half and x_t the hidden state that it would get in the
-    model as recovered so far. Adding b there is adding it to the output bias of the last half before it that is left, which is
-    exact: only dropped halves lie between. It costs nothing in the served model but biases, which become zeros where a Llama
-    has none. Halves are done in order. A half with none before it gets no update, which a note says. If the loss on the
-    hold-out does not fall, all biases stay as they were. Sums are float64.
+    b = mean_t(f(x_t) - g(x_t)), where f is the dense half, g the half that is left of it, zero if it was dropped, and x_t the
+    hidden state that it gets in the model as recovered so far. Where heads or channels are gone and the others as they were,
+    b = W_gone mean(z_gone) for their inputs z of the output projection W, which is FLAP's bias. A half that is left gets b
+    itself. For a dropped one it goes to the last half before it that is left, which is the same, because only dropped halves
+    lie between; without a half before it, it gets no update, which a note says. The served model costs biases more, zeros
+    where a Llama has none. Halves are done in order. If the loss on the hold-out does not fall, all biases stay as they
+    were. Sums are float64.
 
-    Deviation: x_t is of the recovered model, not of the dense one. The authors' low-rank updates are not here: train the
-    model that is left.
+    Deviation: x_t is of the recovered model, not of the dense one. The low-rank updates of 2407.16286 are not here: train
+    the model that is left.
     """
 
     name = "mean_update"
@@ -59,29 +60,38 @@ class MeanUpdate(Recovery):
         """Set biases of the model in place (see Recovery.recover).
 
         Raises:
-            ModelError: see find_halves; or the original has other halves, or none is dropped.
-            NumericsError: the mean output of a half is not finite.
+            ModelError: see find_halves; or the original has other halves.
+            NumericsError: the mean of what a half lost is not finite.
         """
-        model, original = inputs.model, inputs.original
+        model, original, data = inputs.model, inputs.original, inputs.data
         assert original is not None, "the caller gives the original, because needs_original is True"
-        left, gone = _left_and_gone(model, original)
+        changed = _changed(model, original)
         before = self._loss(inputs)
         added = _add_biases(model)
         kept = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(".bias")}
-        notes, tokens = [], 0
-        for done, half in enumerate(gone, 1):
-            target = max((h for h in left if _place(h) < _place(half)), key=_place, default=None)
+        walk = BlockPass(model, data.of_rank(inputs.ranks), inputs.batch_tokens)
+        notes: list[str] = []
+        runs = 0
+        for done, (half, target) in enumerate(changed, 1):
+            inputs.progress("mean update", done, len(changed))
             if target is None:
                 notes.append(f"{half.name} has no half before it, so nothing stands for it")
                 continue
-            update = _mean_output(model, original, half, inputs.data, inputs.ranks)
-            tokens += inputs.data.tokens
+            while walk.block < half.block:
+                walk.run()
+                runs += 1
+            runs += 1
+            total = _lost(model, original, half, walk)
+            update = (total if inputs.ranks.size == 1 else inputs.ranks.all_reduce_sum(total)) / data.tokens
             if not torch.isfinite(update).all():
-                raise NumericsError(f"the mean output of {half.name} is not finite", hint="try dtype float32")
+                raise NumericsError(f"what {half.name} lost is not finite", hint="try dtype float32")
             with torch.no_grad():
                 output_bias = model.get_parameter(f"{target.output}.bias")
                 output_bias.add_(update.to(output_bias))
-            inputs.progress("mean update", done, len(gone))
+                if target.block < half.block:  # the states that wait at this block are from before
+                    for states in walk.hidden:
+                        assert states is not None, "only the first block has none, and none is before it"
+                        states.add_(update.to(states))
         after = self._loss(inputs)
         if not after < before:
             notes.append(
@@ -91,6 +101,7 @@ class MeanUpdate(Recovery):
                 for name, bias in kept.items():
                     model.get_parameter(name).copy_(bias)
             _remove_biases(model, added)
+        tokens = data.tokens * runs // len(walk.blocks)
         return RecoveryResult(tokens, ((0, before), (tokens, min(after, before))), tuple(notes))
 
     def _loss(self, inputs: RecoveryInputs) -> float:
@@ -104,31 +115,35 @@ class MeanUpdate(Recovery):
             return math.inf
 
 
-def _left_and_gone(model: torch.nn.Module, original: torch.nn.Module) -> tuple[list[Half], list[Half]]:
-    """Return the halves of a model that are left, and those of its original that are dropped, in order.
-
-    Dropped is one that is cut out, or whose output projection is zero.
+def _changed(model: torch.nn.Module, original: torch.nn.Module) -> list[tuple[Half, Half | None]]:
+    """Return the halves of the original that lost weights, each with the half whose bias gets its update, in order.
 
     Raises:
-        ModelError: the model has halves that the original has not, or none is dropped.
+        ModelError: the model has halves that the original has not.
     """
     there = {half.name: half for half in find_halves(model)}
-    silent = {name for name, half in there.items() if not model.get_parameter(f"{half.output}.weight").any()}
     whole = find_halves(original)
     if odd := sorted(set(there) - {half.name for half in whole}):
         raise ModelError(f"the original has no {odd[0]}", hint="give the dense model that was pruned")
-    gone = [half for half in whole if half.name not in there or half.name in silent]
-    if not gone:
-        raise ModelError(
-            "no attention and no MLP of the model is dropped",
-            hint="mean_update stands for dropped halves alone",
-        )
-    return [half for name, half in there.items() if name not in silent], gone
+    changed: list[tuple[Half, Half | None]] = []
+    last: Half | None = None
+    for half in sorted(whole, key=lambda h: (h.block, h.kind == "mlp")):
+        own = there.get(half.name)
+        if own is not None and model.get_parameter(f"{own.output}.weight").any():
+            last = own
+            if not _lost_weights(model, original, half):
+                continue
+        changed.append((half, last))
+    return changed
 
 
-def _place(half: Half) -> tuple[int, bool]:
-    """Return the place of a half in the order of the forward pass."""
-    return half.block, half.kind == "mlp"
+def _lost_weights(model: torch.nn.Module, original: torch.nn.Module, half: Half) -> bool:
+    """Return True if a layer of a half is smaller than the original's or has zeros."""
+    for layer in (*half.inputs, half.output):
+        weight = model.get_parameter(f"{layer}.weight")
+        if weight.shape != original.get_parameter(f"{layer}.weight").shape or not weight.all():
+            return True
+    return False
 
 
 def _add_biases(model: PreTrainedModel) -> list[str]:
@@ -164,10 +179,12 @@ def _remove_biases(model: PreTrainedModel, changed: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def _mean_output(
-    model: PreTrainedModel, original: PreTrainedModel, half: Half, data: CalibrationSet, ranks: Ranks
-) -> torch.Tensor:
-    """Return float64[D], the mean over tokens of what the dense half adds beyond the present one, on the model's own inputs."""
+def _lost(model: PreTrainedModel, original: PreTrainedModel, half: Half, walk: BlockPass) -> torch.Tensor:
+    """Return float64[D], the sum over tokens of what the dense half adds beyond the present one, on the model's states.
+
+    Args:
+        walk: stands at the half's block.
+    """
     norm, dense = original.get_submodule(half.norms[0]), original.get_submodule(half.name)
     states: list[torch.Tensor] = []
     total = torch.zeros(text_config(model).hidden_size, dtype=torch.float64)
@@ -188,6 +205,5 @@ def _mean_output(
         first = model.get_submodule(half.norms[0])
         undo.callback(first.register_forward_pre_hook(state).remove)
         undo.callback(model.get_submodule(half.name).register_forward_hook(add, with_kwargs=True).remove)
-        for sample in data.of_rank(ranks).samples:
-            model(sample[None].to(model.device), use_cache=False)
-    return (total if ranks.size == 1 else ranks.all_reduce_sum(total)) / data.tokens
+        walk.run(advance=False)
+    return total

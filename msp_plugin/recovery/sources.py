@@ -19,6 +19,7 @@ from msp_plugin.models.layers import check_finite_weights, prunable_layers
 from msp_plugin.models.offload import input_embeddings, named_parameters, onloaded
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 from msp_plugin.records.run import RunRecord
+from msp_plugin.recovery.base import Recovery
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.runtime.disk import check_free
 from msp_plugin.structure.widths import read_widths
@@ -31,7 +32,8 @@ log = logging.getLogger(__name__)
 #: Entries of a config that a model and its original share, and those that are less in one that lost heads, channels or
 #: blocks.
 _SAME = ("vocab_size", "hidden_size")
-_LESS = ("intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_DEPTH = "num_hidden_layers"
+_LESS = ("intermediate_size", _DEPTH, "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,12 @@ class Sources:
     smaller: bool
 
 
-def check_sources(sparse: ModelSource, dense: ModelSource | None) -> Sources:
+def check_sources(sparse: ModelSource, dense: ModelSource | None, recovery: Recovery) -> Sources:
     """Return the tokenizer of a sparse model and if it is a smaller one, after all checks that need no weights.
 
     Raises:
-        ModelError: a source is missing or quantized, or the original's config or tokenizer differs.
+        ModelError: a source is missing or quantized, the original's config or tokenizer differs, or the recovery needs
+            models of the same depth.
     """
     hint = "recover the sparse model before its quantization, and quantize the result"
     check_source_unquantized(sparse.name, trust_remote_code=sparse.trust_remote_code, hint=hint)
@@ -143,6 +146,12 @@ def check_sources(sparse: ModelSource, dense: ModelSource | None) -> Sources:
         raise ModelError(
             f"{dense.name} is not the original of {sparse.name}: {key} is {other.get(key)}, expected {own.get(key)}",
             hint="give the dense model that was pruned",
+        )
+    if recovery.same_depth and _DEPTH in less:
+        raise ModelError(
+            f"{sparse.name} has {own[_DEPTH]} blocks and its original {other[_DEPTH]}, so {recovery.name} cannot hold them "
+            "side by side",
+            hint="use lora or full, which compare outputs, or export the model to small, which keeps empty blocks",
         )
     if dense.tokenizer().get_vocab() != tokenizer.get_vocab():
         raise ModelError(

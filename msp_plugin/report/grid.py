@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plan.levels import Level, Width
+from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Unit, UnitTable
 from msp_plugin.records.statistics import finite_values
 from msp_plugin.report.palette import LEVEL_STEPS, SENSITIVITY_STEPS
@@ -118,16 +118,11 @@ def kept_weights(allocation: Allocation) -> list[int]:
 
 
 def _level_title(unit: Unit, level: Level) -> str:
-    weights = f"{count(unit.weights)} weights"
-    if isinstance(level, Width) and unit.groups is not None:
-        zeros = 1 - Fraction(level.kept(unit), unit.weights)
-        stay = f"{level.groups(unit)} of {unit.groups.count} heads or channels stay"
-        return f"{unit.name}: {level.name}, {stay}, {rounded_percent(zeros)} zeros of {weights}"
+    zeros = f"{rounded_percent(level.sparsity_of(unit))} zeros of {count(unit.weights)} weights"
+    if (width := level.width(unit)) and unit.groups:
+        return f"{unit.name}: {level.name}, {width[0]} of {unit.groups.count} heads or channels stay, {zeros}"
     kernels = "runs" if level.servable else "does not run"
-    return (
-        f"{unit.name}: {level.name}, {rounded_percent(level.sparsity)} zeros of {weights}, "
-        f"{kernels} on 2:4 kernels"
-    )
+    return f"{unit.name}: {level.name}, {zeros}, {kernels} on 2:4 kernels"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.errors import ModelError
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.plan.levels import DROPPED, Level, Width
 from msp_plugin.structure.halves import Half, find_halves
 from msp_plugin.structure.slices import Slices
 from msp_plugin.structure.small_model import empty_model
@@ -47,8 +46,7 @@ def sizes(allocation: Allocation, checkpoint: Checkpoint | None) -> list[Size]:
     except ModelError:  # dropped halves of a model whose structure is not known stay in it, as zeros
         return []
     prefix, blocks = decoder_blocks(model)
-    levels = allocation.by_layer
-    kept = {half.name: tuple(range(_kept(half, levels, allocation, checkpoint))) for half in halves}
+    kept = {half.name: tuple(range(_kept(half, allocation, checkpoint))) for half in halves}
     slices = Slices(halves, kept, len(blocks))
     rows = ([0, 0, 0], [0, 0, 0])
     for name in checkpoint.dense_names:
@@ -69,13 +67,13 @@ def sizes(allocation: Allocation, checkpoint: Checkpoint | None) -> list[Size]:
     ]
 
 
-def _kept(half: Half, levels: dict[str, Level], allocation: Allocation, checkpoint: Checkpoint) -> int:
+def _kept(half: Half, allocation: Allocation, checkpoint: Checkpoint) -> int:
     """Return how many groups of a half stay; one, where it is dropped and adds a bias."""
-    level = levels.get(half.output)
-    if level == DROPPED:
+    level = allocation.by_layer.get(half.output)
+    if level is None:
+        return half.groups
+    if level.is_dropped:
         bias = f"{half.output}.bias"
         return int(bias in checkpoint.dense_names and bool((checkpoint.dense(bias) != 0).any()))
-    if isinstance(level, Width):
-        layer = next(layer for layer in allocation.table.layers if layer.name == half.output)
-        return level.groups(layer)
-    return half.groups
+    width = level.width(next(layer for layer in allocation.table.layers if layer.name == half.output))
+    return width[0] if width else half.groups

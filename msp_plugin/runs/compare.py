@@ -94,7 +94,7 @@ def compare(
                 return None
         dense = perplexity(model, samples.test, progress=partial(context.progress, "perplexity, dense"))
         identity = {
-            "model": fingerprint(model),
+            "model": (model_id := fingerprint(model)),
             "calibration": samples.pruning.fingerprint,
             "batch": text.batch,
             "test": samples.test.fingerprint,
@@ -105,11 +105,16 @@ def compare(
         }
         with closing(Journal(finals, identity)) as journal:
             rows = [comparison.row(cell, journal) for cell in comparison.cells()]
-    return _record(comparison, plans[0], dense, rows, ranks.size)
+    return _record(comparison, plans[0], model_id, dense, rows, ranks.size)
 
 
 def _record(
-    comparison: ComparisonRows, plan: ResolvedOptions, dense: float, rows: Sequence[ComparedRow], ranks: int
+    comparison: ComparisonRows,
+    plan: ResolvedOptions,
+    model_id: str,
+    dense: float,
+    rows: Sequence[ComparedRow],
+    ranks: int,
 ) -> CompareRecord:
     """Return the record of a comparison.
 
@@ -125,7 +130,7 @@ def _record(
             source=str(source.name),
             architecture=type(model).__name__,
             dtype=source.dtype,
-            fingerprint=fingerprint(model),
+            fingerprint=model_id,
         ),
         levels=tuple(level.name for level in plan.menu),
         granularity=plan.granularity,
@@ -189,7 +194,7 @@ def _unit_record(unit: Unit) -> UnitRecord:
 
 
 def _groups_record(unit: Unit, groups: Groups) -> GroupsRecord:
-    columns = tuple(layer.name for layer in unit.layers if layer.groups and layer.groups.by_columns)
+    columns = tuple(layer.name for layer in unit.layers if not layer.inner)
     return GroupsRecord(count=groups.count, quantum=groups.quantum, columns=columns)
 
 

@@ -96,7 +96,7 @@ def recover(
         path, journal_file = ranks.on_rank_zero(
             lambda: stack.enter_context(sole_run(out, cache, fresh=context.fresh))
         )
-        sources = check_sources(sparse, dense)
+        sources = check_sources(sparse, dense, recovery)
         tokenizer, smaller = sources.tokenizer, sources.smaller
         text = data if isinstance(data, Text) else Text(data)
         text = text.for_model(run, trust_remote_code=trust_remote_code)

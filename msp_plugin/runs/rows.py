@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,10 +190,15 @@ class ComparisonRows:
         key = f"{cell.measurements.database.key} {digest(units)[:16]} {','.join(row['levels'])}"
         if self.recovery is not None:
             key += f" {digest([spec_of(self.recovery), component_digest(self.recovery), cell.seed])[:16]}"
-        row |= finals.get(key, partial(self._quality, cell, problem, result.choice))
+        whole_key = digest([finals.identity, key])
+        row |= finals.get(key, partial(self._quality, cell, problem, result.choice, whole_key))
 
-    def _quality(self, cell: Cell, problem: AllocationProblem, choice: Choice) -> dict[str, Any]:
-        """Return test perplexity and KL of an allocation after the final pruning, and with the database's weights."""
+    def _quality(self, cell: Cell, problem: AllocationProblem, choice: Choice, key: str) -> dict[str, Any]:
+        """Return test perplexity and KL of an allocation after the final pruning, and with the database's weights.
+
+        Args:
+            key: digest of everything that they depend on.
+        """
         database = cell.measurements.database
         with CandidateWeights(self.model, database, problem) as weights:
             test = CandidateLoss(weights, self.samples.test, reuse=False).prepare()
@@ -213,7 +218,7 @@ class ComparisonRows:
             if self.recovery is None:
                 return quality
             sparse = self._copy()
-        return {**quality, "recovered": self._recovered(self.recovery, sparse, cell, problem, choice)}
+        return {**quality, "recovered": self._recovered(self.recovery, sparse, cell, problem, choice, key)}
 
     def _copy(self) -> PreTrainedModel:
         """Return a new model with the weights that this model's layers hold now."""
@@ -230,16 +235,18 @@ class ComparisonRows:
         cell: Cell,
         problem: AllocationProblem,
         choice: Choice,
+        key: str,
     ) -> dict[str, Any]:
         """Return the stage of the recovery of a pruned model, as JSON; this model is its original."""
         masks = Masks.of(sparse, [layer.name for layer in self.table.layers])
         recovery.check(sparse, masks)
-        samples = RecoveryText.of(self.samples.pruning, self.samples.test)
         context = RunContext(progress=cell.measurements.progress, fresh=self.context.fresh)
-        step = RecoveryStep(recovery, samples, cell.seed, cell.plan.cache, context)
-        allocation = make_allocation(problem, choice)
-        key = digest(step.identity(sparse, self.model))
-        return step.run(sparse, self.model, masks, allocation, key).to_dict()
+        step = RecoveryStep(recovery, self._recovery_text, cell.seed, cell.plan.cache, context)
+        return step.run(sparse, self.model, masks, make_allocation(problem, choice), key).to_dict()
+
+    @cached_property
+    def _recovery_text(self) -> RecoveryText:
+        return RecoveryText.of(self.samples.pruning, self.samples.test)
 
     @contextmanager
     def _pruned(self, cell: Cell, problem: AllocationProblem, choice: Choice, folder: Path) -> Iterator[None]:

@@ -164,7 +164,9 @@ class RunSteps:
         record = RunRecord(stages=(StageRecord(name=PRUNE),), versions=versions())
         if options is not None and outcome is not None and pruned.stats is not None:
             record = run_record(outcome, pruned.stats, options.seed)
-        seconds -= sum(each.seconds for each in pruned.recovered)
+        seconds += (outcome.saved_seconds if outcome else 0.0) - sum(
+            each.seconds for each in pruned.recovered
+        )
         record = record.model_copy(update={"seconds": round(seconds, 3)})
         kept = partial(
             kept_if_it_fails,

@@ -20,6 +20,7 @@ from msp_plugin.models.layers import (
     prunable_layers,
 )
 from msp_plugin.models.offload import own_parameters
+from msp_plugin.passes.outputs import with_inner
 from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.menus import has_widths
@@ -54,8 +55,8 @@ def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
         table = prunable_layers(model, plan.targets, plan.ignore, plan.granularity)
         if any(level.narrows for level in plan.menu):
             check_whole(model, table, plan.granularity)
-        if has_widths(plan.menu):
-            table = with_groups(model, table, plan.quantum)
+            widths = has_widths(plan.menu)
+            table = with_groups(model, table, plan.quantum) if widths else with_inner(model, table)
         check_fit(table, plan.menu)
         problem = make_problem(model, table, plan)
         budget = problem.budget
@@ -88,7 +89,9 @@ def _check_groups(model: torch.nn.Module, table: UnitTable) -> None:
         return
     own = with_groups(model, table, quantum)
     odd = [
-        layer.name for layer, its in zip(table.layers, own.layers, strict=True) if layer.groups != its.groups
+        a.name
+        for a, b in zip(table.layers, own.layers, strict=True)
+        if (a.groups, a.inner) != (b.groups, b.inner)
     ]
     if odd:
         raise VerificationError(
@@ -149,7 +152,8 @@ def allocate(
     allocation = _finish(
         model, measurements.model_id, used, plan, problem, result, measurements.sensitivities
     )
-    return Outcome(allocation, record if allocator.needs_database or plan.estimators else SearchRecord())
+    search = record if allocator.needs_database or plan.estimators else SearchRecord()
+    return Outcome(allocation, search, measurements.saved_seconds)
 
 
 def _vocabulary(model: torch.nn.Module) -> int:

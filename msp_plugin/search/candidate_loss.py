@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +15,6 @@ from msp_plugin.allocators.base import MOVE_GRADIENT_PASSES, Choice
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.models.offload import input_device
 from msp_plugin.passes.losses import summed_cross_entropy
-from msp_plugin.passes.outputs import output_layers
 from msp_plugin.passes.prefix import Prefix
 from msp_plugin.runtime.memory import cache_bytes, retried, shortage_explained
 from msp_plugin.runtime.ranks import ALONE, Ranks
@@ -162,8 +161,8 @@ class CandidateLoss:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the predicted changes of the loss by moves of one unit (see TrueLoss.move_gradients)."""
         layers = [layer.name for layer in self.problem.table.layers]
-        self._set(choice, self._outputs)
-        changes = changes_within(self.weights, choice, reach, self._outputs)
+        self._set(choice, inner_dense=True)
+        changes = changes_within(self.weights, choice, reach)
         shape = (len(choice), len(self.problem.menu))
 
         def measure(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -186,21 +185,14 @@ class CandidateLoss:
         pairs = zip(self.problem.table, self._incumbent, choice, strict=True)
         return min((unit.block for unit, a, b in pairs if a != b), default=1 << 30)
 
-    @cached_property
-    def _outputs(self) -> frozenset[str] | None:
-        """The layers that say what heads, channels and halves change that are gone; None where no level takes any."""
-        if not any(level.narrows for level in self.problem.menu):
-            return None
-        return output_layers(self.model, (layer.name for layer in self.problem.table.layers))
-
-    def _set(self, choice: Choice | None, outputs: frozenset[str] | None = None) -> None:
+    def _set(self, choice: Choice | None, *, inner_dense: bool = False) -> None:
         """Give the model the weights of a choice (see CandidateWeights.set).
 
         Raises:
             ModelError: they do not fit into memory beside the model's own.
         """
         with shortage_explained("a candidate's weights do", "offloaded weights"):
-            retried(lambda: self.weights.set(choice, outputs), self._release)
+            retried(lambda: self.weights.set(choice, inner_dense=inner_dense), self._release)
 
     def _run(self, group: Sequence[int], work: Callable[[], T]) -> T:
         """Return the result of ``work`` on some samples; if memory runs out, try again after ``_release``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from msp_plugin.database.store import LevelDatabase
 from msp_plugin.models.offload import input_device, linear, onloaded
 from msp_plugin.models.weights import InMemory, Place, Weights, weight_place
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import DENSE, DROPPED, Level, Width
+from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.runtime.memory import cache_bytes, free_cached
 
@@ -33,14 +33,14 @@ def weight_for_errors(
 ) -> Callable[[str, str], torch.Tensor]:
     """Return a function that returns a layer's weight [O, I] at a level, as errors of single layers are measured with it.
 
-    Heads and channels that a width takes out keep their dense rows: what those change is the error of the last layer
-    of their attention or MLP.
+    What a level takes out of an attention or MLP is the error of its last layer: the others keep their dense rows.
     """
-    groups = {layer.name: layer.groups for layer in table.layers}
+    inner = {layer.name for layer in table.layers if layer.inner}
+    narrow = {level.name for level in database.menu if level.narrows}
 
     def weight(layer: str, level: str) -> torch.Tensor:
-        pruned, of = database.weight(layer, level), groups[layer]
-        if of is None or of.by_columns or not isinstance(Level.parse(level), Width):
+        pruned = database.weight(layer, level)
+        if layer not in inner or level not in narrow:
             return pruned
         with onloaded(linear(model, layer)) as module:
             dense = module.weight.detach()
@@ -89,20 +89,18 @@ class CandidateWeights:
         self._held.clear()
         self._bytes = 0
 
-    def set(self, choice: Choice | None, outputs: Collection[str] | None = None) -> None:
+    def set(self, choice: Choice | None, *, inner_dense: bool = False) -> None:
         """Give the model the weights of a choice, or its own for None.
 
         Args:
-            outputs: of heads, channels and halves that are gone, only these layers hold zeros, and the others their
-                dense rows. The loss is the same, but its gradient is not zero, as it would be with zeros in all layers.
+            inner_dense: of heads, channels and halves that are gone, only the last layers hold zeros, and the inner ones
+                their dense rows. The loss is the same, but its gradient is not zero, as it would be with zeros in all.
         """
         menu = self.problem.menu
         levels = [DENSE] * len(self._now) if choice is None else [menu[k] for k in choice]
         for u, (unit, level) in enumerate(zip(self.problem.table, levels, strict=True)):
-            inner = [
-                outputs is not None and level.narrows and layer.name not in outputs for layer in unit.layers
-            ]
-            now = f"outputs {level.name}" if any(inner) else level.name
+            inner = [inner_dense and level.narrows and layer.inner for layer in unit.layers]
+            now = f"inner dense {level.name}" if any(inner) else level.name
             if self._now[u] != now:
                 gives = [
                     self._giver(layer.name, level, dense_rows)
@@ -121,7 +119,7 @@ class CandidateWeights:
         Args:
             dense_rows: give the dense rows in place of those that are zero.
         """
-        if level.is_dense or (dense_rows and level == DROPPED):
+        if level.is_dense or (dense_rows and level.is_dropped):
             return None
         give = partial(self._with_dense_rows if dense_rows else self._stored, layer, level.name)
         if isinstance(self._places[layer], InMemory):

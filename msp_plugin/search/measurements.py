@@ -24,7 +24,6 @@ from msp_plugin.errors import HostError, RecipeError, nearest
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.offload import check_loadable, input_device
 from msp_plugin.passes.gradients import BACKWARD
-from msp_plugin.passes.outputs import output_layers
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import UnitTable
@@ -40,7 +39,7 @@ from msp_plugin.search.keys import problem_identity, search_identity, sensitivit
 from msp_plugin.search.level_database import complete_database, open_database
 from msp_plugin.search.recorded import Journals, Recorded, RecordedEstimate, RecordedLoss
 from msp_plugin.search.search_record import log_result, search_record
-from msp_plugin.search.unit_errors import ERRORS, dropped_by_outputs, replace_one_errors, sum_over_units
+from msp_plugin.search.unit_errors import ERRORS, replace_one_errors, sum_over_units
 from msp_plugin.sensitivity.base import Estimator, unit_sensitivities
 from msp_plugin.sensitivity.fisher import FisherTrace
 from msp_plugin.sensitivity.fisher_error import diagonal_groups, fisher_errors
@@ -73,6 +72,7 @@ class Measurements:
         prefix: the level's name of each unit in the pruned blocks whose outputs feed the level database's statistics
             (see build_database); None: dense blocks.
         renewed: the files that ``fresh`` has measured again; shared by objects with one cache.
+        saved_seconds: that an earlier process spent on what the last search read from its journal.
     """
 
     model: torch.nn.Module
@@ -89,6 +89,7 @@ class Measurements:
     prefix: tuple[str, ...] | None = None
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
     renewed: set[Path] = field(default_factory=set)
+    saved_seconds: float = 0.0
 
     @property
     def device(self) -> str:
@@ -192,8 +193,7 @@ class Measurements:
             RecipeError: there is no error of that name.
         """
         if name in ("weight", "output"):
-            number = ("weight", "output").index(name)
-            return self._over_units(lambda table: self.database.errors(table)[number])
+            return self.database.errors(self.table)[("weight", "output").index(name)]
         if name == "fisher":
             return self._fisher_error
         if name == "kfac":
@@ -277,12 +277,7 @@ class Measurements:
                 ranks=self.ranks,
             )
             log.info("%s: %.1f s", title, time.monotonic() - began)
-        return self._over_units(lambda table: sum_over_units(errors, title, table, self.menu))
-
-    def _over_units(self, errors_of: Callable[[UnitTable], np.ndarray]) -> np.ndarray:
-        """Return float64[U, K], the errors of the units (see dropped_by_outputs)."""
-        layers = [layer.name for layer in self.table.layers]
-        return dropped_by_outputs(errors_of, self.table, self.menu, lambda: output_layers(self.model, layers))
+        return sum_over_units(errors, title, self.table, self.menu)
 
     def allocate(
         self, allocator: Allocator, problem: AllocationProblem, seed: int
@@ -327,13 +322,14 @@ class Measurements:
             )
         now = time.monotonic()
         log_result(allocator, result, now - began)
+        self.saved_seconds = sum(part.saved_seconds for part in recorded)
         record = search_record(
             allocator,
             result,
-            recorded,
+            sum(part.forward_tokens for part in recorded),
             sensitivity_tokens=self.sensitivity_tokens(allocator),
-            seconds=now - began,
-            total_seconds=now - start,
+            seconds=now - began + self.saved_seconds,
+            total_seconds=now - start + self.saved_seconds,
         )
         return result, record
 

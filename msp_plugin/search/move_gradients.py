@@ -6,45 +6,43 @@ Shape legend: S samples, U units, K levels, T tokens of a sample, V vocabulary, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from msp_plugin.allocators.base import Choice
 from msp_plugin.passes.gradients import activation_gradients
-from msp_plugin.plan.levels import DROPPED
 from msp_plugin.search.candidate_weights import CandidateWeights
 
 #: Called with a layer's name; returns the number of its unit and, by level, the change [O, I] of its weight.
 Changes = Callable[[str], tuple[int, Mapping[int, torch.Tensor]]]
 
 
-def changes_within(
-    weights: CandidateWeights, choice: Choice, reach: int, outputs: Collection[str] | None = None
-) -> Changes:
+def changes_within(weights: CandidateWeights, choice: Choice, reach: int) -> Changes:
     """Return the changes of weights when one unit of ``choice`` moves by up to ``reach`` levels (see neighbours).
 
-    Args:
-        outputs: the layers that say what a move to or from a level that narrows changes (see CandidateWeights.set);
-            None: all layers. A half-block's output is linear in the weights of its last layer alone; with the changes of
-            all its layers, the first-order change would be counted once for each. Of the others only rows count that
-            both levels keep.
+    A half-block's output is linear in the weights of its last layer alone. In moves to or from a level that narrows, that
+    layer says what goes: with the changes of all layers, the first-order change would be counted once for each. Of inner
+    layers only rows count that both levels keep. A change that turned out to be zero is not read again.
     """
     problem = weights.problem
-    units = {layer.name: u for u, unit in enumerate(problem.table) for layer in unit.layers}
+    units = {layer.name: (u, layer.inner) for u, unit in enumerate(problem.table) for layer in unit.layers}
+    unchanged: set[tuple[str, int]] = set()
 
     def changes(layer: str) -> tuple[int, dict[int, torch.Tensor]]:
-        u = units[layer]
-        level = problem.menu[choice[u]]
-        now, found = weights.weight(layer, level.name), {}
+        u, inner = units[layer]
+        level, now, found = problem.menu[choice[u]], None, {}
         for k in problem.neighbours(u, choice[u], reach):
             then = problem.menu[k]
-            inner = outputs is not None and layer not in outputs and (level.narrows or then.narrows)
-            if inner and DROPPED in (level, then):
+            rows_of_both = inner and (level.narrows or then.narrows)
+            if (layer, k) in unchanged or (rows_of_both and (level.is_dropped or then.is_dropped)):
                 continue
-            change = _change(weights.weight(layer, then.name), now, in_rows_of_both=inner)
-            if not inner or bool(change.any()):
+            now = weights.weight(layer, level.name) if now is None else now
+            change = _change(weights.weight(layer, then.name), now, rows_of_both)
+            if rows_of_both and not bool(change.any()):
+                unchanged.add((layer, k))
+            else:
                 found[k] = change
         return u, found
 

@@ -13,7 +13,7 @@ from msp_plugin.data.samples import SearchText
 from msp_plugin.errors import RecipeError, nearest, shown
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.bounds import Bounds, parse_bounds
-from msp_plugin.plan.levels import DROPPED, Level, parse_sparsity
+from msp_plugin.plan.levels import Level, parse_sparsity
 from msp_plugin.plan.menus import DEFAULT_QUANTUM, has_widths, parse_menu
 from msp_plugin.plan.units import GRANULARITIES
 from msp_plugin.plugins.manager import Plugins
@@ -48,11 +48,13 @@ class ResolvedOptions:
             return baseline
         provenance = self.given.provenance
         menu = parse_menu(list(provenance.get("levels") or [level.name for level in self.menu]))
+        bounds = parse_bounds(provenance.get("bounds", {}), provenance.get("protect", ()), menu)
         layers = tuple(layer.name for layer in self.given.table.layers)
         return replace(
             baseline,
             sparsity=self.given.budget.sparsity,
-            menu=menu,
+            menu=bounds.menu(menu),
+            bounds=bounds,
             targets=layers,
             ignore=(),
             granularity=provenance.get("granularity", self.granularity),
@@ -145,17 +147,13 @@ def _granularity(options: Options, menu: Sequence[Level]) -> str:
             f"granularity {shown(options.granularity)} is unknown",
             hint=nearest(options.granularity, GRANULARITIES),
         )
-    if has_widths(menu) and options.granularity != "half":
-        raise RecipeError(
-            f"widths are for an attention or an MLP, not for granularity {options.granularity}",
-            hint="use granularity half, or leave them out of levels",
-        )
-    if DROPPED in menu and options.granularity not in ("half", "block"):
-        raise RecipeError(
-            f"level {DROPPED.name} is for an attention, an MLP or a block, not for granularity "
-            f"{options.granularity}",
-            hint="use granularity half or block, or leave it out of levels",
-        )
+    for level in menu:
+        if options.granularity not in level.granularities:
+            fitting = " or ".join(level.granularities)
+            raise RecipeError(
+                f"level {level} is for granularity {fitting}, not for granularity {options.granularity}",
+                hint="use that, or leave it out of levels",
+            )
     return options.granularity
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 from msp_plugin.allocators.base import AllocationResult, Allocator
 from msp_plugin.records.parts import SearchRecord
 from msp_plugin.runtime.files import finite
-from msp_plugin.search.recorded import Recorded
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +14,7 @@ log = logging.getLogger(__name__)
 def search_record(
     allocator: Allocator,
     result: AllocationResult,
-    recorded: Sequence[Recorded],
+    forward_tokens: int,
     *,
     sensitivity_tokens: int,
     seconds: float,
@@ -25,18 +23,17 @@ def search_record(
     """Return the findings and the cost of a search.
 
     Args:
-        recorded: the losses and estimates that it used; the seconds of an earlier, stopped search are added.
+        forward_tokens: of the losses and estimates that it used.
         sensitivity_tokens: forward tokens of the sensitivities and errors that it read.
-        seconds, total_seconds: of this process, for the search alone and with sensitivities and level database.
+        seconds, total_seconds: for the search alone, and with sensitivities and level database.
     """
-    saved = sum(part.saved_seconds for part in recorded)
     return SearchRecord(
         allocator=allocator.name,
-        forward_tokens=sum(part.forward_tokens for part in recorded),
+        forward_tokens=forward_tokens,
         sensitivity_tokens=sensitivity_tokens,
         evaluations=result.evaluations,
-        seconds=round(seconds + saved, 3),
-        total_seconds=round(total_seconds + saved, 3),
+        seconds=round(seconds, 3),
+        total_seconds=round(total_seconds, 3),
         loss=finite(result.loss),
         uniform_loss=finite(result.uniform_loss),
         curve=result.curve,

@@ -6,15 +6,14 @@ Shape legend: U units, K levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from msp_plugin.allocators.base import TrueLoss
 from msp_plugin.errors import NumericsError
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import DENSE, DROPPED, Level
+from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.progress import Progress, silent
 
@@ -46,29 +45,6 @@ def sum_over_units(
             for unit in table
         ]
     )
-
-
-def dropped_by_outputs(
-    errors_of: Callable[[UnitTable], np.ndarray],
-    table: UnitTable,
-    menu: Sequence[Level],
-    outputs: Callable[[], Collection[str]],
-) -> np.ndarray:
-    """Return float64[U, K], the errors of units; at ``dropped`` only the last layer of each attention or MLP counts.
-
-    Dropping a unit changes only what its last layers add to their input; the sum over all its layers would also count
-    changes inside of it, which reach nothing else.
-
-    Args:
-        errors_of: returns for a table float64[U, K], summed over the layers of each unit.
-        outputs: returns the names of the last layers; called only if the menu has ``dropped``.
-    """
-    errors = errors_of(table)
-    if DROPPED in menu:
-        k, ends = menu.index(DROPPED), outputs()
-        last = [replace(unit, layers=tuple(a for a in unit.layers if a.name in ends)) for unit in table]
-        errors[:, k] = errors_of(UnitTable(tuple(last)))[:, k]
-    return errors
 
 
 def replace_one_errors(problem: AllocationProblem, loss: TrueLoss, progress: Progress = silent) -> np.ndarray:

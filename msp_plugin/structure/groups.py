@@ -41,7 +41,7 @@ def _grouped(unit: Unit, half: Half | None, quantum: int) -> Unit:
             f"{max(n for n in range(1, quantum + 1) if half.groups % n == 0)}",
         )
     layers = (
-        replace(layer, groups=Groups(half.groups, step, by_columns=layer.name == half.output))
+        replace(layer, groups=Groups(half.groups, step), inner=layer.name != half.output)
         for layer in unit.layers
     )
     return replace(unit, layers=tuple(layers))

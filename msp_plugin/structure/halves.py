@@ -53,11 +53,6 @@ class Half:
     norms: tuple[str, ...]
 
     @property
-    def key_value_heads(self) -> int:
-        """KV heads of an attention; 0 of an MLP."""
-        return self.groups if self.kind == ATTENTION else 0
-
-    @property
     def query_heads(self) -> int:
         """Query heads of an attention; 0 of an MLP."""
         return (

@@ -18,19 +18,17 @@ from msp_plugin.plan.units import Groups, Layer, Unit, UnitTable
 def attention(name="attention", kv_heads=4, shared=2, size=8, hidden=32):
     """An attention whose KV heads each serve ``shared`` query heads."""
     rows = {"q_proj": kv_heads * shared * size, "k_proj": kv_heads * size, "v_proj": kv_heads * size}
-    inner = [Layer(f"{name}.{leaf}", out, hidden, Groups(kv_heads)) for leaf, out in rows.items()]
-    last = Layer(f"{name}.o_proj", hidden, rows["q_proj"], Groups(kv_heads, 1, True))
+    inner = [Layer(f"{name}.{leaf}", out, hidden, Groups(kv_heads), True) for leaf, out in rows.items()]
+    last = Layer(f"{name}.o_proj", hidden, rows["q_proj"], Groups(kv_heads))
     return Unit(name, 0, (*inner, last))
 
 
 def mlp(name="mlp", channels=48, quantum=8, hidden=32):
     inner = [
-        Layer(f"{name}.{leaf}", channels, hidden, Groups(channels, quantum))
+        Layer(f"{name}.{leaf}", channels, hidden, Groups(channels, quantum), True)
         for leaf in ("gate_proj", "up_proj")
     ]
-    return Unit(
-        name, 0, (*inner, Layer(f"{name}.down_proj", hidden, channels, Groups(channels, quantum, True)))
-    )
+    return Unit(name, 0, (*inner, Layer(f"{name}.down_proj", hidden, channels, Groups(channels, quantum))))
 
 
 @pytest.mark.parametrize(
@@ -76,10 +74,10 @@ def counted(level, unit):
     kept = 0
     for layer in unit.layers:
         ones = np.ones((layer.out_features, layer.in_features), dtype=int)
-        ones = ones.T if layer.groups.by_columns else ones
+        ones = ones.T if not layer.inner else ones
         size = len(ones) // layer.groups.count
         ones = ones[: level.groups(unit) * size]
-        ones = ones.T if layer.groups.by_columns else ones
+        ones = ones.T if not layer.inner else ones
         if not level.inside.is_dense:
             n, m = level.inside.n, level.inside.m
             ones = ones.copy()
@@ -111,10 +109,10 @@ def test_a_width_keeps_as_many_weights_as_are_counted(text):
     ],
 )
 def test_a_unit_keeps_the_nearest_multiple_of_its_quantum(share, groups, quantum, kept):
-    level, layer = Level.parse(f"{share} wide"), Layer("layer", groups, 4, Groups(groups, quantum))
+    level, layer = Level.parse(f"{share} wide"), Layer("layer", groups, 4, Groups(groups, quantum), True)
     assert level.groups(layer) == kept
     fits = 0 < kept < groups
-    assert (level.misfit(layer) is None) == fits and (level.on(layer) is not None) == fits
+    assert (level.misfit(layer) is None) == (level.width(layer) is not None) == fits
     if not fits:
         with pytest.raises(RecipeError, match=f"keeps {'all' if kept else 'none'} of the {groups} heads"):
             level.kept(layer)
@@ -226,7 +224,7 @@ def test_a_width_of_a_unit_whose_groups_are_gone_from_the_file_is_refused():
 
 
 def test_dense_is_no_width():
-    assert not DENSE.narrows and DENSE.on(mlp()) == DENSE
+    assert not DENSE.narrows and DENSE.width(mlp()) is None
 
 
 def test_the_order_of_a_menu_is_that_of_its_levels_however_it_is_written():

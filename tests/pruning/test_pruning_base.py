@@ -5,6 +5,7 @@ import torch
 
 from msp_plugin.errors import NumericsError
 from msp_plugin.plan.levels import DENSE, Pattern
+from msp_plugin.plan.units import Layer
 from msp_plugin.pruning.base import InputNorm
 from msp_plugin.pruning.magnitude import Magnitude
 
@@ -143,4 +144,5 @@ def test_a_weight_that_is_not_finite_has_no_score():
 def test_the_statistics_memory_is_what_is_held(ria):
     module, pruner = linear(), ria()
     statistic = pruner.new_statistic(module)
-    assert pruner.statistic_bytes(module) == statistic.sum.numel() * statistic.sum.element_size()
+    layer = Layer("layer", module.out_features, module.in_features)
+    assert pruner.statistic_bytes(layer) == statistic.sum.numel() * statistic.sum.element_size()

@@ -4,6 +4,7 @@ import pytest
 
 from msp_plugin import prune
 from msp_plugin.errors import RecipeError
+from msp_plugin.models.fingerprint import fingerprint
 
 METHOD = {"name": "blockwise", "epochs": 1, "rates": [0.06]}
 
@@ -33,6 +34,19 @@ def test_every_pruned_model_is_recovered_as_prune_with_recover_does(run, llama_d
     )
     apart = sum((a - b) ** 2 for a, b in zip(before, after, strict=True))
     assert record["rank_correlation"] == {"magnitude 3/4": pytest.approx(1 - 6 * apart / (3 * 8))}
+
+
+def test_a_comparison_hashes_model_and_text_once_whatever_its_rows(run, monkeypatch):
+    hashed = []
+    for module in ("models.fingerprint", "runs.compare", "recovery.step", "search.measurements"):
+        name = f"msp_plugin.{module}.fingerprint"
+        monkeypatch.setattr(name, lambda model: hashed.append(model) or fingerprint(model))
+    counts = []
+    for labels in (("uniform",), ("uniform", "lsa")):
+        run(by_name(*labels), prune=True, recover=METHOD)
+        counts.append(len(hashed))
+        hashed.clear()
+    assert counts[0] == counts[1]
 
 
 def test_a_recovery_without_pruning_or_of_an_unknown_name_is_refused_before_the_model_is_loaded(

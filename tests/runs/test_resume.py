@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from msp_plugin.runs import prune as pipeline
 from msp_plugin.runs.prune import prune
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import scratch_directory, sole_output, sole_run
+from msp_plugin.search.candidate_loss import CandidateLoss
 
 
 class StopError(Exception):
@@ -65,6 +67,21 @@ def test_a_stopped_run_goes_on_with_what_it_had_measured_and_ends_with_the_same_
     assert mixed[0]["perplexity"] == mixed[1]["perplexity"]
     assert mixed[0]["search"]["curve"] == mixed[1]["search"]["curve"]
     assert not list((tmp_path / "cache/runs").glob("*.jsonl"))
+
+
+def test_the_seconds_of_a_run_that_went_on_hold_the_search_before_the_stop(run, tmp_path, monkeypatch):
+    late, now, loss = [0.0], time.monotonic, CandidateLoss.__call__
+
+    def slow(self, *args):
+        late[0] += 1000.0
+        return loss(self, *args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now() + late[0])
+    monkeypatch.setattr(CandidateLoss, "__call__", slow)
+    run(stop="pruning")
+    run()
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert record["seconds"] > record["search"]["seconds"] >= late[0] > 0
 
 
 def test_fresh_measures_everything_anew(run):
@@ -135,6 +152,7 @@ def test_runs_with_other_caches_keep_off_each_others_directory(tmp_path):
 
 HOLDER = """
 import sys
+from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.runtime.locks import scratch_directory
 with scratch_directory("offload", sys.argv[1]) as folder:
     (folder / "weights").write_text("of a model")
@@ -210,6 +228,7 @@ def test_a_file_is_kept_to_one_writer_and_what_a_killed_one_left_goes(tmp_path):
 
 STARTER = """
 import sys
+from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.runtime.locks import scratch_directory
 for _ in range(40):
     with scratch_directory("offload", sys.argv[1]) as folder:

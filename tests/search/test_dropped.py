@@ -19,7 +19,7 @@ from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import BudgetError, RecipeError, VerificationError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
-from msp_plugin.passes.outputs import output_layers
+from msp_plugin.passes.outputs import with_inner
 from msp_plugin.plan.levels import DENSE, DROPPED
 from msp_plugin.plan.menus import menu_names, parse_menu
 from msp_plugin.plan.units import Layer, group_layers, pruned_together
@@ -197,7 +197,8 @@ def scaled_loss(model, ids, dense, half, scale):
 def test_the_gradient_of_dropping_is_that_of_scaling_what_the_half_adds(llama, data, tmp_path, now, then):
     """To and from ``dropped``; at zeros in all of its layers the gradient would be zero."""
     menu = parse_menu(["dense", "2:4", "dropped"])
-    problem = AllocationProblem(prunable_layers(llama, granularity="half"), menu, Fraction(1, 2))
+    table = with_inner(llama, prunable_layers(llama, granularity="half"))
+    problem = AllocationProblem(table, menu, Fraction(1, 2))
     database = LevelDatabase(tmp_path, {"test": "dropped"}, menu)
     build_database(database, llama, problem.table, Magnitude(), None)
     choice = (menu.index(Level.parse(now)), 1, 0, 0)
@@ -219,7 +220,7 @@ def test_the_gradient_of_dropping_is_that_of_scaling_what_the_half_adds(llama, d
 
 
 def test_the_layers_that_end_a_half_are_found_by_running_it(llama):
-    ends = output_layers(llama, (layer.name for layer in prunable_layers(llama).layers))
+    ends = {layer.name for layer in with_inner(llama, prunable_layers(llama)).layers if not layer.inner}
     assert ends == {f"{half}.{end}" for half, end in zip(HALVES, ("o_proj", "down_proj") * 2, strict=True)}
 
 

@@ -23,6 +23,18 @@ def test_a_finished_allocation_brings_its_own_targets(llama, msp_plan, tmp_path)
     assert check_model(llama, msp_plan(sparsity=None, allocation=str(path), allocator="search")) == made.table
 
 
+@pytest.mark.parametrize("levels", [["default"], ["4:8", "2:8", "1:8"]])
+def test_the_baseline_of_a_finished_allocation_is_within_the_bounds_that_it_was_made_in(
+    llama, msp_plan, tmp_path, levels
+):
+    path = tmp_path / "allocation.json"
+    bounds = {"protect": ["o_proj"], "bounds": {"up_proj": [0.5, 0.5]}, "levels": levels, "sparsity": "1/2"}
+    made = allocate(llama, None, msp_plan(allocator="uniform", **bounds)).allocation
+    path.write_text(made.to_json())
+    given = msp_plan(sparsity=None, allocation=str(path), allocator="search")
+    assert allocate(llama, None, given.uniform()).allocation.levels == made.levels
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -201,9 +201,11 @@ def test_a_search_that_is_read_from_its_journal_has_the_time_that_it_had_taken(
             self.seen.append(inputs.clock() - began)
             return AllocationResult(inputs.problem.uniform())
 
-    taken = []
+    taken, saved = [], []
     for _ in range(2):
         held, allocator = make_measurements(), Timed(errors=(), sensitivities=())
-        held.allocate(allocator, problem_of(held), 0)
-        taken += allocator.seen
-    assert late == [1000.0] and [round(seconds, -3) for seconds in taken] == [1000.0, 1000.0]
+        _, record = held.allocate(allocator, problem_of(held), 0)
+        taken += [*allocator.seen, record.seconds]
+        saved.append(held.saved_seconds)
+    assert late == [1000.0] and [round(seconds, -3) for seconds in taken] == [1000.0] * 4
+    assert [round(seconds, -3) for seconds in saved] == [0.0, 1000.0]

@@ -27,13 +27,13 @@ def plan(**options):
 def test_the_groups_of_a_half_are_its_kv_heads_or_its_channels(tiny):
     model = tiny("mistral")  # 6 query heads, 3 KV heads of 8, hidden size 32, 24 channels
     attention, mlp = with_groups(model, prunable_layers(model, granularity="half"), 4).units[:2]
-    assert [(a.name.rpartition(".")[2], a.groups.count, a.groups.by_columns) for a in attention.layers] == [
+    assert [(a.name.rpartition(".")[2], a.groups.count, not a.inner) for a in attention.layers] == [
         ("q_proj", 3, False),
         ("k_proj", 3, False),
         ("v_proj", 3, False),
         ("o_proj", 3, True),
     ]
-    assert [(a.groups.count, a.groups.quantum, a.groups.by_columns) for a in mlp.layers] == [
+    assert [(a.groups.count, a.groups.quantum, not a.inner) for a in mlp.layers] == [
         (24, 4, False),
         (24, 4, False),
         (24, 4, True),
@@ -68,7 +68,7 @@ def test_options_that_do_not_fit_the_model_are_refused(tiny, options, words):
     "options, words",
     [
         ({"method": "wanda"}, "method 'wanda' cannot make level 7/8 wide"),
-        ({"granularity": "layer"}, "widths are for an attention or an MLP, not for granularity layer"),
+        ({"granularity": "layer"}, "level 7/8 wide is for granularity half, not for granularity layer"),
         ({"granularity": "block"}, "not for granularity block"),
         ({"levels": ["2:4", "dense"]}, "quantum = 8 would have no effect: no level is a width"),
         ({"quantum": 0}, "quantum = 0"),

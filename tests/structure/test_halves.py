@@ -34,7 +34,7 @@ def test_the_groups_are_those_of_the_config(name, tiny):
     ]
     for half in halves:
         if half.kind == "attention":
-            assert half.groups == half.key_value_heads == config.num_key_value_heads
+            assert half.groups == config.num_key_value_heads
             assert half.query_heads == config.num_attention_heads
         else:
             assert half.groups == config.intermediate_size and half.query_heads == 0

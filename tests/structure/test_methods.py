@@ -1,6 +1,7 @@
 """Structured methods: the same heads and channels go from all layers of a half, and the right ones."""
 
 import dataclasses
+from fractions import Fraction
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ import torch
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.errors import NumericsError
-from msp_plugin.models.layers import prunable_layers
-from msp_plugin.plan.levels import Level, Width
+from msp_plugin.errors import NumericsError, RecipeError
+from msp_plugin.models.layers import check_fit, prunable_layers
+from msp_plugin.plan.budget import AllocationProblem
+from msp_plugin.plan.levels import DENSE, Level, Pattern, Width
 from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.flap import FLAP
+from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.masks import groups_of, recount
 from msp_plugin.pruning.obs import OBS
 from msp_plugin.pruning.plain_groups import L2
@@ -50,9 +53,56 @@ def build(tiny, tmp_path):
     return build
 
 
+@dataclasses.dataclass(frozen=True)
+class OneGroup(Level):
+    """One head, or as many channels as a width counts in, and 2:4 of what stays. A level of a third party."""
+
+    name = "one"
+    sparsity = Fraction(9, 10)
+    servable = False
+    narrows = by_groups = True
+    granularities = ("half",)
+
+    def kept(self, unit):
+        return sum(layer.weights // layer.groups.count * layer.groups.quantum // 2 for layer in unit.layers)
+
+    def misfit(self, unit):
+        return None if unit.groups else "needs an attention or an MLP"
+
+    def width(self, unit):
+        return None if self.misfit(unit) else (unit.groups.quantum, Pattern(2, 4))
+
+
+def test_a_width_of_a_third_party_is_made_and_counted_like_our_own(build):
+    model, table, database = build(L2(), menu=(DENSE, OneGroup()))
+    problem = AllocationProblem(table, database.menu, Fraction(1, 2))
+    for unit, (full, one) in zip(table, problem.kept, strict=True):
+        assert full == unit.weights
+        assert one == sum(int((database.weight(a.name, "one") != 0).sum()) for a in unit.layers)
+        for layer in unit.layers:
+            weight = database.weight(layer.name, "one")
+            counted = recount(weight, OneGroup(), layer)
+            assert counted.broken is None and int(kept(weight, layer).sum()) == unit.groups.quantum
+            broken = recount(torch.ones_like(weight), OneGroup(), layer).broken
+            assert broken.startswith(f"keeps {unit.groups.count} of {unit.groups.count} heads or channels")
+    check_fit(table, database.menu)
+    with pytest.raises(RecipeError, match="level one does not fit 28 of 28 units: it needs an attention"):
+        check_fit(prunable_layers(model, granularity="layer"), database.menu)
+    with pytest.raises(RecipeError, match="'magnitude' cannot make level one"):
+        Magnitude().check_menu(database.menu)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_statistics_memory_is_what_is_held(method, tiny):
+    model, pruner = tiny("llama"), Plugins(entry_points=False).build("pruners", method)
+    for layer in with_groups(model, prunable_layers(model, granularity="half"), QUANTUM).layers:
+        held = vars(pruner.layer_statistic(layer, model.get_submodule(layer.name))).values()
+        assert pruner.statistic_bytes(layer) == sum(part.nbytes for part in held if torch.is_tensor(part))
+
+
 def kept(weight, layer):
     """Return bool[G], the groups of which a layer holds any weight."""
-    return (groups_of(weight, layer.groups) != 0).any((1, 2))
+    return (groups_of(weight, layer) != 0).any((1, 2))
 
 
 def test_the_structured_methods_are_those_of_the_readme():
@@ -183,7 +233,7 @@ def test_l2_keeps_the_largest_and_of_equal_ones_the_first(tiny):
         for layer in unit.layers:
             weight = model.get_submodule(layer.name).weight
             weight.fill_(0.1)
-            if layer.groups.by_columns:
+            if not layer.inner:
                 weight[:, -1] = 1.0  # of the last KV head
     scores = L2().group_scores(half(model, unit))
     assert scores.argmax() == 3 and scores[0] == scores[1] == scores[2]

@@ -34,7 +34,7 @@ def measured(tiny):
 def by_hand(layer, weight, gradient, squares, score):
     """Add up a layer's channels one by one."""
     of = (weight.double(), gradient, squares)
-    w, g, f = (matrix.T for matrix in of) if layer.groups.by_columns else of
+    w, g, f = (matrix.T for matrix in of) if not layer.inner else of
     size, scores = len(w) // layer.groups.count, []
     for group in range(layer.groups.count):
         total = 0.0

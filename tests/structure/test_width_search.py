@@ -21,6 +21,7 @@ from msp_plugin.pruning.masks import groups_of
 from msp_plugin.search.allocate import allocate
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
+from msp_plugin.search.move_gradients import changes_within
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
 from msp_plugin.structure.groups import with_groups
@@ -57,11 +58,27 @@ def test_with_the_last_layers_alone_narrowed_the_loss_is_the_same(searched, firs
     with CandidateWeights(model, database, problem) as weights:
         loss = CandidateLoss(weights, data, "kl").prepare()
         expected = loss(choice)
-        weights.set(choice, loss._outputs)
-        inner = [layer for layer in problem.table[3].layers if not layer.groups.by_columns]
+        weights.set(choice, inner_dense=True)
+        inner = [layer for layer in problem.table[3].layers if layer.inner]
         for layer in inner:  # at 1/2 wide, with its dense rows
             assert (model.get_submodule(layer.name).weight != 0).any(1).all()
         assert loss.quality()[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_moves_read_no_inner_weight_of_what_is_dropped_and_none_twice_that_stays_as_it_was(searched):
+    model, problem, database, _ = searched
+    with CandidateWeights(model, database, problem) as weights:
+        for level, others in (("dropped", set()), ("3/4 wide", {"2:4", "1/2 wide 2:4"})):
+            changes, read = changes_within(weights, at(level, level, *REST), 9), []
+            weights.weight = lambda layer, name, read=read: (
+                read.append(name) or CandidateWeights.weight(weights, layer, name)
+            )
+            inner, last = problem.table[1].layers[0].name, problem.table[1].layers[-1].name
+            first = changes(inner)[1]
+            assert {MENU[k].name for k in first} == others and "dropped" not in read
+            read.clear()
+            assert changes(inner)[1].keys() == first.keys() and set(read) - {level} == others
+            assert {MENU[k].name for k in changes(last)[1]} == {a.name for a in MENU} - {level}
 
 
 def loss_along(model, ids, dense, changes, step):
@@ -115,8 +132,8 @@ def test_the_gradient_of_a_move_is_the_derivative_of_the_loss_along_it(searched,
             level = MENU[choice[u]].name
             for layer in part.layers:
                 own, at_level = weight(layer, "dense"), weight(layer, level)
-                gone = ~(groups_of(at_level, layer.groups) != 0).any((1, 2))
-                if not layer.groups.by_columns:  # the rows that have gone are there again, and change nothing
+                gone = ~(groups_of(at_level, layer) != 0).any((1, 2))
+                if layer.inner:  # the rows that have gone are there again, and change nothing
                     at_level = torch.where(
                         gone.repeat_interleave(len(own) // len(gone))[:, None], own, at_level
                     )
@@ -124,7 +141,7 @@ def test_the_gradient_of_a_move_is_the_derivative_of_the_loss_along_it(searched,
         for layer in problem.table[unit].layers:
             a, b = weight(layer, now), weight(layer, then)
             change = b - a
-            if not layer.groups.by_columns:
+            if layer.inner:
                 change = change * ((a != 0).any(1, keepdim=True) & (b != 0).any(1, keepdim=True))
             changes[layer.name] = change
     ids, eps = data.samples[0], 2e-3  # transformers computes norms in float32

@@ -39,9 +39,9 @@ def make_engine(
     if method is None:
         return LayerwiseEngine(pruner, levels, owner)
     theirs = {
-        name: level
+        name: pattern
         for name, level in levels.items()
-        if isinstance(level, Pattern) and _host_makes(method, level)
+        if (pattern := level.pattern) and _host_makes(method, pattern)
     }
     ours = {name: level for name, level in levels.items() if name not in theirs}
     if not ours:

@@ -77,8 +77,8 @@ def plain_recipe(allocation: Allocation) -> dict[str, Any]:
     layers: dict[Pattern, list[str]] = {}
     for layer, level in allocation.by_layer.items():
         method.check_modifier(level)
-        if isinstance(level, Pattern) and not level.is_dense:
-            layers.setdefault(level, []).append(layer)
+        if level.pattern and not level.is_dense:
+            layers.setdefault(level.pattern, []).append(layer)
     if not layers:
         raise RecipeError("every layer of the allocation is dense", hint="there is nothing to prune")
     recipe = {}

@@ -30,7 +30,7 @@ class HostMethod(ABC):
 
     def check_modifier(self, level: Level) -> None:
         """Raise RecipeError if the modifier cannot make ``level``."""
-        if not isinstance(level, Pattern) or level.kind is not Kind.NM:
+        if level.pattern is None or level.pattern.kind is not Kind.NM:
             raise RecipeError(
                 f"{self.modifier} of llm-compressor cannot make level {level}",
                 hint="it makes exact counts of zeros only for N:M: use levels such as 2:4",

@@ -11,6 +11,7 @@ from loguru import logger
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.hosts.llm_compressor.methods import host_method
 from msp_plugin.plan.levels import DENSE, Pattern
+from msp_plugin.plan.units import Layer
 from msp_plugin.pruning.sparsegpt import SparseGPT
 from msp_plugin.pruning.wanda import Wanda
 
@@ -323,4 +324,5 @@ def test_the_statistics_memory_is_what_is_held(method):
     module, pruner = linear(), METHODS[method]
     held = pruner.new_statistic(module)
     held = held.hessian if method == "sparsegpt" else held.mean
-    assert pruner.statistic_bytes(module) == held.numel() * held.element_size()
+    layer = Layer("layer", module.out_features, module.in_features)
+    assert pruner.statistic_bytes(layer) == held.numel() * held.element_size()
