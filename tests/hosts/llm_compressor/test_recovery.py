@@ -124,14 +124,16 @@ def test_a_later_line_quantizes_the_recovered_model_and_keeps_the_zeros(scheme, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W4A16"])
-def test_a_recovered_checkpoint_is_quantized_by_oneshot_with_its_zeros(scheme, calibration, msp, tmp_path):
+def test_a_recovered_checkpoint_is_quantized_by_oneshot_with_its_zeros(
+    scheme, demo_calibration, msp, tmp_path
+):
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     text = Text("demo:calibration", samples=8, length=48, test="demo:test", test_samples=4)
     recovered, out = tmp_path / "recovered", tmp_path / "out"
     prune(demo_model_path("qwen2"), text, recovered, **PRUNE, recover=QUICK, cache=str(tmp_path / "cache"))
     quantize = QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
-    run(load_model(recovered), [quantize], calibration, output_dir=str(out))
+    run(load_model(recovered), [quantize], demo_calibration, output_dir=str(out))
     for name in ("allocation.json", "run.json"):
         shutil.copyfile(recovered / name, out / name)
     config = CompressedTensorsConfig(dequantize=True)
@@ -141,7 +143,9 @@ def test_a_recovered_checkpoint_is_quantized_by_oneshot_with_its_zeros(scheme, c
     said = msp("verify", out).out
     assert "FAIL" not in said and "passed" in said
     dense = load_model(demo_model_path("qwen2"))
-    assert mean_kl(dense, quantized, calibration) < 1.5 * mean_kl(dense, load_model(recovered), calibration)
+    assert mean_kl(dense, quantized, demo_calibration) < 1.5 * mean_kl(
+        dense, load_model(recovered), demo_calibration
+    )
 
 
 @pytest.mark.slow
