@@ -152,7 +152,6 @@ def test_runs_with_other_caches_keep_off_each_others_directory(tmp_path):
 
 HOLDER = """
 import sys
-from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.runtime.locks import scratch_directory
 with scratch_directory("offload", sys.argv[1]) as folder:
     (folder / "weights").write_text("of a model")
@@ -228,7 +227,6 @@ def test_a_file_is_kept_to_one_writer_and_what_a_killed_one_left_goes(tmp_path):
 
 STARTER = """
 import sys
-from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.runtime.locks import scratch_directory
 for _ in range(40):
     with scratch_directory("offload", sys.argv[1]) as folder:
