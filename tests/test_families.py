@@ -217,11 +217,12 @@ FAMILIES = {
                      refused="over text does not call 7 layers",
                      note="text alone calls no layer of its cross-attention blocks; with those in `ignore` it works"),
 }  # fmt: skip
-#: One or two of each kind: the quick tests prune these, the slow ones all, and search these.
+#: One or two of each kind: the slow tests search these and prune all, the quick ones prune QUICK.
 KINDS = (
     "llama", "phi3", "bloom", "minicpm3", "mamba", "lfm2", "qwen3_5_text", "zamba2", "mixtral", "deepseek_v3",
     "gemma3n_text", "llava",
 )  # fmt: skip
+QUICK = ("llama", "phi3", "mamba", "lfm2", "mixtral", "llava")
 WORKING = [name for name, family in FAMILIES.items() if not family.refused]
 UNTESTED = {
     "gemma3n": "with its audio and vision towers, which need timm",
@@ -330,7 +331,7 @@ def check_everything(source, out, ids):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in WORKING]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in WORKING]
 )
 def test_a_family_is_pruned_saved_loaded_exported_and_verified(name, prune, ids):
     source, out = prune(name)

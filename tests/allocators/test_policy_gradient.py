@@ -92,7 +92,9 @@ def test_the_step_is_the_authors_for_keep_probabilities():
     )
 
 
-@pytest.mark.parametrize("levels", [HALVES, ["dense", "4:8", "2:8", "dropped"]])
+@pytest.mark.parametrize(
+    "levels", [HALVES, pytest.param(["dense", "4:8", "2:8", "dropped"], marks=pytest.mark.slow)]
+)
 def test_it_learns_the_best_choice_of_an_additive_loss(levels):
     problem = problem_of(SIZES, levels, "2/5")
     rng = np.random.default_rng(2)

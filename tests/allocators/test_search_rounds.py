@@ -61,7 +61,7 @@ def test_seeds_without_a_finite_loss_are_an_error(finite):
 
 def test_a_proposal_that_was_measured_and_refused_is_no_point_of_the_curve():
     problem, refused = problem_of(SHAPES), 0
-    for number in range(4):
+    for number in range(2):
         given_inputs = inputs_of(problem, QuadraticLoss(problem, number, noise=3.0, lengths=(4,) * 12))
         found = Search(screen=0.1, patience=9, least_gain=0, rounds=9).allocate(given_inputs)
         losses = [loss for _, loss in found.curve]

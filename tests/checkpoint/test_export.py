@@ -330,6 +330,7 @@ def random_checkpoint(path, layers, rows=2048, columns=640):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_an_export_holds_a_shard_and_a_layer_and_never_the_model(tmp_path):
     random_checkpoint(tmp_path / "source", 36)

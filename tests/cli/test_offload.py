@@ -20,7 +20,7 @@ from msp_plugin.runtime import disk as writing
 from tests.helpers import models
 from tests.helpers.commands import SEARCH
 
-SMALL = ["--samples", "6", "--length", "64", "--dtype", "float32"]
+SMALL = ["--samples", "6", "--length", "32", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")

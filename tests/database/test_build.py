@@ -21,7 +21,9 @@ MENU = parse_menu(["dense", "6:8", "4:8", "1:8"])
 METHODS = {"magnitude": Magnitude(), "wanda": Wanda(), "sparsegpt": SparseGPT()}
 
 
-@pytest.fixture(params=[*METHODS, "ria"])
+@pytest.fixture(
+    params=["wanda", "sparsegpt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("magnitude", "ria"))]
+)
 def pruner(request, sample_plugin):
     return sample_plugin("ria").RIA() if request.param == "ria" else METHODS[request.param]
 

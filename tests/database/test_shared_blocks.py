@@ -18,7 +18,7 @@ from msp_plugin.pruning.wanda import Wanda
 from msp_plugin.runtime.ranks import ALONE
 
 MENU = parse_menu(["dense", "2:4", "1:8"])
-BLOCKS = 5
+BLOCKS = 3
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,10 @@ def uniform(model):
     return {layer.name: "2:4" for layer in prunable_layers(model).layers}
 
 
-@pytest.mark.parametrize("size", [2, 3, 9])
-@pytest.mark.parametrize("statistics_bytes", [1 << 30, 1])
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    ("size", "statistics_bytes", "behind"),
+    [(2, 1 << 30, False), (3, 1, False), (3, 1 << 30, True), (9, 1, True)],
+)
 def test_the_files_are_those_of_one_process(build, on_ranks, model, size, statistics_bytes, behind):
     options = {"prefix": uniform(model) if behind else None, "statistics_bytes": statistics_bytes}
     alone, count = build("alone", **options)
@@ -87,7 +88,7 @@ def test_a_rank_runs_every_sample_through_every_block_once(build, on_ranks, mode
 def test_only_missing_layers_are_built_whoever_wrote_the_others(build, on_ranks):
     database, _ = build("shared")
     before = files(database)
-    for gone in ("model.layers.1.mlp.up_proj", "model.layers.3.self_attn.o_proj"):
+    for gone in ("model.layers.1.mlp.up_proj", "model.layers.2.self_attn.o_proj"):
         database.file(gone).unlink()
     found = on_ranks(3, lambda ranks: build("shared", ranks))
     assert [written for _, written in found] == [
@@ -108,8 +109,9 @@ class Failing(SparseGPT):
         return super().prune_levels(module, statistic, levels, layer)
 
 
-@pytest.mark.parametrize(("size", "block"), [(2, 0), (2, BLOCKS - 1), (3, 1), (7, 2)])
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    ("size", "block", "behind"), [(2, 0, False), (2, BLOCKS - 1, True), (3, 1, True), (7, 2, False)]
+)
 def test_a_layer_that_fails_ends_all_ranks_with_its_error(build, on_ranks, model, size, block, behind):
     layer = f"model.layers.{block}.self_attn.o_proj"
     prefix = uniform(model) if behind else None
@@ -125,7 +127,7 @@ def test_a_layer_that_fails_ends_all_ranks_with_its_error(build, on_ranks, model
     assert set(messages) == {f"cannot prune {layer}", f"rank {failed}: cannot prune {layer}"}
 
 
-@pytest.mark.parametrize("block", range(BLOCKS - 1))
+@pytest.mark.parametrize("block", [0, BLOCKS - 2])
 def test_an_activation_that_overflows_ends_all_ranks_with_its_error(build, on_ranks, model, block):
     broken = copy.deepcopy(model)
     with torch.no_grad():

@@ -1,3 +1,5 @@
+from functools import cache
+
 import pytest
 
 from msp_plugin.data import demo_corpus as corpus
@@ -5,8 +7,13 @@ from msp_plugin.data.demo_corpus import SPLITS, library_files, library_texts, sp
 from msp_plugin.errors import DataError
 
 
+@cache
+def files_of(split):
+    return library_files(split)
+
+
 def test_no_file_is_in_two_splits():
-    files = {split: library_files(split) for split in SPLITS}
+    files = {split: files_of(split) for split in SPLITS}
     together = [path for paths in files.values() for path in paths]
     assert len(set(together)) == len(together) > 500
     assert all(len(paths) >= 5 for paths in files.values())
@@ -37,13 +44,13 @@ def test_test_suites_are_always_training_text():
 
 def test_files_are_sorted_and_hold_no_tables_and_no_packages():
     for split in SPLITS[1:]:
-        names = [path.as_posix() for path in library_files(split)]
+        names = [path.as_posix() for path in files_of(split)]
         assert names == sorted(names)
         assert not [n for n in names if "site-packages/" in n or "/encodings/" in n or "/pydoc_data/" in n]
 
 
 def test_texts_are_those_of_the_files():
-    files = library_files("search")
+    files = files_of("search")
     texts = library_texts("search")
     assert len(texts) == len(files) and texts[0] == files[0].read_text(encoding="utf-8", errors="replace")
 

@@ -46,7 +46,7 @@ def test_any_record_that_is_read_can_be_drawn(name, directory, monkeypatch):
     pytest.importorskip("matplotlib", reason="no report is drawn: the extra `report` is not installed")
 
     @given(documents(VALID[name]))
-    @settings(max_examples=25)
+    @settings(max_examples=12)
     def draw(document):
         page = fill(directory / "drawn")
         for other in ("run.json", "compare.json"):

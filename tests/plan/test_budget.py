@@ -94,9 +94,9 @@ def test_solve_is_the_cheapest_of_all_choices_on_the_budget(problem, data):
     assert sum(cost[u, k] for u, k in enumerate(choice)) == min(on_budget)
 
 
-def test_thousands_of_random_problems_are_solved_as_trying_all_choices_solves_them(make_problem):
+def test_random_problems_are_solved_as_trying_all_choices_solves_them(make_problem):
     rng, met = np.random.default_rng(5), 0
-    for _ in range(4000):
+    for _ in range(1500):
         shapes = [(int(rng.integers(1, 9)), int(rng.choice([24, 48]))) for _ in range(rng.integers(1, 6))]
         menu = [
             str(name) for name in rng.choice(sorted({*LEVELS} - {"1:2"}), rng.integers(1, 6), replace=False)
@@ -128,7 +128,7 @@ def test_thousands_of_random_problems_are_solved_as_trying_all_choices_solves_th
         assert naive_kept(problem, choice) == budget and allowed[np.arange(len(choice)), choice].all()
         assert sum(cost[u, k] for u, k in enumerate(choice)) == best
         met += 1
-    assert met > 1000
+    assert met > 400
 
 
 @given(problems(), st.data())

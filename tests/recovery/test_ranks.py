@@ -16,7 +16,7 @@ from msp_plugin.recovery.blockwise import Blockwise
 from msp_plugin.recovery.weight_update import WeightUpdate
 from msp_plugin.runtime.ranks import ALONE
 
-METHODS = [Blockwise(epochs=2, rates=(0.02, 0.06)), WeightUpdate()]
+METHODS = [Blockwise(epochs=1, rates=(0.02, 0.06)), WeightUpdate()]
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from msp_plugin.runs import recover as module
 from msp_plugin.runs.recover import recover
 
 SMALL = ["--samples", "12", "--length", "24", "--test-samples", "4"]
-QUICK = ["--set", "blockwise.epochs=2", "--set", "blockwise.rates=[0.06]"]
+QUICK = ["--set", "blockwise.epochs=1", "--set", "blockwise.rates=[0.06]"]
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_run_is_recovered_with_every_zero_and_all_its_files(msp, run_dir, llam
     assert record["kl"] == {"mixed": stages["prune"]["kl"], "recovered": stages["recover"]["kl"]}
     assert record["perplexity"]["recovered"] == stages["recover"]["perplexity"]
     work = stages["recover"]["recovery"]
-    assert work["method"] == {"name": "blockwise", "blocks": 0, "epochs": 2, "rates": [0.06], "decay": 0.0}
+    assert work["method"] == {"name": "blockwise", "blocks": 0, "epochs": 1, "rates": [0.06], "decay": 0.0}
     assert work["data"]["samples"] + work["holdout"]["samples"] == 12 and work["tokens"] > 0
     assert work["data"]["fingerprint"] != work["holdout"]["fingerprint"]
     assert work["curve"][0][0] == 0 and len(work["curve"]) >= 3

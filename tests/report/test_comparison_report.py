@@ -206,6 +206,7 @@ def test_damaged_comparisons_say_where(change, text, comparison_dir, report):
         report(comparison_dir(drop, **ONE_CELL))
 
 
+@pytest.mark.slow
 def test_a_model_of_eighty_blocks_stays_below_three_megabytes(comparison_dir, tmp_path, table):
     layers = [(unit.block, layer) for unit in table(80) for layer in unit.layers]
     units = UnitTable(tuple(Unit(layer.name, block, (layer,)) for block, layer in layers))

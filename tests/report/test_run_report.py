@@ -191,6 +191,7 @@ def test_an_allocation_alone_has_a_report(records, report):
         report(path)
 
 
+@pytest.mark.slow
 def test_equal_records_give_equal_bytes_in_any_place_and_process(records, comparison_dir, copied):
     code = """if True:
         import sys

@@ -92,6 +92,7 @@ def test_a_pruned_row_is_what_a_run_with_that_allocation_gives(run, text, llama_
 
     record = run(by_name("uniform", "knapsack"), methods=("wanda",), prune=True)
     dense, test = load_model(llama_dir, "float32"), load_split(tokenizer, text).test.samples
+    assert record["rank_correlation"] == {}
     row = row_of(record, "knapsack")
     levels = tuple(map(Level.parse, row["levels"]))
     allocation = Allocation(prunable_layers(dense), levels, Fraction(3, 4), {}, {})
@@ -176,12 +177,12 @@ def test_a_database_is_built_once_for_each_method_and_sparsity_and_serves_the_ne
     monkeypatch.setattr(
         level_database, "build_database", lambda *a, **b: built.append(a[3].name) or real(*a, **b)
     )
-    cell = {"uniform": "uniform", "knapsack": "knapsack", "msp": MSP}
-    run(cell, ("1/2", "3/4"), ("magnitude", "wanda"), (0, 1))
+    cell = {"knapsack": "knapsack", "msp": MSP}
+    run(cell, ("1/2", "3/4"), ("magnitude", "wanda"))
     files = list((tmp_path / "cache").rglob("*.safetensors"))
     times = {path: path.stat().st_mtime_ns for path in files}
     assert sorted(set(built)) == ["magnitude", "wanda"] and files  # magnitude reads no inputs: one for both
-    run(cell, ("1/2", "3/4"), ("magnitude", "wanda"), (2, 3))
+    run(cell, ("1/2", "3/4"), ("magnitude", "wanda"), (2,))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == times
 
 
@@ -191,9 +192,7 @@ def test_the_same_comparison_twice_gives_the_same_record_but_for_the_seconds(run
         return json.dumps({**record, "rows": rows}, sort_keys=True, allow_nan=False)
 
     cell = {"owl": "owl", "msp": MSP, "search": SEARCH}
-    assert timeless(run(cell, seeds=(0, 1))) == timeless(
-        run(cell, seeds=(0, 1), cache=str(tmp_path / "fresh"))
-    )
+    assert timeless(run(cell, seeds=(1,))) == timeless(run(cell, seeds=(1,), cache=str(tmp_path / "fresh")))
 
 
 def test_a_row_does_not_depend_on_the_allocators_beside_it(run):

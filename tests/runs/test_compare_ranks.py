@@ -22,20 +22,20 @@ def test_several_ranks_find_the_rows_of_one_process_and_the_first_of_them_has_th
     with_plugins(mine=allocators_plugin(Raises))
     bug = {"name": "raises", "how": "bug"}
     allocators = {"ours": "raises", "bug": bug, "small": SEARCH, **by_name("owl", "uniform")}
-    expected = run(allocators, methods=("wanda", "magnitude"), cache=str(tmp_path / "alone"))
+    expected = run(allocators, methods=("wanda",), cache=str(tmp_path / "alone"))
     loaded = load_model(llama_dir, "float32")
     monkeypatch.setattr("msp_plugin.checkpoint.source.load", lambda *a, **b: copy.deepcopy(loaded))
     met = []
 
     def work(ranks):
         monkeypatch.setattr(ranks, "leave", lambda: met.append(ranks.meetings))
-        return run(allocators, methods=("wanda", "magnitude"), cache=str(tmp_path / "shared"), ranks=ranks)
+        return run(allocators, methods=("wanda",), cache=str(tmp_path / "shared"), ranks=ranks)
 
     first, *others = on_ranks(size, work)
     assert without_times(first) == without_times(expected) and others == [None] * (size - 1)
-    assert met == met[:1] * size and met[0] > 20, "they met for every measurement, and as often"
+    assert met == met[:1] * size and met[0] > 10, "they met for every measurement, and as often"
     assert first["machine"].endswith(f", {size} ranks")
-    assert [row["error"] is None for row in first["rows"]] == [False, False, True, True, True] * 2
+    assert [row["error"] is None for row in first["rows"]] == [False, False, True, True, True]
 
 
 def test_what_fails_on_the_first_rank_alone_is_a_row_and_the_ranks_go_on_together(

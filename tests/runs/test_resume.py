@@ -86,8 +86,7 @@ def test_the_seconds_of_a_run_that_went_on_hold_the_search_before_the_stop(run, 
 
 def test_fresh_measures_everything_anew(run):
     everything = run("one")
-    assert "level database" in everything and "level database" not in run("two")
-    run(stop="pruning")
+    assert "level database" in everything and "level database" not in run(stop="pruning")
     assert run(fresh=True) == everything
 
 
@@ -153,7 +152,6 @@ def test_runs_with_other_caches_keep_off_each_others_directory(tmp_path):
 
 HOLDER = """
 import sys
-from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.runtime.locks import scratch_directory
 with scratch_directory("offload", sys.argv[1]) as folder:
     (folder / "weights").write_text("of a model")
@@ -229,7 +227,6 @@ def test_a_file_is_kept_to_one_writer_and_what_a_killed_one_left_goes(tmp_path):
 
 STARTER = """
 import sys
-from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.runtime.locks import scratch_directory
 for _ in range(40):
     with scratch_directory("offload", sys.argv[1]) as folder:

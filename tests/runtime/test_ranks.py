@@ -153,6 +153,7 @@ def test_processes_end_with_the_error_of_one():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others():
     (said, _, code), (_, _, killed) = run_two("end")
     assert said.startswith("rank 0 stops, because another rank has ended (")

@@ -107,11 +107,20 @@ def test_a_sensitivity_that_was_stopped_goes_on_with_the_next_samples(
     assert make_measurements().sensitivity("fisher") == expected and passes == [1] * 4
 
 
-@pytest.mark.parametrize("name", ["fisher-error", "fisher", "replace-one"])
-@pytest.mark.parametrize("damage", [
-    lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[1, 2]\n", lambda text: "\0\xff\n",
-    lambda text: text.replace('"value"', '"lost"'), lambda text: re.sub(r"(\d)e", r"\g<1>1e", text),
-], ids=["cut", "empty", "a list", "binary", "renamed", "digits"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("fisher-error", lambda text: text[: len(text) // 2]),
+        ("replace-one", lambda text: text[: len(text) // 2]),
+        ("fisher", lambda text: ""),
+        ("fisher", lambda text: "[1, 2]\n"),
+        ("replace-one", lambda text: "\0\xff\n"),
+        ("fisher-error", lambda text: text.replace('"value"', '"lost"')),
+        ("fisher", lambda text: re.sub(r"(\d)e", r"\g<1>1e", text)),
+        ("replace-one", lambda text: re.sub(r"(\d)e", r"\g<1>1e", text)),
+    ],
+    ids=["cut", "cut losses", "empty", "a list", "binary", "renamed", "digits", "digits of losses"],
+)
 def test_a_file_that_is_damaged_is_measured_anew(make_measurements, tmp_path, name, damage, caplog):
     def ask(held):
         return {

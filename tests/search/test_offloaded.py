@@ -30,7 +30,7 @@ ESTIMATORS = {
     e.name: e for e in (FisherTrace(samples=2), HeavyTail(), Outliers(), Median(), VirtualRemoval())
 }
 ALLOCATORS = {
-    "search": Search(rounds=3, tokens=96, holdout=48),
+    "search": Search(rounds=2, tokens=96, holdout=48),
     "knapsack": Knapsack(surrogate="kl", tokens=48),
     "msp": MSP(generations=1, population=4, offspring=2, tokens=96),
     "evopress": EvoPress(generations=2, tokens=96),

@@ -82,6 +82,7 @@ def test_a_search_finds_the_same_from_the_same_files_whatever_the_ranks(on_ranks
     assert files("shared") == files("alone") and len(files("shared")) == 14
 
 
+@pytest.mark.slow
 def test_a_search_that_two_ranks_began_is_ended_by_one_and_the_other_way_round(on_ranks, measured, tmp_path):
     search = Search(rounds=2, seeds=2, tokens=216, holdout=96)
 

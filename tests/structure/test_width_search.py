@@ -104,8 +104,14 @@ MOVES = [
 ]
 
 
-@pytest.mark.parametrize("unit", [0, 1])
-@pytest.mark.parametrize("now, then", MOVES)
+@pytest.mark.parametrize(
+    "unit, now, then",
+    [
+        pytest.param(unit, *move, marks=() if (unit + i // 2) % 2 else pytest.mark.slow)
+        for i, move in enumerate(MOVES)
+        for unit in (0, 1)
+    ],
+)
 def test_the_gradient_of_a_move_is_the_derivative_of_the_loss_along_it(searched, unit, now, then):
     """The oracle moves the last layer along the move, and of the others the rows that both levels keep."""
     model, problem, database, data = searched
@@ -146,10 +152,13 @@ def test_the_gradient_of_a_move_is_the_derivative_of_the_loss_along_it(searched,
 
 
 @pytest.mark.parametrize(
-    "allocator",
-    ["uniform", {"name": "knapsack", "surrogate": "output"}, {"name": "knapsack", "surrogate": "fisher"}],
+    "method, allocator",
+    [
+        ("llm_pruner", "uniform"),
+        ("obs", {"name": "knapsack", "surrogate": "output"}),
+        ("llm_pruner", {"name": "knapsack", "surrogate": "fisher"}),
+    ],
 )
-@pytest.mark.parametrize("method", ["llm_pruner", "obs"])
 def test_every_allocation_is_on_the_budget_to_the_weight(tiny, tmp_path, allocator, method):
     model = tiny("mistral")
     before = [p.clone() for p in model.parameters()]

@@ -8,10 +8,15 @@ from msp_plugin.models.source import load_tokenizer
 
 
 @pytest.fixture(scope="session")
-def calibration():
+def demo_calibration():
     tokenizer = load_tokenizer(demo_model_path("qwen2"))
     texts = load_texts("demo:calibration")
     return tokenize(tokenizer, texts, samples=8, length=64, source="demo:calibration")
+
+
+@pytest.fixture(scope="session")
+def calibration(demo_calibration):
+    return demo_calibration
 
 
 @pytest.fixture

@@ -53,8 +53,10 @@ def correlated(width, tokens, dtype):
     return [(torch.randn(2, tokens, width, generator=generator) @ mix).to(dtype) for _ in range(2)]
 
 
-@pytest.mark.parametrize("width, block_size", [(384, 128), (320, 128), (256, 32)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "width, block_size, dtype",
+    [(384, 128, torch.bfloat16), (320, 128, torch.float32), (256, 32, torch.float32)],
+)
 def test_the_column_loop_is_the_hosts_bit_for_bit(width, block_size, dtype):
     from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import sparsify_weight
 
@@ -125,7 +127,7 @@ def llama(llama_dir):
     return load_model(llama_dir, "float32")
 
 
-@pytest.fixture(params=["llama_dir", "qwen2_dir"])
+@pytest.fixture(params=["llama_dir", pytest.param("qwen2_dir", marks=pytest.mark.slow)])
 def model(request):
     return load_model(request.getfixturevalue(request.param), "float32")
 

@@ -11,6 +11,7 @@ from msp_plugin.errors import NumericsError, VerificationError
 from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
+from tests.helpers.models import llama
 from tests.helpers.oneshot import FISHER, SEARCH, groups, hooks, linears, run
 
 
@@ -23,6 +24,14 @@ def fresh(qwen2_dir):
 @pytest.fixture
 def model(fresh):
     return fresh()
+
+
+@pytest.fixture
+def wide(tokenizer, tmp_path):
+    """A model whose layers have whole groups of 128 inputs, as quantization schemes want them."""
+    llama(hidden_size=128, intermediate_size=256).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    return load_model(tmp_path / "wide", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +154,7 @@ def test_a_yaml_recipe_gives_what_python_gives(model, calibration, tmp_path, fre
 @pytest.mark.parametrize("scheme", [pytest.param("FP8_DYNAMIC", marks=pytest.mark.slow), "W4A16"])
 @pytest.mark.parametrize("pipeline", ["sequential", pytest.param("independent", marks=pytest.mark.slow)])
 def test_round_to_nearest_quantization_afterwards_keeps_the_pattern_after_reload(
-    scheme, pipeline, demo_model, calibration, tmp_path
+    scheme, pipeline, wide, calibration, tmp_path
 ):
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers.utils.quantization_config import CompressedTensorsConfig
@@ -154,7 +163,7 @@ def test_round_to_nearest_quantization_afterwards_keeps_the_pattern_after_reload
         sparsity=0.75, method="wanda", allocator=SEARCH, estimators=FISHER, cache=str(tmp_path)
     )
     quantize = QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
-    run(demo_model, [modifier, quantize], calibration, output_dir=str(tmp_path / "out"), pipeline=pipeline)
+    run(wide, [modifier, quantize], calibration, output_dir=str(tmp_path / "out"), pipeline=pipeline)
     reloaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True)
     )
@@ -165,13 +174,13 @@ def test_round_to_nearest_quantization_afterwards_keeps_the_pattern_after_reload
         assert (weight != 0).any(), name
 
 
-def test_a_later_modifier_that_destroys_the_pattern_is_an_error(demo_model, calibration):
+def test_a_later_modifier_that_destroys_the_pattern_is_an_error(wide, calibration):
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     ours = MixedSparsityModifier(sparsity=0.5, levels=["2:4"], method="wanda", allocator="uniform")
     gptq = GPTQModifier(targets="Linear", scheme="W8A16", ignore=["lm_head"])
     with pytest.raises(VerificationError, match="after a later modifier.*planned was 2:4"):
-        run(demo_model, [ours, gptq], calibration)
+        run(wide, [ours, gptq], calibration)
 
 
 def test_a_method_that_fails_leaves_no_hooks_in_the_model(model, calibration):

@@ -34,7 +34,7 @@ MENU = parse_menu(["dense", "2:4", "1:4", "1:8"])
 SEARCH = {"name": "search", "rounds": 1, "tokens": 128, "holdout": 64, "seeds": 3}
 
 
-@pytest.fixture(params=["cpu", "disk"])
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), "disk"])
 def pair(request, model, tmp_path):
     """A model in memory, and a copy of it in caches of compressed-tensors."""
     away = copy.deepcopy(model)

@@ -13,12 +13,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from msp_plugin import MixedSparsityModifier, RecoveryModifier, Text, prune, run_recipe
-from msp_plugin.data.sources import load_texts
-from msp_plugin.data.tokenize import tokenize
 from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import ModelError, RecipeError
 from msp_plugin.models.load import load_model
-from msp_plugin.models.source import load_tokenizer
 from msp_plugin.passes.losses import mean_kl
 
 PRUNE = {"sparsity": 0.5, "levels": ["2:4"], "method": "magnitude", "allocator": "uniform"}
@@ -26,16 +23,19 @@ QUICK = {"name": "blockwise", "epochs": 1, "rates": [0.06]}
 
 
 @pytest.fixture(scope="module")
-def calibration():
-    tokenizer = load_tokenizer(demo_model_path("qwen2"))
-    return tokenize(
-        tokenizer, load_texts("demo:calibration"), samples=8, length=48, source="demo:calibration"
-    )
+def calibration(make_samples):
+    return make_samples(8, 48)
 
 
 @pytest.fixture
-def model():
-    return load_model(demo_model_path("qwen2"), "float32")
+def fresh(qwen2_dir):
+    """Load the model anew."""
+    return lambda: load_model(qwen2_dir, "float32")
+
+
+@pytest.fixture
+def model(fresh):
+    return fresh()
 
 
 def run(model, modifiers, calibration, **kwargs):
@@ -51,14 +51,14 @@ def zeros(model):
     }
 
 
-def test_a_line_behind_the_pruning_recovers_with_the_pruned_models_zeros(model, calibration, tmp_path):
-    pruned = load_model(demo_model_path("qwen2"), "float32")
+def test_a_line_behind_the_pruning_recovers_with_the_pruned_models_zeros(model, calibration, tmp_path, fresh):
+    pruned = fresh()
     run(pruned, [MixedSparsityModifier(**PRUNE)], calibration)
     line = RecoveryModifier(method=QUICK, cache=str(tmp_path / "cache"))
     run(model, [MixedSparsityModifier(**PRUNE), line], calibration, output_dir=str(tmp_path / "out"))
     before, after = zeros(pruned), zeros(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    dense = load_model(demo_model_path("qwen2"), "float32")
+    dense = fresh()
     assert mean_kl(dense, model, calibration) < 0.9 * mean_kl(dense, pruned, calibration)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [stage["name"] for stage in record["stages"]] == ["prune", "recover"]
@@ -124,14 +124,16 @@ def test_a_later_line_quantizes_the_recovered_model_and_keeps_the_zeros(scheme, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W4A16"])
-def test_a_recovered_checkpoint_is_quantized_by_oneshot_with_its_zeros(scheme, calibration, msp, tmp_path):
+def test_a_recovered_checkpoint_is_quantized_by_oneshot_with_its_zeros(
+    scheme, demo_calibration, msp, tmp_path
+):
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     text = Text("demo:calibration", samples=8, length=48, test="demo:test", test_samples=4)
     recovered, out = tmp_path / "recovered", tmp_path / "out"
     prune(demo_model_path("qwen2"), text, recovered, **PRUNE, recover=QUICK, cache=str(tmp_path / "cache"))
     quantize = QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
-    run(load_model(recovered), [quantize], calibration, output_dir=str(out))
+    run(load_model(recovered), [quantize], demo_calibration, output_dir=str(out))
     for name in ("allocation.json", "run.json"):
         shutil.copyfile(recovered / name, out / name)
     config = CompressedTensorsConfig(dequantize=True)
@@ -141,7 +143,9 @@ def test_a_recovered_checkpoint_is_quantized_by_oneshot_with_its_zeros(scheme, c
     said = msp("verify", out).out
     assert "FAIL" not in said and "passed" in said
     dense = load_model(demo_model_path("qwen2"))
-    assert mean_kl(dense, quantized, calibration) < 1.5 * mean_kl(dense, load_model(recovered), calibration)
+    assert mean_kl(dense, quantized, demo_calibration) < 1.5 * mean_kl(
+        dense, load_model(recovered), demo_calibration
+    )
 
 
 @pytest.mark.slow
