@@ -255,13 +255,12 @@ def test_a_search_ends_when_a_round_promises_too_little_and_says_why():
 
 
 def test_the_default_budget_grows_with_the_units():
-    tokens = []
-    for shapes in (SHAPES, SHAPES * 24):
-        given_inputs = inputs_of(problem_of(shapes))
-        given_inputs.loss.lengths = tuple(2000 * n for n in given_inputs.loss.lengths)
-        Search(least_gain=0, patience=99).allocate(given_inputs)
-        tokens.append(given_inputs.loss.forward_tokens)
-    assert LEAST_TOKENS / 2 < tokens[0] <= LEAST_TOKENS < tokens[1] <= TOKENS_PER_UNIT * 288
+    given_inputs = inputs_of(problem_of(SHAPES))
+    given_inputs.loss.lengths = tuple(2000 * n for n in given_inputs.loss.lengths)
+    Search(least_gain=0, patience=99).allocate(given_inputs)
+    assert LEAST_TOKENS / 2 < given_inputs.loss.forward_tokens <= LEAST_TOKENS
+    assert Search().token_limit(288) == TOKENS_PER_UNIT * 288 > LEAST_TOKENS == Search().token_limit(1)
+    assert Search(max_tokens=7).token_limit(288) == 7
 
 
 @pytest.mark.parametrize("option, value", [

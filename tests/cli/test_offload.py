@@ -71,6 +71,7 @@ def test_sensitivities_are_those_in_memory(msp, half, text_file):
     assert msp(*arguments).out == msp(*arguments, "--offload").out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prune", "allocators"),
     [(["--no-prune"], "uniform"), pytest.param([], "uniform,search", marks=pytest.mark.slow)],

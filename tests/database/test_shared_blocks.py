@@ -59,7 +59,12 @@ def uniform(model):
 
 @pytest.mark.parametrize(
     ("size", "statistics_bytes", "behind"),
-    [(2, 1 << 30, False), (3, 1, False), (3, 1 << 30, True), (9, 1, True)],
+    [
+        (2, 1 << 30, False),
+        (3, 1, False),
+        (3, 1 << 30, True),
+        pytest.param(9, 1, True, marks=pytest.mark.slow),
+    ],
 )
 def test_the_files_are_those_of_one_process(build, on_ranks, model, size, statistics_bytes, behind):
     options = {"prefix": uniform(model) if behind else None, "statistics_bytes": statistics_bytes}
@@ -110,7 +115,8 @@ class Failing(SparseGPT):
 
 
 @pytest.mark.parametrize(
-    ("size", "block", "behind"), [(2, 0, False), (2, BLOCKS - 1, True), (3, 1, True), (7, 2, False)]
+    ("size", "block", "behind"),
+    [(2, 0, False), (2, BLOCKS - 1, True), (3, 1, True), pytest.param(7, 2, False, marks=pytest.mark.slow)],
 )
 def test_a_layer_that_fails_ends_all_ranks_with_its_error(build, on_ranks, model, size, block, behind):
     layer = f"model.layers.{block}.self_attn.o_proj"

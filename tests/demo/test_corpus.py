@@ -12,6 +12,7 @@ def files_of(split):
     return library_files(split)
 
 
+@pytest.mark.slow
 def test_no_file_is_in_two_splits():
     files = {split: files_of(split) for split in SPLITS}
     together = [path for paths in files.values() for path in paths]

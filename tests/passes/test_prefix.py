@@ -131,6 +131,7 @@ def sequences():
     return st.lists(st.tuples(st.booleans(), st.integers(0, 7), samples), min_size=3, max_size=12)
 
 
+@pytest.mark.slow
 def test_a_loss_is_never_that_of_an_older_choice(setting):
     data = setting[2]
     choices = [

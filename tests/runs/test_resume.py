@@ -90,6 +90,7 @@ def test_fresh_measures_everything_anew(run):
     assert run(fresh=True) == everything
 
 
+@pytest.mark.slow
 def test_text_that_changed_in_between_is_named_and_nothing_of_the_old_is_taken(run, tmp_path, caplog):
     run(stop="pruning")
     run.text.write_text("another text altogether, with other words in it\n" * 200)

@@ -141,6 +141,7 @@ def run_two(how):
     return [(*process.communicate(timeout=120), process.returncode) for process in processes]
 
 
+@pytest.mark.slow
 def test_processes_share_add_up_fail_together_and_part():
     (said, errors, code), (other, other_errors, other_code) = run_two("share")
     assert (said, code, other, other_code) == ("2 ranks False\n", 0, "", 0), errors + other_errors

@@ -32,6 +32,7 @@ def test_a_search_at_every_granularity_meets_the_budget(llama, data, plan, granu
     assert Allocation.from_dict(json.loads(found.to_json())) == found
 
 
+@pytest.mark.slow
 def test_the_level_database_does_not_depend_on_the_granularity(llama, data, plan, tmp_path):
     written = {}
     for granularity in ("unit", "layer", "half", "block"):

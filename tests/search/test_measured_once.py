@@ -107,6 +107,7 @@ def test_a_sensitivity_that_was_stopped_goes_on_with_the_next_samples(
     assert make_measurements().sensitivity("fisher") == expected and passes == [1] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "damage"),
     [

@@ -141,6 +141,7 @@ def curvature(model, sample, deltas):
     return float(((p * along.square()).sum(-1) - (p * along).sum(-1).square()).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_the_mean_square_of_the_draws_is_the_gauss_newton_curvature(model, data, measured):
     database, problem = measured

@@ -73,6 +73,7 @@ def test_a_search_finds_what_it_finds_in_memory_wherever_the_weights_are(pair, a
     assert here[0].evaluations > 10 and here[2]["fisher"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "allocator",
     [pytest.param(name, marks=() if name == "search" else pytest.mark.slow) for name in ALLOCATORS],

@@ -62,6 +62,7 @@ def test_losses_and_move_gradients_are_those_of_one_process_bit_for_bit(on_ranks
     assert on_ranks(size, work) == [expected] * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_search_finds_the_same_from_the_same_files_whatever_the_ranks(on_ranks, measured, size, tmp_path):
     search = Search(rounds=2, seeds=2, tokens=216, holdout=96)

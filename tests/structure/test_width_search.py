@@ -107,7 +107,7 @@ MOVES = [
 @pytest.mark.parametrize(
     "unit, now, then",
     [
-        pytest.param(unit, *move, marks=() if (unit + i // 2) % 2 else pytest.mark.slow)
+        pytest.param(unit, *move, marks=() if (2 * i + unit) % 4 == 1 else pytest.mark.slow)
         for i, move in enumerate(MOVES)
         for unit in (0, 1)
     ],

@@ -54,6 +54,7 @@ def state(model):
     return onloads, held
 
 
+@pytest.mark.slow
 def test_a_search_finds_what_it_finds_in_memory(tmp_path, pair, make_samples):
     found = []
     for number, its in enumerate(pair):
