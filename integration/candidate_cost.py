@@ -32,7 +32,7 @@ def measure(model, data, batches: list[int], repeats: int, folder: str) -> list[
     from msp_plugin.database.store import LevelDatabase
     from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.budget import AllocationProblem
-    from msp_plugin.plan.levels import parse_sparsity
+    from msp_plugin.plan.fractions import parse_sparsity
     from msp_plugin.plan.menus import parse_menu
     from msp_plugin.pruning.magnitude import Magnitude
     from msp_plugin.search.candidate_loss import CandidateLoss

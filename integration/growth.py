@@ -43,7 +43,7 @@ def grow(size: str, levels: int, folder: str) -> dict[str, float]:
     from msp_plugin.data.samples import TextSplit
     from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.budget import AllocationProblem
-    from msp_plugin.plan.levels import parse_sparsity
+    from msp_plugin.plan.fractions import parse_sparsity
     from msp_plugin.plan.menus import parse_menu
     from msp_plugin.plugins.manager import Plugins
     from msp_plugin.search.measurements import Measurements

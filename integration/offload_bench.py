@@ -75,7 +75,7 @@ def search(way: str, model: Path, folder: str) -> dict[str, object]:
     from msp_plugin.data.samples import TextSplit
     from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.budget import AllocationProblem
-    from msp_plugin.plan.levels import parse_sparsity
+    from msp_plugin.plan.fractions import parse_sparsity
     from msp_plugin.plan.menus import parse_menu
     from msp_plugin.plugins.manager import Plugins
     from msp_plugin.search import measurements as measure

@@ -32,7 +32,7 @@ def bench_model(model_name: str, method: str, sparsity: str, cache: str | None):
     from msp_plugin.models.load import load_model
     from msp_plugin.models.source import load_tokenizer
     from msp_plugin.plan.budget import AllocationProblem
-    from msp_plugin.plan.levels import parse_sparsity
+    from msp_plugin.plan.fractions import parse_sparsity
     from msp_plugin.plan.menus import DEFAULT_LEVELS, parse_menu
     from msp_plugin.plugins.manager import Plugins
     from msp_plugin.search.measurements import Measurements

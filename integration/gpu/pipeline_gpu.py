@@ -93,7 +93,7 @@ def timed(work: Callable[[], Any], device: str) -> dict[str, float | None]:
 def costs(size: str, device: str, samples: int) -> dict[str, Any]:
     """Return what the parts of a run cost on a model of random weights."""
     from msp_plugin.plan.budget import AllocationProblem
-    from msp_plugin.plan.levels import parse_sparsity
+    from msp_plugin.plan.fractions import parse_sparsity
     from msp_plugin.plugins.manager import Plugins
 
     model = make_model(size, device)
@@ -121,7 +121,7 @@ def correctness(device: str) -> dict[str, Any]:
     from msp_plugin.models.load import load_model
     from msp_plugin.models.source import load_tokenizer
     from msp_plugin.plan.budget import AllocationProblem
-    from msp_plugin.plan.levels import parse_sparsity
+    from msp_plugin.plan.fractions import parse_sparsity
     from msp_plugin.plugins.manager import Plugins
 
     path, results = demo_model_path("qwen2"), {}

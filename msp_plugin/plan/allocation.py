@@ -13,7 +13,8 @@ import numpy as np
 
 from msp_plugin.errors import RecipeError, VerificationError, shown
 from msp_plugin.plan.budget import AllocationProblem, Budget
-from msp_plugin.plan.levels import Level, parse_fraction
+from msp_plugin.plan.fractions import parse_fraction
+from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Groups, Layer, Unit, UnitTable
 from msp_plugin.runtime.documents import parse_json
 

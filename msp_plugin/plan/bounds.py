@@ -13,7 +13,8 @@ from fractions import Fraction
 import numpy as np
 
 from msp_plugin.errors import RecipeError, shown
-from msp_plugin.plan.levels import DENSE, Level, parse_fraction
+from msp_plugin.plan.fractions import parse_fraction
+from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.menus import menu_names
 from msp_plugin.plan.units import Unit, UnitTable
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import PlainSerializer, PlainValidator, model_validator
 
 from msp_plugin.errors import RecipeError
-from msp_plugin.plan.levels import Level, parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
+from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Groups, Layer, Unit, UnitTable
 from msp_plugin.records.base import Part, Record
 from msp_plugin.records.parts import (

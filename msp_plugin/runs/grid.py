@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from msp_plugin.errors import RecipeError
-from msp_plugin.plan.levels import parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.recovery.base import Recovery
 from msp_plugin.search.options import Options

@@ -13,7 +13,8 @@ from msp_plugin.data.samples import SearchText
 from msp_plugin.errors import RecipeError, nearest, shown
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.bounds import Bounds, parse_bounds
-from msp_plugin.plan.levels import Level, parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
+from msp_plugin.plan.levels import Level
 from msp_plugin.plan.menus import DEFAULT_QUANTUM, has_widths, parse_menu
 from msp_plugin.plan.units import GRANULARITIES
 from msp_plugin.plugins.manager import Plugins

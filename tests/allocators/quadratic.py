@@ -7,7 +7,7 @@ import numpy as np
 
 from msp_plugin.allocators.base import AllocationInputs
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
 from msp_plugin.plan.menus import DEFAULT_LEVELS, parse_menu
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 

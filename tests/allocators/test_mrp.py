@@ -9,7 +9,7 @@ from msp_plugin.allocators.base import AllocationInputs
 from msp_plugin.allocators.mrp import MRP, next_levels, on_budget, start_choice
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
 from msp_plugin.plan.menus import DEFAULT_LEVELS, parse_menu
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 

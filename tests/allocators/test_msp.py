@@ -9,7 +9,7 @@ from msp_plugin.allocators.base import AllocationInputs
 from msp_plugin.allocators.msp import MSP, crossover, fisher_seeds, mutate
 from msp_plugin.errors import BudgetError, NumericsError
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
 from msp_plugin.plan.menus import DEFAULT_LEVELS, parse_menu
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 

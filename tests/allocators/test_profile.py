@@ -14,7 +14,7 @@ from msp_plugin.allocators.owl import OWL
 from msp_plugin.allocators.profile import block_means, blocks_of, nearest_choice
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
 from msp_plugin.plan.menus import DEFAULT_LEVELS, parse_menu
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 

@@ -11,7 +11,7 @@ from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import check_finite_weights, prunable_layers
 from msp_plugin.models.offload import offloaded_module, onloaded
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
 from msp_plugin.plan.menus import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.sparsegpt import SparseGPT

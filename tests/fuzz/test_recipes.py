@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from msp_plugin.cli.arguments import component_options
 from msp_plugin.errors import MSPError, RecipeError, nearest, shown
 from msp_plugin.plan.bounds import parse_bounds
-from msp_plugin.plan.levels import Level, parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
+from msp_plugin.plan.levels import Level
 from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.search.options import Options

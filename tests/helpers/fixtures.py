@@ -24,7 +24,8 @@ from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.offload import offloaded_module
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import Level, parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
+from msp_plugin.plan.levels import Level
 from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plan.units import Layer, Unit, UnitTable
 from msp_plugin.plugins.manager import Plugins

@@ -8,7 +8,7 @@ import accelerate
 import torch
 
 from msp_plugin.models.offload import offload_hook
-from msp_plugin.plan.levels import parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
 from msp_plugin.plan.menus import parse_menu
 from tests.helpers.losses import magnitude_levels
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msp_plugin.errors import RecipeError
-from msp_plugin.plan.levels import DENSE, Kind, Level, Pattern, parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
+from msp_plugin.plan.levels import DENSE, Kind, Level, Pattern
 from msp_plugin.plan.menus import DEFAULT_LEVELS, MENUS, menu_names, parse_menu
 from msp_plugin.plan.units import Layer
 

@@ -14,7 +14,7 @@ from msp_plugin.data.samples import TextSplit
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.passes.losses import mean_kl, perplexity
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights

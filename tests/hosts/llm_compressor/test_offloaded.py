@@ -21,7 +21,7 @@ from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.offload import check_loadable, named_parameters, offloaded_module
 from msp_plugin.passes.gradients import gradients_without_weights
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.levels import parse_sparsity
+from msp_plugin.plan.fractions import parse_sparsity
 from msp_plugin.plan.menus import parse_menu
 from msp_plugin.pruning.wanda import Wanda
 from msp_plugin.search.candidate_loss import CandidateLoss
