@@ -77,6 +77,8 @@ class Recovery(ABC):
     offloads: ClassVar[bool] = False
     #: True if both models must have as many blocks, because the method holds them side by side.
     same_depth: ClassVar[bool] = False
+    #: True if the layers that are left must be as large as the original's.
+    same_shapes: ClassVar[bool] = False
 
     def check(self, model: PreTrainedModel, masks: Masks) -> None:  # noqa: B027 - optional to override
         """Raise, before any work, if an option does not fit the model."""

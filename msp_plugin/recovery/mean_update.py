@@ -46,6 +46,7 @@ class MeanUpdate(Recovery):
     """
 
     name = "mean_update"
+    same_depth = True
 
     def check(self, model: PreTrainedModel, masks: Masks) -> None:
         check_in_memory(self.name, model)

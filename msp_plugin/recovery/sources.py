@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from msp_plugin.records.run import RunRecord
 from msp_plugin.recovery.base import Recovery
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.runtime.disk import check_free
-from msp_plugin.structure.widths import read_widths
+from msp_plugin.structure.widths import Widths, global_widths, read_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,14 +127,14 @@ def check_sources(sparse: ModelSource, dense: ModelSource | None, recovery: Reco
 
     Raises:
         ModelError: a source is missing or quantized, the original's config or tokenizer differs, or the recovery needs
-            models of the same depth.
+            models of the same depth or layers of the same shapes.
     """
     hint = "recover the sparse model before its quantization, and quantize the result"
     check_source_unquantized(sparse.name, trust_remote_code=sparse.trust_remote_code, hint=hint)
     tokenizer, own = sparse.tokenizer(), _config(sparse)
-    widths = read_widths(own, str(sparse.name)) is not None
+    widths = read_widths(own, str(sparse.name)) or ()
     if dense is None:
-        return Sources(tokenizer, widths)
+        return Sources(tokenizer, bool(widths))
     dense.check()
     other = _config(dense)
     less = [key for key in _LESS if (own.get(key) or 0) < (other.get(key) or 0)]
@@ -153,12 +154,23 @@ def check_sources(sparse: ModelSource, dense: ModelSource | None, recovery: Reco
             "side by side",
             hint="use lora or full, which compare outputs, or export the model to small, which keeps empty blocks",
         )
+    if recovery.same_shapes and (less or (widths and _narrows(widths, global_widths(own)))):
+        raise ModelError(
+            f"{sparse.name} lost heads or channels, and {recovery.name} compares layers of one shape",
+            hint="use another recovery (see `msp plugins`), or recover the model before its export",
+        )
     if dense.tokenizer().get_vocab() != tokenizer.get_vocab():
         raise ModelError(
             f"{dense.name} has another tokenizer than {sparse.name}",
             hint="give the dense model that was pruned",
         )
-    return Sources(tokenizer, widths or bool(less))
+    return Sources(tokenizer, bool(widths or less))
+
+
+def _narrows(widths: Sequence[Widths], usual: Widths) -> bool:
+    """Return True if a block lost some of its heads or channels, but not all of them."""
+    pairs = (pair for own in widths for pair in zip(astuple(own), astuple(usual), strict=True))
+    return any(size not in (0, whole) for size, whole in pairs)
 
 
 def _config(source: ModelSource) -> dict[str, Any]:

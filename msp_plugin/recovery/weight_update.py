@@ -106,6 +106,8 @@ class WeightUpdate(Recovery):
     """
 
     name = "weight_update"
+    same_depth = True
+    same_shapes = True
 
     iterations: int = 60
     damping: float = 0.01

@@ -90,19 +90,53 @@ def test_a_smaller_model_is_recovered_in_its_own_shapes(llama_dir, text, tmp_pat
         assert torch.isfinite(msp_plugin.load(run.path, "float32")(ids).logits).all()
 
 
+def config_alone(folder):
+    """Return a copy of a checkpoint without readable weights, for refusals that must not need them."""
+    shutil.copytree(folder, folder.with_name("damaged"))
+    (folder.with_name("damaged") / "model.safetensors").write_bytes(b"")
+    return folder.with_name("damaged")
+
+
 def test_a_model_without_blocks_is_recovered_on_outputs_and_refused_block_by_block(llama_dir, text, tmp_path):
     flat = smaller(llama_dir, tmp_path, Uniform(), half_as_deep)
-    damaged = tmp_path / "damaged"
-    shutil.copytree(flat, damaged)
-    (damaged / "model.safetensors").write_bytes(b"")  # the refusal reads configs alone
-    with pytest.raises(
-        ModelError, match=r"has 1 blocks and its original 2, so blockwise cannot hold them side by side"
-    ):
-        recover(damaged, text, tmp_path / "no", original=llama_dir, method=METHODS[0], dtype="float32")
+    damaged = config_alone(flat)
+    for name in ("blockwise", "mean_update", "weight_update"):
+        with pytest.raises(
+            ModelError, match=f"has 1 blocks and its original 2, so {name} cannot hold them side by side"
+        ):
+            recover(damaged, text, tmp_path / "no", original=llama_dir, method=name, dtype="float32")
     run = recover(flat, text, tmp_path / "out", original=llama_dir, method=METHODS[2], dtype="float32")
     stages = {stage.name: stage for stage in RunRecord.beside(run.path).stages}
     assert stages["recover"].kl < stages["prune"].kl
     assert load_model(run.path, "float32").config.num_hidden_layers == 1
+
+
+def one_attention_less(layers):
+    layers[0].self_attn.o_proj.weight.zero_()
+    layers[0].mlp.down_proj.weight[::2, ::2] = 0  # a mask that stays
+
+
+def narrow_everywhere(layers):
+    for layer in layers:
+        layer.mlp.down_proj.weight[:, :40] = 0
+
+
+@pytest.mark.parametrize(
+    "case", [(Small(), uneven), (Uniform(), narrow_everywhere)], ids=["small", "uniform"]
+)
+def test_weight_update_refuses_layers_that_lost_heads_or_channels(llama_dir, text, tmp_path, case):
+    damaged = config_alone(smaller(llama_dir, tmp_path, *case))
+    with pytest.raises(
+        ModelError, match="lost heads or channels, and weight_update compares layers of one shape"
+    ):
+        recover(damaged, text, tmp_path / "no", original=llama_dir, method="weight_update", dtype="float32")
+
+
+def test_weight_update_takes_a_model_that_lost_only_a_half(llama_dir, text, tmp_path):
+    small = smaller(llama_dir, tmp_path, Small(), one_attention_less)
+    run = recover(small, text, tmp_path / "out", original=llama_dir, method="weight_update", dtype="float32")
+    stages = {stage.name: stage for stage in RunRecord.beside(run.path).stages}
+    assert stages["recover"].kl < stages["prune"].kl
 
 
 def test_a_model_with_more_than_its_original_is_refused(llama_dir, text, tmp_path):
