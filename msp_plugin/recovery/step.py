@@ -95,11 +95,15 @@ class RecoveryStep:
     cache: str | None
     context: RunContext
 
-    def identity(self, model: PreTrainedModel, original: PreTrainedModel | None) -> dict[str, Any]:
-        """Return everything that the state of a stopped recovery depends on, by names for messages."""
+    def identity(self, model: PreTrainedModel, original: str | None) -> dict[str, Any]:
+        """Return everything that the state of a stopped recovery depends on, by names for messages.
+
+        Args:
+            original: fingerprint of the dense model, None without one.
+        """
         return {
             "model": fingerprint(model),
-            "original": None if original is None else fingerprint(original),
+            "original": original,
             "recovery": spec_of(self.recovery),
             "code": component_digest(self.recovery),
             "text": [self.samples.data.fingerprint, self.samples.holdout.fingerprint],

@@ -16,6 +16,7 @@ from msp_plugin.data.samples import Text
 from msp_plugin.errors import RecipeError
 from msp_plugin.hosts.base import Pruned
 from msp_plugin.hosts.builtin import BuiltIn
+from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.plugins.manager import Plugins
@@ -105,7 +106,7 @@ def recover(
         subject = load_sparse(sparse, tokenizer, path, smaller=smaller)
         recovery.check(subject.model, subject.masks)
         reference = None if dense is None else load_original(dense, subject.model, smaller=smaller)
-        identity = step.identity(subject.model, reference)
+        identity = step.identity(subject.model, None if reference is None else fingerprint(reference))
         with closing(Journal(journal_file, identity, ranks)) as journal:
             before = step.references(subject.model, reference, journal)
         key = digest({**identity, "out": str(path)})
@@ -147,7 +148,7 @@ def recover_pruned(
     step.recovery.check(model, masks)
     original = source.load()
     before = {PRUNE: Measured(kl=step.divergence("mixed", model, original))}
-    key = digest({**step.identity(model, original), "out": str(out)})
+    key = digest({**step.identity(model, fingerprint(original)), "out": str(out)})
     return Recovered(step.run(model, original, masks, allocation, key), before)
 
 

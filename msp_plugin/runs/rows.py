@@ -191,15 +191,10 @@ class ComparisonRows:
         key = f"{cell.measurements.database.key} {digest(units)[:16]} {','.join(row['levels'])}"
         if self.recovery is not None:
             key += f" {digest([spec_of(self.recovery), component_digest(self.recovery), cell.seed])[:16]}"
-        whole_key = digest([finals.identity, key])
-        row |= finals.get(key, partial(self._quality, cell, problem, result.choice, whole_key))
+        row |= finals.get(key, partial(self._quality, cell, problem, result.choice))
 
-    def _quality(self, cell: Cell, problem: AllocationProblem, choice: Choice, key: str) -> dict[str, Any]:
-        """Return test perplexity and KL of an allocation after the final pruning, and with the database's weights.
-
-        Args:
-            key: digest of everything that they depend on.
-        """
+    def _quality(self, cell: Cell, problem: AllocationProblem, choice: Choice) -> dict[str, Any]:
+        """Return test perplexity and KL of an allocation after the final pruning, and with the database's weights."""
         database = cell.measurements.database
         with CandidateWeights(self.model, database, problem) as weights:
             test = self._loss("test", weights)
@@ -217,7 +212,7 @@ class ComparisonRows:
             if self.recovery is None:
                 return quality
             sparse = self._copy()
-        return {**quality, "recovered": self._recovered(self.recovery, sparse, cell, problem, choice, key)}
+        return {**quality, "recovered": self._recovered(self.recovery, sparse, cell, problem, choice)}
 
     def _loss(self, part: str, weights: CandidateWeights) -> CandidateLoss:
         """Return the loss over a part of the text; the dense model is measured on it once for all rows."""
@@ -241,13 +236,13 @@ class ComparisonRows:
         cell: Cell,
         problem: AllocationProblem,
         choice: Choice,
-        key: str,
     ) -> dict[str, Any]:
         """Return the stage of the recovery of a pruned model, as JSON; this model is its original."""
         masks = Masks.of(sparse, [layer.name for layer in self.table.layers])
         recovery.check(sparse, masks)
         context = RunContext(progress=cell.measurements.progress, fresh=self.context.fresh)
         step = RecoveryStep(recovery, self._recovery_text, cell.seed, cell.plan.cache, context)
+        key = digest(step.identity(sparse, cell.measurements.model_id))
         return step.run(sparse, self.model, masks, make_allocation(problem, choice), key).to_dict()
 
     @cached_property

@@ -23,6 +23,7 @@ from msp_plugin.data.tokenize import from_dataloader
 from msp_plugin.errors import HostError, ModelError, RecipeError, nearest
 from msp_plugin.hosts.llm_compressor import HOST_KEYS
 from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier, launched_ranks
+from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.weights import Weights
 from msp_plugin.plugins.manager import Plugins
@@ -214,7 +215,7 @@ class RecoveryModifier(Modifier):
         assert self._samples is not None, "the modifier is initialised first"
         step = RecoveryStep(self._recovery, self._samples, self.seed, self.cache, context)
         before = {PRUNE: step.measure("mixed", model, self._original)}
-        key = digest(step.identity(model, self._original))
+        key = digest(step.identity(model, None if self._original is None else fingerprint(self._original)))
         stage = step.run(model, self._original, masks, allocation, key)
         return Recovered(stage, before, time.monotonic() - start)
 
