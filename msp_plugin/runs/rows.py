@@ -39,7 +39,7 @@ from msp_plugin.runtime.files import finite
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.ranks import LostError
 from msp_plugin.search.allocate import make_problem, uniform_levels
-from msp_plugin.search.candidate_loss import CandidateLoss
+from msp_plugin.search.candidate_loss import CandidateLoss, DenseReference
 from msp_plugin.search.candidate_weights import CandidateWeights
 from msp_plugin.search.measurements import Measurements
 from msp_plugin.search.resolve import ResolvedOptions
@@ -67,6 +67,7 @@ class ComparisonRows:
     Args:
         inputs: for the hosts that prune the model to an allocation.
         recovery: of each pruned model.
+        test_reference: of the dense model on the test text, once a row has measured it.
     """
 
     source: ModelSource
@@ -80,7 +81,7 @@ class ComparisonRows:
     recovery: Recovery | None = None
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
     renewed: set[Path] = field(default_factory=set)
-    prepared: dict[str, CandidateLoss] = field(default_factory=dict)
+    test_reference: DenseReference | None = None
 
     def cells(self) -> Iterator[Cell]:
         """Yield the cell of each row; cells of one method and sparsity share a level database."""
@@ -197,8 +198,10 @@ class ComparisonRows:
         """Return test perplexity and KL of an allocation after the final pruning, and with the database's weights."""
         database = cell.measurements.database
         with CandidateWeights(self.model, database, problem) as weights:
-            test = self._loss("test", weights)
-            holdout_loss = self._loss("holdout", weights)(choice) if self.samples.holdout else None
+            test = CandidateLoss(weights, self.samples.test, reuse=False).prepare(self.test_reference)
+            self.test_reference = test.reference
+            holdout = self.samples.holdout
+            holdout_loss = CandidateLoss(weights, holdout, reuse=False).prepare()(choice) if holdout else None
             weights.set(choice)
             of_database = _named(test.quality())
         quality = {"holdout_loss": finite(holdout_loss), "database": of_database}
@@ -213,13 +216,6 @@ class ComparisonRows:
                 return quality
             sparse = self._copy()
         return {**quality, "recovered": self._recovered(self.recovery, sparse, cell, problem, choice)}
-
-    def _loss(self, part: str, weights: CandidateWeights) -> CandidateLoss:
-        """Return the loss over a part of the text; the dense model is measured on it once for all rows."""
-        loss = CandidateLoss(weights, getattr(self.samples, part), reuse=False)
-        loss.prepare(self.prepared.get(part))
-        self.prepared.setdefault(part, loss)
-        return loss
 
     def _copy(self) -> PreTrainedModel:
         """Return a new model with the weights that this model's layers hold now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -29,6 +30,20 @@ T = TypeVar("T")
 
 #: Bytes of the incumbent's activations kept in memory.
 ACTIVATION_BYTES = 4 * 1024**3
+
+
+@dataclass(frozen=True)
+class DenseReference:
+    """The outputs of the dense model on a text, and what fits into memory with them.
+
+    Args:
+        batch_tokens: most tokens of a batch.
+        reuse: activations are reused.
+    """
+
+    terms: PlainHeadReference | OutputReference | CrossEntropy
+    batch_tokens: int
+    reuse: bool
 
 
 class CandidateLoss:
@@ -78,20 +93,22 @@ class CandidateLoss:
         return self.forward_tokens - self._prefix.saved_tokens
 
     @torch.no_grad()
-    def prepare(self, like: CandidateLoss | None = None) -> CandidateLoss:
+    def prepare(self, reference: DenseReference | None = None) -> CandidateLoss:
         """Measure the dense model, which the KL compares with, and find batches that fit into memory.
 
         ``forward_tokens`` does not count this. Returns itself.
 
         Args:
-            like: a prepared one of the same model, samples, objective and ``reuse``; what it found is taken over.
+            reference: of a prepared loss of the same model, samples and objective, instead of new measurements.
 
         Raises:
             NumericsError: the dense model's logits are not finite.
             ModelError: a single sample does not fit into memory.
         """
-        if like is not None:
-            self._terms, self._batches.tokens = like._terms, like._batches.tokens
+        if reference is not None:
+            self._terms, self._batches.tokens = reference.terms, reference.batch_tokens
+            if not reference.reuse:
+                self._run_all_blocks()
             return self
         self._set(None)
         if self.objective == "kl":
@@ -104,8 +121,17 @@ class CandidateLoss:
             self._run(group, partial(self._terms.measure_dense, group))
         if self._reuse and not self._run([0], lambda: self._prefix.is_exact(self._ids[0][None])):
             log.info("activations cannot be reused in %s: every candidate runs all blocks", type(self.model))
-            self._prefix = Prefix(self.model, 0)
+            self._run_all_blocks()
         return self
+
+    @property
+    def reference(self) -> DenseReference:
+        """The result of ``prepare``, for another loss."""
+        return DenseReference(self._terms, self._batches.tokens, self._reuse)
+
+    def _run_all_blocks(self) -> None:
+        """Reuse no activations."""
+        self._reuse, self._prefix = False, Prefix(self.model, 0)
 
     def _trial(self, group: list[int]) -> None:
         """Measure some samples in each way that needs memory, only to see if they fit."""

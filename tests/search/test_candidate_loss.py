@@ -11,9 +11,10 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.store import LayerErrors
 from msp_plugin.errors import NumericsError
 from msp_plugin.passes.losses import mean_kl, perplexity
+from msp_plugin.passes.prefix import Prefix
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
-from msp_plugin.search.dense_reference import make_reference
+from msp_plugin.search.dense_reference import PlainHeadReference, make_reference
 from tests.helpers import models
 from tests.helpers.losses import MENU, kl_by_hand, loss_of, pruned_copy
 
@@ -106,6 +107,21 @@ def test_one_model_serves_the_losses_of_two_texts(llama, data, mixed, measured):
         before = second(A)
         found.append(first(B))
         assert tuple(found) == expected and second(A) == before
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_loss_takes_over_the_dense_reference_of_another_and_if_activations_may_be_reused(
+    llama, data, measured, monkeypatch, exact
+):
+    monkeypatch.setattr(Prefix, "is_exact", lambda self, ids: exact)
+    with CandidateWeights(llama, *measured(llama)) as weights:
+        first = CandidateLoss(weights, data).prepare()
+        monkeypatch.setattr(PlainHeadReference, "measure_dense", None)  # none is measured again
+        second = CandidateLoss(weights, data).prepare(first.reference)
+        for loss in (first, second):
+            loss.set_incumbent(A)
+            assert loss(A) == first(A) == second(A)
+            assert (loss.block_tokens < loss.forward_tokens) == exact
 
 
 @pytest.mark.parametrize("objective", ["kl", "perplexity"])
