@@ -224,6 +224,34 @@ def test_the_layers_that_end_a_half_are_found_by_running_it(llama):
     assert ends == {f"{half}.{end}" for half, end in zip(HALVES, ("o_proj", "down_proj") * 2, strict=True)}
 
 
+class FirstOfTwo(torch.nn.Module):
+    """Two experts, of which every token takes the first."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([mlp, copy.deepcopy(mlp)])
+
+    def forward(self, x):
+        return self.experts[0](x)
+
+
+def test_layers_of_an_expert_that_no_token_reaches_all_count(llama):
+    """Else what drops them would seem to cost nothing."""
+    model = copy.deepcopy(llama)
+    model.model.layers[0].mlp = FirstOfTwo(model.model.layers[0].mlp)
+    table = with_inner(model, prunable_layers(model, granularity="half"))
+    inner = {layer.name.partition("experts.")[2] for layer in table[1].layers if layer.inner}
+    assert inner == {"0.gate_proj", "0.up_proj"}
+
+
+def test_a_model_runs_once_however_often_the_ends_of_its_layers_are_looked_up(llama):
+    model, runs = copy.deepcopy(llama), []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    tables = [prunable_layers(model, ignore=ignore) for ignore in ((), (), ["re:.*down_proj"])]
+    ends = [{layer.name for layer in with_inner(model, table).layers if not layer.inner} for table in tables]
+    assert ends[0] == ends[1] and "model.layers.0.mlp.up_proj" in ends[2] - ends[0] and len(runs) == 2
+
+
 @dataclass(frozen=True)
 class Narrow(Level):
     """A width: the first half of an MLP's channels; of an attention all. A new kind of level, known to this test alone."""
