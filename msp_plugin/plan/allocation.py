@@ -22,6 +22,8 @@ from msp_plugin.runtime.documents import parse_json
 ALLOCATION_FILE = "allocation.json"
 SCHEMA = "msp_plugin/allocation"
 VERSION = 1
+#: Entries of the provenance that a uniform baseline follows, and their types; lists hold texts.
+_BASELINE = {"levels": list, "bounds": dict, "protect": list, "granularity": str, "quantum": int}
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,11 @@ def _read(data: dict[str, Any], source: str) -> Allocation:
     provenance, stored = data.get("provenance", {}), data.get("stored", {})
     if not isinstance(provenance, dict):
         raise TypeError("its provenance is no mapping")
+    for key, kind in _BASELINE.items():
+        value = _typed(provenance.get(key, kind()), kind, key)
+        if kind is list:
+            for name in value:
+                _typed(name, str, key)
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored.values()):
         raise TypeError("stored is no mapping from layers to names in files")
     return Allocation(

@@ -52,6 +52,10 @@ class Bounds:
         """Return the menu, with ``dense`` added if there are protected layers."""
         return tuple(menu) if not self.protect or DENSE in menu else (DENSE, *menu)
 
+    def unprotected(self, menu: Sequence[Level]) -> tuple[Level, ...]:
+        """Return a menu without the ``dense`` that ``menu`` has added."""
+        return tuple(level for level in menu if not (self.dense_for_protected and level.is_dense))
+
     def allowed(
         self, table: UnitTable, menu: Sequence[Level], matched: Mapping[str, AbstractSet[str]]
     ) -> np.ndarray:

@@ -21,7 +21,7 @@ from msp_plugin.checkpoint.run_files import copy_processor, run_record, write_fi
 from msp_plugin.checkpoint.saving import check_savable, generation_config_kept, kept_if_it_fails
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import Text, TextSplit
-from msp_plugin.errors import NumericsError
+from msp_plugin.errors import BudgetError, NumericsError, RecipeError
 from msp_plugin.hosts.base import Host, Pruned, PruneInputs
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
@@ -112,7 +112,15 @@ class RunSteps:
         ranks, start = self.context.ranks, time.monotonic()
         model = self.source.load()
         context = RunContext(progress=prefixed("uniform, ", self.context.progress), ranks=ranks)
-        pruned = self.host.prune(model, options.uniform(), self.inputs, context, announce=False)
+        try:
+            pruned = self.host.prune(model, options.uniform(), self.inputs, context, announce=False)
+        except (RecipeError, BudgetError) as error:
+            if options.given is None:
+                raise
+            raise RecipeError(
+                f"{options.spelled.allocation} has no uniform baseline: {error.message}",
+                hint="its provenance was edited: allocate anew, or prune without a baseline",
+            ) from error
         stage = StageRecord(
             name=UNIFORM,
             seconds=ranks.on_rank_zero(lambda: round(time.monotonic() - start, 3)),

@@ -198,7 +198,7 @@ def _finish(
         "method": {**spec_of(plan.pruner), "host": plan.pruner.host, "version": plan.pruner.version()},
         "allocator": spec_of(plan.allocator),
         "estimators": {name: spec_of(e) for name, e in plan.estimators.items()},
-        "levels": [level.name for level in plan.menu],
+        "levels": [level.name for level in plan.bounds.unprotected(plan.menu)],
         "targets": list(plan.targets),
         "ignore": list(plan.ignore),
         "granularity": plan.granularity,

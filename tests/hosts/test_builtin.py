@@ -2,14 +2,17 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from importlib.abc import MetaPathFinder
+from pathlib import Path
 
 import pytest
 import torch
 
 import msp_plugin
 from msp_plugin import Allocation, Level, Text
+from msp_plugin.errors import RecipeError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 
@@ -49,6 +52,21 @@ def test_it_prunes_bit_for_bit_as_llm_compressor_does(method, llama_dir, text, a
     assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
     assert (own.path / "allocation.json").read_bytes() == (theirs.path / "allocation.json").read_bytes()
     assert own.record.sparsity == theirs.record.sparsity
+
+
+def test_an_edited_allocation_whose_baseline_has_no_levels_is_named(
+    llama_dir, text, allocation, tmp_path, edit_json
+):
+    edited = {"levels": ["dense", "2:4"], "bounds": {"q_proj": ["3/4", "3/4"]}}
+    edit_json(Path(allocation), lambda data: data["provenance"].update(edited))
+    with pytest.raises(RecipeError, match=r"allocation.json has no uniform baseline: no level of dense, 2:4"):
+        msp_plugin.prune(
+            llama_dir,
+            replace(text, test_samples=2),
+            tmp_path / "out",
+            allocation=allocation,
+            method="magnitude",
+        )
 
 
 def test_pruning_loads_no_host(llama_dir, text, tmp_path, monkeypatch):

@@ -211,9 +211,14 @@ def with_a_layer_in_two_units():
 @pytest.mark.parametrize(
     "make", [without_units, with_sensitivity_of_some, with_a_layer_twice, with_a_layer_in_two_units,
              lambda: edit(["provenance"], 5), lambda: edit(["units", 0, "layers", 0, "shape"], [-8, -16]),
-             lambda: edit(["budget", "target"], "7/2")],
+             lambda: edit(["budget", "target"], "7/2"), lambda: edit(["provenance", "bounds"], [1]),
+             lambda: edit(["provenance", "protect"], 5), lambda: edit(["provenance", "protect"], [5]),
+             lambda: edit(["provenance", "levels"], 5), lambda: edit(["provenance", "granularity"], [1]),
+             lambda: edit(["provenance", "quantum"], "8")],
     ids=["no units", "sensitivity of some units", "a layer twice in its unit", "a layer in two units",
-         "provenance is no mapping", "negative shape", "target above one"],
+         "provenance is no mapping", "negative shape", "target above one",
+         "bounds are a list", "protect is a number", "protect holds a number", "levels are a number",
+         "granularity is a list", "quantum is a text"],
 )  # fmt: skip
 def test_contents_that_contradict_each_other_are_refused(make):
     with pytest.raises(RecipeError):

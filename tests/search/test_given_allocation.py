@@ -33,6 +33,8 @@ def test_the_baseline_of_a_finished_allocation_is_within_the_bounds_that_it_was_
     path.write_text(made.to_json())
     given = msp_plan(sparsity=None, allocation=str(path), allocator="search")
     assert allocate(llama, None, given.uniform()).allocation.levels == made.levels
+    if levels != ["default"]:  # only protected layers may be dense, in the baseline too
+        assert made.provenance["levels"] == levels and given.uniform().bounds.dense_for_protected
 
 
 @pytest.mark.parametrize(
