@@ -41,6 +41,12 @@ struct Packed {
 constexpr int64_t kStep = 32;
 // The most inputs that one pass over the packed weights serves.
 constexpr int64_t kTokens = 4;
+// Inputs of an AMX tile.
+constexpr int64_t kTileInputs = 16;
+// Up to this many tokens, AMX tiles are multiplied straight from expanded weights; above it, from scratch memory.
+constexpr int64_t kFewTokens = 4 * kTileInputs;
+// Columns of AMX tiles that are expanded at a time are a multiple of this.
+constexpr int64_t kPiece = 2 * kStep;
 
 inline int64_t padded(int64_t columns) { return (columns + kStep - 1) / kStep * kStep; }
 
@@ -53,14 +59,15 @@ using Dot = void (*)(const Packed&, const void* x, int64_t tokens, int64_t begin
 using Unpack = void (*)(const Packed&, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t* places,
                         void* out, int64_t stride);
 
-// out [words, inputs] = pairs of columns of `inputs` inputs, at most 16, from x [tokens, words]; zeros for tokens that
-// are not there. words is a multiple of 16.
+// out [words, inputs] = pairs of columns of `inputs` inputs, at most kTileInputs, from x [tokens, words]; zeros for
+// tokens that are not there. words is a multiple of 16.
 using Arrange = void (*)(const uint32_t* x, int64_t tokens, int64_t words, int64_t inputs, uint32_t* out);
 
 // out[t * rows of the weight + row] = the product of a row with input t plus its bias (none if null), bfloat16, for rows
-// begin to end. x: each tile of min(tokens, 16) inputs as Arrange leaves it, [tiles, padded(columns) / 2, inputs].
-// Above 64 tokens `columns`, a multiple of 64, are unpacked at a time, and weights [rows, columns] and sums
-// [rows, tokens] are scratch, with room up to the next multiple of 32 rows and 16 tokens; else they are not used.
+// begin to end. x: each tile of min(tokens, kTileInputs) inputs as Arrange leaves it, [tiles, padded(columns) / 2,
+// inputs]. Above kFewTokens `columns`, a multiple of kPiece, are unpacked at a time, and weights [rows, columns] and
+// sums [rows, tokens] are scratch, with room up to the next multiple of 32 rows and kTileInputs tokens; else they are
+// not used.
 using Tiles = void (*)(const Packed&, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end, int64_t columns,
                        uint16_t* weights, float* sums, const uint16_t* bias, uint16_t* out);
 

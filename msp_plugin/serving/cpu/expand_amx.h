@@ -13,10 +13,11 @@
 namespace amx {
 
 constexpr int64_t kTile = 16;              // rows, and at most inputs, of a tile
+static_assert(kTile == kTileInputs);
 constexpr int64_t kWords = kTile * kStep;  // 16-bit weights of a tile
 constexpr int64_t kSums = kTile * kTile;   // sums, or pairs of inputs, of a tile
-constexpr int64_t kPiece = 2 * kStep;      // columns that are expanded while those before them are multiplied
-constexpr int64_t kFewTiles = 4;           // tiles of inputs that are multiplied straight from expanded tiles
+constexpr int64_t kFewTiles = 4;           // tiles of inputs whose sums stay in registers
+static_assert(kFewTiles * kTile == kFewTokens);
 
 // True if the CPU has AMX for bfloat16 and the system lets this process use it.
 inline bool supported() {

@@ -24,17 +24,16 @@ namespace {
 
 using at::Tensor;
 using msp::Packed;
+using msp::kFewTokens, msp::kPiece, msp::kTileInputs;
 
 // Rows of a tile and columns unpacked at a time: 64 KiB to 1 MiB of weights, beside the inputs of those columns.
-constexpr int64_t kFewTokens = 64, kFewRows = 32, kManyRows = 256, kColumns = 1024;
+constexpr int64_t kFewRows = 32, kManyRows = 256, kColumns = 1024;
 // Tokens at a time, so that their inputs and sums stay in cache.
 constexpr int64_t kMostTokens = 1024;
 // Rows that a thread takes at a time in products straight from packed weights.
 constexpr int64_t kDotRows = 16;
 // Tokens up to which products straight from packed weights are faster than AMX tiles.
 constexpr int64_t kBeforeTiles = 2;
-// Inputs of an AMX tile.
-constexpr int64_t kTileInputs = 16;
 // Weights that are worth a second thread.
 constexpr int64_t kWeightsPerThread = 1 << 16;
 
@@ -182,7 +181,7 @@ Piece tile_piece(const Packed& w, int64_t tokens) {
   // Many: columns such that those of two tiles of rows and two of inputs stay in the first cache; more rows where the
   // inputs, which are read once for each piece, do not stay in the second.
   const int64_t width = msp::padded(w.columns), columns = width / std::max<int64_t>(1, width / 256);
-  return {tokens * width > 1 << 20 ? kManyRows : kManyRows / 2, (columns + 63) / 64 * 64};
+  return {tokens * width > 1 << 20 ? kManyRows : kManyRows / 2, (columns + kPiece - 1) / kPiece * kPiece};
 }
 
 // out [T, O] on AMX tiles, for bfloat16.
