@@ -188,6 +188,7 @@ class TorchRanks(Ranks):
 
         self.gather(lambda: None)
         dist.destroy_process_group()
+        atexit.unregister(_destroy_process_group)  # a group that starts later is not ours
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)  # a host that reads them would wait for ranks that have left
 
