@@ -71,7 +71,7 @@ class SearchRecord(Part):
     evaluations: int | None = None
     """Candidates that were measured."""
     seconds: float | None = None
-    """Duration of the search alone."""
+    """Duration of the search alone; losses that it read from the cache count with the time that they once took."""
     total_seconds: float | None = None
     """Duration including the sensitivities and the level database, unless they were in the cache."""
     loss: float | None = None

@@ -24,7 +24,7 @@ class Outcome:
     """An allocation and the cost of finding it.
 
     Args:
-        saved_seconds: that an earlier, stopped process spent on the search.
+        saved_seconds: that earlier processes, stopped or not, spent on measurements that the search read from the cache.
     """
 
     allocation: Allocation
@@ -65,7 +65,7 @@ class StageRecord(Part):
     """KL divergence from the dense model on the test text, nats per token; only a run with a recovery measures it."""
     seconds: float | None = None
     """Duration of the step without measuring the perplexity; null if it took none or was not measured. Of a step that \
-was stopped and went on, of its last part and of the whole search."""
+was stopped and went on, of its last part; a search counts whole, as in `seconds` of the run."""
     sparsity: float | None = None
     """Share of zeros in the prunable layers, recounted; null for the dense model."""
     recovery: RecoveryRecord | None = None
@@ -122,7 +122,8 @@ class RunRecord(Record):
     """The seed of the search."""
     seconds: float | None = None
     """Duration of search and pruning, without the baseline and the perplexities; of a run that was stopped and went on, \
-of its last part and of the whole search."""
+of its last part and of the whole search. Losses that the search read from the cache, of this run or an earlier one, count \
+with the time that they once took."""
     speed: tuple[SpeedRecord, ...] = ()
     """Measurements of speed for the report."""
     command: str | None = None

@@ -72,7 +72,7 @@ class Measurements:
         prefix: the level's name of each unit in the pruned blocks whose outputs feed the level database's statistics
             (see build_database); None: dense blocks.
         renewed: the files that ``fresh`` has measured again; shared by objects with one cache.
-        saved_seconds: that an earlier process spent on what the last search read from its journal.
+        saved_seconds: that earlier processes spent on what the last search read from its journal.
     """
 
     model: torch.nn.Module
