@@ -12,7 +12,7 @@ from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models.offload import check_loadable, linear, named_parameters, onloaded, own_parameters
 from msp_plugin.models.patterns import check_patterns, matches
 from msp_plugin.plan.bounds import Bounds
-from msp_plugin.plan.levels import DROPPED, Level
+from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Layer, UnitTable, group_layers
 
 if TYPE_CHECKING:
@@ -165,19 +165,24 @@ def check_fit(table: UnitTable, menu: Iterable[Level]) -> None:
             )
 
 
-def check_whole(model: torch.nn.Module, table: UnitTable, granularity: str) -> None:
+def check_whole(model: torch.nn.Module, table: UnitTable, granularity: str, menu: Iterable[Level]) -> None:
     """Raise unless each unit holds all prunable linears of its half-block or block.
+
+    Args:
+        menu: one with levels that narrow units, which the message names.
 
     Raises:
         RecipeError: targets or ignore leave some out; the message names the first units.
     """
+    narrowing = [level.name for level in menu if level.narrows]
     whole = {layer: unit for unit in prunable_layers(model, granularity=granularity) for layer in unit.layers}
     odd = [unit.name for unit in table if len(unit.layers) < len(whole[unit.layers[0]].layers)]
     if odd:
         raise RecipeError(
-            f"targets or ignore leave out layers of {len(odd)} units that may be {DROPPED.name}: "
+            f"targets or ignore leave out layers of {len(odd)} units that may be {' or '.join(narrowing)}: "
             f"{', '.join(odd[:3])}",
-            hint="ignore all layers of a unit or none, protect layers instead, or leave dropped out of levels",
+            hint="ignore all layers of a unit or none, protect layers instead, or leave "
+            f"{', '.join(narrowing)} out of levels",
         )
 
 

@@ -59,7 +59,8 @@ class AllocationProblem:
 
     Args:
         allowed: bool[U, K], True for the levels that each unit may take; None allows all. A read-only copy is
-            kept, without the widths that do not fit a unit, or make the same of it as one before in the menu.
+            kept, without the levels that do not fit a unit, or make the same of it as one before in the menu; without
+            widths in the menu, None stays None.
 
     Raises:
         BudgetError: ``allowed`` has another shape, or leaves a unit without a level.

@@ -77,7 +77,10 @@ class Level(ABC):
         """Return why the level does not fit a unit, as what follows its name in a sentence; None if it fits."""
 
     def sparsity_of(self, unit: Unit | Layer) -> Fraction:
-        """Return the share of zeros of a unit before it is rounded to whole weights of a row."""
+        """Return the share of zeros of a unit: at a width that fits it its own, which counts whole heads or channels.
+
+        At other levels the nominal one, before it is rounded to whole weights of a row.
+        """
         return self.sparsity if self.width(unit) is None else 1 - Fraction(self.kept(unit), unit.weights)
 
     def width(self, unit: Unit | Layer) -> tuple[int, Pattern] | None:

@@ -130,8 +130,9 @@ def _changed(model: torch.nn.Module, original: torch.nn.Module) -> list[tuple[Ha
     last: Half | None = None
     for half in sorted(whole, key=lambda h: (h.block, h.kind == "mlp")):
         own = there.get(half.name)
-        if own is not None and model.get_parameter(f"{own.output}.weight").any():
-            last = own
+        if own is not None:
+            if model.get_parameter(f"{own.output}.weight").any():
+                last = own
             if not _lost_weights(model, original, half):
                 continue
         changed.append((half, last))
@@ -139,10 +140,10 @@ def _changed(model: torch.nn.Module, original: torch.nn.Module) -> list[tuple[Ha
 
 
 def _lost_weights(model: torch.nn.Module, original: torch.nn.Module, half: Half) -> bool:
-    """Return True if a layer of a half is smaller than the original's or has zeros."""
+    """Return True if a layer of a half is smaller than the original's or has zeros where that has none."""
     for layer in (*half.inputs, half.output):
-        weight = model.get_parameter(f"{layer}.weight")
-        if weight.shape != original.get_parameter(f"{layer}.weight").shape or not weight.all():
+        weight, dense = (each.get_parameter(f"{layer}.weight") for each in (model, original))
+        if weight.shape != dense.shape or bool(((weight == 0) & (dense != 0)).any()):
             return True
     return False
 

@@ -54,7 +54,7 @@ def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
     else:
         table = prunable_layers(model, plan.targets, plan.ignore, plan.granularity)
         if any(level.narrows for level in plan.menu):
-            check_whole(model, table, plan.granularity)
+            check_whole(model, table, plan.granularity, plan.menu)
             widths = has_widths(plan.menu)
             table = with_groups(model, table, plan.quantum) if widths else with_inner(model, table)
         check_fit(table, plan.menu)

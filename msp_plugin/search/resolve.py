@@ -153,7 +153,7 @@ def _granularity(options: Options, menu: Sequence[Level]) -> str:
             fitting = " or ".join(level.granularities)
             raise RecipeError(
                 f"level {level} is for granularity {fitting}, not for granularity {options.granularity}",
-                hint="use that, or leave it out of levels",
+                hint=f"use granularity {fitting}, or leave {level} out of levels",
             )
     return options.granularity
 

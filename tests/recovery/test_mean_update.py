@@ -192,6 +192,22 @@ def test_what_cannot_be_updated_is_refused_or_noted(llama_dir, qwen2_dir, text, 
     assert note == "model.layers.0.self_attn has no half before it, so nothing stands for it"
 
 
+def test_a_zero_of_the_dense_model_is_no_loss(llama_dir, text, tmp_path):
+    """A half that has only such zeros costs no pass: the tokens are those of block 0, once, and block 1's MLP."""
+    model = load_model(llama_dir, "float32")
+    weights = model.model.layers[0].mlp.up_proj.weight[:1, :1], model.model.layers[1].mlp.down_proj.weight
+    folders = tmp_path / "dense", tmp_path / "sparse"
+    for folder, weight in zip(folders, weights, strict=True):
+        shutil.copytree(llama_dir, folder)
+        weight.data.zero_()
+        model.save_pretrained(folder)
+    run = recover(
+        folders[1], text, tmp_path / "out", original=folders[0], method="mean_update", dtype="float32"
+    )
+    work = run.record.stages[-1].recovery
+    assert work.tokens == work.data.tokens
+
+
 def test_an_update_that_does_not_help_leaves_the_model_as_it_was(offset_dir, text, tmp_path, monkeypatch):
     """The loss is made to rise, whatever the biases do."""
     losses = iter((1.0, 2.0))

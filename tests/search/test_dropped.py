@@ -57,7 +57,10 @@ def test_half_a_block_is_the_layers_of_one_of_its_children(llama):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"granularity": "layer"}, "not for granularity layer"),
+        (
+            {"granularity": "layer"},
+            "not for granularity layer\n.*use granularity half or block, or leave dropped out",
+        ),
         ({"granularity": "unit"}, "not for granularity unit"),
         ({"ignore": ["o_proj"]}, "leave out layers of 2 units that may be dropped: model.layers.0.self_attn"),
         ({"levels": ["dropped"]}, "the levels dropped reach 1 to 1"),
