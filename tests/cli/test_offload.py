@@ -72,13 +72,10 @@ def test_sensitivities_are_those_in_memory(msp, half, text_file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("prune", "allocators"),
-    [(["--no-prune"], "uniform"), pytest.param([], "uniform,search", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("prune", "allocators"), [(["--no-prune"], "uniform"), ([], "uniform,search")])
 def test_a_comparison_is_that_in_memory(prune, allocators, msp, half, text_file, tmp_path):
     search = [option.replace("allocator.", "search.") for option in SEARCH] if "search" in allocators else []
-    small = [*search, "--test-samples", "4", *SMALL, *prune]
+    small = [*search, "--test-samples", "4", *SMALL, "--samples", "16", *prune]
     found = []
     for name, offload in (("memory", []), ("disk", ["--offload"])):
         msp("compare", half, "--methods", "wanda", "--allocators", allocators, "--data", text_file, *small,
@@ -197,7 +194,7 @@ def test_offloading_without_accelerate_is_refused_before_anything_is_loaded(half
 def test_the_default_comparison_has_only_what_runs_with_weights_on_disk(msp, half, text_file, tmp_path):
     msp("compare", half, "--methods", "magnitude", "--data", text_file, *SMALL, "--test-samples", "2", "--no-prune",
         "--target", "down_proj",
-        "--set", "search.rounds=1", "--set", "search.tokens=64", "--set", "search.holdout=64", "--set",
+        "--set", "search.rounds=1", "--set", "search.tokens=32", "--set", "search.holdout=32", "--set",
         "fisher.samples=2", "--out", tmp_path / "compared", "--offload")  # fmt: skip
     rows = json.loads((tmp_path / "compared" / "compare.json").read_text())["rows"]
     assert {row["allocator"]: row["error"] for row in rows} == dict.fromkeys(
