@@ -5,7 +5,8 @@
 Each ratio is of one process: dense and packed calls alternate. Two times are kept of each: the least wall time, and
 the median CPU time of the process, which other processes on the machine disturb less (waiting threads sleep:
 OMP_WAIT_POLICY=PASSIVE). The roofline is the bytes of the packed weight over the rate at which this machine copies
-memory, measured in the same process. Models: SmolLM2 (--model) pruned by magnitude, and a random Llama.
+memory, measured in the same process. Models: SmolLM2 (--model) pruned by magnitude, and a random Llama. A run without
+matrices, or without models, keeps those of the results that are there.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ BATCHES = (1, 2, 4, 8, 16, 64, 512)
 #: Least ratio to dense by batch, at 2:4 and beyond.
 GOALS = {1: (1.5, 2.0), 2: (1.5, 2.0), 4: (1.5, 2.0)}
 LEAST = 0.9
+#: Names of models in the table; any other source is SmolLM2.
+NAMES = {"random": "random Llama, 1 B"}
 #: Least ratio to dense of a whole model's decoding at batch 1.
 DECODING = {"2:4": 1.3, "3:8": 1.5, "2:8": 1.8}
 
@@ -172,7 +175,7 @@ def measure_model(
             ]  # fmt: skip
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found["vllm"] = json.loads(done.stdout)["speeds"]["packed"]["1"]
-        return {**found, "model": Path(source).name, "level": f"{level[0]}:{level[1]}"}
+        return {**found, "model": NAMES.get(source, "SmolLM2-135M"), "level": f"{level[0]}:{level[1]}"}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -233,7 +236,7 @@ def below(results: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_speed")
-    parser.add_argument("--model", help="a small Llama's directory, such as SmolLM2's")
+    parser.add_argument("--model", help="SmolLM2's directory, which smollm2.py has made: its model")
     parser.add_argument("--random", action="store_true", help="a random Llama of 1 B weights too")
     parser.add_argument(
         "--vllm", type=Path, help="the environment of vLLM, with msp_plugin in it: models there as well"
@@ -261,12 +264,14 @@ def main() -> None:
     sources = [*([arguments.model] if arguments.model else []), *(["random"] if arguments.random else [])]
     for source, level in itertools.product(sources, ((2, 4), (3, 8), (2, 8))):
         models.append(measure_model(source, level, BenchOptions(prompt=128, tokens=16), arguments.vllm))
+    known_file = arguments.out.with_suffix(".json")
+    known = json.loads(known_file.read_text()) if known_file.exists() else {"matrices": [], "models": []}
     results = {
         "machine": {
             "processor": processor(), "torch": torch.__version__, "copy_rate": copy_rate(),
             "load": [load_before, os.getloadavg()[0]],
         },
-        "matrices": matrices, "models": models,
+        "matrices": matrices or known["matrices"], "models": models or known["models"],
     }  # fmt: skip
     results["below"] = below(results)
     arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")

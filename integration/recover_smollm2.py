@@ -7,7 +7,13 @@
 ``--work`` is a directory that integration/smollm2.py has made. A cell is SPARSITY:ALLOCATION:METHOD: a pruned model, of
 which each one is made once by `msp prune`, or given by ``--pruned``, and one `msp recover` of it in a process of its
 own. METHOD may name several, joined by ``+``, each of which goes on from the one before it. Finished cells are not run
-again, and a cell that was stopped goes on; options of ``--set`` make another cell. results/recover_smollm2.json and .md
+again, and a cell that was stopped goes on. A table's allocation serves too, marked * in the table:
+
+    msp prune smollm2/model -s 0.75 --allocation "compared/sparsegpt-0.75-layer/search.json" --data smollm2/text/calibration.txt \\
+        --search-data smollm2/text/search.txt --test-data smollm2/text/test.txt --samples 64 --length 512 --out pruned
+    python integration/recover_smollm2.py --work smollm2 --cells 3/4:search:blockwise --pruned 3/4:search=pruned
+
+Options of ``--set`` make another cell. results/recover_smollm2.json and .md
 are written after each cell.
 """
 
@@ -98,7 +104,7 @@ class Cells:
         before = next(stage for stage in record["stages"] if stage["name"] == "prune")
         dense, sparse, recovered = map(math.log, (values["dense"], before["perplexity"], values["recovered"]))
         return {
-            "sparsity": sparsity, "allocation": allocation, "method": methods, "cell": name,
+            "sparsity": sparsity, "allocation": allocation, "given": f"{sparsity}:{allocation}" in self.pruned, "method": methods, "cell": name,
             "dense": values["dense"], "pruned": before["perplexity"], "recovered": values["recovered"],
             "taken_back": (sparse - recovered) / (sparse - dense),
             "kl_pruned": before["kl"], "kl_recovered": stages[-1]["kl"],
@@ -130,12 +136,13 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "Calibration, search and test text are disjoint parts of one text. *Taken back* is the share of the loss over"
     yield "dense, in log perplexity on the test text, that the recovery takes back. Seconds and peak memory are of `msp recover`"
     yield "alone, tokens pass through the blocks of the model (a backward pass counts as two forward passes), except that a"
-    yield from ("trained method counts the dense model's passes too.", "")
+    yield "trained method counts the dense model's passes too. * pruned on 64 samples of 512 tokens to the allocation of the last"
+    yield from ("search of [smollm2.md](smollm2.md) at that sparsity.", "")
     yield "| zeros | allocation | recovery | dense | pruned | recovered | taken back | KL, pruned | KL, recovered | seconds | peak GiB | tokens |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         figures = (
-            row["sparsity"], row["allocation"], row["cell"].partition(f"{row['allocation']}-")[2],
+            row["sparsity"], row["allocation"] + " *" * row["given"], row["cell"].partition(f"{row['allocation']}-")[2],
             *(f"{row[name]:.2f}" for name in ("dense", "pruned", "recovered")), f"{100 * row['taken_back']:.0f} %",
             *(f"{row[name]:.3f}" for name in ("kl_pruned", "kl_recovered")), f"{row['seconds']:.0f}",
             f"{row['peak_gib']:.2f}", f"{row['tokens']:,}",

@@ -5,7 +5,8 @@
     python integration/smollm2_table.py --model smollm2 --work compared --cells sparsegpt:0.625:layer
 
 A cell is one method, sparsity and granularity (``unit``: fused layers share a level), and one ``msp compare``: stopped, it goes on with the same command. The figures go to
-results/smollm2.json and smollm2.md beside those of the cells that were measured before.
+results/smollm2.json and smollm2.md beside those of the cells that were measured before. The allocations lie in the cell's
+directory, for `msp prune --allocation`.
 """
 
 from __future__ import annotations
@@ -69,6 +70,26 @@ def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
             "tokens": row["forward_tokens"] + row["sensitivity_tokens"], "seconds": row["seconds"],
         })  # fmt: skip
     return found
+
+
+def write_allocations(record: dict[str, Any], cell: str, folder: Path) -> None:
+    """Write each row's levels as an allocation.json, named by its allocator."""
+    from msp_plugin.plan.allocation import make_allocation
+    from msp_plugin.plan.budget import AllocationProblem
+    from msp_plugin.plan.fractions import parse_sparsity
+    from msp_plugin.plan.levels import Level
+    from msp_plugin.records.comparison import CompareRecord
+
+    method, sparsity, granularity = cell.split(":")
+    menu = tuple(Level.parse(name) for name in record["levels"])
+    table = CompareRecord.model_validate(record).table
+    problem = AllocationProblem(table, menu, parse_sparsity(sparsity))
+    provenance = {"method": {"name": method}, "levels": record["levels"], "granularity": granularity}
+    for row in record["rows"]:
+        choice = tuple(record["levels"].index(name) for name in row["levels"])
+        allocation = make_allocation(problem, choice, provenance=provenance)
+        text = json.dumps(allocation.to_dict(), indent=1) + "\n"
+        (folder / f"{row['allocator']}.json").write_text(text, encoding="utf-8")
 
 
 def draw_levels(record: dict[str, Any], path: Path) -> None:
@@ -150,6 +171,7 @@ if __name__ == "__main__":
     cells = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
     for name in options.cells:
         record = run_cell(name, options.model, options.work, options.allocators)
+        write_allocations(record, name, options.work / name.replace(":", "-"))
         cells[name] = {
             "dense": record["dense"]["perplexity"], "rows": rows_of(record), "machine": record["machine"],
             "versions": record["versions"],

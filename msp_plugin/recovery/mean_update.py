@@ -36,10 +36,10 @@ class MeanUpdate(Recovery):
     b = mean_t(f(x_t) - g(x_t)), where f is the dense half, g the half that is left of it, zero if it was dropped, and x_t the
     hidden state that it gets in the model as recovered so far. Where heads or channels are gone and the others as they were,
     b = W_gone mean(z_gone) for their inputs z of the output projection W, which is FLAP's bias. A half that is left gets b
-    itself. For a dropped one it goes to the last half before it that is left, which is the same, because only dropped halves
-    lie between; without a half before it, it gets no update, which a note says. The served model costs biases more, zeros
-    where a Llama has none. Halves are done in order. If the loss on the hold-out does not fall, all biases stay as they
-    were. Sums are float64.
+    itself. The b of a dropped half goes to the last half before it that is left, which is the same, because only dropped
+    halves lie between. A dropped half with none before it gets no update, and a note says so. A Llama without biases gets
+    biases of zeros for all projections. Halves are done in order. If the loss on the hold-out does not fall, all biases
+    stay as they were. Sums are float64.
 
     Deviation: x_t is of the recovered model, not of the dense one. The low-rank updates of 2407.16286 are not here: train
     the model that is left.

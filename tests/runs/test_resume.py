@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from msp_plugin.runs import prune as pipeline
 from msp_plugin.runs.prune import prune
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import scratch_directory, sole_output, sole_run
-from msp_plugin.search.candidate_loss import CandidateLoss
+from tests.helpers.clock import make_losses_slow
 
 
 class StopError(Exception):
@@ -70,14 +69,7 @@ def test_a_stopped_run_goes_on_with_what_it_had_measured_and_ends_with_the_same_
 
 
 def test_the_seconds_of_a_run_that_went_on_hold_the_search_before_the_stop(run, tmp_path, monkeypatch):
-    late, now, loss = [0.0], time.monotonic, CandidateLoss.__call__
-
-    def slow(self, *args):
-        late[0] += 1000.0
-        return loss(self, *args)
-
-    monkeypatch.setattr(time, "monotonic", lambda: now() + late[0])
-    monkeypatch.setattr(CandidateLoss, "__call__", slow)
+    late = make_losses_slow(monkeypatch)
     run(stop="pruning")
     run()
     record = json.loads((tmp_path / "out/run.json").read_text())

@@ -1,7 +1,6 @@
 """Whatever was measured is read from the cache, as long as all that it depends on is the same."""
 
 import re
-import time
 from fractions import Fraction
 
 import numpy as np
@@ -13,10 +12,10 @@ from msp_plugin.passes.gradients import backward_passes
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.runtime.files import cache_directory
 from msp_plugin.search import keys, level_database, measurements
-from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.sensitivity import fisher as fisher_module
 from msp_plugin.sensitivity import fisher_error
 from msp_plugin.sensitivity.fisher import FisherTrace
+from tests.helpers.clock import make_losses_slow
 from tests.helpers.losses import MENU
 from tests.helpers.measuring import Asking, problem_of, times
 
@@ -186,14 +185,7 @@ def test_what_an_estimate_rests_on_is_part_of_its_journal(make_measurements, mak
 def test_a_search_that_is_read_from_its_journal_has_the_time_that_it_had_taken(
     make_measurements, monkeypatch
 ):
-    late, now, loss = [0.0], time.monotonic, CandidateLoss.__call__
-
-    def slow(self, *args):
-        late[0] += 1000.0
-        return loss(self, *args)
-
-    monkeypatch.setattr(time, "monotonic", lambda: now() + late[0])
-    monkeypatch.setattr(CandidateLoss, "__call__", slow)
+    late = make_losses_slow(monkeypatch)
 
     class Timed(Asking):
         def allocate(self, inputs):

@@ -114,10 +114,10 @@ class RecoveryModifier(Modifier):
         """Set how this run reports and measures.
 
         Args:
-            trust_remote_code: run the code of the original's repository.
             samples: in place of oneshot's.
             active: False to do nothing, for a baseline.
             fresh: do not go on with a recovery that was stopped.
+            trust_remote_code: run the code of the original's repository.
         """
         self._progress, self._samples, self._active, self._fresh = progress, samples, active, fresh
         self._trust_remote_code = trust_remote_code

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import library as operators
 
 from msp_plugin.errors import OutputError
 from msp_plugin.runtime.digests import digest
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 _SOURCES = ("operator.cpp", "expand.h", "expand_x86.h", "expand_rows.h", "expand_amx.h")
 #: The flags that torch's own builder (torch/utils/cpp_extension.py) gives g++ and clang, and OpenMP, with which
 #: ``at::parallel_for`` uses torch's threads. Its load() is not used: it asks for ninja and includes all of Python.
-#: Without vectors of neighbouring scalars: GCC 12 made them of the rows' addresses, which took 1.4 times as long.
+#: Without vectors of neighbouring scalars: GCC 12 makes them of the rows' addresses, which costs time.
 _FLAGS = (
     "-O3",
     "-std=c++20",
@@ -61,7 +62,7 @@ def load_operator() -> str | None:
 def _load(library: Path) -> None:
     """Load the built library, once in a process."""
     torch.ops.load_library(str(library))
-    torch.library.impl("msp_plugin::bitmask_linear", "Meta", _output)  # what torch.compile traces
+    operators.impl("msp_plugin::bitmask_linear", "Meta", _output)  # what torch.compile traces
 
 
 class _BuildError(Exception):

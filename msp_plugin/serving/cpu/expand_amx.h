@@ -2,9 +2,8 @@
 //
 // A piece of columns of some rows is expanded into tiles in cache; each tile of 16 rows by 32 columns is multiplied by
 // tiles of 32 columns of up to 16 inputs. A sum runs over the columns in their order, whatever the number of inputs.
-// Subnormal numbers count as zero, as AMX takes them. An AMX product costs the same for one input as for 16, and less
-// than the expansion before it (3 of the 5 clock cycles of a step and row go to mask and expansion, on one port), where
-// the bfloat16 dot product of AVX-512 takes 2.2 cycles of the same port for each input.
+// Subnormal numbers count as zero, as AMX takes them. An AMX product costs the same for one input as for 16, and runs
+// beside the expansion, where the bfloat16 dot product of AVX-512 takes the port that expands, for each input anew.
 
 #define MSP_AMX                                                                                                  \
   __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx2,fma," \

@@ -168,8 +168,8 @@ struct Bf16 {
   MSP_BF16 static MSP_INLINE float total(__m512 sum) { return _mm512_reduce_add_ps(sum); }
 };
 
-// The same in float32, the two columns of a pair one after the other: a CPU with AMX takes 2.2 clock cycles for a
-// bfloat16 dot product, much of it on the port that expands, and half a cycle for one in float32.
+// The same in float32, the two columns of a pair one after the other: on CPUs with AMX the bfloat16 dot product is slower
+// than two in float32, and takes the port that expands.
 struct Bf16InFloat : Bf16 {
   MSP_BF16 static MSP_INLINE __m512 add(__m512 sum, __m512i weights, const uint16_t* x) {
     const __m512i inputs = _mm512_loadu_si512(x);

@@ -1,7 +1,7 @@
 // The operator msp_plugin::bitmask_linear: x times a transposed weight that stays packed (expand.h), on torch's threads.
 //
-// Up to kTokens inputs are multiplied straight from the packed weights. More of them share the cost of unpacking:
-// tiles of rows are unpacked into cache and multiplied on AMX tiles (expand_amx.h), or by oneDNN through torch.
+// Up to kTokens inputs (kBeforeTiles with AMX) are multiplied straight from the packed weights. More of them share the
+// cost of unpacking: tiles of rows are unpacked into cache and multiplied on AMX tiles (expand_amx.h), or by oneDNN through torch.
 //
 // Shape legend: O out_features, I in_features, T tokens.
 
