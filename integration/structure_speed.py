@@ -80,7 +80,7 @@ class VLLM:
 
     def __init__(self, path: Path, arguments: argparse.Namespace, stack: ExitStack):
         environment = os.environ | {
-            "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(arguments.threads), "OMP_WAIT_POLICY": "PASSIVE",
+            "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(arguments.threads),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
         }  # fmt: skip
         command = [arguments.env / "bin" / "python", WORKER, str(path), arguments.dtype]

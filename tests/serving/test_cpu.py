@@ -20,7 +20,6 @@ from msp_plugin.serving.cpu.kernel import (
     check_structure,
     checked_choice,
     choose,
-    concatenate,
     equal_rows,
     linear,
     pack_dense,
@@ -149,16 +148,6 @@ def test_rows_of_equal_length_are_those_of_2_4():
     packed = equal_rows(stored.values, stored.bitmask, 64)
     check_structure(packed, "w")
     assert_product(linear(x, packed, HERE[0]), x, weight)
-
-
-def test_weights_of_any_mix_are_one_call():
-    weights = [
-        weight_of(rows, 48, kept, torch.bfloat16, rows) for rows, kept in ((5, 0.5), (3, 1.0), (9, 0.2))
-    ]
-    x = inputs(2, 48, torch.bfloat16)
-    packed = concatenate([pack_dense(weight) for weight in weights])
-    check_structure(packed, "fused")
-    assert_product(linear(x, packed, HERE[0]), x, torch.cat(weights))
 
 
 def test_packing_pays_below_the_share_that_bitmask_and_offsets_leave():

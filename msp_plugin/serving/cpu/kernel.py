@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,19 +80,6 @@ def equal_rows(values: torch.Tensor, bitmask: torch.Tensor, in_features: int) ->
     """Return the weight whose rows keep equally many values [O, n], as ``sparse-24-bitmask`` stores them."""
     rows, kept = values.shape
     return PackedWeight(values, bitmask, torch.arange(rows) * kept, in_features)
-
-
-def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
-    """Return the weight whose rows are those of all weights, which share a dtype and in_features."""
-    if len(weights) == 1:
-        return weights[0]
-    starts = np.cumsum([0, *(w.values.numel() for w in weights)]).tolist()
-    return PackedWeight(
-        torch.cat([w.values.reshape(-1) for w in weights]),
-        torch.cat([w.bitmask for w in weights]),
-        torch.cat([w.row_offsets + start for w, start in zip(weights, starts, strict=False)]),
-        weights[0].in_features,
-    )
 
 
 def _starts(counts: torch.Tensor) -> torch.Tensor:

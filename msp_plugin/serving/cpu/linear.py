@@ -11,6 +11,7 @@ from torch import nn
 from msp_plugin.errors import ServingError
 from msp_plugin.formats.base import PackedFormat
 from msp_plugin.serving.cpu.kernel import PackedWeight, check_structure, checked_choice, equal_rows
+from msp_plugin.serving.cpu.memory import in_huge_pages
 from msp_plugin.serving.kernels import Choice
 
 
@@ -79,6 +80,9 @@ class PackedLinear(nn.Module):
         check_structure(packed, self.name)
         choice = checked_choice(dense, packed)
         self.kernel = choice.kernel
+        if choice.kernel != "dense":
+            packed = in_huge_pages(packed)
+            self.compressed.data, self.bitmask.data = packed.values.view_as(self.compressed), packed.bitmask
         self.register_buffer("starts", packed.row_offsets, persistent=False)
         return choice
 

@@ -31,7 +31,7 @@ constexpr int64_t kFewRows = 32, kManyRows = 256, kColumns = 1024;
 // Tokens at a time, so that their inputs and sums stay in cache.
 constexpr int64_t kMostTokens = 1024;
 // Rows that a thread takes at a time in products straight from packed weights.
-constexpr int64_t kDotRows = 16;
+constexpr int64_t kDotRows = 16, kMostDotRows = 256;
 // Tokens up to which products straight from packed weights are faster than AMX tiles.
 constexpr int64_t kBeforeTiles = 2;
 // Weights that are worth a second thread.
@@ -88,12 +88,16 @@ void few(const Packed& w, const msp::Kernel& kernel, const Tensor& x, const Tens
   const Tensor input = padded_input(x, kernel.input16 ? at::kBFloat16 : at::kFloat);
   const char* data = static_cast<const char*>(input.const_data_ptr());
   const int64_t bytes = msp::padded(w.columns) * input.element_size();
-  for_rows(w.rows, w.columns, kDotRows, [&](int64_t begin, int64_t end) {
+  const int64_t piece = std::clamp(w.rows / (8 * at::get_num_threads()) / kDotRows * kDotRows, kDotRows, kMostDotRows);
+  for_rows(w.rows, w.columns, piece, [&](int64_t first, int64_t last) {
     float sums[kDotRows * msp::kTokens];
-    for (int64_t t = 0; t < tokens; t += msp::kTokens) {
-      const int64_t some = std::min(msp::kTokens, tokens - t);
-      kernel.dot(w, data + t * bytes, some, begin, end, sums);
-      write(sums, some, bias, begin, end, some, w.rows, out + t * w.rows);
+    for (int64_t begin = first; begin < last; begin += kDotRows) {
+      const int64_t end = std::min(last, begin + kDotRows);
+      for (int64_t t = 0; t < tokens; t += msp::kTokens) {
+        const int64_t some = std::min(msp::kTokens, tokens - t);
+        kernel.dot(w, data + t * bytes, some, begin, end, sums);
+        write(sums, some, bias, begin, end, some, w.rows, out + t * w.rows);
+      }
     }
   });
 }

@@ -23,6 +23,7 @@ from msp_plugin.formats.sparse24 import SUFFIXES, Packed, is_packable, unpack
 from msp_plugin.serving import kernels
 from msp_plugin.serving.algorithms import TOLERANCE, FoundAlgorithms
 from msp_plugin.serving.cpu.kernel import KERNELS, PackedWeight, checked_choice, choose, pack_dense, pays
+from msp_plugin.serving.cpu.memory import in_huge_pages
 from msp_plugin.serving.vllm.report import LayerReport, Report
 from msp_plugin.serving.vllm.shards import Linear, Shards
 
@@ -247,7 +248,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             return None, wanted, "dense"
         packed = pack_dense(weight)
         choice = checked_choice(weight, packed)
-        return packed if choice.kernel != "dense" else None, choice, wanted.kernel
+        return in_huge_pages(packed) if choice.kernel != "dense" else None, choice, wanted.kernel
 
     def _pack(
         self, weight: torch.Tensor, choice: kernels.Choice
