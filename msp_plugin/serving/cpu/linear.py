@@ -82,7 +82,8 @@ class PackedLinear(nn.Module):
         self.kernel = choice.kernel
         if choice.kernel != "dense":
             packed = in_huge_pages(packed)
-            self.compressed.data, self.bitmask.data = packed.values.view_as(self.compressed), packed.bitmask
+            for name, held in (("compressed", packed.values), ("bitmask", packed.bitmask)):
+                getattr(self, name).data = held.view(self._stored(name).shape)
         self.register_buffer("starts", packed.row_offsets, persistent=False)
         return choice
 
