@@ -302,7 +302,11 @@ def write_export(
     names = (INDEX, "config.json", ALLOCATION_FILE, SOURCE_ALLOCATION_FILE, RUN_FILE)
     records = [directory / name for name in names]
     described = describe_files([*files, *(file for file in records if file.is_file())])
-    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **details)
+    structure = (
+        source.manifest.structure if source.manifest else {}
+    )  # packed or not, it stays a smaller model
+    about_all = {"structure": structure, **details}
+    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **about_all)
     format = exporter.format if isinstance(exporter, PackedExporter) else None
     write_text(directory / CARD_FILE, model_card(source, manifest, format))
     return manifest
