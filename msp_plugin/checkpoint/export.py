@@ -166,7 +166,7 @@ class PackedExporter(Sharded):
             runs = "that 2:4 kernels could run" if for_kernels else f"that {self.name} packs"
             raise FormatError(
                 f"{source.path} has no layer {runs}: {'; '.join(reasons[:3]) or 'no layers'}",
-                hint="prune with servable levels: levels servable, or names such as 2:4 and 2:8"
+                hint="prune with servable levels (servable, or names such as 2:4 and 2:8); bitmask packs any zeros"
                 if for_kernels
                 else "export it to dense",
             )
