@@ -34,6 +34,9 @@ class Manifest:
         packed_bytes: bytes that the packed layers take, without their ``shape`` tensors.
         dense_bytes: bytes that the same layers take dense, in the same dtype.
         negative_zeros: by layer, the zeros whose sign was dropped.
+        quantization_errors: only of an int8 export; by packed layer, the Frobenius norm of what quantizing changed, relative
+            to that of the weight.
+        rounded_to_zero: by packed layer, the kept weights that quantizing made zero, where there are any.
         structure: only of a smaller model; by half-block of the model before: the number of its ``groups`` (KV heads
             or channels), the ``kept`` ones as runs, and the ``module`` that holds them, empty for a dropped half.
         versions: of the packages that wrote it.
@@ -47,6 +50,8 @@ class Manifest:
     packed_bytes: int = 0
     dense_bytes: int = 0
     negative_zeros: Mapping[str, int] = field(default_factory=dict)
+    quantization_errors: Mapping[str, float] = field(default_factory=dict)
+    rounded_to_zero: Mapping[str, int] = field(default_factory=dict)
     structure: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
