@@ -274,6 +274,7 @@ class Sparse24LinearMethod(LinearMethodBase):
                 layer.weight,
                 layer.msp_bitmask,
                 layer.msp_row_offsets,
+                getattr(layer, "msp_scale", None),
                 bias,
                 x.shape[-1],
                 layer.sparse24_kernel,
