@@ -245,10 +245,10 @@ MSP_AMX inline void arrange(const uint32_t* x, int64_t tokens, int64_t words, in
   }
 }
 
-// out[t * stride + r] = sums [kTile, inputs] [r, t] times scales[r] plus bias[r] (neither if null), for the rows and
-// tokens that are there.
-MSP_AMX inline void write(const float* sums, int64_t inputs, int64_t tokens, int64_t rows, const float* scales,
-                          const uint16_t* bias, uint16_t* out, int64_t stride) {
+// out[t * stride + r] = sums [kTile, inputs] [r, t] times unit and scales[r] plus bias[r] (none of the arrays if null), for
+// the rows and tokens that are there.
+MSP_AMX inline void write(const float* sums, int64_t inputs, int64_t tokens, int64_t rows, float unit,
+                          const float* scales, const uint16_t* bias, uint16_t* out, int64_t stride) {
   const __mmask16 here = static_cast<__mmask16>((1 << inputs) - 1), kept = static_cast<__mmask16>((1 << rows) - 1);
   __m512 add = _mm512_setzero_ps(), values[kTile];
   if (bias)
@@ -258,7 +258,7 @@ MSP_AMX inline void write(const float* sums, int64_t inputs, int64_t tokens, int
   transpose(values);
   const __m512 times = scales ? _mm512_maskz_loadu_ps(kept, scales) : _mm512_set1_ps(1);
   for (int64_t t = 0; t < tokens; ++t) {
-    const __m512 value = _mm512_mul_ps(values[t], times);
+    const __m512 value = _mm512_mul_ps(_mm512_mul_ps(values[t], _mm512_set1_ps(unit)), times);
     const __m512 sum = bias ? _mm512_add_ps(value, add) : value;  // without one a negative zero stays one
     _mm256_mask_storeu_epi16(out + t * stride, kept, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
   }
@@ -269,7 +269,7 @@ template <class Step>
 MSP_AMX inline void write(const RowTile<Step>& rows, const float* sums, int64_t inputs, int64_t tile, int64_t tokens,
                           const uint16_t* bias, uint16_t* out) {
   const int64_t first = tile * kTile, here = tokens - first < inputs ? tokens - first : inputs;
-  write(sums, inputs, here, rows.rows, rows.w.scales ? rows.w.scales + rows.row : nullptr,
+  write(sums, inputs, here, rows.rows, Step::kUnit, rows.w.scales ? rows.w.scales + rows.row : nullptr,
         bias ? bias + rows.row : nullptr, out + first * rows.w.rows + rows.row, rows.w.rows);
 }
 

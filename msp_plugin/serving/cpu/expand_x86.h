@@ -169,6 +169,7 @@ struct Avx512 {
 // bfloat16 weights and inputs; also unpacks any type of 16 bits.
 struct Bf16 {
   static constexpr int kLanes = 32, kBytes = 2;
+  static constexpr float kUnit = 1;
   using Input = uint16_t;
   using Output = uint16_t;
   using Sum = __m512;
@@ -203,9 +204,11 @@ struct Bf16InFloat : Bf16 {
   }
 };
 
-// Whole numbers of 8 bits, in float32.
+// Whole numbers of 8 bits, in float32. They stand in the top byte of 32 bits, so as 2**24 times what they are: a byte takes
+// one move to its place, and none for its sign. Sums are divided by that, exactly; products from 2**96 on may overflow.
 struct Int8 {
   static constexpr int kLanes = 32, kBytes = 1;
+  static constexpr float kUnit = 0x1p-24f;
   using Input = float;
   using Output = float;
   using Sum = __m512;
@@ -217,42 +220,49 @@ struct Int8 {
   MSP_BF16 static MSP_INLINE __m512i expand_bytes(const uint8_t* from, const uint8_t* end, uint32_t bits) {
     const int64_t some = safe ? kLanes : left(from, end, kBytes, kLanes);
     const __mmask32 here = static_cast<__mmask32>((uint64_t(1) << some) - 1);
-    __m256i kept = safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_maskz_loadu_epi8(here, from);
+    __m256i kept =
+        safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_maskz_loadu_epi8(here, from);
     asm("" : "+v"(kept));
     return _mm512_castsi256_si512(_mm256_maskz_expand_epi8(bits, kept));
   }
-  // The numbers of 16 bytes, those at `first` and every `step` after it.
+  // 16 bytes, from `first` on and `step` apart, each at the top of 32 bits.
   template <int first, int step>
-  MSP_BF16 static MSP_INLINE __m512 numbers(__m512i bytes) {
-    constexpr __mmask64 kTop = 0x8888888888888888;  // a byte at the top of 32 bits: its sign is theirs
-    const __m512i lanes = _mm512_load_si512(kTops<first, step>.byte);
-    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_maskz_permutexvar_epi8(kTop, lanes, bytes), 24));
+  MSP_BF16 static MSP_INLINE __m512i tops(__m512i bytes) {
+    return _mm512_maskz_permutexvar_epi8(0x8888888888888888, _mm512_load_si512(kTops<first, step>.byte), bytes);
   }
   template <bool safe>
   MSP_BF16 static MSP_INLINE Weights expand(const uint8_t* from, const uint8_t* end, uint32_t bits) {
     const __m512i bytes = expand_bytes<safe>(from, end, bits);
-    return {numbers<0, 1>(bytes), numbers<16, 1>(bytes)};
+    return {_mm512_cvtepi32_ps(tops<0, 1>(bytes)), _mm512_cvtepi32_ps(tops<16, 1>(bytes))};
   }
   MSP_BF16 static MSP_INLINE __m512 zero() { return _mm512_setzero_ps(); }
   MSP_BF16 static MSP_INLINE __m512 add(__m512 sum, const Weights& weights, const float* x) {
     return _mm512_fmadd_ps(weights.high, _mm512_loadu_ps(x + 16), _mm512_fmadd_ps(weights.low, _mm512_loadu_ps(x), sum));
   }
   MSP_BF16 static MSP_INLINE void store(float* out, const Weights& weights) {
-    _mm512_storeu_ps(out, weights.low);
-    _mm512_storeu_ps(out + 16, weights.high);
+    _mm512_storeu_ps(out, _mm512_mul_ps(weights.low, _mm512_set1_ps(kUnit)));
+    _mm512_storeu_ps(out + 16, _mm512_mul_ps(weights.high, _mm512_set1_ps(kUnit)));
   }
-  MSP_BF16 static MSP_INLINE float total(__m512 sum) { return _mm512_reduce_add_ps(sum); }
+  MSP_BF16 static MSP_INLINE float total(__m512 sum) { return _mm512_reduce_add_ps(sum) * kUnit; }
 };
 
-// The same expanded to bfloat16, for tiles.
-struct Int8ToBf16 : Int8 {
+// The same expanded to bfloat16, for tiles: as what they are, or in that unit, which takes less.
+template <bool in_unit>
+struct Int8ToBf16 {
+  static constexpr int kLanes = 32, kBytes = 1;
+  static constexpr float kUnit = in_unit ? Int8::kUnit : 1;
   using Output = uint16_t;
 
+  template <int first>
+  MSP_BF16 static MSP_INLINE __m512i numbers(__m512i bytes) {
+    const __m512i tops = Int8::tops<first, 2>(bytes);
+    return _mm512_castps_si512(_mm512_cvtepi32_ps(in_unit ? tops : _mm512_srai_epi32(tops, 24)));
+  }
   template <bool safe>
   MSP_BF16 static MSP_INLINE __m512i expand(const uint8_t* from, const uint8_t* end, uint32_t bits) {
-    const __m512i bytes = expand_bytes<safe>(from, end, bits);
-    const __m512i even = _mm512_castps_si512(numbers<0, 2>(bytes)), odd = _mm512_castps_si512(numbers<1, 2>(bytes));
-    return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);  // the lower 16 bits of both are zero
+    const __m512i bytes = Int8::expand_bytes<safe>(from, end, bits);
+    // Even columns in the lower halves, odd ones in the upper; the lower 16 bits of these floats are zero.
+    return _mm512_or_si512(_mm512_srli_epi32(numbers<0>(bytes), 16), numbers<1>(bytes));
   }
   MSP_BF16 static MSP_INLINE void store(uint16_t* out, __m512i weights) { _mm512_storeu_si512(out, weights); }
 };
@@ -284,9 +294,9 @@ Kernel kernel(Isa isa, Type input) {
   if (isa == Isa::kAvx512) return kernel;
   if constexpr (type == Type::kInt8) {
     kernel.dot = bf16::dot<Int8>, kernel.unpack = bf16::unpack<Int8>;
-    if (input == Type::kBFloat16) kernel.unpack16 = bf16::unpack<Int8ToBf16>;
+    if (input == Type::kBFloat16) kernel.unpack16 = bf16::unpack<Int8ToBf16<false>>;
     if (input == Type::kBFloat16 && isa == Isa::kAmxBf16)
-      kernel.arrange = amx::arrange, kernel.tiles = amx::tiles<Int8ToBf16>;
+      kernel.arrange = amx::arrange, kernel.tiles = amx::tiles<Int8ToBf16<true>>;
     return kernel;
   }
   if (type != Type::kFloat) kernel.unpack16 = bf16::unpack<Bf16>;
