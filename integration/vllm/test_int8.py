@@ -118,7 +118,9 @@ def test_all_rows_of_a_fused_linear_stay_in_int8_with_their_own_scales(kind, dty
     weights = scaled(kind, torch.bfloat16)
     layer = served(kind, checkpoint_of(weights, weights), tuple(weights), dtype=dtype)
     assert (layer.weight.dtype, layer.msp_scale.dtype) == (torch.int8, torch.float32)
-    assert torch.equal(layer.msp_scale, torch.cat([FORMAT.pack(w, "w")["scale"] for w in weights.values()]).float())
+    assert torch.equal(
+        layer.msp_scale, torch.cat([FORMAT.pack(w, "w")["scale"] for w in weights.values()]).float()
+    )
     assert_product(layer, torch.cat(list(meant(weights, weights).values())), dtype)
     (line,) = report()
     rows = sum(kind.rows.values())

@@ -170,7 +170,9 @@ def verify(
     text: VerificationText,
     reference: Annotated[
         Path | None,
-        typer.Option("--reference", help="the checkpoint it was exported from; must equal it bit for bit, but for int8"),
+        typer.Option(
+            "--reference", help="the checkpoint it was exported from; must equal it bit for bit, but for int8"
+        ),
     ] = None,
     original: Annotated[
         str | None, typer.Option("--original", help="the model before pruning: directory, hub id, demo:llama")

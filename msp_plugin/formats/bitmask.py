@@ -205,7 +205,7 @@ class SparseBitmask(PackedFormat):
 
     name = "sparse-bitmask"
     structure = "unstructured"
-    suffixes = SUFFIXES
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
     own_suffixes = SUFFIXES[:3]
     description = "the nonzero weights, a bitmask, and where each row starts"
     fused_together = False
@@ -270,9 +270,7 @@ class SparseBitmask(PackedFormat):
         )
         if not right:
             dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.value_dtypes)
-            expected = (
-                f"compressed [n] in {dtypes}, bitmask uint8 [out, in / 8], row_offsets int64 [out] and shape int64 [2]"
-            )
+            expected = f"compressed [n] in {dtypes}, bitmask uint8 [out, in / 8], row_offsets int64 [out] and shape int64 [2]"
             raise unfit_headers(layer, {suffix: stored[suffix] for suffix in SUFFIXES}, expected)
         sizes = _sizes(read_tensor(shape.file, f"{layer}.{SHAPE}"), layer)
         if (rows, width) != (sizes[0], -(-sizes[1] // 8)):

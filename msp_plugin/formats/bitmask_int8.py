@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-
 import torch
 
 from msp_plugin.errors import FormatError
@@ -93,9 +92,7 @@ class Int8Bitmask(bitmask.SparseBitmask):
     name = "sparse-bitmask-int8"
     suffixes = SUFFIXES
     value_dtypes = (torch.int8,)
-    description = (
-        "the nonzero weights in int8, a scale for each row, a bitmask, and where each row starts"
-    )
+    description = "the nonzero weights in int8, a scale for each row, a bitmask, and where each row starts"
     lossy = True
 
     def refuses_weight(self, weight: torch.Tensor) -> str | None:
@@ -108,7 +105,9 @@ class Int8Bitmask(bitmask.SparseBitmask):
             return f"int8 changes it too much (by {change:.3g} of its norm, at most {MOST_ERROR:g})"
         before, after = int(torch.count_nonzero(weight)), int(torch.count_nonzero(values))
         if before - after > MOST_LOST * before:
-            return f"int8 makes too many weights zero ({before - after:,} of {before:,}, at most {MOST_LOST:g})"
+            return (
+                f"int8 makes too many weights zero ({before - after:,} of {before:,}, at most {MOST_LOST:g})"
+            )
         return self._cost((weight.shape[0], weight.shape[1]), weight.dtype, after)
 
     def sizes(self, shape: tuple[int, int], dtype: torch.dtype, kept: int) -> dict[str, int]:

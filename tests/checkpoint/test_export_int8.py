@@ -37,8 +37,14 @@ def test_the_option_of_the_exporter_is_a_choice_of_two():
 
 def test_every_layer_is_stored_in_int8_and_the_manifest_says_by_how_much_it_changed(run_dir, int8_dir):
     manifest, levels = Manifest.read(int8_dir), Checkpoint.open(run_dir).allocation.by_layer
-    assert set(manifest.packed) == set(levels) and not manifest.kept_dense  # at level dense too: half the bytes
-    dense, tensors, size = load_file(run_dir / "model.safetensors"), load_file(int8_dir / "model.safetensors"), 0
+    assert (
+        set(manifest.packed) == set(levels) and not manifest.kept_dense
+    )  # at level dense too: half the bytes
+    dense, tensors, size = (
+        load_file(run_dir / "model.safetensors"),
+        load_file(int8_dir / "model.safetensors"),
+        0,
+    )
     for layer in manifest.packed:
         weight, (rows, columns) = dense[f"{layer}.weight"], tensors[f"{layer}.shape"].tolist()
         values, scale = quantize(weight)
@@ -107,7 +113,9 @@ def test_layers_that_do_not_fit_stay_dense_and_say_why(run_dir, copied, rewrite,
     assert torch.equal(stored[f"{UP}.weight"], load_file(path / "model.safetensors")[f"{UP}.weight"])
 
 
-def test_kept_weights_that_round_to_zero_leave_the_bitmask_and_are_counted(run_dir, copied, rewrite, tmp_path):
+def test_kept_weights_that_round_to_zero_leave_the_bitmask_and_are_counted(
+    run_dir, copied, rewrite, tmp_path
+):
     def small(weight):
         row, kept = weight[7].clone(), weight[7].nonzero()[:2, 0]
         row[kept] = weight[7].abs().max() / 300
@@ -140,13 +148,16 @@ def test_it_is_not_packed_again(int8_dir, tmp_path):
         ({f"{UP}.scale": lambda t: t[:-1]}, f"{UP} is not a packed weight"),
         ({f"{UP}.scale": lambda t: t.double()}, f"{UP} is not a packed weight"),
         ({f"{UP}.scale": lambda t: -t}, f"{UP}: it has a scale that is not above 0"),
-        ({f"{UP}.scale": lambda t: t * torch.nan}, f"{UP}: it has a scale that is not above 0, or not finite"),
+        (
+            {f"{UP}.scale": lambda t: t * torch.nan},
+            f"{UP}: it has a scale that is not above 0, or not finite",
+        ),
         ({f"{UP}.compressed": lambda t: t.bfloat16()}, f"{UP} is not a packed weight"),
         ({f"{UP}.compressed": lambda t: torch.full_like(t, -128)}, f"{UP}: it has values of 0 or below -127"),
         ({f"{UP}.compressed": torch.zeros_like}, f"{UP}: it has values of 0"),
         ({f"{UP}.bitmask": lambda t: t ^ 16}, f"{UP}: the bitmask keeps"),
     ],
-)  # fmt: skip
+)
 def test_damaged_tensors_are_named(changes, words, int8_dir, copied, rewrite):
     path = copied(int8_dir)
     (path / "export.json").unlink()

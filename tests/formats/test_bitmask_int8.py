@@ -31,9 +31,14 @@ def weight_of(dtype, rows, columns, share, scale, seed):
 
 
 weights = st.builds(
-    weight_of, st.sampled_from(DTYPES), st.integers(1, 6), st.integers(1, 41),
-    st.sampled_from([0, 0.1, 0.5, 0.75, 0.97, 1]), st.sampled_from([-140, -24, -16, -5, 0, 10]), st.integers(0, 2**32),
-)  # fmt: skip
+    weight_of,
+    st.sampled_from(DTYPES),
+    st.integers(1, 6),
+    st.integers(1, 41),
+    st.sampled_from([0, 0.1, 0.5, 0.75, 0.97, 1]),
+    st.sampled_from([-140, -24, -16, -5, 0, 10]),
+    st.integers(0, 2**32),
+)
 
 
 def exact(number):
@@ -67,7 +72,9 @@ def test_what_comes_back_is_value_times_scale_rounded_once_and_zeros_stay_zeros(
     assert found.dtype == weight.dtype and torch.equal(found, expected)
     assert not found[weight == 0].any()
     wide = FORMAT.unpack({**tensors, "scale": tensors["scale"].float()}, "layer")
-    assert wide.dtype == torch.float32 and torch.equal(wide, (values.double() * scale.double()[:, None]).float())
+    assert wide.dtype == torch.float32 and torch.equal(
+        wide, (values.double() * scale.double()[:, None]).float()
+    )
 
 
 @given(weights)
@@ -88,7 +95,12 @@ def test_two_rows_by_hand():
     assert scale.tolist() == [1, 1, float(torch.tensor(0.5) / 127)]
     assert values.tolist() == [[127, 0, -64, 0], [0] * 4, [0, -127, 64, 0]]  # a half goes to the even number
     tensors = FORMAT.pack(weight, "layer")
-    assert tensors["compressed"].tolist() == [127, -64, -127, 64]  # 0.4 rounds to zero, and leaves the bitmask
+    assert tensors["compressed"].tolist() == [
+        127,
+        -64,
+        -127,
+        64,
+    ]  # 0.4 rounds to zero, and leaves the bitmask
     assert tensors["bitmask"].tolist() == [[0b101], [0], [0b110]]
 
 
@@ -151,8 +163,14 @@ def scale_with(number):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"compressed": example()["compressed"].bfloat16()}, "its values are torch.bfloat16, expected torch.int8"),
-        ({"compressed": example()["compressed"].clone().index_fill_(0, torch.tensor([2]), -128)}, "below -127"),
+        (
+            {"compressed": example()["compressed"].bfloat16()},
+            "its values are torch.bfloat16, expected torch.int8",
+        ),
+        (
+            {"compressed": example()["compressed"].clone().index_fill_(0, torch.tensor([2]), -128)},
+            "below -127",
+        ),
         ({"compressed": example()["compressed"].clone().index_fill_(0, torch.tensor([2]), 0)}, "values of 0"),
         ({"compressed": example()["compressed"][1:]}, "the bitmask keeps"),
         ({"bitmask": example()["bitmask"] ^ 1}, "the bitmask keeps|starts at value"),
@@ -161,12 +179,15 @@ def scale_with(number):
         ({"scale": scale_with(math.inf)}, "not above 0, or not finite"),
         ({"scale": scale_with(-1)}, "not above 0"),
         ({"scale": scale_with(0)}, "not above 0"),
-        ({"scale": example()["scale"][1:]}, r"its scale is torch.bfloat16 \[3\], expected a number for each row"),
+        (
+            {"scale": example()["scale"][1:]},
+            r"its scale is torch.bfloat16 \[3\], expected a number for each row",
+        ),
         ({"scale": example()["scale"][:, None]}, r"its scale is torch.bfloat16 \[4, 1\]"),
         ({"scale": example()["scale"].double()}, "its scale is torch.float64"),
         ({"shape": torch.tensor([4, 17])}, "do not belong to a weight"),
     ],
-)  # fmt: skip
+)
 def test_damaged_tensors_are_refused_by_name(changes, words):
     with pytest.raises(FormatError, match=f"m.up.*({words})"):
         FORMAT.unpack(example(**changes), "m.up")

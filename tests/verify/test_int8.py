@@ -28,9 +28,13 @@ def without_checksums(path):
 def test_an_export_passes_with_its_run_as_the_reference(check, states, run_dir, int8_dir):
     rows = check(RoundTrip(), int8_dir, run_dir)
     assert states(rows) == {"unpack": "ok", "reference": "ok"}
-    assert rows["reference"].found.startswith("7 tensors equal, bit for bit; 14 in int8, each weight within half")
+    assert rows["reference"].found.startswith(
+        "7 tensors equal, bit for bit; 14 in int8, each weight within half"
+    )
     assert rows["unpack"].details["packed_bytes"] == Checkpoint.open(int8_dir).manifest.packed_bytes
-    assert states(check(Structure(), int8_dir)) == dict.fromkeys(("files", "tensors", "layers", "zeros"), "ok")
+    assert states(check(Structure(), int8_dir)) == dict.fromkeys(
+        ("files", "tensors", "layers", "zeros"), "ok"
+    )
 
 
 def test_its_dense_form_has_its_bits(check, states, int8_dir, tmp_path):
@@ -79,11 +83,15 @@ def test_kl_to_the_run_is_small_but_not_zero_and_bounded(check, states, run_dir,
 
 
 @pytest.mark.parametrize(("off", "state"), [(1.0, "ok"), (1.005, "ok"), (1.02, "fail"), (0.98, "fail")])
-def test_perplexity_may_differ_from_the_runs_by_a_hundredth(off, state, check, int8_dir, copied, edit_json, text):
+def test_perplexity_may_differ_from_the_runs_by_a_hundredth(
+    off, state, check, int8_dir, copied, edit_json, text
+):
     value = check(Quality(), int8_dir, text=text)["perplexity"].details["perplexity"]
     path = without_checksums(copied(int8_dir))
     change = {
-        "test": {"fingerprint": text.fingerprint}, "perplexity": {"mixed": off * value}, "model": {"dtype": "float32"},
-    }  # fmt: skip
+        "test": {"fingerprint": text.fingerprint},
+        "perplexity": {"mixed": off * value},
+        "model": {"dtype": "float32"},
+    }
     edit_json(path / "run.json", lambda data: data.update(change))
     assert check(Quality(), path, text=text)["perplexity"].state == state

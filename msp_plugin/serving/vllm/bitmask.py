@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
@@ -29,7 +29,7 @@ class BitmaskMethod(Sparse24LinearMethod):
     each, until all of the model came; then vLLM's own loader takes this process's part of each unpacked weight.
     """
 
-    suffixes = SUFFIXES
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
