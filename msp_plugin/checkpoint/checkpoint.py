@@ -71,6 +71,12 @@ class Checkpoint:
         """The quantization_config of a quantized checkpoint; None for a packed or plain one."""
         return None if self.packed else self.config.get("quantization_config")
 
+    @property
+    def rounded(self) -> bool:
+        """True if the weights were rounded by an export: in a lossy format, or dense again after one."""
+        stored_so = self.format is not None and self.format.lossy
+        return stored_so or (self.manifest is not None and bool(self.manifest.quantization_errors))
+
     @cached_property
     def allocation(self) -> Allocation | None:
         """The allocation beside the tensors, checked against them; None if there is none.

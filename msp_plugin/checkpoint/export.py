@@ -130,7 +130,17 @@ class Dense(Sharded):
         if source.packed:
             config.pop("quantization_config")
         tensors = Tensors(self._sizes(source), source.dense_tensors())
-        return write_export(self, source, directory, config, tensors, progress)
+
+        def about() -> dict[str, Any]:
+            before = source.manifest
+            if before is None or not source.rounded:
+                return {}
+            return {
+                "quantization_errors": before.quantization_errors,
+                "rounded_to_zero": before.rounded_to_zero,
+            }
+
+        return write_export(self, source, directory, config, tensors, progress, about)
 
     def _sizes(self, source: Checkpoint) -> dict[str, int]:
         return {name: source.dense_info(name).bytes for name in source.dense_names}

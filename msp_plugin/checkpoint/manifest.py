@@ -34,9 +34,9 @@ class Manifest:
         packed_bytes: bytes that the packed layers take, without their ``shape`` tensors.
         dense_bytes: bytes that the same layers take dense, in the same dtype.
         negative_zeros: by layer, the zeros whose sign was dropped.
-        quantization_errors: only of an int8 export; by packed layer, the Frobenius norm of what quantizing changed, relative
-            to that of the weight.
-        rounded_to_zero: by packed layer, the kept weights that quantizing made zero, where there are any.
+        quantization_errors: only of an int8 export, and of a dense one of that; by layer in int8, the Frobenius norm of what
+            quantizing changed, relative to that of the weight.
+        rounded_to_zero: by such a layer, the kept weights that quantizing made zero, where there are any.
         structure: only of a smaller model; by half-block of the model before: the number of its ``groups`` (KV heads
             or channels), the ``kept`` ones as runs, and the ``module`` that holds them, empty for a dropped half.
         versions: of the packages that wrote it.

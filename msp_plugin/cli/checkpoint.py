@@ -127,7 +127,7 @@ def _show_export(manifest: Manifest, out: Path) -> None:
         console.out.print(f"dense: {layer}: {reason}")
     if manifest.negative_zeros:
         console.out.print(f"{sum(manifest.negative_zeros.values()):,} negative zeros became positive")
-    for layer, change in manifest.quantization_errors.items():
+    for layer, change in manifest.quantization_errors.items() if manifest.packed else ():
         zeros = manifest.rounded_to_zero.get(layer)
         note = f", {zeros:,} kept weights became zero" if zeros else ""
         console.out.print(f"int8: {layer}: changed by {change:.4f} of its norm{note}")

@@ -70,8 +70,7 @@ class Quality(Check):
                 kl, other = compare(subject.reference.path, progress=partial(progress, "KL to the reference"))
                 manifest = subject.checkpoint.manifest
                 smaller = manifest is not None and bool(manifest.structure)
-                format, theirs = subject.checkpoint.format, subject.reference.format
-                if format is not None and format.lossy and not (theirs and theirs.lossy):
+                if subject.checkpoint.rounded and not subject.reference.rounded:
                     rows.append(_against_exact(kl, other))
                 else:
                     rows.append(_against_reference(kl, other, smaller=smaller, dtype=dtype))
@@ -148,8 +147,7 @@ def _recorded(checkpoint: Checkpoint, text: CalibrationSet, value: float, dtype:
     if recorded is None or dtype != measured_in:
         other = "finite" if recorded is None else f"finite; {recorded:.4f} in {measured_in} (run.json)"
         return Finding("perplexity", OK if math.isfinite(value) else FAIL, f"{value:.4f}", other, details)
-    lossy = checkpoint.format is not None and checkpoint.format.lossy
-    near = abs(value - recorded) <= (_INT8_PERPLEXITY if lossy else _SAME_PERPLEXITY) * recorded
+    near = abs(value - recorded) <= (_INT8_PERPLEXITY if checkpoint.rounded else _SAME_PERPLEXITY) * recorded
     return Finding(
         "perplexity", OK if near else FAIL, f"{value:.4f}", f"{recorded:.4f} (run.json, same text)", details
     )

@@ -37,8 +37,11 @@ def test_an_export_passes_with_its_run_as_the_reference(check, states, run_dir, 
     )
 
 
-def test_its_dense_form_has_its_bits(check, states, int8_dir, tmp_path):
-    export_checkpoint(int8_dir, Dense(), tmp_path / "dense")
+def test_its_dense_form_has_its_bits_and_is_known_to_be_rounded(check, run_dir, int8_dir, text, tmp_path):
+    dense = export_checkpoint(int8_dir, Dense(), tmp_path / "dense")
+    assert dense.quantization_errors == Checkpoint.open(int8_dir).manifest.quantization_errors
+    assert check(Structure(), tmp_path / "dense")["zeros"].expected.endswith("at least)")
+    assert check(Quality(), tmp_path / "dense", run_dir, text=text)["reference"].state == "ok"
     for pair in ((int8_dir, tmp_path / "dense"), (tmp_path / "dense", int8_dir)):
         assert check(RoundTrip(), *pair)["reference"].found == "all 21 tensors equal, bit for bit"
 
