@@ -2,6 +2,7 @@
 
 import gc
 import mmap
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from msp_plugin.serving.cpu.kernel import pack_dense
 from msp_plugin.serving.cpu.memory import _Memory, in_huge_pages
 
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="a system without huge pages")
+
+#: What Linux says of huge pages.
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +51,26 @@ def test_values_and_bitmask_are_the_same_in_memory_that_asks_for_huge_pages():
     for tensor in (held.values, held.bitmask):
         flags = mapping_of(tensor.data_ptr())
         assert tensor.data_ptr() % 64 == 0 and flags is not None and " hg" in flags.partition("VmFlags:")[2]
+
+
+@pytest.mark.skipif(
+    not ENABLED.is_file() or "[never]" in ENABLED.read_text(), reason="a system that gives no huge pages"
+)
+def test_the_system_gives_huge_pages():
+    held = in_huge_pages(packed(1 << 16))  # 4 MiB of values
+    assert "AnonHugePages:         0 kB" not in mapping_of(held.values.data_ptr())
+
+
+def test_a_forked_process_does_not_write_into_this_ones_weights():
+    before = in_huge_pages(packed(8))
+    child = os.fork()
+    if not child:
+        in_huge_pages(packed(8, 1))
+        before.values.fill_(7)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert torch.equal(before.values, packed(8).values)
+    assert torch.equal(in_huge_pages(packed(8, 2)).values, packed(8, 2).values)
 
 
 def test_weights_lie_one_behind_the_other():

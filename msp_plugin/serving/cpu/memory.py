@@ -33,10 +33,11 @@ class _Memory:
         with self._lock:
             chunk = self._chunk() if self._chunk is not None else None
             if chunk is None or self._next + tensor.nbytes > len(chunk):
-                chunk = mmap.mmap(-1, max(_CHUNK, -(-tensor.nbytes // _HUGE) * _HUGE + _HUGE))
-                try:
+                size = max(_CHUNK, -(-tensor.nbytes // _HUGE) * _HUGE + _HUGE)
+                try:  # private: a process that this one forks has memory of its own
+                    chunk = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                     chunk.madvise(advice)
-                except OSError:  # a kernel without huge pages
+                except OSError:  # a kernel without huge pages, or no more address space
                     return tensor
                 self._chunk = weakref.ref(chunk)
                 self._next = -torch.frombuffer(chunk, dtype=torch.uint8).data_ptr() % _HUGE
