@@ -37,19 +37,19 @@ def sort_layers(
     """Return which layers of a dense checkpoint a format packs, and why the others stay dense.
 
     An allocation decides by levels; without one, the weights decide, for every matrix in the decoder blocks. A lossy format
-    asks the weights too. Layers that inference fuses are packed all or none, if the format asks for it.
+    asks the weights too, where they can be read. Layers that inference fuses are packed all or none, if the format asks for it.
 
     Args:
         tensors: the headers of the checkpoint.
-        read: returns the weight [out, in] of a layer; needed without an allocation, and for a lossy format.
+        read: returns the weight [out, in] of a layer; needed without an allocation.
     """
     packed: dict[str, str] = {}
     dense: dict[str, str] = {}
     for layer, level in _candidates(tensors, allocation).items():
         info = tensors[f"{layer}.weight"]
         reason = format.refuses(layer, info.shape, info.dtype, level)
-        if reason is None and (level is None or format.lossy):
-            assert read is not None, "the weights decide"
+        if reason is None and (level is None or (format.lossy and read is not None)):
+            assert read is not None, "without an allocation, the weights decide"
             reason = format.refuses_weight(read(layer))
         if reason is None:
             packed[layer] = level.name if level else format.structure
