@@ -20,7 +20,7 @@ from msp_plugin.serving.algorithms import TOLERANCE, random_input
 from msp_plugin.serving.cpu.build import load_operator
 from msp_plugin.serving.kernels import Choice
 
-#: From the fastest to the slowest. Each needs what its name says; avx512_bf16 also VBMI2, amx_bf16 all of that too,
+#: From the fastest to the slowest. Each needs what its name says; avx512_bf16 also VBMI and VBMI2, amx_bf16 all of that too,
 #: portable nothing.
 KERNELS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
 #: The fastest that knows each dtype as it is.
