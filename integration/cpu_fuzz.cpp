@@ -35,11 +35,12 @@ int64_t hostile_offset(int64_t count) {
 struct Case {
   std::unique_ptr<uint8_t[]> values, masks;
   std::unique_ptr<int64_t[]> offsets;
+  std::unique_ptr<float[]> scales;
   Packed packed;
 };
 
 Case make(Type type) {
-  const int64_t bytes = type == Type::kFloat ? 4 : 2, rows = 1 + below(below(8) ? 12 : 80), columns = 1 + below(300);
+  const int64_t bytes = type == Type::kFloat ? 4 : type == Type::kInt8 ? 1 : 2, rows = 1 + below(below(8) ? 12 : 80), columns = 1 + below(300);
   const int64_t count = below(4) ? below(rows * columns + 1) : below(70), width = (columns + 7) / 8;
   Case c;
   c.values.reset(new uint8_t[count * bytes]);
@@ -51,14 +52,20 @@ Case make(Type type) {
     uint16_t word = uint16_t(bits >> 16);
     if (type == Type::kHalf)
       word = value == 0 ? 0 : uint16_t((bits >> 16 & 0x8000) | (((bits >> 23 & 0xff) - 112) << 10) | (bits >> 13 & 0x3ff));
-    std::memcpy(c.values.get() + i * bytes, type == Type::kFloat ? (void*)&bits : (void*)&word, bytes);
+    const int8_t byte = int8_t(value);
+    const void* from = type == Type::kFloat ? (void*)&bits : type == Type::kInt8 ? (void*)&byte : (void*)&word;
+    std::memcpy(c.values.get() + i * bytes, from, bytes);
   }
   c.masks.reset(new uint8_t[rows * width]);
   const bool full = below(3) == 0;
   for (int64_t i = 0; i < rows * width; ++i) c.masks[i] = full ? 255 : uint8_t(random_bits());
   c.offsets.reset(new int64_t[rows]);
   for (int64_t i = 0; i < rows; ++i) c.offsets[i] = hostile_offset(count);
-  c.packed = {c.values.get(), count, c.masks.get(), c.offsets.get(), rows, columns};
+  if (type == Type::kInt8) {
+    c.scales.reset(new float[rows]);
+    for (int64_t i = 0; i < rows; ++i) c.scales[i] = float(1 << below(3));
+  }
+  c.packed = {c.values.get(), count, c.masks.get(), c.offsets.get(), rows, columns, c.scales.get()};
   return c;
 }
 
@@ -73,8 +80,8 @@ void fail(const char* what, Isa isa, Type type, const Packed& w) {
   std::exit(1);
 }
 
-void check(Isa isa, Type type, const Packed& w) {
-  const msp::Kernel kernel = msp::kernel(isa, type), plain = msp::kernel(Isa::kPortable, type);
+void check(Isa isa, Type type, Type input, const Packed& w) {
+  const msp::Kernel kernel = msp::kernel(isa, type, input), plain = msp::kernel(Isa::kPortable, type, input);
   const int64_t width = msp::padded(w.columns), tokens = 1 + below(msp::kTokens), rows = w.rows;
   const int64_t begin = below(rows), end = begin + 1 + below(rows - begin), some = end - begin;
   auto ones = block<float>(tokens * width);
@@ -98,7 +105,7 @@ void check(Isa isa, Type type, const Packed& w) {
   }
   if (std::memcmp(tile.get(), right.get(), some * width * 4)) fail("tile", isa, type, w);
   for (int64_t i = 0; kernel.unpack16 && i < some * width; ++i) {
-    const float value = type == Type::kHalf ? msp::half_to_float(tile16[i]) : msp::as_float(uint32_t(tile16[i]) << 16);
+    const float value = input == Type::kHalf ? msp::half_to_float(tile16[i]) : msp::as_float(uint32_t(tile16[i]) << 16);
     if (value != right[i]) fail("16-bit tile", isa, type, w);
   }
 }
@@ -110,8 +117,8 @@ uint16_t rounded(float value) {  // to bfloat16, to even
 }
 
 // Products on AMX tiles with ones, and a bias, in arrays of exactly the size that they may use.
-void check_tiles(Isa isa, Type type, const Packed& w) {
-  const msp::Kernel kernel = msp::kernel(isa, type);
+void check_tiles(Isa isa, Type type, Type input, const Packed& w) {
+  const msp::Kernel kernel = msp::kernel(isa, type, input);
   if (!kernel.tiles) return;
   const int64_t begin = below(w.rows), end = begin + 1 + below(w.rows - begin), room = (end - begin + 31) / 32 * 32;
   const int64_t tokens = 1 + below(below(2) ? 16 : 150), inputs = std::min<int64_t>(tokens, 16), count = (tokens + inputs - 1) / inputs;
@@ -127,7 +134,7 @@ void check_tiles(Isa isa, Type type, const Packed& w) {
     const auto* from = reinterpret_cast<const uint32_t*>(ones16.get()) + i * inputs * words;
     kernel.arrange(from, tokens - i * inputs, words, inputs, pairs.get() + i * inputs * words);
   }
-  msp::kernel(Isa::kPortable, type).dot(w, ones.get(), 1, begin, end, expected.get());
+  msp::kernel(Isa::kPortable, type, input).dot(w, ones.get(), 1, begin, end, expected.get());
   const bool many = tokens > 64, biased = below(2);
   auto weights = block<uint16_t>(many ? room * columns : 0);
   auto sums = block<float>(many ? room * inputs * count : 0);
@@ -138,7 +145,7 @@ void check_tiles(Isa isa, Type type, const Packed& w) {
     for (int64_t row = 0; row < w.rows; ++row) {
       const bool here = row >= begin && row < end;
       const float add = biased ? msp::as_float(uint32_t(bias[row]) << 16) : 0;
-      if (out[t * w.rows + row] != (here ? rounded(expected[row - begin] + add) : 0)) fail("product on tiles", isa, type, w);
+      if (out[t * w.rows + row] != (here ? rounded(expected[row - begin] * (w.scales ? w.scales[row] : 1) + add) : 0)) fail("product on tiles", isa, type, w);
     }
 }
 
@@ -149,10 +156,10 @@ int main(int, char** arguments) {
   random_bits.seed(std::strtoull(arguments[2], nullptr, 10));
   long cases = 0;
   for (; std::chrono::steady_clock::now() < until; ++cases) {
-    const Type type = static_cast<Type>(below(3));
+    const Type type = static_cast<Type>(below(4)), input = type == Type::kInt8 ? static_cast<Type>(below(3)) : type;
     const Case c = make(type);
     for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmxBf16})
-      if (msp::supported(isa)) check(isa, type, c.packed), check_tiles(isa, type, c.packed);
+      if (msp::supported(isa)) check(isa, type, input, c.packed), check_tiles(isa, type, input, c.packed);
   }
   std::printf("%ld cases, no read out of bounds, all kernels agree\n", cases);
 }

@@ -86,8 +86,13 @@ def _contents(source: Checkpoint, manifest: Manifest, format: PackedFormat | Non
     if format is None:
         return "The weights are plain dense safetensors; the pruned ones are zeros.\n"
     ratio = manifest.packed_bytes / manifest.dense_bytes
+    owner = (
+        f"format `{format.name}` of msp_plugin"
+        if format.lossy
+        else f"compressed-tensors format `{format.name}`"
+    )
     lines = [
-        f"{len(manifest.packed)} layers are stored in the compressed-tensors format `{format.name}`: "
+        f"{len(manifest.packed)} layers are stored in the {owner}: "
         f"{format.description}, {ratio:.4f} of their dense bytes "
         f"({manifest.packed_bytes:,} of {manifest.dense_bytes:,}). All other tensors are dense.\n"
     ]

@@ -71,6 +71,12 @@ class Checkpoint:
         """The quantization_config of a quantized checkpoint; None for a packed or plain one."""
         return None if self.packed else self.config.get("quantization_config")
 
+    @property
+    def rounded(self) -> bool:
+        """True if the weights were rounded by an export: in a lossy format, or dense again after one."""
+        stored_so = self.format is not None and self.format.lossy
+        return stored_so or (self.manifest is not None and bool(self.manifest.quantization_errors))
+
     @cached_property
     def allocation(self) -> Allocation | None:
         """The allocation beside the tensors, checked against them; None if there is none.
@@ -148,13 +154,16 @@ class Checkpoint:
         name = f"{layer}.weight"
         return self.dense_info(name).shape if name in self.dense_names else None
 
-    def weight(self, layer: str) -> torch.Tensor:
+    def weight(self, layer: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the weight [out, in] of a layer, unpacked if it is packed, on the CPU.
+
+        Args:
+            dtype: as for ``dense``.
 
         Raises:
             FormatError: a tensor is missing or damaged.
         """
-        return self.dense(f"{layer}.weight")
+        return self.dense(f"{layer}.weight", dtype)
 
     @cached_property
     def dense_names(self) -> dict[str, str | None]:
@@ -169,8 +178,11 @@ class Checkpoint:
                 names[name] = None
         return names
 
-    def dense(self, name: str) -> torch.Tensor:
+    def dense(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return one tensor of the dense form.
+
+        Args:
+            dtype: of the weight, if the format of its layer is lossy; None for the checkpoint's.
 
         Raises:
             FormatError: it is missing or damaged.
@@ -179,6 +191,8 @@ class Checkpoint:
         if layer is None or self.format is None:
             return self.tensors.read(name)
         stored = {suffix: self.tensors.read(f"{layer}.{suffix}") for suffix in self.format.suffixes}
+        if dtype is not None and self.format.lossy:
+            stored = {s: t.to(dtype) if t.is_floating_point() else t for s, t in stored.items()}
         return self.format.unpack(stored, layer)
 
     def dense_info(self, name: str) -> TensorInfo:
@@ -189,10 +203,10 @@ class Checkpoint:
         stored = {suffix: self.tensors[f"{layer}.{suffix}"] for suffix in self.format.suffixes}
         return self.format.header(stored, layer)
 
-    def dense_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every tensor of the dense form, one at a time."""
+    def dense_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor of the dense form, one at a time; ``dtype`` as for ``dense``."""
         for name in self.dense_names:
-            yield name, self.dense(name)
+            yield name, self.dense(name, dtype)
 
 
 def _check_config(config: dict[str, Any], file: Path) -> None:

@@ -7,9 +7,9 @@ import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from msp_plugin.checkpoint.packing import other_matrices, pack_layer
 from msp_plugin.errors import FormatError, ModelError, MSPError, OutputError, RecipeError
 from msp_plugin.formats.base import PackedFormat, TensorInfo, without_shape
 from msp_plugin.formats.bitmask import SparseBitmask
+from msp_plugin.formats.bitmask_int8 import Int8Bitmask, error
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.formats.tensor_files import INDEX, ShardWriter
 from msp_plugin.plan.allocation import ALLOCATION_FILE
@@ -129,10 +130,30 @@ class Dense(Sharded):
         if source.packed:
             config.pop("quantization_config")
         tensors = Tensors(self._sizes(source), source.dense_tensors())
-        return write_export(self, source, directory, config, tensors, progress)
+
+        def about() -> dict[str, Any]:
+            before = source.manifest
+            if before is None or not source.rounded:
+                return {}
+            return {
+                "quantization_errors": before.quantization_errors,
+                "rounded_to_zero": before.rounded_to_zero,
+            }
+
+        return write_export(self, source, directory, config, tensors, progress, about)
 
     def _sizes(self, source: Checkpoint) -> dict[str, int]:
         return {name: source.dense_info(name).bytes for name in source.dense_names}
+
+
+@dataclass
+class _Changes:
+    """Sums and counts of an export's packed layers, as in the manifest, filled in layer by layer."""
+
+    packed_bytes: int = 0
+    negative_zeros: dict[str, int] = field(default_factory=dict)
+    quantization_errors: dict[str, float] = field(default_factory=dict)
+    rounded_to_zero: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,6 +164,11 @@ class PackedExporter(Sharded):
     """
 
     format: ClassVar[PackedFormat]
+
+    @property
+    def packs(self) -> PackedFormat:
+        """The format that the exporter's options choose."""
+        return self.format
 
     def check(self, source: Checkpoint) -> None:
         if source.packed:
@@ -159,10 +185,10 @@ class PackedExporter(Sharded):
                 f"{source.path} is quantized ({method})",
                 hint=f"{self.name} packs unquantized weights; export before quantizing, or serve it as it is",
             )
-        packing = source.packing_in(self.format)
+        packing = source.packing_in(self.packs)
         if not packing.packed:
             reasons = sorted(set(packing.dense.values()))
-            for_kernels = self.format.structure == "2:4"
+            for_kernels = self.packs.structure == "2:4"
             runs = "that 2:4 kernels could run" if for_kernels else f"that {self.name} packs"
             raise FormatError(
                 f"{source.path} has no layer {runs}: {'; '.join(reasons[:3]) or 'no layers'}",
@@ -176,8 +202,8 @@ class PackedExporter(Sharded):
         return packed + sum(info.bytes for _, info, layer in self._planned(source) if layer is None)
 
     def write(self, source: Checkpoint, directory: Path, progress: Progress) -> Manifest:
-        packing = source.packing_in(self.format)
-        packed_bytes, negative_zeros = dict[str, int](), dict[str, int]()
+        packing = source.packing_in(self.packs)
+        changes = _Changes()
         packed_sizes, sizes = self._packed_sizes(source), dict[str, int]()
         for name, info, layer in self._planned(source):
             if layer is None:
@@ -186,26 +212,25 @@ class PackedExporter(Sharded):
                 sizes |= {f"{layer}.{suffix}": size for suffix, size in packed_sizes[layer].items()}
         config = dict(source.config)
         others = other_matrices(source.tensors, packing)
-        config["quantization_config"] = self.format.config(list(packing.packed), others)
-        tensors = Tensors(sizes, self._tensors(source, packed_bytes, negative_zeros))
+        config["quantization_config"] = self.packs.config(list(packing.packed), others)
+        tensors = Tensors(sizes, self._tensors(source, changes))
 
         def about() -> dict[str, Any]:
             return {
                 "packed": packing.packed,
                 "kept_dense": packing.dense,
-                "packed_bytes": sum(packed_bytes.values()),
                 "dense_bytes": sum(source.tensors[f"{layer}.weight"].bytes for layer in packing.packed),
-                "negative_zeros": negative_zeros,
+                **asdict(changes),
             }
 
         manifest = write_export(self, source, directory, config, tensors, progress, about)
-        if negative_zeros:
-            log.info("%d negative zeros became positive", sum(negative_zeros.values()))
+        if changes.negative_zeros:
+            log.info("%d negative zeros became positive", sum(changes.negative_zeros.values()))
         return manifest
 
     def _planned(self, source: Checkpoint) -> Iterator[tuple[str, TensorInfo, str | None]]:
         """Yield (name, header, layer that it is packed for) of every tensor of a dense checkpoint."""
-        packed = source.packing_in(self.format).packed
+        packed = source.packing_in(self.packs).packed
         for name, info in source.tensors.items():
             layer = name.removesuffix(".weight")
             yield name, info, layer if layer != name and layer in packed else None
@@ -219,22 +244,25 @@ class PackedExporter(Sharded):
             if layer is not None:
                 rows, columns = info.shape
                 kept = levels[layer].kept(layers[layer]) if layer in layers else rows * columns
-                sizes[layer] = self.format.sizes((rows, columns), info.dtype, kept)
+                sizes[layer] = self.packs.sizes((rows, columns), info.dtype, kept)
         return sizes
 
-    def _tensors(
-        self, source: Checkpoint, packed_bytes: dict[str, int], negative_zeros: dict[str, int]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the export's tensors, and fill in each layer's packed bytes and its negative zeros made positive."""
+    def _tensors(self, source: Checkpoint, changes: _Changes) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the export's tensors, and fill in what packing changes in each layer."""
         for name, _, layer in self._planned(source):
             tensor = source.tensors.read(name)
             if layer is None:
                 yield name, tensor
                 continue
-            stored, count = pack_layer(self.format, tensor, layer)
+            stored, count = pack_layer(self.packs, tensor, layer)
             if count:
-                negative_zeros[layer] = count
-            packed_bytes[layer] = without_shape({suffix: part.nbytes for suffix, part in stored.items()})
+                changes.negative_zeros[layer] = count
+            changes.packed_bytes += without_shape({suffix: part.nbytes for suffix, part in stored.items()})
+            if self.packs.lossy:
+                kept = self.packs.unpack(stored, layer)
+                changes.quantization_errors[layer] = error(tensor, kept)
+                if lost := int(torch.count_nonzero(tensor)) - int(torch.count_nonzero(kept)):
+                    changes.rounded_to_zero[layer] = lost
             del tensor
             yield from ((f"{layer}.{suffix}", part) for suffix, part in stored.items())
 
@@ -253,10 +281,21 @@ class Sparse24(PackedExporter):
 
 @dataclass(frozen=True)
 class Bitmask(PackedExporter):
-    """Layers packed as their nonzero weights and a bitmask, at any level; dense where packing saves no bytes."""
+    """Layers packed as their nonzero weights and a bitmask, at any level; dense where packing saves no bytes.
+
+    Args:
+        values: ``original`` stores the nonzero weights as they are; ``int8`` quantizes them, with a scale for each row
+            of a layer, and leaves layers dense that this changes too much.
+    """
 
     name = "bitmask"
     format = SparseBitmask()
+
+    values: Literal["original", "int8"] = "original"
+
+    @property
+    def packs(self) -> PackedFormat:
+        return Int8Bitmask() if self.values == "int8" else self.format
 
 
 @dataclass(frozen=True)
@@ -307,7 +346,7 @@ def write_export(
     )  # packed or not, it stays a smaller model
     about_all = {"structure": structure, **details}
     manifest = Manifest(exporter.name, described, shapes, versions=versions(), **about_all)
-    format = exporter.format if isinstance(exporter, PackedExporter) else None
+    format = exporter.packs if isinstance(exporter, PackedExporter) else None
     write_text(directory / CARD_FILE, model_card(source, manifest, format))
     return manifest
 

@@ -34,7 +34,8 @@ def load(
 ) -> PreTrainedModel:
     """Return the causal language model of a directory or hub id, in eval mode on the CPU.
 
-    A packed checkpoint becomes a dense model with the same weights, bit for bit. One of ``msp export --to small``
+    A packed checkpoint becomes a dense model with the same weights, bit for bit; weights in int8 are rounded once, to the
+    model's dtype. One of ``msp export --to small``
     becomes a model of transformers' own class whose blocks have different widths.
 
     Args:
@@ -63,7 +64,9 @@ def load(
                 hint="msp export it --to dense first",
             )
         if packed:
-            return from_tensors(checkpoint, dtype, trust_remote_code, _in_memory(checkpoint))
+            return from_tensors(
+                checkpoint, dtype, trust_remote_code, _in_memory(checkpoint, check_dtype(dtype))
+            )
         if (widths := read_widths(checkpoint.config, str(path / "config.json"))) is not None:
             config = plain_config(checkpoint.config)
             kind = small_class(config, widths)
@@ -172,10 +175,10 @@ def _prepared(
     return cast("type[PreTrainedModel]", prepared)
 
 
-def _in_memory(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Return the tensors of the dense form as copies in memory, none mapped from a file."""
+def _in_memory(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Return the tensors of the dense form as copies in memory, none mapped from a file; ``dtype`` as for ``dense``."""
     packed = {name for name, layer in checkpoint.dense_names.items() if layer is not None}
-    return {name: t if name in packed else t.clone() for name, t in checkpoint.dense_tensors()}
+    return {name: t if name in packed else t.clone() for name, t in checkpoint.dense_tensors(dtype)}
 
 
 def _dtype_of(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:

@@ -17,6 +17,8 @@ from msp_plugin.runtime.files import write_json
 MANIFEST_FILE = "export.json"
 SCHEMA = "msp_plugin/export"
 VERSION = 1
+#: Entries that only an export in int8, and a dense one of that, has.
+_INT8 = ("quantization_errors", "rounded_to_zero")
 #: Most bytes that file systems allow in a file's name.
 LONGEST_NAME = 255
 
@@ -34,8 +36,12 @@ class Manifest:
         packed_bytes: bytes that the packed layers take, without their ``shape`` tensors.
         dense_bytes: bytes that the same layers take dense, in the same dtype.
         negative_zeros: by layer, the zeros whose sign was dropped.
-        structure: only of a smaller model, also once it is packed; by half-block of the model before: the number of its ``groups`` (KV heads
-            or channels), the ``kept`` ones as runs, and the ``module`` that holds them, empty for a dropped half.
+        quantization_errors: only of an int8 export, and of a dense one of that; by layer in int8, the Frobenius norm of what
+            quantizing changed, relative to that of the weight.
+        rounded_to_zero: by such a layer, the kept weights that quantizing made zero, where there are any.
+        structure: only of a smaller model, also once it is packed; by half-block of the model before: the number of its
+            ``groups`` (KV heads or channels), the ``kept`` ones as runs, and the ``module`` that holds them, empty for a
+            dropped half.
         versions: of the packages that wrote it.
     """
 
@@ -47,6 +53,8 @@ class Manifest:
     packed_bytes: int = 0
     dense_bytes: int = 0
     negative_zeros: Mapping[str, int] = field(default_factory=dict)
+    quantization_errors: Mapping[str, float] = field(default_factory=dict)
+    rounded_to_zero: Mapping[str, int] = field(default_factory=dict)
     structure: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -90,8 +98,9 @@ class Manifest:
         return manifest
 
     def write(self, directory: Path) -> None:
-        """Write export.json into a directory."""
-        write_json(directory / MANIFEST_FILE, {"schema": SCHEMA, "version": VERSION, **asdict(self)})
+        """Write export.json into a directory; earlier versions of this package read one without int8 layers."""
+        values = {key: value for key, value in asdict(self).items() if value or key not in _INT8}
+        write_json(directory / MANIFEST_FILE, {"schema": SCHEMA, "version": VERSION, **values})
 
     def differences(self, directory: Path) -> list[str]:
         """Return a text for each file in a directory that is missing, or has another size or other bytes.

@@ -9,6 +9,7 @@ from typing import Any
 from msp_plugin.errors import FormatError, shown
 from msp_plugin.formats.base import PackedFormat, TensorInfo
 from msp_plugin.formats.bitmask import SparseBitmask
+from msp_plugin.formats.bitmask_int8 import Int8Bitmask
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 
 
@@ -24,7 +25,7 @@ def known_formats() -> Iterator[PackedFormat]:
     """Yield the built-in formats, then those of plugins, which are loaded only if the caller gets that far."""
     from msp_plugin.plugins.manager import Plugins
 
-    yield from (Sparse24Bitmask(), SparseBitmask())
+    yield from (Sparse24Bitmask(), SparseBitmask(), Int8Bitmask())
     yield from Plugins().formats
 
 

@@ -36,8 +36,8 @@ def sort_layers(
 ) -> Packing:
     """Return which layers of a dense checkpoint a format packs, and why the others stay dense.
 
-    An allocation decides by levels; without one, the weights decide, for every matrix in the decoder blocks. Layers
-    that inference fuses are packed all or none, if the format asks for it.
+    An allocation decides by levels; without one, the weights decide, for every matrix in the decoder blocks. A lossy format
+    asks the weights too, where they can be read. Layers that inference fuses are packed all or none, if the format asks for it.
 
     Args:
         tensors: the headers of the checkpoint.
@@ -48,7 +48,7 @@ def sort_layers(
     for layer, level in _candidates(tensors, allocation).items():
         info = tensors[f"{layer}.weight"]
         reason = format.refuses(layer, info.shape, info.dtype, level)
-        if reason is None and level is None:
+        if reason is None and (level is None or (format.lossy and read is not None)):
             assert read is not None, "without an allocation, the weights decide"
             reason = format.refuses_weight(read(layer))
         if reason is None:

@@ -44,7 +44,7 @@ def export_command(
         bool, typer.Option("--forms", help="list the forms that the checkpoint allows, and write nothing")
     ] = False,
     options: Annotated[
-        list[str] | None, typer.Option("--set", help="option of the exporter, e.g. shard_bytes=2000000000")
+        list[str] | None, typer.Option("--set", help="option of the exporter, e.g. values=int8 of bitmask")
     ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -102,6 +102,8 @@ def _export_record(manifest: Manifest, out: Path) -> dict[str, Any]:
         "packed_bytes",
         "dense_bytes",
         "negative_zeros",
+        "quantization_errors",
+        "rounded_to_zero",
         "structure",
     )
     return {"path": str(out), **{name: getattr(manifest, name) for name in names}}
@@ -125,6 +127,10 @@ def _show_export(manifest: Manifest, out: Path) -> None:
         console.out.print(f"dense: {layer}: {reason}")
     if manifest.negative_zeros:
         console.out.print(f"{sum(manifest.negative_zeros.values()):,} negative zeros became positive")
+    for layer, change in manifest.quantization_errors.items() if manifest.packed else ():
+        zeros = manifest.rounded_to_zero.get(layer)
+        note = f", {zeros:,} kept weights became zero" if zeros else ""
+        console.out.print(f"int8: {layer}: changed by {change:.4f} of its norm{note}")
     total = sum(entry["bytes"] for entry in manifest.files.values())
     console.out.print(f"Results: {out} ({len(manifest.files)} files, {total:,} bytes)")
 
@@ -164,7 +170,9 @@ def verify(
     text: VerificationText,
     reference: Annotated[
         Path | None,
-        typer.Option("--reference", help="the checkpoint it was exported from; must equal it bit for bit"),
+        typer.Option(
+            "--reference", help="the checkpoint it was exported from; must equal it bit for bit, but for int8"
+        ),
     ] = None,
     original: Annotated[
         str | None, typer.Option("--original", help="the model before pruning: directory, hub id, demo:llama")

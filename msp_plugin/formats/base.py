@@ -54,6 +54,8 @@ class PackedFormat(ABC):
         description: what is stored for a weight, in a few words.
         fused_together: True if layers that inference fuses must be packed either all or not at all.
         served: True if the vLLM plugin serves the format.
+        lossy: True if ``unpack`` gives other weights than were packed. ``refuses_weight`` is then asked for every layer,
+            and ``unpack`` gives weights in the dtype of the tensors with floating-point numbers.
     """
 
     name: ClassVar[str]
@@ -64,6 +66,7 @@ class PackedFormat(ABC):
     description: ClassVar[str]
     fused_together: ClassVar[bool] = True
     served: ClassVar[bool] = False
+    lossy: ClassVar[bool] = False
 
     @abstractmethod
     def refuses(
@@ -85,7 +88,7 @@ class PackedFormat(ABC):
 
     @abstractmethod
     def pack(self, weight: torch.Tensor, layer: str) -> dict[str, torch.Tensor]:
-        """Return the tensors by suffix; ``unpack`` gives the same bits back.
+        """Return the tensors by suffix; ``unpack`` gives the same bits back, unless the format is ``lossy``.
 
         Args:
             weight: [out, in], on any device.

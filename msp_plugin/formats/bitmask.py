@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -205,11 +205,12 @@ class SparseBitmask(PackedFormat):
 
     name = "sparse-bitmask"
     structure = "unstructured"
-    suffixes = SUFFIXES
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
     own_suffixes = SUFFIXES[:3]
     description = "the nonzero weights, a bitmask, and where each row starts"
     fused_together = False
     served = True
+    value_dtypes: ClassVar[tuple[torch.dtype, ...]] = VALUE_DTYPES
 
     def refuses(
         self, layer: str, shape: tuple[int, ...], dtype: torch.dtype, level: Level | None
@@ -260,7 +261,7 @@ class SparseBitmask(PackedFormat):
         right = (
             rows > 0
             and width > 0
-            and values.dtype in VALUE_DTYPES
+            and values.dtype in self.value_dtypes
             and len(values.shape) == 1
             and values.shape[0] <= 8 * rows * width
             and bitmask.dtype == torch.uint8
@@ -268,10 +269,8 @@ class SparseBitmask(PackedFormat):
             and (shape.dtype, shape.bytes) == (torch.int64, 16)
         )
         if not right:
-            expected = (
-                "compressed [n] in float16, bfloat16 or float32, bitmask uint8 [out, in / 8], "
-                "row_offsets int64 [out] and shape int64 [2]"
-            )
+            dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.value_dtypes)
+            expected = f"compressed [n] in {dtypes}, bitmask uint8 [out, in / 8], row_offsets int64 [out] and shape int64 [2]"
             raise unfit_headers(layer, {suffix: stored[suffix] for suffix in SUFFIXES}, expected)
         sizes = _sizes(read_tensor(shape.file, f"{layer}.{SHAPE}"), layer)
         if (rows, width) != (sizes[0], -(-sizes[1] // 8)):

@@ -94,9 +94,10 @@ def msp_register_recoveries() -> list[type]:
 @hookimpl
 def msp_register_formats() -> list[type]:
     from msp_plugin.formats.bitmask import SparseBitmask
+    from msp_plugin.formats.bitmask_int8 import Int8Bitmask
     from msp_plugin.formats.sparse24 import Sparse24Bitmask
 
-    return [Sparse24Bitmask, SparseBitmask]
+    return [Int8Bitmask, Sparse24Bitmask, SparseBitmask]
 
 
 @hookimpl

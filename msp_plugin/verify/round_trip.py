@@ -1,4 +1,4 @@
-"""The check that packing changes no bit, and that a checkpoint equals the one that it was exported from."""
+"""The check that packing changes no bit, or no more than int8 may, and that a checkpoint equals the one it was made of."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from msp_plugin.formats.bits import positive_zeros, same_bits
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.progress import StepProgress
 from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
+from msp_plugin.verify.rounded import is_rounded, readable
 from msp_plugin.verify.sliced import different_signs, is_smaller, sliced
 
 
 @dataclass(frozen=True)
 class RoundTrip(Check):
-    """Packing and unpacking changes no bit; with a reference, every tensor equals the reference's."""
+    """Packing and unpacking changes no bit; with a reference, every tensor equals the reference's.
+
+    Weights in int8 are within half a scale of the reference's, and zero where those are zero.
+    """
 
     name = "round_trip"
 
@@ -39,6 +43,8 @@ def _packing(checkpoint: Checkpoint, progress: StepProgress) -> Finding:
     The layers of a dense checkpoint are those that an export to sparse24 would pack.
     """
     format = checkpoint.format or Sparse24Bitmask()
+    if format.lossy:
+        return readable(checkpoint, progress)
     if checkpoint.quantization is not None:
         return Finding(
             "pack and unpack", SKIP, "the checkpoint is quantized; sparse24 packs unquantized weights"
@@ -70,22 +76,32 @@ def _equality(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgr
     """Return the finding whether dense tensors equal the reference's; zeros of packed layers may differ in sign."""
     ours, theirs = checkpoint.dense_names, reference.dense_names
     lost, odd = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
-    other, signs = [], 0
+    other, signs, rounded = [], 0, 0
+    lossy = checkpoint.format is not None and checkpoint.format.lossy
     shared = [name for name in ours if name in theirs]
     for i, name in enumerate(shared, 1):
         a, b = checkpoint.dense(name), reference.dense(name)
-        different = different_signs(a, b, packed={ours[name], theirs[name]} != {None})
-        if different is None:
+        layer = ours[name]
+        different = different_signs(a, b, packed={layer, theirs[name]} != {None})
+        if different is None and layer is not None and lossy and is_rounded(checkpoint, layer, b):
+            rounded += 1
+        elif different is None:
             other.append(name)
         signs += different or 0
         progress("round trip, reference", i, len(shared))
+    changed = "with other bits"
+    if lossy:
+        changed += ", or more than half a scale away in int8"
     if lost or odd or other:
         parts = [
             f"{len(names)} {what}, e.g. {names[0]}"
-            for names, what in ((lost, "missing"), (odd, "too many"), (other, "with other bits"))
+            for names, what in ((lost, "missing"), (odd, "too many"), (other, changed))
             if names
         ]
         return Finding("reference", FAIL, "; ".join(parts), f"the {len(theirs)} tensors of {reference.path}")
     note = f"; {signs:,} zeros have another sign" if signs else ""
     how = "equal but for signs of zeros" if signs else "equal, bit for bit"
-    return Finding("reference", OK, f"all {len(shared)} tensors {how}{note}")
+    if rounded:
+        note += f"; {rounded} in int8, each weight within half a scale, no zero filled in"
+    count = f"{len(shared) - rounded}" if rounded else f"all {len(shared)}"
+    return Finding("reference", OK, f"{count} tensors {how}{note}")

@@ -106,7 +106,7 @@ def _layers(checkpoint: Checkpoint, progress: StepProgress) -> list[Finding]:
     holding = f"{len(allocation.by_layer) - len(bad)} of {len(allocation.by_layer)} layers hold their level"
     recorded = _recorded_zeros(checkpoint)
     expected = budget.zeros if recorded is None else recorded
-    at_least = recorded is None or quantized  # quantizing rounds small weights to zero
+    at_least = recorded is None or quantized or checkpoint.rounded  # quantizing rounds small weights to zero
     right = zeros >= expected if at_least else zeros == expected
     where = ("allocation.json" if recorded is None else "run.json") + (", at least" if at_least else "")
     share = f"{zeros:,} of {budget.weights:,} ({100 * zeros / budget.weights:.4f} %)"

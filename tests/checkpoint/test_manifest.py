@@ -17,7 +17,7 @@ def exported(tmp_path):
     manifest = Manifest(
         "sparse24", describe_files([tmp_path / "one", tmp_path / "two"]), {"x": [2, 3]},
         packed={"a.b": "2:4"}, kept_dense={"a.c": "why"}, packed_bytes=9, dense_bytes=16,
-        negative_zeros={"a.b": 1}, versions={"torch": "2"},
+        negative_zeros={"a.b": 1}, quantization_errors={"a.b": 0.01}, rounded_to_zero={"a.b": 3}, versions={"torch": "2"},
     )  # fmt: skip
     manifest.write(tmp_path)
     return tmp_path
@@ -32,7 +32,7 @@ def test_the_file_says_schema_version_and_every_field(exported):
         },
         "tensors": {"x": [2, 3]}, "packed": {"a.b": "2:4"}, "kept_dense": {"a.c": "why"},
         "packed_bytes": 9, "dense_bytes": 16, "negative_zeros": {"a.b": 1}, "structure": {},
-        "versions": {"torch": "2"},
+        "quantization_errors": {"a.b": 0.01}, "rounded_to_zero": {"a.b": 3}, "versions": {"torch": "2"},
     }  # fmt: skip
 
 

@@ -44,8 +44,16 @@ def test_export_json_is_what_the_directory_holds(to, msp, run_dir, tmp_path):
         "path": str(out), "format": to, "files": manifest.files, "packed": manifest.packed,
         "kept_dense": manifest.kept_dense, "packed_bytes": manifest.packed_bytes,
         "dense_bytes": manifest.dense_bytes, "negative_zeros": {}, "structure": {},
+        "quantization_errors": {}, "rounded_to_zero": {},
     }  # fmt: skip
     assert len(record["packed"]) == {"sparse24": 9, "bitmask": 11}.get(to, 0)
+
+
+def test_an_export_in_int8_says_by_how_much_each_layer_changed(msp, run_dir, tmp_path):
+    printed = msp("export", run_dir, "--to", "bitmask", "--set", "values=int8", "--out", tmp_path / "out")
+    manifest = Manifest.read(tmp_path / "out")
+    assert printed.out.count("\nint8: ") == len(manifest.packed) == 14
+    assert f"int8: {UP}: changed by {manifest.quantization_errors[UP]:.4f} of its norm" in printed.out
 
 
 def test_export_says_what_was_packed_and_why_the_rest_was_not(msp, run_dir, copied, rewrite, tmp_path):

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msp_plugin.errors import FormatError
-from msp_plugin.formats.bitmask import SUFFIXES, SparseBitmask
+from msp_plugin.formats.bitmask import SparseBitmask
+from msp_plugin.formats.bitmask_int8 import Int8Bitmask
 from tests.fuzz.mutations import byte_files, documents, json_files
 from tests.fuzz.readers import READERS, check, parts, safetensors
 
@@ -86,11 +87,12 @@ NUMBERS = st.sampled_from([0, 1, -1, 7, 8, 2**31, 2**62, -(2**63)]) | st.integer
 TYPES = st.sampled_from([torch.uint8, torch.int64, torch.bfloat16, torch.float64, torch.int32, torch.bool])
 
 
+@pytest.mark.parametrize("format", [SparseBitmask(), Int8Bitmask()], ids=lambda format: format.name)
 @given(st.data(), st.integers(1, 5), st.integers(1, 20))
-def test_any_bitmask_tensors_are_unpacked_to_their_shape_or_refused(data, rows, columns):
-    tensors = SparseBitmask().pack(torch.arange(rows * columns).reshape(rows, columns) % 3.0, "layer")
+def test_any_bitmask_tensors_are_unpacked_to_their_shape_or_refused(format, data, rows, columns):
+    tensors = format.pack(torch.arange(rows * columns).reshape(rows, columns) % 3.0, "layer")
     for _ in range(data.draw(st.integers(1, 3))):
-        suffix = data.draw(st.sampled_from(SUFFIXES))
+        suffix = data.draw(st.sampled_from(format.suffixes))
         action, tensor = data.draw(st.sampled_from(["one", "cut", "type", "shape", "all"])), tensors[suffix]
         if action == "one" and tensor.numel() and tensor.dtype == torch.int64:
             tensor.view(-1)[data.draw(st.integers(0, tensor.numel() - 1))] = data.draw(NUMBERS)
@@ -109,7 +111,7 @@ def test_any_bitmask_tensors_are_unpacked_to_their_shape_or_refused(data, rows, 
             tensor = torch.full(sizes, data.draw(st.integers(0, 255))).to(data.draw(TYPES))
         tensors[suffix] = tensor
     try:
-        weight = SparseBitmask().unpack(tensors, "layer")
+        weight = format.unpack(tensors, "layer")
     except FormatError as error:
         assert "layer" in error.message and len(error.message) < 1000
     else:

@@ -60,7 +60,7 @@ def test_the_builtin_components_are_there():
         ],
         "pruners": ["flap", "l2", "llm_pruner", "magnitude", "obs", "random", "saap", "sparsegpt", "wanda"],
         "recoveries": ["blockwise", "full", "lora", "masked_lora", "mean_update", "sparse_delta", "spp", "weight_update"],
-        "formats": ["sparse-24-bitmask", "sparse-bitmask"],
+        "formats": ["sparse-24-bitmask", "sparse-bitmask", "sparse-bitmask-int8"],
         "exporters": ["bitmask", "dense", "recipe", "small", "sparse24", "uniform"],
         "checks": ["logits", "quality", "round_trip", "served", "structure"],
     }  # fmt: skip

@@ -56,6 +56,17 @@ def test_the_checkpoints_own_format_comes_first(run_dir, packed_dir, packed_any_
         assert {each.total.dense for each in found} == {of(run_dir).total.dense}
 
 
+def test_a_checkpoint_with_values_in_int8_is_counted_in_its_format(run_dir, tmp_path):
+    manifest = export_checkpoint(run_dir, Bitmask(values="int8"), tmp_path / "int8")
+    own, *others = storages(
+        Allocation.read(run_dir / "allocation.json"), None, Checkpoint.open(tmp_path / "int8")
+    )
+    lost = sum(manifest.rounded_to_zero.values())
+    assert own.format.name == "sparse-bitmask-int8" and own.dtype == "bfloat16"
+    assert own.packed.stored == manifest.packed_bytes + SHAPE_BYTES * len(manifest.packed) + lost
+    assert [other.total.dense for other in others] == [own.total.dense] * 2
+
+
 def test_without_a_checkpoint_the_allocation_gives_the_same_bytes_of_the_layers(run_dir):
     allocation, whole = Allocation.read(run_dir / "allocation.json"), of(run_dir)
     for said, dtype, assumed in (

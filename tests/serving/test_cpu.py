@@ -1,5 +1,6 @@
 """Products with packed weights on a CPU: every kernel against the dense product in float64, at all shapes and inputs."""
 
+import dataclasses
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msp_plugin.errors import FormatError, ServingError
+from msp_plugin.formats import bitmask
+from msp_plugin.formats.bitmask_int8 import dequantize, quantize
 from msp_plugin.serving.cpu import build
 from msp_plugin.serving.cpu.kernel import (
     DTYPES,
@@ -76,6 +79,80 @@ def test_every_kernel_gives_the_dense_product(kernel, dtype, rows, columns, toke
     packed = pack_dense(weight)
     check_structure(packed, "w")
     assert_product(linear(x, packed, kernel, bias), x, weight, bias)
+
+
+def int8_weight(weight):
+    """Return a weight with values in int8, and the weight in float64 that it stands for."""
+    values, scale = quantize(weight)
+    stored = bitmask.pack(values)
+    packed = PackedWeight(stored.values, stored.bitmask, stored.row_offsets, weight.shape[1], scale)
+    return packed, values.double() * scale.double()[:, None]
+
+
+@pytest.mark.parametrize("kernel", HERE)
+@settings(max_examples=25)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 200),
+    tokens=st.sampled_from([0, 1, 2, 3, 5, 17, 65]),
+    kept=st.sampled_from([0.0, 0.125, 0.5, 1.0]),
+    biased=st.booleans(),
+)
+def test_every_kernel_gives_the_product_with_values_in_int8_times_their_rows_scale(
+    kernel, dtype, rows, columns, tokens, kept, biased
+):
+    packed, meant = int8_weight(weight_of(rows, columns, kept, dtype))
+    check_structure(packed, "w")
+    x, bias = inputs(tokens, columns, dtype), inputs(1, rows, dtype)[0] if biased else None
+    out = linear(x, packed, kernel, bias)
+    assert out.dtype == dtype and out.shape == (tokens, rows)
+    add = torch.zeros(rows) if bias is None else bias.double()
+    largest = float((x.double().abs() @ meant.abs().T + add.abs()).max()) if out.numel() else 1
+    difference = (out.double() - (x.double() @ meant.T + add)).abs()
+    assert not out.numel() or float(difference.max()) <= ALLOWED[dtype] * max(largest, 1e-30)
+
+
+@pytest.mark.parametrize("kernel", HERE)
+@pytest.mark.parametrize(("columns", "tokens"), [(1056, 70), (2085, 6)])
+def test_values_in_int8_of_several_column_blocks_and_rows_give_the_product(kernel, columns, tokens):
+    packed, meant = int8_weight(weight_of(300, columns, 0.5, torch.bfloat16))
+    x = inputs(tokens, columns, torch.bfloat16)
+    out, expected = linear(x, packed, kernel), x.double() @ meant.T
+    assert float((out.double() - expected).abs().max() / expected.abs().max()) < 2**-7
+
+
+@pytest.mark.parametrize("kernel", HERE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_inputs_go_through_values_in_int8_as_through_a_dense_product(kernel, dtype):
+    packed, meant = int8_weight(weight_of(24, 100, 0.5, dtype))
+    x = inputs(20, 100, dtype)
+    x[0, 3], x[1, 40] = math.inf, math.nan
+    out, expected = linear(x, packed, kernel), x.double() @ meant.T
+    assert torch.equal(out.isnan(), expected.isnan()) and int(expected[0].isnan().sum()) > 0
+    infinite = expected.isinf()
+    assert torch.equal(out.double()[infinite], expected[infinite]) and int(infinite.sum())
+
+
+def test_the_self_check_holds_values_in_int8_against_the_dequantized_weight():
+    weight = weight_of(40, 90, 0.5, torch.bfloat16)
+    packed, dense = int8_weight(weight)[0], dequantize(*quantize(weight))
+    assert checked_choice(dense, packed).kernel == choose(torch.bfloat16).kernel
+    assert packed.bytes == packed.values.numel() + 40 * (12 + 8 + 2)
+    wrong = checked_choice(dense * 1.1, packed)
+    assert wrong.kernel == "dense" and "was wrong by" in wrong.reason
+
+
+def test_a_scale_that_does_not_belong_to_the_values_is_refused():
+    packed, x = int8_weight(weight_of(6, 16, 0.5, torch.float32))[0], torch.ones(2, 16)
+    for changes, message in (
+        ({"scale": None}, "must share a dtype, or values with a scale be int8"),
+        ({"values": packed.values.float()}, "must share a dtype, or values with a scale be int8"),
+        ({"scale": packed.scale[1:]}, "the scale has 5 numbers for 6 rows"),
+        ({"scale": packed.scale.int()}, "the scale has 6 numbers for 6 rows"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            linear(x, dataclasses.replace(packed, **changes), HERE[0])
 
 
 @pytest.mark.parametrize("kernel", HERE)
@@ -181,20 +258,19 @@ def test_tensors_that_contradict_each_other_are_refused_by_name(damage, message)
 @settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**20), dtype=st.sampled_from(DTYPES), rows=st.integers(1, 12), columns=st.integers(1, 150),
-    count=st.integers(0, 300), tokens=st.sampled_from([1, 3, 6]),
+    count=st.integers(0, 300), tokens=st.sampled_from([1, 3, 6]), int8=st.booleans(),
 )  # fmt: skip
 def test_hostile_masks_and_offsets_end_in_numbers_of_the_values(
-    kernel, seed, dtype, rows, columns, count, tokens
+    kernel, seed, dtype, rows, columns, count, tokens, int8
 ):
     """Where they lead beyond the values, zeros are read: each output is a sum of the values that are there."""
     random = np.random.default_rng(seed)
-    values = torch.ones(count, dtype=dtype)
-    bitmask = torch.from_numpy(random.integers(0, 256, (rows, -(-columns // 8)), dtype=np.uint8))
+    values, scale = torch.ones(count, dtype=torch.int8 if int8 else dtype), torch.ones(rows) if int8 else None
+    masks = torch.from_numpy(random.integers(0, 256, (rows, -(-columns // 8)), dtype=np.uint8))
     offsets = torch.from_numpy(random.choice([-(2**62), -1, 0, 1, count, count + 1, 2**62], rows))
-    out = linear(
-        torch.ones(tokens, columns, dtype=dtype), PackedWeight(values, bitmask, offsets, columns), kernel
-    )
-    bits = np.unpackbits(bitmask.numpy(), axis=1, count=columns, bitorder="little").sum(axis=1)
+    weight = PackedWeight(values, masks, offsets, columns, scale)
+    out = linear(torch.ones(tokens, columns, dtype=dtype), weight, kernel)
+    bits = np.unpackbits(masks.numpy(), axis=1, count=columns, bitorder="little").sum(axis=1)
     starts = [o if 0 <= o <= count else count for o in offsets.tolist()]
     expected = [min(int(b), count - start) for b, start in zip(bits, starts, strict=True)]
     assert out.tolist() == [expected] * tokens

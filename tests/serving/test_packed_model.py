@@ -17,10 +17,14 @@ reason = build.load_operator()
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"no kernels here: {reason}")
 
 
-@pytest.fixture(scope="module", params=[Sparse24, Bitmask], ids=lambda exporter: exporter.name)
+@pytest.fixture(
+    scope="module",
+    params=[Sparse24(), Bitmask(), Bitmask(values="int8")],
+    ids=["sparse24", "bitmask", "int8"],
+)
 def packed_path(request, run_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("packed") / "model"
-    export_checkpoint(run_dir, request.param(), path)
+    export_checkpoint(run_dir, request.param, path)
     return path
 
 
@@ -49,7 +53,8 @@ def test_in_the_checkpoints_own_dtype_its_log_probabilities_are_within_rounding(
     ids = torch.arange(40).reshape(2, 20)
     with torch.no_grad():
         ours, theirs = (m(ids).logits.float().log_softmax(-1) for m in (model, dense))
-    assert model.dtype == torch.bfloat16 and float((ours - theirs).abs().max()) < 0.1
+    lossy = msp_plugin.Checkpoint.open(packed_path).format.lossy  # then the dense weights are rounded too
+    assert model.dtype == torch.bfloat16 and float((ours - theirs).abs().max()) < (0.2 if lossy else 0.1)
 
 
 def test_packed_layers_are_those_of_the_checkpoint_and_hold_its_bytes(packed_path):

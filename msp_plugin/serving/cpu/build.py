@@ -74,6 +74,7 @@ def _output(
     values: torch.Tensor,
     bitmask: torch.Tensor,
     row_offsets: torch.Tensor,
+    scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     in_features: int,
     kernel: str,

@@ -5,6 +5,9 @@
 // the same with rows of equal length). Zeros are expanded and multiplied, so that a zero times an infinity is NaN,
 // as in a dense product.
 //
+// Values are of the inputs' type, or whole numbers of 8 bits with a scale for each row. Those are expanded and summed as
+// the numbers that they are, exact in every type, and a row's sum is multiplied by its scale.
+//
 // No read leaves the arrays, whatever offsets and masks say: an offset outside the values counts as their end, bits
 // beyond the last column are cleared, and where a row's bits could lead beyond the last value (only rows near the
 // end of the values), loads are masked by the values that are left.
@@ -19,7 +22,7 @@
 
 namespace msp {
 
-enum class Type { kBFloat16, kHalf, kFloat };
+enum class Type { kBFloat16, kHalf, kFloat, kInt8 };
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
 
 struct Packed {
@@ -29,6 +32,7 @@ struct Packed {
   const int64_t* offsets;  // [rows]
   int64_t rows;
   int64_t columns;
+  const float* scales = nullptr;  // [rows], for values of 8 bits
 
   int64_t mask_bytes() const { return (columns + 7) / 8; }
   int64_t start(int64_t row) const {
@@ -63,8 +67,8 @@ using Unpack = void (*)(const Packed&, int64_t begin, int64_t end, int64_t first
 // tokens that are not there. words is a multiple of 16.
 using Arrange = void (*)(const uint32_t* x, int64_t tokens, int64_t words, int64_t inputs, uint32_t* out);
 
-// out[t * rows of the weight + row] = the product of a row with input t plus its bias (none if null), bfloat16, for rows
-// begin to end. x: each tile of min(tokens, kTileInputs) inputs as Arrange leaves it, [tiles, padded(columns) / 2,
+// out[t * rows of the weight + row] = the product of a row with input t by its scale, plus its bias (none if null),
+// bfloat16, for rows begin to end. x: each tile of min(tokens, kTileInputs) inputs as Arrange leaves it, [tiles, padded(columns) / 2,
 // inputs]. Above kFewTokens `columns`, a multiple of kPiece, are unpacked at a time, and weights [rows, columns] and
 // sums [rows, tokens] are scratch, with room up to the next multiple of 32 rows and kTileInputs tokens; else they are
 // not used.
@@ -74,7 +78,7 @@ using Tiles = void (*)(const Packed&, const uint32_t* x, int64_t tokens, int64_t
 struct Kernel {
   Dot dot;
   Unpack unpack;         // to float
-  Unpack unpack16;       // to the weight's own 16-bit type; null where the instruction set has no fast way
+  Unpack unpack16;       // to the inputs' 16-bit type; null where the instruction set has no fast way
   Arrange arrange;       // null but for AMX, like tiles
   Tiles tiles;
   bool input16;
@@ -110,6 +114,7 @@ inline float half_to_float(uint16_t half) {
 
 template <Type type>
 inline float load_one(const void* values, int64_t place) {
+  if constexpr (type == Type::kInt8) return static_cast<const int8_t*>(values)[place];
   if constexpr (type == Type::kFloat) return static_cast<const float*>(values)[place];
   const uint16_t bits = static_cast<const uint16_t*>(values)[place];
   if constexpr (type == Type::kHalf) return half_to_float(bits);
@@ -182,18 +187,23 @@ inline bool supported(Isa isa) {
 #endif
 }
 
-// The functions for an instruction set, which must be supported.
+// The functions for values of a type and an instruction set, which must be supported.
 template <Type type>
-Kernel kernel(Isa isa) {
+Kernel kernel(Isa isa, Type input) {
 #if defined(__x86_64__)
-  if (isa != Isa::kPortable) return x86::kernel<type>(isa);
+  if (isa != Isa::kPortable) return x86::kernel<type>(isa, input);
 #endif
   return {dot_portable<type>, unpack_portable<type>, nullptr, nullptr, nullptr, false};
 }
 
-inline Kernel kernel(Isa isa, Type type) {
-  if (type == Type::kFloat) return kernel<Type::kFloat>(isa);
-  return type == Type::kHalf ? kernel<Type::kHalf>(isa) : kernel<Type::kBFloat16>(isa);
+// The same for values and inputs of types; only values of 8 bits differ from their inputs.
+inline Kernel kernel(Isa isa, Type values, Type input) {
+  switch (values) {
+    case Type::kInt8: return kernel<Type::kInt8>(isa, input);
+    case Type::kFloat: return kernel<Type::kFloat>(isa, input);
+    case Type::kHalf: return kernel<Type::kHalf>(isa, input);
+    default: return kernel<Type::kBFloat16>(isa, input);
+  }
 }
 
 }  // namespace msp

@@ -1,4 +1,4 @@
-// Products of packed bfloat16 weights on AMX tiles. Included by expand_x86.h.
+// Products of packed weights with bfloat16 inputs on AMX tiles; a Step says how weights are expanded to bfloat16. Included by expand_x86.h.
 //
 // A piece of columns of some rows is expanded into tiles in cache; each tile of 16 rows by 32 columns is multiplied by
 // tiles of 32 columns of up to 16 inputs. A sum runs over the columns in their order, whatever the number of inputs.
@@ -6,7 +6,7 @@
 // beside the expansion, where the bfloat16 dot product of AVX-512 takes the port that expands, for each input anew.
 
 #define MSP_AMX                                                                                                  \
-  __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx2,fma," \
+  __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma," \
                         "f16c,popcnt")))
 
 namespace amx {
@@ -34,13 +34,14 @@ inline bool supported() {
 }
 
 // Store the next kStep columns of a row, expanded; returns where the row's values go on.
-template <bool safe>
+template <class Step, bool safe>
 MSP_AMX MSP_INLINE const uint8_t* expand_step(const uint8_t* from, const uint8_t* end, uint32_t bits, uint16_t* out) {
-  _mm512_storeu_si512(out, Bf16::expand<safe>(from, end, bits));
-  return from + 2 * _mm_popcnt_u64(bits);
+  _mm512_storeu_si512(out, Step::template expand<safe>(from, end, bits));
+  return from + Step::kBytes * _mm_popcnt_u64(bits);
 }
 
 // The rows of a tile, up to kTile of them, and where the values of each go on.
+template <class Step>
 struct RowTile {
   const Packed& w;
   int64_t row, rows;
@@ -50,9 +51,9 @@ struct RowTile {
 
   RowTile(const Packed& w, int64_t row, int64_t end) : w(w), row(row), rows(end - row < kTile ? end - row : kTile) {
     safe = rows == kTile;
-    if (row + kTile < end) ahead = 2 * (w.start(row + kTile) - w.start(row));
+    if (row + kTile < end) ahead = Step::kBytes * (w.start(row + kTile) - w.start(row));
     for (int64_t r = 0; r < rows; ++r) {
-      from[r] = static_cast<const uint8_t*>(w.values) + 2 * w.start(row + r);
+      from[r] = static_cast<const uint8_t*>(w.values) + Step::kBytes * w.start(row + r);
       safe = safe && is_safe(w, w.start(row + r));
     }
   }
@@ -82,7 +83,7 @@ struct RowTile {
         for (int i = 0; i < kRows; ++i) {
           uint32_t bits;
           std::memcpy(&bits, masks + i * stride + s * kStep / 8, 4);
-          at[i] = expand_step<true>(at[i], nullptr, bits, out + s * kWords + i * kStep);
+          at[i] = expand_step<Step, true>(at[i], nullptr, bits, out + s * kWords + i * kStep);
         }
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) from[r + i] = at[i];
@@ -91,11 +92,11 @@ struct RowTile {
 
   // The same of fewer columns, of the last ones, or of rows near the end of the values: row by row.
   MSP_AMX void expand_rest(int64_t first, int64_t last, uint16_t* out) {
-    const uint8_t* end = static_cast<const uint8_t*>(w.values) + 2 * w.count;
+    const uint8_t* end = static_cast<const uint8_t*>(w.values) + Step::kBytes * w.count;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = first; c < last; c += kStep) {
         const uint32_t bits = mask_bits(w.masks + (row + r) * w.mask_bytes(), c, w.columns);
-        from[r] = expand_step<false>(from[r], end, bits, out + (c - first) * kTile + r * kStep);
+        from[r] = expand_step<Step, false>(from[r], end, bits, out + (c - first) * kTile + r * kStep);
       }
   }
 };
@@ -122,8 +123,8 @@ MSP_AMX inline void configure(int64_t inputs) {
 
 // sums [tiles, kTile, inputs] = a row tile times `tiles` input tiles. While a piece of columns is multiplied, the next
 // one is expanded to other memory, so that neither waits for the other.
-template <int tiles>
-MSP_AMX inline void multiply_row_tile(RowTile rows, const uint32_t* x, int64_t inputs, float* sums) {
+template <int tiles, class Step>
+MSP_AMX inline void multiply_row_tile(RowTile<Step> rows, const uint32_t* x, int64_t inputs, float* sums) {
   alignas(64) uint16_t weights[2][kTile * kPiece];
   const int64_t width = padded(rows.w.columns), next = width / 2 * inputs;
   _tile_zero(0);
@@ -244,9 +245,10 @@ MSP_AMX inline void arrange(const uint32_t* x, int64_t tokens, int64_t words, in
   }
 }
 
-// out[t * stride + r] = sums [kTile, inputs] [r, t], plus bias[r], for the rows and tokens that are there.
-MSP_AMX inline void write(const float* sums, int64_t inputs, int64_t tokens, int64_t rows, const uint16_t* bias,
-                          uint16_t* out, int64_t stride) {
+// out[t * stride + r] = sums [kTile, inputs] [r, t] times unit and scales[r] plus bias[r] (none of the arrays if null), for
+// the rows and tokens that are there.
+MSP_AMX inline void write(const float* sums, int64_t inputs, int64_t tokens, int64_t rows, float unit,
+                          const float* scales, const uint16_t* bias, uint16_t* out, int64_t stride) {
   const __mmask16 here = static_cast<__mmask16>((1 << inputs) - 1), kept = static_cast<__mmask16>((1 << rows) - 1);
   __m512 add = _mm512_setzero_ps(), values[kTile];
   if (bias)
@@ -254,27 +256,31 @@ MSP_AMX inline void write(const float* sums, int64_t inputs, int64_t tokens, int
 #pragma GCC unroll 16
   for (int r = 0; r < kTile; ++r) values[r] = _mm512_maskz_loadu_ps(here, sums + r * inputs);
   transpose(values);
+  const __m512 times = scales ? _mm512_maskz_loadu_ps(kept, scales) : _mm512_set1_ps(1);
   for (int64_t t = 0; t < tokens; ++t) {
-    const __m512 sum = bias ? _mm512_add_ps(values[t], add) : values[t];  // without one a negative zero stays one
+    const __m512 value = _mm512_mul_ps(_mm512_mul_ps(values[t], _mm512_set1_ps(unit)), times);
+    const __m512 sum = bias ? _mm512_add_ps(value, add) : value;  // without one a negative zero stays one
     _mm256_mask_storeu_epi16(out + t * stride, kept, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
   }
 }
 
 // The outputs of a row tile and input tile `tile`.
-MSP_AMX inline void write(const RowTile& rows, const float* sums, int64_t inputs, int64_t tile, int64_t tokens,
+template <class Step>
+MSP_AMX inline void write(const RowTile<Step>& rows, const float* sums, int64_t inputs, int64_t tile, int64_t tokens,
                           const uint16_t* bias, uint16_t* out) {
   const int64_t first = tile * kTile, here = tokens - first < inputs ? tokens - first : inputs;
-  write(sums, inputs, here, rows.rows, bias ? bias + rows.row : nullptr, out + first * rows.w.rows + rows.row,
-        rows.w.rows);
+  write(sums, inputs, here, rows.rows, Step::kUnit, rows.w.scales ? rows.w.scales + rows.row : nullptr,
+        bias ? bias + rows.row : nullptr, out + first * rows.w.rows + rows.row, rows.w.rows);
 }
 
 // Products of up to kFewTiles input tiles: row tile by row tile, in registers over all columns.
+template <class Step>
 MSP_AMX inline void few_tiles(const Packed& w, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end,
                               const uint16_t* bias, uint16_t* out) {
   const int64_t inputs = tokens < kTile ? tokens : kTile, tiles = (tokens + inputs - 1) / inputs;
   alignas(64) float sums[kFewTiles * kSums];
   for (int64_t row = begin; row < end; row += kTile) {
-    const RowTile rows(w, row, end);
+    const RowTile<Step> rows(w, row, end);
     switch (tiles) {
       case 1: multiply_row_tile<1>(rows, x, inputs, sums); break;
       case 2: multiply_row_tile<2>(rows, x, inputs, sums); break;
@@ -286,10 +292,11 @@ MSP_AMX inline void few_tiles(const Packed& w, const uint32_t* x, int64_t tokens
 }
 
 // Products of more input tiles: pieces of columns of all rows, expanded once for all inputs.
+template <class Step>
 MSP_AMX inline void many_tiles(const Packed& w, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end,
                                int64_t columns, uint16_t* weights, float* sums, const uint16_t* bias, uint16_t* out) {
   const int64_t width = padded(w.columns), words = width / 2 * kTile, tiles = (tokens + kTile - 1) / kTile;
-  std::vector<RowTile> rows;
+  std::vector<RowTile<Step>> rows;
   for (int64_t row = begin; row < end; row += kTile) rows.emplace_back(w, row, end);
   for (int64_t c = 0; c < width; c += columns) {
     const int64_t last = c + columns < width ? c + columns : width, steps = (last - c) / kStep;
@@ -312,13 +319,14 @@ MSP_AMX inline void many_tiles(const Packed& w, const uint32_t* x, int64_t token
   }
 }
 
+template <class Step>
 MSP_AMX inline void tiles(const Packed& w, const uint32_t* x, int64_t tokens, int64_t begin, int64_t end,
                           int64_t columns, uint16_t* weights, float* sums, const uint16_t* bias, uint16_t* out) {
   configure(tokens < kTile ? tokens : kTile);
   if (tokens <= kFewTiles * kTile)
-    few_tiles(w, x, tokens, begin, end, bias, out);
+    few_tiles<Step>(w, x, tokens, begin, end, bias, out);
   else
-    many_tiles(w, x, tokens, begin, end, columns, weights, sums, bias, out);
+    many_tiles<Step>(w, x, tokens, begin, end, columns, weights, sums, bias, out);
   _tile_release();
 }
 

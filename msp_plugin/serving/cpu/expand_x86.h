@@ -11,8 +11,8 @@
 #define MSP_INLINE inline __attribute__((always_inline))
 #define MSP_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
 #define MSP_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,popcnt")))
-#define MSP_BF16 \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx2,fma,f16c,popcnt")))
+#define MSP_BF16                                                                                                   \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,f16c,popcnt")))
 
 namespace msp::x86 {
 
@@ -30,7 +30,8 @@ inline bool supported(Isa isa) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == Isa::kAvx2) return avx2;
   if (!avx512 || isa == Isa::kAvx512) return avx512;
-  const bool bf16 = __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                    __builtin_cpu_supports("avx512bf16");
   return bf16 && (isa == Isa::kAvx512Bf16 || amx::supported());
 }
 
@@ -70,11 +71,24 @@ struct Targets {
 };
 inline constexpr Targets kTargets;
 
+constexpr int bytes_of(Type type) { return type == Type::kFloat ? 4 : type == Type::kInt8 ? 1 : 2; }
+
+// Which byte of a vector each top byte of 16 numbers of 32 bits takes: from `first` on, `step` apart.
+template <int first, int step>
+struct Tops {
+  alignas(64) uint32_t byte[16];
+  constexpr Tops() : byte() {
+    for (int i = 0; i < 16; ++i) byte[i] = uint32_t(first + step * i) << 24;
+  }
+};
+template <int first, int step>
+inline constexpr Tops<first, step> kTops;
+
 // ---- a step of each instruction set: kLanes columns, expanded in a register, multiplied and added ----
 
 template <Type type>
 struct Avx2 {
-  static constexpr int kLanes = 8, kBytes = type == Type::kFloat ? 4 : 2;
+  static constexpr int kLanes = 8, kBytes = bytes_of(type);
   using Input = float;
   using Output = float;
   using Sum = __m256;
@@ -93,6 +107,10 @@ struct Avx2 {
       const __m256 kept = _mm256_loadu_ps(reinterpret_cast<const float*>(from));
       return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lanes, 31)),
                               _mm256_permutevar8x32_ps(kept, lanes));
+    } else if constexpr (type == Type::kInt8) {
+      const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTargets.lane[bits]));
+      const __m128i kept = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_shuffle_epi8(kept, lanes)));
     } else {
       const __m128i moved =
           _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)),
@@ -115,7 +133,7 @@ struct Avx2 {
 
 template <Type type>
 struct Avx512 {
-  static constexpr int kLanes = 16, kBytes = type == Type::kFloat ? 4 : 2;
+  static constexpr int kLanes = 16, kBytes = bytes_of(type);
   using Input = float;
   using Output = float;
   using Sum = __m512;
@@ -128,6 +146,10 @@ struct Avx512 {
     if constexpr (type == Type::kFloat) {
       kept = safe ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(here, from);
       asm("" : "+v"(kept));
+    } else if constexpr (type == Type::kInt8) {
+      const __m128i raw = safe ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))
+                               : _mm_maskz_loadu_epi8(here, from);
+      return _mm512_cvtepi32_ps(_mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), _mm512_cvtepi8_epi32(raw)));
     } else {
       const __m256i raw = safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
                                : _mm256_maskz_loadu_epi16(here, from);
@@ -147,6 +169,7 @@ struct Avx512 {
 // bfloat16 weights and inputs; also unpacks any type of 16 bits.
 struct Bf16 {
   static constexpr int kLanes = 32, kBytes = 2;
+  static constexpr float kUnit = 1;
   using Input = uint16_t;
   using Output = uint16_t;
   using Sum = __m512;
@@ -181,6 +204,69 @@ struct Bf16InFloat : Bf16 {
   }
 };
 
+// Whole numbers of 8 bits, in float32. They stand in the top byte of 32 bits, so as 2**24 times what they are: a byte takes
+// one move to its place, and none for its sign. Sums are divided by that, exactly; products from 2**96 on may overflow.
+struct Int8 {
+  static constexpr int kLanes = 32, kBytes = 1;
+  static constexpr float kUnit = 0x1p-24f;
+  using Input = float;
+  using Output = float;
+  using Sum = __m512;
+  struct Weights {
+    __m512 low, high;
+  };
+
+  template <bool safe>
+  MSP_BF16 static MSP_INLINE __m512i expand_bytes(const uint8_t* from, const uint8_t* end, uint32_t bits) {
+    const int64_t some = safe ? kLanes : left(from, end, kBytes, kLanes);
+    const __mmask32 here = static_cast<__mmask32>((uint64_t(1) << some) - 1);
+    __m256i kept =
+        safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_maskz_loadu_epi8(here, from);
+    asm("" : "+v"(kept));
+    return _mm512_castsi256_si512(_mm256_maskz_expand_epi8(bits, kept));
+  }
+  // 16 bytes, from `first` on and `step` apart, each at the top of 32 bits.
+  template <int first, int step>
+  MSP_BF16 static MSP_INLINE __m512i tops(__m512i bytes) {
+    return _mm512_maskz_permutexvar_epi8(0x8888888888888888, _mm512_load_si512(kTops<first, step>.byte), bytes);
+  }
+  template <bool safe>
+  MSP_BF16 static MSP_INLINE Weights expand(const uint8_t* from, const uint8_t* end, uint32_t bits) {
+    const __m512i bytes = expand_bytes<safe>(from, end, bits);
+    return {_mm512_cvtepi32_ps(tops<0, 1>(bytes)), _mm512_cvtepi32_ps(tops<16, 1>(bytes))};
+  }
+  MSP_BF16 static MSP_INLINE __m512 zero() { return _mm512_setzero_ps(); }
+  MSP_BF16 static MSP_INLINE __m512 add(__m512 sum, const Weights& weights, const float* x) {
+    return _mm512_fmadd_ps(weights.high, _mm512_loadu_ps(x + 16), _mm512_fmadd_ps(weights.low, _mm512_loadu_ps(x), sum));
+  }
+  MSP_BF16 static MSP_INLINE void store(float* out, const Weights& weights) {
+    _mm512_storeu_ps(out, _mm512_mul_ps(weights.low, _mm512_set1_ps(kUnit)));
+    _mm512_storeu_ps(out + 16, _mm512_mul_ps(weights.high, _mm512_set1_ps(kUnit)));
+  }
+  MSP_BF16 static MSP_INLINE float total(__m512 sum) { return _mm512_reduce_add_ps(sum) * kUnit; }
+};
+
+// The same expanded to bfloat16, for tiles: as what they are, or in that unit, which takes less.
+template <bool in_unit>
+struct Int8ToBf16 {
+  static constexpr int kLanes = 32, kBytes = 1;
+  static constexpr float kUnit = in_unit ? Int8::kUnit : 1;
+  using Output = uint16_t;
+
+  template <int first>
+  MSP_BF16 static MSP_INLINE __m512i numbers(__m512i bytes) {
+    const __m512i tops = Int8::tops<first, 2>(bytes);
+    return _mm512_castps_si512(_mm512_cvtepi32_ps(in_unit ? tops : _mm512_srai_epi32(tops, 24)));
+  }
+  template <bool safe>
+  MSP_BF16 static MSP_INLINE __m512i expand(const uint8_t* from, const uint8_t* end, uint32_t bits) {
+    const __m512i bytes = Int8::expand_bytes<safe>(from, end, bits);
+    // Even columns in the lower halves, odd ones in the upper; the lower 16 bits of these floats are zero.
+    return _mm512_or_si512(_mm512_srli_epi32(numbers<0>(bytes), 16), numbers<1>(bytes));
+  }
+  MSP_BF16 static MSP_INLINE void store(uint16_t* out, __m512i weights) { _mm512_storeu_si512(out, weights); }
+};
+
 namespace avx2 {
 #define MSP_TARGET MSP_AVX2
 #include "expand_rows.h"
@@ -202,14 +288,21 @@ namespace bf16 {
 #include "expand_amx.h"
 
 template <Type type>
-Kernel kernel(Isa isa) {
+Kernel kernel(Isa isa, Type input) {
   if (isa == Isa::kAvx2) return {avx2::dot<Avx2<type>>, avx2::unpack<Avx2<type>>, nullptr, nullptr, nullptr, false};
   Kernel kernel{avx512::dot<Avx512<type>>, avx512::unpack<Avx512<type>>, nullptr, nullptr, nullptr, false};
   if (isa == Isa::kAvx512) return kernel;
+  if constexpr (type == Type::kInt8) {
+    kernel.dot = bf16::dot<Int8>, kernel.unpack = bf16::unpack<Int8>;
+    if (input == Type::kBFloat16) kernel.unpack16 = bf16::unpack<Int8ToBf16<false>>;
+    if (input == Type::kBFloat16 && isa == Isa::kAmxBf16)
+      kernel.arrange = amx::arrange, kernel.tiles = amx::tiles<Int8ToBf16<true>>;
+    return kernel;
+  }
   if (type != Type::kFloat) kernel.unpack16 = bf16::unpack<Bf16>;
   if (type == Type::kBFloat16) kernel.dot = bf16::dot<Bf16>, kernel.input16 = true;
   if (type == Type::kBFloat16 && isa == Isa::kAmxBf16)
-    kernel.dot = bf16::dot<Bf16InFloat>, kernel.arrange = amx::arrange, kernel.tiles = amx::tiles;
+    kernel.dot = bf16::dot<Bf16InFloat>, kernel.arrange = amx::arrange, kernel.tiles = amx::tiles<Bf16>;
   return kernel;
 }
 

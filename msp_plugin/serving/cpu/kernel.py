@@ -20,7 +20,7 @@ from msp_plugin.serving.algorithms import TOLERANCE, random_input
 from msp_plugin.serving.cpu.build import load_operator
 from msp_plugin.serving.kernels import Choice
 
-#: From the fastest to the slowest. Each needs what its name says; avx512_bf16 also VBMI2, amx_bf16 all of that too,
+#: From the fastest to the slowest. Each needs what its name says; avx512_bf16 also VBMI and VBMI2, amx_bf16 all of that too,
 #: portable nothing.
 KERNELS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
 #: The fastest that knows each dtype as it is.
@@ -38,16 +38,18 @@ class PackedWeight:
     """A weight [O, I] as kept values and a bitmask.
 
     Args:
-        values: the kept weights row by row, N of them in any shape, in one of DTYPES.
+        values: the kept weights row by row, N of them in any shape, in one of DTYPES, or int8 with a scale.
         bitmask: uint8 [O, ceil(I / 8)], lowest bit first, zero beyond column I.
         row_offsets: int64 [O], the place of each row's first value.
         in_features: I.
+        scale: [O], by which the values int8 of each row are multiplied; None for other values.
     """
 
     values: torch.Tensor
     bitmask: torch.Tensor
     row_offsets: torch.Tensor
     in_features: int
+    scale: torch.Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -56,8 +58,9 @@ class PackedWeight:
 
     @property
     def bytes(self) -> int:
-        """Bytes of values, bitmask and row offsets."""
-        return sum(t.numel() * t.element_size() for t in (self.values, self.bitmask, self.row_offsets))
+        """Bytes of values, bitmask, row offsets and scale."""
+        held = (self.values, self.bitmask, self.row_offsets, self.scale)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 
 def pack_dense(weight: torch.Tensor) -> PackedWeight:
@@ -177,7 +180,14 @@ def linear(
 ) -> torch.Tensor:
     """Return x [..., I] times the transposed weight plus bias [O], as [..., O]; no gradients."""
     out: torch.Tensor = torch.ops.msp_plugin.bitmask_linear(
-        x, weight.values, weight.bitmask, weight.row_offsets, bias, weight.in_features, kernel
+        x,
+        weight.values,
+        weight.bitmask,
+        weight.row_offsets,
+        weight.scale,
+        bias,
+        weight.in_features,
+        kernel,
     )
     return out
 
@@ -206,14 +216,18 @@ def self_check(weight: torch.Tensor, packed: PackedWeight, kernel: str) -> float
 
 
 def checked_choice(weight: torch.Tensor, packed: PackedWeight) -> Choice:
-    """Return the kernel for a packed weight if it passes the self-check, "dense" and why if it does not."""
-    choice = choose(packed.values.dtype)
+    """Return the kernel for a packed weight if it passes the self-check, "dense" and why if it does not.
+
+    Args:
+        weight: the same weight [O, I] dense, in the dtype of the inputs.
+    """
+    choice = choose(weight.dtype)
     if choice.kernel == "dense":
         return choice
     try:
         error = self_check(weight, packed, choice.kernel)
     except RuntimeError as failure:
         return Choice("dense", f"{choice.kernel} failed: {str(failure).splitlines()[0]}")
-    if error > TOLERANCE[packed.values.dtype]:
+    if error > TOLERANCE[weight.dtype]:
         return Choice("dense", f"{choice.kernel} was wrong by {error:.2g}")
     return choice

@@ -63,7 +63,9 @@ class PackedLinear(nn.Module):
         """The weight as the kernels read it, from the tensors as they are now."""
         values, bitmask = self._stored("compressed"), self._stored("bitmask")
         if "row_offsets" in self.format.suffixes:
-            return PackedWeight(values, bitmask, self._stored("row_offsets").reshape(-1), self.in_features)
+            offsets = self._stored("row_offsets").reshape(-1)
+            scale = self._stored("scale") if "scale" in self.format.suffixes else None
+            return PackedWeight(values, bitmask, offsets, self.in_features, scale)
         return equal_rows(values, bitmask, self.in_features)
 
     def _stored(self, suffix: str) -> torch.Tensor:
@@ -98,7 +100,14 @@ class PackedLinear(nn.Module):
         if self.kernel == "dense":
             return nn.functional.linear(x, self.weight, self.bias)
         out: torch.Tensor = torch.ops.msp_plugin.bitmask_linear(
-            x, self.compressed, self.bitmask, self.starts, self.bias, self.in_features, self.kernel
+            x,
+            self.compressed,
+            self.bitmask,
+            self.starts,
+            getattr(self, "scale", None),
+            self.bias,
+            self.in_features,
+            self.kernel,
         )
         return out
 

@@ -58,10 +58,10 @@ Tensor padded_input(const Tensor& x, at::ScalarType type) {
   return out;
 }
 
-// out[t, row] = sums[(row - begin) * stride + t] plus bias[row]; in blocks, because it transposes.
+// out[t, row] = sums[(row - begin) * stride + t] by the row's scale plus bias[row]; in blocks, because it transposes.
 template <class Float>
-void write(const float* sums, int64_t stride, const Tensor* bias, int64_t begin, int64_t end, int64_t tokens,
-           int64_t rows, Float* out) {
+void write(const float* sums, int64_t stride, const Packed& w, const Tensor* bias, int64_t begin, int64_t end,
+           int64_t tokens, Float* out) {
   constexpr int64_t kBlock = 16;
   const Float* add = bias ? bias->const_data_ptr<Float>() : nullptr;
   for (int64_t first = begin; first < end; first += kBlock) {
@@ -71,9 +71,10 @@ void write(const float* sums, int64_t stride, const Tensor* bias, int64_t begin,
     for (int64_t t = 0; t < tokens; ++t) {
       float values[kBlock] = {};
       for (int64_t i = 0; i < some; ++i) values[i] = sums[(first - begin + i) * stride + t];
+      for (int64_t i = 0; w.scales && i < some; ++i) values[i] *= w.scales[first + i];
       if (add)  // else a negative zero stays one
         for (int64_t i = 0; i < kBlock; ++i) values[i] += biases[i];
-      Float* to = out + t * rows + first;
+      Float* to = out + t * w.rows + first;
       if (some == kBlock)
         for (int64_t i = 0; i < kBlock; ++i) to[i] = static_cast<Float>(values[i]);
       else
@@ -96,7 +97,7 @@ void few(const Packed& w, const msp::Kernel& kernel, const Tensor& x, const Tens
       for (int64_t t = 0; t < tokens; t += msp::kTokens) {
         const int64_t some = std::min(msp::kTokens, tokens - t);
         kernel.dot(w, data + t * bytes, some, begin, end, sums);
-        write(sums, some, bias, begin, end, some, w.rows, out + t * w.rows);
+        write(sums, some, w, bias, begin, end, some, out + t * w.rows);
       }
     }
   });
@@ -157,7 +158,7 @@ void many(const Packed& w, msp::Unpack unpack, const Tensor& x, const Tensor* bi
                                   sums, pairs);
     }
     at::native::cpublas::brgemm_release(pairs);  // gives AMX's registers back
-    write(sums, even, bias, begin, end, tokens, w.rows, out);
+    write(sums, even, w, bias, begin, end, tokens, out);
   });
 }
 
@@ -204,7 +205,7 @@ void on_tiles(const Packed& w, const msp::Kernel& kernel, const Tensor& x, const
 
 template <class Float>
 void product(const Packed& w, msp::Type type, msp::Isa isa, const Tensor& x, const Tensor* bias, Tensor& out) {
-  const msp::Kernel kernel = msp::kernel(isa, type);
+  const msp::Kernel kernel = msp::kernel(isa, w.scales ? msp::Type::kInt8 : type, type);
   Float* to = out.mutable_data_ptr<Float>();
   if (x.size(0) <= (kernel.tiles ? kBeforeTiles : msp::kTokens)) return few<Float>(w, kernel, x, bias, to);
   const bool amx = kernel.unpack16 && at::native::cpublas::could_pack(c10::CppTypeToScalarType<Float>::value);
@@ -236,12 +237,17 @@ msp::Isa isa_named(c10::string_view name) {
 bool cpu_supports(c10::string_view kernel) { return msp::supported(isa_named(kernel)); }
 
 Tensor bitmask_linear(const Tensor& x, const Tensor& values, const Tensor& bitmask, const Tensor& row_offsets,
-                      const std::optional<Tensor>& bias, int64_t in_features, c10::string_view kernel) {
+                      const std::optional<Tensor>& scale, const std::optional<Tensor>& bias, int64_t in_features,
+                      c10::string_view kernel) {
   const int64_t rows = row_offsets.numel();
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == in_features, "an input of width ", x.dim() ? x.size(-1) : 0,
               " meets a weight with in_features = ", in_features);
-  TORCH_CHECK(x.scalar_type() == values.scalar_type() && (!bias || bias->scalar_type() == values.scalar_type()),
-              "input, values and bias must share a dtype, found ", x.scalar_type(), " and ", values.scalar_type());
+  const at::ScalarType type = scale ? at::kChar : x.scalar_type();
+  TORCH_CHECK(values.scalar_type() == type && (!bias || bias->scalar_type() == x.scalar_type()),
+              "input, values and bias must share a dtype, or values with a scale be int8, found ", x.scalar_type(),
+              " and ", values.scalar_type());
+  TORCH_CHECK(!scale || (scale->numel() == rows && scale->is_floating_point()), "the scale has ",
+              scale ? scale->numel() : 0, " numbers for ", rows, " rows");
   TORCH_CHECK(values.is_contiguous() && bitmask.is_contiguous() && row_offsets.is_contiguous() &&
                   bitmask.scalar_type() == at::kByte && row_offsets.scalar_type() == at::kLong &&
                   bitmask.numel() == rows * ((in_features + 7) / 8) &&
@@ -253,8 +259,10 @@ Tensor bitmask_linear(const Tensor& x, const Tensor& values, const Tensor& bitma
   shape.back() = rows;
   Tensor out = at::empty(shape, x.options());
   if (!out.numel()) return out;
+  const Tensor scales = scale ? scale->to(at::kFloat).contiguous() : Tensor();
   const Packed w{values.const_data_ptr(), values.numel(), bitmask.const_data_ptr<uint8_t>(),
-                 row_offsets.const_data_ptr<int64_t>(), rows, in_features};
+                 row_offsets.const_data_ptr<int64_t>(), rows, in_features,
+                 scale ? scales.const_data_ptr<float>() : nullptr};
   const Tensor flat = x.reshape({-1, in_features});
   const Tensor* add = bias ? &*bias : nullptr;
   if (x.scalar_type() == at::kBFloat16)
@@ -272,8 +280,8 @@ Tensor bitmask_linear(const Tensor& x, const Tensor& values, const Tensor& bitma
 
 TORCH_LIBRARY_FRAGMENT(msp_plugin, library) {
   library.def(
-      "bitmask_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? bias, int in_features, "
-      "str kernel) -> Tensor");
+      "bitmask_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? scale, Tensor? bias, "
+      "int in_features, str kernel) -> Tensor");
   library.def("cpu_supports(str kernel) -> bool", cpu_supports);
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make the methods ``sparse24`` and ``bitmask`` and smaller models known to vLLM; again, it changes nothing."""
+    """Make the methods of packed checkpoints and smaller models known to vLLM; again, it changes nothing."""
     from msp_plugin.serving.vllm.config import register_configs
     from msp_plugin.serving.vllm.small_config import register_small
 

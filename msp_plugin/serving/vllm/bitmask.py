@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
@@ -29,7 +29,7 @@ class BitmaskMethod(Sparse24LinearMethod):
     each, until all of the model came; then vLLM's own loader takes this process's part of each unpacked weight.
     """
 
-    suffixes = SUFFIXES
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -81,22 +81,42 @@ class BitmaskMethod(Sparse24LinearMethod):
         """
         if any(self.shards.packed):
             if all(self.shards.packed):
-                with torch.device(layer.compressed.device):
-                    self._create_dense(layer, *self._sizes, weight_loader=MethodType(self._loader, layer))
-                layer.update_param_tp_status()
+                self._create_weight(layer, self._sizes[-1])
             if is_dummy():
                 layer.weight.data.zero_()
-            load = MethodType(self._loader, layer)
             while self._stored:
                 shard, tensors = self._stored.popitem()
                 name = ", ".join(self.shards.parts(shard))
-                weight = unpack(Packed.of(tensors, name), name)
-                self.shards.check_size(layer, name, (weight.shape[0], weight.shape[1]))
-                load(layer.weight, weight, *(() if shard is None else (shard,)))
-            for suffix in self.suffixes:
-                delattr(layer, suffix)
+                self._take(layer, shard, self._unpack(tensors, name))
+            self._remove_parameters(layer)
         dense: torch.Tensor = layer.weight.data
         return dense
+
+    def _unpack(self, tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        """Return the weight of a shard; a FormatError says that it is damaged."""
+        return unpack(Packed.of(tensors, name), name)
+
+    def _create_weight(self, layer: Linear, dtype: torch.dtype) -> None:
+        """Create ``weight`` for this process's part of all shards."""
+        with torch.device(layer.compressed.device):
+            sizes = (*self._sizes[:-1], dtype)
+            self._create_dense(layer, *sizes, weight_loader=MethodType(self._loader, layer))
+        layer.update_param_tp_status()
+
+    def _take(self, layer: Linear, shard: Any, weight: torch.Tensor) -> None:
+        """Copy this process's part of a shard's weight into ``weight``.
+
+        Raises:
+            FormatError: the shard is of another size than vLLM's layer.
+        """
+        name = ", ".join(self.shards.parts(shard))
+        self.shards.check_size(layer, name, (weight.shape[0], weight.shape[1]))
+        MethodType(self._loader, layer)(layer.weight, weight, *(() if shard is None else (shard,)))
+
+    def _remove_parameters(self, layer: Linear) -> None:
+        """Remove the parameters of one number."""
+        for suffix in self.suffixes:
+            delattr(layer, suffix)
 
     def _choose(self, weight: torch.Tensor) -> kernels.Choice:
         choice = kernels.choose((weight.shape[0], weight.shape[1]), weight.dtype, weight.device)

@@ -19,9 +19,11 @@ from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import FormatError, ServingError
 from msp_plugin.formats.base import PackedFormat
 from msp_plugin.formats.bitmask import SparseBitmask
+from msp_plugin.formats.bitmask_int8 import Int8Bitmask
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.serving.algorithms import FoundAlgorithms
 from msp_plugin.serving.vllm.bitmask import BitmaskMethod
+from msp_plugin.serving.vllm.bitmask_int8 import Int8BitmaskMethod
 from msp_plugin.serving.vllm.linear import PackAtLoadMethod, PackedMethod, Sparse24LinearMethod
 from msp_plugin.serving.vllm.report import Report
 
@@ -159,9 +161,17 @@ class BitmaskConfig(Sparse24Config):
     method = BitmaskMethod
 
 
+class Int8BitmaskConfig(Sparse24Config):
+    """A checkpoint whose linears are packed at any level with values in int8, some or all of them."""
+
+    name = "bitmask_int8"
+    format = Int8Bitmask()
+    method = Int8BitmaskMethod
+
+
 def register_configs() -> None:
     """Register the configs with vLLM, unless they are."""
-    configs = {config.name: config for config in (Sparse24Config, BitmaskConfig)}
+    configs = {config.name: config for config in (Sparse24Config, BitmaskConfig, Int8BitmaskConfig)}
     new = [name for name in configs if name not in QUANTIZATION_METHODS]
     for name in new:
         register_quantization_config(name)(configs[name])

@@ -149,6 +149,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             layer.register_parameter("weight", torch.nn.Parameter(served.values, requires_grad=False))
             layer.register_buffer("msp_bitmask", served.bitmask)
             layer.register_buffer("msp_row_offsets", served.row_offsets)
+            layer.register_buffer("msp_scale", served.scale)
         elif served is None:
             if any(self.shards.packed):  # else vLLM's own parameter stays, which it can load into again
                 layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
@@ -274,6 +275,7 @@ class Sparse24LinearMethod(LinearMethodBase):
                 layer.weight,
                 layer.msp_bitmask,
                 layer.msp_row_offsets,
+                layer.msp_scale,
                 bias,
                 x.shape[-1],
                 layer.sparse24_kernel,

@@ -1,0 +1,100 @@
+"""Checks of a checkpoint with values in int8: what rounding to half a scale may change passes, anything else fails."""
+
+import pytest
+import torch
+
+from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.export import Bitmask, Dense, export_checkpoint
+from msp_plugin.verify import quality
+from msp_plugin.verify.quality import Quality
+from msp_plugin.verify.round_trip import RoundTrip
+from msp_plugin.verify.structure import Structure
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def int8_dir(tmp_path_factory, run_dir):
+    path = tmp_path_factory.mktemp("int8") / "model"
+    export_checkpoint(run_dir, Bitmask(values="int8"), path)
+    return path
+
+
+def without_checksums(path):
+    (path / "export.json").unlink()
+    return path
+
+
+def test_an_export_passes_with_its_run_as_the_reference(check, states, run_dir, int8_dir):
+    rows = check(RoundTrip(), int8_dir, run_dir)
+    assert states(rows) == {"unpack": "ok", "reference": "ok"}
+    assert rows["reference"].found.startswith(
+        "7 tensors equal, bit for bit; 14 in int8, each weight within half"
+    )
+    assert rows["unpack"].details["packed_bytes"] == Checkpoint.open(int8_dir).manifest.packed_bytes
+    assert states(check(Structure(), int8_dir)) == dict.fromkeys(
+        ("files", "tensors", "layers", "zeros"), "ok"
+    )
+
+
+def test_its_dense_form_has_its_bits_and_is_known_to_be_rounded(check, run_dir, int8_dir, text, tmp_path):
+    dense = export_checkpoint(int8_dir, Dense(), tmp_path / "dense")
+    assert dense.quantization_errors == Checkpoint.open(int8_dir).manifest.quantization_errors
+    assert check(Structure(), tmp_path / "dense")["zeros"].expected.endswith("at least)")
+    assert check(Quality(), tmp_path / "dense", run_dir, text=text)["reference"].state == "ok"
+    for pair in ((int8_dir, tmp_path / "dense"), (tmp_path / "dense", int8_dir)):
+        assert check(RoundTrip(), *pair)["reference"].found == "all 21 tensors equal, bit for bit"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.index_fill(0, torch.tensor([3]), 0),  # zeros where the export has weights
+        lambda w: torch.where(w == w.abs().max(1, keepdim=True).values, w * 1.02, w),
+        lambda w: -w,
+        lambda w: torch.where(w == 0, w, torch.nan),
+    ],
+    ids=["zeros filled in", "further than half a scale", "signs", "NaN"],
+)
+def test_a_reference_of_other_weights_fails_by_name(change, check, run_dir, int8_dir, copied, rewrite):
+    row = check(RoundTrip(), int8_dir, rewrite(copied(run_dir), {f"{UP}.weight": change}))["reference"]
+    assert row.state == "fail"
+    assert row.found == f"1 with other bits, or more than half a scale away in int8, e.g. {UP}.weight"
+
+
+def test_tensors_that_are_not_in_int8_must_keep_their_bits(check, run_dir, int8_dir, copied, rewrite):
+    reference = rewrite(copied(run_dir), {"model.norm.weight": lambda t: t * 1.001 + 1e-2})
+    row = check(RoundTrip(), int8_dir, reference)["reference"]
+    assert row.state == "fail" and row.found.endswith("e.g. model.norm.weight")
+
+
+def test_damage_is_a_failed_check(check, run_dir, int8_dir, copied, rewrite):
+    path = rewrite(without_checksums(copied(int8_dir)), {f"{UP}.scale": lambda t: -t})
+    (row,) = check(RoundTrip(), path, run_dir).values()
+    assert row.state == "fail" and UP in row.found
+
+
+def test_kl_to_the_run_is_small_but_not_zero_and_bounded(check, states, run_dir, int8_dir, text, monkeypatch):
+    rows = check(Quality(), int8_dir, run_dir, text=text)
+    assert states(rows) == {"perplexity": "ok", "reference": "ok"}
+    kl = rows["reference"].details["kl"]
+    assert 0 < kl < 0.002 and rows["reference"].expected.startswith("KL at most 0.01")
+    monkeypatch.setattr(quality, "_INT8_KL", 0.99 * kl)
+    assert check(Quality(), int8_dir, run_dir, text=text)["reference"].state == "fail"
+    same = check(Quality(), int8_dir, int8_dir, text=text)["reference"]
+    assert same.state == "ok" and same.details["kl"] == 0 and same.expected.startswith("KL 0")
+
+
+@pytest.mark.parametrize(("off", "state"), [(1.0, "ok"), (1.04, "ok"), (1.06, "fail"), (0.95, "fail")])
+def test_perplexity_may_differ_from_the_runs_by_a_twentieth(
+    off, state, check, int8_dir, copied, edit_json, text
+):
+    value = check(Quality(), int8_dir, text=text)["perplexity"].details["perplexity"]
+    path = without_checksums(copied(int8_dir))
+    change = {
+        "test": {"fingerprint": text.fingerprint},
+        "perplexity": {"mixed": off * value},
+        "model": {"dtype": "float32"},
+    }
+    edit_json(path / "run.json", lambda data: data.update(change))
+    assert check(Quality(), path, text=text)["perplexity"].state == state
