@@ -6,8 +6,8 @@ Each ratio is of one process: dense and packed calls alternate. Two times are ke
 the median CPU time of the process. Nothing else may run on the machine: a thread that waits for one that has lost its
 core makes a step of many small products twice as long. Packed weights lie in huge pages, as served ones do. The
 roofline is the bytes of the packed weight over the rate at which this machine copies memory, measured in the same
-process. Models: SmolLM2 (--model) pruned by magnitude, and a random Llama. A run without matrices, or without models,
-keeps those of the results that are there.
+process. Models: SmolLM2 (--model) pruned by magnitude, and a random Llama. Matrices, and models, that a run does not
+measure stay as the results have them.
 """
 
 from __future__ import annotations
@@ -267,7 +267,8 @@ def main() -> None:
             "processor": processor(), "torch": torch.__version__, "copy_rate": copy_rate(),
             "load": [load_before, os.getloadavg()[0]],
         },
-        "matrices": matrices or known["matrices"], "models": models or known["models"],
+        "matrices": matrices or known["matrices"],
+        "models": [m for m in known["models"] if m["model"] not in {new["model"] for new in models}] + models,
     }  # fmt: skip
     results["below"] = below(results)
     arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
