@@ -7,12 +7,15 @@ import math
 import pytest
 import torch
 
+from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import NO_TEXT
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.load import load_model
 from msp_plugin.models.offload import offloaded_module
 from msp_plugin.passes.losses import mean_kl
 from msp_plugin.recovery.blockwise import Blockwise
+from msp_plugin.recovery.step import RecoveryText
 from msp_plugin.recovery.window_training import Fit, Schedule, fit, state_of, trained_parameters
 from msp_plugin.recovery.windows import windows
 
@@ -176,3 +179,11 @@ def test_a_sparse_model_on_disk_is_recovered_as_in_memory(
     assert results[0] == results[1] and fingerprint(away) == fingerprint(sparse)
     assert offloaded_module(away) is not None and masks.check(away, "the test") == {}
     assert all(parameter.is_meta for parameter in away.parameters())
+
+
+@pytest.mark.parametrize("lengths", [[120, 4, 4], [4, 4, 120], [120, 4]])
+def test_a_sample_that_holds_most_of_the_tokens_leaves_text_to_learn_from_and_to_judge_by(lengths):
+    samples = CalibrationSet(tuple(torch.arange(n) % 60 for n in lengths), "some")
+    text = RecoveryText.of(samples, NO_TEXT)
+    assert text.data and text.holdout
+    assert [*text.data.samples, *text.holdout.samples] == list(samples.samples)
