@@ -127,6 +127,7 @@ def fit(
     schedule: Schedule,
     seed: int,
     ranks: Ranks = ALONE,
+    report: Callable[[int], None] = lambda step: None,
 ) -> Fit:
     """Return the best state of a training run of a window; the parameters are left in another one.
 
@@ -139,6 +140,7 @@ def fit(
         held_out: returns the loss on the hold-out.
         start: the state to begin with.
         ranks: sum their gradients, and have the same values afterwards.
+        report: called with the number of each step before it.
     """
     set_state(trained, start.state)
     groups = [
@@ -150,6 +152,7 @@ def fit(
     best, order = start, list[int]()
     generator = torch.Generator().manual_seed(seed)
     for step in range(schedule.steps):
+        report(step)
         order = order or torch.randperm(batches, generator=generator).tolist()
         value = loss(order.pop())
         if value.requires_grad:  # a rank may have no sample of this batch

@@ -97,7 +97,7 @@ def test_a_stopped_recovery_goes_on_to_the_same_bytes(llama, prune_half, make_in
     stopped, whole = copy.deepcopy(llama), copy.deepcopy(llama)
 
     def stop(step, done, total, note=""):
-        if done == 2:
+        if done == total // 2:  # after two windows
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -105,14 +105,20 @@ def test_a_stopped_recovery_goes_on_to_the_same_bytes(llama, prune_half, make_in
     trained = []
     again = copy.deepcopy(llama)
     inputs = make_inputs(
-        again, masks, original, "stopped", progress=lambda step, done, total, note="": trained.append(note)
+        again,
+        masks,
+        original,
+        "stopped",
+        progress=lambda step, done, total, note="": trained.append((done, total, note)),
     )
     files = {f.name: f.stat().st_mtime_ns for f in inputs.folder.iterdir()}
     result = QUICK.recover(inputs)
     assert {name: (inputs.folder / name).stat().st_mtime_ns for name in files} == files
     expected = QUICK.recover(make_inputs(whole, masks, original, "whole"))
     assert bits(again) == bits(whole)
-    assert result == expected and len(trained) == 4
+    assert result == expected and sum(", then" in note for *_, note in trained) == 4
+    done = [at for at, *_ in trained]
+    assert done == sorted(done) and done.count(trained[0][1]) == 1 and {*done} >= {*range(done[2], done[-1])}
 
 
 def test_a_damaged_state_is_trained_anew(llama, prune_half, make_inputs, bits):
