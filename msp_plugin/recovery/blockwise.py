@@ -23,7 +23,7 @@ from msp_plugin.errors import ModelError, NumericsError, OutputError, RecipeErro
 from msp_plugin.models.held import held, read_from
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.models.offload import check_loadable, offload_cache
-from msp_plugin.passes.gradients import BACKWARD
+from msp_plugin.passes.gradients import BACKWARD, loss_scale
 from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_runs_by_block
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.shared import mean_kl
@@ -237,10 +237,12 @@ class _Walk:
         def held_out() -> float:
             return self._mean_error(window, range(self.batches, len(self.ids)))
 
+        factor = loss_scale((each.parameter for each in trained), max(self.tokens))
+
         def fit_at(start: Fit, schedule: Schedule, seed: int, report: Callable[[int], None]) -> Fit:
             seed += self.inputs.seed
             return fit(
-                trained, loss, self.batches, held_out, start, schedule, seed, self.ranks, report
+                trained, loss, self.batches, held_out, start, schedule, seed, self.ranks, report, factor
             )
 
         try:

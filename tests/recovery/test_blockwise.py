@@ -16,13 +16,13 @@ from msp_plugin.models.offload import offloaded_module
 from msp_plugin.passes.losses import mean_kl
 from msp_plugin.recovery.blockwise import Blockwise
 from msp_plugin.recovery.step import RecoveryText
-from msp_plugin.recovery.window_training import Fit, Schedule, fit, state_of, trained_parameters
+from msp_plugin.recovery.window_training import Fit, Schedule, Trained, fit, state_of, trained_parameters
 from msp_plugin.recovery.windows import windows
 
 QUICK = Blockwise(epochs=2, rates=(0.02, 0.06))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_it_comes_nearer_to_the_dense_model_and_keeps_every_zero(
     model, dtype, prune_half, make_inputs, make_samples
 ):
@@ -193,3 +193,17 @@ def test_a_sample_that_holds_most_of_the_tokens_leaves_text_to_learn_from_and_to
     text = RecoveryText.of(samples, NO_TEXT)
     assert text.data and text.holdout
     assert [*text.data.samples, *text.holdout.samples] == list(samples.samples)
+
+
+@pytest.mark.parametrize("slope", [1e-8, 1e-3, 1e3], ids=["too small", "fits", "too large"])
+def test_a_float16_parameter_is_trained_by_gradients_that_float16_cannot_hold(slope):
+    parameter = torch.nn.Parameter(torch.ones(8, dtype=torch.float16))
+    trained = [Trained("w", parameter, None, parameter.detach().float().clone())]
+
+    def loss(batch):
+        return slope * parameter.float().sum()
+
+    start, schedule = Fit(1.0, state_of(trained)), Schedule(steps=4, rate=0.1, decay=0.0)
+    found = fit(trained, loss, 4, lambda: 0.5, start, schedule, 0, scale=4096.0)
+    assert found.finite and found.steps == 4
+    assert bool((found.state[0] < 0.95).all()) and bool(found.state[0].isfinite().all())
