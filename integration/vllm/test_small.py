@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 import msp_plugin
 from msp_plugin.checkpoint.export import Bitmask, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.smaller import Small, Uniform
+from msp_plugin.serving.cpu.build import load_operator
+from msp_plugin.serving.cpu.kernel import FORCE
 
 WIDER = {**SIZES, "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
 #: vLLM's class for Qwen2, which serves the form with zeros, takes the size of a head from the hidden size.
@@ -47,16 +49,17 @@ ZEROED = {
     4: ((), range(0, 160, 2), ()),
 }
 EVEN = {block: ((1,), range(16, 48), ()) for block in range(4)} | {4: ((), (), ("self_attn", "mlp"))}
+TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 #: With biases on o_proj and down_proj a half without heads still adds those.
 WHOLE = {block: (heads, channels, ()) for block, (heads, channels, _) in ZEROED.items()}
 
 
-def zeroed(name, zeros, seed=0):
+def zeroed(name, zeros, seed=0, **changes):
     """Return a tiny random model with zeros in heads, channels and halves."""
     config, sizes = TYPES[name]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(**sizes)).float().eval()
-    size = model.model.layers[0].self_attn.head_dim
+    model = AutoModelForCausalLM.from_config(config(**{**sizes, **changes})).float().eval()
+    size = model.model.layers[0].self_attn.o_proj.in_features // model.config.num_key_value_heads
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):
@@ -64,7 +67,7 @@ def zeroed(name, zeros, seed=0):
         for block, (heads, channels, halves) in zeros.items():
             layer = model.model.layers[block]
             for head in heads:
-                layer.self_attn.o_proj.weight[:, head * 2 * size : (head + 1) * 2 * size] = 0
+                layer.self_attn.o_proj.weight[:, head * size : (head + 1) * size] = 0
             layer.mlp.down_proj.weight[:, list(channels)] = 0
             for half in halves:
                 module = getattr(layer, half)
@@ -72,9 +75,9 @@ def zeroed(name, zeros, seed=0):
     return model
 
 
-def save(directory, name, zeros, exporter, form):
+def save(directory, name, zeros, exporter, form, **changes):
     """Save a model with zeros and its smaller form; return the greedy tokens of the smaller one in transformers."""
-    model = zeroed(name, zeros)
+    model = zeroed(name, zeros, **changes)
     model.save_pretrained(directory / f"{name}-zeros")
     export_checkpoint(directory / f"{name}-zeros", exporter, directory / f"{name}-{form}")
     small = msp_plugin.load(directory / f"{name}-{form}")
@@ -89,12 +92,20 @@ def greedy(model, prompt):
     )[0, len(prompt) :].tolist()  # fmt: skip
 
 
-def serve(directory, names, *, plugins=None, **options):
-    """Serve models of a directory one after the other in a process of their own; return what each answers."""
+def serve(directory, names, *, plugins=None, kernels=False, **options):
+    """Serve models of a directory one after the other in a process of their own; return what each answers.
+
+    Args:
+        kernels: multiply packed weights on the CPU's kernels, not dense.
+    """
     jobs = {name: {"model": str(directory / name), "options": options} for name in names}
     asked, answered = directory / "jobs.json", directory / "results.json"
     asked.write_text(json.dumps(jobs))
+    for name in names:  # reports are appended to
+        (directory / f"{answered.name}.{name}").unlink(missing_ok=True)
     environment = dict(os.environ) if plugins is None else {**os.environ, "VLLM_PLUGINS": plugins}
+    if kernels:
+        environment.pop(FORCE)
     command = [sys.executable, tiny_models.__file__, str(asked), str(answered)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -149,15 +160,25 @@ def test_a_dropped_attention_has_no_cache_and_the_others_have_caches_of_their_ow
 
 
 def test_processes_that_cannot_share_the_heads_of_a_block_are_refused_by_name(models):
-    found = serve(models[0], ["llama-small"], tensor_parallel_size=2, distributed_executor_backend="mp")
+    found = serve(models[0], ["llama-small"], **TWO)
     error = found["llama-small"]["error"]
     assert "block 2 has 3 KV heads, which 2 tensor parallel processes cannot share" in error
 
 
-def test_two_processes_share_what_they_can(models, tmp_path):
-    zeros = {block: ((0, 1), range(32), ()) for block in (0, 1)} | {2: ((), (), ("self_attn",))}
-    tokens = save(tmp_path, "llama", zeros, Small(), "small")
-    found = serve(tmp_path, ["llama-small"], tensor_parallel_size=2, distributed_executor_backend="mp")
+def test_two_processes_share_blocks_of_different_widths(tmp_path):
+    """Blocks of 2, 1 and 4 KV heads of 4: one KV head stands in both processes, also beside blocks that share two."""
+    zeros = {0: ((0, 1), range(32), ()), 1: ((0, 1, 3), range(10), ()), 2: ((), (), ("self_attn",))}
+    tokens = {name: save(tmp_path, name, zeros, Small(), "small") for name in ("llama", "qwen3")}
+    found = serve(tmp_path, [f"{name}-small" for name in tokens], **TWO)
+    assert {name: tokens_of(found[f"{name}-small"]) for name in tokens} == tokens
+
+
+def test_two_processes_share_what_is_left_of_heads_that_they_could_not_share(tmp_path):
+    """Seven heads and 161 channels, of which each block lost an odd number."""
+    sizes = {"hidden_size": 224, "num_attention_heads": 7, "num_key_value_heads": 7, "intermediate_size": 161}
+    zeros = {block: (range(1 + 2 * (block % 2)), range(1 + 2 * block), ()) for block in range(5)}
+    tokens = save(tmp_path, "llama", zeros, Small(), "small", **sizes)
+    found = serve(tmp_path, ["llama-small"], **TWO)
     assert tokens_of(found["llama-small"]) == tokens
 
 
@@ -177,21 +198,52 @@ def test_vllm_alone_refuses_an_even_qwen2_that_lost_heads(tmp_path):
     assert "error" in serve(tmp_path, ["qwen2-uniform"], plugins="")["qwen2-uniform"]
 
 
-def test_what_is_left_is_served_packed(tmp_path):
-    """2:4 weights of a smaller model, in both packed forms."""
-    model = zeroed("llama", ZEROED)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "proj" in name:
-                weight.copy_(masked(weight))
-    model.save_pretrained(tmp_path / "zeros")
-    export_checkpoint(tmp_path / "zeros", Small(), tmp_path / "small")
+#: By block the KV heads and channels of a model with a 2:4 mask in all that stays.
+WIDTHS = ((4, 64), (2, 96), (2, 0), (0, 128), (4, 160))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Return a directory of a smaller model in both packed forms, and the tokens that transformers gives."""
+    directory, model = tmp_path_factory.mktemp("packed"), zeroed("llama", {})
+    for block, (heads, channels) in zip(model.model.layers, WIDTHS, strict=True):
+        sizes = {"q": 64 * heads, "k": 32 * heads, "v": 32 * heads, "gate": channels, "up": channels}
+        for name, layer in block.named_modules():
+            kind = name.rpartition(".")[2].removesuffix("_proj")
+            if kind in sizes:
+                keep(layer.weight, slice(sizes[kind]), slice(None))
+            elif kind in ("o", "down"):
+                keep(layer.weight, slice(None), slice(sizes["q" if kind == "o" else "up"]))
+    model.save_pretrained(directory / "zeros")
+    export_checkpoint(directory / "zeros", Small(), directory / "small")
     for packer in (Sparse24(), Bitmask()):
-        export_checkpoint(tmp_path / "small", packer, tmp_path / packer.name)
-    small = msp_plugin.load(tmp_path / "small")
-    found = serve(tmp_path, ["sparse24", "bitmask"])
-    for name in found:
-        assert tokens_of(found[name]) == [greedy(small, prompt) for prompt in PROMPTS]
+        written = export_checkpoint(directory / "small", packer, directory / packer.name)
+        assert len(written.packed) == 4 * 4 + 3 * 4 and not written.kept_dense
+    small = msp_plugin.load(directory / "small")
+    return directory, [greedy(small, prompt) for prompt in PROMPTS]
+
+
+@torch.no_grad()
+def keep(weight, rows, columns):
+    """Zero a weight but for some rows and columns, in which 2:4 of the weights stay."""
+    part = masked(weight[rows, columns].clone()) if weight[rows, columns].numel() else 0
+    weight.zero_()
+    weight[rows, columns] = part
+
+
+@pytest.mark.skipif(load_operator() is not None, reason="no kernels here")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_left_is_served_packed_on_the_kernels(packed, processes):
+    """Four linears a block, less what is dropped, each multiplied packed in every process."""
+    directory, tokens = packed
+    names = ["sparse24", "bitmask"]
+    found = serve(directory, names, kernels=True, **(TWO if processes == 2 else {}))
+    for name in names:
+        assert tokens_of(found[name]) == tokens
+        lines = (directory / f"results.json.{name}").read_text().splitlines()
+        report = [json.loads(line) for line in lines]
+        assert sorted(line["rank"] for line in report) == [r for r in range(processes) for _ in range(16)]
+        assert "dense" not in {line["kernel"] for line in report}
 
 
 def test_without_the_plugin_vllm_refuses_a_smaller_model(models):

@@ -135,13 +135,13 @@ class EvoPress(Allocator):
             report: called after each measurement.
         """
         mutants = [swapped(problem, parent, self.max_swaps, rng) for _ in range(self.offspring)]
-        alive, scores, measured = list(dict.fromkeys(mutants)), {}, 0
+        alive, scores, measured = list(dict.fromkeys(mutants)), dict[Choice, float](), 0
         stages = zip(self.survivors, self.tokens_per_selection, strict=True)
         for stage, (count, tokens) in enumerate(stages, 1):
             if stage == len(self.survivors) and parent not in alive:
                 alive.insert(0, parent)  # first, so that the others reuse its activations
             samples = draw_samples(loss, tokens, rng)
-            scores = {}
+            scores = dict[Choice, float]()
             for choice in alive:
                 scores[choice] = loss(choice, samples)
                 report()

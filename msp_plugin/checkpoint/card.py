@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from msp_plugin.checkpoint.packing import short_reason
 from msp_plugin.records.run import DENSE, RunRecord
+from msp_plugin.structure.widths import KEY
 
 if TYPE_CHECKING:
     from msp_plugin.checkpoint.checkpoint import Checkpoint
@@ -29,13 +30,18 @@ def model_card(source: Checkpoint, manifest: Manifest, format: PackedFormat | No
         source: the checkpoint that was exported.
         format: the format of the packed layers; None for a dense export.
     """
-    if manifest.structure:
+    before = source.manifest.structure if source.manifest else {}
+    smaller = bool(manifest.structure)
+    if smaller and manifest.structure != before:
         return _smaller_card(source, manifest)
     parts = [
         _FRONT.format(tag='"2:4"' if format is not None and format.structure == "2:4" else '"N:M"'),
         f"# {(source.config.get('architectures') or ['A model'])[0]}, pruned with mixed N:M sparsity\n",
+        _LEFT_OUT if smaller else "",
         _contents(source, manifest, format),
-        _use(source, format),
+        (_SMALL_USE if KEY in source.config else _UNIFORM_USE)
+        if smaller and format is None
+        else _use(source, format),
         _levels(source),
         _recovered(source),
         "Files, as far as they are there: `allocation.json` gives the level of each layer, `export.json` what the "
@@ -104,6 +110,9 @@ pip install '.[vllm]'    # in a checkout of msp_plugin
 vllm serve THIS_DIRECTORY
 ```
 
+"""
+
+_LEFT_OUT = """Heads and channels that did nothing are left out. `export.json` says which ones stay.
 """
 
 _SMALL_USE = """## Use it

@@ -166,7 +166,7 @@ class PackedExporter(Sharded):
             runs = "that 2:4 kernels could run" if for_kernels else f"that {self.name} packs"
             raise FormatError(
                 f"{source.path} has no layer {runs}: {'; '.join(reasons[:3]) or 'no layers'}",
-                hint="prune with servable levels: levels servable, or names such as 2:4 and 2:8"
+                hint="prune with servable levels (servable, or names such as 2:4 and 2:8); bitmask packs any zeros"
                 if for_kernels
                 else "export it to dense",
             )
@@ -302,7 +302,11 @@ def write_export(
     names = (INDEX, "config.json", ALLOCATION_FILE, SOURCE_ALLOCATION_FILE, RUN_FILE)
     records = [directory / name for name in names]
     described = describe_files([*files, *(file for file in records if file.is_file())])
-    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **details)
+    structure = (
+        source.manifest.structure if source.manifest else {}
+    )  # packed or not, it stays a smaller model
+    about_all = {"structure": structure, **details}
+    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **about_all)
     format = exporter.format if isinstance(exporter, PackedExporter) else None
     write_text(directory / CARD_FILE, model_card(source, manifest, format))
     return manifest

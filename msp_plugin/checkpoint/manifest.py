@@ -34,7 +34,7 @@ class Manifest:
         packed_bytes: bytes that the packed layers take, without their ``shape`` tensors.
         dense_bytes: bytes that the same layers take dense, in the same dtype.
         negative_zeros: by layer, the zeros whose sign was dropped.
-        structure: only of a smaller model; by half-block of the model before: the number of its ``groups`` (KV heads
+        structure: only of a smaller model, also once it is packed; by half-block of the model before: the number of its ``groups`` (KV heads
             or channels), the ``kept`` ones as runs, and the ``module`` that holds them, empty for a dropped half.
         versions: of the packages that wrote it.
     """

@@ -97,7 +97,11 @@ def _generation_refused(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def kept_if_it_fails(
-    model: PreTrainedModel, path: Path, records: Callable[[Path], Any], cache: str | None = None
+    model: PreTrainedModel,
+    path: Path,
+    records: Callable[[Path], Any],
+    cache: str | None = None,
+    what: str = "the pruned model",
 ) -> Iterator[None]:
     """If the block fails, which measures a pruned model and saves it to ``path``, keep the model elsewhere.
 
@@ -114,9 +118,9 @@ def kept_if_it_fails(
         places = path.parent, cache_directory(cache) / "unsaved", Path(tempfile.gettempdir())
         kept = next(filter(None, (_keep(model, place, path.name, records) for place in places)), None)
         hint = (
-            f"the pruned model is kept in {kept}; only the source's tokenizer files are missing there"
+            f"{what} is kept in {kept}; only the source's tokenizer files are missing there"
             if kept
-            else "the pruned model could not be kept elsewhere; the measurements are in the cache, where the same "
+            else f"{what} could not be kept elsewhere; the measurements are in the cache, where the same "
             "command continues"
         )
         raise OutputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import Sharded, Tensors, write_export
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.errors import FormatError, RecipeError
+from msp_plugin.formats.sparse24 import IN_MULTIPLE, Sparse24Bitmask
 from msp_plugin.progress import Progress
 from msp_plugin.structure.halves import ATTENTION, MLP, Half
 from msp_plugin.structure.removal import kept_groups
@@ -29,9 +31,12 @@ class Smaller(Sharded):
 
     Args:
         quantum: each MLP keeps a multiple of this many channels, filled up with channels that do nothing.
+        aligned: keep channels that do nothing where an MLP's 2:4 mask would break without them, so that what is left
+            can be packed as sparse24.
     """
 
     quantum: int = 1
+    aligned: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +56,14 @@ class Smaller(Sharded):
     @abstractmethod
     def config(self, source: Checkpoint, slices: Slices) -> dict[str, Any]:
         """Return the contents of the export's config.json."""
+
+    def _spare(self, source: Checkpoint) -> dict[str, torch.Tensor]:
+        """Return by half bool[groups], True for the groups that may go."""
+        spare = dict(source.structure.silent)
+        for half in source.structure.halves if self.aligned else ():
+            if half.kind == MLP:
+                spare[half.name] = _spare_channels(source, half, self.quantum)
+        return spare
 
     def check(self, source: Checkpoint) -> None:
         if source.quantization is not None:
@@ -81,13 +94,11 @@ class Small(Smaller):
     name = "small"
 
     def slices(self, source: Checkpoint) -> Slices:
-        structure = source.structure
+        structure, spare = source.structure, self._spare(source)
         kept = {}
         for half in structure.halves:
             least = 1 if half.name in structure.biased else 0
-            kept[half.name] = kept_groups(
-                half, structure.silent[half.name], least=least, quantum=self.quantum
-            )
+            kept[half.name] = kept_groups(half, spare[half.name], least=least, quantum=self.quantum)
         _check_attention(source, kept)
         _check_smaller(source, kept)
         dropped = [half.name for half in structure.halves if half.kind == ATTENTION and not kept[half.name]]
@@ -117,8 +128,8 @@ class Uniform(Smaller):
     pad: bool = False
 
     def slices(self, source: Checkpoint) -> Slices:
-        structure = source.structure
-        needed = {half.name: int((~structure.silent[half.name]).sum()) for half in structure.halves}
+        structure, spare = source.structure, self._spare(source)
+        needed = {half.name: int((~spare[half.name]).sum()) for half in structure.halves}
         used = {half.block for half in structure.halves if needed[half.name] or half.name in structure.biased}
         kept: dict[str, tuple[int, ...]] = {}
         for kind in (ATTENTION, MLP):
@@ -126,8 +137,7 @@ class Uniform(Smaller):
             least = self._width(source, kind, halves, needed, used)
             for half in structure.halves:
                 if half.kind == kind:
-                    silent = structure.silent[half.name]
-                    groups = kept_groups(half, silent, least=least, quantum=self.quantum)
+                    groups = kept_groups(half, spare[half.name], least=least, quantum=self.quantum)
                     kept[half.name] = groups if half.block in used else ()
         if read_widths(source.config, str(source.path)) is None:  # else --to small made it smaller already
             _check_smaller(source, kept)
@@ -170,6 +180,31 @@ class Uniform(Smaller):
         )
 
 
+def _spare_channels(source: Checkpoint, half: Half, quantum: int) -> torch.Tensor:
+    """Return bool[groups], True for the channels of an MLP that may go.
+
+    A channel that is silent but holds weights has a place in a 2:4 mask of ``down_proj``: without it, the columns behind
+    it move into other groups of four. So where the columns of all channels with weights are 2:4, and those of the
+    channels that are heard are not, silent channels go in whole aligned pieces, as large as the kernels want them.
+    """
+    silent, empty = source.structure.silent[half.name], source.structure.empty[half.name]
+    if silent.all() or not (silent & ~empty).any():
+        return silent
+    down, piece = source.dense(f"{half.output}.weight"), math.lcm(quantum, IN_MULTIPLE)
+    held = torch.nonzero(~empty).flatten()
+    if len(held) % piece or not _is_24(down[:, held]) or _is_24(down[:, ~silent]):
+        return silent
+    spare = empty.clone()
+    spare[held] = silent[held].view(-1, piece).all(dim=1).repeat_interleave(piece)
+    return spare
+
+
+def _is_24(weight: torch.Tensor) -> bool:
+    """Return True if 2:4 kernels run a weight [out, in]."""
+    format, shape = Sparse24Bitmask(), tuple(weight.shape)
+    return format.refuses("", shape, weight.dtype, None) is None and format.refuses_weight(weight) is None
+
+
 def _check_attention(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> None:
     """Raise FormatError if no attention stays."""
     if not any(kept[half.name] for half in source.structure.halves if half.kind == ATTENTION):
@@ -184,7 +219,8 @@ def _check_smaller(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> None
     if all(len(kept[half.name]) == half.groups for half in source.structure.halves):
         raise FormatError(
             f"every KV head and channel of {source.path} does something: nothing can be left out",
-            hint="zeros within rows and columns, such as N:M, are packed by sparse24; a smaller quantum may help",
+            hint="zeros within rows and columns, such as N:M, are packed by sparse24; a smaller quantum may help, or "
+            "--set aligned=false where an MLP's 2:4 mask keeps channels that do nothing",
         )
 
 

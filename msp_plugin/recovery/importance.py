@@ -37,24 +37,25 @@ class Importance(TrainerCallback, ExportableState):  # type: ignore[misc,unused-
         start: str,
     ):
         self.blocks = by_block(inputs.model, tuple(inputs.masks))
-        self.numbers = sorted(self.blocks)
+        layers = self._layers_by_block(adapted)
+        self.numbers = sorted(number for number in self.blocks if layers[number])
         scores = dict.fromkeys(self.numbers, 0.0)
         if start == "sensitivity":
             scores = starting_scores(self.blocks, inputs.sensitivities)
         self.schedule = ImportanceSchedule([scores[number] for number in self.numbers], inputs.seed)
         self.loss, self.steps, self.inputs = loss, steps, inputs
-        self.layers = self._layers_by_block(adapted)
+        self.layers = [layers[number] for number in self.numbers]
         self.measured = 0
 
-    def _layers_by_block(self, adapted: PeftModel) -> list[list[BaseTunerLayer]]:
+    def _layers_by_block(self, adapted: PeftModel) -> dict[int, list[BaseTunerLayer]]:
         """Return the adapter's layers of each block; others, such as the last norm, are always trained."""
-        first = self.blocks[self.numbers[0]][0]
-        prefix = first.split(f".{self.numbers[0]}.")[0]
-        found: dict[int, list[BaseTunerLayer]] = {number: [] for number in self.numbers}
+        number, layers = next(iter(self.blocks.items()))
+        prefix = layers[0].split(f".{number}.")[0]
+        found: dict[int, list[BaseTunerLayer]] = {number: [] for number in self.blocks}
         for name, module in adapted.get_base_model().named_modules():
             if isinstance(module, BaseTunerLayer) and name.startswith(prefix + "."):
                 found[int(name[len(prefix) + 1 :].partition(".")[0])].append(module)
-        return [found[number] for number in self.numbers]
+        return found
 
     def state(self) -> dict[str, Any]:
         """Return the scores, as transformers' checkpoints hold them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -46,6 +47,16 @@ class Masks:
                 f"none of the {len(shapes)} layers has a zero: the model is dense, there is nothing to keep",
                 hint="recover a model that was pruned",
             )
+        return cls(shapes, bits)
+
+    @classmethod
+    def planned(cls, shapes: Mapping[str, tuple[int, int]], sparsity: Fraction) -> Masks:
+        """Return masks as a pruning to a sparsity may make them, with zeros spread over each layer; for checks only."""
+        bits = {}
+        for name, (out_features, in_features) in shapes.items():
+            places = np.arange(in_features) + np.arange(out_features)[:, None]  # no column is empty
+            before, after = ((places + n) * sparsity.numerator // sparsity.denominator for n in (0, 1))
+            bits[name] = np.packbits(before == after)
         return cls(shapes, bits)
 
     def __iter__(self) -> Iterator[str]:

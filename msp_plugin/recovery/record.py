@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from msp_plugin.records.run import DENSE, PRUNE, RECOVER, RECOVERED, UNIFORM, RunRecord, StageRecord
+
+#: The losses, rates and gradient norms of a training, a JSON line each.
+LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,27 @@ class Recovered:
         stage: its work, and the measurements of the recovered model.
         before: the measurements of the models before it, by stage; PRUNE stands for the model that was recovered.
         seconds: that it took with all measurements.
+        state: the directory of its state, with its logs.
     """
 
     stage: StageRecord
     before: Mapping[str, Measured] = field(default_factory=dict)
     seconds: float = 0.0
+    state: Path | None = None
 
     def unmeasured(self) -> Recovered:
         """Return the same without the measurements of the recovered model, which was changed since."""
         return replace(self, stage=self.stage.model_copy(update={"perplexity": None, "kl": None}))
+
+
+def copy_logs(state: Path | None, folder: Path) -> None:
+    """Copy a training's log, and what it wrote for TensorBoard, from a recovery's state into a run's directory."""
+    if state is None:
+        return
+    if (state / LOG).is_file():
+        shutil.copyfile(state / LOG, folder / LOG)
+    if (state / "trainer" / "runs").is_dir():
+        shutil.copytree(state / "trainer" / "runs", folder / "runs")
 
 
 def with_recovery(record: RunRecord, recovered: Recovered) -> RunRecord:

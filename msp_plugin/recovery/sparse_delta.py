@@ -97,7 +97,7 @@ class SparseDelta(AdapterRecovery):
             raise RecipeError(f"{self.name}: values = {self.values}", hint="give a share or a count")
 
     def check_layers(self, masks: Masks) -> None:
-        if self._count(masks) < 1:
+        if not any(self._by_layer(masks).values()) if self.by_layer else self._count(masks) < 1:
             raise RecipeError(f"{self.name}: values = {self.values} trains no weight", hint="give more")
 
     def _count(self, masks: Masks) -> int:
@@ -109,6 +109,12 @@ class SparseDelta(AdapterRecovery):
                 hint="give at most as many, or use full",
             )
         return int(self.values * surviving) if self.values <= 1 else int(self.values)
+
+    def _by_layer(self, masks: Masks) -> dict[str, int]:
+        """Return how many weights of each layer are trained with ``by_layer``."""
+        surviving = {n: o * i - masks.zeros(n) for n, (o, i) in masks.shapes.items()}
+        share = self._count(masks) / sum(surviving.values())
+        return {name: int(share * left) for name, left in surviving.items()}
 
     def change(self, inputs: RecoveryInputs) -> ChosenWeights:
         """Return the change, whose weights are chosen by their scores on the first tokens of the data."""
@@ -123,13 +129,11 @@ class SparseDelta(AdapterRecovery):
                     score = score * weight
                 yield name, score.abs().masked_fill(weight == 0, -1.0).flatten()
 
-        count = self._count(inputs.masks)
         if self.by_layer:
-            surviving = {n: o * i - inputs.masks.zeros(n) for n, (o, i) in inputs.masks.shapes.items()}
-            share = count / sum(surviving.values())
-            chosen = {n: best(s, int(share * surviving[n])) for n, s in scores()}
+            counts = self._by_layer(inputs.masks)
+            chosen = {n: best(s, counts[n]) for n, s in scores()}
         else:
-            chosen = best_of_all(scores(), count)
+            chosen = best_of_all(scores(), self._count(inputs.masks))
         chosen = {name: positions for name, positions in chosen.items() if len(positions)}
         return ChosenWeights({name: len(positions) for name, positions in chosen.items()}, chosen)
 

@@ -6,8 +6,8 @@ import logging
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Options that say what is written beside the result, on which no state depends.
+BESIDE = ("adapter", "report_to")
 #: One sample in this many is hold-out: it measures the recovery and is not trained on.
 HOLDOUT_SHARE = 8
 
@@ -106,7 +108,7 @@ class RecoveryStep:
         return {
             "model": fingerprint(model),
             "original": original,
-            "recovery": spec_of(self.recovery),
+            "recovery": {k: v for k, v in spec_of(self.recovery).items() if k not in BESIDE},
             "code": component_digest(self.recovery),
             "text": [self.samples.data.fingerprint, self.samples.holdout.fingerprint],
             "test": self.samples.test.fingerprint,
@@ -166,18 +168,21 @@ class RecoveryStep:
         masks: Masks,
         allocation: Allocation | None,
         key: str,
+        until: ExitStack,
     ) -> StageRecord:
         """Change the surviving weights of a model in place, check its zeros, and return the stage with measurements.
 
         Args:
             key: digest of everything that the state of a stopped recovery depends on.
+            until: the state is removed when this closes without an error: when the result is written.
 
         Raises:
             VerificationError: a zero was filled in, or a layer no longer has its level.
             MSPError: see the method.
         """
         recovery, start = self.recovery, time.monotonic()
-        with self._folder(key, model) as folder, ExitStack() as stack:
+        folder = self._folder(key, model, until)
+        with ExitStack() as stack:
             stack.enter_context(freed_memory_kept())
             for each in (model, original):
                 if each is not None:
@@ -196,6 +201,7 @@ class RecoveryStep:
                     ranks=self.context.ranks,
                 )
             )
+        self.context.ranks.gather(lambda: None)  # all ranks are done with the folder
         seconds = round(time.monotonic() - start, 3)
         rounded = masks.check(model, f"recovery {recovery.name!r}")
         if rounded:
@@ -227,13 +233,16 @@ class RecoveryStep:
             ),
         )
 
-    @contextmanager
-    def _folder(self, key: str, model: PreTrainedModel) -> Iterator[Path]:
-        """Yield the directory for the state of this recovery, which is removed if the block succeeds on all ranks.
+    def folder(self, key: str) -> Path:
+        """Return the directory for the state of this recovery."""
+        return cache_directory(self.cache) / "recovery" / key[:24]
+
+    def _folder(self, key: str, model: PreTrainedModel, until: ExitStack) -> Path:
+        """Make the directory for the state of this recovery; it is removed when ``until`` closes without an error.
 
         An offloaded model may read its changed weights there: it is removed with the model.
         """
-        folder, ranks = cache_directory(self.cache) / "recovery" / key[:24], self.context.ranks
+        folder, ranks = self.folder(key), self.context.ranks
 
         def make() -> None:
             if self.context.fresh:
@@ -241,13 +250,16 @@ class RecoveryStep:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
 
+        def remove(error: object, *_: object) -> None:
+            if error is None and offloaded_module(model) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif error is None:
+                weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+
         ranks.on_rank_zero(make)
-        yield folder
-        ranks.gather(lambda: None)
-        if ranks.rank == 0 and offloaded_module(model) is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        elif ranks.rank == 0:
-            weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+        if ranks.rank == 0:
+            until.push(remove)
+        return folder
 
 
 def _sensitivities(allocation: Allocation | None) -> dict[str, float]:

@@ -20,6 +20,7 @@ from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.objective import Objective, objective
 from msp_plugin.recovery.training_options import TrainingOptions
 from msp_plugin.recovery.weight_change import WeightChange
+from msp_plugin.runtime.files import check_output
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -47,6 +48,7 @@ class TrainedRecovery(TrainingOptions):
             RecipeError: an option does not fit its layers.
         """
         require_training()
+        self._check_written()
         if sharded := [name for name in _SHARDING if os.environ.get(name, "").lower() in ("1", "true")]:
             raise HostError(
                 f"{sharded[0]} is set, and {self.name} merges its change into whole weights, not into shards",
@@ -66,6 +68,28 @@ class TrainedRecovery(TrainingOptions):
 
     def check_layers(self, masks: Masks) -> None:
         """Raise RecipeError if an option does not fit the layers."""
+
+    def _check_written(self) -> None:
+        """Raise if what is to be written beside the result cannot be.
+
+        Raises:
+            OutputError: the adapter's directory cannot be written, or holds something else.
+            RecipeError: report_to names nothing that is installed.
+        """
+        adapter = Path(self.adapter).expanduser()
+        if (
+            self.adapter and not (adapter / "adapter_config.json").is_file()
+        ):  # a stopped recovery may have written it
+            check_output(adapter)
+        if self.report_to != "none":
+            from transformers.integrations import integration_utils
+
+            known = integration_utils.get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+            if self.report_to not in known:
+                raise RecipeError(
+                    f"{self.name}: report_to {self.report_to!r} is not installed, or transformers does not know it",
+                    hint=f"use none{''.join(f', {name}' for name in sorted(known))}",
+                )
 
     @abstractmethod
     def config(self, inputs: RecoveryInputs) -> PeftConfig:
@@ -101,7 +125,7 @@ class TrainedRecovery(TrainingOptions):
             course = train(self, model, loss, inputs)
             if course.improved:
                 if self.adapter and inputs.ranks.rank == 0:
-                    save_adapter(model, inputs.model, Path(self.adapter))
+                    save_adapter(model, inputs.model, Path(self.adapter).expanduser())
                 self.merge(model)
             elif course.stopped:
                 raise NumericsError(
@@ -179,11 +203,11 @@ def save_adapter(adapted: PeftModel, model: PreTrainedModel, directory: Path) ->
 
 
 def vector_modules(model: torch.nn.Module) -> list[str]:
-    """Return the names of the modules whose own parameters are all vectors, such as norms."""
+    """Return the names of the modules without parts of their own whose parameters are all vectors, such as norms."""
     found = []
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
-        if name and own and all(p.dim() == 1 for p in own):
+        if name and own and all(p.dim() == 1 for p in own) and not any(module.children()):
             found.append(name)
     return found
 

@@ -23,6 +23,7 @@ from msp_plugin.passes.gradients import BACKWARD
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.importance import Importance
 from msp_plugin.recovery.objective import Objective
+from msp_plugin.recovery.record import LOG
 from msp_plugin.recovery.training_options import TrainingOptions
 from msp_plugin.recovery.training_text import Batch, Samples, Steps, collate, shuffled
 from msp_plugin.runtime.disk import cannot_write, is_full
@@ -104,7 +105,7 @@ class Watch(TrainerCallback):
     def __init__(self, method: TrainingOptions, steps: Steps, inputs: RecoveryInputs):
         self.method, self.steps, self.inputs = method, steps, inputs
         self.stopped = ""
-        self.file = inputs.folder / "log.jsonl"
+        self.file = inputs.folder / LOG
         self.note = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

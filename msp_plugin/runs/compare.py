@@ -85,7 +85,8 @@ def compare(
     table = _check(model, plans, inputs, plugins, prune=grid.prune)
     recovery = grid.recovery(plugins)
     if recovery is not None:
-        check_recovery(recovery, model)
+        for plan in plans:
+            check_recovery(recovery, model, plan)
     comparison = ComparisonRows(source, model, table, inputs, samples, grid, plugins, context, recovery)
     with freed_memory_kept(), on_best_device(model):
         if ranks.size > 1:

@@ -199,7 +199,9 @@ def run(
             step = RecoveryStep(recovery, recovery_samples, options.seed, cache, context)
         inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
         steps = RunSteps(host, source, text, options, samples, inputs, path, context)
-        check = None if step is None else partial(check_recovery, step.recovery)
+        check = (
+            None if step is None or options is None else partial(check_recovery, step.recovery, plan=options)
+        )
         stages = steps.references(baseline, journal_file, check)
         gc.collect()
         start = time.monotonic()
@@ -208,7 +210,7 @@ def run(
         seconds = round(time.monotonic() - start, 3)
 
         def recover_it() -> Recovered | None:
-            recovered = None if step is None else recover_pruned(step, source, model, pruned, path)
+            recovered = None if step is None else recover_pruned(step, source, model, pruned, path, stack)
             if ranks.size > 1:
                 ranks.leave()
             return recovered

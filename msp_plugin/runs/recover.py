@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from msp_plugin.records.run import (
 )
 from msp_plugin.recovery.base import Recovery
 from msp_plugin.recovery.masks import Masks
-from msp_plugin.recovery.record import Measured, Recovered, with_recovery
+from msp_plugin.recovery.record import Measured, Recovered, copy_logs, with_recovery
 from msp_plugin.recovery.sources import Sparse, check_sources, load_original, load_sparse
 from msp_plugin.recovery.step import RecoveryStep, RecoveryText, recovery_text
 from msp_plugin.runs.steps import RECIPE_FILE, Run
@@ -40,6 +41,7 @@ from msp_plugin.runtime.disk import writing
 from msp_plugin.runtime.files import output_directory
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.locks import sole_run
+from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,34 +112,44 @@ def recover(
         with closing(Journal(journal_file, identity, ranks)) as journal:
             before = step.references(subject.model, reference, journal)
         key = digest({**identity, "out": str(path)})
-        stage = step.run(subject.model, reference, subject.masks, subject.allocation, key)
+        stage = step.run(subject.model, reference, subject.masks, subject.allocation, key, stack)
         if ranks.size > 1:
             ranks.leave()
         if ranks.rank:
             return None
         record = _record(sparse, dense, subject, samples, before, stage)
-        _write(subject.model, tokenizer, sparse, record, path)
+        _write(subject.model, tokenizer, sparse, record, path, step.folder(key))
     Plugins().tell("msp_run_finished", record=record.to_dict())
     return Run(path, record)
 
 
-def check_recovery(recovery: Recovery, model: PreTrainedModel) -> None:
-    """Check a recovery on the dense model, so that a package, a type or a dtype that it lacks is known before the work.
+def check_recovery(recovery: Recovery, model: PreTrainedModel, plan: ResolvedOptions) -> None:
+    """Check a recovery on the dense model, so that whatever it cannot do with the pruned one is known before the work.
+
+    Its masks are as sparse as the plan asks for, and have zeros within rows if all of the plan's levels make such.
 
     Raises:
         MSPError: see Recovery.check.
     """
-    layers = [layer.name for layer in prunable_layers(model).layers]
-    recovery.check(model, Masks.of(model, layers, smaller=True))
+    shapes = {layer.name: (layer.out_features, layer.in_features) for layer in prunable_layers(model).layers}
+    sparse = [level for level in plan.menu if not level.is_dense]
+    scattered = all(level.pattern is not None for level in sparse)
+    recovery.check(model, Masks.planned(shapes, plan.sparsity if scattered else Fraction(0)))
 
 
 def recover_pruned(
-    step: RecoveryStep, source: ModelSource, model: PreTrainedModel, pruned: Pruned, out: Path
+    step: RecoveryStep,
+    source: ModelSource,
+    model: PreTrainedModel,
+    pruned: Pruned,
+    out: Path,
+    until: ExitStack,
 ) -> Recovered:
     """Recover, in place, a model that was just pruned; all ranks do it together.
 
     Args:
         source: of the dense model.
+        until: see RecoveryStep.run.
 
     Raises:
         MSPError: see RecoveryStep.run.
@@ -149,7 +161,8 @@ def recover_pruned(
     original = source.load()
     before = {PRUNE: Measured(kl=step.divergence("mixed", model, original))}
     key = digest({**step.identity(model, fingerprint(original)), "out": str(out)})
-    return Recovered(step.run(model, original, masks, allocation, key), before)
+    stage = step.run(model, original, masks, allocation, key, until)
+    return Recovered(stage, before, state=step.folder(key))
 
 
 def _record(
@@ -191,8 +204,9 @@ def _write(
     source: ModelSource,
     record: RunRecord,
     path: Path,
+    state: Path,
 ) -> None:
-    """Write the recovered checkpoint with its records; all files appear, or none.
+    """Write the recovered checkpoint with its records and the logs in the recovery's state; all files appear, or none.
 
     Raises:
         OutputError: the directory cannot be written; the error names where the recovered model is kept.
@@ -203,6 +217,7 @@ def _write(
         for name in (ALLOCATION_FILE, RECIPE_FILE):
             if (Path(source.name).expanduser() / name).is_file():
                 shutil.copyfile(Path(source.name).expanduser() / name, folder / name)
+        copy_logs(state, folder)
 
     kept = partial(kept_if_it_fails, model, path, records, source.cache)
     with writing(path), output_directory(path) as temporary, kept():

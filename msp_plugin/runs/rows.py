@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -239,7 +239,9 @@ class ComparisonRows:
         context = RunContext(progress=cell.measurements.progress, fresh=self.context.fresh)
         step = RecoveryStep(recovery, self._recovery_text, cell.seed, cell.plan.cache, context)
         key = digest(step.identity(sparse, cell.measurements.model_id))
-        return step.run(sparse, self.model, masks, make_allocation(problem, choice), key).to_dict()
+        with ExitStack() as until:
+            stage = step.run(sparse, self.model, masks, make_allocation(problem, choice), key, until)
+        return stage.to_dict()
 
     @cached_property
     def _recovery_text(self) -> RecoveryText:

@@ -31,7 +31,7 @@ from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import prefixed
 from msp_plugin.records.parts import ModelRecord
 from msp_plugin.records.run import DENSE, PRUNE, RECOVERED, UNIFORM, RunRecord, StageRecord
-from msp_plugin.recovery.record import Measured, Recovered, with_recovery
+from msp_plugin.recovery.record import Measured, Recovered, copy_logs, with_recovery
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.disk import check_free, writing
@@ -185,7 +185,7 @@ class RunSteps:
         )
         with kept():
             record = self._with_recipe_recoveries(model, record, before, pruned.recovered)
-        with kept():
+        with kept(what="the pruned model, which the recovery had begun to change,"):
             recovered = recover()
         if recovered is not None:
             dense, sparse = Measured(record.perplexity.get(DENSE)), record.stages[-1].perplexity
@@ -199,6 +199,7 @@ class RunSteps:
             self.inputs.tokenizer.save_pretrained(temporary)
             copy_processor(model, temporary)
             write_files(temporary, outcome, record)
+            copy_logs(None if recovered is None else recovered.state, temporary)
             if not (temporary / RECIPE_FILE).exists() and options is not None:
                 write_text(temporary / RECIPE_FILE, recipe_text(options, recovery_line(recovered)))
         return record

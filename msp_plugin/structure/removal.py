@@ -20,7 +20,8 @@ class Structure:
         halves: block by block.
         depth: number of blocks.
         mixed: some blocks attend to a sliding window and others do not.
-        silent: by half, bool[groups] (see silent_groups).
+        silent: by half, bool[groups], True for a group that contributes nothing (see read_groups).
+        empty: by half, bool[groups], True for one of these without any weight.
         biased: names of the halves that add a bias to the hidden state.
     """
 
@@ -28,6 +29,7 @@ class Structure:
     depth: int
     mixed: bool
     silent: Mapping[str, torch.Tensor]
+    empty: Mapping[str, torch.Tensor]
     biased: frozenset[str]
 
 
@@ -39,23 +41,26 @@ def read_structure(model: torch.nn.Module, read: Callable[[str], torch.Tensor | 
 
     Raises:
         ModelError: see find_halves.
-        NumericsError: see silent_groups.
+        NumericsError: see read_groups.
     """
     halves, (_, blocks) = find_halves(model), decoder_blocks(model)
+    groups = {half.name: read_groups(half, read) for half in halves}
     return Structure(
         halves,
         len(blocks),
         is_mixed(model),
-        {half.name: silent_groups(half, read) for half in halves},
+        {name: silent for name, (silent, _) in groups.items()},
+        {name: empty for name, (_, empty) in groups.items()},
         frozenset(half.name for half in halves if has_bias(half, read)),
     )
 
 
-def silent_groups(half: Half, read: Callable[[str], torch.Tensor | None]) -> torch.Tensor:
-    """Return bool[groups], True for a group whose contribution to the hidden state is zero whatever the text.
+def read_groups(half: Half, read: Callable[[str], torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (silent, empty), each bool[groups].
 
-    That is so where its columns of the output projection are zero, or all its rows (and biases) of a projection that
-    silences it. It is read off the weights alone.
+    A group is silent if its contribution to the hidden state is zero whatever the text. That is so where its columns of
+    the output projection are zero, or all its rows (and biases) of a projection that silences it. It is empty if all
+    its weights are zero. Both are read off the weights alone.
 
     Args:
         read: returns a tensor by name, None if the model has none of that name.
@@ -64,11 +69,13 @@ def silent_groups(half: Half, read: Callable[[str], torch.Tensor | None]) -> tor
         NumericsError: a weight of the half is not finite: zero times infinity would be no zero.
     """
     silent = _largest(half, half.output, read, dim=1) == 0
+    empty = silent.clone()
     for layer in half.inputs:
-        largest = _largest(half, layer, read, dim=0)
+        weights, biases = _largest(half, layer, read, dim=0), _largest_bias(half, layer, read)
+        empty &= weights == 0
         if layer in half.silencing:
-            silent |= largest == 0
-    return silent
+            silent |= (weights == 0) & (biases == 0)
+    return silent, empty
 
 
 def has_bias(half: Half, read: Callable[[str], torch.Tensor | None]) -> bool:
@@ -84,7 +91,7 @@ def kept_groups(half: Half, silent: torch.Tensor, *, least: int, quantum: int = 
     ``quantum``.
 
     Args:
-        silent: bool[groups] (see silent_groups).
+        silent: bool[groups], True for those that may go.
 
     Raises:
         RecipeError: ``quantum`` does not divide the channels.
@@ -105,17 +112,31 @@ def kept_groups(half: Half, silent: torch.Tensor, *, least: int, quantum: int = 
 def _largest(half: Half, layer: str, read: Callable[[str], torch.Tensor | None], *, dim: int) -> torch.Tensor:
     """Return [groups], the largest magnitude in each group's slice of a layer's weight along ``dim``.
 
-    The biases of rows are counted, that of columns belongs to no group.
+    Raises:
+        NumericsError: one is not finite.
+    """
+    weight = read(f"{layer}.weight")
+    assert weight is not None, f"a half without {layer}"
+    return _finite(weight.abs().amax(dim=1 - dim), half, layer)
+
+
+def _largest_bias(half: Half, layer: str, read: Callable[[str], torch.Tensor | None]) -> torch.Tensor:
+    """Return [groups], the largest magnitude of each group's biases of an input projection; zeros if it has none.
 
     Raises:
         NumericsError: one is not finite.
     """
-    weight, bias = read(f"{layer}.weight"), read(f"{layer}.bias")
-    assert weight is not None, f"a half without {layer}"
-    largest = weight.abs().amax(dim=1 - dim)
-    if bias is not None and dim == 0:
-        largest = torch.maximum(largest, bias.abs())
-    largest = largest.view(half.groups, -1).amax(dim=1)
+    bias = read(f"{layer}.bias")
+    return torch.zeros(half.groups) if bias is None else _finite(bias.abs(), half, layer)
+
+
+def _finite(magnitudes: torch.Tensor, half: Half, layer: str) -> torch.Tensor:
+    """Return [groups], the largest of each group's magnitudes [groups * n].
+
+    Raises:
+        NumericsError: one is not finite.
+    """
+    largest = magnitudes.view(half.groups, -1).amax(dim=1)
     if not torch.isfinite(largest).all():
         raise NumericsError(
             f"{layer} holds weights that are not finite", hint="repair or download the checkpoint anew"

@@ -11,6 +11,7 @@ from msp_plugin.errors import RecipeError
 from msp_plugin.models.layers import text_config
 from msp_plugin.progress import StepProgress
 from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
+from msp_plugin.verify.sliced import is_smaller
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,11 @@ class Logits(Check):
     def run(self, subject: Subject, progress: StepProgress) -> list[Finding]:
         reference = subject.reference
         assert reference is not None, "the check needs a reference"
-        manifest = subject.checkpoint.manifest
-        if manifest is None or not manifest.structure:
+        if not is_smaller(subject.checkpoint, reference):
             return [
-                Finding("logits", SKIP, "not a smaller model: round_trip compares its tensors bit for bit")
+                Finding(
+                    "logits", SKIP, "not smaller than the reference: round_trip compares tensors bit for bit"
+                )
             ]
         ids, logits, greedy = None, [], []
         for done, path in enumerate((reference.path, subject.checkpoint.path), 1):

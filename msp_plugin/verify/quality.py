@@ -20,6 +20,7 @@ from msp_plugin.progress import Progress, StepProgress
 from msp_plugin.records.run import RunRecord
 from msp_plugin.runtime.files import finite
 from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
+from msp_plugin.verify.sliced import is_smaller
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,8 +63,7 @@ class Quality(Check):
             compare = partial(self._kl, model=model, text=text, remote_code=subject.trust_remote_code)
             if subject.reference is not None:
                 kl, other = compare(subject.reference.path, progress=partial(progress, "KL to the reference"))
-                manifest = subject.checkpoint.manifest
-                smaller = manifest is not None and bool(manifest.structure)
+                smaller = is_smaller(subject.checkpoint, subject.reference)
                 rows.append(_against_reference(kl, other, smaller=smaller, dtype=dtype))
             if subject.original is not None:
                 kl, other = compare(subject.original, progress=partial(progress, "KL to the original"))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.packing import pack_layer
 from msp_plugin.formats.base import without_shape
@@ -13,7 +11,7 @@ from msp_plugin.formats.bits import positive_zeros, same_bits
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.progress import StepProgress
 from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
-from msp_plugin.verify.sliced import sliced
+from msp_plugin.verify.sliced import different_signs, is_smaller, sliced
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class RoundTrip(Check):
             rows.append(
                 Finding("reference", SKIP, "not compared: give a reference, the run that was exported")
             )
-        elif subject.checkpoint.manifest is not None and subject.checkpoint.manifest.structure:
+        elif is_smaller(subject.checkpoint, subject.reference):
             rows += sliced(subject.checkpoint, subject.reference, progress)
         else:
             rows.append(_equality(subject.checkpoint, subject.reference, progress))
@@ -76,13 +74,10 @@ def _equality(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgr
     shared = [name for name in ours if name in theirs]
     for i, name in enumerate(shared, 1):
         a, b = checkpoint.dense(name), reference.dense(name)
-        packed = {ours[name], theirs[name]} != {None}
-        if same_bits(a, b):
-            pass
-        elif packed and same_bits(positive_zeros(a)[0], positive_zeros(b)[0]):  # packing drops zeros' signs
-            signs += int((torch.signbit(a) != torch.signbit(b)).count_nonzero())
-        else:
+        different = different_signs(a, b, packed={ours[name], theirs[name]} != {None})
+        if different is None:
             other.append(name)
+        signs += different or 0
         progress("round trip, reference", i, len(shared))
     if lost or odd or other:
         parts = [

@@ -5,10 +5,28 @@ from __future__ import annotations
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.formats.bits import same_bits
+from msp_plugin.formats.bits import positive_zeros, same_bits
 from msp_plugin.progress import StepProgress
+from msp_plugin.structure.halves import find_halves
 from msp_plugin.structure.slices import Slices
+from msp_plugin.structure.small_model import empty_model
 from msp_plugin.verify.base import FAIL, OK, Finding
+
+
+def is_smaller(checkpoint: Checkpoint, reference: Checkpoint) -> bool:
+    """Return True if a checkpoint was cut from a larger model and the reference is not as wide as it.
+
+    A smaller model that is packed, and the same one dense, are compared like any other.
+
+    Raises:
+        MSPError: a config is damaged, or the reference's heads and channels cannot be removed.
+    """
+    if checkpoint.manifest is None or not checkpoint.manifest.structure:
+        return False
+    widths = [
+        {half.name: half.groups for half in find_halves(empty_model(c.path))} for c in (checkpoint, reference)
+    ]
+    return widths[0] != widths[1]
 
 
 def sliced(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgress) -> list[Finding]:
@@ -29,11 +47,14 @@ def _slices(checkpoint: Checkpoint, reference: Checkpoint, slices: Slices, progr
     lost = sorted(set(expected) - set(checkpoint.dense_names))
     odd = sorted(set(checkpoint.dense_names) - set(expected))
     shared = [name for name in expected if name in checkpoint.dense_names]
-    other = []
+    other, signs = [], 0
     for i, name in enumerate(shared, 1):
         before = expected[name]
-        if not same_bits(slices.cut(before, reference.dense(before)), checkpoint.dense(name)):
+        a, b = slices.cut(before, reference.dense(before)), checkpoint.dense(name)
+        packed = {reference.dense_names[before], checkpoint.dense_names[name]} != {None}
+        if (different := different_signs(a, b, packed=packed)) is None:
             other.append(name)
+        signs += different or 0
         progress("round trip, reference", i, len(shared))
     if lost or odd or other:
         parts = [
@@ -46,7 +67,21 @@ def _slices(checkpoint: Checkpoint, reference: Checkpoint, slices: Slices, progr
             if names
         ]
         return Finding("reference", FAIL, "; ".join(parts), f"slices of the tensors of {reference.path}")
-    return Finding("reference", OK, f"all {len(shared)} tensors are its slices, bit for bit")
+    how = f"but for signs of {signs:,} zeros" if signs else "bit for bit"
+    return Finding("reference", OK, f"all {len(shared)} tensors are its slices, {how}")
+
+
+def different_signs(a: torch.Tensor, b: torch.Tensor, *, packed: bool) -> int | None:
+    """Return how many zeros of two equal tensors have other signs, None if the tensors are not equal.
+
+    Args:
+        packed: one of them was packed, which drops the signs of zeros; else all bits must be equal.
+    """
+    if same_bits(a, b):
+        return 0
+    if packed and same_bits(positive_zeros(a)[0], positive_zeros(b)[0]):
+        return int((torch.signbit(a) != torch.signbit(b)).count_nonzero())
+    return None
 
 
 def _left_out(reference: Checkpoint, slices: Slices) -> Finding:

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
 pytest.importorskip("peft")
 
-from msp_plugin.errors import DataError, HostError, ModelError, NumericsError, RecipeError
+from msp_plugin.errors import DataError, HostError, ModelError, NumericsError, OutputError, RecipeError
 from msp_plugin.recovery.full import Full
 from msp_plugin.recovery.lora import LoRA
 from msp_plugin.recovery.masked_lora import MaskedLoRA
@@ -316,6 +317,8 @@ def test_a_folder_without_a_checkpoint_starts_anew(tmp_path):
         (MaskedLoRA(rank=65), "rank = 65, but .*k_proj has 32 x 64 weights"),
         (SPP(groups=33), "groups = 33"),
         (SparseDelta(values=10**9), "values = 1,000,000,000, but"),
+        (SparseDelta(values=5, by_layer=True), "values = 5 trains no weight"),
+        (MaskedLoRA(report_to="tensorboad"), "report_to 'tensorboad' is not installed"),
         (LoRA(), "would fill"),
         (LoRA(rank=65, masked_merge=True), "rank = 65"),
     ],
@@ -341,6 +344,38 @@ def test_options_that_do_not_fit_the_layers_are_refused_before_any_work(case, me
 def test_options_out_of_range_are_refused(cls, option, value):
     with pytest.raises(RecipeError, match=option):
         cls(**{option: value}, **({"masked_merge": True} if cls is LoRA else {}))
+
+
+def test_an_adapter_that_cannot_be_written_is_refused_before_any_work(case, tmp_path):
+    inputs = case.inputs()
+    for path, holds in ((tmp_path / "file", "is a file"), (tmp_path, "is not empty")):
+        (tmp_path / "file").touch()
+        with pytest.raises(OutputError, match=holds):
+            MaskedLoRA(adapter=str(path)).check(inputs.model, inputs.masks)
+
+
+@pytest.mark.parametrize(
+    "method", [Full(**SHORT), MaskedLoRA(rank=4, **SHORT)], ids=lambda method: method.name
+)
+def test_vectors_of_a_module_that_has_layers_stay_as_they_are(case, method, weights_of):
+    """DiffLlama's attention owns such vectors, as the mixers of Mamba and its kin do."""
+    torch.manual_seed(0)
+    case.dense = DiffLlamaForCausalLM(DiffLlamaConfig(**models.SIZES)).eval()
+    inputs = case.inputs()
+    before = weights_of(inputs.model, inputs.masks)
+    method.recover(inputs)
+    after = weights_of(inputs.model, inputs.masks)
+    assert not any(torch.equal(before[layer], after[layer]) for layer in before)
+    own, dense = inputs.model.model.layers[0].self_attn, case.dense.model.layers[0].self_attn
+    assert torch.equal(own.lambda_q1, dense.lambda_q1)
+
+
+def test_ist_draws_only_blocks_that_train_something(case, weights_of):
+    inputs = case.inputs()
+    before = weights_of(inputs.model, inputs.masks)
+    SparseDelta(values=2, layers="ist", learning_rate=1e-2, **SHORT).recover(inputs)
+    after = weights_of(inputs.model, inputs.masks)
+    assert sum(int((before[layer] != after[layer]).sum()) for layer in before) == 2
 
 
 def test_models_that_cannot_be_trained_are_refused(case, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.structure.halves import find_halves
-from msp_plugin.structure.removal import kept_groups, read_structure, silent_groups
+from msp_plugin.structure.removal import kept_groups, read_groups, read_structure
 
 
 def structure(model):
@@ -99,6 +99,6 @@ def test_tensors_are_asked_for_by_their_names(tiny):
         asked.add(name)
         return parameters.get(name)
 
-    silent_groups(find_halves(model)[0], read)
+    read_groups(find_halves(model)[0], read)
     linears = {f"model.layers.0.self_attn.{p}_proj" for p in "qkvo"}
     assert {name.rpartition(".")[0] for name in asked} == linears

@@ -167,7 +167,7 @@ def test_channels_come_in_multiples_of_the_quantum(tiny, zeroing, exported, same
 
 
 def test_the_allocation_of_the_whole_model_stays_under_another_name(make_run, zeroing, tmp_path, llama):
-    zeroing(llama).channel(0, 0)
+    zeroing(llama).head(0, 0)
     run = make_run(tmp_path / "run", llama)
     export_checkpoint(run, Small(), tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -216,7 +216,8 @@ class RecoveryModifier(Modifier):
         step = RecoveryStep(self._recovery, self._samples, self.seed, self.cache, context)
         before = {PRUNE: step.measure("mixed", model, self._original)}
         key = digest(step.identity(model, None if self._original is None else fingerprint(self._original)))
-        stage = step.run(model, self._original, masks, allocation, key)
+        with ExitStack() as until:
+            stage = step.run(model, self._original, masks, allocation, key, until)
         return Recovered(stage, before, time.monotonic() - start)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:

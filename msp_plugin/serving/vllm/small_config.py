@@ -63,6 +63,9 @@ def served_config(raw: dict[str, Any], config: PreTrainedConfig, source: str) ->
     own = plain_config(raw)
     own.head_dim = raw.get("head_dim") or raw["hidden_size"] // usual.heads
     own.architectures = [ARCHITECTURE]
+    # vLLM divides these by the tensor parallel size; heads that every block lost would stand in the way
+    own.num_attention_heads = max(of_block.heads for of_block in widths)
+    own.num_key_value_heads = max(of_block.kv_heads for of_block in widths)
     setattr(own, WIDTHS, [astuple(of_block) for of_block in widths])
     return own
 
