@@ -266,3 +266,13 @@ def test_small_first_order_changes_do_not_become_zero_in_float16():
         model = model.to(dtype)
         found.append(sample_gradients(model, ids, loss, layers, changes, (len(layers), 1), (0, 0))[0])
     np.testing.assert_allclose(found[0], found[1], rtol=0.05)
+
+
+def test_each_batch_of_a_measurement_is_told(model, data, measured):
+    calls = []
+    with CandidateWeights(model, *measured) as weights:
+        loss = CandidateLoss(weights, data, batch_tokens=9, measured=lambda: calls.append(1)).prepare()
+        loss(NOW)
+        assert len(calls) == 3
+        loss.move_gradients(NOW, [0, 2], 1, 0)
+        assert len(calls) == 5
