@@ -25,6 +25,23 @@ class StepProgress(Protocol):
     def __call__(self, step: str, done: int, total: int, note: str = "", /) -> None: ...
 
 
+class Repeated:
+    """A NotedProgress whose last report can be given again, so that a long part of a step is not silent."""
+
+    def __init__(self, report: NotedProgress):
+        self._report = report
+        self._last = (0, 0, "")
+
+    def __call__(self, done: int, total: int, note: str = "", /) -> None:
+        self._last = (done, total, note)
+        self._report(done, total, note)
+
+    def again(self) -> None:
+        """Repeat the last report of an unfinished step, if there is one."""
+        if self._last[0] < self._last[1]:
+            self._report(*self._last)
+
+
 def silent(done: int, total: int, note: str = "") -> None:
     """Report nothing."""
 

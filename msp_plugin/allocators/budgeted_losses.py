@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from msp_plugin.allocators.base import AllocationInputs, Choice, SpentError
@@ -13,10 +15,11 @@ class BudgetedLosses:
     Args:
         max_tokens: most forward tokens, over search text and hold-out; 0 sets no limit.
         seconds: after which nothing more is measured; 0 sets no limit.
+        report: called after each measurement.
     """
 
-    def __init__(self, inputs: AllocationInputs, max_tokens: int, seconds: float):
-        self.inputs, self.max_tokens, self.seconds = inputs, max_tokens, seconds
+    def __init__(self, inputs: AllocationInputs, max_tokens: int, seconds: float, report: Callable[[], None]):
+        self.inputs, self.max_tokens, self.seconds, self._report = inputs, max_tokens, seconds, report
         self.began = inputs.clock() if seconds else 0.0
         #: On the whole search text; on some of its samples; on the hold-out.
         self.search: dict[Choice, float] = {}
@@ -68,6 +71,7 @@ class BudgetedLosses:
             self.search[choice] = self.inputs.true_loss(choice)
             if self.search[choice] < best:
                 self.curve.append((self.forward_tokens, self.search[choice]))
+            self._report()
         return self.search[choice]
 
     def screening_loss(self, choice: Choice, samples: tuple[int, ...]) -> float:
@@ -77,6 +81,7 @@ class BudgetedLosses:
         if (choice, samples) not in self.screening:
             self.check_budget(self.tokens(samples))
             self.screening[choice, samples] = self.inputs.true_loss(choice, samples)
+            self._report()
         return self.screening[choice, samples]
 
     def single_move_loss(self, choice: Choice, samples: tuple[int, ...]) -> float:
@@ -84,6 +89,7 @@ class BudgetedLosses:
         self.check_budget(self.tokens(samples))
         loss = self.inputs.true_loss(choice, samples)
         self.single_moves += 1
+        self._report()
         return loss
 
     def holdout_loss(self, choice: Choice, *, free: bool = False) -> float:
@@ -94,6 +100,7 @@ class BudgetedLosses:
                 self.check_budget(sum(holdout.lengths))
             self.holdout[choice] = holdout(choice) if holdout else self.search_loss(choice)
             self.holdout_curve.append((self.forward_tokens, self.holdout[choice]))
+            self._report()
         return self.holdout[choice]
 
     def selection_loss(self, choice: Choice) -> tuple[float, float]:

@@ -5,7 +5,9 @@ Shape legend: U units, K levels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -90,13 +92,14 @@ class EvoPress(Allocator):
         incumbents = [(loss.forward_tokens, parent)]
         least, ended = 0, f"after all of its {self.generations} generations"
         for generation in range(self.generations):
-            inputs.progress(generation, self.generations)
-            began = loss.forward_tokens
+            began, note = loss.forward_tokens, f"generation {generation + 1}, loss {curve[-1][1]:.4f}"
+            report = partial(inputs.progress, generation, self.generations, note)
+            report()
             if self.max_tokens and began + max(least, sum(loss.lengths)) > self.max_tokens:
                 ended = "because its budget is spent"
                 break
             loss.set_incumbent(parent)
-            best, best_loss, measured = self._generation(problem, loss, parent, rng)
+            best, best_loss, measured = self._generation(problem, loss, parent, rng, report)
             evaluations += measured
             least = loss.forward_tokens - began
             if best != parent and np.isfinite(best_loss):
@@ -119,17 +122,29 @@ class EvoPress(Allocator):
         )
 
     def _generation(
-        self, problem: AllocationProblem, loss: TrueLoss, parent: Choice, rng: np.random.Generator
+        self,
+        problem: AllocationProblem,
+        loss: TrueLoss,
+        parent: Choice,
+        rng: np.random.Generator,
+        report: Callable[[], None],
     ) -> tuple[Choice, float, int]:
-        """Return (best candidate, its loss on the last samples, count of measurements) of a generation."""
+        """Return (best candidate, its loss on the last samples, count of measurements) of a generation.
+
+        Args:
+            report: called after each measurement.
+        """
         mutants = [swapped(problem, parent, self.max_swaps, rng) for _ in range(self.offspring)]
-        alive, scores, measured = list(dict.fromkeys(mutants)), {}, 0
+        alive, scores, measured = list(dict.fromkeys(mutants)), dict[Choice, float](), 0
         stages = zip(self.survivors, self.tokens_per_selection, strict=True)
         for stage, (count, tokens) in enumerate(stages, 1):
             if stage == len(self.survivors) and parent not in alive:
                 alive.insert(0, parent)  # first, so that the others reuse its activations
             samples = draw_samples(loss, tokens, rng)
-            scores = {choice: loss(choice, samples) for choice in alive}
+            scores = dict[Choice, float]()
+            for choice in alive:
+                scores[choice] = loss(choice, samples)
+                report()
             measured += len(alive)
             alive = sorted(alive, key=lambda choice: (scores[choice], choice))[:count]
         return alive[0], scores[alive[0]], measured

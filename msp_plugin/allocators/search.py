@@ -130,7 +130,6 @@ class Search(Allocator):
             state.start(list(make_seeds(inputs, self.seeds)))
             share, idle = self.screen, 0
             while state.goes_on(idle):
-                state.report()
                 state.run_round(share)
                 if state.selection.update(state.incumbent):
                     idle = 0
@@ -154,7 +153,7 @@ class _State:
     def __init__(self, options: Search, inputs: AllocationInputs):
         self.options, self.inputs = options, inputs
         units, levels = len(inputs.problem.table), len(inputs.problem.menu)
-        self.losses = BudgetedLosses(inputs, options.token_limit(units), options.seconds)
+        self.losses = BudgetedLosses(inputs, options.token_limit(units), options.seconds, self.report)
         self.selection = Selection(self.losses)
         self.local = LocalModel(units, levels, options.decay)
         self.rng = np.random.default_rng(inputs.seed)
@@ -183,6 +182,7 @@ class _State:
         If none is, single moves of the proposals are measured, and what follows from that is proposed.
         """
         self.rounds += 1
+        self.report()
         loss = self.inputs.true_loss
         samples = self.losses.draw_samples(min(share, MOST_GRADIENTS), self.rng)
         self.losses.check_budget(MOVE_GRADIENT_PASSES * self.losses.tokens(samples))
@@ -190,6 +190,7 @@ class _State:
         self.local.add(
             self.incumbent, *loss.move_gradients(self.incumbent, samples, self.options.reach, seed)
         )
+        self.report()
         samples = self.losses.draw_samples(share, self.rng)
         loss.set_incumbent(self.incumbent)
         if (refused := self._measure_proposals(samples)) and self.options.probes:
@@ -258,18 +259,19 @@ class _State:
         return False
 
     def report(self) -> None:
-        """Report the larger share of the rounds and of the budget in tokens, in percent."""
-        share, limit = self.rounds / max(self.options.rounds, 1), self.losses.max_tokens
+        """Report the larger share of the finished rounds and of the budget in tokens, in percent."""
+        share, limit = max(0, self.rounds - 1) / max(self.options.rounds, 1), self.losses.max_tokens
         if limit:
             share = max(share, self.losses.forward_tokens / limit)
         self.inputs.progress(min(99, int(100 * share)), 100, self.note())
 
     def note(self) -> str:
-        """Return the round, and the selection losses of the best choice and of uniform."""
+        """Return the round, the selection losses of the best choice and of uniform, and the gain so far."""
         if not self.selection.history:
-            return ""
+            best = min(self.losses.search.values(), default=None)
+            return "start" if best is None else f"start, loss {best:.4f}"
         best, uniform = self.selection.history[-1], self.selection.uniform_loss
-        return f"round {self.rounds}, loss {best:.4f}, uniform {uniform:.4f}"
+        return f"round {self.rounds}, loss {best:.4f}, uniform {uniform:.4f}, gain {uniform - best:.4f}"
 
     def end_early(self) -> None:
         """Note that the budget ended the search; measure uniform if that was not done."""

@@ -58,14 +58,22 @@ TestData = Annotated[
     str | None, typer.Option("--test-data", help="text that measures perplexity; default: a part of --data")
 ]
 TestCount = Annotated[
-    int, typer.Option("--test-samples", help="samples that measure perplexity; 0: no perplexity")
+    int | None,
+    typer.Option(
+        "--test-samples",
+        help="samples that measure perplexity; default 32, or fewer if the text is short; 0: no perplexity",
+    ),
 ]
 Count = Annotated[
     int | None,
     typer.Option("--samples", help="calibration samples; default 128, or fewer if the text is short"),
 ]
 Length = Annotated[
-    int | None, typer.Option("--length", help="tokens per sample; default 2048, or the model's maximum")
+    int | None,
+    typer.Option(
+        "--length",
+        help="tokens per sample; default 2048, or the model's maximum, or less if the text is short",
+    ),
 ]
 Column = Annotated[
     str,
@@ -125,7 +133,7 @@ class RunText(SearchText):
     """Options of the texts of a whole run, with its test text."""
 
     test_data: TestData = None
-    test_samples: TestCount = 32
+    test_samples: TestCount = None
     batch: Annotated[int, typer.Option("--batch", help="samples per forward pass when pruning")] = 1
 
     def text(self, **more: Any) -> Text:

@@ -161,7 +161,8 @@ class VerificationText:
         )
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         text = text.for_model(checkpoint, trust_remote_code=trust_remote_code)
-        return text.read(tokenizer, self.data, self.samples, at_least=1)
+        data, samples = self.data, self.samples
+        return text.fitted(lambda fitted: fitted.read(tokenizer, data, samples, at_least=1))
 
 
 @with_groups

@@ -42,7 +42,7 @@ def recover(
     ] = "blockwise",
     options: MethodOptions = None,
     test_data: TestData = None,
-    test_samples: TestCount = 32,
+    test_samples: TestCount = None,
     seed: Seed = 0,
     cache: Cache = None,
 ) -> None:

@@ -57,7 +57,6 @@ def allocate_command(
     from msp_plugin.cli.console import out as terminal
 
     with output.running() as context, ExitStack() as stack:
-        from msp_plugin.data.samples import Text
         from msp_plugin.plugins.manager import Plugins
         from msp_plugin.runs.prune import search
         from msp_plugin.runtime.disk import writing
@@ -69,7 +68,7 @@ def allocate_command(
         keys = {"sparsity": sparsity, "seed": seed, "cache": cache}
         line = recipe_line(method, allocator, options, **keys, **layers.recipe())
         # From a short text, set aside the samples that `msp prune` will test with.
-        unseen = 0 if text.samples else Text.test_samples
+        unseen = 0 if text.samples else None
         out, ranks = out.expanduser(), context.ranks
         resolved = resolve(Options.parse(line), Plugins())
         ranks.on_rank_zero(lambda: stack.enter_context(sole_output(out, cache, file=True)) and None)

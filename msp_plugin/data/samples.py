@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from msp_plugin.data.calibration import CalibrationSet, join
 from msp_plugin.data.sources import load_texts
-from msp_plugin.data.tokenize import check_ids, tokenize
+from msp_plugin.data.tokenize import ShortTextError, check_ids, tokenize
 from msp_plugin.errors import DataError, plain
 from msp_plugin.models.source import max_length, vocabulary
 
@@ -21,8 +21,15 @@ log = logging.getLogger(__name__)
 
 #: Default number of calibration samples, and the fewest that a short text may give instead.
 SAMPLES, LEAST = 128, 8
+#: Default number of test samples, and of tokens of a sample.
+TEST_SAMPLES, LENGTH = 32, 2048
+#: Fewest tokens of a sample that a short text is cut into where nobody gave a length: of less, most of the loss
+#: comes from tokens without context.
+LEAST_LENGTH = 64
 #: Of a short text, one sample in this many is a test sample.
 TEST_SHARE = 4
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -34,13 +41,16 @@ class Text:
         search: source of the samples that measure candidates; None takes them from the end of ``data``.
         test: source of the samples that measure perplexity; None sets samples of ``data`` aside.
         samples: number of calibration samples; None takes SAMPLES, or fewer if the text is short.
-        length: tokens of a sample; None takes 2,048, or the model's maximum if that is less.
-        test_samples: number of test samples; with 0 no perplexity is measured.
+        length: tokens of a sample; None takes LENGTH, or the model's maximum if that is less, and less again if the
+            text is short.
+        test_samples: number of test samples; with 0 no perplexity is measured. None takes TEST_SAMPLES, or fewer if
+            the text is short.
         column: the column of a table or dataset with the text, or with the messages of a conversation.
         batch: samples per forward pass of the host's calibration.
         seed: chooses the calibration and search samples at random; 0 spaces them evenly.
         bos: start each sample with the beginning-of-text token; None leaves it to the tokenizer.
         vocabulary: the model's number of embeddings; larger token ids are an error. None checks nothing.
+        shortens: True where ``length`` is only a default, which ``fitted`` makes less for a short text.
     """
 
     data: str
@@ -48,12 +58,13 @@ class Text:
     test: str | None = None
     samples: int | None = None
     length: int | None = None
-    test_samples: int = 32
+    test_samples: int | None = None
     column: str = "text"
     batch: int = 1
     seed: int = 0
     bos: bool | None = None
     vocabulary: int | None = None
+    shortens: bool = False
 
     def __post_init__(self) -> None:
         for option, least in (("samples", 1), ("length", 2), ("test_samples", 0), ("batch", 1), ("seed", 0)):
@@ -77,13 +88,42 @@ class Text:
             DataError: the requested length is above ``most``.
         """
         if self.length is None:
-            return replace(self, length=min(2048, most or 2048))
+            return replace(self, length=min(LENGTH, most or LENGTH), shortens=True)
         if most is not None and self.length > most:
             raise DataError(
                 f"samples of {self.length} tokens, the model takes {most} at most",
                 hint="give a smaller length",
             )
         return self
+
+    def fitted(self, load: Callable[[Text], _T]) -> _T:
+        """Return the result of ``load`` with this text.
+
+        If a source is too short for the default length, the length is the largest power of two that suits it.
+
+        Raises:
+            DataError: the length was given, or LEAST_LENGTH is too long as well; whatever else ``load`` raises.
+        """
+        text = self
+        while True:
+            try:
+                return load(text)
+            except ShortTextError as error:
+                length = 2 ** max(0, error.longest.bit_length() - 1)
+                if not self.shortens or length < LEAST_LENGTH:
+                    raise
+                log.warning(
+                    "%s; samples have %d tokens instead of the default of %d",
+                    error.message,
+                    length,
+                    self.sample_tokens,
+                )
+                text = replace(text, length=length)
+
+    @property
+    def tests(self) -> int:
+        """The number of test samples, by default TEST_SAMPLES."""
+        return TEST_SAMPLES if self.test_samples is None else self.test_samples
 
     @property
     def sample_tokens(self) -> int:
@@ -106,14 +146,17 @@ class Text:
         *,
         at_least: int | None = None,
         seed: int = 0,
+        **more: str,
     ) -> CalibrationSet:
         """Return up to ``samples`` samples of one source; the ``length`` must be known (see ``for_model``).
 
         Args:
             at_least: the fewest samples to accept; None accepts no fewer than ``samples``.
+            more: ``hint`` of tokenize.
 
         Raises:
-            DataError: the source is missing, empty or too short, or has tokens that the model does not know.
+            ShortTextError: the source is too short.
+            DataError: the source is missing or empty, or has tokens that the model does not know.
         """
         data = tokenize(
             tokenizer,
@@ -124,6 +167,7 @@ class Text:
             at_least=at_least,
             seed=seed,
             bos=self.bos,
+            **more,
         )
         if self.vocabulary is not None:
             check_ids(data, self.vocabulary)
@@ -177,22 +221,59 @@ def load_split(tokenizer: PreTrainedTokenizerBase, text: Text, asked: SearchText
     """Return the tokenized samples of a run.
 
     The samples of the search come from ``text.search``, or else from the end of ``text.data``. The text's
-    ``length`` must be known (see ``Text.for_model``).
+    ``length`` must be known (see ``Text.for_model``). If the text is short, only what was asked for by name is
+    refused: defaults are made less, with a warning.
 
     Raises:
         DataError: a source is missing, empty or too short, or most test samples are calibration samples too.
     """
+    return text.fitted(lambda fitted: _load_split(tokenizer, fitted, asked))
+
+
+def _load_split(tokenizer: PreTrainedTokenizerBase, text: Text, asked: SearchText) -> TextSplit:
+    """Return the tokenized samples of a run with the length of ``text``; the longest source is read last.
+
+    Raises:
+        ShortTextError: a source is too short.
+        DataError: see load_split.
+    """
+    search = test = NO_TEXT
+    if text.search and asked.tokens:
+        search = _search_samples(tokenizer, text, text.search, asked)
+    if text.test and text.tests:
+        test = text.read(tokenizer, text.test, text.tests, at_least=1)
     data, reserved = _calibration_and_test(tokenizer, text)
     cut = len(data) - reserved
-    parts = [_part(data, data.source, 0, cut)]
-    test = _part(data, f"{data.source} [{cut}:]", cut, len(data)) if reserved else NO_TEXT
-    if text.search and asked.tokens:
-        samples = -(-asked.tokens // text.sample_tokens)
-        parts.append(text.read(tokenizer, text.search, samples, seed=text.seed))
-    if text.test and text.test_samples:
-        test = text.read(tokenizer, text.test, text.test_samples, at_least=1)
+    parts = [_part(data, data.source, 0, cut), *([search] if search else [])]
+    if text.test:
         _check_apart(test, parts)
-    return split_text(join(parts), asked, test)
+    elif reserved:
+        test = _part(data, f"{data.source} [{cut}:]", cut, len(data))
+    pruning = join(parts)
+    if not search:
+        return split_text(pruning, asked, test)
+    calibration, searched = pruning.cut(search.tokens)
+    return _with_holdout(TextSplit(calibration, searched, NO_TEXT, test, pruning), asked, search)
+
+
+def _search_samples(
+    tokenizer: PreTrainedTokenizerBase, text: Text, source: str, asked: SearchText
+) -> CalibrationSet:
+    """Return the samples of a search's own text, one for each part at least if they may be fewer than asked for.
+
+    Raises:
+        ShortTextError: the source is too short.
+    """
+    counts = [-(-tokens // text.sample_tokens) for tokens in (asked.search, asked.holdout)]
+    less = "ask for shorter samples" if asked.fit else "set the allocator's tokens and holdout to less"
+    return text.read(
+        tokenizer,
+        source,
+        sum(counts),
+        at_least=sum(map(bool, counts)) if asked.fit else None,
+        seed=text.seed,
+        hint=f"give more text for the search, or {less}",
+    )
 
 
 def split_text(
@@ -209,37 +290,59 @@ def split_text(
         DataError: see CalibrationSet.split.
     """
     head, held_out = data.split(asked.tokens, fit=asked.fit)
-    if held_out.tokens < asked.tokens:
-        search, holdout = held_out.cut(held_out.tokens * asked.holdout // asked.tokens)
-        if not search:
-            search, holdout = holdout, search
-        if warn:
-            log.warning(
-                "%d samples with %d tokens: candidates are measured on %d tokens, and %d decide when to stop, instead "
-                "of %d and %d; more or longer samples make the search more reliable",
-                len(data),
-                data.tokens,
-                search.tokens,
-                holdout.tokens,
-                asked.search,
-                asked.holdout,
-            )
-        return TextSplit(head, search, holdout, test, data)
-    search, holdout = held_out.cut(asked.holdout)
-    if search.tokens < asked.search:  # the hold-out, in whole samples, took from it
-        head, held_out = data.split(holdout.tokens + asked.search, fit=asked.fit)
+    if held_out.tokens >= asked.tokens:
         search, holdout = held_out.cut(asked.holdout)
-    return TextSplit(head, search, holdout, test, data)
+        if search.tokens < asked.search:  # the hold-out, in whole samples, took from it
+            head, held_out = data.split(holdout.tokens + asked.search, fit=asked.fit)
+    return _with_holdout(TextSplit(head, held_out, NO_TEXT, test, data), asked, data, warn=warn)
+
+
+def _with_holdout(
+    split: TextSplit, asked: SearchText, whole: CalibrationSet, *, warn: bool = True
+) -> TextSplit:
+    """Return the samples with the last ones of the search text as hold-out, in proportion if they are too few.
+
+    Args:
+        whole: the samples that were too few, for the warning.
+    """
+    tokens = split.search.tokens
+    short = tokens < asked.tokens
+    search, holdout = split.search.cut(tokens * asked.holdout // asked.tokens if short else asked.holdout)
+    if holdout and not search:
+        search, holdout = holdout, search
+    if short and warn:
+        log.warning(
+            "%d samples with %d tokens: candidates are measured on %d tokens, and %d decide when to stop, instead "
+            "of %d and %d; more or longer samples make the search more reliable",
+            len(whole),
+            whole.tokens,
+            search.tokens,
+            holdout.tokens,
+            asked.search,
+            asked.holdout,
+        )
+    return replace(split, search=search, holdout=holdout)
 
 
 def _calibration_and_test(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[CalibrationSet, int]:
-    """Return the samples of ``text.data``, and how many of the last ones are test samples."""
-    reserved = 0 if text.test else text.test_samples
+    """Return the samples of ``text.data``, and how many of the last ones are test samples.
+
+    Raises:
+        ShortTextError: the source is too short for what was asked for by name, or for LEAST samples.
+    """
+    reserved, hint = 0 if text.test else text.tests, {}
     wanted = (text.samples or SAMPLES) + reserved
-    at_least = None if text.samples else min(wanted, LEAST)
-    data = text.read(tokenizer, text.data, wanted, at_least=at_least, seed=text.seed)
+    least = min(wanted, LEAST)
+    if text.samples:
+        least = text.samples if text.test_samples is None else wanted
+        if least > text.samples:
+            more = f"give more text, of its own for the {reserved} test samples, or ask for fewer"
+            hint = {"hint": f"{more} of them, or for fewer or shorter samples"}
+    data = text.read(tokenizer, text.data, wanted, at_least=least, seed=text.seed, **hint)
     if len(data) < wanted:
-        reserved = min(reserved, len(data) // TEST_SHARE)
+        most = len(data) - text.samples if text.samples else len(data) // TEST_SHARE
+        reserved = min(reserved, most)
+        tested = f", {reserved or 'none'} test" if text.tests and not text.test else ""
         log.warning(
             "%s has %d samples of %d tokens, fewer than the default of %d: %d calibrate%s",
             data.source,
@@ -247,7 +350,7 @@ def _calibration_and_test(tokenizer: PreTrainedTokenizerBase, text: Text) -> tup
             text.sample_tokens,
             wanted,
             len(data) - reserved,
-            f", {reserved} test" if reserved else "",
+            tested,
         )
     return data, reserved
 

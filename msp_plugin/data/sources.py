@@ -201,7 +201,9 @@ def _dataset(data: Any, column: str, source: str) -> Documents:
                 hint="give one split's directory",
             )
         data = data["train"]
-    names = data.column_names or list(next(iter(data), {}))
+    names = data.column_names
+    if not names:  # a stream without declared features
+        names = list(next((row for _, row in _dataset_rows(data, source)), {}))
     columns = text_columns(names, column)
     if not columns:
         raise DataError(f"{plain(source)} has no column {column!r}", hint=near(column, names))

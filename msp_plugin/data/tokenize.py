@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+
+class ShortTextError(DataError):
+    """A source has too few tokens; samples of at most ``longest`` tokens would do."""
+
+    def __init__(self, message: str, *, hint: str, longest: int):
+        super().__init__(message, hint=hint)
+        self.longest = longest
+
+
 #: At most this multiple of the needed tokens is read, so that a large corpus does not cost hours of tokenizing.
 _READ = 32
 #: Characters that are tokenized at once.
@@ -99,6 +108,7 @@ def tokenize(
     at_least: int | None = None,
     seed: int = 0,
     bos: bool | None = None,
+    hint: str = "give more text, or ask for fewer or shorter samples",
 ) -> CalibrationSet:
     """Return up to ``samples`` samples, each int64[length], cut from the joined documents.
 
@@ -111,9 +121,11 @@ def tokenize(
         at_least: the fewest samples to accept; None accepts no fewer than ``samples``.
         seed: moves each sample at random within its share of the text; 0 does not.
         bos: which tokens start each sample; they count in its length (see leading_tokens).
+        hint: the advice if there is too little text.
 
     Raises:
-        DataError: there is too little text, or the length has no room beside the start tokens.
+        ShortTextError: there is too little text.
+        DataError: the length has no room beside the start tokens.
     """
     if samples < 1 or length < 2:
         raise DataError(f"asked for {samples} samples of {length} tokens", hint="ask for at least 1 x 2")
@@ -128,9 +140,10 @@ def tokenize(
     count = len(stream) // own
     needed = samples if at_least is None else at_least
     if count < needed:
-        raise DataError(
+        raise ShortTextError(
             f"{source} has {len(stream):,} tokens: {count} samples of {length}; needed: {needed}",
-            hint="give more text, or ask for fewer or shorter samples",
+            hint=hint,
+            longest=len(stream) // needed + len(start),
         )
     ids = torch.tensor(stream[: count * own], dtype=torch.int64).view(count, own)
     head = torch.tensor(start, dtype=torch.int64)

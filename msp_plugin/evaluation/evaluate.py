@@ -170,10 +170,14 @@ def _text(
     text = Text(
         data, samples=request.samples, length=request.length, column=request.column, bos=request.bos
     ).within(most)
-    sets = [
-        replace(text, vocabulary=source.vocabulary()).read(tokenizer, data, request.samples, at_least=1)
-        for source, tokenizer in zip(request.sources, tokenizers, strict=True)
-    ]
+
+    def read(text: Text) -> list[CalibrationSet]:
+        return [
+            replace(text, vocabulary=source.vocabulary()).read(tokenizer, data, request.samples, at_least=1)
+            for source, tokenizer in zip(request.sources, tokenizers, strict=True)
+        ]
+
+    sets = text.fitted(read)
     if len({samples.fingerprint for samples in sets}) > 1:
         names = " and ".join(source.name for source in reversed(request.sources))
         raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,22 @@ from msp_plugin.progress import Progress, silent
 BACKWARD = 3
 
 
+def loss_scale(parameters: Iterable[torch.Tensor], tokens: int) -> float:
+    """Return the factor of a mean loss over tokens in backward passes: a power of two from ``tokens`` on, or 1.
+
+    Only models with float16 parameters need one. In float16 the gradients of a mean over many tokens become zero, as
+    they are below 2^-24; those of a sum over the tokens are larger by their number (loss scaling, Micikevicius et al.,
+    arXiv 1710.03740, section 3.2). ``unscaled`` takes the factor out again, without a rounding.
+    """
+    half = any(parameter.dtype == torch.float16 for parameter in parameters)
+    return 2.0 ** math.ceil(math.log2(tokens)) if half else 1.0
+
+
+def unscaled(gradient: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the gradient of a loss that was multiplied by ``scale``: float32, or with 1 as it is."""
+    return gradient if scale == 1 else gradient.float() / scale
+
+
 def backward_passes(
     model: torch.nn.Module,
     data: CalibrationSet,
@@ -29,14 +46,15 @@ def backward_passes(
 
     Args:
         add: called once per sample and call of a layer with (the sample's number, the layer's name, its inputs [T, I],
-            the gradients of its outputs [T, O]).
+            the gradients of its outputs [T, O], float32 for a float16 model).
 
     Raises:
         NumericsError: a sample's loss is not finite.
     """
-    device, number = input_device(model), 0
-    with activation_gradients(model, layers, lambda name, x, dy: add(number, name, x, dy)):
+    device, number, scale = input_device(model), 0, 1.0
+    with activation_gradients(model, layers, lambda name, x, dy: add(number, name, x, unscaled(dy, scale))):
         for number, sample in enumerate(data.samples):
+            scale = loss_scale((p for _, _, p in named_parameters(model)), len(sample))
             ids = sample[None].to(device)
             logits = model(ids, use_cache=False).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -46,7 +64,7 @@ def backward_passes(
                     f"the loss of {which} is not finite",
                     hint="the activations overflow: try dtype float32",
                 )
-            loss.backward()
+            (loss * scale).backward()
             progress(number + 1, len(data))
 
 

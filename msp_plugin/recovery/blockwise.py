@@ -23,7 +23,7 @@ from msp_plugin.errors import ModelError, NumericsError, OutputError, RecipeErro
 from msp_plugin.models.held import held, read_from
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.models.offload import check_loadable, offload_cache
-from msp_plugin.passes.gradients import BACKWARD
+from msp_plugin.passes.gradients import BACKWARD, loss_scale
 from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_runs_by_block
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.shared import mean_kl
@@ -121,6 +121,8 @@ class _Walk:
         ids: this rank's part of the batches, int64[B, T], first those that are trained on.
         tokens: of each batch, over all ranks.
         batches: count of the batches that are trained on; the others judge.
+        runs: (steps, rate) of each training run of a window; None for the best rate so far.
+        steps: of a window, in all runs.
         dense, own: the hidden states [B, T, D] of both models at the present window, by batch; None before the first.
     """
 
@@ -138,6 +140,12 @@ class _Walk:
                 self.ranks.size,
             )
         self.windows = windows(original, inputs.data.samples[0], method.blocks)
+        trials = method.rates if len(method.rates) > 1 else ()
+        self.runs = [
+            *((min(_TRIAL_STEPS, self.batches), rate) for rate in trials),
+            (method.epochs * self.batches, None),
+        ]
+        self.steps = sum(steps for steps, _ in self.runs)
         self.prefix, self.blocks = decoder_blocks(self.model)
         self.dense: list[torch.Tensor | None] = [None] * len(self.ids)
         self.own: list[torch.Tensor | None] = [None] * len(self.ids)
@@ -162,8 +170,12 @@ class _Walk:
                     course = restored
                 self._through(window, self.model, self.own)
             read_from(self.model, self._file(number), [each.name for each in trained])
-            self.inputs.progress("recovery", number + 1, count, course.note)
+            self._report((number + 1) * self.steps, note=course.note)
         return RecoveryResult(course.tokens, tuple(course.curve), tuple(course.notes))
+
+    def _report(self, *steps: int, note: str) -> None:
+        """Report the sum of ``steps`` of those in all windows."""
+        self.inputs.progress("recovery", sum(steps), len(self.windows) * self.steps, note)
 
     def _restored(self, number: int, trained: Sequence[Trained]) -> _Course | None:
         """Set a window's parameters from its file, and return the course then; None if rank 0 finds no whole file."""
@@ -179,7 +191,7 @@ class _Walk:
         return course
 
     def _train(self, number: int, window: Window, trained: Sequence[Trained], course: _Course) -> None:
-        """Train a window's parameters and leave them in the best state on the hold-out samples."""
+        """Train a window's parameters and leave them in the best state on the hold-out samples; report the steps."""
         name = window.name(self.prefix)
         judged = range(self.batches, len(self.ids))
         first = self._mean_error(window, range(self.batches))
@@ -193,10 +205,9 @@ class _Walk:
         with self._fitting(window, trained, first) as fit_at:
             start = best = Fit(before, state_of(trained))
             rate, least, done, finite = self.method.rates[0], math.inf, 0, True
-            trial = min(_TRIAL_STEPS, self.batches)
-            trials = [(trial, each) for each in self.method.rates if len(self.method.rates) > 1]
-            for steps, each in [*trials, (self.method.epochs * self.batches, None)]:
-                result = fit_at(start, Schedule(steps, each or rate, self.method.decay), number)
+            for steps, each in self.runs:
+                report = partial(self._report, number * self.steps + done, note=f"{name}: error {before:.3g}")
+                result = fit_at(start, Schedule(steps, each or rate, self.method.decay), number, report)
                 if each is not None and result.error < least:
                     rate, least = each, result.error
                 best = min(best, result, key=lambda fit: fit.error)
@@ -211,8 +222,10 @@ class _Walk:
     @contextmanager
     def _fitting(
         self, window: Window, trained: Sequence[Trained], scale: float
-    ) -> Iterator[Callable[[Fit, Schedule, int], Fit]]:
+    ) -> Iterator[Callable[[Fit, Schedule, int, Callable[[int], None]], Fit]]:
         """Yield a function that fits a window from a state by a schedule, with a seed; gradients are on in the block.
+
+        The function's last argument is called before each step, with its number.
 
         Args:
             scale: the error before, by which the loss is divided.
@@ -224,9 +237,12 @@ class _Walk:
         def held_out() -> float:
             return self._mean_error(window, range(self.batches, len(self.ids)))
 
-        def fit_at(start: Fit, schedule: Schedule, seed: int) -> Fit:
+        factor = loss_scale((each.parameter for each in trained), max(self.tokens))
+
+        def fit_at(start: Fit, schedule: Schedule, seed: int, report: Callable[[int], None]) -> Fit:
+            seed += self.inputs.seed
             return fit(
-                trained, loss, self.batches, held_out, start, schedule, self.inputs.seed + seed, self.ranks
+                trained, loss, self.batches, held_out, start, schedule, seed, self.ranks, report, factor
             )
 
         try:

@@ -74,6 +74,8 @@ class RecoveryText:
                 hint="give more text, or shorter samples",
             )
         data, holdout = samples.cut(max(1, samples.tokens // HOLDOUT_SHARE))
+        if not data:  # the first sample holds most of the tokens
+            data, holdout = samples.cut(samples.tokens - len(samples.samples[0]))
         return cls(data, holdout, test)
 
 

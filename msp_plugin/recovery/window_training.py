@@ -9,10 +9,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from msp_plugin.models.layers import decoder_blocks
+from msp_plugin.passes.gradients import unscaled
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.windows import Window
 from msp_plugin.runtime.ranks import ALONE, Ranks
@@ -47,12 +49,12 @@ class Trained:
         count = self.master.numel() if self.kept is None else int(self.kept.sum())
         return max(LEAST_SIZE, float(self.master.norm()) / math.sqrt(max(count, 1)))
 
-    def take_gradient(self) -> None:
-        """Move the parameter's gradient to the float32 values, without those of pruned weights."""
+    def take_gradient(self, scale: float) -> None:
+        """Move the parameter's gradient, divided by ``scale``, to the float32 values, without those of pruned weights."""
         gradient = self.parameter.grad
         self.parameter.grad = self.master.grad = None
         if gradient is not None:
-            gradient = gradient.float()
+            gradient = unscaled(gradient, scale).float()
             self.master.grad = gradient if self.kept is None else gradient.mul_(self.kept)
 
 
@@ -127,6 +129,8 @@ def fit(
     schedule: Schedule,
     seed: int,
     ranks: Ranks = ALONE,
+    report: Callable[[int], None] = lambda step: None,
+    scale: float = 1.0,
 ) -> Fit:
     """Return the best state of a training run of a window; the parameters are left in another one.
 
@@ -139,6 +143,8 @@ def fit(
         held_out: returns the loss on the hold-out.
         start: the state to begin with.
         ranks: sum their gradients, and have the same values afterwards.
+        report: called with the number of each step before it.
+        scale: multiplies the loss in backward passes (see loss_scale); it falls, to 1 at least, where a gradient overflows.
     """
     set_state(trained, start.state)
     groups = [
@@ -150,13 +156,10 @@ def fit(
     best, order = start, list[int]()
     generator = torch.Generator().manual_seed(seed)
     for step in range(schedule.steps):
+        report(step)
         order = order or torch.randperm(batches, generator=generator).tolist()
-        value = loss(order.pop())
-        if value.requires_grad:  # a rank may have no sample of this batch
-            value.backward()
-        for each in trained:
-            each.take_gradient()
-        if not torch.isfinite(summed(value, trained, ranks)):
+        value, scale = _take_gradients(trained, partial(loss, order.pop()), ranks, scale)
+        if not torch.isfinite(value):
             return Fit(best.error, best.state, step, finite=False)
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(step) * group["size"]
@@ -168,6 +171,23 @@ def fit(
             if error < best.error:  # False for NaN
                 best = Fit(error, state_of(trained))
     return Fit(best.error, best.state, schedule.steps)
+
+
+def _take_gradients(
+    trained: Sequence[Trained], loss: Callable[[], torch.Tensor], ranks: Ranks, scale: float
+) -> tuple[torch.Tensor, float]:
+    """Give the float32 values the gradients of a loss; return (the loss, the scale at which no gradient overflowed)."""
+    while True:
+        value = loss()
+        if value.requires_grad:  # a rank may have no sample of this batch
+            (value * scale).backward()
+        for each in trained:
+            each.take_gradient(scale)
+        total = summed(value, trained, ranks)
+        gradients = [each.master.grad for each in trained if each.master.grad is not None]
+        if scale == 1 or not torch.isfinite(total) or all(bool(g.isfinite().all()) for g in gradients):
+            return total, scale
+        scale = max(1.0, scale / 16)
 
 
 def summed(value: torch.Tensor, trained: Sequence[Trained], ranks: Ranks) -> torch.Tensor:

@@ -117,7 +117,7 @@ def recover(
             ranks.leave()
         if ranks.rank:
             return None
-        record = _record(sparse, dense, subject, text, samples, before, stage)
+        record = _record(sparse, dense, subject, samples, before, stage)
         _write(subject.model, tokenizer, sparse, record, path, step.folder(key))
     Plugins().tell("msp_run_finished", record=record.to_dict())
     return Run(path, record)
@@ -169,7 +169,6 @@ def _record(
     sparse: ModelSource,
     dense: ModelSource | None,
     subject: Sparse,
-    text: Text,
     samples: RecoveryText,
     before: Mapping[str, Measured],
     stage: StageRecord,
@@ -193,7 +192,7 @@ def _record(
     source = record.model.source if dense is None else str(dense.name)
     changes = {
         "model": record.model.model_copy(update={"source": source, "dtype": sparse.dtype}),
-        "test": test.record(length=text.length) if test else None,
+        "test": test.record(length=len(test.samples[0])) if test else None,
         "versions": versions(),
     }
     return with_recovery(record.model_copy(update=changes), Recovered(stage, before))

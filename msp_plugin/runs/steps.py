@@ -250,6 +250,7 @@ class RunSteps:
             value: the perplexity of the pruned model.
         """
         options, text, test = self.options, self.text, self.samples.test
+        length = len(self.samples.pruning.samples[0])
         perplexities = {stage.name: stage.perplexity for stage in before}
         quality = {DENSE: perplexities[DENSE]}
         if options is None:
@@ -263,8 +264,8 @@ class RunSteps:
                 "stages": (*before, pruned),
                 "perplexity": quality,
                 "model": ModelRecord(source=str(self.source.name), dtype=self.source.dtype),
-                "calibration": self.samples.pruning.record(length=text.length, seed=text.seed),
-                "test": test.record(length=text.length) if test else None,
+                "calibration": self.samples.pruning.record(length=length, seed=text.seed),
+                "test": test.record(length=length) if test else None,
             }
         )
 

@@ -60,6 +60,7 @@ class CandidateLoss:
         activation_bytes: memory for the incumbent's activations; None: ACTIVATION_BYTES, less on a GPU (see
             cache_bytes).
         ranks: share the batches; each has the model, the data and the database.
+        measured: called after each batch of a measurement.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class CandidateLoss:
         reuse: bool = True,
         activation_bytes: int | None = None,
         ranks: Ranks = ALONE,
+        measured: Callable[[], None] = lambda: None,
     ):
+        self._measured = measured
         self.weights, self.data, self.objective, self.ranks = weights, data, objective, ranks
         self.model, self.problem = weights.model, weights.problem
         self.lengths = tuple(len(sample) for sample in data.samples)
@@ -156,7 +159,9 @@ class CandidateLoss:
         samples = range(len(self._ids)) if samples is None else samples
 
         def measure(group: list[int]) -> tuple[float, int]:
-            return self._run(group, lambda: self._measure(group, first, choice == self._incumbent))
+            part = self._run(group, lambda: self._measure(group, first, choice == self._incumbent))
+            self._measured()
+            return part
 
         parts = self.ranks.map(measure, list(self._batches.of(samples)))
         self.forward_tokens += sum(self.lengths[i] for i in samples)
@@ -200,12 +205,14 @@ class CandidateLoss:
         def measure(number: int) -> tuple[np.ndarray, np.ndarray]:
             i = samples[number]
             loss = partial(self._terms.mean, i)
-            return self._run(
+            gradients = self._run(
                 [i],
                 lambda: sample_gradients(
                     self.model, self._ids[i], loss, layers, changes, shape, (seed, number)
                 ),
             )
+            self._measured()
+            return gradients
 
         self.forward_tokens += MOVE_GRADIENT_PASSES * sum(self.lengths[i] for i in samples)
         return stack_samples(self.ranks.map(measure, range(len(samples))))

@@ -27,7 +27,7 @@ from msp_plugin.passes.gradients import BACKWARD
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import UnitTable
-from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.progress import Repeated, StepProgress, no_progress
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.records.parts import SearchRecord
 from msp_plugin.runtime.files import cache_directory
@@ -304,9 +304,10 @@ class Measurements:
         if "kl" in allocator.errors:
             errors["kl"], loss = self.replace_one(int(getattr(allocator, "tokens", 0)))
             recorded.append(loss)
-        with self._measured(allocator, problem, seed) as measured:
+        report = Repeated(partial(self.progress, "search"))
+        with self._measured(allocator, problem, seed, report.again) as measured:
             recorded += [part for part in measured if part is not None]
-            report, clock = partial(self.progress, "search"), partial(self._clock, recorded)
+            clock = partial(self._clock, recorded)
             result = allocator.allocate(
                 AllocationInputs(
                     problem,
@@ -339,8 +340,14 @@ class Measurements:
         return self.ranks.on_rank_zero(lambda: time.monotonic() + saved)
 
     @contextmanager
-    def _measured(self, allocator: Allocator, problem: AllocationProblem, seed: int) -> Iterator[_Measured]:
-        """Yield the losses and the estimate that an allocator needs; the model has its own weights afterwards."""
+    def _measured(
+        self, allocator: Allocator, problem: AllocationProblem, seed: int, report: Callable[[], None]
+    ) -> Iterator[_Measured]:
+        """Yield the losses and the estimate that an allocator needs; the model has its own weights afterwards.
+
+        Args:
+            report: called after each batch that a loss measures.
+        """
         if not (allocator.measures or allocator.remeasures):
             yield _Measured()
             return
@@ -354,7 +361,9 @@ class Measurements:
         with self._candidates("search", problem, about) as (weights, journal):
 
             def loss_on(data: CalibrationSet, name: str) -> RecordedLoss | None:
-                return self._loss_on(data, name, allocator.objective, weights, journal) if data else None
+                if not data:
+                    return None
+                return self._loss_on(data, name, allocator.objective, weights, journal, report)
 
             def measure(name: str, choice: Choice) -> tuple[tuple[float, ...], int]:
                 weights.set(choice)
@@ -377,9 +386,18 @@ class Measurements:
             yield weights, journal
 
     def _loss_on(
-        self, data: CalibrationSet, name: str, objective: str, weights: CandidateWeights, journal: Journal
+        self,
+        data: CalibrationSet,
+        name: str,
+        objective: str,
+        weights: CandidateWeights,
+        journal: Journal,
+        report: Callable[[], None] = lambda: None,
     ) -> RecordedLoss:
         def make() -> CandidateLoss:
-            return CandidateLoss(weights, data, objective, self.batch_tokens, ranks=self.ranks).prepare()
+            loss = CandidateLoss(
+                weights, data, objective, self.batch_tokens, ranks=self.ranks, measured=report
+            )
+            return loss.prepare()
 
         return RecordedLoss(make, data, journal, name)

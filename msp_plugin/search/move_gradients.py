@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from msp_plugin.allocators.base import Choice
-from msp_plugin.passes.gradients import activation_gradients
+from msp_plugin.models.offload import named_parameters
+from msp_plugin.passes.gradients import activation_gradients, loss_scale
 from msp_plugin.search.candidate_weights import CandidateWeights
 
 #: Called with a layer's name; returns the number of its unit and, by level, the change [O, I] of its weight.
@@ -90,14 +91,16 @@ def sample_gradients(
             into[unit, level] += float((dy.float() * (x @ change.T)).sum())
             asked[unit, level] = True
 
+    scale = loss_scale((p for _, _, p in named_parameters(model)), len(ids))
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     with activation_gradients(model, layers, add):
         logits = model(ids[None], use_cache=False).logits[0].float()
         labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
         own = torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-        loss(logits).backward(retain_graph=True)
+        (loss(logits) * scale).backward(retain_graph=True)
         into = curvature_sample
         own.backward()
+    first_order /= scale
     curvature_sample /= math.sqrt(len(ids))
     first_order[~asked] = curvature_sample[~asked] = np.nan
     return first_order, curvature_sample

@@ -1,6 +1,7 @@
 """EvoPress: mutations, the ladder of stages and its cost, on made-up losses."""
 
 import itertools
+import re
 from collections import Counter
 
 import numpy as np
@@ -264,7 +265,10 @@ def test_no_generations_give_uniform_and_progress_rises_to_its_total():
     given_inputs = inputs_of(problem, progress=lambda *at: seen.append(at))
     assert EvoPress(generations=0).allocate(given_inputs).choice == problem.uniform()
     EvoPress(generations=3, tokens=24).allocate(inputs_of(problem, progress=lambda *at: seen.append(at)))
-    assert seen == [(0, 0), (0, 3), (1, 3), (2, 3), (3, 3)]
+    done = [at[:2] for at in seen]
+    assert done == sorted(done) and {*done} == {(0, 0), (0, 3), (1, 3), (2, 3), (3, 3)}
+    assert done.count((1, 3)) > 8  # within a generation, too
+    assert re.fullmatch(r"generation 3, loss \d+\.\d{4}", next(at[2] for at in seen if at[0] == 2))
 
 
 @pytest.mark.parametrize("options", [

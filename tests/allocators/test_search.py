@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from msp_plugin.allocators.selection import GAIN_ROUNDS
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.menus import DEFAULT_LEVELS, parse_menu
-from tests.allocators.quadratic import SHAPES, QuadraticLoss, inputs_of, problem_of
+from tests.allocators.quadratic import LENGTHS, SHAPES, QuadraticLoss, inputs_of, problem_of
 
 SHORT = Search(rounds=4, seeds=5)
 AWKWARD = ["dense", "4:8", "2:4", "3:8 in 2:4", "2:8", "1:12", "0.7"]
@@ -239,7 +240,24 @@ def test_progress_rises_to_its_total():
     Search(rounds=5).allocate(inputs_of(problem_of(SHAPES), progress=lambda *at: seen.append(at)))
     done = [at for at, *_ in seen]
     assert {total for _, total, _ in seen} == {100} and done == sorted(done) and done[-1] == 100
-    assert [note[:13] for *_, note in seen[:3]] == ["round 0, loss", "round 1, loss", "round 2, loss"]
+    stages = list(dict.fromkeys(note.split(",")[0] for *_, note in seen))
+    assert stages == ["start", *(f"round {n}" for n in range(1, len(stages)))] and len(stages) > 2
+    words = r"round \d, loss (\S+), uniform (\S+), gain (\S+)"
+    best, uniform, gain = map(float, re.fullmatch(words, seen[-1][2]).groups())
+    assert gain == pytest.approx(uniform - best, abs=1e-4) and gain > 0
+
+
+def test_no_part_of_a_search_is_silent_for_longer_than_its_longest_measurement():
+    problem, reported = problem_of(SHAPES), [0]
+    given_inputs = inputs_of(problem)
+    losses = (given_inputs.loss, given_inputs.holdout)
+
+    def report(*_):
+        reported.append(sum(loss.forward_tokens for loss in losses))
+
+    Search(rounds=3).allocate(replace(given_inputs, progress=report))
+    longest = max(5 * math.ceil(sum(LENGTHS) / 2), sum(LENGTHS), sum(losses[1].lengths))
+    assert max(np.diff(reported)) <= longest and reported[-1] > 5 * longest
 
 
 def test_a_search_ends_when_a_round_promises_too_little_and_says_why():

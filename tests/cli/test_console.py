@@ -9,7 +9,7 @@ import pytest
 from rich.table import Table
 
 from msp_plugin.cli import console
-from msp_plugin.progress import no_progress, prefixed
+from msp_plugin.progress import Repeated, no_progress, prefixed
 from msp_plugin.records.run import RunRecord, SparsityRecord, StageRecord
 
 #: Each would be lost, coloured or replaced if it were markup or an emoji code.
@@ -162,3 +162,21 @@ def test_a_name_that_the_terminals_encoding_lacks_is_printed_with_escapes(msp, c
 def test_a_world_size_that_is_no_number_is_one_clear_error(msp, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "all")
     assert msp("doctor", code=1).err.startswith("error: WORLD_SIZE is 'all', expected a number of ranks")
+
+
+def test_a_long_part_of_a_step_repeats_the_last_report(lines):
+    report = Repeated(lambda *at: lines.report("search", *at))
+    report.again()
+    for second in range(0, 130, 10):
+        lines.at(second, "other", second, 1000)
+        if second == 10:
+            report(1, 30, "round 1, loss 0.5")
+        report.again()
+    report(30, 30)
+    report.again()
+    assert [line[:20] for line in lines.printed if "search" in line] == [
+        "search: 1 of 30, 3 %",
+        "search: 1 of 30, 3 %",
+        "search: 1 of 30, 3 %",
+        "search: 30 of 30 don",
+    ]

@@ -3,6 +3,7 @@ import random
 import pytest
 import torch
 
+import msp_plugin
 from msp_plugin.data.samples import SearchText, Text, load_split, split_text
 from msp_plugin.errors import DataError
 
@@ -119,9 +120,73 @@ def test_without_a_count_a_short_text_gives_what_it_holds_and_says_so(tokenizer,
         load_split(tokenizer, Text(text_file, length=16384))
 
 
-def test_a_search_text_of_its_own_that_is_too_short_is_refused(tokenizer, text_file, tmp_path):
-    text = Text(
-        text_file, search=write_text(tmp_path / "other.txt", 1), samples=8, length=512, test_samples=0
+def test_default_test_samples_are_those_that_the_calibration_leaves(tokenizer, text_file, caplog):
+    short = load_split(tokenizer, Text(text_file, length=512))
+    most = len(short.calibration) + len(short.test)
+    for samples, test in ((most - 5, 5), (most, 0)):
+        found = load_split(tokenizer, Text(text_file, samples=samples, length=512))
+        assert (len(found.calibration), len(found.test)) == (samples, test)
+        assert f"{samples} calibrate, {test or 'none'} test" in caplog.text
+    with pytest.raises(DataError, match=f"needed: {most + 1}") as error:
+        load_split(tokenizer, Text(text_file, samples=most - 5, length=512, test_samples=6))
+    assert "for the 6 test samples" in error.value.hint
+
+
+@pytest.mark.parametrize("asked, expected", [((700, 500), (1, 2)), ((700, 0), (3, 0)), ((1500, 10), (2, 1))])
+def test_a_search_text_of_its_own_that_is_shorter_than_the_default_is_taken_whole(
+    tokenizer, text_file, tmp_path, caplog, asked, expected
+):
+    other = tmp_path / "other.txt"
+    other.write_text("".join(random.Random(1).choices("abcdefghilmnoprstu ", k=450)))  # noqa: S311
+    text = Text(text_file, search=str(other), samples=4, length=128, test_samples=0)
+    found = load_split(tokenizer, text, SearchText(*asked, fit=True))
+    assert (len(found.calibration), len(found.search), len(found.holdout)) == (4, *expected)
+    assert f"instead of {asked[0]} and {asked[1]}" in caplog.text
+    with pytest.raises(DataError, match="other.txt has 4.. tokens: 3 samples .* needed") as error:
+        load_split(tokenizer, text, SearchText(*asked))
+    assert "tokens and holdout" in error.value.hint and "fewer" not in error.value.hint
+
+
+def test_a_long_search_text_of_its_own_is_none_of_the_calibration_text(tokenizer, text_file, tmp_path):
+    other = write_text(tmp_path / "other.txt", 1)
+    for fit in (False, True):
+        text = Text(text_file, search=other, samples=2, length=16, test_samples=0)
+        found = load_split(tokenizer, text, SearchText(100, 60, fit=fit))
+        assert tuple(map(len, (found.calibration, found.search, found.holdout))) == (2, 7, 4)
+
+
+def test_a_default_length_is_a_power_of_two_that_suits_the_shortest_text(tokenizer, tmp_path, caplog):
+    def text_of(count):
+        path = tmp_path / f"{count}.txt"
+        path.write_text("".join(random.Random(count).choices("abcdefgh", k=count)))  # noqa: S311
+        return str(path)
+
+    def lengths(*args, **options):
+        found = load_split(tokenizer, Text(*args, **options).within(None), SearchText(8000, 4000, fit=True))
+        return {len(s) for part in (found.pruning, found.test) for s in part.samples}
+
+    assert lengths(text_of(2048 * 9)) == {2048} and "instead of" not in caplog.text.split("candidates")[0]
+    assert lengths(text_of(12000)) == {1024}
+    assert "samples have 1024 tokens instead of the default of 2048" in caplog.text
+    assert lengths(text_of(12000), samples=40) == {256}
+    assert lengths(text_of(12000), search=text_of(900), test=text_of(700)) == {256}
+    for options in ({"length": 2048}, {"samples": 8, "length": 2048}):
+        with pytest.raises(DataError, match="tokens: 5 samples of 2048; needed: 8"):
+            lengths(text_of(12000), **options)
+
+
+def test_a_default_length_that_became_shorter_is_in_the_record(tokenizer, llama_dir, tmp_path):
+    from msp_plugin.models.source import max_length
+
+    path, most = tmp_path / "short.txt", min(2048, max_length(llama_dir))
+    path.write_text("".join(random.Random(0).choices("abcdefgh", k=7 * most)))  # noqa: S311
+    run = msp_plugin.prune(
+        llama_dir,
+        str(path),
+        tmp_path / "out",
+        sparsity=0.5,
+        method="magnitude",
+        allocator="uniform",
+        baseline=False,
     )
-    with pytest.raises(DataError, match="other.txt has .* needed"):
-        load_split(tokenizer, text, SearchText(10**6))
+    assert run.record.calibration.length == run.record.test.length == most // 2

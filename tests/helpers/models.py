@@ -18,6 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from msp_plugin.data.calibration import CalibrationSet
+
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -98,3 +100,20 @@ def images_and_text(kind, text, vision):
 
 #: The two models that most tests take, by the name of their fixture.
 MODELS = {"llama": llama, "qwen2": qwen2}
+
+
+def certain_llama():
+    """A float16 model that is nearly certain of a text, so that the gradients of its loss are small, and that text."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=2048, initializer_range=0.1,
+    )  # fmt: skip
+    model, text = LlamaForCausalLM(config), torch.arange(2048) % 7
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(text[None, :32], labels=text[None, :32]).loss.backward()
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return model.eval().half(), CalibrationSet((text,), "seven tokens")

@@ -7,19 +7,22 @@ import math
 import pytest
 import torch
 
+from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.data.samples import NO_TEXT
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.load import load_model
 from msp_plugin.models.offload import offloaded_module
 from msp_plugin.passes.losses import mean_kl
 from msp_plugin.recovery.blockwise import Blockwise
-from msp_plugin.recovery.window_training import Fit, Schedule, fit, state_of, trained_parameters
+from msp_plugin.recovery.step import RecoveryText
+from msp_plugin.recovery.window_training import Fit, Schedule, Trained, fit, state_of, trained_parameters
 from msp_plugin.recovery.windows import windows
 
 QUICK = Blockwise(epochs=2, rates=(0.02, 0.06))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_it_comes_nearer_to_the_dense_model_and_keeps_every_zero(
     model, dtype, prune_half, make_inputs, make_samples
 ):
@@ -94,7 +97,7 @@ def test_a_stopped_recovery_goes_on_to_the_same_bytes(llama, prune_half, make_in
     stopped, whole = copy.deepcopy(llama), copy.deepcopy(llama)
 
     def stop(step, done, total, note=""):
-        if done == 2:
+        if done == total // 2:  # after two windows
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -102,14 +105,20 @@ def test_a_stopped_recovery_goes_on_to_the_same_bytes(llama, prune_half, make_in
     trained = []
     again = copy.deepcopy(llama)
     inputs = make_inputs(
-        again, masks, original, "stopped", progress=lambda step, done, total, note="": trained.append(note)
+        again,
+        masks,
+        original,
+        "stopped",
+        progress=lambda step, done, total, note="": trained.append((done, total, note)),
     )
     files = {f.name: f.stat().st_mtime_ns for f in inputs.folder.iterdir()}
     result = QUICK.recover(inputs)
     assert {name: (inputs.folder / name).stat().st_mtime_ns for name in files} == files
     expected = QUICK.recover(make_inputs(whole, masks, original, "whole"))
     assert bits(again) == bits(whole)
-    assert result == expected and len(trained) == 4
+    assert result == expected and sum(", then" in note for *_, note in trained) == 4
+    done = [at for at, *_ in trained]
+    assert done == sorted(done) and done.count(trained[0][1]) == 1 and {*done} >= {*range(done[2], done[-1])}
 
 
 def test_a_damaged_state_is_trained_anew(llama, prune_half, make_inputs, bits):
@@ -176,3 +185,25 @@ def test_a_sparse_model_on_disk_is_recovered_as_in_memory(
     assert results[0] == results[1] and fingerprint(away) == fingerprint(sparse)
     assert offloaded_module(away) is not None and masks.check(away, "the test") == {}
     assert all(parameter.is_meta for parameter in away.parameters())
+
+
+@pytest.mark.parametrize("lengths", [[120, 4, 4], [4, 4, 120], [120, 4]])
+def test_a_sample_that_holds_most_of_the_tokens_leaves_text_to_learn_from_and_to_judge_by(lengths):
+    samples = CalibrationSet(tuple(torch.arange(n) % 60 for n in lengths), "some")
+    text = RecoveryText.of(samples, NO_TEXT)
+    assert text.data and text.holdout
+    assert [*text.data.samples, *text.holdout.samples] == list(samples.samples)
+
+
+@pytest.mark.parametrize("slope", [1e-8, 1e-3, 1e3], ids=["too small", "fits", "too large"])
+def test_a_float16_parameter_is_trained_by_gradients_that_float16_cannot_hold(slope):
+    parameter = torch.nn.Parameter(torch.ones(8, dtype=torch.float16))
+    trained = [Trained("w", parameter, None, parameter.detach().float().clone())]
+
+    def loss(batch):
+        return slope * parameter.float().sum()
+
+    start, schedule = Fit(1.0, state_of(trained)), Schedule(steps=4, rate=0.1, decay=0.0)
+    found = fit(trained, loss, 4, lambda: 0.5, start, schedule, 0, scale=4096.0)
+    assert found.finite and found.steps == 4
+    assert bool((found.state[0] < 0.95).all()) and bool(found.state[0].isfinite().all())

@@ -15,7 +15,8 @@ from msp_plugin.plan.menus import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
-from msp_plugin.search.move_gradients import stack_samples
+from msp_plugin.search.move_gradients import sample_gradients, stack_samples
+from tests.helpers.models import certain_llama
 
 MENU = parse_menu(["dense", "6:8", "4:8", "2:8", "1:8"])
 SIZES = {
@@ -248,3 +249,30 @@ def test_a_sample_that_does_not_reach_a_unit_counts_as_no_change(model, data, me
         assert known.any() and (now[1, 3, known] == 0.0).all()
         before[1, 3, known] = 0.0
         assert np.array_equal(now, before, equal_nan=True)
+
+
+def test_small_first_order_changes_do_not_become_zero_in_float16():
+    model, data = certain_llama()
+    (ids,), found = data.samples, []
+    layers = [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qkvo"]
+
+    def loss(logits):
+        return torch.nn.functional.cross_entropy(logits[:-1], ids[1:])
+
+    def changes(layer):
+        return layers.index(layer), {0: -0.5 * model.get_submodule(layer).weight.detach()}
+
+    for dtype in (torch.float16, torch.float32):
+        model = model.to(dtype)
+        found.append(sample_gradients(model, ids, loss, layers, changes, (len(layers), 1), (0, 0))[0])
+    np.testing.assert_allclose(found[0], found[1], rtol=0.05)
+
+
+def test_each_batch_of_a_measurement_is_told(model, data, measured):
+    calls = []
+    with CandidateWeights(model, *measured) as weights:
+        loss = CandidateLoss(weights, data, batch_tokens=9, measured=lambda: calls.append(1)).prepare()
+        loss(NOW)
+        assert len(calls) == 3
+        loss.move_gradients(NOW, [0, 2], 1, 0)
+        assert len(calls) == 5

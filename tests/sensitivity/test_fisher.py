@@ -7,6 +7,7 @@ from msp_plugin.errors import NumericsError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.sensitivity.base import Estimator, unit_sensitivities
 from msp_plugin.sensitivity.fisher import FisherTrace, squared_gradient_norms
+from tests.helpers.models import certain_llama
 
 
 def by_hand(model, data, names):
@@ -128,3 +129,11 @@ def test_a_sensitivity_that_is_not_finite_is_refused(llama, data, value):
         NumericsError, match="'odd' is not finite for 1 layers, e.g. model.layers.1.mlp.up_proj"
     ):
         unit_sensitivities(Odd(), llama, data, prunable_layers(llama))
+
+
+def test_small_gradients_do_not_become_zero_in_float16():
+    model, data = certain_llama()
+    names = names_of(model)
+    found = FisherTrace().layer_sensitivities(model, data, names)
+    expected = FisherTrace().layer_sensitivities(model.float(), data, names)
+    assert found == {name: pytest.approx(value, rel=0.02) for name, value in expected.items()}
