@@ -161,7 +161,7 @@ def share_of_linears(path: Path) -> dict[str, float]:
 
 
 def measure_model(
-    source: str, level: tuple[int, int], options: BenchOptions, vllm: Path | None
+    source: str, level: tuple[int, int], options: BenchOptions, vllm: Path | None, rounds: int
 ) -> dict[str, Any]:
     """Return ``msp bench`` of a model at one level, what share of a step its packed linears take, and vLLM's speeds."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -171,7 +171,7 @@ def measure_model(
         if vllm:
             command = [
                 str(vllm / "bin/python"), str(Path(__file__).parent / "vllm/speed.py"), f"dense={dense}", f"packed={packed}",
-                "--prompt", str(options.prompt), "--tokens", str(options.tokens + 1), "--rounds", "2",
+                "--prompt", str(options.prompt), "--tokens", str(options.tokens + 1), "--rounds", str(rounds),
             ]  # fmt: skip
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found["vllm"] = json.loads(done.stdout)["speeds"]["packed"]["1"]
@@ -237,6 +237,10 @@ def main() -> None:
     parser.add_argument(
         "--vllm", type=Path, help="the environment of vLLM, with msp_plugin in it: models there as well"
     )
+    parser.add_argument("--rounds", type=int, default=2, help="of each model's measurement in vLLM")
+    parser.add_argument(
+        "--levels", nargs="+", default=list(DECODING), choices=list(DECODING), help="of models"
+    )
     parser.add_argument("--matrices", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each cell")
     parser.add_argument("--quick", action="store_true", help="fewer cells")
@@ -255,25 +259,37 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.matrices:
         matrices += measure_matrix(SHAPES[0], (2, 4), (1, 4, 16), others, arguments.seconds)
-    models = []
+    write_results(arguments.out, matrices, [], load_before)
     torch.set_num_threads(max(arguments.threads))
     sources = [*([arguments.model] if arguments.model else []), *(["random"] if arguments.random else [])]
-    for source, level in itertools.product(sources, ((2, 4), (3, 8), (2, 8))):
-        models.append(measure_model(source, level, BenchOptions(prompt=128, tokens=16), arguments.vllm))
-    known_file = arguments.out.with_suffix(".json")
-    known = json.loads(known_file.read_text()) if known_file.exists() else {"matrices": [], "models": []}
+    for source, level in itertools.product(sources, arguments.levels):
+        kept, _, of = level.partition(":")
+        options = BenchOptions(prompt=128, tokens=16)
+        found = measure_model(source, (int(kept), int(of)), options, arguments.vllm, arguments.rounds)
+        write_results(arguments.out, [], [found], load_before)
+    print(arguments.out.with_suffix(".md").read_text())
+
+
+def write_results(
+    out: Path, matrices: list[dict[str, Any]], models: list[dict[str, Any]], load: float
+) -> None:
+    """Write the results, with what was not measured now as it stands there.
+
+    Args:
+        load: the machine's load average when the script began.
+    """
+    file = out.with_suffix(".json")
+    known = json.loads(file.read_text()) if file.exists() else {"matrices": [], "models": []}
+    by_name = {(m["model"], m["level"]): m for m in [*known["models"], *models]}
     results = {
         "machine": {
-            "processor": processor(), "torch": torch.__version__, "copy_rate": copy_rate(),
-            "load": [load_before, os.getloadavg()[0]],
+            "processor": processor(), "torch": torch.__version__, "copy_rate": copy_rate(), "load": [load, os.getloadavg()[0]],
         },
-        "matrices": matrices or known["matrices"],
-        "models": [m for m in known["models"] if m["model"] not in {new["model"] for new in models}] + models,
+        "matrices": matrices or known["matrices"], "models": list(by_name.values()),
     }  # fmt: skip
     results["below"] = below(results)
-    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(markdown(results))
-    print(markdown(results))
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    out.with_suffix(".md").write_text(markdown(results))
 
 
 if __name__ == "__main__":
