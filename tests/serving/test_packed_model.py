@@ -1,6 +1,7 @@
 """``load(packed=True)``: a transformers model that generates from packed weights, in both formats."""
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -55,6 +56,18 @@ def test_in_the_checkpoints_own_dtype_its_log_probabilities_are_within_rounding(
         ours, theirs = (m(ids).logits.float().log_softmax(-1) for m in (model, dense))
     lossy = msp_plugin.Checkpoint.open(packed_path).format.lossy  # then the dense weights are rounded too
     assert model.dtype == torch.bfloat16 and float((ours - theirs).abs().max()) < (0.2 if lossy else 0.1)
+
+
+def bitmasks():
+    gc.collect()
+    return [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.dtype == torch.uint8]
+
+
+def test_what_was_loaded_is_not_kept_beside_what_the_kernels_read(packed_path):
+    before = {id(t) for t in bitmasks()}
+    model = msp_plugin.load(packed_path, packed=True)
+    held = {linear.bitmask.data_ptr() for linear in packed_linears(model).values()}
+    assert held and not [t for t in bitmasks() if id(t) not in before and t.data_ptr() not in held]
 
 
 def test_packed_layers_are_those_of_the_checkpoint_and_hold_its_bytes(packed_path):

@@ -84,8 +84,13 @@ class PackedLinear(nn.Module):
         self.kernel = choice.kernel
         if choice.kernel != "dense":
             packed = in_huge_pages(packed)
-            for name, held in (("compressed", packed.values), ("bitmask", packed.bitmask)):
-                getattr(self, name).data = held.view(self._stored(name).shape)
+            # New tensors: the old ones may be views, which keep what they were cut from.
+            values = packed.values.view(self._stored("compressed").shape)
+            if values.is_floating_point():
+                self.register_parameter("compressed", nn.Parameter(values, requires_grad=False))
+            else:
+                self.register_buffer("compressed", values)
+            self.register_buffer("bitmask", packed.bitmask)
         self.register_buffer("starts", packed.row_offsets, persistent=False)
         return choice
 
