@@ -256,11 +256,10 @@ def main() -> None:
         torch.set_num_threads(threads)
         matrices += measure_matrix(shape, level, batches, [own], arguments.seconds)
     others = [k for k in KERNELS if k != own]
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(arguments.threads))
     if arguments.matrices:
         matrices += measure_matrix(SHAPES[0], (2, 4), (1, 4, 16), others, arguments.seconds)
     write_results(arguments.out, matrices, [], load_before)
-    torch.set_num_threads(max(arguments.threads))
     sources = [*([arguments.model] if arguments.model else []), *(["random"] if arguments.random else [])]
     for source, level in itertools.product(sources, arguments.levels):
         kept, _, of = level.partition(":")
