@@ -4,9 +4,10 @@
     python integration/smollm2_table.py --model smollm2 --work compared                      # all cells, hours
     python integration/smollm2_table.py --model smollm2 --work compared --cells sparsegpt:0.625:layer
 
-A cell is one method, sparsity and granularity (``unit``: fused layers share a level), and one ``msp compare``: stopped, it goes on with the same command. The figures go to
-results/smollm2.json and smollm2.md beside those of the cells that were measured before. The allocations lie in the cell's
-directory, for `msp prune --allocation`.
+A cell is one method, sparsity and granularity (``unit``: fused layers share a level), and one ``msp compare``: stopped, it
+goes on with the same command. The figures go to results/smollm2.json and smollm2.md beside those of the cells that were
+measured before; so do rows of one cell from runs with other ``--allocators``, if dense and uniform came out the same to the
+last digit. The allocations lie in the cell's directory, for `msp prune --allocation`.
 """
 
 from __future__ import annotations
@@ -70,6 +71,14 @@ def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
             "tokens": row["forward_tokens"] + row["sensitivity_tokens"], "seconds": row["seconds"],
         })  # fmt: skip
     return found
+
+
+def joined(rows: list[dict[str, Any]], before: dict[str, Any], dense: float) -> list[dict[str, Any]]:
+    """Return the rows of a cell with those of an earlier run that this one left out, if both measured the same."""
+    if not before or (before["dense"], before["rows"][0]["perplexity"]) != (dense, rows[0]["perplexity"]):
+        return rows
+    by_name = {row["allocator"]: row for row in [*before["rows"], *rows]}
+    return [by_name[name] for name in ALLOCATORS if name in by_name]
 
 
 def write_allocations(record: dict[str, Any], cell: str, folder: Path) -> None:
@@ -172,12 +181,13 @@ if __name__ == "__main__":
     for name in options.cells:
         record = run_cell(name, options.model, options.work, options.allocators)
         write_allocations(record, name, options.work / name.replace(":", "-"))
+        dense = record["dense"]["perplexity"]
         cells[name] = {
-            "dense": record["dense"]["perplexity"], "rows": rows_of(record), "machine": record["machine"],
+            "dense": dense, "rows": joined(rows_of(record), cells.get(name, {}), dense), "machine": record["machine"],
             "versions": record["versions"],
         }  # fmt: skip
         cells = {cell: cells[cell] for cell in CELLS + EARLIER if cell in cells}
-        if name == "sparsegpt:0.625:layer":
+        if name == "sparsegpt:0.625:layer" and any(a.startswith("search") for a in options.allocators):
             draw_levels(record, RESULTS / "smollm2_levels.png")
         known.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
         (RESULTS / "smollm2.md").write_text(markdown(cells), encoding="utf-8")
