@@ -30,11 +30,11 @@ class Repeated:
 
     def __init__(self, report: NotedProgress):
         self._report = report
-        self._last = (0, 0, "")
+        self._last: tuple[int, int, *tuple[str, ...]] = (0, 0)
 
-    def __call__(self, done: int, total: int, note: str = "", /) -> None:
-        self._last = (done, total, note)
-        self._report(done, total, note)
+    def __call__(self, done: int, total: int, /, *note: str) -> None:
+        self._last = (done, total, *note)
+        self._report(done, total, *note)
 
     def again(self) -> None:
         """Repeat the last report of an unfinished step, if there is one."""

@@ -220,7 +220,7 @@ def _check_smaller(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> None
         raise FormatError(
             f"every KV head and channel of {source.path} does something: nothing can be left out",
             hint="zeros within rows and columns, such as N:M, are packed by sparse24; a smaller quantum may help, or "
-            "--set aligned=false where an MLP's 2:4 mask keeps channels that do nothing",
+            "aligned: false where an MLP's 2:4 mask keeps channels that do nothing",
         )
 
 
