@@ -4,7 +4,7 @@
 
 Each ratio is of one process: dense and packed calls alternate. Two times are kept of each: the least wall time, and
 the median CPU time of the process. Nothing else may run on the machine: a thread that waits for one that has lost its
-core makes a step of many small products twice as long. Packed weights lie in huge pages, as served ones do. The
+core makes a step of many small products much longer. Packed weights lie in huge pages, as served ones do. The
 roofline is the bytes of the packed weight over the rate at which this machine copies memory, measured in the same
 process. Models: SmolLM2 (--model) pruned by magnitude, and a random Llama. Matrices, and models, that a run does not
 measure stay as the results have them.

@@ -14,8 +14,10 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from msp_plugin.formats.sparse24 import pack
+from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.serving.vllm.config import Sparse24Config
+
+SPARSE24 = Sparse24Bitmask()
 
 COLUMNS = 64
 MAPPING = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -98,12 +100,17 @@ def config_for(targets):
     return config
 
 
-def tensors_of(name, weight, packed):
-    return pack(weight, name).tensors(name) if packed else {f"{name}.weight": weight}
+def tensors_of(name, weight, packed=True, format=SPARSE24):
+    """Return a layer's tensors by name."""
+    if not packed:
+        return {f"{name}.weight": weight}
+    return {f"{name}.{suffix}": tensor for suffix, tensor in format.pack(weight, name).items()}
 
 
-def checkpoint_of(weights, packed):
-    return {k: t for name, w in weights.items() for k, t in tensors_of(name, w, name in packed).items()}
+def checkpoint_of(weights, packed, format=SPARSE24):
+    """Return the tensors of a checkpoint by name, those weights packed that are named."""
+    layers = (tensors_of(name, weight, name in packed, format) for name, weight in weights.items())
+    return {name: tensor for layer in layers for name, tensor in layer.items()}
 
 
 def load(layer, kind, tensors):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
+import linears
 import pytest
 import torch
 from linears import (
@@ -47,6 +49,8 @@ from msp_plugin.serving.vllm import register
 from msp_plugin.serving.vllm.config import BitmaskConfig, Sparse24Config
 
 FORMAT = SparseBitmask()
+checkpoint_of = partial(linears.checkpoint_of, format=FORMAT)
+stored = partial(linears.tensors_of, format=FORMAT)
 
 
 def sparse(weights, share=0.6):
@@ -55,17 +59,6 @@ def sparse(weights, share=0.6):
         name: torch.where(random(*w.shape, seed=i).argsort(1) < (1 - share) * w.shape[1], w, 0)
         for i, (name, w) in enumerate(weights.items())
     }
-
-
-def stored(name, weight):
-    return {f"{name}.{suffix}": tensor for suffix, tensor in FORMAT.pack(weight, name).items()}
-
-
-def checkpoint_of(weights, packed):
-    tensors = {}
-    for name, weight in weights.items():
-        tensors |= stored(name, weight) if name in packed else {f"{name}.weight": weight}
-    return tensors
 
 
 def config_for(targets):

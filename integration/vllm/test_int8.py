@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import linears
 import pytest
 import tiny_models
 import torch
@@ -45,6 +47,8 @@ from msp_plugin.serving.vllm import register
 from msp_plugin.serving.vllm.config import BitmaskConfig, Int8BitmaskConfig
 
 FORMAT = Int8Bitmask()
+checkpoint_of = partial(linears.checkpoint_of, format=FORMAT)
+stored = partial(linears.tensors_of, format=FORMAT)
 reason = load_operator()
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"no kernels here: {reason}")
 
@@ -60,17 +64,6 @@ def scaled(kind, dtype=torch.float32):
         name: (w * 2.0 ** torch.arange(len(w))[:, None].remainder(7)).to(dtype)
         for name, w in weights_of(kind).items()
     }
-
-
-def stored(name, weight):
-    return {f"{name}.{suffix}": tensor for suffix, tensor in FORMAT.pack(weight, name).items()}
-
-
-def checkpoint_of(weights, packed):
-    tensors = {}
-    for name, weight in weights.items():
-        tensors |= stored(name, weight) if name in packed else {f"{name}.weight": weight}
-    return tensors
 
 
 def meant(weights, packed, dtype=torch.float32):

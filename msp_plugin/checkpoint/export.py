@@ -166,7 +166,7 @@ class PackedExporter(Sharded):
     format: ClassVar[PackedFormat]
 
     @property
-    def packs(self) -> PackedFormat:
+    def packed_format(self) -> PackedFormat:
         """The format that the exporter's options choose."""
         return self.format
 
@@ -185,10 +185,10 @@ class PackedExporter(Sharded):
                 f"{source.path} is quantized ({method})",
                 hint=f"{self.name} packs unquantized weights; export before quantizing, or serve it as it is",
             )
-        packing = source.packing_in(self.packs)
+        packing = source.packing_in(self.packed_format)
         if not packing.packed:
             reasons = sorted(set(packing.dense.values()))
-            for_kernels = self.packs.structure == "2:4"
+            for_kernels = self.packed_format.structure == "2:4"
             runs = "that 2:4 kernels could run" if for_kernels else f"that {self.name} packs"
             raise FormatError(
                 f"{source.path} has no layer {runs}: {'; '.join(reasons[:3]) or 'no layers'}",
@@ -202,7 +202,7 @@ class PackedExporter(Sharded):
         return packed + sum(info.bytes for _, info, layer in self._planned(source) if layer is None)
 
     def write(self, source: Checkpoint, directory: Path, progress: Progress) -> Manifest:
-        packing = source.packing_in(self.packs)
+        packing = source.packing_in(self.packed_format)
         changes = _Changes()
         packed_sizes, sizes = self._packed_sizes(source), dict[str, int]()
         for name, info, layer in self._planned(source):
@@ -212,7 +212,7 @@ class PackedExporter(Sharded):
                 sizes |= {f"{layer}.{suffix}": size for suffix, size in packed_sizes[layer].items()}
         config = dict(source.config)
         others = other_matrices(source.tensors, packing)
-        config["quantization_config"] = self.packs.config(list(packing.packed), others)
+        config["quantization_config"] = self.packed_format.config(list(packing.packed), others)
         tensors = Tensors(sizes, self._tensors(source, changes))
 
         def about() -> dict[str, Any]:
@@ -230,7 +230,7 @@ class PackedExporter(Sharded):
 
     def _planned(self, source: Checkpoint) -> Iterator[tuple[str, TensorInfo, str | None]]:
         """Yield (name, header, layer that it is packed for) of every tensor of a dense checkpoint."""
-        packed = source.packing_in(self.packs).packed
+        packed = source.packing_in(self.packed_format).packed
         for name, info in source.tensors.items():
             layer = name.removesuffix(".weight")
             yield name, info, layer if layer != name and layer in packed else None
@@ -244,7 +244,7 @@ class PackedExporter(Sharded):
             if layer is not None:
                 rows, columns = info.shape
                 kept = levels[layer].kept(layers[layer]) if layer in layers else rows * columns
-                sizes[layer] = self.packs.sizes((rows, columns), info.dtype, kept)
+                sizes[layer] = self.packed_format.sizes((rows, columns), info.dtype, kept)
         return sizes
 
     def _tensors(self, source: Checkpoint, changes: _Changes) -> Iterator[tuple[str, torch.Tensor]]:
@@ -254,12 +254,12 @@ class PackedExporter(Sharded):
             if layer is None:
                 yield name, tensor
                 continue
-            stored, count = pack_layer(self.packs, tensor, layer)
+            stored, count = pack_layer(self.packed_format, tensor, layer)
             if count:
                 changes.negative_zeros[layer] = count
             changes.packed_bytes += without_shape({suffix: part.nbytes for suffix, part in stored.items()})
-            if self.packs.lossy:
-                kept = self.packs.unpack(stored, layer)
+            if self.packed_format.lossy:
+                kept = self.packed_format.unpack(stored, layer)
                 changes.quantization_errors[layer] = error(tensor, kept)
                 if lost := int(torch.count_nonzero(tensor)) - int(torch.count_nonzero(kept)):
                     changes.rounded_to_zero[layer] = lost
@@ -294,7 +294,7 @@ class Bitmask(PackedExporter):
     values: Literal["original", "int8"] = "original"
 
     @property
-    def packs(self) -> PackedFormat:
+    def packed_format(self) -> PackedFormat:
         return Int8Bitmask() if self.values == "int8" else self.format
 
 
@@ -341,12 +341,10 @@ def write_export(
     names = (INDEX, "config.json", ALLOCATION_FILE, SOURCE_ALLOCATION_FILE, RUN_FILE)
     records = [directory / name for name in names]
     described = describe_files([*files, *(file for file in records if file.is_file())])
-    structure = (
-        source.manifest.structure if source.manifest else {}
-    )  # packed or not, it stays a smaller model
-    about_all = {"structure": structure, **details}
-    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **about_all)
-    format = exporter.packs if isinstance(exporter, PackedExporter) else None
+    if source.manifest is not None:  # a smaller model stays one, packed or not
+        details = {"structure": source.manifest.structure, **details}
+    manifest = Manifest(exporter.name, described, shapes, versions=versions(), **details)
+    format = exporter.packed_format if isinstance(exporter, PackedExporter) else None
     write_text(directory / CARD_FILE, model_card(source, manifest, format))
     return manifest
 

@@ -77,9 +77,8 @@ class TrainedRecovery(TrainingOptions):
             RecipeError: report_to names nothing that is installed.
         """
         adapter = Path(self.adapter).expanduser()
-        if (
-            self.adapter and not (adapter / "adapter_config.json").is_file()
-        ):  # a stopped recovery may have written it
+        written_before = (adapter / "adapter_config.json").is_file()  # by this recovery, which was stopped
+        if self.adapter and not written_before:
             check_output(adapter)
         if self.report_to != "none":
             from transformers.integrations import integration_utils

@@ -394,10 +394,6 @@ class Measurements:
         journal: Journal,
         report: Callable[[], None] = lambda: None,
     ) -> RecordedLoss:
-        def make() -> CandidateLoss:
-            loss = CandidateLoss(
-                weights, data, objective, self.batch_tokens, ranks=self.ranks, measured=report
-            )
-            return loss.prepare()
-
-        return RecordedLoss(make, data, journal, name)
+        loss = partial(CandidateLoss, ranks=self.ranks, measured=report)
+        make = partial(loss, weights, data, objective, self.batch_tokens)
+        return RecordedLoss(lambda: make().prepare(), data, journal, name)

@@ -392,22 +392,3 @@ def test_a_name_that_no_terminal_should_see_is_written_with_escapes(tmp_path):
             read(str(path), "x\x1b")
         str(error.value).encode()
         assert "\x1b" not in str(error.value)
-
-
-def test_a_stream_without_declared_columns_whose_first_shard_fails_is_explained(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
-    def rows(fails):
-        if fails:
-            raise ConnectionError("401 gated")
-        yield {"text": "a b"}
-
-    for fails in (False, True):
-        stream = datasets.IterableDataset.from_generator(rows, gen_kwargs={"fails": fails})
-        assert stream.column_names is None
-        monkeypatch.setattr(datasets, "load_dataset", lambda *args, stream=stream, **options: stream)
-        if not fails:
-            assert list(load_texts("some/data")) == ["a b"]
-            continue
-        with pytest.raises(DataError, match="cannot read some/data after row 0: .*401 gated"):
-            load_texts("some/data")

@@ -2,17 +2,14 @@
 
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from msp_plugin.errors import FormatError
-from msp_plugin.formats.base import TensorInfo
 from msp_plugin.formats.bitmask import SparseBitmask
 from msp_plugin.formats.bitmask_int8 import MOST_ERROR, SUFFIXES, Int8Bitmask, dequantize, error, quantize
 from msp_plugin.plan.levels import Level
@@ -194,17 +191,9 @@ def test_damaged_tensors_are_refused_by_name(changes, words):
 
 
 @pytest.fixture
-def stored(tmp_path):
+def stored(headers):
     """Write a packed layer's tensors, some of them changed; return their headers."""
-
-    def stored(**changes):
-        tensors = {f"m.up.{s}": t for s, t in example(**changes).items()}
-        file = Path(tmp_path) / "x.safetensors"
-        file.unlink(missing_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-        return {n.rpartition(".")[2]: TensorInfo(file, t.dtype, tuple(t.shape)) for n, t in tensors.items()}
-
-    return stored
+    return lambda **changes: headers(example(**changes))
 
 
 def test_the_header_is_that_of_the_weight_in_the_scales_type(stored):

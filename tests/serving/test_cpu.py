@@ -63,15 +63,21 @@ def assert_product(out, x, weight, bias=None):
         assert float((out.double() - expected).abs().max() / scale) <= ALLOWED[weight.dtype]
 
 
+#: Weights with and without bias, for hypothesis.
+WEIGHTS = {
+    "dtype": st.sampled_from(DTYPES),
+    "rows": st.integers(1, 70),
+    "columns": st.integers(1, 200),
+    "kept": st.sampled_from([0.0, 0.125, 0.5, 1.0]),
+    "biased": st.booleans(),
+}
+
+
 @pytest.mark.parametrize("kernel", HERE)
 @settings(max_examples=25)
 @given(
-    dtype=st.sampled_from(DTYPES),
-    rows=st.integers(1, 70),
-    columns=st.integers(1, 200),
+    **WEIGHTS,
     tokens=st.sampled_from([0, 1, 2, 3, 4, 5, 9, 16, 20, 33, 50, 65]),
-    kept=st.sampled_from([0.0, 0.125, 0.5, 1.0]),
-    biased=st.booleans(),
 )
 def test_every_kernel_gives_the_dense_product(kernel, dtype, rows, columns, tokens, kept, biased):
     weight, x = weight_of(rows, columns, kept, dtype), inputs(tokens, columns, dtype)
@@ -92,12 +98,8 @@ def int8_weight(weight):
 @pytest.mark.parametrize("kernel", HERE)
 @settings(max_examples=25)
 @given(
-    dtype=st.sampled_from(DTYPES),
-    rows=st.integers(1, 70),
-    columns=st.integers(1, 200),
+    **WEIGHTS,
     tokens=st.sampled_from([0, 1, 2, 3, 5, 17, 65]),
-    kept=st.sampled_from([0.0, 0.125, 0.5, 1.0]),
-    biased=st.booleans(),
 )
 def test_every_kernel_gives_the_product_with_values_in_int8_times_their_rows_scale(
     kernel, dtype, rows, columns, tokens, kept, biased

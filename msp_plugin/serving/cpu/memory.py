@@ -51,8 +51,8 @@ _memory = _Memory()
 
 
 def in_huge_pages(weight: PackedWeight) -> PackedWeight:
-    """Return a packed weight with values and bitmask copied to huge pages, where a product waits less for memory.
+    """Return a packed weight with values and bitmask copied to huge pages.
 
-    In pages of 4 KiB, one token with SmolLM2's layers takes up to a third longer: each page's address must be looked up.
+    A product with one token reads each weight once. In pages of 4 KiB it waits for the address of every page.
     """
     return replace(weight, values=_memory.hold(weight.values), bitmask=_memory.hold(weight.bitmask))
