@@ -2,7 +2,8 @@
 
 Each row prunes a model by one method and one allocation, and measures it on text that neither saw. Results go to
 results/structure.json and .md after each row; what is there is not run again. ``--lora`` trains LoRA adapters of some rows'
-models afterwards, as LLM-Pruner does; ``--long`` measures perplexity at another length as well.
+models afterwards, as LLM-Pruner does, and runs such rows that are there without them again; ``--long`` measures perplexity at
+another length as well.
 
     python integration/structure_table.py --model qwen2
     python integration/structure_table.py --model smollm2 --shares 0.2 --lora 250000 --long 512  # of integration/smollm2.py
@@ -228,7 +229,9 @@ def main() -> None:
     for row in rows(search):
         for share in sizes.shares:
             key = f"{share} | {row.allocation} | {row.method_name}"
-            if key not in table["rows"] and sizes.only in key:
+            there = table["rows"].get(key, {})
+            asked = "recovered" if sizes.lora and row.recovered else "perplexity"
+            if asked not in there and sizes.only in key:
                 found = subject.measure(share, row, sizes)
                 if "long_length" not in table and sizes.long:
                     table |= {"long_length": sizes.long}

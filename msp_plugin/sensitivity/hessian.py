@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import ModelError, NumericsError, RecipeError
 from msp_plugin.models.offload import linear, offloaded_module
-from msp_plugin.passes.gradients import BACKWARD
+from msp_plugin.passes.gradients import BACKWARD, loss_scale
 from msp_plugin.passes.observe import by_block, in_groups
 from msp_plugin.progress import Progress, silent
 from msp_plugin.sensitivity.base import Estimator
@@ -88,12 +88,13 @@ class HessianTrace(Estimator):
         for names in (sum(group, ()) for group in groups):
             weights = [linear(model, name).weight for name in names]
             for number, sample in enumerate(samples):
+                scale = loss_scale(weights, len(sample))
                 with _gradients_of(model, weights), _second_derivatives():
-                    loss = _cross_entropy(model, sample, number)
+                    loss = _cross_entropy(model, sample, number) * scale
                     probes = (random_signs(weights, random) for _ in range(self.probes))
                     forms = quadratic_forms(loss, weights, probes)
                 for name, form in zip(names, forms, strict=True):
-                    totals[name] += form / self.probes
+                    totals[name] += form / scale / self.probes
                 done += 1
                 progress(done, len(samples) * len(groups))
         return {name: total / len(samples) for name, total in totals.items()}

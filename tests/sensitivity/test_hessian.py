@@ -11,6 +11,7 @@ from msp_plugin.models.layers import prunable_layers
 from msp_plugin.sensitivity import hessian
 from msp_plugin.sensitivity.base import unit_sensitivities
 from msp_plugin.sensitivity.hessian import HessianTrace, quadratic_forms, random_signs
+from tests.helpers.models import certain_llama
 
 
 @pytest.fixture
@@ -126,6 +127,15 @@ def test_a_model_in_bfloat16_gives_nearly_the_same(llama, make_samples):
     found = HessianTrace(probes=2).layer_sensitivities(llama.bfloat16(), data, names)
     gaps = [abs(found[name] - value) for name, value in expected.items()]
     assert sum(gaps) < 0.15 * sum(abs(value) for value in expected.values())
+
+
+def test_small_curvatures_are_not_rounded_away_in_float16():
+    model, data = certain_llama()
+    names = tuple(layer.name for layer in prunable_layers(model).layers)
+    estimator = HessianTrace(probes=2)
+    found = estimator.layer_sensitivities(model, data, names)
+    expected = estimator.layer_sensitivities(model.float(), data, names)
+    assert found == {name: pytest.approx(value, rel=0.01) for name, value in expected.items()}
 
 
 def test_a_weight_that_the_loss_does_not_reach_has_no_curvature():
