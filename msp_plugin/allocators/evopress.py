@@ -42,8 +42,8 @@ class EvoPress(Allocator):
         survivors: candidates that are left after each stage.
         tokens_per_selection: forward tokens of one candidate in each stage.
         max_swaps: m, most swaps of a mutation.
-        max_tokens: most forward tokens, beside those that measure the result; 0 sets no limit. A generation
-            that would exceed it is not started.
+        max_tokens: most forward tokens, beside those that measure the result; 0 sets no limit. A stage
+            that could exceed it is not measured, and its generation changes nothing.
         tokens: held-out calibration tokens, the text that the stages draw from.
     """
 
@@ -90,18 +90,16 @@ class EvoPress(Allocator):
         uniform_loss = loss(parent)
         curve, evaluations = [(loss.forward_tokens, uniform_loss)], 1
         incumbents = [(loss.forward_tokens, parent)]
-        least, ended = 0, f"after all of its {self.generations} generations"
+        ended = f"after all of its {self.generations} generations"
         for generation in range(self.generations):
-            began, note = loss.forward_tokens, f"generation {generation + 1}, loss {curve[-1][1]:.4f}"
-            report = partial(inputs.progress, generation, self.generations, note)
+            report = partial(self._report, inputs, generation, f"loss {curve[-1][1]:.4f}")
             report()
-            if self.max_tokens and began + max(least, sum(loss.lengths)) > self.max_tokens:
-                ended = "because its budget is spent"
-                break
             loss.set_incumbent(parent)
             best, best_loss, measured = self._generation(problem, loss, parent, rng, report)
             evaluations += measured
-            least = loss.forward_tokens - began
+            if best is None:
+                ended = f"because its budget is spent, after {generation} generations"
+                break
             if best != parent and np.isfinite(best_loss):
                 parent = best
                 curve.append((loss.forward_tokens, best_loss))
@@ -121,6 +119,12 @@ class EvoPress(Allocator):
             ended=ended,
         )
 
+    def _report(self, inputs: AllocationInputs, generation: int, note: str) -> None:
+        """Report the generations that are done, or, if that is more, as many as the share of the budget that is spent."""
+        spent = inputs.true_loss.forward_tokens / self.max_tokens if self.max_tokens else 0.0
+        done = min(self.generations, max(generation, int(spent * self.generations)))
+        inputs.progress(done, self.generations, f"generation {generation + 1}, {note}")
+
     def _generation(
         self,
         problem: AllocationProblem,
@@ -128,8 +132,10 @@ class EvoPress(Allocator):
         parent: Choice,
         rng: np.random.Generator,
         report: Callable[[], None],
-    ) -> tuple[Choice, float, int]:
+    ) -> tuple[Choice | None, float, int]:
         """Return (best candidate, its loss on the last samples, count of measurements) of a generation.
+
+        The candidate is None if the budget does not allow a stage.
 
         Args:
             report: called after each measurement.
@@ -141,6 +147,9 @@ class EvoPress(Allocator):
             if stage == len(self.survivors) and parent not in alive:
                 alive.insert(0, parent)  # first, so that the others reuse its activations
             samples = draw_samples(loss, tokens, rng)
+            most = loss.forward_tokens + len(alive) * sum(loss.lengths[i] for i in samples)
+            if self.max_tokens and most > self.max_tokens:
+                return None, np.inf, measured
             scores = dict[Choice, float]()
             for choice in alive:
                 scores[choice] = loss(choice, samples)

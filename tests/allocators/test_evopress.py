@@ -1,5 +1,6 @@
 """EvoPress: mutations, the ladder of stages and its cost, on made-up losses."""
 
+import dataclasses
 import itertools
 import re
 from collections import Counter
@@ -178,6 +179,19 @@ def test_the_defaults_cost_what_the_authors_defaults_cost():
     EvoPress(generations=2).allocate(inputs_of(problem, loss, seed=1))
     ends = 2 * 64 * 2048  # uniform at the beginning, the result at the end
     assert (loss.forward_tokens - ends) // 2 * options.generations == 183_500_800
+
+
+@pytest.mark.parametrize("most", [1, 100, 150, 300])
+def test_no_budget_is_exceeded_and_a_generation_that_it_cuts_off_changes_nothing(most):
+    problem = problem_of(SHAPES)
+    given_inputs = inputs_of(problem)
+    found = dataclasses.replace(SMALL, max_tokens=most).allocate(given_inputs)
+    whole = sum(given_inputs.true_loss.lengths)
+    # the result is measured in any case
+    assert given_inputs.true_loss.forward_tokens <= max(most, whole) + whole
+    done = int(re.fullmatch(r"because its budget is spent, after (\d+) generations", found.ended)[1])
+    unlimited = dataclasses.replace(SMALL, generations=done).allocate(inputs_of(problem))
+    assert found.choice == unlimited.choice
 
 
 def test_tokens_beyond_the_search_text_take_all_of_it():
