@@ -77,10 +77,10 @@ def test_a_jsonl_line_without_the_column_names_the_nearest(tmp_path, line, hint)
 def test_a_directory_is_read_in_the_order_of_its_names(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "b.md").write_text("b")
-    (tmp_path / "a.jsonl").write_text('{"text": "a1"}\n{"text": "a2"}\n')
+    (tmp_path / "a.txt").write_text("a")
     (tmp_path / "sub" / "c.py").write_text("c")
     (tmp_path / "image.png").write_bytes(b"\xff\x00")
-    assert read(str(tmp_path)) == ["a1", "a2", "b", "c"]
+    assert read(str(tmp_path)) == ["a", "b", "c"]
 
 
 def test_a_directory_without_text_says_what_it_looked_for(tmp_path):
@@ -375,10 +375,25 @@ def test_a_directory_of_tables_is_read_from_its_training_split(tmp_path, form):
     assert read(str(tmp_path)) == ["train-00000-of-00002", "train-00001-of-00002"]
 
 
-def test_settings_beside_texts_are_no_data(tmp_path):
+def test_settings_beside_texts_are_no_data(tmp_path, caplog):
     (tmp_path / "a.py").write_text("code")
     (tmp_path / "package.json").write_text('{\n "name": "x"\n}')
     assert read(str(tmp_path)) == ["code"]
+    assert "not read: package.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["train.json", "array.json", "a.jsonl", "a.csv", "a.tsv", "a.json.gz", "a.parquet"]
+)
+def test_texts_beside_a_table_are_no_data_and_named(tmp_path, caplog, name):
+    write_rows(tmp_path / name)
+    for text in ("LICENSE.txt", "LICENSE.md", "README.md", "loader.py", "notes.txt.gz"):
+        (tmp_path / text).write_text("no data")
+    assert read(str(tmp_path)) == ["one", "zwei\nü"]
+    assert (
+        "4 files beside the data are not read: LICENSE.md, LICENSE.txt, loader.py, notes.txt.gz"
+        in caplog.text
+    )
 
 
 def test_a_name_that_no_terminal_should_see_is_written_with_escapes(tmp_path):
