@@ -61,6 +61,8 @@ class Documents:
 
     def _document(self, row: Any, where: str) -> Document | None:
         """Return the document of a row; None if it is null or empty."""
+        if row is None:
+            return None
         if isinstance(row, str):
             return row if row.strip() else None
         if isinstance(row, Iterator):

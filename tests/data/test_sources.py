@@ -226,6 +226,13 @@ def test_null_and_empty_rows_are_skipped_and_counted(tmp_path, name):
     assert list(documents) == ["one", "None", "two"] and (documents.rows, documents.skipped) == (6, 3)
 
 
+@pytest.mark.parametrize("content", ['{"text": "one"}\nnull\n"two"\n', '[{"text": "one"}, null, "two"]'])
+def test_a_row_that_is_null_itself_is_skipped_and_counted(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    documents = load_texts(str(tmp_path / "a.json"))
+    assert list(documents) == ["one", "two"] and (documents.rows, documents.skipped) == (3, 1)
+
+
 def test_rows_that_are_all_null_are_no_text(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": None}] * 3)
     with pytest.raises(DataError, match="a.jsonl holds no text: all 3 rows are null or empty"):
