@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from msp_plugin.data.chats import Chat, as_messages
+from msp_plugin.data.chats import Chat, as_messages, written_messages
 from msp_plugin.data.text_files import (
+    CHAT_COLUMNS,
     DEFAULT_COLUMN,
     FORMS,
     Row,
@@ -96,6 +97,7 @@ def _of_columns(values: Sequence[object], columns: Sequence[str], where: str) ->
     Raises:
         DataError: a value is neither text nor messages.
     """
+    values = [_read_chat(value, name, where) for name, value in zip(columns, values, strict=True)]
     texts = [value or "" for value in values if value is None or isinstance(value, str)]
     if len(texts) == len(values):
         text = "".join(texts)
@@ -110,6 +112,25 @@ def _of_columns(values: Sequence[object], columns: Sequence[str], where: str) ->
             )
         messages += part
     return Chat(tuple(messages), where) if any(m["content"].strip() for m in messages) else None
+
+
+def _read_chat(value: object, column: str, where: str) -> object:
+    """Return a column's value, as messages if it is a text that holds a conversation (see written_messages).
+
+    Raises:
+        DataError: the text is none, in a column for conversations.
+    """
+    if not isinstance(value, str) or column == DEFAULT_COLUMN:
+        return value
+    messages = written_messages(value)
+    if column not in CHAT_COLUMNS:
+        return messages or value
+    if messages is None:
+        raise DataError(
+            f"{where}: {column!r} is {shown(value)}, expected a list of messages with role and content",
+            hint="the list may be written as JSON; plain text belongs in a column of another name",
+        )
+    return messages
 
 
 def _unless_blank(pieces: Iterator[str]) -> Iterator[str] | None:

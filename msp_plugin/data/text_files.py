@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 Row = tuple[str, Any]
 
 DEFAULT_COLUMN = "text"
+#: Columns that hold conversations, never plain text.
+CHAT_COLUMNS = ("messages", "conversations")
 #: Columns that hold the text where there is none with the default name.
-_USUAL = (("messages",), ("conversations",), ("prompt", "completion"))
+_USUAL = (*((name,) for name in CHAT_COLUMNS), ("prompt", "completion"))
 _TEXT = (".txt", ".md", ".py", ".text")
 _LINES = (".jsonl", ".json", ".ndjson")
 _TABLES = {".csv": ",", ".tsv": "\t"}

@@ -1,4 +1,5 @@
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -286,6 +287,41 @@ def test_conversations_are_messages_with_role_and_content(tmp_path, name, row, c
     documents = load_texts(write_rows(tmp_path / name, [{**row, "id": 1}]))
     (chat,) = documents
     assert list(chat.messages) == [USER, REPLY] and documents.columns == columns
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("write", [json.dumps, repr, lambda rows: json.dumps(rows, indent=2)])
+def test_a_conversation_that_is_written_as_a_text_is_one(tmp_path, name, write):
+    rows = [{"messages": write([USER, REPLY]), "talk": write([USER])}, {"messages": "null", "talk": "a"}]
+    path = tmp_path / name
+    if name == "a.csv":
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        write_rows(path, rows)
+    for column in ("text", "messages"):
+        documents = load_texts(str(path), column)
+        assert [list(chat.messages) for chat in documents] == [[USER, REPLY]] and documents.skipped == 1
+    assert read(str(path), "talk") == [[USER], "a"]
+
+
+@pytest.mark.parametrize(
+    "value", ["just text", "[1, 2]", "[{'role': 'user'}]", "[{'role': 'user' 'content'", "{", "[" * 500]
+)
+def test_a_text_in_a_column_of_conversations_is_named_with_its_row(tmp_path, value):
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": [USER]}, {"messages": value}])
+    with pytest.raises(
+        DataError, match="a.jsonl, line 2: 'messages' is .*expected a list of messages"
+    ) as error:
+        read(path)
+    assert "written as JSON" in error.value.hint
+
+
+def test_a_text_column_stays_text_whatever_it_looks_like(tmp_path):
+    text = json.dumps([USER])
+    assert read(write_rows(tmp_path / "a.jsonl", [{"text": text}])) == [text]
 
 
 def test_an_asked_column_of_messages_goes_before_a_text(tmp_path):
