@@ -69,15 +69,20 @@ _R = TypeVar("_R", bound=_Record)
 
 
 def deliver(record: _R, out: Path | None, as_json: bool, show: Callable[[_R], None]) -> None:
-    """Write a record to ``out``, if that is given, and print it: as JSON, or as the table that ``show`` prints."""
-    if out is not None:
-        with writing(out):
-            write_json(out, record.to_dict())
+    """Print a record, as JSON or as the table that ``show`` prints, then write it to ``out``, if that is given.
+
+    Raises:
+        OutputError: the file cannot be written; the record is printed nevertheless.
+    """
     if as_json:
         typer.echo(json.dumps(record.to_dict(), indent=2, sort_keys=True))
+    else:
+        show(record)
+    if out is None:
         return
-    show(record)
-    if out is not None:
+    with writing(out):
+        write_json(out, record.to_dict())
+    if not as_json:
         typer.echo(f"Written: {out}")
 
 
