@@ -76,6 +76,17 @@ def load(
     return load_model(path, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=cache)
 
 
+def check_weights(source: str | Path) -> None:
+    """Raise unless the safetensors files of a directory are whole and fit its config; others and hub ids pass.
+
+    Raises:
+        FormatError: see Checkpoint.open and Checkpoint.check_files.
+    """
+    path = Path(source).expanduser()
+    if any(path.glob("*.safetensors")):
+        Checkpoint.open(path).check_files()
+
+
 def is_packed(source: str | Path) -> bool:
     """Return True if a directory holds a packed checkpoint; False for a dense one and for a hub id.
 

@@ -103,9 +103,13 @@ def evaluate_command(
     if out is not None:
         out = out.expanduser()
         check_new(out)
-    with progress_bars(not as_json) as progress:
-        record = evaluate(request, quiet=not verbose, progress=progress)
-    deliver(record, out, as_json, _show)
+    done: list[EvalRecord] = []
+    try:
+        with progress_bars(not as_json) as progress:
+            done.append(evaluate(request, quiet=not verbose, progress=progress, so_far=done.append))
+    finally:  # what was measured before an error is delivered too
+        if done:
+            deliver(done[-1], out, as_json, _show)
 
 
 def _show(record: EvalRecord) -> None:
