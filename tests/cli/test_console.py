@@ -80,6 +80,15 @@ def test_a_note_is_printed_with_its_step(lines):
     ]
 
 
+@pytest.mark.parametrize("verbose", [False, True])
+def test_without_a_terminal_a_log_line_stays_whole(capsys, verbose):
+    message = f"/a/{'long/' * 40}path {ODD}"
+    console.set_up_logs(verbose)
+    logging.getLogger("msp_plugin").warning(message)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"WARNING: {message}") and verbose == line[0].isdigit()
+
+
 def test_without_a_terminal_progress_goes_to_stderr_as_it_is(capsys):
     with console.progress_bars() as report:
         report(ODD, 2, 2, ODD)
