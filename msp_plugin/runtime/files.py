@@ -15,6 +15,9 @@ from typing import Any
 from msp_plugin.errors import OutputError
 
 
+_ELSEWHERE = "give a directory that you may write to"
+
+
 def default_cache() -> Path:
     """Return ``$MSP_CACHE``, or ``msp_plugin`` under the user's cache directory."""
     base = os.environ.get("MSP_CACHE")
@@ -78,20 +81,31 @@ def check_output(path: str | Path) -> Path:
             raise OutputError(f"{path} is a file", hint="give a directory that does not exist yet")
         if path.is_dir() and any(path.iterdir()):
             raise OutputError(f"{path} is not empty", hint="give another directory, or empty this one")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint=_ELSEWHERE) from error
+    check_writable(path)
+    return path
+
+
+def check_writable(path: Path) -> Path:
+    """Return the directory at a path, or its nearest parent that exists, if a directory can be made in there.
+
+    Raises:
+        OutputError: it is a file or cannot be written.
+    """
+    try:
         parent = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not parent.is_dir():
             raise OutputError(f"{parent} is a file", hint="give a directory that does not exist yet")
         if not os.access(parent, os.W_OK):
-            raise OutputError(f"{parent} is not writable", hint="give a directory that you may write to")
+            raise OutputError(f"{parent} is not writable", hint=_ELSEWHERE)
         # A directory is made, because os.access lets root write everywhere, even in /proc.
         probe = parent / f".{path.name}.{uuid.uuid4().hex}.partial"
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}", hint="give a directory that you may write to"
-        ) from error
-    return path
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint=_ELSEWHERE) from error
+    return parent
 
 
 @contextmanager
