@@ -16,6 +16,7 @@ from msp_plugin.errors import FormatError, ModelError, MSPError
 from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import auto_class, check_dtype, check_source
+from msp_plugin.runtime.files import expanded
 from msp_plugin.structure.small_model import as_usual, plain_config, shrink, small_class
 from msp_plugin.structure.widths import read_widths
 
@@ -82,7 +83,7 @@ def check_weights(source: str | Path) -> None:
     Raises:
         FormatError: see Checkpoint.open and Checkpoint.check_files.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if any(path.glob("*.safetensors")):
         Checkpoint.open(path).check_files()
 
@@ -93,13 +94,13 @@ def is_packed(source: str | Path) -> bool:
     Raises:
         FormatError: its config is damaged.
     """
-    file = Path(source).expanduser() / "config.json"
+    file = expanded(source) / "config.json"
     return file.is_file() and packed_layers(read_json(file), str(file)) is not None
 
 
 def local_directory(source: str | Path, trust_remote_code: bool) -> Path | None:
     """Return a model's directory; a packed model of the hub is downloaded, for any other hub id None is returned."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if (path / "config.json").is_file():
         return path
     from huggingface_hub import snapshot_download

@@ -95,13 +95,14 @@ def evaluate_command(
     set_up_logs(verbose)
     from msp_plugin.evaluation.evaluate import Source, evaluate
     from msp_plugin.runtime.disk import check_new
+    from msp_plugin.runtime.files import expanded
 
     def source(name: str) -> Source:
         return Source(name, resolve_model(name), dtype, trust_remote_code)
 
     request = questions.request(source(model), None if reference is None else source(reference))
     if out is not None:
-        out = out.expanduser()
+        out = expanded(out)
         check_new(out)
     done: list[EvalRecord] = []
     try:

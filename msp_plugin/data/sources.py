@@ -21,6 +21,7 @@ from msp_plugin.data.text_files import (
     text_columns,
 )
 from msp_plugin.errors import DataError, nearest, plain, shown
+from msp_plugin.runtime.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def load_texts(source: str, text_column: str = DEFAULT_COLUMN) -> Documents:
 
         texts = library_texts(source[5:])
         return Documents(source, lambda: zip(itertools.repeat(source), texts, strict=False))
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         return Documents(source, lambda: file_rows(path, text_column), text_column)
     if path.is_dir():

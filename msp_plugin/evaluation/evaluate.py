@@ -28,7 +28,7 @@ from msp_plugin.progress import StepProgress, no_progress, prefixed
 from msp_plugin.records.evaluation import EvalRecord, HarnessRecord, MetricScore, TaskScore, TextScore
 from msp_plugin.records.parts import ModelRecord
 from msp_plugin.runtime.digests import versions
-from msp_plugin.runtime.files import finite
+from msp_plugin.runtime.files import expanded, finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,6 +96,8 @@ class Request:
             if value is not None and value < least:
                 raise RecipeError(f"{option} = {value}", hint=f"give at least {least}")
         check_dtype(self.model.dtype)
+        if self.task_dir is not None:
+            object.__setattr__(self, "task_dir", expanded(self.task_dir))
         if self.tasks:
             return
         if self.task_dir is not None:
@@ -159,7 +161,7 @@ def evaluate(
     if request.reference is not None:
         check_weights(request.reference.path)
     model = request.model.load()
-    measured, kls = [measure(request.model, model, tokenizers[0])], []
+    measured, kls = [measure(request.model, model, tokenizers[0])], list[float]()
     if request.reference is not None:
         so_far(_record(request, suite, texts, measured, kls))
         if not texts:  # one model in memory is enough

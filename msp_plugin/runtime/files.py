@@ -14,21 +14,25 @@ from typing import Any
 
 from msp_plugin.errors import OutputError
 
-
 _ELSEWHERE = "give a directory that you may write to"
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with ``~`` expanded; unchanged for an unknown user, where Path.expanduser raises."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def default_cache() -> Path:
     """Return ``$MSP_CACHE``, or ``msp_plugin`` under the user's cache directory."""
     base = os.environ.get("MSP_CACHE")
     if base:
-        return Path(base).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "msp_plugin"
+        return expanded(base)
+    return expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "msp_plugin"
 
 
 def cache_directory(cache: str | None) -> Path:
     """Return the given cache directory with ``~`` expanded; the default one if none is given."""
-    return Path(cache).expanduser() if cache else default_cache()
+    return expanded(cache) if cache else default_cache()
 
 
 @contextmanager
@@ -75,7 +79,7 @@ def check_output(path: str | Path) -> Path:
     Raises:
         OutputError: the path is a file, a directory that is not empty, or cannot be made.
     """
-    path = Path(path).expanduser().resolve()
+    path = expanded(path).resolve()
     try:
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file", hint="give a directory that does not exist yet")

@@ -222,6 +222,7 @@ def test_the_models_own_scores_are_delivered_if_the_reference_cannot_be_loaded(
         (["--tasks", "x", "--batch", "0"], ["batch = 0"]),
         (["--tasks", "x", "--dtype", "int8"], ["dtype 'int8' is unknown"]),
         (["--tasks", "x", "--task-dir", "/nowhere"], ["no directory of tasks at /nowhere"]),
+        (["--tasks", "x", "--task-dir", "~/nowhere"], [f"no directory of tasks at {Path.home()}/nowhere"]),
         (["--tasks", "x", "--task-dir", "."], ["holds no .yaml file"]),
         (["--task-dir", str(TASKS)], ["no task of it", TASK]),
         (["--data", "/nowhere/text.txt"], ["no data file at /nowhere/text.txt"]),
