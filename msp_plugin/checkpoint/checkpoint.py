@@ -17,6 +17,7 @@ from msp_plugin.errors import FormatError, ModelError, VerificationError, shown
 from msp_plugin.formats.base import PackedFormat, TensorInfo
 from msp_plugin.formats.tensor_files import TensorFiles, read_json
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
+from msp_plugin.runtime.files import expanded
 from msp_plugin.structure.removal import Structure, read_structure
 from msp_plugin.structure.small_model import empty_model
 
@@ -53,7 +54,7 @@ class Checkpoint:
             FormatError: a file is damaged, the sparsity format is unknown, or config and tensors contradict each
                 other.
         """
-        path = Path(path).expanduser()
+        path = expanded(path)
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"{path} has no config.json", hint="give the directory that `msp prune` or `msp export` wrote"

@@ -16,6 +16,7 @@ from msp_plugin.errors import FormatError, ModelError, MSPError
 from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import auto_class, check_dtype, check_source
+from msp_plugin.runtime.files import expanded
 from msp_plugin.structure.small_model import as_usual, plain_config, shrink, small_class
 from msp_plugin.structure.widths import read_widths
 
@@ -76,19 +77,30 @@ def load(
     return load_model(path, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=cache)
 
 
+def check_weights(source: str | Path) -> None:
+    """Raise unless the safetensors files of a directory are whole and fit its config; others and hub ids pass.
+
+    Raises:
+        FormatError: see Checkpoint.open and Checkpoint.check_files.
+    """
+    path = expanded(source)
+    if any(path.glob("*.safetensors")):
+        Checkpoint.open(path).check_files()
+
+
 def is_packed(source: str | Path) -> bool:
     """Return True if a directory holds a packed checkpoint; False for a dense one and for a hub id.
 
     Raises:
         FormatError: its config is damaged.
     """
-    file = Path(source).expanduser() / "config.json"
+    file = expanded(source) / "config.json"
     return file.is_file() and packed_layers(read_json(file), str(file)) is not None
 
 
 def local_directory(source: str | Path, trust_remote_code: bool) -> Path | None:
     """Return a model's directory; a packed model of the hub is downloaded, for any other hub id None is returned."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if (path / "config.json").is_file():
         return path
     from huggingface_hub import snapshot_download

@@ -37,11 +37,12 @@ def bench_command(
     import torch
 
     from msp_plugin.runtime.disk import check_new
+    from msp_plugin.runtime.files import expanded
     from msp_plugin.serving.bench import BenchOptions, bench
 
     options = BenchOptions(dtype, batch, prompt, tokens, repeats)
     if out is not None:
-        out = out.expanduser()
+        out = expanded(out)
         check_new(out)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -50,11 +50,20 @@ err = _console(soft_wrap=True, stderr=True)
 _EVERY = 30.0
 
 
+class _LogLines(logging.Handler):
+    """Writes each message on one line; RichHandler breaks and pads lines, so that paths cannot be copied from a file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(self.format(record))
+
+
 def set_up_logs(verbose: bool, rank: int = 0) -> None:
     """Send our log to stderr: one line per step if ``verbose``, else warnings; ranks after the first log only errors."""
-    handler = RichHandler(console=err, show_path=False, show_time=verbose)
-    least = logging.ERROR if rank else logging.WARNING
-    logging.basicConfig(level=least, format="%(message)s", handlers=[handler], force=True)
+    least, form = logging.ERROR if rank else logging.WARNING, "%(message)s"
+    handler: logging.Handler = RichHandler(console=err, show_path=False, show_time=verbose)
+    if not err.is_terminal:
+        handler, form = _LogLines(), f"{'%(asctime)s ' if verbose else ''}%(levelname)s: {form}"
+    logging.basicConfig(level=least, format=form, handlers=[handler], force=True)
     logging.getLogger("msp_plugin").setLevel(logging.INFO if verbose and not rank else least)
     if not verbose:
         warnings.filterwarnings("ignore", module="transformers")
@@ -69,15 +78,20 @@ _R = TypeVar("_R", bound=_Record)
 
 
 def deliver(record: _R, out: Path | None, as_json: bool, show: Callable[[_R], None]) -> None:
-    """Write a record to ``out``, if that is given, and print it: as JSON, or as the table that ``show`` prints."""
-    if out is not None:
-        with writing(out):
-            write_json(out, record.to_dict())
+    """Print a record, as JSON or as the table that ``show`` prints, then write it to ``out``, if that is given.
+
+    Raises:
+        OutputError: the file cannot be written; the record is printed nevertheless.
+    """
     if as_json:
         typer.echo(json.dumps(record.to_dict(), indent=2, sort_keys=True))
+    else:
+        show(record)
+    if out is None:
         return
-    show(record)
-    if out is not None:
+    with writing(out):
+        write_json(out, record.to_dict())
+    if not as_json:
         typer.echo(f"Written: {out}")
 
 

@@ -20,7 +20,7 @@ from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.objective import Objective, objective
 from msp_plugin.recovery.training_options import TrainingOptions
 from msp_plugin.recovery.weight_change import WeightChange
-from msp_plugin.runtime.files import check_output
+from msp_plugin.runtime.files import check_output, expanded
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -76,7 +76,7 @@ class TrainedRecovery(TrainingOptions):
             OutputError: the adapter's directory cannot be written, or holds something else.
             RecipeError: report_to names nothing that is installed.
         """
-        adapter = Path(self.adapter).expanduser()
+        adapter = expanded(self.adapter)
         written_before = (adapter / "adapter_config.json").is_file()  # by this recovery, which was stopped
         if self.adapter and not written_before:
             check_output(adapter)
@@ -124,7 +124,7 @@ class TrainedRecovery(TrainingOptions):
             course = train(self, model, loss, inputs)
             if course.improved:
                 if self.adapter and inputs.ranks.rank == 0:
-                    save_adapter(model, inputs.model, Path(self.adapter).expanduser())
+                    save_adapter(model, inputs.model, expanded(self.adapter))
                 self.merge(model)
             elif course.stopped:
                 raise NumericsError(

@@ -38,7 +38,7 @@ from msp_plugin.runs.steps import RECIPE_FILE, Run
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import digest, versions
 from msp_plugin.runtime.disk import writing
-from msp_plugin.runtime.files import output_directory
+from msp_plugin.runtime.files import expanded, output_directory
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.locks import sole_run
 from msp_plugin.search.resolve import ResolvedOptions
@@ -102,7 +102,7 @@ def recover(
         sources = check_sources(sparse, dense, recovery)
         tokenizer, smaller = sources.tokenizer, sources.smaller
         text = data if isinstance(data, Text) else Text(data)
-        text = text.for_model(run, trust_remote_code=trust_remote_code)
+        text = text.for_model(sparse.name, trust_remote_code=trust_remote_code)
         samples = recovery_text(tokenizer, text)
         step = RecoveryStep(recovery, samples, seed, cache, context)
         subject = load_sparse(sparse, tokenizer, path, smaller=smaller)
@@ -215,8 +215,8 @@ def _write(
     def records(folder: Path) -> None:
         record.write(folder / RUN_FILE)
         for name in (ALLOCATION_FILE, RECIPE_FILE):
-            if (Path(source.name).expanduser() / name).is_file():
-                shutil.copyfile(Path(source.name).expanduser() / name, folder / name)
+            if (expanded(source.name) / name).is_file():
+                shutil.copyfile(expanded(source.name) / name, folder / name)
         copy_logs(state, folder)
 
     kept = partial(kept_if_it_fails, model, path, records, source.cache)

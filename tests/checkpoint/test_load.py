@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import msp_plugin
 from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.load import load
+from msp_plugin.checkpoint.source import ModelSource
+from msp_plugin.cli.arguments import resolve_model
 from msp_plugin.errors import FormatError, ModelError, MSPError, RecipeError
 
 UP = "model.layers.1.mlp.up_proj"
@@ -37,6 +39,17 @@ def packed(packed_dir, copied):
 
 
 # the same model
+
+
+def test_a_model_in_the_home_directory_is_found(llama_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(llama_dir.parent))
+    name = f"~/{llama_dir.name}"
+    source = ModelSource(name)
+    source.check()
+    assert source.load() and source.tokenizer() and resolve_model(name) == str(source.name) == str(llama_dir)
+    nobody = ModelSource("~nobody-of-this-name/model")
+    with pytest.raises(ModelError, match="no model directory at ~nobody-of-this-name/model"):
+        nobody.check()
 
 
 def test_the_package_offers_it(run_dir, bits):
