@@ -10,7 +10,7 @@ from rich.table import Table
 
 from msp_plugin.cli import console
 from msp_plugin.errors import OutputError
-from msp_plugin.progress import Repeated, no_progress, prefixed
+from msp_plugin.progress import ProgressLines, Repeated, no_progress, prefixed
 from msp_plugin.records.run import RunRecord, SparsityRecord, StageRecord
 
 #: Each would be lost, coloured or replaced if it were markup or an emoji code.
@@ -26,7 +26,7 @@ def lines():
 
         def __init__(self):
             self.printed = []
-            self.report = console.ProgressLines(self.printed.append, lambda: self.now)
+            self.report = ProgressLines(self.printed.append, lambda: self.now)
 
         def at(self, seconds, *report):
             self.now = seconds
