@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from msp_plugin.structure.widths import read_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -109,6 +112,7 @@ def local_directory(source: str | Path, trust_remote_code: bool) -> Path | None:
     check_source(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        log.info("loading %s from the hub or its cache", source)  # the command shows it: 15 GB take a while
         if packed_layers(config.to_dict(), str(source)) is None:
             return None
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", *(["*.py"] if trust_remote_code else [])]

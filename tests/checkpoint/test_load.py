@@ -328,6 +328,17 @@ def test_a_hub_id_is_loaded_from_the_cache_in_both_forms(run_dir, packed_dir, hu
     assert bits(load(HUB_NAME)) == expected
 
 
+def test_the_command_says_that_a_hub_model_is_loaded(msp, run_dir, packed_dir, hub, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the dog sat on the cat. " * 200)
+    for source in (run_dir, packed_dir):
+        shutil.rmtree(tmp_path / "hub", ignore_errors=True)
+        hub(source)
+        command = ["eval", HUB_NAME, "--data", text, "--samples", "2", "--length", "16", "--json"]
+        assert f"loading {HUB_NAME} from the hub" in msp(*command).err
+    assert "loading" not in msp("eval", run_dir, *command[2:]).err
+
+
 def test_a_damaged_download_is_found(packed_dir, hub):
     path = hub(packed_dir)
     content = bytearray((path / "model.safetensors").read_bytes())
