@@ -192,9 +192,11 @@ class Checkpoint:
         if layer is None or self.format is None:
             return self.tensors.read(name)
         stored = {suffix: self.tensors.read(f"{layer}.{suffix}") for suffix in self.format.suffixes}
-        if dtype is not None and self.format.lossy:
-            stored = {s: t.to(dtype) if t.is_floating_point() else t for s, t in stored.items()}
-        return self.format.unpack(stored, layer)
+        if dtype is None or not self.format.lossy:
+            return self.format.unpack(stored, layer)
+        # Unpacked in float32: a scale may be too small for the dtype.
+        stored = {s: t.float() if t.is_floating_point() else t for s, t in stored.items()}
+        return self.format.unpack(stored, layer).to(dtype)
 
     def dense_info(self, name: str) -> TensorInfo:
         """Return the header of one tensor of the dense form."""
