@@ -20,7 +20,7 @@ def bench_command(
     prompt: Annotated[int, typer.Option(help="tokens of each prompt")] = 256,
     tokens: Annotated[int, typer.Option(help="tokens decoded after it")] = 32,
     repeats: Annotated[int, typer.Option(help="measurements of each form; the median is shown")] = 3,
-    threads: Annotated[int | None, typer.Option(help="default: torch's")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="default: torch's")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="file for the results, e.g. bench.json")
     ] = None,

@@ -14,7 +14,7 @@ from msp_plugin.checkpoint.run_files import copy_processor
 from msp_plugin.checkpoint.saving import generation_config_kept, kept_if_it_fails
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import Text
-from msp_plugin.errors import RecipeError
+from msp_plugin.errors import OutputError, RecipeError
 from msp_plugin.hosts.base import Pruned
 from msp_plugin.hosts.builtin import BuiltIn
 from msp_plugin.models.fingerprint import fingerprint
@@ -94,6 +94,7 @@ def recover(
         )
     sparse = ModelSource(run, dtype, trust_remote_code, offload and recovery.offloads, cache)
     dense = None if original is None else ModelSource(original, dtype, trust_remote_code, offload, cache)
+    check_beside(recovery, Path(out))
     ranks = context.ranks
     with ExitStack() as stack:
         path, journal_file = ranks.on_rank_zero(
@@ -121,6 +122,17 @@ def recover(
         _write(subject.model, tokenizer, sparse, record, path, step.folder(key))
     Plugins().tell("msp_run_finished", record=record.to_dict())
     return Run(path, record)
+
+
+def check_beside(recovery: Recovery, out: Path) -> None:
+    """Raise OutputError if a recovery would write into the directory of its result, which has to be empty at the end."""
+    whole = expanded(out).resolve()
+    for directory in recovery.writes:
+        if directory.resolve().is_relative_to(whole):
+            raise OutputError(
+                f"{recovery.name} would write {directory} into {out}, which gets the result",
+                hint="write it to a directory beside that",
+            )
 
 
 def check_recovery(recovery: Recovery, model: PreTrainedModel, plan: ResolvedOptions) -> None:
