@@ -3,7 +3,9 @@
 import dataclasses
 import importlib
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
@@ -14,6 +16,7 @@ from msp_plugin.errors import DataError, HostError, ModelError, NumericsError, O
 from msp_plugin.recovery.full import Full
 from msp_plugin.recovery.lora import LoRA
 from msp_plugin.recovery.masked_lora import MaskedLoRA
+from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.sparse_delta import SparseDelta, best, best_of_all
 from msp_plugin.recovery.spp import SPP
 from msp_plugin.recovery.trainer import last_checkpoint
@@ -104,6 +107,9 @@ def test_a_saved_adapter_gives_the_merged_model_again(name, case, make_samples):
         assert torch.equal(again.merge_and_unload()(ids).logits, merged)
     assert (case.folder / "adapter" / "adapter_config.json").is_file()
     method.recover(case.inputs())  # as after a stop before its result was written
+    shutil.copytree(case.folder / "adapter", case.folder / "of another")
+    with pytest.raises(OutputError, match="is not empty"):
+        dataclasses.replace(method, adapter=str(case.folder / "of another")).recover(case.inputs())
     with pytest.raises(OutputError, match="is not empty"):
         method.recover(dataclasses.replace(case.inputs(), folder=case.folder / "another"))
 
@@ -382,6 +388,10 @@ def test_a_saved_lora_that_peft_would_merge_into_the_zeros_is_refused(case, tmp_
     inputs = case.inputs()
     with pytest.raises(RecipeError, match="into the .* pruned weights too"):
         LoRA(masked_merge=True, adapter=str(tmp_path / "adapter")).check(inputs.model, inputs.masks)
+    rows = Masks({"layer": (8, 8)}, {"layer": np.array([255] * 7 + [0], np.uint8)})  # a whole row is zero
+    LoRA(rank=2, adapter="adapter").check_layers(rows)
+    with pytest.raises(RecipeError, match="into the 8 pruned weights too"):
+        LoRA(rank=2, masked_merge=True, adapter="adapter").check_layers(rows)
 
 
 def test_ist_draws_only_blocks_that_train_something(case, weights_of):
