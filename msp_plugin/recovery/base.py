@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.errors import ModelError
+from msp_plugin.errors import ModelError, RecipeError
 from msp_plugin.models.offload import offloaded_module
 from msp_plugin.passes.by_block import runs_by_block
 from msp_plugin.progress import StepProgress, no_progress
@@ -80,6 +80,9 @@ class Recovery(ABC):
     #: True if the layers that are left must be as large as the original's.
     same_shapes: ClassVar[bool] = False
 
+    #: True if the method starts from the sensitivities that the run measured.
+    needs_sensitivities: ClassVar[bool] = False
+
     @property
     def writes(self) -> tuple[Path, ...]:
         """The directories that the method writes beside the result."""
@@ -97,6 +100,15 @@ class Recovery(ABC):
         Raises:
             NumericsError: the loss is not finite.
         """
+
+
+def check_sensitivities(recovery: Recovery, measured: bool) -> None:
+    """Raise RecipeError if a recovery starts from sensitivities and the run has none."""
+    if recovery.needs_sensitivities and not measured:
+        raise RecipeError(
+            f"{recovery.name} starts from the run's sensitivities, and the run has measured none",
+            hint="use ist_start: zero, or a run of an allocator that reads sensitivities, such as search",
+        )
 
 
 def check_in_memory(method: str, model: PreTrainedModel) -> None:

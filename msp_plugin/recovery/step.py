@@ -195,7 +195,7 @@ class RecoveryStep:
                     self.samples.holdout,
                     original,
                     folder,
-                    _sensitivities(allocation),
+                    sensitivities(allocation),
                     self.seed,
                     progress=self.context.progress,
                     ranks=self.context.ranks,
@@ -235,7 +235,7 @@ class RecoveryStep:
 
     def folder(self, key: str) -> Path:
         """Return the directory for the state of this recovery."""
-        return cache_directory(self.cache) / "recovery" / key[:24]
+        return states(self.cache) / key[:24]
 
     def _folder(self, key: str, model: PreTrainedModel, until: ExitStack) -> Path:
         """Make the directory for the state of this recovery; it is removed when ``until`` closes without an error.
@@ -262,7 +262,12 @@ class RecoveryStep:
         return folder
 
 
-def _sensitivities(allocation: Allocation | None) -> dict[str, float]:
+def states(cache: str | None) -> Path:
+    """Return the directory in which each stopped recovery has one for its state."""
+    return cache_directory(cache) / "recovery"
+
+
+def sensitivities(allocation: Allocation | None) -> dict[str, float]:
     """Return each layer's sensitivity, that of its unit: the Fisher trace if the run has it, else its first estimator."""
     if allocation is None or not allocation.sensitivities:
         return {}

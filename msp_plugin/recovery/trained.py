@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 
 from msp_plugin.errors import DataError, HostError, ModelError, NumericsError, RecipeError
 from msp_plugin.models.offload import offloaded_module
-from msp_plugin.recovery.base import RecoveryInputs, RecoveryResult
+from msp_plugin.recovery.base import RecoveryInputs, RecoveryResult, check_sensitivities
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.objective import Objective, objective
 from msp_plugin.recovery.training_options import TrainingOptions
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Variables by which accelerate's launcher tells its processes to shard weights.
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+#: File in the state of a recovery with the path of the directory into which it has written its adapter.
+WRITTEN = "adapter_written"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class TrainedRecovery(TrainingOptions):
         for adapter in self.writes:
             if not (
                 adapter / "adapter_config.json"
-            ).is_file():  # which this recovery may have left (see recover)
+            ).is_file():  # this recovery may have left it (see recover)
                 check_output(adapter)
         if self.report_to != "none":
             from transformers.integrations import integration_utils
@@ -119,19 +121,9 @@ class TrainedRecovery(TrainingOptions):
 
     def recover(self, inputs: RecoveryInputs) -> RecoveryResult:
         self.check(inputs.model, inputs.masks)
-        written = inputs.folder / "adapter_written"
-        if not written.exists():  # else by this recovery, before it was stopped
-            for adapter in self.writes:
-                check_output(adapter)
-        if (
-            self.layers == "ist"
-            and self.ist_start == "sensitivity"
-            and not any(inputs.sensitivities.values())
-        ):
-            raise RecipeError(
-                f"{self.name}: ist_start is sensitivity, and the run has measured none",
-                hint="use ist_start: zero, or a run of an allocator that reads sensitivities, such as search",
-            )
+        for adapter in self.writes:
+            check_adapter(adapter, [inputs.folder])
+        check_sensitivities(self, any(inputs.sensitivities.values()))
         for use, data in (("to train on", inputs.data), ("that is held out", inputs.holdout)):
             if not data.tokens:
                 raise DataError(f"{self.name} has no text {use}", hint="give more text, or shorter samples")
@@ -142,7 +134,7 @@ class TrainedRecovery(TrainingOptions):
             course = train(self, model, loss, inputs)
             if course.improved:
                 if self.adapter and inputs.ranks.rank == 0:
-                    written.touch()
+                    (inputs.folder / WRITTEN).write_text(str(expanded(self.adapter).resolve()))
                     save_adapter(model, inputs.model, expanded(self.adapter))
                 self.merge(model)
             elif course.stopped:
@@ -152,6 +144,20 @@ class TrainedRecovery(TrainingOptions):
                     hint=f"give a smaller learning_rate than {self.learning_rate:g}, or dtype float32",
                 )
         return RecoveryResult(course.cost, course.curve, course.notes(self))
+
+
+def check_adapter(adapter: Path, states: Iterable[Path]) -> None:
+    """Raise unless a directory can get an adapter.
+
+    Args:
+        states: of recoveries that may have written an adapter there before they were stopped.
+
+    Raises:
+        OutputError: it cannot be written, or holds something that none of them has written.
+    """
+    records = (state / WRITTEN for state in states)
+    if not any(file.is_file() and file.read_text() == str(adapter.resolve()) for file in records):
+        check_output(adapter)
 
 
 @dataclass(frozen=True)

@@ -85,3 +85,7 @@ class TrainingOptions(Recovery):
     @property
     def needs_original(self) -> bool:  # type: ignore[override] # a class attribute that may be a property
         return bool(self.kl_weight)
+
+    @property
+    def needs_sensitivities(self) -> bool:  # type: ignore[override]
+        return self.layers == "ist" and self.ist_start == "sensitivity"

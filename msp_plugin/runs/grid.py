@@ -9,7 +9,7 @@ from typing import Any
 from msp_plugin.errors import RecipeError
 from msp_plugin.plan.fractions import parse_sparsity
 from msp_plugin.plugins.manager import Plugins
-from msp_plugin.recovery.base import Recovery
+from msp_plugin.recovery.base import Recovery, check_sensitivities
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import ResolvedOptions, resolve
 
@@ -78,7 +78,7 @@ class Grid:
             RecipeError: a name or option is unknown, a sparsity or seed is out of range, or a list is empty or has an
                 entry twice.
         """
-        self.recovery(plugins)
+        recovery = self.recovery(plugins)
         for axis in ("sparsities", "methods", "allocators", "seeds"):
             if not getattr(self, axis):
                 raise RecipeError(f"there are no {axis} to compare", hint="name at least one")
@@ -93,6 +93,8 @@ class Grid:
             for sparsity in self.sparsities
             for allocator in self.allocators.values()
         ]
+        if recovery is not None:
+            check_sensitivities(recovery, all(plan.allocator.sensitivities for plan in plans))
         per_sparsity = len(self.allocators)
         per_method = per_sparsity * len(self.sparsities)
         _refuse_twice("sparsity", [plan.sparsity for plan in plans[:per_method:per_sparsity]])

@@ -20,7 +20,7 @@ from msp_plugin.models.device import on_best_device
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.records.run import Outcome
-from msp_plugin.recovery.base import Recovery
+from msp_plugin.recovery.base import Recovery, check_sensitivities
 from msp_plugin.recovery.record import Recovered
 from msp_plugin.recovery.step import RecoveryStep, RecoveryText
 from msp_plugin.runs.recover import check_beside, check_recovery, recover_pruned
@@ -71,7 +71,9 @@ def prune(
     resolved = resolve(Options.parse(options), plugins)
     recovery = None if recover is None else plugins.build("recoveries", recover)
     if recovery is not None:
-        check_beside(recovery, Path(out))
+        check_beside(recovery, Path(out), resolved.cache, fresh=context.fresh)
+        given = resolved.given
+        check_sensitivities(recovery, bool((resolved.allocator if given is None else given).sensitivities))
     if recovery is not None and offload and not recovery.offloads:
         raise RecipeError(
             f"recovery {recovery.name!r} changes weights in memory, and with offload they are on disk",

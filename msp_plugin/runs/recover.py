@@ -29,11 +29,12 @@ from msp_plugin.records.run import (
     SparsityRecord,
     StageRecord,
 )
-from msp_plugin.recovery.base import Recovery
+from msp_plugin.recovery.base import Recovery, check_sensitivities
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.record import Measured, Recovered, copy_logs, with_recovery
 from msp_plugin.recovery.sources import Sparse, check_sources, load_original, load_sparse
-from msp_plugin.recovery.step import RecoveryStep, RecoveryText, recovery_text
+from msp_plugin.recovery.step import RecoveryStep, RecoveryText, recovery_text, sensitivities, states
+from msp_plugin.recovery.trained import check_adapter
 from msp_plugin.runs.steps import RECIPE_FILE, Run
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import digest, versions
@@ -94,7 +95,7 @@ def recover(
         )
     sparse = ModelSource(run, dtype, trust_remote_code, offload and recovery.offloads, cache)
     dense = None if original is None else ModelSource(original, dtype, trust_remote_code, offload, cache)
-    check_beside(recovery, Path(out))
+    check_beside(recovery, Path(out), cache, fresh=context.fresh)
     ranks = context.ranks
     with ExitStack() as stack:
         path, journal_file = ranks.on_rank_zero(
@@ -108,6 +109,7 @@ def recover(
         step = RecoveryStep(recovery, samples, seed, cache, context)
         subject = load_sparse(sparse, tokenizer, path, smaller=smaller)
         recovery.check(subject.model, subject.masks)
+        check_sensitivities(recovery, any(sensitivities(subject.allocation).values()))
         reference = None if dense is None else load_original(dense, subject.model, smaller=smaller)
         identity = step.identity(subject.model, None if reference is None else fingerprint(reference))
         with closing(Journal(journal_file, identity, ranks)) as journal:
@@ -124,8 +126,16 @@ def recover(
     return Run(path, record)
 
 
-def check_beside(recovery: Recovery, out: Path) -> None:
-    """Raise OutputError if a recovery would write into the directory of its result, which has to be empty at the end."""
+def check_beside(recovery: Recovery, out: Path, cache: str | None, *, fresh: bool) -> None:
+    """Raise unless a recovery can write what it writes beside its result.
+
+    Args:
+        fresh: the states of stopped recoveries do not count.
+
+    Raises:
+        OutputError: it would write into the directory of the result, which has to be empty at the end; or into one that
+            cannot be written, or holds something that no stopped recovery has written.
+    """
     whole = expanded(out).resolve()
     for directory in recovery.writes:
         if directory.resolve().is_relative_to(whole):
@@ -133,6 +143,7 @@ def check_beside(recovery: Recovery, out: Path) -> None:
                 f"{recovery.name} would write {directory} into {out}, which gets the result",
                 hint="write it to a directory beside that",
             )
+        check_adapter(directory, () if fresh else states(cache).glob("*"))
 
 
 def check_recovery(recovery: Recovery, model: PreTrainedModel, plan: ResolvedOptions) -> None:

@@ -58,6 +58,12 @@ def test_rows_do_not_write_one_adapter_over_another(run):
         run(by_name("uniform"), prune=True, recover=method)
 
 
+def test_no_row_starts_from_sensitivities_that_its_allocator_does_not_read(run, no_model):
+    method = {"name": "masked_lora", "layers": "ist", "ist_start": "sensitivity"}
+    with pytest.raises(RecipeError, match="the run has measured none"):
+        run(by_name("mrp", "uniform"), prune=True, recover=method)
+
+
 def test_a_recovery_without_pruning_or_of_an_unknown_name_is_refused_before_the_model_is_loaded(
     run, no_model
 ):
