@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from msp_plugin.errors import RecipeError
 from msp_plugin.plan.units import Layer
 from msp_plugin.pruning import llm_pruner, masks, structured
 from msp_plugin.pruning.llm_pruner import layer_taylor_scores
@@ -32,6 +34,10 @@ class SAAP(StructuredPruner):
     gradient_order = 1
 
     elements: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.elements < math.inf:
+            raise RecipeError(f"{self.name}: elements = {self.elements}", hint="give a number of at least 0")
 
     def gradient_score(
         self, layer: Layer, weight: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor

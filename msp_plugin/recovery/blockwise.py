@@ -86,7 +86,7 @@ class Blockwise(Recovery):
             raise RecipeError("blockwise: blocks must be at least 0 and epochs at least 1")
         if not self.rates or not all(math.isfinite(rate) and rate > 0 for rate in self.rates):
             raise RecipeError("blockwise: rates must be positive numbers, at least one")
-        if not self.decay >= 0:
+        if not 0 <= self.decay < math.inf:
             raise RecipeError("blockwise: decay must be at least 0")
 
     def check(self, model: PreTrainedModel, masks: Masks) -> None:

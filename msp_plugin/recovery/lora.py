@@ -45,7 +45,7 @@ class LoRA(TrainedRecovery):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self.name, "rank", self.rank)
+        check_positive(self.name, rank=self.rank, alpha=self.alpha)
 
     def check_layers(self, masks: Masks) -> None:
         check_rank(self.name, "rank", self.rank, masks)

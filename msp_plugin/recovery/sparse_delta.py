@@ -14,7 +14,7 @@ from msp_plugin.models.weights import Weights
 from msp_plugin.passes.gradients import activation_gradients
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.masks import Masks
-from msp_plugin.recovery.trained import AdapterRecovery
+from msp_plugin.recovery.trained import AdapterRecovery, check_positive
 from msp_plugin.recovery.weight_change import Tensors, WeightChange
 
 SCORES = ("gradient", "saliency", "magnitude")
@@ -93,8 +93,7 @@ class SparseDelta(AdapterRecovery):
             raise RecipeError(
                 f"{self.name}: score {self.score!r} is unknown", hint=f"use {', '.join(SCORES)}"
             )
-        if self.values <= 0:
-            raise RecipeError(f"{self.name}: values = {self.values}", hint="give a share or a count")
+        check_positive(self.name, values=self.values, score_tokens=self.score_tokens)
 
     def check_layers(self, masks: Masks) -> None:
         if not any(self._by_layer(masks).values()) if self.by_layer else self._count(masks) < 1:

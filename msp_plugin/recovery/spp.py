@@ -76,7 +76,7 @@ class SPP(AdapterRecovery):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self.name, "groups", self.groups)
+        check_positive(self.name, groups=self.groups, scale=self.scale)
 
     def check_layers(self, masks: Masks) -> None:
         check_rank(self.name, "groups", self.groups, masks)

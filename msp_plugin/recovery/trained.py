@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -236,10 +237,11 @@ def vector_modules(model: torch.nn.Module) -> list[str]:
     return found
 
 
-def check_positive(method: str, option: str, value: int) -> None:
-    """Raise RecipeError unless a rank or a count of groups is at least 1."""
-    if value < 1:
-        raise RecipeError(f"{method}: {option} = {value}", hint="give at least 1")
+def check_positive(method: str, **options: float) -> None:
+    """Raise RecipeError unless ranks, counts and factors are finite numbers above 0."""
+    for option, value in options.items():
+        if not 0 < value < math.inf:
+            raise RecipeError(f"{method}: {option} = {value}", hint="give a number above 0")
 
 
 def check_rank(method: str, option: str, rank: int, masks: Masks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from msp_plugin.errors import RecipeError
@@ -67,9 +68,10 @@ class TrainingOptions(Recovery):
                     f"{self.name}: {option} = {getattr(self, option)}", hint=f"give at least {least}"
                 )
         for option in ("learning_rate", "temperature"):
-            if not getattr(self, option) > 0:
-                raise RecipeError(f"{self.name}: {option} = {getattr(self, option)}", hint="give more than 0")
-        if not self.weight_decay >= 0:
+            if not 0 < getattr(self, option) < math.inf:
+                value = getattr(self, option)
+                raise RecipeError(f"{self.name}: {option} = {value}", hint="give a number above 0")
+        if not 0 <= self.weight_decay < math.inf:
             raise RecipeError(f"{self.name}: weight_decay = {self.weight_decay}", hint="give at least 0")
         for option in ("warmup", "kl_weight"):
             value = getattr(self, option)

@@ -6,6 +6,7 @@ Shape legend: O out_features, I in_features, B samples, T tokens, D hidden size,
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -113,7 +114,7 @@ class WeightUpdate(Recovery):
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or not self.damping > 0:
+        if self.iterations < 1 or not 0 < self.damping < math.inf:
             raise RecipeError("weight_update: iterations must be at least 1 and damping above 0")
 
     def check(self, model: PreTrainedModel, masks: Masks) -> None:

@@ -75,6 +75,11 @@ class Served(Check):
             raise RecipeError(f"served: prompts = {self.prompts}", hint=f"give 1 to {len(PROMPTS)}")
         if self.tokens < 1 or not 0 <= self.port < 65536:
             raise RecipeError(f"served: tokens = {self.tokens}, port = {self.port}", hint="see `msp plugins`")
+        if not self.patience > 0 or (self.tolerance is not None and not self.tolerance >= 0):
+            raise RecipeError(
+                f"served: patience = {self.patience}, tolerance = {self.tolerance}",
+                hint="give a patience above 0 and a tolerance of at least 0",
+            )
         try:
             shlex.split(self.arguments)
         except ValueError as error:

@@ -151,6 +151,7 @@ def test_a_hidden_state_that_is_not_finite_is_named(llama, prune_half, make_inpu
         {"rates": (0.0,)},
         {"rates": (float("nan"),)},
         {"decay": -1.0},
+        {"decay": float("inf")},
     ],
 )
 def test_options_out_of_range_are_refused(options):

@@ -23,6 +23,7 @@ from msp_plugin.recovery.trainer import last_checkpoint
 from msp_plugin.recovery.training_text import Steps, shuffled
 from tests.helpers import models
 
+INF = float("inf")
 #: Eight steps of four samples.
 SHORT = {"tokens": 8 * 96, "step_tokens": 96, "evaluations": 2, "warmup": 0.0}
 METHODS = {
@@ -346,8 +347,11 @@ def test_options_that_do_not_fit_the_layers_are_refused_before_any_work(case, me
     [
         (MaskedLoRA, "rank", 0), (MaskedLoRA, "tokens", 0), (MaskedLoRA, "learning_rate", 0.0),
         (MaskedLoRA, "kl_weight", 1.5), (MaskedLoRA, "layers", "some"), (MaskedLoRA, "rate", "steps"),
-        (MaskedLoRA, "ist_start", "one"), (MaskedLoRA, "warmup", -0.1), (Full, "weight_decay", -0.1), (Full, "learning_rate", float("nan")), (MaskedLoRA, "temperature", 0.0),
-        (SPP, "groups", 0), (SparseDelta, "score", "fisher"), (SparseDelta, "values", 0.0), (LoRA, "rank", 0),
+        (MaskedLoRA, "ist_start", "one"), (MaskedLoRA, "warmup", -0.1), (Full, "weight_decay", -0.1),
+        (Full, "weight_decay", INF), (Full, "learning_rate", float("nan")), (Full, "learning_rate", INF),
+        (MaskedLoRA, "temperature", 0.0), (MaskedLoRA, "alpha", 0.0), (SPP, "groups", 0), (SPP, "scale", -1.0),
+        (SparseDelta, "score", "fisher"), (SparseDelta, "values", 0.0), (SparseDelta, "score_tokens", 0),
+        (LoRA, "rank", 0), (LoRA, "alpha", INF),
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_refused(cls, option, value):

@@ -84,7 +84,7 @@ def test_it_comes_nearer_to_the_dense_model_and_keeps_every_zero(
     assert result.curve[1][1] < result.curve[0][1]
 
 
-@pytest.mark.parametrize("options", [{"iterations": 0}, {"damping": 0.0}])
+@pytest.mark.parametrize("options", [{"iterations": 0}, {"damping": 0.0}, {"damping": float("inf")}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(RecipeError, match="weight_update"):
         WeightUpdate(**options)

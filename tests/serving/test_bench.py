@@ -37,3 +37,7 @@ def test_a_dense_checkpoint_has_nothing_to_compare(run_dir):
 def test_a_count_below_one_is_refused_before_anything_is_loaded(name):
     with pytest.raises(RecipeError, match=f"{name} is 0"):
         BenchOptions(**{name: 0})
+
+
+def test_no_threads_are_refused_as_a_wrong_option(msp):
+    assert "'--threads'" in msp("bench", "no_such", "--threads", "0", code=2).err

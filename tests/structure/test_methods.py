@@ -20,6 +20,7 @@ from msp_plugin.pruning.magnitude import Magnitude
 from msp_plugin.pruning.masks import groups_of, recount
 from msp_plugin.pruning.obs import OBS
 from msp_plugin.pruning.plain_groups import L2
+from msp_plugin.pruning.saap import SAAP
 from msp_plugin.pruning.structured import HalfInputs, HalfLayer, InputMoments, StructuredPruner, WidthPruner
 from msp_plugin.structure.groups import with_groups
 
@@ -286,3 +287,9 @@ def test_scores_that_are_not_finite_are_an_error(build):
         NumericsError, match="'broken' gives scores that are not finite for model.layers.0.self_attn"
     ):
         build(Broken())
+
+
+@pytest.mark.parametrize("elements", [-1.0, float("inf")])
+def test_a_weight_of_a_score_is_a_finite_number_of_at_least_0(elements):
+    with pytest.raises(RecipeError, match="saap: elements"):
+        SAAP(elements=elements)

@@ -170,6 +170,8 @@ def test_a_server_that_dies_is_a_failed_row_with_its_last_lines(run_dir, make_vl
         {"tokens": 0},
         {"port": -1},
         {"port": 65536},
+        {"patience": 0},
+        {"tolerance": -1},
         {"arguments": "--title 'open"},
     ],
     ids=str,
