@@ -65,6 +65,28 @@ class Smaller(Sharded):
                 spare[half.name] = _spare_channels(source, half, self.quantum)
         return spare
 
+    def _kept(self, source: Checkpoint, half: Half, spare: torch.Tensor, least: int) -> tuple[int, ...]:
+        """Return the groups of a half that stay, filled up so that a 2:4 mask of ``down_proj`` survives.
+
+        Raises:
+            FormatError: it does not.
+            RecipeError: see kept_groups.
+        """
+        kept = kept_groups(half, spare, least=least, quantum=self.quantum)
+        used = torch.nonzero(~spare).flatten()
+        if not self.aligned or half.kind != MLP or not len(used) < len(kept):
+            return kept
+        down = source.dense(f"{half.output}.weight")
+        if len(used) == 0 or not _in_fours(down[:, used]):
+            return kept
+        kept = kept_groups(half, spare, least=least, quantum=self.quantum, fours=True)
+        if len(kept) % 4 == 0 and not _in_fours(down[:, list(kept)]):
+            raise FormatError(
+                f"{half.name} uses {len(used)} channels in a 2:4 mask, which is lost where it is filled up to {len(kept)}",
+                hint="give a smaller quantum or write it with --to small; with aligned: false the mask may be lost",
+            )
+        return kept
+
     def check(self, source: Checkpoint) -> None:
         if source.quantization is not None:
             raise FormatError(
@@ -98,7 +120,7 @@ class Small(Smaller):
         kept = {}
         for half in structure.halves:
             least = 1 if half.name in structure.biased else 0
-            kept[half.name] = kept_groups(half, spare[half.name], least=least, quantum=self.quantum)
+            kept[half.name] = self._kept(source, half, spare[half.name], least)
         _check_attention(source, kept)
         _check_smaller(source, kept)
         dropped = [half.name for half in structure.halves if half.kind == ATTENTION and not kept[half.name]]
@@ -137,7 +159,7 @@ class Uniform(Smaller):
             least = self._width(source, kind, halves, needed, used)
             for half in structure.halves:
                 if half.kind == kind:
-                    groups = kept_groups(half, spare[half.name], least=least, quantum=self.quantum)
+                    groups = self._kept(source, half, spare[half.name], least)
                     kept[half.name] = groups if half.block in used else ()
         if read_widths(source.config, str(source.path)) is None:  # else --to small made it smaller already
             _check_smaller(source, kept)
@@ -201,8 +223,13 @@ def _spare_channels(source: Checkpoint, half: Half, quantum: int) -> torch.Tenso
 
 def _is_24(weight: torch.Tensor) -> bool:
     """Return True if 2:4 kernels run a weight [out, in]."""
-    format, shape = Sparse24Bitmask(), tuple(weight.shape)
-    return format.refuses("", shape, weight.dtype, None) is None and format.refuses_weight(weight) is None
+    shape = tuple(weight.shape)
+    return Sparse24Bitmask().refuses("", shape, weight.dtype, None) is None and _in_fours(weight)
+
+
+def _in_fours(weight: torch.Tensor) -> bool:
+    """Return True if a weight [out, in] keeps at most two of every aligned four."""
+    return weight.shape[1] % 4 == 0 and Sparse24Bitmask().refuses_weight(weight) is None
 
 
 def _check_attention(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> None:
