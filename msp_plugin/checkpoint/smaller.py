@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Sharded, Tensors, write_export
+from msp_plugin.checkpoint.export import Sharded, Tensors, rounding, write_export
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.errors import FormatError, RecipeError
 from msp_plugin.formats.sparse24 import IN_MULTIPLE, Sparse24Bitmask
@@ -104,9 +104,11 @@ class Smaller(Sharded):
         if source.packed:
             config.pop("quantization_config")
         tensors = Tensors(_sizes(source, slices), _sliced(source, slices))
-        return write_export(
-            self, source, directory, config, tensors, progress, lambda: {"structure": slices.to_record()}
-        )
+
+        def about() -> dict[str, Any]:
+            return {"structure": slices.to_record(), **rounding(source, slices.name)}
+
+        return write_export(self, source, directory, config, tensors, progress, about)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Bitmask, Dense, export_checkpoint
-from msp_plugin.checkpoint.smaller import Small
+from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.smaller import Small, Uniform
 from msp_plugin.verify import quality
 from msp_plugin.verify.logits import Logits
 from msp_plugin.verify.quality import Quality
@@ -128,3 +128,19 @@ def test_another_model_in_int8_fails_against_the_whole_one(small_int8, check, re
     rewrite(small_int8[1], {f"{UP}.weight": lambda w: w * 1.5})
     assert check(RoundTrip(), *small_int8)["reference"].found.endswith(f"e.g. {UP}.weight")
     assert check(Logits(), *small_int8)["logits"].state == "fail"
+
+
+def test_a_model_cut_from_int8_is_known_to_be_rounded_in_every_form(llama, check, states, tmp_path):
+    with torch.no_grad():
+        llama.model.layers[0].self_attn.o_proj.weight.zero_()
+        llama.model.layers[0].mlp.down_proj.weight.zero_()
+        for layer in ("gate_proj", "up_proj", "down_proj"):
+            llama.model.layers[1].get_submodule(f"mlp.{layer}").weight[:, 2::4] = 0
+            llama.model.layers[1].get_submodule(f"mlp.{layer}").weight[:, 3::4] = 0
+    llama.save_pretrained(tmp_path / "zeros")
+    export_checkpoint(tmp_path / "zeros", Bitmask(values="int8"), tmp_path / "int8")
+    errors = Checkpoint.open(tmp_path / "int8").manifest.quantization_errors
+    cut = export_checkpoint(tmp_path / "int8", Uniform(), tmp_path / "uniform").quantization_errors
+    assert cut == {name.replace(".1.", ".0."): e for name, e in errors.items() if ".1." in name} != {}
+    assert export_checkpoint(tmp_path / "uniform", Sparse24(), tmp_path / "packed").quantization_errors == cut
+    assert states(check(Logits(), tmp_path / "packed", tmp_path / "zeros"))["greedy tokens"] == "skip"
