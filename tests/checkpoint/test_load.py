@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import msp_plugin
 from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.load import load
+from msp_plugin.checkpoint.smaller import Small
 from msp_plugin.errors import FormatError, ModelError, MSPError, RecipeError
 
 UP = "model.layers.1.mlp.up_proj"
@@ -313,6 +314,18 @@ def test_a_hub_id_is_loaded_from_the_cache_in_both_forms(run_dir, packed_dir, hu
     shutil.rmtree(tmp_path / "hub")
     hub(run_dir)
     assert bits(load(HUB_NAME)) == expected
+
+
+@pytest.mark.parametrize("form", ["small", "packed"])
+def test_a_smaller_model_is_loaded_from_the_cache(form, llama, hub, bits, tmp_path):
+    with torch.no_grad():
+        llama.model.layers[0].self_attn.o_proj.weight.zero_()
+        llama.model.layers[1].mlp.down_proj.weight.view(-1, 4)[:, :2] = 0
+    llama.save_pretrained(tmp_path / "zeros")
+    export_checkpoint(tmp_path / "zeros", Small(), tmp_path / "small")
+    export_checkpoint(tmp_path / "small", Sparse24(), tmp_path / "packed")
+    hub(tmp_path / form)
+    assert bits(load(HUB_NAME)) == bits(load(tmp_path / "small"))
 
 
 def test_a_damaged_download_is_found(packed_dir, hub):
