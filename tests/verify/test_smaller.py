@@ -126,3 +126,25 @@ def test_logits_of_another_form_are_left_to_its_bits(check, packed_dir, run_dir)
 def test_options_that_check_nothing_are_refused(options):
     with pytest.raises(RecipeError, match="logits: "):
         Logits(**options)
+
+
+def test_tensors_that_are_stored_twice_or_ignored_pass_and_others_do_not(
+    qwen2, check, copied, rewrite, tmp_path
+):
+    qwen2.config.tie_word_embeddings = True
+    qwen2.tie_weights()
+    with torch.no_grad():
+        qwen2.model.layers[0].self_attn.o_proj.weight.zero_()
+    qwen2.save_pretrained(tmp_path / "zeros")
+    head = load_file(tmp_path / "zeros" / "model.safetensors")["model.embed_tokens.weight"]
+    extra = {"lm_head.weight": head, "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    rewrite(tmp_path / "zeros", extra)
+    export_checkpoint(tmp_path / "zeros", Small(), tmp_path / "small")
+    assert check(Structure(), tmp_path / "small")["widths"].state == "ok"
+    for name, change in {
+        "lm_head.weight": lambda t: t[:5],
+        "model.layers.0.self_attn.o_proj.weight": head,
+    }.items():
+        wrong = rewrite(copied(tmp_path / "small", name), {name: change})
+        row = check(Structure(), wrong)["widths"]
+        assert row.state == "fail" and name in row.found
