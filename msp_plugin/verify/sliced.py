@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.errors import FormatError
 from msp_plugin.formats.bits import positive_zeros, same_bits
 from msp_plugin.progress import StepProgress
 from msp_plugin.structure.halves import find_halves
@@ -22,7 +23,7 @@ def is_smaller(checkpoint: Checkpoint, reference: Checkpoint) -> bool:
     Raises:
         MSPError: a config is damaged, or the reference's heads and channels cannot be removed.
     """
-    if checkpoint.manifest is None or not checkpoint.manifest.structure:
+    if not checkpoint.smaller:
         return False
     widths = [
         {half.name: half.groups for half in find_halves(empty_model(c.path))} for c in (checkpoint, reference)
@@ -34,10 +35,14 @@ def sliced(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgress
     """Compare every tensor with its slice of the reference as export.json records it, and check what was left out.
 
     Raises:
-        FormatError: the record is damaged or of another model.
+        FormatError: the record is missing, damaged or of another model.
     """
     manifest, structure = checkpoint.manifest, reference.structure
-    assert manifest is not None, "a smaller model has an export.json"
+    if manifest is None or not manifest.structure:
+        raise FormatError(
+            f"{checkpoint.path} has no export.json that says what it kept of {reference.path}",
+            hint="a recovery changes weights, so that they are no slices: compare with quality",
+        )
     slices = Slices.from_record(manifest.structure, structure.halves, structure.depth)
     return [_slices(checkpoint, reference, slices, progress), _left_out(reference, slices)]
 

@@ -72,7 +72,7 @@ def _widths(checkpoint: Checkpoint) -> list[Finding]:
 
     Tied tensors may be stored once or several times, and there may be tensors that transformers ignores.
     """
-    if checkpoint.manifest is None or not checkpoint.manifest.structure:
+    if not checkpoint.smaller:
         return []
     model = empty_model(checkpoint.path)
     named = dict(model.named_parameters(remove_duplicate=False))

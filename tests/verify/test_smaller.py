@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from msp_plugin.checkpoint.export import export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
+from msp_plugin.checkpoint.load import load
 from msp_plugin.checkpoint.manifest import Manifest, describe_files
 from msp_plugin.checkpoint.smaller import Small, Uniform
 from msp_plugin.errors import RecipeError
@@ -148,3 +149,16 @@ def test_tensors_that_are_stored_twice_or_ignored_pass_and_others_do_not(
         wrong = rewrite(copied(tmp_path / "small", name), {name: change})
         row = check(Structure(), wrong)["widths"]
         assert row.state == "fail" and name in row.found
+
+
+def test_a_smaller_model_without_export_json_keeps_its_checks_and_its_card(pair, check, states, tmp_path):
+    small, whole = pair(Small())
+    load(small).save_pretrained(tmp_path / "saved")  # as a recovery writes it
+    rows = check(Structure(), tmp_path / "saved")
+    assert rows["files"].state == "skip" and rows["widths"].state == "ok"
+    assert states(check(Logits(), tmp_path / "saved", whole)) == {"logits": "ok", "greedy tokens": "ok"}
+    row = check(RoundTrip(), tmp_path / "saved", whole)["round_trip"]
+    assert row.state == "fail" and "no export.json" in row.found
+    export_checkpoint(tmp_path / "saved", Dense(), tmp_path / "dense")
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "msp_plugin.load" in card and "AutoModelForCausalLM" not in card and "`config.json` says" in card
