@@ -182,17 +182,17 @@ class Uniform(Smaller):
         different = [name for name, width in widths.items() if width != most]
         if not most or missing or (different and not self.pad):
             groups = "KV heads" if kind == ATTENTION else "channels"
-            found = (
-                f"every {kind} does nothing"
-                if not most
-                else f"block {missing[0]} has no {kind}"
-                if missing
-                else f"{different[0]} uses {widths[different[0]]} {groups}, others {most}"
-            )
-            raise FormatError(
-                f"{source.path} is not equally wide in all blocks: {found}",
-                hint="write it with msp export --to small, or --to uniform --set pad=true, which fills all blocks up",
-            )
+            hint = "write it with msp export --to small"
+            if not most:
+                found = f"every {kind} does nothing"
+                hint = "keep one, or write it with msp export --to dense" if kind == ATTENTION else hint
+            elif missing:
+                found = f"block {missing[0]} has no {kind}"
+                hint += "; only the model that it was cut from can be filled up"
+            else:
+                found = f"{different[0]} uses {widths[different[0]]} {groups}, others {most}"
+                hint += ", or --to uniform --set pad=true, which fills all blocks up"
+            raise FormatError(f"{source.path} is not equally wide in all blocks: {found}", hint=hint)
         return most
 
     def config(self, source: Checkpoint, slices: Slices) -> dict[str, Any]:
@@ -245,12 +245,21 @@ def _check_attention(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> No
 
 def _check_smaller(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> None:
     """Raise FormatError if every group stays."""
-    if all(len(kept[half.name]) == half.groups for half in source.structure.halves):
+    structure = source.structure
+    if any(len(kept[half.name]) < half.groups for half in structure.halves):
+        return
+    filled = next((half for half in structure.halves if structure.silent[half.name].any()), None)
+    if filled is None:
         raise FormatError(
             f"every KV head and channel of {source.path} does something: nothing can be left out",
-            hint="zeros within rows and columns, such as N:M, are packed by sparse24; a smaller quantum may help, or "
-            "aligned: false where an MLP's 2:4 mask keeps channels that do nothing",
+            hint="zeros within rows and columns, such as N:M, are packed by sparse24 and bitmask",
         )
+    idle = int(structure.silent[filled.name].sum())
+    raise FormatError(
+        f"{idle} of {filled.groups} KV heads or channels of {filled.name} do nothing, but filled up nothing can be left out",
+        hint="write it with msp export --to small, without a quantum; with aligned: false those go too that have a place in "
+        "an MLP's 2:4 mask",
+    )
 
 
 def _sizes(source: Checkpoint, slices: Slices) -> dict[str, int]:
