@@ -123,16 +123,11 @@ class Small(Smaller):
         for half in structure.halves:
             least = 1 if half.name in structure.biased else 0
             kept[half.name] = self._kept(source, half, spare[half.name], least)
-        _check_attention(source, kept)
+        slices = Slices(structure.halves, kept, structure.depth)
+        if (unfit := slices.unfit_for_small(structure.mixed)) is not None:
+            raise FormatError(f"{source.path}: {unfit[0]}", hint=unfit[1])
         _check_smaller(source, kept)
-        dropped = [half.name for half in structure.halves if half.kind == ATTENTION and not kept[half.name]]
-        if structure.mixed and dropped:
-            raise FormatError(
-                f"{source.path} mixes blocks with and without a sliding window, and {dropped[0]} does nothing",
-                hint="transformers' cache of such a model counts on every attention; drop whole blocks and "
-                "write it with msp export --to uniform, or keep every attention",
-            )
-        return Slices(structure.halves, kept, structure.depth)
+        return slices
 
     def config(self, source: Checkpoint, slices: Slices) -> dict[str, Any]:
         return small_config(source.config, slices.widths)
@@ -232,15 +227,6 @@ def _is_24(weight: torch.Tensor) -> bool:
 def _in_fours(weight: torch.Tensor) -> bool:
     """Return True if a weight [out, in] keeps at most two of every aligned four."""
     return weight.shape[1] % 4 == 0 and Sparse24Bitmask().refuses_weight(weight) is None
-
-
-def _check_attention(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> None:
-    """Raise FormatError if no attention stays."""
-    if not any(kept[half.name] for half in source.structure.halves if half.kind == ATTENTION):
-        raise FormatError(
-            f"every attention of {source.path} does nothing: no token would see another one",
-            hint="keep one, or write it with msp export --to dense",
-        )
 
 
 def _check_smaller(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> None:

@@ -58,7 +58,7 @@ def run_page(run: Run) -> dict[str, Any]:
     """Return the variables of the template run.html."""
     record, allocation = run.record, run.allocation
     layout = lay_out(allocation.table)
-    given = allocation.provenance
+    given, smaller = allocation.provenance, sizes(allocation, run.checkpoint)
     return {
         "title": f"{model_name(record, given)} at {rounded_percent(allocation.target)} sparsity",
         "facts": _facts(run),
@@ -74,13 +74,13 @@ def run_page(run: Run) -> dict[str, Any]:
         "curve": _curve(record.search, given),
         "predictions": _predictions(record.search),
         "quality": _quality(record),
-        "sizes": sizes(allocation, run.checkpoint),
+        "sizes": smaller,
         "storages": storages(allocation, record.model.dtype, run.checkpoint),
         "stages": stage_rows(record),
         "recoveries": recovery_parts(record),
         "speed": record.speed,
         "provenance": _provenance(run),
-        "commands": _commands(run),
+        "commands": _commands(run, smaller=bool(smaller)),
     }
 
 
@@ -287,8 +287,12 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
     return rows + [(name, str(version)) for name, version in sorted(versions.items())]
 
 
-def _commands(run: Run) -> list[tuple[str, str]]:
-    """Return (purpose, command line) of commands to use in the run's directory."""
+def _commands(run: Run, *, smaller: bool) -> list[tuple[str, str]]:
+    """Return (purpose, command line) of commands to use in the run's directory.
+
+    Args:
+        smaller: it can be exported to small.
+    """
     record, commands = run.record, []
     if record.command:
         commands.append(("the command of this run", record.command))
@@ -302,7 +306,7 @@ def _commands(run: Run) -> list[tuple[str, str]]:
     command = f"msp prune {model} {by}--allocation allocation.json --data TEXT --out NEW"
     commands.append(("prune to this allocation", command))
     if run.checkpoint is not None and not run.checkpoint.packed:
-        if any(level.narrows for level in run.allocation.levels):
+        if smaller:
             commands.append(("leave out what does nothing", "msp export . --to small --out ../SMALL"))
         commands.append(("pack it for 2:4 kernels", "msp export . --to sparse24 --out ../PACKED"))
         commands.append(("pack it at any level", "msp export . --to bitmask --out ../PACKED"))
