@@ -69,8 +69,8 @@ class Logits(Check):
             progress("logits", done, 2)
         if subject.checkpoint.rounded and not reference.rounded:
             tokens = Finding("greedy tokens", SKIP, "not compared: the weights are rounded to int8")
-            return [_compared(*logits, max(self.tolerance, _INT8)), tokens]
-        return [_compared(*logits, self.tolerance), _same_tokens(*greedy)]
+            return [_compared(logits[0], logits[1], max(self.tolerance, _INT8)), tokens]
+        return [_compared(logits[0], logits[1], self.tolerance), _same_tokens(*greedy)]
 
 
 def _compared(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> Finding:
