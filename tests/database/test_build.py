@@ -137,7 +137,7 @@ def test_only_missing_and_truncated_layers_are_built_again(tmp_path, llama, data
     seen = []
     again = make(tmp_path, pruner)
     assert build_database(again, llama, table, pruner, data, progress=lambda *at: seen.append(at)) == 2
-    assert contents(again) == before and seen == [(1, 2), (2, 2)]
+    assert contents(again) == before and sorted({*seen}) == [(0, 2), (1, 2), (2, 2)]
     assert sum(files(again)[name] == content for name, content in untouched.items()) >= len(table.layers) - 2
 
 
