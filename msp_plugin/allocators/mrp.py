@@ -29,7 +29,7 @@ class MRP(Allocator):
     Ours, because the paper's text was not available: the start; a step moves all units of a block to their
     next sparser allowed level; of equally redundant blocks the densest is pruned first, then the first; the
     last step is corrected to the exact budget, mostly in its own block; weights come from the level database,
-    pruned with the dense model's inputs.
+    pruned from the inputs behind uniformly pruned blocks.
 
     Args:
         start: share of the target sparsity, in [0, 1], at which the units start, each at the nearest level

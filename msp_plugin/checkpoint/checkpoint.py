@@ -17,6 +17,7 @@ from msp_plugin.errors import FormatError, ModelError, VerificationError, shown
 from msp_plugin.formats.base import PackedFormat, TensorInfo
 from msp_plugin.formats.tensor_files import TensorFiles, read_json
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
+from msp_plugin.runtime.files import expanded
 from msp_plugin.structure.removal import Structure, read_structure
 from msp_plugin.structure.small_model import empty_model
 from msp_plugin.structure.widths import read_widths
@@ -54,7 +55,7 @@ class Checkpoint:
             FormatError: a file is damaged, the sparsity format is unknown, or config and tensors contradict each
                 other.
         """
-        path = Path(path).expanduser()
+        path = expanded(path)
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"{path} has no config.json", hint="give the directory that `msp prune` or `msp export` wrote"
@@ -202,9 +203,11 @@ class Checkpoint:
         if layer is None or self.format is None:
             return self.tensors.read(name)
         stored = {suffix: self.tensors.read(f"{layer}.{suffix}") for suffix in self.format.suffixes}
-        if dtype is not None and self.format.lossy:
-            stored = {s: t.to(dtype) if t.is_floating_point() else t for s, t in stored.items()}
-        return self.format.unpack(stored, layer)
+        if dtype is None or not self.format.lossy:
+            return self.format.unpack(stored, layer)
+        # Unpacked in float32: a scale may be too small for the dtype.
+        stored = {s: t.float() if t.is_floating_point() else t for s, t in stored.items()}
+        return self.format.unpack(stored, layer).to(dtype)
 
     def dense_info(self, name: str) -> TensorInfo:
         """Return the header of one tensor of the dense form."""

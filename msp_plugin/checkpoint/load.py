@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,15 @@ from msp_plugin.errors import FormatError, ModelError, MSPError
 from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import auto_class, check_dtype, check_source
+from msp_plugin.runtime.files import expanded
 from msp_plugin.structure.halves import FAMILIES
 from msp_plugin.structure.small_model import as_usual, plain_config, shrink, small_class
 from msp_plugin.structure.widths import KEY, read_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -77,19 +81,30 @@ def load(
     return load_model(path, dtype, trust_remote_code=trust_remote_code, offload=offload, cache=cache)
 
 
+def check_weights(source: str | Path) -> None:
+    """Raise unless the safetensors files of a directory are whole and fit its config; others and hub ids pass.
+
+    Raises:
+        FormatError: see Checkpoint.open and Checkpoint.check_files.
+    """
+    path = expanded(source)
+    if any(path.glob("*.safetensors")):
+        Checkpoint.open(path).check_files()
+
+
 def is_packed(source: str | Path) -> bool:
     """Return True if a directory holds a packed checkpoint; False for a dense one and for a hub id.
 
     Raises:
         FormatError: its config is damaged.
     """
-    file = Path(source).expanduser() / "config.json"
+    file = expanded(source) / "config.json"
     return file.is_file() and packed_layers(read_json(file), str(file)) is not None
 
 
 def local_directory(source: str | Path, trust_remote_code: bool) -> Path | None:
     """Return a model's directory; a packed or smaller model of the hub is downloaded, for other hub ids None is returned."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if (path / "config.json").is_file():
         return path
     from huggingface_hub import snapshot_download
@@ -98,6 +113,7 @@ def local_directory(source: str | Path, trust_remote_code: bool) -> Path | None:
     check_source(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).to_dict()
+        log.info("loading %s from the hub or its cache", source)  # the command shows it: 15 GB take a while
         smaller = config.get(KEY) and config.get("model_type") in FAMILIES
         if packed_layers(config, str(source)) is None and not smaller:
             return None

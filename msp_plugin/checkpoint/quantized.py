@@ -11,6 +11,7 @@ from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import ModelError
 from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.source import check_source
+from msp_plugin.runtime.files import expanded
 
 _HINT = (
     "prune the unquantized model, in bfloat16 or float16, and quantize the result: one recipe can do both, with a "
@@ -30,7 +31,7 @@ def check_source_unquantized(
         ModelError: the weights are quantized, or there is no such model.
         FormatError: the config is damaged.
     """
-    file = Path(source).expanduser() / "config.json"
+    file = expanded(source) / "config.json"
     if file.is_file():
         config = read_json(file)
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from msp_plugin.checkpoint.load import load
 from msp_plugin.checkpoint.quantized import check_source_unquantized
 from msp_plugin.models.source import load_tokenizer
+from msp_plugin.runtime.files import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +32,10 @@ class ModelSource:
     trust_remote_code: bool = False
     offload: bool = False
     cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if str(self.name).startswith("~"):
+            object.__setattr__(self, "name", expanded(self.name))
 
     def check(self) -> None:
         """Raise ModelError if the source is missing or quantized; nothing is loaded."""

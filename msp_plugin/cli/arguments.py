@@ -271,9 +271,12 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def resolve_model(model: str) -> str:
-    """Return the directory of a demo model for ``demo:NAME``; any other model is returned unchanged."""
+    """Return the directory of a demo model for ``demo:NAME``, and any other model with ``~`` expanded."""
     from msp_plugin.demo import demo_model_path
+    from msp_plugin.runtime.files import expanded
 
+    if model.startswith("~"):  # a shell leaves it as it is in --original=~/model
+        return str(expanded(model))
     return str(demo_model_path(model[5:])) if model.startswith("demo:") else model
 
 

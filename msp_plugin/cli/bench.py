@@ -20,7 +20,7 @@ def bench_command(
     prompt: Annotated[int, typer.Option(help="tokens of each prompt")] = 256,
     tokens: Annotated[int, typer.Option(help="tokens decoded after it")] = 32,
     repeats: Annotated[int, typer.Option(help="measurements of each form; the median is shown")] = 3,
-    threads: Annotated[int | None, typer.Option(help="default: torch's")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="default: torch's")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="file for the results, e.g. bench.json")
     ] = None,
@@ -37,11 +37,12 @@ def bench_command(
     import torch
 
     from msp_plugin.runtime.disk import check_new
+    from msp_plugin.runtime.files import expanded
     from msp_plugin.serving.bench import BenchOptions, bench
 
     options = BenchOptions(dtype, batch, prompt, tokens, repeats)
     if out is not None:
-        out = out.expanduser()
+        out = expanded(out)
         check_new(out)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -27,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.progress import ProgressLines, StepProgress, no_progress
 from msp_plugin.runtime.disk import writing
 from msp_plugin.runtime.files import write_json
 
@@ -46,16 +44,25 @@ out = _console(soft_wrap=True)
 table = _console(soft_wrap=False)
 #: For progress, logs and errors, on stderr.
 err = _console(soft_wrap=True, stderr=True)
-#: Seconds between two lines about one step where stderr is not a terminal.
-_EVERY = 30.0
+
+
+class _LogLines(logging.Handler):
+    """Writes each message on one line; RichHandler breaks and pads lines, so that paths cannot be copied from a file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(self.format(record))
 
 
 def set_up_logs(verbose: bool, rank: int = 0) -> None:
     """Send our log to stderr: one line per step if ``verbose``, else warnings; ranks after the first log only errors."""
-    handler = RichHandler(console=err, show_path=False, show_time=verbose)
-    least = logging.ERROR if rank else logging.WARNING
-    logging.basicConfig(level=least, format="%(message)s", handlers=[handler], force=True)
+    least, form = logging.ERROR if rank else logging.WARNING, "%(message)s"
+    handler: logging.Handler = RichHandler(console=err, show_path=False, show_time=verbose)
+    if not err.is_terminal:
+        handler, form = _LogLines(), f"{'%(asctime)s ' if verbose else ''}%(levelname)s: {form}"
+    logging.basicConfig(level=least, format=form, handlers=[handler], force=True)
     logging.getLogger("msp_plugin").setLevel(logging.INFO if verbose and not rank else least)
+    # A download from the hub, whose own bars are off, must not look like a standstill.
+    logging.getLogger("msp_plugin.checkpoint.load").setLevel(least if rank else logging.INFO)
     if not verbose:
         warnings.filterwarnings("ignore", module="transformers")
         logging.getLogger("torch").setLevel(logging.ERROR)
@@ -69,15 +76,20 @@ _R = TypeVar("_R", bound=_Record)
 
 
 def deliver(record: _R, out: Path | None, as_json: bool, show: Callable[[_R], None]) -> None:
-    """Write a record to ``out``, if that is given, and print it: as JSON, or as the table that ``show`` prints."""
-    if out is not None:
-        with writing(out):
-            write_json(out, record.to_dict())
+    """Print a record, as JSON or as the table that ``show`` prints, then write it to ``out``, if that is given.
+
+    Raises:
+        OutputError: the file cannot be written; the record is printed nevertheless.
+    """
     if as_json:
         typer.echo(json.dumps(record.to_dict(), indent=2, sort_keys=True))
+    else:
+        show(record)
+    if out is None:
         return
-    show(record)
-    if out is not None:
+    with writing(out):
+        write_json(out, record.to_dict())
+    if not as_json:
         typer.echo(f"Written: {out}")
 
 
@@ -108,51 +120,6 @@ def progress_bars(show: bool = True) -> Iterator[StepProgress]:
             bars.update(tasks[step], completed=done, total=total, note=note)
 
         yield report
-
-
-@dataclass
-class _Running:
-    """An unfinished step: the times of its start and last printed line, its first count, and that count's time."""
-
-    began: float
-    printed: float
-    first: int
-    reported: float
-
-
-class ProgressLines:
-    """A StepProgress that prints a line every half minute of a step, and one at its end.
-
-    A step counts from the last report of the step before it.
-    """
-
-    def __init__(self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic):
-        self._write, self._clock = write, clock
-        self._steps: dict[str, _Running] = {}
-        self._last = clock()
-
-    def __call__(self, step: str, done: int, total: int, note: str = "") -> None:
-        now = self._clock()
-        running = self._steps.setdefault(step, _Running(self._last, self._last, done, now))
-        self._last = now
-        suffix = f"; {note}" if note else ""
-        if done >= total:
-            del self._steps[step]
-            self._write(f"{step}: {done} of {total} done in {_minutes(now - running.began)}{suffix}")
-        elif now - running.printed >= _EVERY:
-            running.printed = now
-            left = ""
-            if done > running.first:  # results from the cache took no time and must not speed up the estimate
-                seconds = (now - running.reported) * (total - done) / (done - running.first)
-                left = f", about {_minutes(seconds)} left"
-            self._write(f"{step}: {done} of {total}, {100 * done // total} %{left}{suffix}")
-
-
-def _minutes(seconds: float) -> str:
-    """Return a duration as text: 0:07, 12:30, 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def number(value: float | None) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from msp_plugin.cli.enable import hook_file, is_enabled
 from msp_plugin.errors import MSPError
-from msp_plugin.runtime.files import default_cache
+from msp_plugin.runtime.files import check_writable, default_cache
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,17 @@ def _hook() -> Check:
 
 
 def _cache() -> Check:
-    path = default_cache()
-    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else 0
-    return Check("cache", "ok", f"{path}, {size / 2**20:.0f} MiB; you may delete it when no run needs it")
+    path, size = default_cache(), 0
+    try:
+        free = shutil.disk_usage(check_writable(path)).free
+    except (OSError, MSPError) as error:
+        found = error.message if isinstance(error, MSPError) else str(error)
+        return Check("cache", "fail", found, "set MSP_CACHE to a directory that you may write to")
+    for folder, _, files in os.walk(path):
+        for name in files:
+            with suppress(OSError):  # a run may remove it meanwhile
+                size += Path(folder, name).lstat().st_size
+    found = (
+        f"{path}, {size / 2**20:.0f} MiB, {free / 2**30:.1f} GiB free; you may delete it when no run needs it"
+    )
+    return Check("cache", "ok", found)

@@ -95,17 +95,22 @@ def evaluate_command(
     set_up_logs(verbose)
     from msp_plugin.evaluation.evaluate import Source, evaluate
     from msp_plugin.runtime.disk import check_new
+    from msp_plugin.runtime.files import expanded
 
     def source(name: str) -> Source:
         return Source(name, resolve_model(name), dtype, trust_remote_code)
 
     request = questions.request(source(model), None if reference is None else source(reference))
     if out is not None:
-        out = out.expanduser()
+        out = expanded(out)
         check_new(out)
-    with progress_bars(not as_json) as progress:
-        record = evaluate(request, quiet=not verbose, progress=progress)
-    deliver(record, out, as_json, _show)
+    done: list[EvalRecord] = []
+    try:
+        with progress_bars(not as_json) as progress:
+            done.append(evaluate(request, quiet=not verbose, progress=progress, so_far=done.append))
+    finally:  # what was measured before an error is delivered too
+        if done:
+            deliver(done[-1], out, as_json, _show)
 
 
 def _show(record: EvalRecord) -> None:

@@ -60,7 +60,7 @@ def allocate_command(
         from msp_plugin.plugins.manager import Plugins
         from msp_plugin.runs.prune import search
         from msp_plugin.runtime.disk import writing
-        from msp_plugin.runtime.files import write_text
+        from msp_plugin.runtime.files import expanded, write_text
         from msp_plugin.runtime.locks import sole_output
         from msp_plugin.search.options import Options
         from msp_plugin.search.resolve import resolve
@@ -69,7 +69,7 @@ def allocate_command(
         line = recipe_line(method, allocator, options, **keys, **layers.recipe())
         # From a short text, set aside the samples that `msp prune` will test with.
         unseen = 0 if text.samples else None
-        out, ranks = out.expanduser(), context.ranks
+        out, ranks = expanded(out), context.ranks
         resolved = resolve(Options.parse(line), Plugins())
         ranks.on_rank_zero(lambda: stack.enter_context(sole_output(out, cache, file=True)) and None)
         outcome = search(loading.source(model, cache), text.text(test_samples=unseen), resolved, context)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from msp_plugin.errors import DataError, shown
+from msp_plugin.runtime.documents import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +65,22 @@ def as_messages(value: object) -> list[dict[str, Any]] | None:
             return None
         messages.append(message)
     return messages
+
+
+def written_messages(text: str) -> list[dict[str, Any]] | None:
+    """Return the messages of a conversation written as JSON or in Python's form; none for null or a blank text.
+
+    Tables without lists, such as csv, hold conversations so. None if the text is no conversation.
+    """
+    text = text.strip()
+    if text in ("", "null", "None"):
+        return []
+    for parse in (parse_json, ast.literal_eval) if text.startswith(("[", "{")) else ():
+        try:
+            return as_messages(parse(text))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return None
 
 
 def _message(part: object) -> dict[str, Any] | None:

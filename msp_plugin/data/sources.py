@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from msp_plugin.data.chats import Chat, as_messages
+from msp_plugin.data.chats import Chat, as_messages, written_messages
 from msp_plugin.data.text_files import (
+    CHAT_COLUMNS,
     DEFAULT_COLUMN,
     FORMS,
     Row,
@@ -20,6 +21,7 @@ from msp_plugin.data.text_files import (
     text_columns,
 )
 from msp_plugin.errors import DataError, nearest, plain, shown
+from msp_plugin.runtime.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ class Documents:
 
     def _document(self, row: Any, where: str) -> Document | None:
         """Return the document of a row; None if it is null or empty."""
+        if row is None:
+            return None
         if isinstance(row, str):
             return row if row.strip() else None
         if isinstance(row, Iterator):
@@ -94,6 +98,7 @@ def _of_columns(values: Sequence[object], columns: Sequence[str], where: str) ->
     Raises:
         DataError: a value is neither text nor messages.
     """
+    values = [_read_chat(value, name, where) for name, value in zip(columns, values, strict=True)]
     texts = [value or "" for value in values if value is None or isinstance(value, str)]
     if len(texts) == len(values):
         text = "".join(texts)
@@ -108,6 +113,25 @@ def _of_columns(values: Sequence[object], columns: Sequence[str], where: str) ->
             )
         messages += part
     return Chat(tuple(messages), where) if any(m["content"].strip() for m in messages) else None
+
+
+def _read_chat(value: object, column: str, where: str) -> object:
+    """Return a column's value, as messages if it is a text that holds a conversation (see written_messages).
+
+    Raises:
+        DataError: the text is none, in a column for conversations.
+    """
+    if not isinstance(value, str) or column == DEFAULT_COLUMN:
+        return value
+    messages = written_messages(value)
+    if column not in CHAT_COLUMNS:
+        return messages or value
+    if messages is None:
+        raise DataError(
+            f"{where}: {column!r} is {shown(value)}, expected a list of messages with role and content",
+            hint="the list may be written as JSON; plain text belongs in a column of another name",
+        )
+    return messages
 
 
 def _unless_blank(pieces: Iterator[str]) -> Iterator[str] | None:
@@ -140,7 +164,7 @@ def load_texts(source: str, text_column: str = DEFAULT_COLUMN) -> Documents:
 
         texts = library_texts(source[5:])
         return Documents(source, lambda: zip(itertools.repeat(source), texts, strict=False))
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         return Documents(source, lambda: file_rows(path, text_column), text_column)
     if path.is_dir():

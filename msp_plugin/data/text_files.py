@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 Row = tuple[str, Any]
 
 DEFAULT_COLUMN = "text"
+#: Columns that hold conversations, never plain text.
+CHAT_COLUMNS = ("messages", "conversations")
 #: Columns that hold the text where there is none with the default name.
-_USUAL = (("messages",), ("conversations",), ("prompt", "completion"))
+_USUAL = (*((name,) for name in CHAT_COLUMNS), ("prompt", "completion"))
 _TEXT = (".txt", ".md", ".py", ".text")
 _LINES = (".jsonl", ".json", ".ndjson")
 _TABLES = {".csv": ",", ".tsv": "\t"}
@@ -64,16 +66,24 @@ def text_columns(row: Iterable[str], column: str) -> tuple[str, ...]:
 def data_files(path: Path) -> list[Path]:
     """Return the data files of a directory, sorted by name: all of the first kind below that is there.
 
-    1. Parquet and arrow files; 2. texts, jsonl and compressed files; 3. csv and JSON files. A README beside tables
-    is left out. If some tables have "train" in their path, those of other splits are left out.
+    1. Parquet and arrow files; 2. jsonl files and compressed tables; 3. csv and JSON files; 4. texts; 5. JSON files with
+    one object over several lines, which are settings. Warns of what is left out, but for READMEs. If some tables have
+    "train" in their path, those of other splits are left out.
     """
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name not in _ABOUT and is_known(p)]
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    if any(_kind(p)[0] in _ROWS for p in files):
-        files = [p for p in files if p.stem.lower() != "readme"]
-    columnar = [p for p in files if _kind(p)[0] in _ARROW]
-    documents = [p for p in files if _kind(p)[0] in (*_TEXT, ".jsonl", ".ndjson") or _kind(p)[1]]
-    files = columnar or documents or files
+    places = {p: _place(p) for p in files}
+    first = min(places.values(), default=0)
+    files = [p for p in files if places[p] == first]
+    left = [p for p in places if places[p] != first and p.stem.lower() != "readme"]
+    if left:
+        log.warning(
+            "%s: %d files beside the data are not read: %s%s",
+            plain(path),
+            len(left),
+            ", ".join(plain(p.relative_to(path)) for p in left[:5]),
+            ", ..." if left[5:] else "",
+        )
     words = {
         p: set(re.split("[^a-z]+", str(p.relative_to(path)).lower())) for p in files if _kind(p)[0] in _ROWS
     }
@@ -83,6 +93,28 @@ def data_files(path: Path) -> list[Path]:
             log.info("%s: %d files of other splits than train are not read", plain(path), len(others))
         files = [p for p in files if p not in others]
     return files
+
+
+def _place(path: Path) -> int:
+    """Return the place of a file in the list of data_files, from 1."""
+    kind, packing = _kind(path)
+    if kind in _ARROW:
+        return 1
+    if kind in _TEXT:
+        return 4
+    if packing or kind not in (".json", *_TABLES):
+        return 2
+    return 5 if kind == ".json" and _is_spread(path) else 3
+
+
+def _is_spread(path: Path) -> bool:
+    """Return True if a file begins with a JSON object that goes on after its first line."""
+    try:
+        with _open(path) as file:
+            line, newline, _ = file.read(_PIECE).lstrip().partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return False  # explained when it is read
+    return bool(newline) and line.startswith("{") and not line.rstrip().endswith("}")
 
 
 def _kind(path: Path) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import gc
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from msp_plugin.checkpoint.load import load
+from msp_plugin.checkpoint.load import check_weights, load
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import Text
 from msp_plugin.errors import ModelError, RecipeError
@@ -28,7 +28,7 @@ from msp_plugin.progress import StepProgress, no_progress, prefixed
 from msp_plugin.records.evaluation import EvalRecord, HarnessRecord, MetricScore, TaskScore, TextScore
 from msp_plugin.records.parts import ModelRecord
 from msp_plugin.runtime.digests import versions
-from msp_plugin.runtime.files import finite
+from msp_plugin.runtime.files import expanded, finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,6 +96,8 @@ class Request:
             if value is not None and value < least:
                 raise RecipeError(f"{option} = {value}", hint=f"give at least {least}")
         check_dtype(self.model.dtype)
+        if self.task_dir is not None:
+            object.__setattr__(self, "task_dir", expanded(self.task_dir))
         if self.tasks:
             return
         if self.task_dir is not None:
@@ -124,10 +126,20 @@ class _Measured:
     perplexities: list[float]
 
 
-def evaluate(request: Request, *, quiet: bool = True, progress: StepProgress = no_progress) -> EvalRecord:
+def evaluate(
+    request: Request,
+    *,
+    quiet: bool = True,
+    progress: StepProgress = no_progress,
+    so_far: Callable[[EvalRecord], object] = lambda record: None,
+) -> EvalRecord:
     """Return the record of an evaluation.
 
     On one machine, equal requests give equal records: they hold no times, and only paths that the request names.
+
+    Args:
+        so_far: with a reference, gets the record of the model alone, then that of both without KL: what is left if
+            the rest fails.
 
     Raises:
         MSPError: a task, text or model cannot be used; whatever can be checked without weights fails before loading.
@@ -146,14 +158,18 @@ def evaluate(request: Request, *, quiet: bool = True, progress: StepProgress = n
     tokenizers = [source.tokenizer() for source in request.sources]
     texts = [_text(request, data, tokenizers, min(lengths, default=None)) for data in request.data]
     measure = partial(_measure, suite=suite, texts=texts, quiet=quiet, progress=progress)
-    model = request.model.load()
-    measured, kls = [measure(request.model, model, tokenizers[0])], []
     if request.reference is not None:
+        check_weights(request.reference.path)
+    model = request.model.load()
+    measured, kls = [measure(request.model, model, tokenizers[0])], list[float]()
+    if request.reference is not None:
+        so_far(_record(request, suite, texts, measured, kls))
         if not texts:  # one model in memory is enough
             del model
             gc.collect()
         other = request.reference.load()
         measured.append(measure(request.reference, other, tokenizers[1]))
+        so_far(_record(request, suite, texts, measured, kls))
         kls = [_kl(other, model, text, progress) for text in texts]
     return _record(request, suite, texts, measured, kls)
 
@@ -272,7 +288,7 @@ def _text_score(
         read=text.readings[0].record(),
         value=finite(own.perplexities[i]),
         reference=finite(other.perplexities[i]) if other else None,
-        kl=finite(kls[i]) if other else None,
+        kl=finite(kls[i]) if kls else None,
     )
 
 

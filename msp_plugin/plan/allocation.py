@@ -17,6 +17,7 @@ from msp_plugin.plan.fractions import parse_fraction
 from msp_plugin.plan.levels import Level
 from msp_plugin.plan.units import Groups, Layer, Unit, UnitTable
 from msp_plugin.runtime.documents import parse_json
+from msp_plugin.runtime.files import expanded
 
 #: The file's name beside a checkpoint.
 ALLOCATION_FILE = "allocation.json"
@@ -158,7 +159,7 @@ class Allocation:
         Raises:
             RecipeError: the file is missing or unreadable, or does not hold an allocation.
         """
-        path = Path(path)
+        path = expanded(path)
         try:
             data = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

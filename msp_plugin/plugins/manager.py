@@ -207,18 +207,31 @@ class Plugins:
                     f"{one} {name!r} has no option {shown(option)}", hint=nearest(str(option), fields)
                 )
         for option, value in options.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise RecipeError(f"{one} {name!r}: option {option} = {value} is no finite number")
+            _check_finite(f"{one} {name!r}: option {option}", value)
             if isinstance(value, int) and value.bit_length() > 63:
                 raise RecipeError(f"{one} {name!r}: option {option} = {shown(value)} is beyond every count")
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        for option, value in options.items():
+            if isinstance(defaults[option], tuple) and not isinstance(value, list | tuple):
+                options[option] = (value,)
         try:
-            return TypeAdapter(cls).validate_python(options)
+            component = TypeAdapter(cls).validate_python(options)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise RecipeError(
                 f"{one} {name!r}: option {where} = {shown(first['input'])}: {first['msg']}"
             ) from None
+        for option in options:  # once more: "nan" in quotes has become a number
+            _check_finite(f"{one} {name!r}: option {option}", getattr(component, option))
+        return component
+
+
+def _check_finite(what: str, value: object) -> None:
+    """Raise RecipeError if a value is a float that is not finite, or a tuple or list with one."""
+    for each in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(each, float) and not math.isfinite(each):
+            raise RecipeError(f"{what} = {each} is no finite number")
 
 
 def spec_of(component: Any) -> dict[str, Any]:

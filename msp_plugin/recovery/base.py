@@ -80,6 +80,11 @@ class Recovery(ABC):
     #: True if the layers that are left must be as large as the original's.
     same_shapes: ClassVar[bool] = False
 
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """The directories that the method writes beside the result."""
+        return ()
+
     def check(self, model: PreTrainedModel, masks: Masks) -> None:  # noqa: B027 - optional to override
         """Raise, before any work, if an option does not fit the model."""
 

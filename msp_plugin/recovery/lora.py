@@ -56,6 +56,11 @@ class LoRA(TrainedRecovery):
                 f"{self.name} would fill {zeros:,} pruned weights in",
                 hint="use masked_lora, which trains what it merges, or masked_merge: true",
             )
+        if zeros and self.masked_merge and self.adapter:
+            raise RecipeError(
+                f"{self.name}: peft would merge the saved adapter into the {zeros:,} pruned weights too",
+                hint="use masked_lora, whose adapter keeps zeros, or leave adapter out",
+            )
 
     def config(self, inputs: RecoveryInputs) -> PeftConfig:
         from peft import LoraConfig

@@ -15,6 +15,7 @@ import torch
 
 from msp_plugin.errors import ModelError, NumericsError
 from msp_plugin.models.layers import text_config
+from msp_plugin.models.weights import Weights
 from msp_plugin.passes.by_block import BlockPass
 from msp_plugin.recovery.base import Recovery, RecoveryInputs, RecoveryResult, check_in_memory
 from msp_plugin.recovery.masks import Masks
@@ -142,7 +143,7 @@ def _changed(model: torch.nn.Module, original: torch.nn.Module) -> list[tuple[Ha
 def _lost_weights(model: torch.nn.Module, original: torch.nn.Module, half: Half) -> bool:
     """Return True if a layer of a half is smaller than the original's or has zeros where that has none."""
     for layer in (*half.inputs, half.output):
-        weight, dense = (each.get_parameter(f"{layer}.weight") for each in (model, original))
+        weight, dense = Weights(model)[layer], Weights(original)[layer]
         if weight.shape != dense.shape or bool(((weight == 0) & (dense != 0)).any()):
             return True
     return False

@@ -23,6 +23,7 @@ from msp_plugin.records.run import RunRecord
 from msp_plugin.recovery.base import Recovery
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.runtime.disk import check_free
+from msp_plugin.runtime.files import expanded
 from msp_plugin.structure.widths import Widths, global_widths, read_widths
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def load_sparse(
         VerificationError: its allocation.json is of another model.
         OutputError: the disk of ``out`` has too little room.
     """
-    folder = Path(source.name).expanduser()
+    folder = expanded(source.name)
     allocation = None
     if (folder / ALLOCATION_FILE).is_file():
         assert Checkpoint.open(folder).allocation is not None  # compares it with the tensors

@@ -20,7 +20,7 @@ from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.objective import Objective, objective
 from msp_plugin.recovery.training_options import TrainingOptions
 from msp_plugin.recovery.weight_change import WeightChange
-from msp_plugin.runtime.files import check_output
+from msp_plugin.runtime.files import check_output, expanded
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -76,10 +76,11 @@ class TrainedRecovery(TrainingOptions):
             OutputError: the adapter's directory cannot be written, or holds something else.
             RecipeError: report_to names nothing that is installed.
         """
-        adapter = Path(self.adapter).expanduser()
-        written_before = (adapter / "adapter_config.json").is_file()  # by this recovery, which was stopped
-        if self.adapter and not written_before:
-            check_output(adapter)
+        for adapter in self.writes:
+            if not (
+                adapter / "adapter_config.json"
+            ).is_file():  # which this recovery may have left (see recover)
+                check_output(adapter)
         if self.report_to != "none":
             from transformers.integrations import integration_utils
 
@@ -112,8 +113,25 @@ class TrainedRecovery(TrainingOptions):
         ids = inputs.data.samples[0]
         return objective(inputs.model, dense, ids, weight=weight, temperature=self.temperature)
 
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        return (expanded(self.adapter),) if self.adapter else ()
+
     def recover(self, inputs: RecoveryInputs) -> RecoveryResult:
         self.check(inputs.model, inputs.masks)
+        written = inputs.folder / "adapter_written"
+        if not written.exists():  # else by this recovery, before it was stopped
+            for adapter in self.writes:
+                check_output(adapter)
+        if (
+            self.layers == "ist"
+            and self.ist_start == "sensitivity"
+            and not any(inputs.sensitivities.values())
+        ):
+            raise RecipeError(
+                f"{self.name}: ist_start is sensitivity, and the run has measured none",
+                hint="use ist_start: zero, or a run of an allocator that reads sensitivities, such as search",
+            )
         for use, data in (("to train on", inputs.data), ("that is held out", inputs.holdout)):
             if not data.tokens:
                 raise DataError(f"{self.name} has no text {use}", hint="give more text, or shorter samples")
@@ -124,7 +142,8 @@ class TrainedRecovery(TrainingOptions):
             course = train(self, model, loss, inputs)
             if course.improved:
                 if self.adapter and inputs.ranks.rank == 0:
-                    save_adapter(model, inputs.model, Path(self.adapter).expanduser())
+                    written.touch()
+                    save_adapter(model, inputs.model, expanded(self.adapter))
                 self.merge(model)
             elif course.stopped:
                 raise NumericsError(

@@ -67,8 +67,10 @@ class TrainingOptions(Recovery):
                     f"{self.name}: {option} = {getattr(self, option)}", hint=f"give at least {least}"
                 )
         for option in ("learning_rate", "temperature"):
-            if getattr(self, option) <= 0:
+            if not getattr(self, option) > 0:
                 raise RecipeError(f"{self.name}: {option} = {getattr(self, option)}", hint="give more than 0")
+        if not self.weight_decay >= 0:
+            raise RecipeError(f"{self.name}: weight_decay = {self.weight_decay}", hint="give at least 0")
         for option in ("warmup", "kl_weight"):
             value = getattr(self, option)
             if value is not None and not 0 <= value <= 1:

@@ -160,6 +160,8 @@ class WeightUpdate(Recovery):
         judged: Moments,
     ) -> None:
         """Set the weights of the layers of a unit, each if its error on the hold-out samples falls."""
+        if not fitted.own.any():  # behind a layer without weights, as in a dropped half
+            return
         damping = self.damping * fitted.own.diagonal().mean()
         hessian = fitted.own.clone()
         hessian.diagonal().add_(damping)

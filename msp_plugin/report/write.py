@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from msp_plugin.errors import OutputError
 from msp_plugin.runtime.disk import writing
-from msp_plugin.runtime.files import write_text
+from msp_plugin.runtime.files import expanded, write_text
 
 if TYPE_CHECKING:
     from msp_plugin.plugins.manager import Plugins
@@ -43,8 +43,8 @@ def write_report(
     from msp_plugin.report.source import read_source
 
     began = time.monotonic()
-    records = read_source(Path(source).expanduser())
-    path = Path(out).expanduser() if out is not None else records.directory / REPORT_FILE
+    records = read_source(expanded(source))
+    path = expanded(out) if out is not None else records.directory / REPORT_FILE
     with writing(path):
         _check_replaceable(path)
     text = render(records, plugins)

@@ -39,7 +39,7 @@ class Grid:
         """Return the recovery method.
 
         Raises:
-            RecipeError: an unknown name or option, or nothing is pruned.
+            RecipeError: an unknown name or option, nothing is pruned, or the method writes more than its result.
         """
         if self.recover is None:
             return None
@@ -48,6 +48,11 @@ class Grid:
                 "without pruning there is nothing to recover", hint="prune too, or leave out the recovery"
             )
         built: Recovery = plugins.build("recoveries", self.recover)
+        if built.writes:
+            raise RecipeError(
+                f"each row of a comparison would write {built.writes[0]}",
+                hint="recover a single run with `msp recover` to keep its adapter",
+            )
         return built
 
     def plan(self, plugins: Plugins, method: Any, sparsity: str, allocator: Any) -> ResolvedOptions:

@@ -23,7 +23,7 @@ from msp_plugin.records.run import Outcome
 from msp_plugin.recovery.base import Recovery
 from msp_plugin.recovery.record import Recovered
 from msp_plugin.recovery.step import RecoveryStep, RecoveryText
-from msp_plugin.runs.recover import check_recovery, recover_pruned
+from msp_plugin.runs.recover import check_beside, check_recovery, recover_pruned
 from msp_plugin.runs.steps import Run, RunSteps
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import sole_run
@@ -71,6 +71,8 @@ def prune(
     plugins = Plugins()
     resolved = resolve(Options.parse(options), plugins)
     recovery = None if recover is None else plugins.build("recoveries", recover)
+    if recovery is not None:
+        check_beside(recovery, Path(out))
     if recovery is not None and offload and not recovery.offloads:
         raise RecipeError(
             f"recovery {recovery.name!r} changes weights in memory, and with offload they are on disk",

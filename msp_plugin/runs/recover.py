@@ -15,7 +15,7 @@ from msp_plugin.checkpoint.run_files import copy_processor
 from msp_plugin.checkpoint.saving import generation_config_kept, kept_if_it_fails
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import Text
-from msp_plugin.errors import RecipeError
+from msp_plugin.errors import OutputError, RecipeError
 from msp_plugin.hosts.base import Pruned
 from msp_plugin.hosts.builtin import BuiltIn
 from msp_plugin.models.fingerprint import fingerprint
@@ -39,7 +39,7 @@ from msp_plugin.runs.steps import RECIPE_FILE, Run
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import digest, versions
 from msp_plugin.runtime.disk import writing
-from msp_plugin.runtime.files import output_directory
+from msp_plugin.runtime.files import expanded, output_directory
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.locks import sole_run
 from msp_plugin.search.resolve import ResolvedOptions
@@ -97,6 +97,7 @@ def recover(
         )
     sparse = ModelSource(run, dtype, trust_remote_code, offload and recovery.offloads, cache)
     dense = None if original is None else ModelSource(original, dtype, trust_remote_code, offload, cache)
+    check_beside(recovery, Path(out))
     ranks = context.ranks
     with ExitStack() as stack:
         path, journal_file = ranks.on_rank_zero(
@@ -105,7 +106,7 @@ def recover(
         sources = check_sources(sparse, dense, recovery)
         tokenizer, smaller = sources.tokenizer, sources.smaller
         text = data if isinstance(data, Text) else Text(data)
-        text = text.for_model(run, trust_remote_code=trust_remote_code)
+        text = text.for_model(sparse.name, trust_remote_code=trust_remote_code)
         samples = recovery_text(tokenizer, text)
         step = RecoveryStep(recovery, samples, seed, cache, context)
         subject = load_sparse(sparse, tokenizer, path, smaller=smaller)
@@ -124,6 +125,17 @@ def recover(
         _write(subject.model, tokenizer, sparse, record, path, step.folder(key))
     Plugins().tell("msp_run_finished", record=record.to_dict())
     return Run(path, record)
+
+
+def check_beside(recovery: Recovery, out: Path) -> None:
+    """Raise OutputError if a recovery would write into the directory of its result, which has to be empty at the end."""
+    whole = expanded(out).resolve()
+    for directory in recovery.writes:
+        if directory.resolve().is_relative_to(whole):
+            raise OutputError(
+                f"{recovery.name} would write {directory} into {out}, which gets the result",
+                hint="write it to a directory beside that",
+            )
 
 
 def check_recovery(recovery: Recovery, model: PreTrainedModel, plan: ResolvedOptions) -> None:
@@ -231,8 +243,8 @@ def _write(
     def records(folder: Path) -> None:
         record.write(folder / RUN_FILE)
         for name in (ALLOCATION_FILE, RECIPE_FILE):
-            if (Path(source.name).expanduser() / name).is_file():
-                shutil.copyfile(Path(source.name).expanduser() / name, folder / name)
+            if (expanded(source.name) / name).is_file():
+                shutil.copyfile(expanded(source.name) / name, folder / name)
         copy_logs(state, folder)
 
     kept = partial(kept_if_it_fails, model, path, records, source.cache)

@@ -27,7 +27,7 @@ from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.offload import check_room, named_parameters, quantized_forward
 from msp_plugin.passes.losses import perplexity
-from msp_plugin.plugins.manager import Plugins
+from msp_plugin.plugins.manager import Plugins, spec_of
 from msp_plugin.progress import prefixed
 from msp_plugin.records.parts import ModelRecord
 from msp_plugin.records.run import DENSE, PRUNE, RECOVERED, UNIFORM, RunRecord, StageRecord
@@ -279,8 +279,14 @@ def recovery_line(recovered: Recovered | None) -> dict[str, Any] | None:
 
 
 def recipe_text(options: ResolvedOptions, recovery: dict[str, Any] | None = None) -> str:
-    """Return the llm-compressor recipe with these options and the line of a recovery, as YAML."""
-    line = options.spelled.model_dump(exclude_defaults=True, exclude={"cache"})
+    """Return the llm-compressor recipe with these options, defaults too, and the line of a recovery, as YAML."""
+    searched = options.given is None
+    line = options.spelled.model_dump(exclude_defaults=not searched, exclude_none=True, exclude={"cache"})
+    line["method"] = spec_of(options.pruner)
+    if searched:
+        estimators = {name: spec_of(estimator) for name, estimator in options.estimators.items()}
+        line["granularity"], line["allocator"] = options.granularity, spec_of(options.allocator)
+        line["estimators"] = {name: spec for name, spec in estimators.items() if spec.pop("name")}
     modifiers = {"MixedSparsityModifier": line}
     if recovery is not None:
         modifiers["RecoveryModifier"] = recovery

@@ -14,18 +14,25 @@ from typing import Any
 
 from msp_plugin.errors import OutputError
 
+_ELSEWHERE = "give a directory that you may write to"
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with ``~`` expanded; unchanged for an unknown user, where Path.expanduser raises."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
 
 def default_cache() -> Path:
     """Return ``$MSP_CACHE``, or ``msp_plugin`` under the user's cache directory."""
     base = os.environ.get("MSP_CACHE")
     if base:
-        return Path(base).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "msp_plugin"
+        return expanded(base)
+    return expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "msp_plugin"
 
 
 def cache_directory(cache: str | None) -> Path:
     """Return the given cache directory with ``~`` expanded; the default one if none is given."""
-    return Path(cache).expanduser() if cache else default_cache()
+    return expanded(cache) if cache else default_cache()
 
 
 @contextmanager
@@ -72,26 +79,37 @@ def check_output(path: str | Path) -> Path:
     Raises:
         OutputError: the path is a file, a directory that is not empty, or cannot be made.
     """
-    path = Path(path).expanduser().resolve()
+    path = expanded(path).resolve()
     try:
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file", hint="give a directory that does not exist yet")
         if path.is_dir() and any(path.iterdir()):
             raise OutputError(f"{path} is not empty", hint="give another directory, or empty this one")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint=_ELSEWHERE) from error
+    check_writable(path)
+    return path
+
+
+def check_writable(path: Path) -> Path:
+    """Return the directory at a path, or its nearest parent that exists, if a directory can be made in there.
+
+    Raises:
+        OutputError: it is a file or cannot be written.
+    """
+    try:
         parent = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not parent.is_dir():
             raise OutputError(f"{parent} is a file", hint="give a directory that does not exist yet")
         if not os.access(parent, os.W_OK):
-            raise OutputError(f"{parent} is not writable", hint="give a directory that you may write to")
+            raise OutputError(f"{parent} is not writable", hint=_ELSEWHERE)
         # A directory is made, because os.access lets root write everywhere, even in /proc.
         probe = parent / f".{path.name}.{uuid.uuid4().hex}.partial"
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}", hint="give a directory that you may write to"
-        ) from error
-    return path
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint=_ELSEWHERE) from error
+    return parent
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from msp_plugin.errors import OutputError
 from msp_plugin.runtime.digests import digest
 from msp_plugin.runtime.disk import check_new, writing
-from msp_plugin.runtime.files import cache_directory, check_output
+from msp_plugin.runtime.files import cache_directory, check_output, expanded
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def sole_output(out: str | Path, cache: str | None = None, *, file: bool = False
         OutputError: another process writes there, or the output cannot be made (see check_output and
             check_new).
     """
-    path = Path(out).expanduser().resolve()
+    path = expanded(out).resolve()
     made = [folder for folder in path.parents if not folder.exists()]
     with suppress(OSError):  # check_output raises with the reason
         path.parent.mkdir(parents=True, exist_ok=True)

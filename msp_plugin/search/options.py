@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from msp_plugin.errors import RecipeError, nearest, shown
 from msp_plugin.plan.menus import DEFAULT_LEVELS, DEFAULT_QUANTUM, parse_menu
+from msp_plugin.runtime.files import expanded
 
 
 class Options(BaseModel):
@@ -67,8 +68,10 @@ class Options(BaseModel):
                 parse_menu([data["levels"]])  # an unquoted 2:4 is explained
                 data["levels"] = [data["levels"]]
             given = data.get("allocation")
-            if isinstance(given, str) and given and not given.startswith("~"):
-                data["allocation"] = str(Path.cwd() / given)  # recipe.yaml may be run from elsewhere
+            if isinstance(given, str) and given:
+                data["allocation"] = str(
+                    Path.cwd() / expanded(given)
+                )  # recipe.yaml may be run from elsewhere
             for key in ("targets", "ignore", "levels", "protect"):
                 if isinstance(data.get(key), str):
                     data[key] = [part.strip() for part in data[key].split(",") if part.strip()]

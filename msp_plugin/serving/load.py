@@ -13,7 +13,7 @@ from torch import nn
 from msp_plugin.checkpoint import load as dense
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.saved_names import saved_names
-from msp_plugin.errors import ModelError
+from msp_plugin.errors import ModelError, ServingError
 from msp_plugin.models.source import check_source
 from msp_plugin.serving.cpu.linear import PackedLinear
 
@@ -80,6 +80,18 @@ def load(
     return model
 
 
+def _no_saving(*_: object, **__: object) -> None:
+    """Stand in for the ``save_pretrained`` of a model with packed layers, which no loader would recognise again.
+
+    Raises:
+        ServingError: always.
+    """
+    raise ServingError(
+        "a model with packed layers is not saved: its files would not say how they are packed",
+        hint="copy the directory that it came from, or `msp export` it --to dense",
+    )
+
+
 def _replace_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Put a PackedLinear, still without data, in the place of each linear that the checkpoint holds packed."""
     format = checkpoint.format
@@ -117,4 +129,6 @@ def _prepare(model: PreTrainedModel) -> None:
             linear.weight = nn.Parameter(module.weight, requires_grad=False)
             linear.register_parameter("bias", module.bias)
             model.set_submodule(name, linear.eval())
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        model.save_pretrained = _no_saving  # type: ignore[method-assign,unused-ignore]
     log.warning("packed layers: %s", ", ".join(f"{n} on {kernel}" for kernel, n in sorted(kernels.items())))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from msp_plugin.errors import RecipeError, ServingError
+from msp_plugin.runtime.files import expanded
 
 #: The environment variable that tells the vLLM plugin the file for its report.
 REPORT = "MSP_SERVING_REPORT"
@@ -125,6 +126,7 @@ def vllm_executable(environment: Path) -> Path:
     Raises:
         RecipeError: there is none.
     """
+    environment = expanded(environment)
     for path in (environment / "bin" / "vllm", environment):
         if path.is_file() and os.access(path, os.X_OK):
             return path.absolute()

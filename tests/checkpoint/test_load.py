@@ -14,6 +14,8 @@ import msp_plugin
 from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.load import load
 from msp_plugin.checkpoint.smaller import Small
+from msp_plugin.checkpoint.source import ModelSource
+from msp_plugin.cli.arguments import resolve_model
 from msp_plugin.errors import FormatError, ModelError, MSPError, RecipeError
 
 UP = "model.layers.1.mlp.up_proj"
@@ -38,6 +40,17 @@ def packed(packed_dir, copied):
 
 
 # the same model
+
+
+def test_a_model_in_the_home_directory_is_found(llama_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(llama_dir.parent))
+    name = f"~/{llama_dir.name}"
+    source = ModelSource(name)
+    source.check()
+    assert source.load() and source.tokenizer() and resolve_model(name) == str(source.name) == str(llama_dir)
+    nobody = ModelSource("~nobody-of-this-name/model")
+    with pytest.raises(ModelError, match="no model directory at ~nobody-of-this-name/model"):
+        nobody.check()
 
 
 def test_the_package_offers_it(run_dir, bits):
@@ -316,16 +329,24 @@ def test_a_hub_id_is_loaded_from_the_cache_in_both_forms(run_dir, packed_dir, hu
     assert bits(load(HUB_NAME)) == expected
 
 
-@pytest.mark.parametrize("form", ["small", "packed"])
-def test_a_smaller_model_is_loaded_from_the_cache(form, llama, hub, bits, tmp_path):
+def test_a_smaller_model_is_loaded_from_the_cache(llama, hub, bits, tmp_path):
     with torch.no_grad():
         llama.model.layers[0].self_attn.o_proj.weight.zero_()
-        llama.model.layers[1].mlp.down_proj.weight.view(-1, 4)[:, :2] = 0
     llama.save_pretrained(tmp_path / "zeros")
     export_checkpoint(tmp_path / "zeros", Small(), tmp_path / "small")
-    export_checkpoint(tmp_path / "small", Sparse24(), tmp_path / "packed")
-    hub(tmp_path / form)
+    hub(tmp_path / "small")
     assert bits(load(HUB_NAME)) == bits(load(tmp_path / "small"))
+
+
+def test_the_command_says_that_a_hub_model_is_loaded(msp, run_dir, packed_dir, hub, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the dog sat on the cat. " * 200)
+    for source in (run_dir, packed_dir):
+        shutil.rmtree(tmp_path / "hub", ignore_errors=True)
+        hub(source)
+        command = ["eval", HUB_NAME, "--data", text, "--samples", "2", "--length", "16", "--json"]
+        assert f"loading {HUB_NAME} from the hub" in msp(*command).err
+    assert "loading" not in msp("eval", run_dir, *command[2:]).err
 
 
 def test_a_damaged_download_is_found(packed_dir, hub):

@@ -109,6 +109,23 @@ def test_plugins_and_doctor_speak_json(msp):
     assert {c["name"] for c in checks} >= {"python", "torch", "llmcompressor", "modifier", "plugins"}
 
 
+def test_doctor_names_the_space_of_a_cache_and_one_that_cannot_be_written(msp, monkeypatch, tmp_path):
+    from msp_plugin.cli import doctor
+
+    def cache(path):
+        monkeypatch.setenv("MSP_CACHE", str(path))
+        return next(check for check in doctor.examine() if check.name == "cache")
+
+    (tmp_path / "a").write_bytes(bytes(2**20))
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert cache(tmp_path).state == "ok" and f"{tmp_path}, 1 MiB, " in cache(tmp_path).found
+    assert "GiB free" in cache(tmp_path / "new" / "one").found and len(list(tmp_path.iterdir())) == 2
+    for path in ("/proc/nope/x", tmp_path / "a" / "x"):
+        check = cache(path)
+        assert check.state == "fail" and check.advice.startswith("set MSP_CACHE to")
+        assert str(path) in check.found or f"{tmp_path}/a is a file" in check.found
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

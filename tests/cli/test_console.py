@@ -9,7 +9,8 @@ import pytest
 from rich.table import Table
 
 from msp_plugin.cli import console
-from msp_plugin.progress import Repeated, no_progress, prefixed
+from msp_plugin.errors import OutputError
+from msp_plugin.progress import ProgressLines, Repeated, no_progress, prefixed
 from msp_plugin.records.run import RunRecord, SparsityRecord, StageRecord
 
 #: Each would be lost, coloured or replaced if it were markup or an emoji code.
@@ -25,7 +26,7 @@ def lines():
 
         def __init__(self):
             self.printed = []
-            self.report = console.ProgressLines(self.printed.append, lambda: self.now)
+            self.report = ProgressLines(self.printed.append, lambda: self.now)
 
         def at(self, seconds, *report):
             self.now = seconds
@@ -77,6 +78,15 @@ def test_a_note_is_printed_with_its_step(lines):
         "uniform, search: 1 of 1 done in 0:00; note",
         "uniform, search: 1 of 1 done in 0:00",
     ]
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_without_a_terminal_a_log_line_stays_whole(capsys, verbose):
+    message = f"/a/{'long/' * 40}path {ODD}"
+    console.set_up_logs(verbose)
+    logging.getLogger("msp_plugin").warning(message)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"WARNING: {message}") and verbose == line[0].isdigit()
 
 
 def test_without_a_terminal_progress_goes_to_stderr_as_it_is(capsys):
@@ -140,6 +150,19 @@ def test_paths_with_brackets_are_printed_as_they_are(command, msp, run_dir, llam
         "verify": [copied(run_dir, name) if command == "verify" else None, "--check", "structure"],
     }[command]
     assert name in " ".join(msp(command, *arguments).out.split())  # a title is folded
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_record_that_cannot_be_written_is_printed_first(tmp_path, capsys, as_json):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write"):
+        console.deliver(
+            RunRecord(perplexity={"dense": 2.5}),
+            tmp_path / "file" / "out.json",
+            as_json,
+            lambda record: print("2.5"),
+        )
+    assert "2.5" in capsys.readouterr().out
 
 
 def test_doctor_shows_what_it_found_as_it_is(msp, monkeypatch):

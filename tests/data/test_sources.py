@@ -1,4 +1,5 @@
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -77,10 +78,10 @@ def test_a_jsonl_line_without_the_column_names_the_nearest(tmp_path, line, hint)
 def test_a_directory_is_read_in_the_order_of_its_names(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "b.md").write_text("b")
-    (tmp_path / "a.jsonl").write_text('{"text": "a1"}\n{"text": "a2"}\n')
+    (tmp_path / "a.txt").write_text("a")
     (tmp_path / "sub" / "c.py").write_text("c")
     (tmp_path / "image.png").write_bytes(b"\xff\x00")
-    assert read(str(tmp_path)) == ["a1", "a2", "b", "c"]
+    assert read(str(tmp_path)) == ["a", "b", "c"]
 
 
 def test_a_directory_without_text_says_what_it_looked_for(tmp_path):
@@ -226,6 +227,13 @@ def test_null_and_empty_rows_are_skipped_and_counted(tmp_path, name):
     assert list(documents) == ["one", "None", "two"] and (documents.rows, documents.skipped) == (6, 3)
 
 
+@pytest.mark.parametrize("content", ['{"text": "one"}\nnull\n"two"\n', '[{"text": "one"}, null, "two"]'])
+def test_a_row_that_is_null_itself_is_skipped_and_counted(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    documents = load_texts(str(tmp_path / "a.json"))
+    assert list(documents) == ["one", "two"] and (documents.rows, documents.skipped) == (3, 1)
+
+
 def test_rows_that_are_all_null_are_no_text(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": None}] * 3)
     with pytest.raises(DataError, match="a.jsonl holds no text: all 3 rows are null or empty"):
@@ -279,6 +287,41 @@ def test_conversations_are_messages_with_role_and_content(tmp_path, name, row, c
     documents = load_texts(write_rows(tmp_path / name, [{**row, "id": 1}]))
     (chat,) = documents
     assert list(chat.messages) == [USER, REPLY] and documents.columns == columns
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("write", [json.dumps, repr, lambda rows: json.dumps(rows, indent=2)])
+def test_a_conversation_that_is_written_as_a_text_is_one(tmp_path, name, write):
+    rows = [{"messages": write([USER, REPLY]), "talk": write([USER])}, {"messages": "null", "talk": "a"}]
+    path = tmp_path / name
+    if name == "a.csv":
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        write_rows(path, rows)
+    for column in ("text", "messages"):
+        documents = load_texts(str(path), column)
+        assert [list(chat.messages) for chat in documents] == [[USER, REPLY]] and documents.skipped == 1
+    assert read(str(path), "talk") == [[USER], "a"]
+
+
+@pytest.mark.parametrize(
+    "value", ["just text", "[1, 2]", "[{'role': 'user'}]", "[{'role': 'user' 'content'", "{", "[" * 500]
+)
+def test_a_text_in_a_column_of_conversations_is_named_with_its_row(tmp_path, value):
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": [USER]}, {"messages": value}])
+    with pytest.raises(
+        DataError, match="a.jsonl, line 2: 'messages' is .*expected a list of messages"
+    ) as error:
+        read(path)
+    assert "written as JSON" in error.value.hint
+
+
+def test_a_text_column_stays_text_whatever_it_looks_like(tmp_path):
+    text = json.dumps([USER])
+    assert read(write_rows(tmp_path / "a.jsonl", [{"text": text}])) == [text]
 
 
 def test_an_asked_column_of_messages_goes_before_a_text(tmp_path):
@@ -375,10 +418,25 @@ def test_a_directory_of_tables_is_read_from_its_training_split(tmp_path, form):
     assert read(str(tmp_path)) == ["train-00000-of-00002", "train-00001-of-00002"]
 
 
-def test_settings_beside_texts_are_no_data(tmp_path):
+def test_settings_beside_texts_are_no_data(tmp_path, caplog):
     (tmp_path / "a.py").write_text("code")
     (tmp_path / "package.json").write_text('{\n "name": "x"\n}')
     assert read(str(tmp_path)) == ["code"]
+    assert "not read: package.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["train.json", "array.json", "a.jsonl", "a.csv", "a.tsv", "a.json.gz", "a.parquet"]
+)
+def test_texts_beside_a_table_are_no_data_and_named(tmp_path, caplog, name):
+    write_rows(tmp_path / name)
+    for text in ("LICENSE.txt", "LICENSE.md", "README.md", "loader.py", "notes.txt.gz"):
+        (tmp_path / text).write_text("no data")
+    assert read(str(tmp_path)) == ["one", "zwei\nü"]
+    assert (
+        "4 files beside the data are not read: LICENSE.md, LICENSE.txt, loader.py, notes.txt.gz"
+        in caplog.text
+    )
 
 
 def test_a_name_that_no_terminal_should_see_is_written_with_escapes(tmp_path):

@@ -190,6 +190,28 @@ def test_a_reference_with_another_tokenizer_has_no_kl(msp, no_model, run_dir, te
     assert "demo:llama" in said and "different tokens" in said
 
 
+def test_a_reference_that_is_cut_off_is_named_before_a_model_is_loaded(
+    msp, no_model, run_dir, copied, text_file
+):
+    weights = copied(run_dir, "cut") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    said = msp("eval", run_dir, "--reference", weights.parent, "--data", text_file, code=1).err
+    assert "model.safetensors is not a complete safetensors file" in said
+
+
+def test_the_models_own_scores_are_delivered_if_the_reference_cannot_be_loaded(
+    msp, run_dir, copied, text_file, tmp_path
+):
+    config = copied(run_dir, "other") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 8}))
+    common = ("--data", text_file, "--samples", "4", "--length", "32")
+    alone = json.loads(msp("eval", run_dir, *common, "--json").out)
+    file = tmp_path / "eval.json"
+    shown = msp("eval", run_dir, "--reference", config.parent, *common, "--out", file, code=2)
+    assert str(config.parent) in shown.err and f"Written: {file}" in shown.out
+    assert json.loads(file.read_text()) == alone
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -200,6 +222,7 @@ def test_a_reference_with_another_tokenizer_has_no_kl(msp, no_model, run_dir, te
         (["--tasks", "x", "--batch", "0"], ["batch = 0"]),
         (["--tasks", "x", "--dtype", "int8"], ["dtype 'int8' is unknown"]),
         (["--tasks", "x", "--task-dir", "/nowhere"], ["no directory of tasks at /nowhere"]),
+        (["--tasks", "x", "--task-dir", "~/nowhere"], [f"no directory of tasks at {Path.home()}/nowhere"]),
         (["--tasks", "x", "--task-dir", "."], ["holds no .yaml file"]),
         (["--task-dir", str(TASKS)], ["no task of it", TASK]),
         (["--data", "/nowhere/text.txt"], ["no data file at /nowhere/text.txt"]),

@@ -279,3 +279,18 @@ def test_two_distributions_with_one_component_name_are_both_named(tmp_path, monk
     install(tmp_path, monkeypatch, "mspt_right", "right", PRUNER.format(name="shared"), version="3.0")
     with pytest.raises(PluginError, match=r"left \(mspt_left 1.0\) and right \(mspt_right 3.0\)"):
         Plugins()
+
+
+@pytest.mark.parametrize("value", ["nan", ".inf", float("inf"), "-inf"])
+@pytest.mark.parametrize(("kind", "name", "option"), [
+    ("recoveries", "masked_lora", "learning_rate"), ("recoveries", "blockwise", "rates"), ("pruners", "sparsegpt", "dampening_frac"),
+])  # fmt: skip
+def test_no_option_is_a_number_without_end(kind, name, option, value):
+    with pytest.raises(RecipeError, match=option):
+        Plugins(entry_points=False).build(kind, {"name": name, option: value})
+
+
+def test_one_number_may_stand_for_a_list_of_one():
+    assert Plugins(entry_points=False).build("recoveries", {"name": "blockwise", "rates": 0.1}).rates == (
+        0.1,
+    )

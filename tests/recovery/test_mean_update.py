@@ -77,8 +77,10 @@ def by_hand(dense, data):
     return attention, mlp / tokens
 
 
-@pytest.mark.parametrize("form", ["zeros", "small"])
-def test_the_update_is_the_mean_of_what_the_dense_halves_add(offset_dir, text, tmp_path, form, monkeypatch):
+@pytest.mark.parametrize(("form", "offload"), [("zeros", False), ("zeros", True), ("small", False)])
+def test_the_update_is_the_mean_of_what_the_dense_halves_add(
+    offset_dir, text, tmp_path, form, offload, monkeypatch
+):
     sparse = zeroed(offset_dir, tmp_path / "zeros")
     if form == "small":
         export_checkpoint(sparse, Small(), tmp_path / "small")
@@ -92,7 +94,8 @@ def test_the_update_is_the_mean_of_what_the_dense_halves_add(offset_dir, text, t
         "recover",
         lambda self, inputs: (seen.update(data=inputs.data.samples), plain(self, inputs))[1],
     )
-    run = recover(sparse, text, tmp_path / "out", original=offset_dir, method="mean_update", dtype="float32")
+    run = recover(sparse, text, tmp_path / "out", original=offset_dir, method="mean_update", dtype="float32",
+                  offload=offload)  # fmt: skip
     model = msp_plugin.load(run.path, "float32")
     attention, mlp = by_hand(offset_dir, seen["data"])
     bias = model.model.layers[0].mlp.down_proj.bias.detach().double()

@@ -325,6 +325,13 @@ def test_a_failed_save_keeps_the_recovered_model(with_recovery, run_dir, text, t
     assert str(kept) in str(failed.value) and (kept / "run.json").exists()
 
 
+def test_an_adapter_inside_the_result_is_refused_before_any_work(run_dir, tmp_path):
+    for adapter in (tmp_path / "out", tmp_path / "out" / "adapter"):
+        with pytest.raises(OutputError, match="into .*out, which gets the result"):
+            recover(run_dir, "no text", tmp_path / "out", method={"name": "masked_lora", "adapter": str(adapter),
+                    "kl_weight": 0})  # fmt: skip
+
+
 def test_recover_is_a_public_name():
     assert msp_plugin.recover is recover
 

@@ -103,6 +103,9 @@ def test_a_saved_adapter_gives_the_merged_model_again(name, case, make_samples):
         assert torch.equal(again(ids).logits, merged)
         assert torch.equal(again.merge_and_unload()(ids).logits, merged)
     assert (case.folder / "adapter" / "adapter_config.json").is_file()
+    method.recover(case.inputs())  # as after a stop before its result was written
+    with pytest.raises(OutputError, match="is not empty"):
+        method.recover(dataclasses.replace(case.inputs(), folder=case.folder / "another"))
 
 
 def test_one_step_of_full_is_one_step_of_adamw_on_the_masked_problem(case):
@@ -337,7 +340,7 @@ def test_options_that_do_not_fit_the_layers_are_refused_before_any_work(case, me
     [
         (MaskedLoRA, "rank", 0), (MaskedLoRA, "tokens", 0), (MaskedLoRA, "learning_rate", 0.0),
         (MaskedLoRA, "kl_weight", 1.5), (MaskedLoRA, "layers", "some"), (MaskedLoRA, "rate", "steps"),
-        (MaskedLoRA, "ist_start", "one"), (MaskedLoRA, "warmup", -0.1), (MaskedLoRA, "temperature", 0.0),
+        (MaskedLoRA, "ist_start", "one"), (MaskedLoRA, "warmup", -0.1), (Full, "weight_decay", -0.1), (Full, "learning_rate", float("nan")), (MaskedLoRA, "temperature", 0.0),
         (SPP, "groups", 0), (SparseDelta, "score", "fisher"), (SparseDelta, "values", 0.0), (LoRA, "rank", 0),
     ],
 )  # fmt: skip
@@ -368,6 +371,17 @@ def test_vectors_of_a_module_that_has_layers_stay_as_they_are(case, method, weig
     assert not any(torch.equal(before[layer], after[layer]) for layer in before)
     own, dense = inputs.model.model.layers[0].self_attn, case.dense.model.layers[0].self_attn
     assert torch.equal(own.lambda_q1, dense.lambda_q1)
+
+
+def test_an_importance_that_nobody_measured_is_no_start(case):
+    with pytest.raises(RecipeError, match="the run has measured none"):
+        MaskedLoRA(layers="ist", ist_start="sensitivity", **SHORT).recover(case.inputs())
+
+
+def test_a_saved_lora_that_peft_would_merge_into_the_zeros_is_refused(case, tmp_path):
+    inputs = case.inputs()
+    with pytest.raises(RecipeError, match="into the .* pruned weights too"):
+        LoRA(masked_merge=True, adapter=str(tmp_path / "adapter")).check(inputs.model, inputs.masks)
 
 
 def test_ist_draws_only_blocks_that_train_something(case, weights_of):

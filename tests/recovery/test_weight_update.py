@@ -58,6 +58,15 @@ def test_a_dense_layer_with_the_dense_inputs_gets_its_own_weight_back(problem):
     torch.testing.assert_close(found, weight)
 
 
+def test_what_a_dropped_half_leaves_stays_as_it_is(llama, prune_half, make_inputs):
+    original, attention = copy.deepcopy(llama), llama.model.layers[1].self_attn
+    with torch.no_grad():
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+            layer.weight.zero_()
+    result = WeightUpdate().recover(make_inputs(llama, prune_half(llama), original))
+    assert result.curve[1][1] < result.curve[0][1] and not attention.o_proj.weight.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_comes_nearer_to_the_dense_model_and_keeps_every_zero(
     llama, dtype, prune_half, make_inputs, make_samples, bits

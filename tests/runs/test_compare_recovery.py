@@ -52,6 +52,12 @@ def test_a_comparison_hashes_the_dense_model_once_and_each_pruned_one_once(run, 
     assert counts[1] == [*counts[0], 1] and counts[0][1:] == [1]
 
 
+def test_rows_do_not_write_one_adapter_over_another(run):
+    method = {"name": "masked_lora", "adapter": "adapter"}
+    with pytest.raises(RecipeError, match="each row of a comparison would write"):
+        run(by_name("uniform"), prune=True, recover=method)
+
+
 def test_a_recovery_without_pruning_or_of_an_unknown_name_is_refused_before_the_model_is_loaded(
     run, no_model
 ):

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from msp_plugin.errors import RecipeError
-from msp_plugin.plan.allocation import make_allocation
+from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.menus import DEFAULT_LEVELS
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.search.options import Options
@@ -111,6 +111,14 @@ def test_a_finished_allocation_gives_sparsity_and_levels(plugins, allocation_fil
     assert plan.sparsity == Fraction(1, 2) and [level.name for level in plan.menu] == ["4:8"]
     assert plan.given.table.names == ("layers.0.proj", "layers.1.proj")
     assert resolve(Options(allocation=allocation_file, sparsity="1/2"), plugins).given == plan.given
+
+
+def test_an_allocation_in_the_home_directory_is_found(plugins, allocation_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plan = resolve(Options(allocation="~/allocation.json"), plugins)
+    assert plan.given == Allocation.read("~/allocation.json") and plan.spelled.allocation == allocation_file
+    with pytest.raises(RecipeError, match="no allocation file at .*~nobody-of-this-name/a.json"):
+        resolve(Options(allocation="~nobody-of-this-name/a.json"), plugins)
 
 
 def test_a_sparsity_that_contradicts_the_allocation_is_refused(plugins, allocation_file):

@@ -99,6 +99,27 @@ def test_it_is_not_trained(packed_path):
         next(iter(packed_linears(model).values()))(x)
 
 
+def test_it_is_not_saved_as_files_that_nobody_could_read(packed_path, tmp_path):
+    model = msp_plugin.load(packed_path, packed=True)
+    with pytest.raises(ServingError, match="packed layers is not saved") as error:
+        model.save_pretrained(tmp_path / "saved")
+    assert "--to dense" in error.value.hint and not (tmp_path / "saved").exists()
+
+
+def test_a_row_whose_scale_the_dtype_cannot_hold_keeps_its_weights(make_run, llama, tmp_path):
+    layer = "model.layers.0.mlp.up_proj"
+    with torch.no_grad():
+        llama.get_parameter(f"{layer}.weight")[3].mul_(2e-5)  # its scale is far below float16's least number
+    run = make_run(tmp_path / "run", llama)
+    export_checkpoint(run, Bitmask(values="int8"), tmp_path / "packed")
+    wide = msp_plugin.load(tmp_path / "packed", "float32").get_parameter(f"{layer}.weight")
+    for packed in (False, True):
+        model = msp_plugin.load(tmp_path / "packed", "float16", packed=packed)
+        assert torch.equal(model.get_submodule(layer).weight, wide.half())
+    assert wide[3].any() and isinstance(model.get_submodule(layer), PackedLinear)
+    assert torch.equal(model.half().float().get_submodule(layer).weight, wide)
+
+
 def test_a_copy_of_the_model_gives_the_same(packed_path):
     model = msp_plugin.load(packed_path, packed=True)
     assert torch.equal(generated(copy.deepcopy(model)), generated(model))

@@ -282,9 +282,11 @@ def test_where_no_vllm_is_it_is_said(place, tmp_path):
     assert place in error.value.message
 
 
-def test_a_relative_path_is_made_absolute(environment, monkeypatch):
+def test_a_relative_path_is_made_absolute_also_from_the_home_directory(environment, monkeypatch):
     monkeypatch.chdir(environment)
     assert vllm_executable(Path("bin/vllm")) == environment / "bin" / "vllm"
+    monkeypatch.setenv("HOME", str(environment))
+    assert vllm_executable(Path("~/bin/vllm")) == environment / "bin" / "vllm"
 
 
 # transformers' own greedy tokens

@@ -12,6 +12,7 @@ import torch
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.core.events import EventType
 from llmcompressor.modifiers import Modifier
+from loguru import logger
 from pydantic import ConfigDict, PrivateAttr, model_validator
 from torch.utils.data import RandomSampler, SequentialSampler
 
@@ -34,7 +35,7 @@ from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.passes.reach import check_called
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
-from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.progress import ProgressLines, StepProgress
 from msp_plugin.records.run import Outcome
 from msp_plugin.recovery.record import Recovered, with_recovery
 from msp_plugin.search.allocate import allocate, check_model
@@ -78,7 +79,7 @@ class MixedSparsityModifier(Options, Modifier):
     _alone: bool = PrivateAttr(default=True)
     _steps: int = PrivateAttr(default=0)
     _padding: Padding | None = PrivateAttr(default=None)
-    _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
+    _progress: StepProgress = PrivateAttr(default_factory=lambda: ProgressLines(logger.info))
     _recovered: list[Recovered] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="before")

@@ -15,6 +15,7 @@ from msp_plugin.hosts.llm_compressor.methods import check_method
 from msp_plugin.hosts.llm_compressor.register import register_modifier
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.runtime.documents import parse_yaml
+from msp_plugin.runtime.files import expanded
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import ResolvedOptions, resolve
 
@@ -47,7 +48,7 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     Raises:
         RecipeError: it is missing, unreadable, or without the three levels stage, group, modifier.
     """
-    path = Path(source) if "\n" not in str(source) else None
+    path = expanded(source) if "\n" not in str(source) else None
     name = "the recipe" if path is None else f"the recipe {path}"
     if path is not None:
         try:

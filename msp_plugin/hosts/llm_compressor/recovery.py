@@ -13,6 +13,7 @@ from llmcompressor.core import Event, State, active_session
 from llmcompressor.core.events import EventType
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.helpers import DisableQuantization
+from loguru import logger
 from pydantic import ConfigDict, PrivateAttr, model_validator
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.weights import Weights
 from msp_plugin.plugins.manager import Plugins
-from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.progress import ProgressLines, StepProgress
 from msp_plugin.records.run import PRUNE
 from msp_plugin.recovery.base import Recovery
 from msp_plugin.recovery.masks import Masks
@@ -71,7 +72,7 @@ class RecoveryModifier(Modifier):
     _recovery: Recovery = PrivateAttr()
     _original: PreTrainedModel | None = PrivateAttr(default=None)
     _samples: RecoveryText | None = PrivateAttr(default=None)
-    _progress: StepProgress = PrivateAttr(default_factory=lambda: no_progress)
+    _progress: StepProgress = PrivateAttr(default_factory=lambda: ProgressLines(logger.info))
     _fresh: bool = PrivateAttr(default=False)
     _active: bool = PrivateAttr(default=True)
     _trust_remote_code: bool = PrivateAttr(default=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import torch
@@ -29,6 +29,8 @@ class PackedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    bitmask: torch.Tensor
+    like: torch.Tensor
 
     def __init__(
         self,
@@ -42,21 +44,23 @@ class PackedLinear(nn.Module):
         self.format, self.name, self.kernel = format, name, "dense"
         self.out_features, self.in_features = shape
         for suffix, tensor in stored.items():
-            if (
-                tensor.is_floating_point()
-            ):  # a parameter, because those come in the dtype that a load asks for
+            # A parameter comes in the dtype that a load asks for, a buffer as it is stored; the weight's is then that of
+            # the values, or, of values in int8, that of ``like``.
+            if tensor.is_floating_point() and suffix != "scale":
                 self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
             else:
                 self.register_buffer(suffix, tensor)
+        self.register_buffer("like", torch.empty(0), persistent=False)
         self.register_parameter("bias", bias)
         self.training = False
 
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight [out_features, in_features], unpacked anew each time."""
-        return self.format.unpack(
-            {suffix: self._stored(suffix) for suffix in self.format.suffixes}, self.name
-        )
+        stored = {suffix: self._stored(suffix) for suffix in self.format.suffixes}
+        if "scale" not in stored:
+            return self.format.unpack(stored, self.name)
+        return self.format.unpack({**stored, "scale": stored["scale"].float()}, self.name).to(self.like.dtype)
 
     @property
     def packed(self) -> PackedWeight:
@@ -125,6 +129,14 @@ class PackedLinear(nn.Module):
         if mode:
             raise _no_training(self.name)
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Cast and move all tensors but the scales, which another dtype may be too narrow for: those are only moved."""
+        scale = self._buffers.get("scale")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scale is not None:
+            self.scale = scale.to(self.bitmask.device)
+        return self
 
     def extra_repr(self) -> str:
         """Return what a model's printed form says of the linear."""

@@ -35,7 +35,8 @@ class Int8BitmaskMethod(BitmaskMethod):
         self._int8: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _unpack(self, tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-        return Int8Bitmask().unpack({**tensors, SCALE: tensors[SCALE].to(self._sizes[-1])}, name)
+        dtype: torch.dtype = self._sizes[-1]  # for which a scale may be too small
+        return Int8Bitmask().unpack({**tensors, SCALE: tensors[SCALE].float()}, name).to(dtype)
 
     def _weight(self, layer: Linear) -> torch.Tensor:
         """Return the dense weight [O, I], and hold its values and scales if all shards have them.
@@ -58,8 +59,11 @@ class Int8BitmaskMethod(BitmaskMethod):
         for shard, repeated in scales.items():
             self._take(layer, shard, repeated)
         self._remove_parameters(layer)
-        self._int8 = (values, layer.weight.data[:, 0].clone())
-        return dequantize(*self._int8).to(dtype)
+        held = (values, layer.weight.data[:, 0].clone())
+        weight = dequantize(*held).to(dtype)
+        if self._on_cpu(weight):
+            self._int8 = held
+        return weight
 
     def _pack_on_cpu(self, weight: torch.Tensor) -> tuple[PackedWeight | None, kernels.Choice, str]:
         held, self._int8 = self._int8, None

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from loguru import logger
 from transformers import AutoModelForCausalLM
 
 from msp_plugin import MixedSparsityModifier
@@ -208,6 +209,22 @@ def test_a_search_that_is_interrupted_restores_the_dense_weights(model, calibrat
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
     assert hooks(model) == 0
+
+
+def test_the_search_says_in_the_hosts_log_how_far_it_is(model, calibration, tmp_path):
+    said = []
+    sink = logger.add(lambda message: said.append(message.record["message"]), level="INFO")
+    try:
+        modifier = MixedSparsityModifier(
+            sparsity=0.75, method="magnitude", allocator=SEARCH, estimators=FISHER, cache=str(tmp_path)
+        )
+        run(model, [modifier], calibration)
+    finally:
+        logger.remove(sink)
+    lines = [line for line in said if " done in 0:" in line]
+    assert [
+        step for step in ("sensitivity", "level database", "search", "pruning") if step not in str(lines)
+    ] == []
 
 
 def test_dense_levels_leave_their_layers_bit_identical(model, calibration, tmp_path):

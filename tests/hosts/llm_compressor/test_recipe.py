@@ -35,6 +35,12 @@ def test_a_recipe_that_llm_compressor_would_ignore_or_misread_is_refused(text, w
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_a_recipe_in_the_home_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    assert our_line(read_recipe("~/recipe.yaml")) == {"sparsity": 0.75}
+
+
 def test_a_missing_recipe_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match="no recipe at .*nothing.yaml"):
         read_recipe(tmp_path / "nothing.yaml")

@@ -67,6 +67,16 @@ def test_a_line_behind_the_pruning_recovers_with_the_pruned_models_zeros(model, 
     assert not list((tmp_path / "cache" / "recovery").iterdir())
 
 
+def test_the_mean_update_works_behind_the_pruning(llama_dir, calibration, tmp_path):
+    model = load_model(llama_dir, "float32")
+    line = RecoveryModifier(method="mean_update", cache=str(tmp_path / "cache"))
+    run(model, [MixedSparsityModifier(**PRUNE), line], calibration, output_dir=str(tmp_path / "out"))
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    changed = any(p.any() for name, p in model.named_parameters() if name.endswith(".bias"))
+    assert record["stages"][-1]["recovery"]["method"]["name"] == "mean_update"
+    assert changed != bool(record["stages"][-1]["recovery"]["notes"])  # a note says that nothing was changed
+
+
 def weights(folder):
     return load_file(folder / "model.safetensors")
 
