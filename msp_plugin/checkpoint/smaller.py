@@ -83,7 +83,7 @@ class Smaller(Sharded):
         if len(kept) % 4 == 0 and not _in_fours(down[:, list(kept)]):
             raise FormatError(
                 f"{half.name} uses {len(used)} channels in a 2:4 mask, which is lost where it is filled up to {len(kept)}",
-                hint="give a smaller quantum or write it with --to small; with aligned: false the mask may be lost",
+                hint="give a smaller quantum, or write it with msp export --to small; with aligned: false the mask is lost",
             )
         return kept
 
