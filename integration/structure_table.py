@@ -37,11 +37,13 @@ class Row:
     levels: str
     allocator: dict[str, Any]
     recovered: bool = False
+    after: str = ""  # a recovery that is a part of the method
 
     @property
     def method_name(self) -> str:
-        """The method with its score."""
-        return " ".join(str(value) for value in self.method.values())
+        """The method with its score, and what belongs to it."""
+        name = " ".join(str(value) for value in self.method.values())
+        return f"{name}, {self.after}" if self.after else name
 
 
 def rows(search: dict[str, Any]) -> Iterator[Row]:
@@ -53,6 +55,7 @@ def rows(search: dict[str, Any]) -> Iterator[Row]:
     uniform = {"name": "uniform"}
     for taylor in SCORES:
         yield Row("uniform width", {"name": "llm_pruner", "taylor": taylor}, "width", uniform, True)
+    yield Row("uniform width", {"name": "flap"}, "width", uniform, after="mean_update")  # its bias
     for name in ("flap", "obs", "l2", "random"):
         yield Row("uniform width", {"name": name}, "width", uniform, name in ("l2", "random"))
     leave_one_out = {"name": "knapsack", "surrogate": "kl", "tokens": search["tokens"]}
@@ -106,18 +109,23 @@ class Subject:
             method=row.method, levels=[row.levels], allocator=row.allocator, **options,
         )  # fmt: skip
         assert run is not None
+        record, result, quality = run.record, folder / "run", "mixed"
+        if row.after:
+            whole = replace(text, search=None)
+            biased = recover(result, whole, folder / "after", original=self.model, method=row.after)
+            assert biased is not None
+            record, result, quality = biased.record, folder / "after", "recovered"
         seconds = round(time.monotonic() - start, 1)
-        record = run.record
         allocation = json.loads((folder / "run" / "allocation.json").read_text(encoding="utf-8"))
         figures = {
             "dense": record.perplexity["dense"],
-            "perplexity": record.perplexity["mixed"],
-            "long": self.long_perplexity(folder / "run", sizes),
+            "perplexity": record.perplexity[quality],
+            "long": self.long_perplexity(result, sizes),
             "zeros": allocation["budget"]["zeros"],
             "weights": allocation["budget"]["weights"],
             "levels": {unit["name"]: unit["level"] for unit in allocation["units"]},
-            "search_tokens": record.search.forward_tokens,
-            "sensitivity_tokens": record.search.sensitivity_tokens,
+            "search_tokens": run.record.search.forward_tokens,
+            "sensitivity_tokens": run.record.search.sensitivity_tokens,
             "seconds": seconds,
         }
         if sizes.lora and row.recovered:

@@ -31,13 +31,13 @@ def model_card(source: Checkpoint, manifest: Manifest, format: PackedFormat | No
         format: the format of the packed layers; None for a dense export.
     """
     before = source.manifest.structure if source.manifest else {}
-    smaller = bool(manifest.structure)
-    if smaller and manifest.structure != before:
+    if manifest.structure and manifest.structure != before:
         return _smaller_card(source, manifest)
+    smaller = source.smaller
     parts = [
         _FRONT.format(tag='"2:4"' if format is not None and format.structure == "2:4" else '"N:M"'),
         f"# {(source.config.get('architectures') or ['A model'])[0]}, pruned with mixed N:M sparsity\n",
-        _LEFT_OUT if smaller else "",
+        _LEFT_OUT.format("`export.json`" if manifest.structure else "`config.json`") if smaller else "",
         _contents(source, manifest, format),
         (_SMALL_USE if KEY in source.config else _UNIFORM_USE)
         if smaller and format is None
@@ -117,7 +117,7 @@ vllm serve THIS_DIRECTORY
 
 """
 
-_LEFT_OUT = """Heads and channels that did nothing are left out. `export.json` says which ones stay.
+_LEFT_OUT = """Heads and channels that did nothing are left out. {} says what stays.
 """
 
 _SMALL_USE = """## Use it

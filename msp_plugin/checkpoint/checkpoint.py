@@ -20,6 +20,7 @@ from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 from msp_plugin.runtime.files import expanded
 from msp_plugin.structure.removal import Structure, read_structure
 from msp_plugin.structure.small_model import empty_model
+from msp_plugin.structure.widths import read_widths
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,16 @@ class Checkpoint:
         """True if the weights were rounded by an export: in a lossy format, or dense again after one."""
         stored_so = self.format is not None and self.format.lossy
         return stored_so or (self.manifest is not None and bool(self.manifest.quantization_errors))
+
+    @property
+    def smaller(self) -> bool:
+        """True if heads, channels or halves of it were left out, as export.json says, or config.json with no export.json.
+
+        Raises:
+            FormatError: the widths in config.json are damaged.
+        """
+        recorded = self.manifest is not None and bool(self.manifest.structure)
+        return recorded or read_widths(self.config, str(self.path / "config.json")) is not None
 
     @cached_property
     def allocation(self) -> Allocation | None:

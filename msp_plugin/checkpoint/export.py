@@ -130,20 +130,32 @@ class Dense(Sharded):
         if source.packed:
             config.pop("quantization_config")
         tensors = Tensors(self._sizes(source), source.dense_tensors())
-
-        def about() -> dict[str, Any]:
-            before = source.manifest
-            if before is None or not source.rounded:
-                return {}
-            return {
-                "quantization_errors": before.quantization_errors,
-                "rounded_to_zero": before.rounded_to_zero,
-            }
-
-        return write_export(self, source, directory, config, tensors, progress, about)
+        return write_export(self, source, directory, config, tensors, progress, lambda: rounding(source))
 
     def _sizes(self, source: Checkpoint) -> dict[str, int]:
         return {name: source.dense_info(name).bytes for name in source.dense_names}
+
+
+def rounding(source: Checkpoint, renamed: Callable[[str], str | None] = str) -> dict[str, Any]:
+    """Return what the manifest of a rounded checkpoint says of its layers, for that of an export of its weights.
+
+    Args:
+        renamed: a tensor's name in the export, None if it is not there.
+    """
+    if source.manifest is None or not source.rounded:
+        return {}
+    names = {layer: renamed(f"{layer}.weight") for layer in source.manifest.quantization_errors}
+    return {
+        key: {
+            name.removesuffix(".weight"): values[layer]
+            for layer, name in names.items()
+            if name and layer in values
+        }
+        for key, values in (
+            ("quantization_errors", source.manifest.quantization_errors),
+            ("rounded_to_zero", source.manifest.rounded_to_zero),
+        )
+    }
 
 
 @dataclass
@@ -216,11 +228,14 @@ class PackedExporter(Sharded):
         tensors = Tensors(sizes, self._tensors(source, changes))
 
         def about() -> dict[str, Any]:
+            details = asdict(changes)
+            for key, values in rounding(source).items():
+                details[key] = {**values, **details[key]}
             return {
                 "packed": packing.packed,
                 "kept_dense": packing.dense,
                 "dense_bytes": sum(source.tensors[f"{layer}.weight"].bytes for layer in packing.packed),
-                **asdict(changes),
+                **details,
             }
 
         manifest = write_export(self, source, directory, config, tensors, progress, about)

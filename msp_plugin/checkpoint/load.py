@@ -18,8 +18,9 @@ from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import auto_class, check_dtype, check_source
 from msp_plugin.runtime.files import expanded
+from msp_plugin.structure.halves import FAMILIES
 from msp_plugin.structure.small_model import as_usual, plain_config, shrink, small_class
-from msp_plugin.structure.widths import read_widths
+from msp_plugin.structure.widths import KEY, read_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -102,7 +103,7 @@ def is_packed(source: str | Path) -> bool:
 
 
 def local_directory(source: str | Path, trust_remote_code: bool) -> Path | None:
-    """Return a model's directory; a packed model of the hub is downloaded, for any other hub id None is returned."""
+    """Return a model's directory; a packed or smaller model of the hub is downloaded, for other hub ids None is returned."""
     path = expanded(source)
     if (path / "config.json").is_file():
         return path
@@ -111,9 +112,10 @@ def local_directory(source: str | Path, trust_remote_code: bool) -> Path | None:
 
     check_source(source)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).to_dict()
         log.info("loading %s from the hub or its cache", source)  # the command shows it: 15 GB take a while
-        if packed_layers(config.to_dict(), str(source)) is None:
+        smaller = config.get(KEY) and config.get("model_type") in FAMILIES
+        if packed_layers(config, str(source)) is None and not smaller:
             return None
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", *(["*.py"] if trust_remote_code else [])]
         return Path(snapshot_download(str(source), allow_patterns=patterns))

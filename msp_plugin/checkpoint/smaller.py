@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Sharded, Tensors, write_export
+from msp_plugin.checkpoint.export import Sharded, Tensors, rounding, write_export
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.errors import FormatError, RecipeError
 from msp_plugin.formats.sparse24 import IN_MULTIPLE, Sparse24Bitmask
@@ -65,6 +65,28 @@ class Smaller(Sharded):
                 spare[half.name] = _spare_channels(source, half, self.quantum)
         return spare
 
+    def _kept(self, source: Checkpoint, half: Half, spare: torch.Tensor, least: int) -> tuple[int, ...]:
+        """Return the groups of a half that stay, filled up so that a 2:4 mask of ``down_proj`` survives.
+
+        Raises:
+            FormatError: it does not.
+            RecipeError: see kept_groups.
+        """
+        kept = kept_groups(half, spare, least=least, quantum=self.quantum)
+        used = torch.nonzero(~spare).flatten()
+        if not self.aligned or half.kind != MLP or not len(used) < len(kept):
+            return kept
+        down = source.dense(f"{half.output}.weight")
+        if len(used) == 0 or not _in_fours(down[:, used]):
+            return kept
+        kept = kept_groups(half, spare, least=least, quantum=self.quantum, fours=True)
+        if len(kept) % 4 == 0 and not _in_fours(down[:, list(kept)]):
+            raise FormatError(
+                f"{half.name} uses {len(used)} channels in a 2:4 mask, which is lost where it is filled up to {len(kept)}",
+                hint="give a smaller quantum, or write it with msp export --to small; with aligned: false the mask is lost",
+            )
+        return kept
+
     def check(self, source: Checkpoint) -> None:
         if source.quantization is not None:
             raise FormatError(
@@ -82,9 +104,11 @@ class Smaller(Sharded):
         if source.packed:
             config.pop("quantization_config")
         tensors = Tensors(_sizes(source, slices), _sliced(source, slices))
-        return write_export(
-            self, source, directory, config, tensors, progress, lambda: {"structure": slices.to_record()}
-        )
+
+        def about() -> dict[str, Any]:
+            return {"structure": slices.to_record(), **rounding(source, slices.name)}
+
+        return write_export(self, source, directory, config, tensors, progress, about)
 
 
 @dataclass(frozen=True)
@@ -98,17 +122,12 @@ class Small(Smaller):
         kept = {}
         for half in structure.halves:
             least = 1 if half.name in structure.biased else 0
-            kept[half.name] = kept_groups(half, spare[half.name], least=least, quantum=self.quantum)
-        _check_attention(source, kept)
+            kept[half.name] = self._kept(source, half, spare[half.name], least)
+        slices = Slices(structure.halves, kept, structure.depth)
+        if (unfit := slices.unfit_for_small(structure.mixed)) is not None:
+            raise FormatError(f"{source.path}: {unfit[0]}", hint=unfit[1])
         _check_smaller(source, kept)
-        dropped = [half.name for half in structure.halves if half.kind == ATTENTION and not kept[half.name]]
-        if structure.mixed and dropped:
-            raise FormatError(
-                f"{source.path} mixes blocks with and without a sliding window, and {dropped[0]} does nothing",
-                hint="transformers' cache of such a model counts on every attention; drop whole blocks and "
-                "write it with msp export --to uniform, or keep every attention",
-            )
-        return Slices(structure.halves, kept, structure.depth)
+        return slices
 
     def config(self, source: Checkpoint, slices: Slices) -> dict[str, Any]:
         return small_config(source.config, slices.widths)
@@ -137,7 +156,7 @@ class Uniform(Smaller):
             least = self._width(source, kind, halves, needed, used)
             for half in structure.halves:
                 if half.kind == kind:
-                    groups = kept_groups(half, spare[half.name], least=least, quantum=self.quantum)
+                    groups = self._kept(source, half, spare[half.name], least)
                     kept[half.name] = groups if half.block in used else ()
         if read_widths(source.config, str(source.path)) is None:  # else --to small made it smaller already
             _check_smaller(source, kept)
@@ -158,17 +177,17 @@ class Uniform(Smaller):
         different = [name for name, width in widths.items() if width != most]
         if not most or missing or (different and not self.pad):
             groups = "KV heads" if kind == ATTENTION else "channels"
-            found = (
-                f"every {kind} does nothing"
-                if not most
-                else f"block {missing[0]} has no {kind}"
-                if missing
-                else f"{different[0]} uses {widths[different[0]]} {groups}, others {most}"
-            )
-            raise FormatError(
-                f"{source.path} is not equally wide in all blocks: {found}",
-                hint="write it with msp export --to small, or --to uniform --set pad=true, which fills all blocks up",
-            )
+            hint = "write it with msp export --to small"
+            if not most:
+                found = f"every {kind} does nothing"
+                hint = "keep one, or write it with msp export --to dense" if kind == ATTENTION else hint
+            elif missing:
+                found = f"block {missing[0]} has no {kind}"
+                hint += "; only the model that it was cut from can be filled up"
+            else:
+                found = f"{different[0]} uses {widths[different[0]]} {groups}, others {most}"
+                hint += ", or --to uniform --set pad=true, which fills all blocks up"
+            raise FormatError(f"{source.path} is not equally wide in all blocks: {found}", hint=hint)
         return most
 
     def config(self, source: Checkpoint, slices: Slices) -> dict[str, Any]:
@@ -201,27 +220,32 @@ def _spare_channels(source: Checkpoint, half: Half, quantum: int) -> torch.Tenso
 
 def _is_24(weight: torch.Tensor) -> bool:
     """Return True if 2:4 kernels run a weight [out, in]."""
-    format, shape = Sparse24Bitmask(), tuple(weight.shape)
-    return format.refuses("", shape, weight.dtype, None) is None and format.refuses_weight(weight) is None
+    shape = tuple(weight.shape)
+    return Sparse24Bitmask().refuses("", shape, weight.dtype, None) is None and _in_fours(weight)
 
 
-def _check_attention(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> None:
-    """Raise FormatError if no attention stays."""
-    if not any(kept[half.name] for half in source.structure.halves if half.kind == ATTENTION):
-        raise FormatError(
-            f"every attention of {source.path} does nothing: no token would see another one",
-            hint="keep one, or write it with msp export --to dense",
-        )
+def _in_fours(weight: torch.Tensor) -> bool:
+    """Return True if a weight [out, in] keeps at most two of every aligned four."""
+    return weight.shape[1] % 4 == 0 and Sparse24Bitmask().refuses_weight(weight) is None
 
 
 def _check_smaller(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> None:
     """Raise FormatError if every group stays."""
-    if all(len(kept[half.name]) == half.groups for half in source.structure.halves):
+    structure = source.structure
+    if any(len(kept[half.name]) < half.groups for half in structure.halves):
+        return
+    filled = next((half for half in structure.halves if structure.silent[half.name].any()), None)
+    if filled is None:
         raise FormatError(
             f"every KV head and channel of {source.path} does something: nothing can be left out",
-            hint="zeros within rows and columns, such as N:M, are packed by sparse24; a smaller quantum may help, or "
-            "aligned: false where an MLP's 2:4 mask keeps channels that do nothing",
+            hint="zeros within rows and columns, such as N:M, are packed by sparse24 and bitmask",
         )
+    idle = int(structure.silent[filled.name].sum())
+    raise FormatError(
+        f"{idle} of {filled.groups} KV heads or channels of {filled.name} do nothing, but filled up nothing can be left out",
+        hint="write it with msp export --to small, without a quantum; with aligned: false those go too that have a place in "
+        "an MLP's 2:4 mask",
+    )
 
 
 def _sizes(source: Checkpoint, slices: Slices) -> dict[str, int]:

@@ -22,7 +22,7 @@ from msp_plugin.models.offload import linear, onloaded
 from msp_plugin.models.weights import weight_place
 from msp_plugin.plan.levels import DENSE, Level
 from msp_plugin.plan.units import Layer, Unit, UnitTable, group_layers, pruned_together, shared_inputs
-from msp_plugin.progress import Progress, silent
+from msp_plugin.progress import NotedProgress, Repeated, silent
 from msp_plugin.pruning.base import Pruner, UnitInputs
 from msp_plugin.runtime.disk import check_free
 from msp_plugin.runtime.ranks import ALONE, Ranks
@@ -47,7 +47,7 @@ def build_database(
     only_prefix: bool = False,
     batch_tokens: int = BATCH_TOKENS,
     statistics_bytes: int = STATISTICS_BYTES,
-    progress: Progress = silent,
+    progress: NotedProgress = silent,
     ranks: Ranks = ALONE,
 ) -> int:
     """Write the missing layers of the database and return how many were written, by all ranks.
@@ -101,15 +101,20 @@ def build_database(
         written = 0
         scores = gradient_scores(model, own, pruner, data) if pruner.gradient_order else {}
         pruned = partial(_pruned_block, database, model, table, prefix) if prefix else None
-        collector = StatisticsCollector(model, pruner, data, batch_tokens, statistics_bytes, ranks)
+        report = Repeated(progress)  # between two layers lie forward passes of all samples
+        collector = StatisticsCollector(
+            model, pruner, data, batch_tokens, statistics_bytes, ranks, report.again
+        )
         last = missing[-1].block if missing else None
         inputs = shared_inputs(UnitTable(tuple(own)))
+        if own:
+            report(0, total)
         for unit, statistics in _with_statistics(collector.statistics(inputs, last, pruned), units):
             if levels := levels_of(unit.layers[0]):
                 own_scores = {layer.name: scores[layer.name] for layer in unit.layers if layer.name in scores}
                 _write_unit(database, model, unit, pruner, statistics, own_scores, levels)
             written += len(unit.layers)
-            progress(written, total)
+            report(written, total)
         return written
 
     written_here = ranks.collective(write)

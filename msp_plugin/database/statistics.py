@@ -36,6 +36,7 @@ class StatisticsCollector:
         batch_tokens: tokens of one forward pass.
         statistics_bytes: memory for statistics; a block with more of them is run once per group of its units.
         ranks: each passes all samples, for units of its own.
+        report: called after each forward pass of a block.
     """
 
     model: torch.nn.Module
@@ -44,6 +45,7 @@ class StatisticsCollector:
     batch_tokens: int
     statistics_bytes: int
     ranks: Ranks
+    report: Callable[[], None] = lambda: None
 
     def statistics(
         self, units: Sequence[Unit], last: int | None, pruned: PrunedBlock | None
@@ -76,7 +78,7 @@ class StatisticsCollector:
         self, units: Sequence[Unit], last: int, pruned: PrunedBlock | None
     ) -> Iterator[dict[str, Any]]:
         """Yield the statistics of one group of units after the other, by unit name; each block runs by itself."""
-        walk = BlockPass(self.model, self.data, self.batch_tokens)
+        walk = BlockPass(self.model, self.data, self.batch_tokens, self.report)
         by_block = _by_number(units)
         for number in range(last + 1):
             groups = self._groups(by_block.get(number, ())) or [[]]

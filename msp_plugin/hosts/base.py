@@ -15,7 +15,7 @@ from msp_plugin.passes.reach import check_called
 from msp_plugin.records.run import Outcome
 from msp_plugin.recovery.record import Recovered
 from msp_plugin.runtime.context import RunContext
-from msp_plugin.search.allocate import check_model
+from msp_plugin.search.allocate import check_model, warn_of_forms
 from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def check_layers(model: PreTrainedModel, options: ResolvedOptions, inputs: Prune
         MSPError: see check_model, saved_names and check_called.
     """
     table = check_model(model, options)
+    warn_of_forms(model, options)
     saved_names(model, (layer.name for layer in table.layers))
     if options.pruner.needs_statistics:
         check_called(model, table, inputs.data)

@@ -25,7 +25,7 @@ from msp_plugin.models.offload import linear, offloaded_module
 from msp_plugin.models.weights import weight_place
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
-from msp_plugin.progress import Progress, silent
+from msp_plugin.progress import NotedProgress, silent
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import scratch_directory
@@ -181,7 +181,7 @@ def pruned_weights(
     pruner: Pruner,
     inputs: PruneInputs,
     folder: Path,
-    progress: Progress = silent,
+    progress: NotedProgress = silent,
     ranks: Ranks = ALONE,
 ) -> LevelDatabase:
     """Return the weights of a model pruned to an allocation, written to ``folder``; the model is left as it was.

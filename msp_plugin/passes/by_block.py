@@ -32,10 +32,17 @@ class BlockPass:
 
     Args:
         batch_tokens: most tokens of one forward pass.
+        report: called after each of them.
     """
 
-    def __init__(self, model: torch.nn.Module, data: CalibrationSet, batch_tokens: int):
-        self.model = model
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        data: CalibrationSet,
+        batch_tokens: int,
+        report: Callable[[], None] = lambda: None,
+    ):
+        self.model, self._report = model, report
         self.prefix, self.blocks = decoder_blocks(model)
         self.block = 0
         self._batches = tuple(data.batches(batch_tokens))
@@ -87,6 +94,7 @@ class BlockPass:
                     )
                 if advance:
                     self._place(number, output).copy_(output)
+                self._report()
         check_reached(units, reached)
         self.block += advance
 

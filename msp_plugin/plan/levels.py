@@ -103,6 +103,11 @@ class Level(ABC):
         return None
 
     @property
+    def masks(self) -> bool:
+        """True if zeros lie within the rows and columns that stay."""
+        return self.pattern is not None and not self.is_dense
+
+    @property
     def is_dense(self) -> bool:
         """True if nothing is pruned."""
         return not self.sparsity
@@ -277,6 +282,10 @@ class Width(Level):
     def servable(self) -> bool:
         """False: at full size, the columns that stay are no aligned groups of four."""
         return False
+
+    @property
+    def masks(self) -> bool:
+        return not self.inside.is_dense
 
     def groups(self, unit: Unit | Layer) -> int:
         """Return how many of a unit's groups stay; 0 if they are not known, or are too few."""

@@ -165,21 +165,34 @@ def recount(weight: torch.Tensor, level: Level, layer: Layer | None = None) -> R
     """
     layer, nonzero = layer or Layer("weight", *weight.shape), weight != 0
     finite = bool(torch.isfinite(weight if weight.element_size() > 1 else weight.float()).all())
-    alive, dead, broken = nonzero.any(dim=0).float(), 0, None
+    dead, broken, part, limits = 0, None, nonzero, level.limits(layer)
     kept, most = int(nonzero.sum()), level.kept(layer)
     if kept > most:
         broken = f"keeps {kept:,} weights instead of {most:,}"
-    for n, m, place in reversed(level.limits(layer)):
+    if (width := level.width(layer)) and layer.groups:
+        part, used = _used(nonzero, layer)
+        if used > width[0]:
+            broken = f"keeps {used} of {layer.groups.count} heads or channels instead of {width[0]}"
+        elif used == width[0] or (
+            used and layer.inner
+        ):  # else a column that stays is zero: it is not known which
+            limits = width[1].limits(Layer(layer.name, *part.shape))
+    alive = part.any(dim=0).float()
+    for n, m, place in reversed(limits):
         capacity = alive.reshape(-1, m).sum(dim=-1).round()
         dead = int((n - capacity).clamp(min=0).sum())
         alive = (capacity.clamp(max=n) / m).repeat_interleave(m)
-        if (largest := _most(nonzero, m)) > n:
+        if (largest := _most(part, m)) > n:
             broken = f"keeps {largest} of {m} in some {place}"
-    if (width := level.width(layer)) and layer.groups:
-        used = int(groups_of(nonzero, layer).any((1, 2)).sum())
-        if used > width[0]:
-            broken = f"keeps {used} of {layer.groups.count} heads or channels instead of {width[0]}"
-    return Recount(weight.numel() - kept, weight.shape[0] * dead, finite, broken)
+    return Recount(weight.numel() - kept, part.shape[0] * dead, finite, broken)
+
+
+def _used(nonzero: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, int]:
+    """Return (the rows or columns of bool[O, I] of the groups of a layer that have a weight, count of these groups)."""
+    used = groups_of(nonzero, layer).any((1, 2))
+    dim = 0 if layer.inner else 1
+    places = used.repeat_interleave(nonzero.shape[dim] // len(used))
+    return nonzero.index_select(dim, places.nonzero().flatten()), int(used.sum())
 
 
 def groups_of(matrix: torch.Tensor, layer: Layer) -> torch.Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.levels import Level
+from msp_plugin.plugins.manager import Plugins
+from msp_plugin.pruning.base import Pruner
 from msp_plugin.records.parts import SearchRecord, TextRecord
 from msp_plugin.records.run import RunRecord
 from msp_plugin.records.statistics import finite_pairs, finite_values, rank_correlation, taken_back
@@ -24,6 +26,7 @@ from msp_plugin.report.size import sizes
 from msp_plugin.report.source import Run
 from msp_plugin.report.storage import storages
 from msp_plugin.report.text import count, number, percent, rounded_percent, seconds
+from msp_plugin.search.options import Options
 
 NOT_RECORDED = "not recorded"
 #: Labels of the loss that a search measures, by the allocator's option ``loss``.
@@ -55,7 +58,7 @@ def run_page(run: Run) -> dict[str, Any]:
     """Return the variables of the template run.html."""
     record, allocation = run.record, run.allocation
     layout = lay_out(allocation.table)
-    given = allocation.provenance
+    given, smaller = allocation.provenance, sizes(allocation, run.checkpoint)
     return {
         "title": f"{model_name(record, given)} at {rounded_percent(allocation.target)} sparsity",
         "facts": _facts(run),
@@ -71,13 +74,13 @@ def run_page(run: Run) -> dict[str, Any]:
         "curve": _curve(record.search, given),
         "predictions": _predictions(record.search),
         "quality": _quality(record),
-        "sizes": sizes(allocation, run.checkpoint),
+        "sizes": smaller,
         "storages": storages(allocation, record.model.dtype, run.checkpoint),
         "stages": stage_rows(record),
         "recoveries": recovery_parts(record),
         "speed": record.speed,
         "provenance": _provenance(run),
-        "commands": _commands(run),
+        "commands": _commands(run, smaller=bool(smaller)),
     }
 
 
@@ -284,22 +287,33 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
     return rows + [(name, str(version)) for name, version in sorted(versions.items())]
 
 
-def _commands(run: Run) -> list[tuple[str, str]]:
-    """Return (purpose, command line) of commands to use in the run's directory."""
+def _commands(run: Run, *, smaller: bool) -> list[tuple[str, str]]:
+    """Return (purpose, command line) of commands to use in the run's directory.
+
+    Args:
+        smaller: it can be exported to small.
+    """
     record, commands = run.record, []
     if record.command:
         commands.append(("the command of this run", record.command))
     model = "MODEL" if record.model.source is None else shlex.quote(record.model.source)
-    if run.recipe:
+    method = str(_inside(run.allocation.provenance, "method").get("name", ""))
+    if run.recipe and not _prunes_units(method):
         commands.append(
             ("run the recipe again", f"msp run recipe.yaml --model {model} --data TEXT --out NEW")
         )
-    commands.append(
-        ("prune to this allocation", f"msp prune {model} --allocation allocation.json --data TEXT --out NEW")
-    )
+    by = "" if method in ("", Options.model_fields["method"].default) else f"-m {shlex.quote(method)} "
+    command = f"msp prune {model} {by}--allocation allocation.json --data TEXT --out NEW"
+    commands.append(("prune to this allocation", command))
     if run.checkpoint is not None and not run.checkpoint.packed:
-        if any(level.narrows for level in run.allocation.levels):
+        if smaller:
             commands.append(("leave out what does nothing", "msp export . --to small --out ../SMALL"))
         commands.append(("pack it for 2:4 kernels", "msp export . --to sparse24 --out ../PACKED"))
         commands.append(("pack it at any level", "msp export . --to bitmask --out ../PACKED"))
     return commands
+
+
+def _prunes_units(method: str) -> bool:
+    """Return True if a method prunes whole units, as no recipe of llm-compressor can."""
+    known = Plugins().components["pruners"].get(method)
+    return known is not None and getattr(known.cls, "prune_unit", None) is not Pruner.prune_unit

@@ -10,7 +10,7 @@ from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.errors import ModelError
 from msp_plugin.models.layers import decoder_blocks
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.structure.halves import Half, find_halves
+from msp_plugin.structure.halves import Half, find_halves, is_mixed
 from msp_plugin.structure.slices import Slices
 from msp_plugin.structure.small_model import empty_model
 
@@ -35,7 +35,8 @@ class Size:
 def sizes(allocation: Allocation, checkpoint: Checkpoint | None) -> list[Size]:
     """Return the figures at full size and as ``msp export --to small`` writes the model.
 
-    Empty where no level takes heads, channels or halves, where there is no checkpoint, or where it is smaller already.
+    Empty where no level takes heads, channels or halves, where there is no checkpoint, or where it is smaller already, and
+    where that export would refuse it.
     """
     narrow = any(level.narrows for level in allocation.levels)
     if not narrow or checkpoint is None or checkpoint.quantization is not None:
@@ -48,6 +49,8 @@ def sizes(allocation: Allocation, checkpoint: Checkpoint | None) -> list[Size]:
     prefix, blocks = decoder_blocks(model)
     kept = {half.name: tuple(range(_kept(half, allocation, checkpoint))) for half in halves}
     slices = Slices(halves, kept, len(blocks))
+    if slices.unfit_for_small(is_mixed(model)) is not None:
+        return []
     rows = ([0, 0, 0], [0, 0, 0])
     for name in checkpoint.dense_names:
         info = checkpoint.dense_info(name)

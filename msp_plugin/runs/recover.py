@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -46,6 +47,8 @@ from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 def recover(
@@ -149,15 +152,28 @@ def check_beside(recovery: Recovery, out: Path, cache: str | None, *, fresh: boo
 def check_recovery(recovery: Recovery, model: PreTrainedModel, plan: ResolvedOptions) -> None:
     """Check a recovery on the dense model, so that whatever it cannot do with the pruned one is known before the work.
 
-    Its masks are as sparse as the plan asks for, and have zeros within rows if all of the plan's levels make such.
+    Its masks are as sparse as the plan asks for, and have zeros within rows if all of the plan's levels make such, or
+    one of a finished allocation. If only some levels do, what a search may choose is not known: a warning says what
+    would be refused then.
 
     Raises:
         MSPError: see Recovery.check.
     """
     shapes = {layer.name: (layer.out_features, layer.in_features) for layer in prunable_layers(model).layers}
     sparse = [level for level in plan.menu if not level.is_dense]
-    scattered = all(level.pattern is not None for level in sparse)
-    recovery.check(model, Masks.planned(shapes, plan.sparsity if scattered else Fraction(0)))
+    masking = [level for level in sparse if level.masks]
+    certain = bool(masking) if plan.given is not None else len(masking) == len(sparse)
+    recovery.check(model, Masks.planned(shapes, plan.sparsity if certain else Fraction(0)))
+    if masking and not certain:
+        try:
+            recovery.check(model, Masks.planned(shapes, plan.sparsity))
+        except RecipeError as error:
+            log.warning(
+                "the recovery will be refused after the pruning if the search chooses %s: %s (%s)",
+                " or ".join(level.name for level in masking),
+                error.message,
+                error.hint,
+            )
 
 
 def recover_pruned(

@@ -185,7 +185,7 @@ class RunSteps:
         )
         with kept():
             record = self._with_recipe_recoveries(model, record, before, pruned.recovered)
-        with kept(what="the pruned model, which the recovery had begun to change,"):
+        with kept(what="the pruned model, which the recovery may have begun to change,"):
             recovered = recover()
         if recovered is not None:
             dense, sparse = Measured(record.perplexity.get(DENSE)), record.stages[-1].perplexity

@@ -36,6 +36,7 @@ from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.search.measurements import Measurements
 from msp_plugin.search.resolve import ResolvedOptions
 from msp_plugin.structure.groups import with_groups
+from msp_plugin.structure.halves import is_mixed
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,16 @@ def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
             )
     check_finite_weights(model, table)
     return table
+
+
+def warn_of_forms(model: torch.nn.Module, plan: ResolvedOptions) -> None:
+    """Log a warning if a search may choose what ``msp export --to small`` refuses."""
+    if plan.granularity == "half" and is_mixed(model) and any(level.is_dropped for level in plan.menu):
+        log.warning(
+            "%s mixes blocks with and without a sliding window: where an attention is dropped, msp export --to small "
+            "refuses the result; protect the attentions, or use granularity block",
+            type(model).__name__,
+        )
 
 
 def _check_groups(model: torch.nn.Module, table: UnitTable) -> None:

@@ -84,7 +84,9 @@ def has_bias(half: Half, read: Callable[[str], torch.Tensor | None]) -> bool:
     return bias is not None and bool((bias != 0).any())
 
 
-def kept_groups(half: Half, silent: torch.Tensor, *, least: int, quantum: int = 1) -> tuple[int, ...]:
+def kept_groups(
+    half: Half, silent: torch.Tensor, *, least: int, quantum: int = 1, fours: bool = False
+) -> tuple[int, ...]:
     """Return the groups of a half that stay, in order; none if it is dropped.
 
     Silent groups, the first ones, stay to make up ``least`` groups and to fill an MLP's channels up to a multiple of
@@ -92,6 +94,8 @@ def kept_groups(half: Half, silent: torch.Tensor, *, least: int, quantum: int = 
 
     Args:
         silent: bool[groups], True for those that may go.
+        fours: take silent groups where each four of the others, counted from the first, stays an aligned four: after the
+            last of them, and elsewhere by four. Where there are too few such places, take the first ones.
 
     Raises:
         RecipeError: ``quantum`` does not divide the channels.
@@ -103,10 +107,29 @@ def kept_groups(half: Half, silent: torch.Tensor, *, least: int, quantum: int = 
             hint="give a quantum that divides them, e.g. 1",
         )
     used = int((~silent).sum())
-    wanted = -(-max(used, least) // step) * step
+    count = -(-max(used, least) // step) * step - used
+    fillers = torch.nonzero(silent).flatten()
+    if fours and count:
+        fillers = _between_fours(silent, count, fillers)
     kept = ~silent
-    kept[torch.nonzero(silent).flatten()[: wanted - used]] = True
+    kept[fillers[:count]] = True
     return tuple(torch.nonzero(kept).flatten().tolist())
+
+
+def _between_fours(silent: torch.Tensor, count: int, first: torch.Tensor) -> torch.Tensor:
+    """Return so many silent groups between which aligned fours of the others stay; ``first`` where there are too few."""
+    before = (~silent).cumsum(0)[first]  # by silent group, how many of the others stand before it
+    after = first[before == before[-1]] if silent[-1] else first[:0]
+    inside = [
+        run[: len(run) // 4 * 4]
+        for place in before[: len(first) - len(after)].unique().tolist()
+        if place % 4 == 0 and len(run := first[before == place])
+    ]
+    spaces = torch.cat([first[:0], *inside])
+    needed = -(-max(0, count - len(after)) // 4) * 4
+    if needed > min(len(spaces), count):
+        return first
+    return torch.cat([spaces[:needed], after[: count - needed]])
 
 
 def _largest(half: Half, layer: str, read: Callable[[str], torch.Tensor | None], *, dim: int) -> torch.Tensor:

@@ -43,6 +43,27 @@ class Slices:
                 channels[half.block] = count
         return tuple(Widths(*of_block) for of_block in zip(heads, kv_heads, channels, strict=True))
 
+    def unfit_for_small(self, mixed: bool) -> tuple[str, str] | None:
+        """Return why ``--to small`` cannot write what stays, and what to do instead; None if it can.
+
+        Args:
+            mixed: some blocks attend to a sliding window and others do not.
+        """
+        attentions = [half for half in self.halves if half.kind == ATTENTION]
+        dropped = [half.name for half in attentions if not self.kept[half.name]]
+        if len(dropped) == len(attentions):
+            return (
+                "every attention does nothing: no token would see another one",
+                "keep one, or write it with msp export --to dense",
+            )
+        if mixed and dropped:
+            return (
+                f"the model mixes blocks with and without a sliding window, and {dropped[0]} does nothing",
+                "transformers' cache of such a model counts on every attention; drop whole blocks and "
+                "write it with msp export --to uniform, or keep every attention",
+            )
+        return None
+
     @cached_property
     def blocks(self) -> dict[int, int]:
         """By block of the model before, its index afterwards; blocks that are gone are left out."""

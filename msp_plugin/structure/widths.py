@@ -12,11 +12,12 @@ from msp_plugin.structure.halves import ATTENTION, FAMILIES, MLP
 KEY = "per_layer_config"
 #: A config with this key lets its global sizes be read although blocks have others; Llama's own checks need that.
 GLOBAL_ACCESS = "allow_global_per_layer_attribute_access"
-_HEADS, _KV_HEADS, _CHANNELS, _SKIP = (
+_HEADS, _KV_HEADS, _CHANNELS, _SKIP, _DEPTH = (
     "num_attention_heads",
     "num_key_value_heads",
     "intermediate_size",
     "skip",
+    "num_hidden_layers",
 )
 
 
@@ -30,9 +31,34 @@ class Widths:
 
 
 def global_widths(config: Mapping[str, Any]) -> Widths:
-    """Return the sizes that config.json gives for all blocks."""
+    """Return the sizes that config.json gives for all blocks.
+
+    Raises:
+        FormatError: it lacks some, and transformers cannot read it.
+    """
+    config = _with_defaults(config)
     heads = config[_HEADS]
     return Widths(heads, config.get(_KV_HEADS) or heads, config[_CHANNELS])
+
+
+def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config.json with transformers' own sizes where it lacks some.
+
+    Raises:
+        FormatError: it lacks some, and transformers cannot read it.
+    """
+    if {_HEADS, _KV_HEADS, _CHANNELS, _DEPTH} <= config.keys():
+        return config
+    from transformers import AutoConfig
+
+    plain = {key: value for key, value in config.items() if key not in (KEY, GLOBAL_ACCESS)}
+    try:
+        return {**AutoConfig.for_model(**plain).to_dict(), **config}
+    except Exception as error:  # its validators raise what they like
+        raise FormatError(
+            f"config.json lacks sizes of its blocks, and transformers cannot fill them in: {error}",
+            hint="copy or download it again",
+        ) from error
 
 
 def read_widths(config: Mapping[str, Any], source: str) -> tuple[Widths, ...] | None:
@@ -49,7 +75,7 @@ def read_widths(config: Mapping[str, Any], source: str) -> tuple[Widths, ...] | 
     if not record or config.get("model_type") not in FAMILIES:
         return None
     try:
-        usual, depth = global_widths(config), config["num_hidden_layers"]
+        usual, depth = global_widths(config), _with_defaults(config)[_DEPTH]
         widths = [usual] * depth
         for key, entry in record.items():
             block = int(key)

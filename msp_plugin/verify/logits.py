@@ -13,13 +13,18 @@ from msp_plugin.progress import StepProgress
 from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
 from msp_plugin.verify.sliced import is_smaller
 
+#: The tolerance where int8 rounds the weights, and the reference's are not rounded: about five times as far as the demo models
+#: were, with half of their weights and a quarter of their channels (0.0058 and 0.011).
+_INT8 = 0.05
+
 
 @dataclass(frozen=True)
 class Logits(Check):
     """A smaller model gives the reference's float32 logits on random tokens, and the same greedy tokens.
 
     The terms that its sums leave out are zero, but the others are rounded in another order. Other exports keep the
-    bits of their weights, so the check skips them.
+    bits of their weights, so the check skips them. Weights in int8 give other logits, within a twentieth of the largest, and
+    their tokens are not compared.
 
     Args:
         samples, length: number of samples of random tokens, and tokens of each.
@@ -62,20 +67,25 @@ class Logits(Check):
             greedy.append(_greedy(model, ids, self.tokens))
             del model
             progress("logits", done, 2)
-        return [self._compared(*logits), _same_tokens(*greedy)]
+        if subject.checkpoint.rounded and not reference.rounded:
+            tokens = Finding("greedy tokens", SKIP, "not compared: the weights are rounded to int8")
+            return [_compared(logits[0], logits[1], max(self.tolerance, _INT8)), tokens]
+        return [_compared(logits[0], logits[1], self.tolerance), _same_tokens(*greedy)]
 
-    def _compared(self, expected: torch.Tensor, found: torch.Tensor) -> Finding:
-        if expected.shape != found.shape:
-            return Finding("logits", FAIL, f"{list(found.shape)}", f"{list(expected.shape)}")
-        scale = float(expected.abs().max())
-        worst = float((expected - found).abs().max()) / scale if scale else float(found.abs().max())
-        return Finding(
-            "logits",
-            OK if worst <= self.tolerance else FAIL,
-            f"differ by {worst:.2g} of the largest, in float32",
-            f"at most {self.tolerance:g}",
-            {"difference": worst},
-        )
+
+def _compared(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> Finding:
+    """Return the finding whether two models' logits are within a tolerance, as a share of the largest."""
+    if expected.shape != found.shape:
+        return Finding("logits", FAIL, f"{list(found.shape)}", f"{list(expected.shape)}")
+    scale = float(expected.abs().max())
+    worst = float((expected - found).abs().max()) / scale if scale else float(found.abs().max())
+    return Finding(
+        "logits",
+        OK if worst <= tolerance else FAIL,
+        f"differ by {worst:.2g} of the largest, in float32",
+        f"at most {tolerance:g}",
+        {"difference": worst},
+    )
 
 
 def _greedy(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -83,7 +83,7 @@ def _equality(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgr
         a, b = checkpoint.dense(name), reference.dense(name)
         layer = ours[name]
         different = different_signs(a, b, packed={layer, theirs[name]} != {None})
-        if different is None and layer is not None and lossy and is_rounded(checkpoint, layer, b):
+        if different is None and is_rounded(checkpoint, layer, b):
             rounded += 1
         elif different is None:
             other.append(name)

@@ -36,8 +36,14 @@ def readable(checkpoint: Checkpoint, progress: StepProgress) -> Finding:
     )
 
 
-def is_rounded(checkpoint: Checkpoint, layer: str, before: torch.Tensor) -> bool:
-    """Return True if every weight of a layer is within half a scale of ``before`` [out, in], and zero where that is."""
+def is_rounded(checkpoint: Checkpoint, layer: str | None, before: torch.Tensor) -> bool:
+    """Return True if every weight of a layer in int8 is within half a scale of ``before`` [out, in], and zero where that is.
+
+    Args:
+        layer: None for a tensor that is no packed layer's.
+    """
+    if layer is None or checkpoint.format is None or not checkpoint.format.lossy:
+        return False
     after = checkpoint.weight(layer, torch.float32)
     scale = checkpoint.tensors.read(f"{layer}.{SCALE}").double()[:, None]
     if after.shape != before.shape or bool(after[before == 0].any()):

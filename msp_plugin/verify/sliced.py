@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.errors import FormatError
 from msp_plugin.formats.bits import positive_zeros, same_bits
 from msp_plugin.progress import StepProgress
 from msp_plugin.structure.halves import find_halves
 from msp_plugin.structure.slices import Slices
 from msp_plugin.structure.small_model import empty_model
 from msp_plugin.verify.base import FAIL, OK, Finding
+from msp_plugin.verify.rounded import is_rounded
 
 
 def is_smaller(checkpoint: Checkpoint, reference: Checkpoint) -> bool:
@@ -21,7 +23,7 @@ def is_smaller(checkpoint: Checkpoint, reference: Checkpoint) -> bool:
     Raises:
         MSPError: a config is damaged, or the reference's heads and channels cannot be removed.
     """
-    if checkpoint.manifest is None or not checkpoint.manifest.structure:
+    if not checkpoint.smaller:
         return False
     widths = [
         {half.name: half.groups for half in find_halves(empty_model(c.path))} for c in (checkpoint, reference)
@@ -33,27 +35,34 @@ def sliced(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgress
     """Compare every tensor with its slice of the reference as export.json records it, and check what was left out.
 
     Raises:
-        FormatError: the record is damaged or of another model.
+        FormatError: the record is missing, damaged or of another model.
     """
     manifest, structure = checkpoint.manifest, reference.structure
-    assert manifest is not None, "a smaller model has an export.json"
+    if manifest is None or not manifest.structure:
+        raise FormatError(
+            f"{checkpoint.path} has no export.json that says what it kept of {reference.path}",
+            hint="a recovery changes weights, so that they are no slices: compare with quality",
+        )
     slices = Slices.from_record(manifest.structure, structure.halves, structure.depth)
     return [_slices(checkpoint, reference, slices, progress), _left_out(reference, slices)]
 
 
 def _slices(checkpoint: Checkpoint, reference: Checkpoint, slices: Slices, progress: StepProgress) -> Finding:
-    """Compare names, shapes and bits of all tensors."""
+    """Compare names, shapes and bits of all tensors; weights in int8 may be half a scale away."""
     expected = {after: name for name in reference.dense_names if (after := slices.name(name)) is not None}
     lost = sorted(set(expected) - set(checkpoint.dense_names))
     odd = sorted(set(checkpoint.dense_names) - set(expected))
     shared = [name for name in expected if name in checkpoint.dense_names]
-    other, signs = [], 0
+    other, signs, rounded = [], 0, 0
     for i, name in enumerate(shared, 1):
-        before = expected[name]
+        before, layer = expected[name], checkpoint.dense_names[name]
         a, b = slices.cut(before, reference.dense(before)), checkpoint.dense(name)
-        packed = {reference.dense_names[before], checkpoint.dense_names[name]} != {None}
+        packed = {reference.dense_names[before], layer} != {None}
         if (different := different_signs(a, b, packed=packed)) is None:
-            other.append(name)
+            if is_rounded(checkpoint, layer, a):
+                rounded += 1
+            else:
+                other.append(name)
         signs += different or 0
         progress("round trip, reference", i, len(shared))
     if lost or odd or other:
@@ -68,6 +77,8 @@ def _slices(checkpoint: Checkpoint, reference: Checkpoint, slices: Slices, progr
         ]
         return Finding("reference", FAIL, "; ".join(parts), f"slices of the tensors of {reference.path}")
     how = f"but for signs of {signs:,} zeros" if signs else "bit for bit"
+    if rounded:
+        how += f"; {rounded} in int8, each weight within half a scale, no zero filled in"
     return Finding("reference", OK, f"all {len(shared)} tensors are its slices, {how}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
@@ -16,6 +15,8 @@ from msp_plugin.structure.halves import find_halves
 from msp_plugin.structure.small_model import empty_model
 from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
 
+#: The ends of names of tensors that transformers ignores when it loads a model: older Llamas store them.
+_IGNORED = ".rotary_emb.inv_freq"
 #: Most failing layers that are listed one by one.
 _NAMED = 10
 
@@ -67,15 +68,25 @@ def _tensors(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def _widths(checkpoint: Checkpoint) -> list[Finding]:
-    """Compare the tensors of a smaller model with the widths of its blocks in config.json."""
-    if checkpoint.manifest is None or not checkpoint.manifest.structure:
+    """Compare the tensors of a smaller model with the widths of its blocks in config.json.
+
+    Tied tensors may be stored once or several times, and there may be tensors that transformers ignores.
+    """
+    if not checkpoint.smaller:
         return []
     model = empty_model(checkpoint.path)
-    planned = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    stored = {name: checkpoint.dense_info(name).shape for name in checkpoint.dense_names}
-    odd = sorted(name for name in {**planned, **stored} if planned.get(name) != stored.get(name))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    planned = {name: tuple(parameter.shape) for name, parameter in named.items()}
+    stored = {
+        name: checkpoint.dense_info(name).shape
+        for name in checkpoint.dense_names
+        if not name.endswith(_IGNORED)
+    }
+    there = {id(parameter) for name, parameter in named.items() if name in stored}
+    lost = {name for name, parameter in named.items() if id(parameter) not in there}
+    odd = sorted(lost | {name for name in stored if planned.get(name) != stored[name]})
     halves = len(find_halves(model))
-    found = f"{halves} attentions and MLPs, {sum(map(math.prod, planned.values())):,} weights"
+    found = f"{halves} attentions and MLPs, {sum(p.numel() for p in model.parameters()):,} weights"
     if odd:
         shapes = (
             f"{list(stored.get(odd[0], ()))} of the tensors is {list(planned.get(odd[0], ()))} in config.json"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import msp_plugin
 from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
 from msp_plugin.checkpoint.load import load
+from msp_plugin.checkpoint.smaller import Small
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.cli.arguments import resolve_model
 from msp_plugin.errors import FormatError, ModelError, MSPError, RecipeError
@@ -326,6 +327,15 @@ def test_a_hub_id_is_loaded_from_the_cache_in_both_forms(run_dir, packed_dir, hu
     shutil.rmtree(tmp_path / "hub")
     hub(run_dir)
     assert bits(load(HUB_NAME)) == expected
+
+
+def test_a_smaller_model_is_loaded_from_the_cache(llama, hub, bits, tmp_path):
+    with torch.no_grad():
+        llama.model.layers[0].self_attn.o_proj.weight.zero_()
+    llama.save_pretrained(tmp_path / "zeros")
+    export_checkpoint(tmp_path / "zeros", Small(), tmp_path / "small")
+    hub(tmp_path / "small")
+    assert bits(load(HUB_NAME)) == bits(load(tmp_path / "small"))
 
 
 def test_the_command_says_that_a_hub_model_is_loaded(msp, run_dir, packed_dir, hub, tmp_path):

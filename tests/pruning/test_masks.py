@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from msp_plugin.errors import NumericsError, RecipeError
 from msp_plugin.plan.levels import DENSE, Kind, Level, Pattern
-from msp_plugin.plan.units import Layer
+from msp_plugin.plan.units import Groups, Layer
 from msp_plugin.pruning.masks import lowest, lowest_by_topk, nm_mask, nm_masks, recount
 
 LEVELS = [Pattern(n, m) for m in (2, 3, 4, 8, 16) for n in range(1, m)]
@@ -87,6 +87,21 @@ def test_a_share_that_keeps_nothing_of_a_row_is_refused():
 def test_the_recount_says_how_a_pattern_is_broken(level, weight, found):
     good = [1, 1, 0, 0, 0, 0, 0, 0]
     assert recount(torch.tensor([good, weight]).float(), Level.parse(level)).broken == found
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_the_mask_inside_a_width_is_held_against_what_stays(inner):
+    level, layer = Level.parse("1/2 wide 2:4"), Layer("x", 8, 8, Groups(8), inner)
+    kept, weight = torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 0]).repeat(4), torch.zeros(8, 8)
+    if inner:
+        weight[1::2] = kept.view(4, 8)
+    else:
+        weight[:, 1::2] = kept.view(8, 4)
+    assert recount(weight, level, layer).broken is None
+    first = weight[1] if inner else weight[2, 1::2]
+    first[1] = 1.0
+    weight[(3, 0) if inner else (4, 1)] = 0.0  # as many weights as before
+    assert recount(weight, level, layer).broken == "keeps 3 of 4 in some group"
 
 
 @given(st.sampled_from([*LEVELS, *INSIDE, *SHARES]), st.integers(0, 2**31))

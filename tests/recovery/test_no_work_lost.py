@@ -5,8 +5,12 @@ import json
 import pytest
 
 from msp_plugin import Text
+from msp_plugin.plugins.manager import Plugins
+from msp_plugin.recovery.lora import LoRA
 from msp_plugin.recovery.step import RecoveryStep
-from msp_plugin.runs.recover import recover
+from msp_plugin.runs.recover import check_recovery, recover
+from msp_plugin.search.options import Options
+from msp_plugin.search.resolve import resolve
 
 SMALL = ["--samples", "12", "--length", "24", "--test-samples", "4"]
 
@@ -55,20 +59,27 @@ def measure_until(name):
     return stopped
 
 
-def test_lora_is_refused_for_n_m_before_the_search(msp, llama_dir, corpus, tmp_path):
-    failed = msp(
-        "prune",
-        llama_dir,
-        "-s",
-        "0.5",
-        "--data",
-        corpus,
-        "--recover",
-        "lora",
-        "--out",
-        tmp_path / "out",
-        *SMALL,
-        code=2,
+def prune_for_lora(msp, model, corpus, out, *options, code=0):
+    return msp(
+        "prune", model, "--data", corpus, "--recover", "lora", "--out", out, *SMALL, *options, code=code
     )
+
+
+@pytest.mark.parametrize(
+    "options", [("-s", "0.5"), ("-m", "l2", "-s", "0.3", "--levels", "dense,1/2 wide 2:4")]
+)
+def test_lora_is_refused_for_masks_before_the_search(options, msp, llama_dir, corpus, tmp_path):
+    failed = prune_for_lora(msp, llama_dir, corpus, tmp_path / "out", *options, code=2)
     assert "would fill" in failed.err and "search:" not in failed.err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.unsaved").exists()
+
+
+def test_masks_among_other_levels_are_warned_of_before_the_search(llama, caplog):
+    pytest.importorskip("peft")
+    options = {"sparsity": 0.3, "method": "l2", "levels": ["dense", "1/2 wide", "2:4"]}
+    check_recovery(LoRA(), llama, resolve(Options.parse(options), Plugins()))
+    assert "if the search chooses 2:4: lora would fill" in caplog.text
+    caplog.clear()
+    options["levels"] = ["dense", "1/2 wide", "dropped"]
+    check_recovery(LoRA(), llama, resolve(Options.parse(options), Plugins()))
+    assert not caplog.records

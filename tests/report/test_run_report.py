@@ -247,3 +247,15 @@ def test_a_section_that_fails_names_its_plugin(answer, records, report, sample_p
         PluginError, match=r"plugin broken: msp_report_section\(\) (returned dict|raised Zero)"
     ):
         report(records(), Plugins(extra={"broken": broken}, entry_points=False))
+
+
+@pytest.mark.parametrize(("method", "again"), [("sparsegpt", True), ("wanda", True), ("l2", False)])
+def test_commands_name_the_method_and_no_recipe_that_llm_compressor_refuses(
+    method, again, records, report, edit_json
+):
+    run = records()
+    (run / "recipe.yaml").write_text("")
+    edit_json(run / "allocation.json", lambda data: data["provenance"]["method"].update(name=method))
+    text = report(run).text
+    by = "" if method == "sparsegpt" else f"-m {method} "
+    assert f"{by}--allocation allocation.json" in text and ("msp run recipe.yaml" in text) == again

@@ -193,3 +193,40 @@ def test_a_silent_channel_goes_where_there_is_no_2_4_mask(tmp_path):
 def test_a_quantum_that_the_pieces_cannot_hold_is_filled_up_as_before(tmp_path):
     pruned().save_pretrained(tmp_path / "zeros")
     assert channels(tmp_path / "small", tmp_path / "zeros", quantum=64) == 64
+
+
+@torch.no_grad()
+def differently_wide(*counts):
+    """Return a model of 256 channels, of which so many of the first 192 stay by block, 2:4 in ``down_proj``."""
+    torch.manual_seed(1)
+    config = MistralConfig(
+        **{**SIZES, "intermediate_size": 256},
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=None,
+    )
+    model = MistralForCausalLM(config).float().eval()
+    for block, count in zip(model.model.layers, counts, strict=True):
+        held = torch.randperm(192)[:count].sort().values
+        down = block.mlp.down_proj.weight
+        part = masked(down[:, held])
+        down.zero_()
+        down[:, held] = part
+    return model
+
+
+@pytest.mark.parametrize(
+    ("exporter", "counts"), [(Uniform(pad=True), (128, 192)), (Small(quantum=128), (96, 128))]
+)
+def test_what_fills_a_width_up_leaves_its_mask_whole(exporter, counts, tmp_path):
+    differently_wide(*counts).save_pretrained(tmp_path / "zeros")
+    export_checkpoint(tmp_path / "zeros", exporter, tmp_path / "small")
+    downs = {f"model.layers.{block}.mlp.down_proj" for block in (0, 1)}
+    assert downs <= set(Checkpoint.open(tmp_path / "small").packing_in(Sparse24.format).packed)
+
+
+def test_a_mask_that_no_filling_up_leaves_whole_is_refused_unless_told_otherwise(tmp_path):
+    differently_wide(128, 160).save_pretrained(tmp_path / "zeros")
+    with pytest.raises(FormatError, match=r"layers\.1\.mlp uses 160 channels in a 2:4 mask"):
+        export_checkpoint(tmp_path / "zeros", Small(quantum=128), tmp_path / "small")
+    assert channels(tmp_path / "small", tmp_path / "zeros", quantum=128, aligned=False) == 128

@@ -83,6 +83,25 @@ def test_channels_are_filled_up_to_the_quantum_by_the_first_silent_ones(tiny):
     assert kept_groups(mlp, torch.ones(24, dtype=torch.bool), least=1, quantum=8) == tuple(range(8))
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_fillers_leave_fours_whole_wherever_there_is_room(seed, tiny):
+    mlp = find_halves(tiny("llama"))[1]
+    generator = torch.Generator().manual_seed(seed)
+    for used in (4, 8, 12):
+        held = torch.randperm(24, generator=generator)[:used].sort().values.tolist()
+        silent = torch.ones(24, dtype=torch.bool)
+        silent[held] = False
+        for count in range(1, 24 - used):
+            kept = kept_groups(mlp, silent, least=used + count, fours=True)
+            assert len(kept) == used + count and set(held) < set(kept)
+            places = [kept.index(group) for group in held]
+            whole = all(p % 4 == i % 4 and p // 4 == places[i // 4 * 4] // 4 for i, p in enumerate(places))
+            bounds = [-1, *held, 24]
+            room = sum((bounds[i + 1] - bounds[i] - 1) // 4 * 4 for i in range(0, used, 4))
+            after = 23 - held[-1]
+            assert whole or min(room, count // 4 * 4) < count - min(count, after)
+
+
 def test_the_quantum_is_for_channels_and_must_divide_them(tiny):
     attention, mlp = find_halves(tiny("llama"))[:2]
     heads = torch.tensor([True, False, True, True])

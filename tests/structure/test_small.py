@@ -176,6 +176,23 @@ def test_the_allocation_of_the_whole_model_stays_under_another_name(make_run, ze
     assert "msp_plugin.load" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("key", ["num_attention_heads", "num_key_value_heads", "intermediate_size"])
+def test_sizes_that_a_config_leaves_to_transformers_are_its_defaults(key, zeroing, tmp_path, edit_json):
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    chosen = {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 24}
+    del chosen[key]
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**sizes, **chosen)).float()
+    zeroing(model).channel(0, 1)
+    model.save_pretrained(tmp_path / "zeros")
+    edit_json(tmp_path / "zeros" / "config.json", lambda config: config.pop(key) and None)
+    export_checkpoint(tmp_path / "zeros", Small(), tmp_path / "small")
+    expected, found = (msp_plugin.load(tmp_path / form, "float32") for form in ("zeros", "small"))
+    ids = torch.arange(1, 20)[None]
+    torch.testing.assert_close(found(ids).logits, expected(ids).logits, rtol=0, atol=1e-5)
+    assert per_layer(tmp_path / "small") == {"0": {"intermediate_size": model.config.intermediate_size - 1}}
+
+
 # what is refused
 
 

@@ -102,6 +102,35 @@ def test_a_half_that_is_dropped_by_itself_is_refused_by_name(tiny, zeroing, tmp_
     assert "--to small" in error.value.hint
 
 
+def refused(source, exporter):
+    with pytest.raises(FormatError) as error:
+        export_checkpoint(source, exporter, source.parent / "refused")
+    return error.value
+
+
+def test_a_half_that_is_gone_is_not_filled_up_and_nobody_says_so(tiny, zeroing, exported):
+    model = tiny("mistral")
+    zeroing(model).half(1, "attention")
+    _, small = exported(model, Small())
+    error = refused(small, Uniform(pad=True))
+    assert "block 1 has no attention" in error.message and "pad=true" not in error.hint
+    for block in range(4):
+        zeroing(model).half(block, "mlp")
+    model.save_pretrained(small.parent / "zeros")
+    error = refused(small.parent / "zeros", Uniform(pad=True))
+    assert "every mlp does nothing" in error.message and "pad=true" not in error.hint
+
+
+def test_a_model_that_is_filled_up_to_the_whole_is_refused_for_that(tiny, zeroing, tmp_path):
+    model = tiny("mistral")
+    zeroing(model).half(1, "attention")
+    zeroing(model).channel(2, 3)
+    model.save_pretrained(tmp_path / "zeros")
+    error = refused(tmp_path / "zeros", Uniform(pad=True))
+    assert "3 of 3 KV heads or channels of model.layers.1.self_attn do nothing" in error.message
+    assert "every KV head and channel" not in error.message and "--to small" in error.hint
+
+
 def test_a_gemma_that_its_config_cannot_hold_is_refused(tiny, zeroing, tmp_path):
     model = tiny("gemma2")
     everywhere(model, zeroing(model), heads=(0,))

@@ -1,5 +1,6 @@
 """Checkpoints with widths: recount, verify, export, report."""
 
+import json
 from fractions import Fraction
 
 import pytest
@@ -13,7 +14,7 @@ from msp_plugin.checkpoint.smaller import Small
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.errors import VerificationError
+from msp_plugin.errors import FormatError, VerificationError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
@@ -21,8 +22,13 @@ from msp_plugin.plan.levels import Level
 from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report.grid import level_grid
+from msp_plugin.report.run_page import run_page
 from msp_plugin.report.size import sizes
+from msp_plugin.report.source import read_source
 from msp_plugin.report.storage import storages
+from msp_plugin.search.allocate import warn_of_forms
+from msp_plugin.search.options import Options
+from msp_plugin.search.resolve import resolve
 from msp_plugin.structure.groups import with_groups
 
 LEVELS = ("3/4 wide", "1/2 wide", "dropped", "1/2 wide 2:4", "dense", "dropped", "1/2 wide", "2:4")
@@ -111,3 +117,52 @@ def test_verify_finds_the_levels_and_a_head_that_came_back(pruned, msp):
     model.save_pretrained(pruned)
     found = msp("verify", pruned, "--check", "structure", "--json", code=1).out
     assert "down_proj" in found and "keeps 24 of 24 heads or channels instead of 12" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped", "small"),
+    [
+        ("gemma2 mixed", [2], False),
+        ("gemma2", [2], True),
+        ("llama", range(4), False),
+        ("llama", range(3), True),
+    ],
+)
+def test_the_report_offers_small_only_where_that_is_written(name, dropped, small, tiny, zeroing, tmp_path):
+    model, run = tiny(name), tmp_path / "run"
+    table = prunable_layers(model, granularity="half")
+    gone = {f"model.layers.{block}.self_attn" for block in dropped}
+    levels = tuple(Level.parse("dropped" if unit.name in gone else "dense") for unit in table)
+    for block in dropped:
+        zeroing(model).half(block, "attention")
+    model.save_pretrained(run)
+    kept = sum(level.kept(unit) for unit, level in zip(table, levels, strict=True))
+    (run / "allocation.json").write_text(
+        Allocation(table, levels, 1 - Fraction(kept, table.weights)).to_json()
+    )
+    record = {"schema": "msp_plugin/run", "version": 1}
+    (run / "run.json").write_text(json.dumps(record))
+    checkpoint = Checkpoint.open(run)
+    assert bool(sizes(checkpoint.allocation, checkpoint)) == small
+    page = run_page(read_source(run))
+    assert any("--to small" in command for _, command in page["commands"]) == bool(page["sizes"]) == small
+    if not small:
+        with pytest.raises(FormatError):
+            export_checkpoint(run, Small(), tmp_path / "small")
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "granularity", "warned"),
+    [
+        ("gemma2 mixed", "depth", "half", True),
+        ("gemma2 mixed", "depth", "block", False),
+        ("gemma2 mixed", "width", "half", False),
+        ("gemma2", "depth", "half", False),
+    ],
+)
+def test_mixed_windows_are_warned_of_before_a_search_that_may_drop_an_attention(
+    name, levels, granularity, warned, tiny, caplog
+):
+    options = {"sparsity": 0.25, "method": "l2", "levels": levels, "granularity": granularity}
+    warn_of_forms(tiny(name), resolve(Options.parse(options), Plugins(entry_points=False)))
+    assert ("mixes blocks with and without a sliding window" in caplog.text) == warned

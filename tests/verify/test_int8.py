@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Bitmask, Dense, export_checkpoint
+from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.smaller import Small, Uniform
 from msp_plugin.verify import quality
+from msp_plugin.verify.logits import Logits
 from msp_plugin.verify.quality import Quality
 from msp_plugin.verify.round_trip import RoundTrip
 from msp_plugin.verify.structure import Structure
@@ -98,3 +100,47 @@ def test_perplexity_may_differ_from_the_runs_by_a_twentieth(
     }
     edit_json(path / "run.json", lambda data: data.update(change))
     assert check(Quality(), path, text=text)["perplexity"].state == state
+
+
+@pytest.fixture
+def small_int8(llama, tmp_path):
+    """A model with silent channels and a mask, its smaller form in int8, and that one dense."""
+    with torch.no_grad():
+        for block in llama.model.layers:
+            block.mlp.down_proj.weight[:, 64:] = 0
+            block.mlp.up_proj.weight[:, ::2] = 0
+    llama.save_pretrained(tmp_path / "zeros")
+    export_checkpoint(tmp_path / "zeros", Small(), tmp_path / "small")
+    export_checkpoint(tmp_path / "small", Bitmask(values="int8"), tmp_path / "int8")
+    return tmp_path / "int8", tmp_path / "zeros"
+
+
+def test_a_smaller_model_in_int8_passes_against_the_whole_one(small_int8, check, states):
+    rows = check(RoundTrip(), *small_int8)
+    assert states(rows) == {"unpack": "ok", "reference": "ok", "left out": "ok"}
+    assert "14 in int8, each weight within half a scale" in rows["reference"].found
+    rows = check(Logits(), *small_int8)
+    assert states(rows) == {"logits": "ok", "greedy tokens": "skip"}
+    assert 1e-4 < rows["logits"].details["difference"] < 0.05
+
+
+def test_another_model_in_int8_fails_against_the_whole_one(small_int8, check, rewrite):
+    rewrite(small_int8[1], {f"{UP}.weight": lambda w: w * 1.5})
+    assert check(RoundTrip(), *small_int8)["reference"].found.endswith(f"e.g. {UP}.weight")
+    assert check(Logits(), *small_int8)["logits"].state == "fail"
+
+
+def test_a_model_cut_from_int8_is_known_to_be_rounded_in_every_form(llama, check, states, tmp_path):
+    with torch.no_grad():
+        llama.model.layers[0].self_attn.o_proj.weight.zero_()
+        llama.model.layers[0].mlp.down_proj.weight.zero_()
+        for layer in ("gate_proj", "up_proj", "down_proj"):
+            llama.model.layers[1].get_submodule(f"mlp.{layer}").weight[:, 2::4] = 0
+            llama.model.layers[1].get_submodule(f"mlp.{layer}").weight[:, 3::4] = 0
+    llama.save_pretrained(tmp_path / "zeros")
+    export_checkpoint(tmp_path / "zeros", Bitmask(values="int8"), tmp_path / "int8")
+    errors = Checkpoint.open(tmp_path / "int8").manifest.quantization_errors
+    cut = export_checkpoint(tmp_path / "int8", Uniform(), tmp_path / "uniform").quantization_errors
+    assert cut == {name.replace(".1.", ".0."): e for name, e in errors.items() if ".1." in name} != {}
+    assert export_checkpoint(tmp_path / "uniform", Sparse24(), tmp_path / "packed").quantization_errors == cut
+    assert states(check(Logits(), tmp_path / "packed", tmp_path / "zeros"))["greedy tokens"] == "skip"

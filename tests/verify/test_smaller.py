@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from msp_plugin.checkpoint.export import export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
+from msp_plugin.checkpoint.load import load
 from msp_plugin.checkpoint.manifest import Manifest, describe_files
 from msp_plugin.checkpoint.smaller import Small, Uniform
 from msp_plugin.errors import RecipeError
@@ -126,3 +127,38 @@ def test_logits_of_another_form_are_left_to_its_bits(check, packed_dir, run_dir)
 def test_options_that_check_nothing_are_refused(options):
     with pytest.raises(RecipeError, match="logits: "):
         Logits(**options)
+
+
+def test_tensors_that_are_stored_twice_or_ignored_pass_and_others_do_not(
+    qwen2, check, copied, rewrite, tmp_path
+):
+    qwen2.config.tie_word_embeddings = True
+    qwen2.tie_weights()
+    with torch.no_grad():
+        qwen2.model.layers[0].self_attn.o_proj.weight.zero_()
+    qwen2.save_pretrained(tmp_path / "zeros")
+    head = load_file(tmp_path / "zeros" / "model.safetensors")["model.embed_tokens.weight"]
+    extra = {"lm_head.weight": head, "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    rewrite(tmp_path / "zeros", extra)
+    export_checkpoint(tmp_path / "zeros", Small(), tmp_path / "small")
+    assert check(Structure(), tmp_path / "small")["widths"].state == "ok"
+    for name, change in {
+        "lm_head.weight": lambda t: t[:5],
+        "model.layers.0.self_attn.o_proj.weight": head,
+    }.items():
+        wrong = rewrite(copied(tmp_path / "small", name), {name: change})
+        row = check(Structure(), wrong)["widths"]
+        assert row.state == "fail" and name in row.found
+
+
+def test_a_smaller_model_without_export_json_keeps_its_checks_and_its_card(pair, check, states, tmp_path):
+    small, whole = pair(Small())
+    load(small).save_pretrained(tmp_path / "saved")  # as a recovery writes it
+    rows = check(Structure(), tmp_path / "saved")
+    assert rows["files"].state == "skip" and rows["widths"].state == "ok"
+    assert states(check(Logits(), tmp_path / "saved", whole)) == {"logits": "ok", "greedy tokens": "ok"}
+    row = check(RoundTrip(), tmp_path / "saved", whole)["round_trip"]
+    assert row.state == "fail" and "no export.json" in row.found
+    export_checkpoint(tmp_path / "saved", Dense(), tmp_path / "dense")
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "msp_plugin.load" in card and "AutoModelForCausalLM" not in card and "`config.json` says" in card

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from msp_plugin.errors import RecipeError
+from msp_plugin.errors import HostError, RecipeError
 from msp_plugin.hosts.llm_compressor import require_host
 from msp_plugin.plan.levels import Kind, Level, Pattern
 from msp_plugin.pruning.base import Pruner
@@ -103,3 +103,12 @@ def host_method(pruner: Pruner) -> HostMethod | None:
     if type(pruner) is SparseGPT:
         return SparseGPTModifier(pruner)
     return WandaModifier() if type(pruner) is Wanda else None
+
+
+def check_method(pruner: Pruner) -> None:
+    """Raise HostError if llm-compressor cannot run a method."""
+    if pruner.prunes_units:
+        raise HostError(
+            f"method {pruner.name!r} prunes whole units, and llm-compressor calibrates layer by layer",
+            hint="use it with msp prune",
+        )

@@ -26,6 +26,7 @@ from msp_plugin.data.tokenize import from_dataloader
 from msp_plugin.errors import HostError, ModelError, RecipeError, nearest
 from msp_plugin.hosts.llm_compressor import HOST_KEYS
 from msp_plugin.hosts.llm_compressor.engines import make_engine
+from msp_plugin.hosts.llm_compressor.methods import check_method
 from msp_plugin.hosts.llm_compressor.padding import Padding
 from msp_plugin.hosts.llm_compressor.passes import check_by_block
 from msp_plugin.hosts.llm_compressor.saving import name_experts
@@ -151,11 +152,7 @@ class MixedSparsityModifier(Options, Modifier):
                 hint="llm-compressor does not sum its statistics over ranks: start it in one process. To share the "
                 "search, run `torchrun ... -m msp_plugin allocate` and give the recipe its allocation",
             )
-        if self._plan.pruner.prunes_units:
-            raise HostError(
-                f"method {self._plan.pruner.name!r} prunes whole units, and llm-compressor calibrates layer by layer",
-                hint="use it with msp prune",
-            )
+        check_method(self._plan.pruner)
         model = state.model
         table = check_model(model, self._plan)
         if self._plan.needs_data and not self._one_pass:

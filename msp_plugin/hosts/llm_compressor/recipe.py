@@ -11,6 +11,7 @@ import yaml
 
 from msp_plugin.errors import MSPError, RecipeError, nearest, shown
 from msp_plugin.hosts.llm_compressor import HOST_KEYS
+from msp_plugin.hosts.llm_compressor.methods import check_method
 from msp_plugin.hosts.llm_compressor.register import register_modifier
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.runtime.documents import parse_yaml
@@ -138,12 +139,14 @@ class Recipe:
 
         Raises:
             RecipeError: see read_recipe, Options.parse, resolve and build.
+            HostError: see check_method.
         """
         steps = dict(source) if isinstance(source, Mapping) else read_recipe(source)
         line = our_line(steps)
         options = None
         if line is not None:
             options = resolve(Options.parse({k: v for k, v in line.items() if k not in HOST_KEYS}), plugins)
+            check_method(options.pruner)
         recipe = cls(steps, options)
         recipe.build(options)
         return recipe

@@ -1,6 +1,6 @@
 import pytest
 
-from msp_plugin.errors import RecipeError
+from msp_plugin.errors import HostError, RecipeError
 from msp_plugin.hosts.llm_compressor.recipe import Recipe, our_line, read_recipe
 from msp_plugin.plugins.manager import Plugins
 
@@ -54,6 +54,11 @@ def test_an_unknown_modifier_names_the_nearest_one():
 def test_a_refusal_by_the_host_is_passed_on():
     with pytest.raises(RecipeError, match="llm-compressor refuses"):
         build("a_stage:\n  b_modifiers:\n    WandaPruningModifier: {colour: red}\n")
+
+
+def test_a_method_that_prunes_whole_units_is_refused_without_a_model():
+    with pytest.raises(HostError, match="'l2' prunes whole units"):
+        Recipe.parse(GOOD.replace("0.75", '0.25, method: l2, levels: [dense, "1/2 wide"]'), Plugins())
 
 
 def test_unquoted_levels_in_yaml_are_explained():
