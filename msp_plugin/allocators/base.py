@@ -203,10 +203,10 @@ class Allocator(ABC):
         return getattr(self, "holdout", 0) if self.measures else 0
 
     @property
-    def asks_for_text(self) -> bool:
-        """True if ``tokens`` or ``holdout`` is not the default, so that less text will not do."""
+    def asked_for(self) -> tuple[str, ...]:
+        """Those of ``tokens`` and ``holdout`` that are not the default, so that less text will not do."""
         options = {f.name: f.default for f in fields(self) if f.name in ("tokens", "holdout")}  # type: ignore[arg-type]  # a dataclass by contract
-        return any(getattr(self, name) != default for name, default in options.items())
+        return tuple(name for name, default in options.items() if getattr(self, name) != default)
 
     @property
     def objective(self) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from msp_plugin.data.calibration import CalibrationSet, join
+from msp_plugin.data.search_text import SearchText
 from msp_plugin.data.sources import load_texts
 from msp_plugin.data.tokenize import ShortTextError, check_ids, tokenize
 from msp_plugin.errors import DataError, plain
@@ -179,26 +180,6 @@ NO_TEXT = CalibrationSet((), "none")
 
 
 @dataclass(frozen=True)
-class SearchText:
-    """How much text a search sets aside.
-
-    Args:
-        search: tokens that measure candidates.
-        holdout: further tokens that decide when to stop.
-        fit: if the text is too short for both, take half of its samples and log a warning; otherwise raise.
-    """
-
-    search: int = 0
-    holdout: int = 0
-    fit: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of both together."""
-        return self.search + self.holdout
-
-
-@dataclass(frozen=True)
 class TextSplit:
     """The samples of a run by purpose; NO_TEXT where there are none. The test shares no sample with the others.
 
@@ -253,6 +234,8 @@ def _load_split(tokenizer: PreTrainedTokenizerBase, text: Text, asked: SearchTex
     if not search:
         return split_text(pruning, asked, test)
     calibration, searched = pruning.cut(search.tokens)
+    if search.tokens < asked.tokens:
+        asked = asked.within(search.tokens, search)
     return _with_holdout(TextSplit(calibration, searched, NO_TEXT, test, pruning), asked, search)
 
 
@@ -265,12 +248,14 @@ def _search_samples(
         ShortTextError: the source is too short.
     """
     counts = [-(-tokens // text.sample_tokens) for tokens in (asked.search, asked.holdout)]
+    parts = zip(counts, (asked.fit_search, asked.fit_holdout), strict=True)
+    least = sum(min(count, 1) if fit else count for count, fit in parts)
     less = "ask for shorter samples" if asked.fit else "set the allocator's tokens and holdout to less"
     return text.read(
         tokenizer,
         source,
         sum(counts),
-        at_least=sum(map(bool, counts)) if asked.fit else None,
+        at_least=least if asked.fit_search or asked.fit_holdout else None,
         seed=text.seed,
         hint=f"give more text for the search, or {less}",
     )
@@ -284,7 +269,23 @@ def split_text(
     The last samples are the hold-out, those before them the search text; all others calibrate.
 
     Args:
-        warn: log a warning if the text is too short and ``asked.fit`` accepts that.
+        warn: log a warning if the text is too short and ``asked`` accepts that.
+
+    Raises:
+        DataError: see CalibrationSet.split.
+    """
+    try:
+        head, held_out = _held_out(data, asked)
+    except DataError:
+        if asked.fit_search == asked.fit_holdout:
+            raise
+        asked = asked.within(data.tokens // 2, data, warn=warn)
+        head, held_out = _held_out(data, asked)
+    return _with_holdout(TextSplit(head, held_out, NO_TEXT, test, data), asked, data, warn=warn)
+
+
+def _held_out(data: CalibrationSet, asked: SearchText) -> tuple[CalibrationSet, CalibrationSet]:
+    """Return the samples that calibrate, and the last ones, enough for search text and hold-out in whole samples.
 
     Raises:
         DataError: see CalibrationSet.split.
@@ -293,8 +294,8 @@ def split_text(
     if held_out.tokens >= asked.tokens:
         search, holdout = held_out.cut(asked.holdout)
         if search.tokens < asked.search:  # the hold-out, in whole samples, took from it
-            head, held_out = data.split(holdout.tokens + asked.search, fit=asked.fit)
-    return _with_holdout(TextSplit(head, held_out, NO_TEXT, test, data), asked, data, warn=warn)
+            return data.split(holdout.tokens + asked.search, fit=asked.fit)
+    return head, held_out
 
 
 def _with_holdout(

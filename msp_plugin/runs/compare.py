@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from msp_plugin.checkpoint.source import ModelSource
-from msp_plugin.data.samples import SearchText, Text, TextSplit, load_split
+from msp_plugin.data.samples import Text, TextSplit, load_split
+from msp_plugin.data.search_text import SearchText
 from msp_plugin.errors import DataError, RecipeError
 from msp_plugin.hosts.base import PruneInputs
 from msp_plugin.models.device import on_best_device
@@ -157,8 +158,12 @@ def _samples(tokenizer: PreTrainedTokenizerBase, text: Text, plans: Sequence[Res
         DataError: there is no test text, or too little text.
     """
     asked = [plan.search_text for plan in plans]
+    search, holdout = max(a.search for a in asked), max(a.holdout for a in asked)
     most = SearchText(
-        max(a.search for a in asked), max(a.holdout for a in asked), fit=all(a.fit for a in asked)
+        search,
+        holdout,
+        fit_search=all(a.fit_search for a in asked if a.search == search),
+        fit_holdout=all(a.fit_holdout for a in asked if a.holdout == holdout),
     )
     samples = load_split(tokenizer, text, most)
     if not samples.test:

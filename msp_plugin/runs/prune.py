@@ -12,7 +12,8 @@ from typing import Any
 
 from msp_plugin.checkpoint.load import is_packed
 from msp_plugin.checkpoint.source import ModelSource
-from msp_plugin.data.samples import SearchText, Text, load_split
+from msp_plugin.data.samples import Text, load_split
+from msp_plugin.data.search_text import SearchText
 from msp_plugin.errors import ModelError, RecipeError
 from msp_plugin.hosts.base import Host, PruneInputs
 from msp_plugin.hosts.builtin import BuiltIn

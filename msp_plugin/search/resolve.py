@@ -9,7 +9,7 @@ from typing import Any
 
 from msp_plugin.allocators.base import Allocator
 from msp_plugin.allocators.uniform import Uniform
-from msp_plugin.data.samples import SearchText
+from msp_plugin.data.search_text import SearchText
 from msp_plugin.errors import RecipeError, nearest, shown
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.bounds import Bounds, parse_bounds
@@ -64,12 +64,16 @@ class ResolvedOptions:
 
     @property
     def search_text(self) -> SearchText:
-        """The text that the search sets aside; it may be less, unless the user set the number of tokens."""
+        """The text that the search sets aside; what the user did not set the tokens of may be less."""
         if self.given is not None:
             return SearchText()
         allocator = self.allocator
+        asked = allocator.asked_for
         return SearchText(
-            allocator.held_out_tokens, allocator.stopping_tokens, fit=not allocator.asks_for_text
+            allocator.held_out_tokens,
+            allocator.stopping_tokens,
+            fit_search="tokens" not in asked,
+            fit_holdout="holdout" not in asked,
         )
 
     @property

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import msp_plugin
-from msp_plugin.data.samples import SearchText, Text, load_split, split_text
+from msp_plugin.data.samples import Text, load_split, split_text
+from msp_plugin.data.search_text import SearchText
 from msp_plugin.errors import DataError
 
 
@@ -139,7 +140,7 @@ def test_a_search_text_of_its_own_that_is_shorter_than_the_default_is_taken_whol
     other = tmp_path / "other.txt"
     other.write_text("".join(random.Random(1).choices("abcdefghilmnoprstu ", k=450)))  # noqa: S311
     text = Text(text_file, search=str(other), samples=4, length=128, test_samples=0)
-    found = load_split(tokenizer, text, SearchText(*asked, fit=True))
+    found = load_split(tokenizer, text, SearchText(*asked, fit_search=True, fit_holdout=True))
     assert (len(found.calibration), len(found.search), len(found.holdout)) == (4, *expected)
     assert f"instead of {asked[0]} and {asked[1]}" in caplog.text
     with pytest.raises(DataError, match="other.txt has 4.. tokens: 3 samples .* needed") as error:
@@ -147,11 +148,30 @@ def test_a_search_text_of_its_own_that_is_shorter_than_the_default_is_taken_whol
     assert "tokens and holdout" in error.value.hint and "fewer" not in error.value.hint
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["one text", "a text of its own"])
+@pytest.mark.parametrize(("fits", "search", "holdout"), [
+    ({"fit_search": True}, 1, 4), ({"fit_holdout": True}, 4, 1), ({"fit_search": True, "fit_holdout": True}, 1, 1),
+])  # fmt: skip
+def test_what_is_asked_for_by_name_stays_while_a_default_fits_the_text(
+    tokenizer, text_file, tmp_path, caplog, own, fits, search, holdout
+):
+    """Eight samples of sixteen tokens are held out where nothing is said; four of one kind are asked for by name."""
+    asked = (64 if search == 4 else 4000, 64 if holdout == 4 else 4000)
+    other = tmp_path / "other.txt"
+    other.write_text("".join(random.Random(1).choices("abcdefghilmnoprstu ", k=8 * 16)))  # noqa: S311
+    text = Text(text_file, search=str(other) if own else None, samples=16, length=16, test_samples=0)
+    found = load_split(tokenizer, text, SearchText(*asked, **fits))
+    assert len(found.calibration) >= 8 and len(found.search) >= search and len(found.holdout) >= holdout
+    if len(fits) == 1:
+        assert 4 in (len(found.search), len(found.holdout))
+    assert f"instead of {asked[0]} and {asked[1]}" in caplog.text
+
+
 def test_a_long_search_text_of_its_own_is_none_of_the_calibration_text(tokenizer, text_file, tmp_path):
     other = write_text(tmp_path / "other.txt", 1)
     for fit in (False, True):
         text = Text(text_file, search=other, samples=2, length=16, test_samples=0)
-        found = load_split(tokenizer, text, SearchText(100, 60, fit=fit))
+        found = load_split(tokenizer, text, SearchText(100, 60, fit_search=fit, fit_holdout=fit))
         assert tuple(map(len, (found.calibration, found.search, found.holdout))) == (2, 7, 4)
 
 
@@ -162,7 +182,11 @@ def test_a_default_length_is_a_power_of_two_that_suits_the_shortest_text(tokeniz
         return str(path)
 
     def lengths(*args, **options):
-        found = load_split(tokenizer, Text(*args, **options).within(None), SearchText(8000, 4000, fit=True))
+        found = load_split(
+            tokenizer,
+            Text(*args, **options).within(None),
+            SearchText(8000, 4000, fit_search=True, fit_holdout=True),
+        )
         return {len(s) for part in (found.pruning, found.test) for s in part.samples}
 
     assert lengths(text_of(2048 * 9)) == {2048} and "instead of" not in caplog.text.split("candidates")[0]

@@ -1,0 +1,59 @@
+"""How much text a search sets aside to measure candidates and to know when to stop."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from msp_plugin.data.calibration import CalibrationSet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SearchText:
+    """How much text a search sets aside.
+
+    Args:
+        search: tokens that measure candidates.
+        holdout: further tokens that decide when to stop.
+        fit_search, fit_holdout: if the text is too short for both, take half of its samples, of which this one gets less, and
+            log a warning; otherwise raise.
+    """
+
+    search: int = 0
+    holdout: int = 0
+    fit_search: bool = False
+    fit_holdout: bool = False
+
+    @property
+    def fit(self) -> bool:
+        """True if both may be less."""
+        return self.fit_search and self.fit_holdout
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of both together."""
+        return self.search + self.holdout
+
+    def within(self, tokens: int, data: CalibrationSet, *, warn: bool = True) -> SearchText:
+        """Return this with the one that alone may be less cut down, so that both fit in ``tokens`` of whole samples."""
+        if self.fit_search == self.fit_holdout:
+            return self
+        length = max(map(len, data.samples))
+        firm = self.holdout if self.fit_search else self.search
+        left = max(1, (tokens // length + -firm // length) * length)
+        search, holdout = (
+            (min(self.search, left), firm) if self.fit_search else (firm, min(self.holdout, left))
+        )
+        log.log(
+            logging.WARNING if warn else logging.DEBUG,
+            "%d samples with %d tokens: %d tokens measure candidates and %d decide when to stop, instead of %d and %d",
+            len(data),
+            data.tokens,
+            search,
+            holdout,
+            self.search,
+            self.holdout,
+        )
+        return SearchText(search, holdout)
