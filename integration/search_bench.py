@@ -27,7 +27,7 @@ PATIENT = {**SEARCH, "patience": 3}
 def bench_model(model_name: str, method: str, sparsity: str, cache: str | None):
     """Return (measurements, problem, hold-out that no search sees) of a demo model."""
     from msp_plugin.data.samples import TextSplit, load_split
-from msp_plugin.data.search_text import SearchText
+    from msp_plugin.data.search_text import SearchText
     from msp_plugin.demo import demo_model_path, demo_text
     from msp_plugin.models.layers import prunable_layers
     from msp_plugin.models.load import load_model

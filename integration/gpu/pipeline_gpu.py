@@ -60,7 +60,7 @@ def make_model(size: str, device: str):
 def measurements_of(model, data, method: str, levels: tuple[str, ...], cache: str):
     """Return Measurements of a model: the first half of the text calibrates, the rest measures."""
     from msp_plugin.data.samples import TextSplit
-from msp_plugin.data.search_text import SearchText
+    from msp_plugin.data.search_text import SearchText
     from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.menus import parse_menu
     from msp_plugin.plugins.manager import Plugins
@@ -117,7 +117,8 @@ def correctness(device: str) -> dict[str, Any]:
     """Return how far the demo model's results on a device are from those on the CPU."""
     import torch
 
-    from msp_plugin.data.samples import SearchText, load_split
+    from msp_plugin.data.samples import load_split
+    from msp_plugin.data.search_text import SearchText
     from msp_plugin.demo import demo_model_path, demo_text
     from msp_plugin.models.load import load_model
     from msp_plugin.models.source import load_tokenizer
