@@ -60,7 +60,6 @@ def make_model(size: str, device: str):
 def measurements_of(model, data, method: str, levels: tuple[str, ...], cache: str):
     """Return Measurements of a model: the first half of the text calibrates, the rest measures."""
     from msp_plugin.data.samples import TextSplit
-    from msp_plugin.data.search_text import SearchText
     from msp_plugin.models.layers import prunable_layers
     from msp_plugin.plan.menus import parse_menu
     from msp_plugin.plugins.manager import Plugins
