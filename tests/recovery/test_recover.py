@@ -355,24 +355,18 @@ def test_an_adapter_of_another_recovery_is_refused_before_a_model_is_loaded(stop
 
 def test_a_start_from_sensitivities_needs_a_run_that_measures_them(tmp_path, run_dir, text):
     method = {"name": "masked_lora", "layers": "ist", "ist_start": "sensitivity", "kl_weight": 0}
-    with pytest.raises(RecipeError, match="the run has measured none"):
-        prune(
-            tmp_path / "no_such",
-            "no text",
-            tmp_path / "out",
-            recover=method,
-            sparsity=0.5,
-            allocator="uniform",
-        )
-    with pytest.raises(ModelError, match="no_such"):
-        prune(
-            tmp_path / "no_such",
-            "no text",
-            tmp_path / "out",
-            recover=method,
-            sparsity=0.5,
-            allocator="search",
-        )
+    for allocator, error, message in (
+        ("uniform", RecipeError, "the run has measured none"), ("search", ModelError, "no_such"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            prune(
+                tmp_path / "no_such",
+                "no text",
+                tmp_path / "out",
+                recover=method,
+                sparsity=0.5,
+                allocator=allocator,
+            )
     run = tmp_path / "run"
     shutil.copytree(run_dir, run)
     (run / "allocation.json").unlink()
