@@ -235,7 +235,8 @@ def _load_split(tokenizer: PreTrainedTokenizerBase, text: Text, asked: SearchTex
         return split_text(pruning, asked, test)
     calibration, searched = pruning.cut(search.tokens)
     if search.tokens < asked.tokens:
-        asked = asked.within(search.tokens, search)
+        whole, asked = asked, asked.within(search.tokens, search)
+        asked.warn_of_less(whole, search)
     return _with_holdout(TextSplit(calibration, searched, NO_TEXT, test, pruning), asked, search)
 
 
@@ -279,8 +280,10 @@ def split_text(
     except DataError:
         if asked.fit_search == asked.fit_holdout:
             raise
-        asked = asked.within(data.tokens // 2, data, warn=warn)
+        whole, asked = asked, asked.within(data.tokens // 2, data)
         head, held_out = _held_out(data, asked)
+        if warn:
+            asked.warn_of_less(whole, data)
     return _with_holdout(TextSplit(head, held_out, NO_TEXT, test, data), asked, data, warn=warn)
 
 

@@ -36,7 +36,7 @@ class SearchText:
         """Tokens of both together."""
         return self.search + self.holdout
 
-    def within(self, tokens: int, data: CalibrationSet, *, warn: bool = True) -> SearchText:
+    def within(self, tokens: int, data: CalibrationSet) -> SearchText:
         """Return this with the one that alone may be less cut down, so that both fit in ``tokens`` of whole samples."""
         if self.fit_search == self.fit_holdout:
             return self
@@ -46,14 +46,17 @@ class SearchText:
         search, holdout = (
             (min(self.search, left), firm) if self.fit_search else (firm, min(self.holdout, left))
         )
-        log.log(
-            logging.WARNING if warn else logging.DEBUG,
-            "%d samples with %d tokens: %d tokens measure candidates and %d decide when to stop, instead of %d and %d",
-            len(data),
-            data.tokens,
-            search,
-            holdout,
-            self.search,
-            self.holdout,
-        )
         return SearchText(search, holdout)
+
+    def warn_of_less(self, than: SearchText, data: CalibrationSet) -> None:
+        """Log a warning that samples are too few for what was asked for."""
+        if self != than:
+            log.warning(
+                "%d samples with %d tokens: %d tokens measure candidates and %d decide when to stop, instead of %d and %d",
+                len(data),
+                data.tokens,
+                self.search,
+                self.holdout,
+                than.search,
+                than.holdout,
+            )
