@@ -136,15 +136,17 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "Calibration, search and test text are disjoint parts of one text. *Taken back* is the share of the loss over"
     yield "dense, in log perplexity on the test text, that the recovery takes back. Seconds and peak memory are of `msp recover`"
     yield "alone, tokens pass through the blocks of the model (a backward pass counts as two forward passes), except that a"
-    yield "trained method counts the dense model's passes too. * pruned on 64 samples of 512 tokens to the allocation of the last"
-    yield from ("search of [smollm2.md](smollm2.md) at that sparsity.", "")
+    yield "trained method counts the dense model's passes too. * pruned on 64 samples of 512 tokens; behind search, to the"
+    yield "allocation of the last search of [smollm2.md](smollm2.md) at that sparsity. No seconds: the run was paused."
+    yield ""
     yield "| zeros | allocation | recovery | dense | pruned | recovered | taken back | KL, pruned | KL, recovered | seconds | peak GiB | tokens |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         figures = (
             row["sparsity"], row["allocation"] + " *" * row["given"], row["cell"].partition(f"{row['allocation']}-")[2],
             *(f"{row[name]:.2f}" for name in ("dense", "pruned", "recovered")), f"{100 * row['taken_back']:.0f} %",
-            *(f"{row[name]:.3f}" for name in ("kl_pruned", "kl_recovered")), f"{row['seconds']:.0f}",
+            *(f"{row[name]:.3f}" for name in ("kl_pruned", "kl_recovered")),
+            "" if row["seconds"] is None else f"{row['seconds']:.0f}",
             f"{row['peak_gib']:.2f}", f"{row['tokens']:,}",
         )  # fmt: skip
         yield f"| {' | '.join(figures)} |"

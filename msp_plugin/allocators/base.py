@@ -204,7 +204,7 @@ class Allocator(ABC):
 
     @property
     def asked_for(self) -> tuple[str, ...]:
-        """Those of ``tokens`` and ``holdout`` that are not the default, so that less text will not do."""
+        """The options of ``tokens`` and ``holdout`` that a user has set: less text than that is an error."""
         options = {f.name: f.default for f in fields(self) if f.name in ("tokens", "holdout")}  # type: ignore[arg-type]  # a dataclass by contract
         return tuple(name for name, default in options.items() if getattr(self, name) != default)
 

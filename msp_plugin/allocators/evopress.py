@@ -120,7 +120,7 @@ class EvoPress(Allocator):
         )
 
     def _report(self, inputs: AllocationInputs, generation: int, note: str) -> None:
-        """Report the generations that are done, or, if that is more, as many as the share of the budget that is spent."""
+        """Report progress: the share of the generations that is done or of the budget that is spent, whichever is larger."""
         spent = inputs.true_loss.forward_tokens / self.max_tokens if self.max_tokens else 0.0
         done = min(self.generations, max(generation, int(spent * self.generations)))
         inputs.progress(done, self.generations, f"generation {generation + 1}, {note}")

@@ -17,8 +17,8 @@ class SearchText:
     Args:
         search: tokens that measure candidates.
         holdout: further tokens that decide when to stop.
-        fit_search, fit_holdout: if the text is too short for both, take half of its samples, of which this one gets less, and
-            log a warning; otherwise raise.
+        fit_search, fit_holdout: whether each may be less where the text is too short. Both together then get half of the
+            samples, and a warning is logged. Without either, too short a text is an error.
     """
 
     search: int = 0
@@ -37,7 +37,10 @@ class SearchText:
         return self.search + self.holdout
 
     def within(self, tokens: int, data: CalibrationSet) -> SearchText:
-        """Return this with the one that alone may be less cut down, so that both fit in ``tokens`` of whole samples."""
+        """Return less of the one that may be less, if only one may, so that both fit in ``tokens`` tokens of whole samples.
+
+        The other keeps all that was asked for; the one that gives way keeps one sample at least.
+        """
         if self.fit_search == self.fit_holdout:
             return self
         length = max(map(len, data.samples))
@@ -49,7 +52,7 @@ class SearchText:
         return SearchText(search, holdout)
 
     def warn_of_less(self, than: SearchText, data: CalibrationSet) -> None:
-        """Log a warning that samples are too few for what was asked for."""
+        """Log a warning that the samples are too few, and what this is instead of ``than``."""
         if self != than:
             log.warning(
                 "%d samples with %d tokens: %d tokens measure candidates and %d decide when to stop, instead of %d and %d",

@@ -80,9 +80,8 @@ class TrainedRecovery(TrainingOptions):
             RecipeError: report_to names nothing that is installed.
         """
         for adapter in self.writes:
-            if not (
-                adapter / "adapter_config.json"
-            ).is_file():  # this recovery may have left it (see recover)
+            left = (adapter / "adapter_config.json").is_file()  # by this recovery, perhaps (see recover)
+            if not left:
                 check_output(adapter)
         if self.report_to != "none":
             from transformers.integrations import integration_utils

@@ -45,7 +45,7 @@ def locked(path: Path, what: str, *, wait: bool = False, remove: bool = False) -
                 ) from None
             log.warning("waiting for another process: %s", what)
             lock.acquire()
-    except (OSError, NotImplementedError) as error:  # the second: filelock, on a disk without locks
+    except (OSError, NotImplementedError) as error:  # filelock raises the second where the disk has no locks
         raise OutputError(
             f"cannot lock {path}: {error}",
             hint="set cache (or MSP_CACHE) to a directory that you may write to",

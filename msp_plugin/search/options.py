@@ -68,10 +68,8 @@ class Options(BaseModel):
                 parse_menu([data["levels"]])  # an unquoted 2:4 is explained
                 data["levels"] = [data["levels"]]
             given = data.get("allocation")
-            if isinstance(given, str) and given:
-                data["allocation"] = str(
-                    Path.cwd() / expanded(given)
-                )  # recipe.yaml may be run from elsewhere
+            if isinstance(given, str) and given:  # absolute: recipe.yaml may be run from elsewhere
+                data["allocation"] = str(Path.cwd() / expanded(given))
             for key in ("targets", "ignore", "levels", "protect"):
                 if isinstance(data.get(key), str):
                     data[key] = [part.strip() for part in data[key].split(",") if part.strip()]

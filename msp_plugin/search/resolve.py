@@ -64,7 +64,7 @@ class ResolvedOptions:
 
     @property
     def search_text(self) -> SearchText:
-        """The text that the search sets aside; what the user did not set the tokens of may be less."""
+        """The text that the search sets aside. A default may be less where the text is short; what the user set may not."""
         if self.given is not None:
             return SearchText()
         allocator = self.allocator

@@ -1,5 +1,4 @@
 import bz2
-import csv
 import gzip
 import json
 import lzma
@@ -7,18 +6,9 @@ import sys
 
 import pytest
 
-from msp_plugin.data.chats import Chat
 from msp_plugin.data.sources import load_texts
 from msp_plugin.errors import DataError
-
-
-def read(source, column="text"):
-    """The documents of a source: texts, and messages of conversations."""
-    found = []
-    for document in load_texts(source, column):
-        chat = isinstance(document, Chat)
-        found.append(list(document.messages) if chat else "".join(document))
-    return found
+from tests.helpers.rows import ROWS, read, write_rows
 
 
 def test_a_text_file_is_one_document(tmp_path):
@@ -155,39 +145,6 @@ def test_the_embedded_corpus_is_a_source():
     assert any("def " in text for text in read("demo:search"))
 
 
-ROWS = [{"text": "one", "id": 1}, {"text": "zwei\nü", "id": 2}]
-
-
-def write_rows(path, rows=ROWS):
-    """Write rows in the form and the compression that a file's name tells."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    name = path.name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
-    table = pa.Table.from_pylist(rows) if name.endswith(("parquet", "arrow")) else None
-    if name.endswith(".parquet"):
-        pq.write_table(table, path)
-    elif name.endswith(".stream.arrow"):
-        with pa.ipc.new_stream(path, table.schema) as out:
-            out.write_table(table)
-    elif name.endswith(".arrow"):
-        with pa.ipc.new_file(path, table.schema) as out:
-            out.write_table(table)
-    else:
-        if name.endswith("array.json"):
-            text = json.dumps(rows, indent=1)
-        elif name.endswith((".csv", ".tsv")):
-            mark = "," if name.endswith(".csv") else "\t"
-            text = "".join(
-                f'"{a}"{mark}{b}\n' for a, b in [("text", "id"), *((r["text"], r["id"]) for r in rows)]
-            )
-        else:
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-        pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
-        path.write_bytes(pack(text.encode()))
-    return str(path)
-
-
 @pytest.mark.parametrize("name", [
     "a.jsonl", "a.json", "array.json", "a.ndjson", "a.jsonl.gz", "c4-train.00000-of-01024.json.gz", "array.json.bz2",
     "a.jsonl.xz", "a.parquet", "a.arrow", "a.stream.arrow", "a.csv", "a.csv.gz", "a.tsv", "data [1] *.parquet",
@@ -268,89 +225,6 @@ def test_a_column_of_numbers_or_bytes_is_named(tmp_path, name):
     for column, value in (("id", "7"), ("raw", "b'xyz'")):
         with pytest.raises(DataError, match=f"row 1: '{column}' is {value}"):
             read(str(tmp_path / name), column)
-
-
-USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-@pytest.mark.parametrize("row, columns", [
-    ({"messages": [USER, REPLY]}, ("messages",)),
-    ({"messages": [{**USER, "tool_calls": None}, {**REPLY, "tool_calls": None}]}, ("messages",)),
-    ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}, ("conversations",)),
-    ({"prompt": [USER], "completion": [REPLY]}, ("prompt", "completion")),
-    ({"messages": {"role": ["user", "assistant"], "content": ["hi", "hello"]}}, ("messages",)),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]},
-                   {"role": "assistant", "content": [{"type": "text", "text": "hello"}]}]}, ("messages",)),
-])  # fmt: skip
-def test_conversations_are_messages_with_role_and_content(tmp_path, name, row, columns):
-    documents = load_texts(write_rows(tmp_path / name, [{**row, "id": 1}]))
-    (chat,) = documents
-    assert list(chat.messages) == [USER, REPLY] and documents.columns == columns
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
-@pytest.mark.parametrize("write", [json.dumps, repr, lambda rows: json.dumps(rows, indent=2)])
-def test_a_conversation_that_is_written_as_a_text_is_one(tmp_path, name, write):
-    rows = [{"messages": write([USER, REPLY]), "talk": write([USER])}, {"messages": "null", "talk": "a"}]
-    path = tmp_path / name
-    if name == "a.csv":
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-    else:
-        write_rows(path, rows)
-    for column in ("text", "messages"):
-        documents = load_texts(str(path), column)
-        assert [list(chat.messages) for chat in documents] == [[USER, REPLY]] and documents.skipped == 1
-    assert read(str(path), "talk") == [[USER], "a"]
-
-
-@pytest.mark.parametrize(
-    "value", ["just text", "[1, 2]", "[{'role': 'user'}]", "[{'role': 'user' 'content'", "{", "[" * 500]
-)
-def test_a_text_in_a_column_of_conversations_is_named_with_its_row(tmp_path, value):
-    path = write_rows(tmp_path / "a.jsonl", [{"messages": [USER]}, {"messages": value}])
-    with pytest.raises(
-        DataError, match="a.jsonl, line 2: 'messages' is .*expected a list of messages"
-    ) as error:
-        read(path)
-    assert "written as JSON" in error.value.hint
-
-
-def test_a_text_column_stays_text_whatever_it_looks_like(tmp_path):
-    text = json.dumps([USER])
-    assert read(write_rows(tmp_path / "a.jsonl", [{"text": text}])) == [text]
-
-
-def test_an_asked_column_of_messages_goes_before_a_text(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [{"text": "one", "talk": [USER, REPLY]}])
-    assert read(path, "talk") == [[USER, REPLY]] and read(path) == ["one"]
-
-
-def test_a_prompt_and_completion_of_text_are_joined(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "one ", "completion": "two"}])
-    assert read(path) == ["one two"] and read(path, "prompt") == ["one "]
-
-
-def test_usual_columns_are_not_looked_for_when_another_one_is_asked_for(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [{"messages": [USER, REPLY]}])
-    with pytest.raises(DataError, match="has no text in 'message'") as error:
-        read(path, "message")
-    assert "did you mean 'messages'?" in error.value.hint
-
-
-def test_empty_conversations_are_skipped(tmp_path):
-    rows = [{"messages": m} for m in ([], None, [{"role": "user", "content": ""}], [USER])]
-    documents = load_texts(write_rows(tmp_path / "a.jsonl", rows))
-    assert len(list(documents)) == 1 and documents.skipped == 3
-
-
-def test_a_picture_in_a_message_is_refused(tmp_path):
-    rows = [{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}]
-    with pytest.raises(DataError, match="neither text nor messages"):
-        read(write_rows(tmp_path / "a.jsonl", rows))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from msp_plugin.records.run import RunRecord
 from msp_plugin.runs import recover as module
 from msp_plugin.runs.prune import prune
 from msp_plugin.runs.recover import recover
-from msp_plugin.runtime.context import RunContext
 
 SMALL = ["--samples", "12", "--length", "24", "--test-samples", "4"]
 QUICK = ["--set", "blockwise.epochs=1", "--set", "blockwise.rates=[0.06]"]
@@ -325,32 +324,6 @@ def test_a_failed_save_keeps_the_recovered_model(with_recovery, run_dir, text, t
         recover(run_dir, text, tmp_path / "out", method="made", cache=str(tmp_path / "cache"))
     kept = tmp_path / "out.unsaved"
     assert str(kept) in str(failed.value) and (kept / "run.json").exists()
-
-
-def test_an_adapter_inside_the_result_is_refused_before_any_work(run_dir, tmp_path):
-    for adapter in (tmp_path / "out", tmp_path / "out" / "adapter"):
-        with pytest.raises(OutputError, match="into .*out, which gets the result"):
-            recover(run_dir, "no text", tmp_path / "out", method={"name": "masked_lora", "adapter": str(adapter),
-                    "kl_weight": 0})  # fmt: skip
-
-
-@pytest.mark.parametrize("stopped", [False, True])
-def test_an_adapter_of_another_recovery_is_refused_before_a_model_is_loaded(stopped, tmp_path):
-    """The state of a stopped recovery says that it wrote the adapter, and then the run goes on: to a source that is none."""
-    adapter, state = tmp_path / "adapter", tmp_path / "cache" / "recovery" / "state"
-    for folder in (adapter, state):
-        folder.mkdir(parents=True)
-    (adapter / "adapter_config.json").write_text("{}")
-    (state / "adapter_written").write_text(str(adapter if stopped else tmp_path / "other"))
-    method = {"name": "masked_lora", "adapter": str(adapter), "kl_weight": 0}
-    cache = str(tmp_path / "cache")
-    with pytest.raises(ModelError if stopped else OutputError, match="no_such" if stopped else "not empty"):
-        recover(tmp_path / "no_such", "no text", tmp_path / "out", method=method, cache=cache)
-    with pytest.raises(ModelError if stopped else OutputError, match="no_such" if stopped else "not empty"):
-        prune(tmp_path / "no_such", "no text", tmp_path / "out", recover=method, sparsity=0.5, cache=cache)
-    with pytest.raises(OutputError, match="not empty"):
-        recover(tmp_path / "no_such", "no text", tmp_path / "out", method=method, cache=cache,
-                context=RunContext(fresh=True))  # fmt: skip
 
 
 def test_a_start_from_sensitivities_needs_a_run_that_measures_them(tmp_path, run_dir, text):

@@ -1,22 +1,18 @@
 """Training methods on a tiny model: what is kept, what is merged, where they stop."""
 
 import dataclasses
-import importlib
 import json
-import shutil
 
-import numpy as np
 import pytest
 import torch
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
 pytest.importorskip("peft")
 
-from msp_plugin.errors import DataError, HostError, ModelError, NumericsError, OutputError, RecipeError
+from msp_plugin.errors import DataError, HostError, ModelError, NumericsError, RecipeError
 from msp_plugin.recovery.full import Full
 from msp_plugin.recovery.lora import LoRA
 from msp_plugin.recovery.masked_lora import MaskedLoRA
-from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.sparse_delta import SparseDelta, best, best_of_all
 from msp_plugin.recovery.spp import SPP
 from msp_plugin.recovery.trainer import last_checkpoint
@@ -88,31 +84,6 @@ def test_a_bfloat16_model_is_trained_with_its_own_rounding(case, weights_of):
 
 
 SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "name", ["sparse_delta", *(pytest.param(n, marks=SLOW) for n in ("masked_lora", "spp", "full"))]
-)
-def test_a_saved_adapter_gives_the_merged_model_again(name, case, make_samples):
-    from peft import PeftModel
-
-    importlib.import_module("msp_plugin.recovery.adapters")
-    inputs = case.inputs()
-    method = dataclasses.replace(METHODS[name], adapter=str(case.folder / "adapter"), norms=True)
-    method.recover(inputs)
-    again = PeftModel.from_pretrained(case.inputs("other").model, str(case.folder / "adapter"))
-    ids = torch.stack(make_samples(2, 16, seed=5).samples)
-    with torch.no_grad():
-        merged = inputs.model(ids).logits
-        assert torch.equal(again(ids).logits, merged)
-        assert torch.equal(again.merge_and_unload()(ids).logits, merged)
-    assert (case.folder / "adapter" / "adapter_config.json").is_file()
-    method.recover(case.inputs())  # as after a stop before its result was written
-    shutil.copytree(case.folder / "adapter", case.folder / "of another")
-    with pytest.raises(OutputError, match="is not empty"):
-        dataclasses.replace(method, adapter=str(case.folder / "of another")).recover(case.inputs())
-    with pytest.raises(OutputError, match="is not empty"):
-        method.recover(dataclasses.replace(case.inputs(), folder=case.folder / "another"))
 
 
 def test_one_step_of_full_is_one_step_of_adamw_on_the_masked_problem(case):
@@ -359,14 +330,6 @@ def test_options_out_of_range_are_refused(cls, option, value):
         cls(**{option: value}, **({"masked_merge": True} if cls is LoRA else {}))
 
 
-def test_an_adapter_that_cannot_be_written_is_refused_before_any_work(case, tmp_path):
-    inputs = case.inputs()
-    for path, holds in ((tmp_path / "file", "is a file"), (tmp_path, "is not empty")):
-        (tmp_path / "file").touch()
-        with pytest.raises(OutputError, match=holds):
-            MaskedLoRA(adapter=str(path)).check(inputs.model, inputs.masks)
-
-
 @pytest.mark.parametrize(
     "method", [Full(**SHORT), MaskedLoRA(rank=4, **SHORT)], ids=lambda method: method.name
 )
@@ -386,16 +349,6 @@ def test_vectors_of_a_module_that_has_layers_stay_as_they_are(case, method, weig
 def test_an_importance_that_nobody_measured_is_no_start(case):
     with pytest.raises(RecipeError, match="the run has measured none"):
         MaskedLoRA(layers="ist", ist_start="sensitivity", **SHORT).recover(case.inputs())
-
-
-def test_a_saved_lora_that_peft_would_merge_into_the_zeros_is_refused(case, tmp_path):
-    inputs = case.inputs()
-    with pytest.raises(RecipeError, match="into the .* pruned weights too"):
-        LoRA(masked_merge=True, adapter=str(tmp_path / "adapter")).check(inputs.model, inputs.masks)
-    rows = Masks({"layer": (8, 8)}, {"layer": np.array([255] * 7 + [0], np.uint8)})  # a whole row is zero
-    LoRA(rank=2, adapter="adapter").check_layers(rows)
-    with pytest.raises(RecipeError, match="into the 8 pruned weights too"):
-        LoRA(rank=2, masked_merge=True, adapter="adapter").check_layers(rows)
 
 
 def test_ist_draws_only_blocks_that_train_something(case, weights_of):

@@ -44,8 +44,8 @@ class PackedLinear(nn.Module):
         self.format, self.name, self.kernel = format, name, "dense"
         self.out_features, self.in_features = shape
         for suffix, tensor in stored.items():
-            # A parameter comes in the dtype that a load asks for, a buffer as it is stored; the weight's is then that of
-            # the values, or, of values in int8, that of ``like``.
+            # Loading casts parameters to the dtype that was asked for, and leaves buffers as they are stored. Values in
+            # int8 do not tell that dtype: ``like`` does.
             if tensor.is_floating_point() and suffix != "scale":
                 self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
             else:
