@@ -115,7 +115,8 @@ class Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
             self.note = f"loss {logs['loss']:.4f}"
-        if state.is_world_process_zero:
+        # Transformers' summary at the end has a mean loss that is wrong where a stopped training went on.
+        if state.is_world_process_zero and "train_runtime" not in logs:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(_line(state.log_history[-1]))
 
@@ -276,4 +277,6 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
+    return (
+        json.dumps(entry, sort_keys=True) + "\n"
+    )  # as in the checkpoints of a stopped training
