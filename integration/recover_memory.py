@@ -1,7 +1,7 @@
 """What a blockwise recovery of a large model costs: memory, and time against the count of weights.
 
     python integration/recover_memory.py --sizes "1 B"       # memory on the model of whole_run.py
-    python integration/recover_memory.py --sizes "11 M" "97 M" --in-memory
+    python integration/recover_memory.py --sizes "100 M" "300 M" --in-memory
 
 Llamas of random weights with the demo's tokenizer; of every four weights the two smallest are zero. `msp recover` in float32
 by `blockwise`, halves of blocks, 2 epochs of 7 samples of 256 tokens, one rate, without perplexities; with
