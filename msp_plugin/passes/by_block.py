@@ -5,6 +5,7 @@ Shape legend: B samples, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -19,6 +20,8 @@ from msp_plugin.passes.observe import EnoughError, all_finite, check_reached, ob
 from msp_plugin.passes.prefix import replace_input, skip, without_embeddings
 from msp_plugin.plan.units import Unit
 from msp_plugin.runtime.memory import is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 
 class BlockPass:
@@ -142,12 +145,16 @@ def runs_by_block(model: torch.nn.Module, ids: torch.Tensor) -> bool:
             walk.run()
         expected = whole[0][0] if isinstance(whole[0], tuple) else whole[0]
         hidden = walk.hidden[0]
-        return hidden is not None and torch.equal(hidden, expected)
+        equal = hidden is not None and torch.equal(hidden, expected)
+        if not equal:
+            log.info("%s block by block has another output than whole", type(model).__name__)
+        return equal
     except NumericsError:
         return True  # the run over the samples will raise it again, with the layer's name
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
+        log.info("%s cannot be run block by block: %r", type(model).__name__, error)
         return False  # another calling convention
     finally:
         handle.remove()

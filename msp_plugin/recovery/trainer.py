@@ -277,6 +277,4 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    return (
-        json.dumps(entry, sort_keys=True) + "\n"
-    )  # as in the checkpoints of a stopped training
+    return json.dumps(entry, sort_keys=True) + "\n"  # as in the checkpoints of a stopped training
