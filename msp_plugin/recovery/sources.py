@@ -146,7 +146,7 @@ def check_sources(sparse: ModelSource, dense: ModelSource | None, recovery: Reco
     less = [key for key in _LESS if (own.get(key) or 0) < (other.get(key) or 0)]
     odd = [key for key in _SAME if own.get(key) != other.get(key)]
     odd += [key for key in _LESS if key not in less and own.get(key) != other.get(key)]
-    # A smaller Llama may be written as a Mistral.
+    # A smaller Llama may be written as a Mistral, a Qwen2 as a Seed-OSS.
     if not less and own.get("model_type") != other.get("model_type"):
         odd.insert(0, "model_type")
     for key in odd:

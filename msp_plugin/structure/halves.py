@@ -14,7 +14,7 @@ from msp_plugin.errors import ModelError
 from msp_plugin.models.layers import decoder_blocks, fused_experts, text_config
 
 #: transformers' types whose forward passes are those of the exactness proofs in README.md; all are tested.
-FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "seed_oss")
 ATTENTION, MLP = "attention", "mlp"
 #: By kind of half its module's name, the projections that read the hidden state, and the one that writes to it.
 _MODULES = {

@@ -11,8 +11,14 @@ from msp_plugin.structure.widths import GLOBAL_ACCESS, KEY, Widths, refusal
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-#: Keys of Llama's config that Mistral's lacks.
+#: What is written for a model whose own type cannot hold its sizes: keys of its own that the other lacks, and the other's.
 _LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp")
+_MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+_QWEN2_ONLY = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+_SEED_OSS = {
+    "model_type": "seed_oss", "architectures": ["SeedOssForCausalLM"], "attention_bias": True, "attention_out_bias": False,
+    "mlp_bias": False, "residual_dropout": 0.0,
+}  # fmt: skip
 
 
 def uniform_config(
@@ -21,7 +27,8 @@ def uniform_config(
     """Return config.json of a model whose blocks all have the same widths.
 
     A Llama whose heads do not divide its hidden size becomes a Mistral without sliding window, which computes the same:
-    transformers' LlamaConfig refuses such sizes, even with ``head_dim`` given.
+    transformers' LlamaConfig refuses such sizes, even with ``head_dim`` given. A Qwen2 that lost heads becomes a Seed-OSS,
+    which computes the same: vLLM's Qwen2 takes the size of a head from the number of heads.
 
     Args:
         raw: config.json of the model before.
@@ -43,11 +50,15 @@ def uniform_config(
     types = getattr(config, "layer_types", None)
     if isinstance(types, list) and len(types) == depth:
         written["layer_types"] = [types[block] for block in blocks]
+    every = {**config.to_dict(), **written}  # what config.json leaves to defaults, which are other ones there
+    if raw["model_type"] == "qwen2" and widths.heads * head_dim != config.hidden_size:
+        seed_oss = {key: value for key, value in every.items() if key not in _QWEN2_ONLY} | _SEED_OSS
+        if not config.use_sliding_window and refusal(seed_oss) is None:
+            return seed_oss
     if (why := refusal(written)) is None:
         return written
     if raw["model_type"] == "llama" and not any(raw.get(key) for key in ("attention_bias", "mlp_bias")):
-        mistral = {key: value for key, value in written.items() if key not in _LLAMA_ONLY}
-        mistral |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+        mistral = {key: value for key, value in every.items() if key not in _LLAMA_ONLY} | _MISTRAL
         if refusal(mistral) is None:
             return mistral
     raise ModelError(

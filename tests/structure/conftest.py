@@ -11,6 +11,7 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
 )
 
 SIZES = {
@@ -34,6 +35,7 @@ TYPES = {
     "mistral with a window": (MistralConfig, {**SIZES, "sliding_window": 5}),
     "qwen2": (Qwen2Config, {**SIZES, "tie_word_embeddings": True}),
     "qwen3": (Qwen3Config, SIZES),
+    "seed_oss": (SeedOssConfig, SIZES),
     "gemma": (GemmaConfig, SIZES),
     "gemma2": (Gemma2Config, {**DIVIDED, "layer_types": FULL}),
     "gemma2 mixed": (Gemma2Config, {**DIVIDED, "sliding_window": 5}),

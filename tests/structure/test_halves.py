@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from msp_plugin.errors import ModelError
-from msp_plugin.structure.halves import find_halves
+from msp_plugin.structure.halves import FAMILIES, find_halves
 
 TINY = {
     "vocab_size": 96,
@@ -25,7 +25,7 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_groups_are_those_of_the_config(name, tiny):
     model = tiny(name)
     config, halves = model.config, find_halves(model)

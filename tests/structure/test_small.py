@@ -16,7 +16,7 @@ from msp_plugin.structure.halves import find_halves
 from msp_plugin.structure.widths import read_widths
 from tests.structure.conftest import TYPES
 
-SLOW = ("llama with biases", "mistral", "qwen3", "gemma2", "gemma3_text")
+SLOW = ("llama with biases", "mistral", "qwen3", "seed_oss", "gemma2", "gemma3_text")
 
 
 def per_layer(path):

@@ -3,7 +3,13 @@
 import json
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    SeedOssForCausalLM,
+)
 
 from msp_plugin.checkpoint.export import export_checkpoint
 from msp_plugin.checkpoint.smaller import Small, Uniform
@@ -28,7 +34,7 @@ def everywhere(model, zeros, heads=(), channels=()):
         "mistral",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("mistral with a window", "qwen2", "qwen3", "gemma")
+            for name in ("mistral with a window", "qwen3", "seed_oss", "gemma")
         ),
     ],
 )
@@ -59,6 +65,46 @@ def test_a_llama_whose_heads_do_not_divide_it_becomes_a_mistral(tiny, zeroing, e
     small = AutoModelForCausalLM.from_pretrained(out).eval()
     assert type(small) is MistralForCausalLM and small.config.num_attention_heads == 6
     same_outputs(model, small)
+
+
+def test_a_qwen2_that_lost_heads_becomes_a_seed_oss_which_vllm_reads(tiny, zeroing, exported, same_outputs):
+    """vLLM's Qwen2 takes the size of a head from their number."""
+    model = tiny("qwen2", num_attention_heads=8, num_key_value_heads=4, hidden_size=64)
+    everywhere(model, zeroing(model), heads=(0,), channels=(3,))
+    _, out = exported(model, Uniform())
+    small = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(small) is SeedOssForCausalLM and small.config.num_attention_heads == 6
+    assert small.config.eos_token_id == model.config.eos_token_id
+    same_outputs(model, small)
+
+
+def test_a_qwen2_that_lost_channels_alone_or_reads_a_window_stays_a_qwen2(
+    tiny, zeroing, exported, same_outputs
+):
+    model = tiny("qwen2", num_attention_heads=4, num_key_value_heads=2)
+    everywhere(model, zeroing(model), channels=(3,))
+    _, out = exported(model, Uniform())
+    same_outputs(model, AutoModelForCausalLM.from_pretrained(out).eval(), generate=False)
+    assert config(out)["model_type"] == "qwen2"
+    model = tiny("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=0)
+    everywhere(model, zeroing(model), heads=(0,))
+    model.save_pretrained(out.parent / "window")
+    export_checkpoint(out.parent / "window", Uniform(), out.parent / "window small")
+    small = AutoModelForCausalLM.from_pretrained(out.parent / "window small").eval()
+    assert type(small) is Qwen2ForCausalLM
+    same_outputs(model, small)
+
+
+def test_a_llama_whose_config_relies_on_defaults_keeps_them_as_a_mistral(tiny, zeroing, exported):
+    model = tiny("llama", max_position_embeddings=2048)
+    everywhere(model, zeroing(model), heads=(0,))
+    source, _ = exported(model, Uniform())
+    raw = config(source)
+    raw.pop("max_position_embeddings", None)
+    (source / "config.json").write_text(json.dumps(raw))
+    export_checkpoint(source, Uniform(), source.parent / "again")
+    read = AutoModelForCausalLM.from_pretrained(source.parent / "again").config
+    assert read.model_type == "mistral" and read.max_position_embeddings == 2048
 
 
 def test_a_llama_whose_heads_divide_it_stays_a_llama(tiny, zeroing, exported, same_outputs):
