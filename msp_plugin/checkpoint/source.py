@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from msp_plugin.checkpoint.load import load
 from msp_plugin.checkpoint.quantized import check_source_unquantized
+from msp_plugin.models.device import warn_if_slow
 from msp_plugin.models.source import load_tokenizer
 from msp_plugin.runtime.files import expanded
 
@@ -42,14 +43,20 @@ class ModelSource:
         check_source_unquantized(self.name, trust_remote_code=self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:
-        """Return the model, in eval mode on the CPU or on disk; see ``load`` for the errors."""
-        return load(
+        """Return the model, in eval mode on the CPU or on disk; see ``load`` for the errors.
+
+        A dtype that nobody asked for by name and that is slow here is warned of.
+        """
+        model = load(
             self.name,
             self.dtype,
             trust_remote_code=self.trust_remote_code,
             offload=self.offload,
             cache=self.cache,
         )
+        if self.dtype == "auto":
+            warn_if_slow(model)
+        return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer.

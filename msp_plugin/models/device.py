@@ -1,10 +1,12 @@
-"""Choose the device that a search runs on."""
+"""Choose the device that a search runs on, and tell of a number type that is slow there."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -15,6 +17,9 @@ log = logging.getLogger(__name__)
 #: Free memory that a search needs on a GPU, as a multiple of the model's size: the model, a candidate's weights, and
 #: half as much again for activations and caches (see cache_bytes).
 ROOM = 2.5
+#: A model with so many weights takes minutes, and products so many times slower than float32's then cost hours.
+LARGE = 50_000_000
+SLOW = 3.0
 
 
 def _movable(model: torch.nn.Module) -> bool:
@@ -41,3 +46,42 @@ def on_best_device(model: torch.nn.Module) -> Iterator[None]:
             model.to("cpu")
     else:
         yield
+
+
+def warn_if_slow(model: torch.nn.Module) -> None:
+    """Log a warning, once for each dtype, if the CPU is to run a large model in a dtype that it multiplies slowly.
+
+    Processors without instructions for bfloat16 or float16 take about ten times as long as for float32.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if torch.cuda.is_available() or dtype not in (torch.bfloat16, torch.float16):
+        return
+    if sum(p.numel() for p in model.parameters()) >= LARGE:
+        _warn_of(dtype)
+
+
+@cache
+def _warn_of(dtype: torch.dtype) -> None:
+    """Log the warning if it is due; the measurement takes a tenth of a second."""
+    times = slowness(dtype)
+    if times >= SLOW:
+        name = str(dtype).removeprefix("torch.")
+        log.warning(
+            "this CPU multiplies %s %.0f times as slowly as float32: dtype float32 is faster here, and takes twice the memory",
+            name,
+            times,
+        )
+
+
+def slowness(dtype: torch.dtype) -> float:
+    """Return how many times as long as in float32 a matrix product takes on this CPU."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix, found = torch.ones(256, 512, dtype=dtype), []
+        for _ in range(4):
+            began = time.perf_counter()
+            matrix @ matrix.T
+            found.append(time.perf_counter() - began)
+        return min(found)
+
+    return seconds(dtype) / seconds(torch.float32)
