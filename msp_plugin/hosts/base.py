@@ -12,6 +12,7 @@ from msp_plugin.checkpoint.saved_names import saved_names
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import TextSplit
 from msp_plugin.passes.reach import check_called
+from msp_plugin.plan.units import UnitTable
 from msp_plugin.records.run import Outcome
 from msp_plugin.recovery.record import Recovered
 from msp_plugin.runtime.context import RunContext
@@ -60,8 +61,8 @@ class Pruned:
     recovered: tuple[Recovered, ...] = ()
 
 
-def check_layers(model: PreTrainedModel, options: ResolvedOptions, inputs: PruneInputs) -> None:
-    """Raise, before any work, if the options do not fit the model, or layers cannot be saved or get no input.
+def check_layers(model: PreTrainedModel, options: ResolvedOptions, inputs: PruneInputs) -> UnitTable:
+    """Return the units to prune; raise, before any work, if the options do not fit them, or they cannot be saved or get no input.
 
     Raises:
         MSPError: see check_model, saved_names and check_called.
@@ -71,6 +72,7 @@ def check_layers(model: PreTrainedModel, options: ResolvedOptions, inputs: Prune
     saved_names(model, (layer.name for layer in table.layers))
     if options.pruner.needs_statistics:
         check_called(model, table, inputs.data)
+    return table
 
 
 class Host(Protocol):

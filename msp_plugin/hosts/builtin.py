@@ -28,6 +28,8 @@ from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import NotedProgress, silent
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.runtime.context import RunContext
+from msp_plugin.runtime.disk import check_free
+from msp_plugin.runtime.files import cache_directory
 from msp_plugin.runtime.locks import scratch_directory
 from msp_plugin.runtime.memory import freed_memory_kept
 from msp_plugin.runtime.ranks import ALONE, Ranks
@@ -59,6 +61,7 @@ class BuiltIn:
 
         Raises:
             HostError: the method is a modifier of another host.
+            OutputError: the disk of the cache has no room for the pruned weights.
             MSPError: see check_layers.
         """
         options = _given(options)
@@ -67,7 +70,10 @@ class BuiltIn:
                 f"method {options.pruner.name!r} runs only in {options.pruner.host}",
                 hint="use it in a recipe: msp run",
             )
-        check_layers(model, options, inputs)
+        table = check_layers(model, options, inputs)
+        need = sum(linear(model, layer.name).weight.element_size() * layer.weights for layer in table.layers)
+        what = "until the run ends, the pruned weights need"
+        check_free(cache_directory(options.cache), need, what, "set cache (or MSP_CACHE) to a larger disk")
 
     def prune(
         self,

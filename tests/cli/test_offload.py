@@ -139,6 +139,21 @@ def test_a_disk_without_room_for_the_pruned_weights_is_found_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cache_without_room_for_the_pruned_weights_in_memory_too(
+    msp, half, text_file, tmp_path, monkeypatch
+):
+    def usage(path):
+        return types.SimpleNamespace(free=1000 if "small" in str(path) else 10**12)
+
+    (tmp_path / "small").mkdir()
+    monkeypatch.setattr(writing.shutil, "disk_usage", usage)
+    monkeypatch.setattr(steps, "perplexity", lambda *a, **b: pytest.fail("work was done"))
+    ran = msp("prune", half, "-s", "0.5", "--method", "magnitude", "--data", text_file, *SMALL, "--out",
+              tmp_path / "out", "--cache", tmp_path / "small", code=2)  # fmt: skip
+    assert "until the run ends, the pruned weights need 0." in ran.err and "MSP_CACHE" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
