@@ -255,7 +255,7 @@ def main() -> None:
     for threads, shape, level in itertools.product(arguments.threads, shapes, levels):
         torch.set_num_threads(threads)
         matrices += measure_matrix(shape, level, batches, [own], arguments.seconds)
-    others = [k for k in KERNELS if k != own]
+    others = [k for k in KERNELS if k != own and torch.ops.msp_plugin.cpu_supports(k)]
     torch.set_num_threads(max(arguments.threads))
     if arguments.matrices:
         matrices += measure_matrix(SHAPES[0], (2, 4), (1, 4, 16), others, arguments.seconds)

@@ -73,6 +73,7 @@ class Cells:
     def __init__(self, given: argparse.Namespace):
         self.given = given
         self.model, text = given.work / "model", given.work / "text"
+        self.dtype = json.loads((self.model / "config.json").read_text(encoding="utf-8"))["dtype"]
         self.out = given.out or given.work / "recover"
         self.out.mkdir(parents=True, exist_ok=True)
         self.search = ["--search-data", str(text / "search.txt")]
@@ -111,7 +112,7 @@ class Cells:
             "seconds": sum(stage["seconds"] for stage in stages),
             "peak_gib": max((cost.get("peak_gib", math.nan) for cost in costs), default=math.nan),
             "tokens": sum(stage["recovery"]["tokens"] for stage in stages),
-            "stages": [stage["recovery"] for stage in stages], "machine": machine(),
+            "stages": [stage["recovery"] for stage in stages], "machine": machine(), "dtype": self.dtype,
         }  # fmt: skip
 
     def _recover(self, run: Path, method: str, options: list[str]) -> list[str]:
@@ -138,12 +139,13 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "alone, tokens pass through the blocks of the model (a backward pass counts as two forward passes), except that a"
     yield "trained method counts the dense model's passes too. * pruned on 64 samples of 512 tokens; behind search, to the"
     yield "allocation of the last search of [smollm2.md](smollm2.md) at that sparsity. No seconds: the run was paused."
+    yield "† in float32, on a processor without instructions for bfloat16; all others in bfloat16."
     yield ""
     yield "| zeros | allocation | recovery | dense | pruned | recovered | taken back | KL, pruned | KL, recovered | seconds | peak GiB | tokens |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         figures = (
-            row["sparsity"], row["allocation"] + " *" * row["given"], row["cell"].partition(f"{row['allocation']}-")[2],
+            row["sparsity"], row["allocation"] + " *" * row["given"] + " †" * (row.get("dtype") == "float32"), row["cell"].partition(f"{row['allocation']}-")[2],
             *(f"{row[name]:.2f}" for name in ("dense", "pruned", "recovered")), f"{100 * row['taken_back']:.0f} %",
             *(f"{row[name]:.3f}" for name in ("kl_pruned", "kl_recovered")),
             "" if row["seconds"] is None else f"{row['seconds']:.0f}",

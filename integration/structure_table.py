@@ -61,10 +61,27 @@ def rows(search: dict[str, Any]) -> Iterator[Row]:
     leave_one_out = {"name": "knapsack", "surrogate": "kl", "tokens": search["tokens"]}
     yield Row("depth by leave-one-out", {"name": "magnitude"}, "depth", leave_one_out)
     yield Row("depth by block influence", {"name": "magnitude"}, "depth", {"name": "depth"})
+    yield Row(
+        "depth by Shapley value", {"name": "magnitude"}, "depth", {"name": "depth", "metric": "shapley"}
+    )
+    evopress = {
+        "name": "evopress",
+        "tokens_per_selection": [1024, 4096],
+        "offspring": 16,
+        "survivors": [4, 1],
+    }
+    spent = {"max_tokens": search["max_tokens"]} if "max_tokens" in search else {}
+    yield Row("depth by EvoPress", {"name": "magnitude"}, "depth", {**evopress, **spent})
     yield Row("depth by search", {"name": "magnitude"}, "depth", {"name": "search", **search})
     for name, levels, allocator in SEARCHES:
         for method in ({"name": "llm_pruner", "taylor": "first"}, {"name": "obs"}):
             yield Row(name, method, levels, {"name": allocator, **search}, name == "mixed by search")
+    first = {"name": "llm_pruner", "taylor": "first"}
+    for times in (1, 10) if spent else ():
+        name = "mixed by policy gradient" + (f", {times} times the tokens" if times > 1 else "")
+        yield Row(
+            name, first, "mixed", {"name": "policy_gradient", "max_tokens": times * spent["max_tokens"]}
+        )
 
 
 @dataclass(frozen=True)
@@ -239,7 +256,8 @@ def main() -> None:
             key = f"{share} | {row.allocation} | {row.method_name}"
             there = table["rows"].get(key, {})
             asked = "recovered" if sizes.lora and row.recovered else "perplexity"
-            if asked not in there and sizes.only in key:
+            demo_only = "policy gradient" in key and name not in DEMO
+            if asked not in there and sizes.only in key and not demo_only:
                 found = subject.measure(share, row, sizes)
                 if "long_length" not in table and sizes.long:
                     table |= {"long_length": sizes.long}
