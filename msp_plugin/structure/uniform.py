@@ -50,7 +50,11 @@ def uniform_config(
     types = getattr(config, "layer_types", None)
     if isinstance(types, list) and len(types) == depth:
         written["layer_types"] = [types[block] for block in blocks]
-    every = {**config.to_dict(), **written}  # what config.json leaves to defaults, which are other ones there
+    every = {
+        **config.to_dict(),
+        **written,
+    }  # with what config.json leaves to defaults, which are others there
+    every = {key: value for key, value in every.items() if key not in (KEY, GLOBAL_ACCESS)}
     if raw["model_type"] == "qwen2" and widths.heads * head_dim != config.hidden_size:
         seed_oss = {key: value for key, value in every.items() if key not in _QWEN2_ONLY} | _SEED_OSS
         if not config.use_sliding_window and refusal(seed_oss) is None:

@@ -14,6 +14,7 @@ from transformers import (
 from msp_plugin.checkpoint.export import export_checkpoint
 from msp_plugin.checkpoint.smaller import Small, Uniform
 from msp_plugin.errors import FormatError, ModelError
+from msp_plugin.structure.widths import GLOBAL_ACCESS
 
 
 def config(path):
@@ -135,6 +136,19 @@ def test_a_small_export_of_equal_widths_becomes_uniform(tiny, zeroing, exported,
     _, small = exported(model, Small())
     export_checkpoint(small, Uniform(), tmp_path / "again")
     assert config(tmp_path / "again")["intermediate_size"] == 22
+    same_outputs(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval(), generate=False)
+
+
+@pytest.mark.parametrize(("name", "written"), [("llama", "mistral"), ("qwen2", "seed_oss")])
+def test_a_small_export_becomes_another_type_without_the_record_of_its_widths(
+    name, written, tiny, zeroing, exported, tmp_path, same_outputs
+):
+    model = tiny(name, num_attention_heads=8, num_key_value_heads=4)
+    everywhere(model, zeroing(model), heads=(1,))
+    _, small = exported(model, Small())
+    export_checkpoint(small, Uniform(), tmp_path / "again")
+    found = config(tmp_path / "again")
+    assert found["model_type"] == written and not {"per_layer_config", GLOBAL_ACCESS} & found.keys()
     same_outputs(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval(), generate=False)
 
 
