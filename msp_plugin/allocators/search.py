@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +28,9 @@ log = logging.getLogger(__name__)
 #: Most of the search text that move gradients are taken from in one round: they cost five forward passes a token,
 #: and their means run over several rounds anyway.
 MOST_GRADIENTS = 0.5
-#: Forward tokens of a search by default: for each unit, and at least, as those of a small model cost little.
-TOKENS_PER_UNIT, LEAST_TOKENS = 2048, 2**19
+#: Forward tokens of a search by default: for each unit, and at least, as those of a small model cost little; and at least
+#: in readings of search text and hold-out, of which the seeds alone take about five.
+TOKENS_PER_UNIT, LEAST_TOKENS, LEAST_READINGS = 2048, 2**19, 16
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Search(Allocator):
         least_gain: share of the gain over uniform that a round must promise for the search to go on; 0 ends it by
             ``patience`` and budget alone.
         max_tokens: most forward tokens of the search, beside those that measure uniform; None: TOKENS_PER_UNIT for
-            each unit of the model, LEAST_TOKENS at least; 0 sets no limit. A backward pass counts as two forward
+            each unit of the model, LEAST_TOKENS and LEAST_READINGS of the search text and hold-out at least; 0 sets no limit. A backward pass counts as two forward
             passes.
         seconds: of the search, after which nothing more is measured; 0 sets no limit. With a limit in seconds,
             equal runs may differ. Neither limit counts the sensitivities and the level database.
@@ -144,7 +146,7 @@ class Search(Allocator):
         """Return the most forward tokens of a search over so many units; 0 is no limit."""
         if self.max_tokens is not None:
             return self.max_tokens
-        return max(LEAST_TOKENS, TOKENS_PER_UNIT * units)
+        return max(LEAST_TOKENS, TOKENS_PER_UNIT * units, LEAST_READINGS * (self.tokens + self.holdout))
 
 
 class _State:
@@ -285,6 +287,8 @@ class _State:
             self.losses.holdout_loss(uniform, free=True)
             if not self.selection.incumbents:
                 self.selection.set_best(uniform)
+            with suppress(SpentError):  # there may be no more for its hold-out
+                self.selection.update(min(self.losses.search, key=lambda c: (self.losses.search[c], c)))
             if self.selection.best == uniform:
                 log.warning("%s: uniform is returned; give max_tokens or seconds more", note)
         self.notes = (note,) if self.options.max_tokens or self.options.seconds else ()

@@ -16,7 +16,7 @@ from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import FormatError, ModelError, MSPError
 from msp_plugin.formats.tensor_files import read_json
 from msp_plugin.models.load import load_model
-from msp_plugin.models.source import auto_class, check_dtype, check_source
+from msp_plugin.models.source import auto_class, check_dtype, check_source, has_config
 from msp_plugin.runtime.files import expanded
 from msp_plugin.structure.halves import FAMILIES
 from msp_plugin.structure.small_model import as_usual, plain_config, shrink, small_class
@@ -105,7 +105,7 @@ def is_packed(source: str | Path) -> bool:
 def local_directory(source: str | Path, trust_remote_code: bool) -> Path | None:
     """Return a model's directory; a packed or smaller model of the hub is downloaded, for other hub ids None is returned."""
     path = expanded(source)
-    if (path / "config.json").is_file():
+    if has_config(path):
         return path
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig

@@ -10,7 +10,7 @@ import torch
 from msp_plugin.checkpoint.packed_layers import packed_layers
 from msp_plugin.errors import ModelError
 from msp_plugin.formats.tensor_files import read_json
-from msp_plugin.models.source import check_source
+from msp_plugin.models.source import check_source, has_config
 from msp_plugin.runtime.files import expanded
 
 _HINT = (
@@ -31,9 +31,9 @@ def check_source_unquantized(
         ModelError: the weights are quantized, or there is no such model.
         FormatError: the config is damaged.
     """
-    file = expanded(source) / "config.json"
-    if file.is_file():
-        config = read_json(file)
+    path = expanded(source)
+    if has_config(path):
+        config = read_json(path / "config.json")
     else:
         from transformers import AutoConfig
 

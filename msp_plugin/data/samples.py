@@ -72,6 +72,10 @@ class Text:
             value = getattr(self, option)
             if value is not None and value < least:
                 raise DataError(f"{option} = {value}", hint=f"give at least {least}")
+        for option in ("data", "search", "test"):
+            source = getattr(self, option)
+            if source is not None and not str(source).strip():  # it would be the working directory
+                raise DataError(f"{option} is an empty text", hint="give a file, a directory or a dataset")
 
     def for_model(self, source: str | Path, *, trust_remote_code: bool = False) -> Text:
         """Return this text with the length and the vocabulary of a model.
@@ -227,7 +231,7 @@ def _load_split(tokenizer: PreTrainedTokenizerBase, text: Text, asked: SearchTex
     cut = len(data) - reserved
     parts = [_part(data, data.source, 0, cut), *([search] if search else [])]
     if text.test:
-        _check_apart(test, parts)
+        test = _apart(test, parts)
     elif reserved:
         test = _part(data, f"{data.source} [{cut}:]", cut, len(data))
     pruning = join(parts)
@@ -359,14 +363,32 @@ def _calibration_and_test(tokenizer: PreTrainedTokenizerBase, text: Text) -> tup
     return data, reserved
 
 
-def _check_apart(test: CalibrationSet, parts: Sequence[CalibrationSet]) -> None:
-    """Raise DataError if more than half of the test samples are samples of another part too."""
+def _apart(test: CalibrationSet, parts: Sequence[CalibrationSet]) -> CalibrationSet:
+    """Return the test samples that are no samples of another part; a warning counts the others.
+
+    Raises:
+        DataError: those are more than half.
+    """
     others = {tuple(sample.tolist()) for part in parts for sample in part.samples}
-    shared = sum(tuple(sample.tolist()) in others for sample in test.samples)
+    own = tuple(sample for sample in test.samples if tuple(sample.tolist()) not in others)
+    shared = len(test) - len(own)
     if 2 * shared > len(test):
         raise DataError(
             f"{shared} of {len(test)} test samples are calibration samples too", hint="give another test text"
         )
+    if shared:
+        log.warning(
+            "%d of %d test samples are calibration samples too, and are left out: give another test text",
+            shared,
+            len(test),
+        )
+    return (
+        replace(
+            test, samples=own, readings=tuple(replace(r, samples=r.samples - shared) for r in test.readings)
+        )
+        if shared
+        else test
+    )
 
 
 def _part(data: CalibrationSet, source: str, start: int, end: int) -> CalibrationSet:

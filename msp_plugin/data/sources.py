@@ -165,10 +165,16 @@ def load_texts(source: str, text_column: str = DEFAULT_COLUMN) -> Documents:
         texts = library_texts(source[5:])
         return Documents(source, lambda: zip(itertools.repeat(source), texts, strict=False))
     path = expanded(source)
-    if path.is_file():
-        return Documents(source, lambda: file_rows(path, text_column), text_column)
-    if path.is_dir():
-        return _directory(path, source, text_column)
+    try:
+        if path.is_file():
+            return Documents(source, lambda: file_rows(path, text_column), text_column)
+        if path.is_dir():
+            return _directory(path, source, text_column)
+    except OSError as error:  # e.g. a text in the place of its file's name
+        raise DataError(
+            f"cannot look at the data at {shown(source)}: {error.strerror}",
+            hint="give a text or jsonl file that you may read, or a dataset",
+        ) from None
     if is_known(path) or source.startswith((".", "/", "~")):
         raise DataError(
             f"there is no data file at {plain(path)}", hint="give a text or jsonl file, or a dataset"

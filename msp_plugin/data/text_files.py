@@ -156,6 +156,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise DataError(f"{plain(path)} is not UTF-8 text: {error}", hint=FORMS) from None
+    except PermissionError:
+        raise DataError(f"you may not read {plain(path)}", hint="ask for its permissions") from None
     except _damage_errors() as error:
         raise DataError(
             f"cannot read {plain(path)}: {error}", hint="the file is damaged or incomplete"

@@ -76,13 +76,18 @@ def _pieces(text: str) -> Iterator[str]:
         start = cut
 
 
-def _stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Document], enough: int) -> list[int]:
+def _stream(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[Document], enough: int, bos: bool | None
+) -> list[int]:
     """Return the tokens of documents: all, or a little more than ``enough`` of them.
 
     The end-of-text token ends each document. A conversation ends as its template writes it; the start tokens of the
-    template are left out, because every sample gets its own.
+    template are left out, because every sample gets its own; where ``bos`` is asked for or refused by name, so is a
+    beginning-of-text token that only the template writes.
     """
     end, start = tokenizer.eos_token_id, _written(tokenizer, leading_tokens(tokenizer))
+    if not start and bos is not None:
+        start = str(tokenizer.bos_token or "")
     stream: list[int] = []
     for document in texts:
         chat = isinstance(document, Chat)
@@ -136,7 +141,7 @@ def tokenize(
             hint="ask for longer samples, or for none (bos off)",
         )
     own = length - len(start)
-    stream = _stream(tokenizer, texts, _READ * samples * length)
+    stream = _stream(tokenizer, texts, _READ * samples * length, bos)
     count = len(stream) // own
     needed = samples if at_least is None else at_least
     if count < needed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,12 @@ class TensorFiles(Mapping[str, TensorInfo]):
         return read_tensor(self._info[name].file, name)
 
     def _index(self) -> dict[str, str]:
-        """Return the index's map from tensor to file name; empty without an index."""
+        """Return the index's map from tensor to file name; empty without an index.
+
+        transformers does not read one beside SINGLE: it was left there by a save over shards.
+        """
         path = self.directory / INDEX
-        if not path.is_file():
+        if not path.is_file() or (self.directory / SINGLE).is_file():
             return {}
         found = read_json(path).get("weight_map")
         if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
@@ -141,6 +145,8 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:
+    if not os.access(file, os.R_OK):  # safetensors says that there is no such file
+        raise FormatError(f"you may not read {file}", hint="ask for its permissions")
     try:
         with safe_open(file, framework="pt") as opened:
             found = {}
@@ -222,6 +228,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = parse_json(path.read_text(encoding="utf-8"))
+    except PermissionError:
+        raise FormatError(f"you may not read {path}", hint="ask for its permissions") from None
     except (OSError, ValueError) as error:
         raise FormatError(f"cannot read {path} as JSON: {error}", hint="copy the file again") from None
     if not isinstance(data, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,8 @@ from msp_plugin.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -97,6 +100,11 @@ def _from_pretrained(
             f"{source} lacks {len(missing)} tensors of {type(model).__name__}, e.g. {', '.join(missing[:3])}",
             hint="a file is missing or damaged, or config.json is from another model",
         )
+    if extra := sorted(report["unexpected_keys"]):
+        log.warning(
+            "%s holds %d tensors that %s has no place for, e.g. %s: they are not read, and will not be in a result",
+            source, len(extra), type(model).__name__, ", ".join(extra[:3]),
+        )  # fmt: skip
     return model
 
 

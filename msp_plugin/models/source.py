@@ -79,6 +79,21 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
         raise ModelError(f"cannot load a tokenizer from {source}: {error}") from error
 
 
+def has_config(path: Path) -> bool:
+    """Return True if a model's directory is at a path.
+
+    Raises:
+        ModelError: one may not look there, or it cannot be a path.
+    """
+    try:
+        return (path / "config.json").is_file()
+    except OSError as error:
+        raise ModelError(
+            f"cannot look at the model at {shown(str(path))}: {error.strerror}",
+            hint="give a model's directory that you may read, or a hub id",
+        ) from None
+
+
 def check_source(source: str | Path) -> None:
     """Raise if a source is a path without a model, before it is taken for a hub id.
 
@@ -87,7 +102,7 @@ def check_source(source: str | Path) -> None:
     """
     path = Path(source)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not has_config(path):
             raise ModelError(f"{path} has no config.json", hint="give a model's directory or a hub id")
     elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise ModelError(

@@ -18,8 +18,10 @@ HINTS = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some of your quota, or write to another disk",
     errno.EFBIG: "a limit on the size of files is set (ulimit -f): raise it, or write to another disk",
-    errno.EACCES: "give a place that you may write to",
-    errno.EPERM: "give a place that you may write to",
+    errno.EACCES: "give a place that you may read and write",
+    errno.EPERM: "give a place that you may read and write",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "a link leads to itself: give another place",
     errno.ENOTDIR: "a part of the path is a file: give another place",
     errno.EROFS: "give a place on a disk that is not read-only",
 }

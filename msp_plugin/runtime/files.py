@@ -116,13 +116,14 @@ def check_writable(path: Path) -> Path:
 def output_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``path`` if the block succeeds.
 
-    One rename makes ``path`` appear whole, also in place of an empty directory. If ``path`` is a mount point, or its
-    parent cannot be written, the finished files are moved into it one by one instead.
+    One rename makes ``path`` appear whole, also in place of an empty directory. If ``path`` is a mount point or holds
+    the working directory, or its parent cannot be written, the finished files are moved into it one by one instead.
 
     Raises:
         OutputError: the finished directory cannot be moved; the message says where it is.
     """
-    inside = path.is_dir() and (path.is_mount() or not os.access(path.parent, os.W_OK))
+    kept = path.is_dir() and Path.cwd().is_relative_to(path.resolve())  # a shell stands in it
+    inside = kept or (path.is_dir() and (path.is_mount() or not os.access(path.parent, os.W_OK)))
     parent = path if inside else path.parent
     parent.mkdir(parents=True, exist_ok=True)
     temporary = parent / f".{path.name}.{uuid.uuid4().hex}.partial"

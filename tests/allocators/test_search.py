@@ -146,6 +146,21 @@ def test_a_search_takes_no_more_tokens_than_it_may_and_returns_what_it_had_found
     assert "before the first round: uniform is returned; give max_tokens" in caplog.text
 
 
+def test_a_search_that_ends_among_its_seeds_returns_the_best_that_it_has_measured():
+    problem = problem_of(SHAPES)
+    free = inputs_of(problem)
+    Search(rounds=0).allocate(free)
+    whole = sum(free.loss.lengths)
+    better = 0
+    for limit in range(whole, spent(free), whole // 8):
+        limited = inputs_of(problem)
+        found = Search(max_tokens=limit).allocate(limited)
+        measured = [choice for choice in limited.loss.full if choice in limited.holdout.full]
+        assert found.loss == min(map(limited.loss.exact, measured))
+        better += found.loss < found.uniform_loss and "among its seeds" in found.notes[0]
+    assert better
+
+
 def spent(inputs):
     return inputs.loss.forward_tokens + inputs.holdout.forward_tokens
 

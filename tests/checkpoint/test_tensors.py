@@ -1,6 +1,7 @@
 """Safetensors files read one tensor at a time and written shard by shard."""
 
 import json
+import os
 import struct
 import weakref
 
@@ -302,3 +303,23 @@ def test_what_was_not_planned_is_not_written(tmp_path):
     with pytest.raises(AssertionError, match="1 planned tensors never came"):
         writer.finish()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_index_that_a_save_over_shards_left_behind_is_not_read(tmp_path):
+    """transformers removes the shards, not their index, and reads model.safetensors then."""
+    written(tmp_path, sized(a=30, b=20, c=10), 30)
+    for shard in tmp_path.glob("model-*.safetensors"):
+        shard.unlink()
+    save_file({"a": torch.ones(2)}, tmp_path / SINGLE)
+    assert (tmp_path / INDEX).is_file()
+    found = TensorFiles(tmp_path)
+    assert list(found) == ["a"] and torch.equal(found.read("a"), torch.ones(2))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_one_may_not_read_is_not_called_damaged(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / SINGLE)
+    (tmp_path / SINGLE).chmod(0)
+    with pytest.raises(FormatError, match="you may not read") as error:
+        TensorFiles(tmp_path)
+    assert "damaged" not in error.value.hint

@@ -261,3 +261,12 @@ def test_token_ids_that_are_no_table_are_refused(ids, found):
 def test_a_mask_of_who_sees_whom_is_no_padding():
     batch = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 1, 3, 3).tril()}
     assert [s.tolist() for s in from_dataloader([batch]).samples] == [[1, 2, 3]]
+
+
+def test_a_start_that_only_the_template_writes_is_there_once_or_not_at_all(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.bos_token = made.eos_token
+    made.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    for bos, count in ((True, 1), (False, 0)):
+        (sample,) = cut_samples(made, [Chat((USER, REPLY), "here")], length=5, bos=bos).samples
+        assert sample.tolist().count(made.bos_token_id) == count

@@ -1,4 +1,5 @@
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,22 @@ def test_a_test_text_that_is_the_calibration_text_is_refused(tokenizer, text_fil
     text = Text(text_file, test=text_file, samples=8, length=16, test_samples=8)
     with pytest.raises(DataError, match="8 of 8 test samples are calibration samples too"):
         load_split(tokenizer, text)
+
+
+def test_test_samples_that_calibrate_too_are_left_out_of_the_test(tokenizer, text_file, tmp_path, caplog):
+    other = write_text(tmp_path / "test.txt", 2)
+    part = Path(text_file).read_text()[:400] + Path(other).read_text()
+    (tmp_path / "both.txt").write_text(part)
+    text = Text(text_file, test=str(tmp_path / "both.txt"), length=16, test_samples=60)
+    found = load_split(tokenizer, text)
+    assert not rows(found.test) & rows(found.pruning) and found.test.readings[0].samples == len(found.test)
+    assert "test samples are calibration samples too, and are left out" in caplog.text
+
+
+@pytest.mark.parametrize("option", ["data", "search", "test"])
+def test_an_empty_name_is_not_the_working_directory(option):
+    with pytest.raises(DataError, match=f"{option} is an empty text"):
+        Text(**{"data": "a.txt", option: " "})
 
 
 def test_a_seed_moves_the_calibration_samples_and_not_the_test(tokenizer, text_file, tmp_path):

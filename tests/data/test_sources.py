@@ -324,3 +324,8 @@ def test_a_name_that_no_terminal_should_see_is_written_with_escapes(tmp_path):
             read(str(path), "x\x1b")
         str(error.value).encode()
         assert "\x1b" not in str(error.value)
+
+
+def test_a_text_in_the_place_of_its_file_is_explained():
+    with pytest.raises(DataError, match="cannot look at the data at .*File name too long"):
+        load_texts("some text " * 60)

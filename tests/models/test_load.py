@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
+from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.errors import ModelError, RecipeError
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.load import load_model
@@ -150,3 +151,18 @@ def test_sizes_outside_of_the_language_models_config_stand_for_nothing(tmp_path)
     file.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ModelError, match="cannot load a causal language model"):
         load_model(tmp_path)
+
+
+def test_tensors_that_the_model_has_no_place_for_are_named(llama_dir, tmp_path, caplog):
+    shutil.copytree(llama_dir, tmp_path / "more")
+    config = json.loads((tmp_path / "more" / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    (tmp_path / "more" / "config.json").write_text(json.dumps(config))
+    load_model(tmp_path / "more")
+    assert "tensors that LlamaForCausalLM has no place for, e.g. model.layers." in caplog.text
+
+
+@pytest.mark.parametrize("load", [ModelSource.check, ModelSource.load])
+def test_a_name_that_is_too_long_for_a_path_is_explained(load):
+    with pytest.raises(ModelError, match="File name too long"):
+        load(ModelSource("a" * 300))

@@ -3,6 +3,7 @@ import math
 import os
 import stat
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -89,6 +90,16 @@ def test_an_output_directory_appears_whole(tmp_path, make_empty_first):
         (temporary / "a.txt").write_text("a")
         assert not path.exists() or names(path) == []
     assert names(path) == ["a.txt"] and names(path.parent) == ["out"]
+
+
+def test_a_directory_that_a_shell_stands_in_stays_the_same_one(tmp_path, monkeypatch):
+    path = tmp_path / "out"
+    path.mkdir()
+    monkeypatch.chdir(path)
+    before = path.stat().st_ino
+    with output_directory(Path().absolute()) as temporary:
+        (temporary / "a.txt").write_text("a")
+    assert path.stat().st_ino == before and names(Path.cwd()) == ["a.txt"]
 
 
 @pytest.mark.parametrize(
