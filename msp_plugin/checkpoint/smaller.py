@@ -14,6 +14,7 @@ import torch
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import Sharded, Tensors, rounding, write_export
 from msp_plugin.checkpoint.manifest import Manifest
+from msp_plugin.checkpoint.tokenizers import keep_tokenizer
 from msp_plugin.errors import FormatError, RecipeError
 from msp_plugin.formats.sparse24 import IN_MULTIPLE, Sparse24Bitmask
 from msp_plugin.progress import Progress
@@ -23,6 +24,8 @@ from msp_plugin.structure.slices import Slices
 from msp_plugin.structure.small_model import empty_model
 from msp_plugin.structure.uniform import uniform_config
 from msp_plugin.structure.widths import read_widths, small_config
+
+_CUT = "; only the model that it was cut from can be filled up"
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,10 @@ class Smaller(Sharded):
         def about() -> dict[str, Any]:
             return {"structure": slices.to_record(), **rounding(source, slices.name)}
 
-        return write_export(self, source, directory, config, tensors, progress, about)
+        manifest = write_export(self, source, directory, config, tensors, progress, about)
+        if config["model_type"] != source.config["model_type"]:
+            keep_tokenizer(source.path, directory)
+        return manifest
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,8 @@ class Uniform(Smaller):
         widths = {half.name: -(-needed[half.name] // step) * step for half in halves}
         most = max(widths.values(), default=0)
         different = [name for name, width in widths.items() if width != most]
-        if not most or missing or (different and not self.pad):
+        short = [half.name for half in halves if half.groups < most]
+        if not most or missing or short or (different and not self.pad):
             groups = "KV heads" if kind == ATTENTION else "channels"
             hint = "write it with msp export --to small"
             if not most:
@@ -183,7 +190,10 @@ class Uniform(Smaller):
                 hint = "keep one, or write it with msp export --to dense" if kind == ATTENTION else hint
             elif missing:
                 found = f"block {missing[0]} has no {kind}"
-                hint += "; only the model that it was cut from can be filled up"
+                hint += _CUT
+            elif short:
+                found = f"{short[0]} has fewer {groups} than {most}, which others use"
+                hint += _CUT
             else:
                 found = f"{different[0]} uses {widths[different[0]]} {groups}, others {most}"
                 hint += ", or --to uniform --set pad=true, which fills all blocks up"

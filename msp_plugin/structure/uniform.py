@@ -54,7 +54,7 @@ def uniform_config(
         **config.to_dict(),
         **written,
     }  # with what config.json leaves to defaults, which are others there
-    every = {key: value for key, value in every.items() if key not in (KEY, GLOBAL_ACCESS)}
+    every = {key: value for key, value in every.items() if key not in (KEY, GLOBAL_ACCESS, "_name_or_path")}
     if raw["model_type"] == "qwen2" and widths.heads * head_dim != config.hidden_size:
         seed_oss = {key: value for key, value in every.items() if key not in _QWEN2_ONLY} | _SEED_OSS
         if not config.use_sliding_window and refusal(seed_oss) is None:

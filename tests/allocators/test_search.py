@@ -152,7 +152,7 @@ def test_a_search_that_ends_among_its_seeds_returns_the_best_that_it_has_measure
     Search(rounds=0).allocate(free)
     whole = sum(free.loss.lengths)
     better = 0
-    for limit in range(whole, spent(free), whole // 8):
+    for limit in range(whole, spent(free)):
         limited = inputs_of(problem)
         found = Search(max_tokens=limit).allocate(limited)
         measured = [choice for choice in limited.loss.full if choice in limited.holdout.full]

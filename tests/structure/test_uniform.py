@@ -1,20 +1,25 @@
 """``--to uniform``: what plain transformers load, or the reason why a model has no such form."""
 
 import json
+import shutil
 
 import pytest
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaForCausalLM,
     MistralForCausalLM,
     Qwen2ForCausalLM,
     SeedOssForCausalLM,
 )
 
+from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import export_checkpoint
 from msp_plugin.checkpoint.smaller import Small, Uniform
+from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import FormatError, ModelError
 from msp_plugin.structure.widths import GLOBAL_ACCESS
+from msp_plugin.verify.sliced import sliced
 
 
 def config(path):
@@ -139,17 +144,60 @@ def test_a_small_export_of_equal_widths_becomes_uniform(tiny, zeroing, exported,
     same_outputs(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval(), generate=False)
 
 
+@pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize(("name", "written"), [("llama", "mistral"), ("qwen2", "seed_oss")])
 def test_a_small_export_becomes_another_type_without_the_record_of_its_widths(
-    name, written, tiny, zeroing, exported, tmp_path, same_outputs
+    name, written, dropped, tiny, zeroing, exported, tmp_path, same_outputs
 ):
     model = tiny(name, num_attention_heads=8, num_key_value_heads=4)
     everywhere(model, zeroing(model), heads=(1,))
+    for half in ("attention", "mlp") if dropped else ():
+        zeroing(model).half(2, half)
     _, small = exported(model, Small())
     export_checkpoint(small, Uniform(), tmp_path / "again")
     found = config(tmp_path / "again")
-    assert found["model_type"] == written and not {"per_layer_config", GLOBAL_ACCESS} & found.keys()
+    assert found["model_type"] == written
+    assert not {"per_layer_config", GLOBAL_ACCESS, "_name_or_path"} & found.keys()
     same_outputs(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval(), generate=False)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizerFast", "TokenizersBackend"])
+def test_a_model_that_becomes_another_type_keeps_its_tokenizer(kind, tiny, zeroing, tmp_path):
+    """transformers reads Qwen2's tokenizer into a class of its own, whatever tokenizer_config.json says."""
+    model = tiny("qwen2", num_attention_heads=8, num_key_value_heads=4)
+    everywhere(model, zeroing(model), heads=(1,))
+    model.save_pretrained(tmp_path / "source")
+    for file in demo_model_path("qwen2").glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path / "source")
+    settings = json.loads((tmp_path / "source" / "tokenizer_config.json").read_text())
+    (tmp_path / "source" / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "tokenizer_class": kind})
+    )
+    export_checkpoint(tmp_path / "source", Uniform(), tmp_path / "out")
+    assert config(tmp_path / "out")["model_type"] == "seed_oss"
+    text = "def f(x):\n    return  x+12345"
+    ids = [AutoTokenizer.from_pretrained(tmp_path / name)(text).input_ids for name in ("source", "out")]
+    assert ids[0] == ids[1]
+    checkpoints = [Checkpoint.open(tmp_path / name) for name in ("out", "source")]
+    assert [f.state for f in sliced(*checkpoints, lambda *a: None) if f.item == "tokenizer"] == ["ok"]
+    for file in (tmp_path / "source").glob("tokenizer*.json"):  # as a copy alone would leave it
+        shutil.copy(file, tmp_path / "out")
+    assert [f.state for f in sliced(*checkpoints, lambda *a: None) if f.item == "tokenizer"] == ["fail"]
+
+
+def test_a_small_model_is_not_filled_up_beyond_what_it_has(tiny, zeroing, exported):
+    model = tiny("llama")
+    zeros = zeroing(model)
+    for block, count in ((0, 4), (1, 2), (2, 2), (3, 2)):
+        for channel in range(count):
+            zeros.channel(block, channel)
+    _, small = exported(model, Small())
+    error = refused(small, Uniform(pad=True))
+    assert "model.layers.0.mlp has fewer channels than 22" in error.message
+    assert (
+        "only the model that it was cut from can be filled up" in error.hint and "pad=true" not in error.hint
+    )
+    assert "pad=true" not in refused(small, Uniform()).hint
 
 
 def test_a_half_that_is_dropped_by_itself_is_refused_by_name(tiny, zeroing, tmp_path):
