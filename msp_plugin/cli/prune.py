@@ -43,15 +43,20 @@ def show_run(run: Run | None, as_json: bool, title: str) -> None:
     if as_json:
         typer.echo(json.dumps(run.record.to_dict(), indent=2, sort_keys=True))
         return
-    out.print(quality_table(run.record, title))
     perplexity = run.record.perplexity
+    if any(value is not None for value in perplexity.values()):
+        out.print(quality_table(run.record, title))
     share = taken_back(*(perplexity.get(name) for name in ("dense", "uniform", "mixed")))
     if share is not None:
         out.print(f"Mixed takes back {100 * share:.0f} % of the loss that uniform adds.")
     sparse = "result" if "result" in perplexity else "mixed"
     share = taken_back(*(perplexity.get(name) for name in ("dense", sparse, "recovered")))
+    recoveries = [stage for stage in run.record.stages if stage.recovery is not None]
     if share is not None:
-        out.print(f"The recovery takes back {100 * share:.0f} % of the loss that the sparse model had.")
+        what = "The recovery takes" if len(recoveries) == 1 else f"The {len(recoveries)} recoveries take"
+        out.print(f"{what} back {100 * share:.0f} % of the loss that the sparse model had.")
+    for note in recoveries[-1].recovery.notes if recoveries and recoveries[-1].recovery else ():
+        out.print(f"Note: {note}.")
     out.print(f"Results: {run.path}")
 
 

@@ -195,8 +195,11 @@ def _lost(model: PreTrainedModel, original: PreTrainedModel, half: Half, walk: B
     def state(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         states.append(args[0])
 
+    dtype = next(dense.parameters()).dtype
+
     def add(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        inputs = norm(states.pop())
+        args, kwargs = _as_dtype((args, kwargs), dtype)
+        inputs = norm(_as_dtype(states.pop(), dtype))
         own = {**kwargs, "hidden_states": inputs} if "hidden_states" in kwargs else kwargs
         would, does = (
             each[0] if isinstance(each, tuple) else each
@@ -210,3 +213,12 @@ def _lost(model: PreTrainedModel, original: PreTrainedModel, half: Half, walk: B
         undo.callback(model.get_submodule(half.name).register_forward_hook(add, with_kwargs=True).remove)
         walk.run(advance=False)
     return total
+
+
+def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Return what a module is called with, its floating-point tensors in a dtype: the two models may be stored in two."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _as_dtype(part, dtype) for key, part in value.items()}
+    return type(value)(_as_dtype(part, dtype) for part in value) if type(value) in (tuple, list) else value

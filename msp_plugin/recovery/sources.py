@@ -18,6 +18,7 @@ from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.errors import ModelError
 from msp_plugin.models.layers import check_finite_weights, fused_experts, prunable_layers
 from msp_plugin.models.offload import input_embeddings, named_parameters, onloaded
+from msp_plugin.models.weights import Weights
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 from msp_plugin.records.run import RunRecord
 from msp_plugin.recovery.base import Recovery
@@ -106,13 +107,35 @@ def load_original(source: ModelSource, model: PreTrainedModel, *, smaller: bool 
     embeddings = []
     for module in map(input_embeddings, (original, model)):
         with onloaded(module):
-            embeddings.append(module.get_parameter("weight").detach().float().cpu().clone())
-    if not torch.equal(*embeddings):
+            embeddings.append(module.get_parameter("weight").detach().cpu().clone())
+    coarser = min((each.dtype for each in embeddings), key=lambda dtype: dtype.itemsize)
+    if not torch.equal(*(each.to(coarser) for each in embeddings)):
         log.warning(
             "the embeddings of %s differ from the sparse model's: is it the model that was pruned?",
             source.name,
         )
     return original
+
+
+def check_denser(name: str | Path, original: PreTrainedModel, masks: Masks) -> None:
+    """Raise if an original has the zeros of the sparse model, so that there is nothing to learn from it.
+
+    Raises:
+        ModelError: in each layer whose shape it shares, all that is zero in the sparse model is zero in it.
+    """
+    weights = Weights(original)
+    shared = [layer for layer, shape in masks.shapes.items() if tuple(weights[layer].shape) == shape]
+    zeros = False
+    for layer in shared:
+        gone = ~masks.kept(layer)
+        zeros = zeros or bool(gone.any())
+        if bool((weights[layer].detach().cpu()[gone] != 0).any()):
+            return
+    if zeros and len(shared) == len(masks.shapes):
+        raise ModelError(
+            f"{name} has all the zeros of the model that is to be recovered",
+            hint="give the dense model that was pruned",
+        )
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,10 @@ class TrainedRecovery(TrainingOptions):
                     "that is better than the pruned model",
                     hint=f"give a smaller learning_rate than {self.learning_rate:g}, or dtype float32",
                 )
-        return RecoveryResult(course.cost, course.curve, course.notes(self))
+        notes = course.notes(self)
+        if self.adapter and not course.improved:
+            notes += (f"no adapter was written to {self.adapter}",)
+        return RecoveryResult(course.cost, course.curve, notes)
 
 
 def check_adapter(adapter: Path, states: Iterable[Path]) -> None:

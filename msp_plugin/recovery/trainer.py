@@ -224,7 +224,7 @@ def arguments(
         gradient_accumulation_steps=steps.accumulated,
         learning_rate=method.learning_rate,
         lr_scheduler_type=method.rate,
-        warmup_steps=math.ceil(method.warmup * steps.count),
+        warmup_steps=min(math.ceil(method.warmup * steps.count), steps.count - 1),  # the first one has rate 0
         weight_decay=method.weight_decay,
         eval_strategy="steps",
         eval_steps=every,

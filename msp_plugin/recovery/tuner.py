@@ -108,7 +108,8 @@ class _Layer(torch.nn.Module, BaseTunerLayer):  # type: ignore[misc,unused-ignor
 
     def trained(self, adapter: str) -> dict[str, torch.Tensor]:
         """Return the trained tensors of an adapter by name."""
-        return {n.removeprefix(PREFIX): getattr(self, n)[adapter] for n in self.adapter_layer_names}
+        own = (name for name in self.adapter_layer_names if adapter in getattr(self, name))
+        return {name.removeprefix(PREFIX): getattr(self, name)[adapter] for name in own}
 
     def current(self) -> str | None:
         """Return the adapter that changes this layer now; the layer is its own for None."""

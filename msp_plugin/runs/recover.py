@@ -33,7 +33,7 @@ from msp_plugin.records.run import (
 from msp_plugin.recovery.base import Recovery, check_sensitivities
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.record import Measured, Recovered, copy_logs, with_recovery
-from msp_plugin.recovery.sources import Sparse, check_sources, load_original, load_sparse
+from msp_plugin.recovery.sources import Sparse, check_denser, check_sources, load_original, load_sparse
 from msp_plugin.recovery.step import RecoveryStep, RecoveryText, recovery_text, sensitivities, states
 from msp_plugin.recovery.trained import check_adapter
 from msp_plugin.runs.steps import RECIPE_FILE, Run
@@ -114,6 +114,8 @@ def recover(
         recovery.check(subject.model, subject.masks)
         check_sensitivities(recovery, any(sensitivities(subject.allocation).values()))
         reference = None if dense is None else load_original(dense, subject.model, smaller=smaller)
+        if dense is not None and reference is not None and not smaller:
+            check_denser(dense.name, reference, subject.masks)
         identity = step.identity(subject.model, None if reference is None else fingerprint(reference))
         with closing(Journal(journal_file, identity, ranks)) as journal:
             before = step.references(subject.model, reference, journal)

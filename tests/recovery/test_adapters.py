@@ -103,3 +103,36 @@ def test_an_adapter_of_another_recovery_is_refused_before_a_model_is_loaded(stop
     with pytest.raises(OutputError, match="not empty"):
         recover(tmp_path / "no_such", "no text", tmp_path / "out", method=method, cache=cache,
                 context=RunContext(fresh=True))  # fmt: skip
+
+
+def test_adapters_of_two_methods_live_in_one_model(case, make_samples):
+    from peft import PeftModel
+
+    importlib.import_module("msp_plugin.recovery.adapters")
+    ids, logits = torch.stack(make_samples(2, 16, seed=5).samples), {}
+    methods = (
+        SparseDelta(learning_rate=1e-2, norms=True, **SHORT),
+        SPP(groups=8, learning_rate=3e-2, **SHORT),
+    )
+    for method in methods:
+        inputs = dataclasses.replace(case.inputs(), folder=case.folder / f"state of {method.name}")
+        dataclasses.replace(method, adapter=str(case.folder / method.name)).recover(inputs)
+        with torch.no_grad():
+            logits[method.name] = inputs.model(ids).logits
+    first, second = logits
+    model = PeftModel.from_pretrained(
+        case.inputs("other").model, str(case.folder / first), adapter_name=first
+    )
+    model.load_adapter(str(case.folder / second), second)
+    for name in (second, first):
+        model.set_adapter(name)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, logits[name])
+
+
+def test_an_adapter_that_would_change_nothing_is_not_written_and_a_note_says_so(case):
+    method = SPP(groups=8, learning_rate=1e-12, adapter=str(case.folder / "none"), **SHORT)
+    notes = method.recover(case.inputs()).notes
+    assert (
+        not (case.folder / "none").exists() and f"no adapter was written to {case.folder / 'none'}" in notes
+    )

@@ -224,3 +224,17 @@ def test_an_update_that_does_not_help_leaves_the_model_as_it_was(offset_dir, tex
     config = json.loads((run.path / "config.json").read_text())
     assert not config["attention_bias"] and not config["mlp_bias"]
     assert not [name for name, _ in load_model(run.path).named_parameters() if name.endswith(".bias")]
+
+
+def test_models_that_are_stored_in_two_types_are_compared(offset_dir, text, tmp_path, caplog):
+    other = tmp_path / "bfloat16"
+    shutil.copytree(offset_dir, other)
+    load_model(offset_dir, "bfloat16").save_pretrained(other)
+    zeroed(offset_dir, tmp_path / "run")
+    found = {}
+    for name, original in (("two", other), ("one", offset_dir)):
+        recover(tmp_path / "run", text, tmp_path / name, original=original, method="mean_update")
+        found[name] = load_model(tmp_path / name).model.layers[0].mlp.down_proj.bias
+    assert found["one"].abs().max() > 0.01
+    torch.testing.assert_close(found["two"], found["one"], rtol=0.05, atol=0.01)
+    assert "is it the model that was pruned?" not in caplog.text

@@ -224,6 +224,7 @@ BAD = {
         lambda run, dense: {"original": None, "method": "full", "set": "full.kl_weight=0.5"},
         "needs the dense model",
     ),
+    "the run as its own original": (lambda run, dense: {"original": run}, "has all the zeros of the model"),
     "another model": (lambda run, dense: {"original": "demo:qwen2"}, "is not the original of"),
     "another tokenizer": (lambda run, dense: change_tokenizer(dense), "another tokenizer"),
     "no text": (lambda run, dense: {"data": "nowhere.txt"}, "nowhere.txt"),

@@ -373,3 +373,11 @@ def test_models_that_cannot_be_trained_are_refused(case, monkeypatch):
     with pytest.raises(HostError, match="peft is not installed") as caught:
         MaskedLoRA().check(inputs.model.float(), inputs.masks)
     assert "msp_plugin[recovery]" in caught.value.hint
+
+
+def test_a_training_of_one_step_learns(case):
+    inputs = case.inputs()
+    before = {name: p.detach().clone() for name, p in inputs.model.named_parameters()}
+    found = Full(tokens=96, step_tokens=96, learning_rate=1e-3, evaluations=1).recover(inputs)
+    assert found.curve[-1][1] < found.curve[0][1]
+    assert any(not torch.equal(p, before[name]) for name, p in inputs.model.named_parameters())
