@@ -62,7 +62,8 @@ def set_up_logs(verbose: bool, rank: int = 0) -> None:
     logging.basicConfig(level=least, format=form, handlers=[handler], force=True)
     logging.getLogger("msp_plugin").setLevel(logging.INFO if verbose and not rank else least)
     # A download from the hub, whose own bars are off, must not look like a standstill.
-    logging.getLogger("msp_plugin.checkpoint.load").setLevel(least if rank else logging.INFO)
+    for name in ("msp_plugin.checkpoint.load", "msp_plugin.data.sources"):
+        logging.getLogger(name).setLevel(least if rank else logging.INFO)
     if not verbose:
         warnings.filterwarnings("ignore", module="transformers")
         logging.getLogger("torch").setLevel(logging.ERROR)

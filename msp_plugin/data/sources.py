@@ -209,6 +209,7 @@ def _hub_dataset(source: str) -> Any:
     try:
         from datasets import load_dataset
 
+        log.info("reading %s from the hub or its cache", source)
         return load_dataset(name, config, split=split, streaming=True)
     except ImportError:
         raise DataError(

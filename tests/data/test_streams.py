@@ -6,8 +6,9 @@ from msp_plugin.data.sources import load_texts
 from msp_plugin.errors import DataError
 
 
-def test_a_stream_without_declared_columns_whose_first_shard_fails_is_explained(monkeypatch):
+def test_a_stream_without_declared_columns_whose_first_shard_fails_is_explained(monkeypatch, caplog):
     datasets = pytest.importorskip("datasets")
+    caplog.set_level("INFO")
 
     def rows(fails):
         if fails:
@@ -20,6 +21,7 @@ def test_a_stream_without_declared_columns_whose_first_shard_fails_is_explained(
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, stream=stream, **options: stream)
         if not fails:
             assert list(load_texts("some/data")) == ["a b"]
+            assert "reading some/data from the hub or its cache" in caplog.text
             continue
         with pytest.raises(DataError, match="cannot read some/data after row 0: .*401 gated"):
             load_texts("some/data")
