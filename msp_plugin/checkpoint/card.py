@@ -57,15 +57,18 @@ def _smaller_card(source: Checkpoint, manifest: Manifest) -> str:
     weights = sum(math.prod(source.dense_info(name).shape) for name in source.dense_names)
     dropped = sum(not entry["kept"] for entry in manifest.structure.values())
     return "\n".join(
-        [
+        part
+        for part in [
             _FRONT.format(tag="structured"),
             f"# {(source.config.get('architectures') or ['A model'])[0]}, pruned to smaller layers\n",
             f"{kept:,} of {weights:,} weights: heads and channels that did nothing are left out, and {dropped} of "
             f"{len(manifest.structure)} attentions and MLPs. `export.json` says which ones stay.\n",
             _SMALL_USE if own else _UNIFORM_USE,
+            _recovered(source),
             "Files: `export.json` gives what the files must hold (`msp verify` checks it), `run.json` the record of the "
             f"run that pruned the model{', `per_layer_config` in config.json the width of each block' if own else ''}.\n",
         ]
+        if part
     )
 
 

@@ -50,7 +50,9 @@ def sort_layers(
         reason = format.refuses(layer, info.shape, info.dtype, level)
         if reason is None and (level is None or (format.lossy and read is not None)):
             assert read is not None, "without an allocation, the weights decide"
-            reason = format.refuses_weight(read(layer))
+            weight = read(layer)
+            whole = level is None and format.lossy and _is_whole(weight)
+            reason = "it was not pruned" if whole else format.refuses_weight(weight)
         if reason is None:
             packed[layer] = level.name if level else format.structure
         else:
@@ -61,6 +63,11 @@ def sort_layers(
                 why = dense.get(sibling, "it was not pruned")
                 dense[layer] = f"inference fuses it with {sibling}, which stays dense: {why}"
     return Packing({layer: level for layer, level in packed.items() if layer not in dense}, dense)
+
+
+def _is_whole(weight: torch.Tensor) -> bool:
+    """Return True if less than a sixteenth of a weight is zero, so that a bit for each weight would not pay."""
+    return 16 * int(torch.count_nonzero(weight)) > 15 * weight.numel()
 
 
 def short_reason(reason: str) -> str:

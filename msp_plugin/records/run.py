@@ -17,6 +17,8 @@ RUN_FILE = "run.json"
 DENSE, UNIFORM, PRUNE = "dense", "uniform", "prune"
 #: The stage of a recovery, and the name of its model beside `mixed`.
 RECOVER, RECOVERED = "recover", "recovered"
+#: The model of a recipe that changed it after its last recovery, e.g. quantized it.
+FINAL = "final"
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,9 @@ class RunRecord(Record):
     sparsity: SparsityRecord = SparsityRecord()
     """Zeros: requested, planned and achieved."""
     perplexity: dict[str, float | None] = {}
-    """Perplexity on the test text by model: `dense`, `uniform` (the baseline), `mixed` (the pruned model), and \
-`recovered` after a recovery; a recipe without MixedSparsityModifier has `dense` and `result`."""
+    """Perplexity on the test text by model: `dense`, `uniform` (the baseline), `mixed` (the pruned model), `recovered` after \
+a recovery, and `final` where a recipe changed the model after that, e.g. quantized it; a recipe without \
+MixedSparsityModifier has `dense` and `result`."""
     kl: dict[str, float | None] = {}
     """KL divergence from the dense model by model, nats per token; only a run with a recovery measures it."""
     search: SearchRecord = SearchRecord()
@@ -144,7 +147,8 @@ with the time that they once took."""
     @property
     def result_perplexity(self) -> float | None:
         """Perplexity of the checkpoint on the test text."""
-        last = (RECOVERED,) if any(stage.name == RECOVER for stage in self.stages) else ("mixed", "result")
+        recovered = any(stage.name == RECOVER for stage in self.stages)
+        last = (FINAL, RECOVERED) if recovered else ("mixed", "result")
         return next((v for v in map(self.perplexity.get, last) if v is not None), None)
 
     def _converted(self, version: int) -> Self:

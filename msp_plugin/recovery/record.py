@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from msp_plugin.records.run import DENSE, PRUNE, RECOVER, RECOVERED, UNIFORM, RunRecord, StageRecord
@@ -36,10 +36,7 @@ class Recovered:
     before: Mapping[str, Measured] = field(default_factory=dict)
     seconds: float = 0.0
     state: Path | None = None
-
-    def unmeasured(self) -> Recovered:
-        """Return the same without the measurements of the recovered model, which was changed since."""
-        return replace(self, stage=self.stage.model_copy(update={"perplexity": None, "kl": None}))
+    changed: bool = False
 
 
 def copy_logs(state: Path | None, folder: Path) -> None:
@@ -62,7 +59,8 @@ def with_recovery(record: RunRecord, recovered: Recovered) -> RunRecord:
     last = last.model_copy(update=vars(before[PRUNE]))
     name = RECOVERED if last.name == RECOVER else "result" if "result" in record.perplexity else "mixed"
     values = {name: before[PRUNE].perplexity}
-    if record.perplexity.get(UNIFORM) is not None and UNIFORM not in {s.name for s in earlier}:
+    uniform = record.perplexity.get(UNIFORM) is not None and UNIFORM not in {s.name for s in earlier}
+    if uniform and last.name != RECOVER:
         values[UNIFORM] = before[PRUNE].perplexity  # the uniform allocation is the result
     if DENSE in before:
         values[DENSE] = before[DENSE].perplexity

@@ -17,7 +17,7 @@ from msp_plugin.plan.levels import Level
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.base import Pruner
 from msp_plugin.records.parts import SearchRecord, TextRecord
-from msp_plugin.records.run import RunRecord
+from msp_plugin.records.run import RECOVER, RunRecord
 from msp_plugin.records.statistics import finite_pairs, finite_values, rank_correlation, taken_back
 from msp_plugin.report.charts import Chart, Series, draw
 from msp_plugin.report.grid import lay_out, level_class, level_grid, sensitivity_grid
@@ -298,7 +298,9 @@ def _commands(run: Run, *, smaller: bool) -> list[tuple[str, str]]:
         commands.append(("the command of this run", record.command))
     model = "MODEL" if record.model.source is None else shlex.quote(record.model.source)
     method = str(_inside(run.allocation.provenance, "method").get("name", ""))
-    if run.recipe and not _prunes_units(method):
+    recoveries = sum(stage.name == RECOVER for stage in record.stages)
+    # a recipe without all of them gives the model before one
+    if run.recipe and recoveries <= run.recipe.count("RecoveryModifier") and not _prunes_units(method):
         commands.append(
             ("run the recipe again", f"msp run recipe.yaml --model {model} --data TEXT --out NEW")
         )

@@ -24,7 +24,7 @@ class Run:
         allocation: allocation.json.
         pruned: False for an allocation alone.
         checkpoint: the model beside the records; None if there is none.
-        recipe: True if its recipe.yaml is there.
+        recipe: the text of its recipe.yaml, empty if there is none.
     """
 
     directory: Path
@@ -32,7 +32,7 @@ class Run:
     allocation: Allocation
     pruned: bool = True
     checkpoint: Checkpoint | None = None
-    recipe: bool = False
+    recipe: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,5 +102,6 @@ def _read_run(directory: Path, record: RunRecord) -> Run:
     except ModelError:  # records without a model, or a model in another format
         checkpoint = None
     allocation = Allocation.read(directory / ALLOCATION_FILE)
-    recipe = (directory / "recipe.yaml").is_file()
+    file = directory / "recipe.yaml"
+    recipe = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     return Run(directory, record, allocation, checkpoint=checkpoint, recipe=recipe)

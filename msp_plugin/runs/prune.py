@@ -73,6 +73,11 @@ def prune(
     resolved = resolve(Options.parse(options), plugins)
     recovery = None if recover is None else plugins.build("recoveries", recover)
     if recovery is not None:
+        if recovery.writes:
+            raise RecipeError(
+                f"the adapter at {recovery.writes[0]} would change the pruned model, which is not written before its recovery",
+                hint="prune without a recovery first, and then use msp recover with the adapter",
+            )
         check_beside(recovery, Path(out), resolved.cache, fresh=context.fresh)
         given = resolved.given
         check_sensitivities(recovery, bool((resolved.allocator if given is None else given).sensitivities))

@@ -192,7 +192,10 @@ class ComparisonRows:
         key = f"{cell.measurements.database.key} {digest(units)[:16]} {','.join(row['levels'])}"
         if self.recovery is not None:
             key += f" {digest([spec_of(self.recovery), component_digest(self.recovery), cell.seed])[:16]}"
-        row |= finals.get(key, partial(self._quality, cell, problem, result.choice))
+        quality = dict(finals.get(key, partial(self._quality, cell, problem, result.choice)))
+        if failure := quality.pop("failure", None):
+            row["notes"] = (*row["notes"], f"the recovery failed: {failure}")
+        row |= quality
 
     def _quality(self, cell: Cell, problem: AllocationProblem, choice: Choice) -> dict[str, Any]:
         """Return test perplexity and KL of an allocation after the final pruning, and with the database's weights."""
@@ -215,7 +218,13 @@ class ComparisonRows:
             if self.recovery is None:
                 return quality
             sparse = self._copy()
-        return {**quality, "recovered": self._recovered(self.recovery, sparse, cell, problem, choice)}
+        try:
+            return {**quality, "recovered": self._recovered(self.recovery, sparse, cell, problem, choice)}
+        except MSPError as error:  # the figures before it stay
+            if is_full(error):
+                raise
+            log.warning("%s at %s: the recovery failed: %s", cell.label, cell.plan.sparsity, error)
+            return {**quality, "failure": str(error)}
 
     def _copy(self) -> PreTrainedModel:
         """Return a new model with the weights that this model's layers hold now."""

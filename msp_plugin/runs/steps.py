@@ -30,7 +30,7 @@ from msp_plugin.passes.losses import perplexity
 from msp_plugin.plugins.manager import Plugins, spec_of
 from msp_plugin.progress import prefixed
 from msp_plugin.records.parts import ModelRecord
-from msp_plugin.records.run import DENSE, PRUNE, RECOVERED, UNIFORM, RunRecord, StageRecord
+from msp_plugin.records.run import DENSE, FINAL, PRUNE, UNIFORM, RunRecord, StageRecord
 from msp_plugin.recovery.record import Measured, Recovered, copy_logs, with_recovery
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import versions
@@ -218,12 +218,9 @@ class RunSteps:
         record = self._measured(record, before, done[0].before[PRUNE].perplexity)
         for recovered in done:
             record = with_recovery(record, recovered)
-        last = record.stages[-1]
-        if last.perplexity is None:
-            value = finite(self._perplexity(RECOVERED, model))
-            stages = (*record.stages[:-1], last.model_copy(update={"perplexity": value}))
-            quality = {**record.perplexity, RECOVERED: value}
-            record = record.model_copy(update={"stages": stages, "perplexity": quality})
+        if done[-1].changed:
+            quality = {**record.perplexity, FINAL: finite(self._perplexity(FINAL, model))}
+            record = record.model_copy(update={"perplexity": quality})
         return record
 
     def _identity(self, model: PreTrainedModel) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def bench(source: str | Path, options: BenchOptions | None = None) -> BenchRecor
     Raises:
         ModelError: there is no such model, or it is not packed.
         FormatError: files are damaged.
+        RecipeError: prompt and tokens are more than the model takes.
     """
     options = options or BenchOptions()
     models: dict[str, PreTrainedModel] = {}
@@ -111,6 +112,7 @@ def bench(source: str | Path, options: BenchOptions | None = None) -> BenchRecor
         models.pop(form, None)
         before = _resident()
         models[form] = load(source, options.dtype, packed=form == "packed", checksums=form == "packed")
+        _check_length(models[form], options)
         after = _resident()
         resident[form] = None if before is None or after is None else after - before
     kernels = Counter(m.kernel for m in models["packed"].modules() if isinstance(m, PackedLinear))
@@ -130,6 +132,16 @@ def bench(source: str | Path, options: BenchOptions | None = None) -> BenchRecor
         "torch": torch.__version__,
     }
     return BenchRecord(str(source), options, dict(kernels), forms["packed"], forms["dense"], machine)
+
+
+def _check_length(model: PreTrainedModel, options: BenchOptions) -> None:
+    """Raise RecipeError if prompt and tokens are more than a model takes."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and options.prompt + options.tokens > most:
+        raise RecipeError(
+            f"{options.prompt} tokens of prompt and {options.tokens} after it, the model takes {most} at most",
+            hint="give a smaller prompt or fewer tokens",
+        )
 
 
 @torch.no_grad()

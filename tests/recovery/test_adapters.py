@@ -98,8 +98,6 @@ def test_an_adapter_of_another_recovery_is_refused_before_a_model_is_loaded(stop
     cache = str(tmp_path / "cache")
     with pytest.raises(ModelError if stopped else OutputError, match="no_such" if stopped else "not empty"):
         recover(tmp_path / "no_such", "no text", tmp_path / "out", method=method, cache=cache)
-    with pytest.raises(ModelError if stopped else OutputError, match="no_such" if stopped else "not empty"):
-        prune(tmp_path / "no_such", "no text", tmp_path / "out", recover=method, sparsity=0.5, cache=cache)
     with pytest.raises(OutputError, match="not empty"):
         recover(tmp_path / "no_such", "no text", tmp_path / "out", method=method, cache=cache,
                 context=RunContext(fresh=True))  # fmt: skip
@@ -136,3 +134,10 @@ def test_an_adapter_that_would_change_nothing_is_not_written_and_a_note_says_so(
     assert (
         not (case.folder / "none").exists() and f"no adapter was written to {case.folder / 'none'}" in notes
     )
+
+
+def test_an_adapter_of_a_pruned_model_that_nobody_writes_is_refused(llama_dir, tmp_path):
+    method = {"name": "masked_lora", "adapter": str(tmp_path / "adapter")}
+    with pytest.raises(RecipeError, match="which is not written before its recovery") as error:
+        prune(llama_dir, "no text", tmp_path / "out", sparsity=0.5, recover=method)
+    assert "msp recover" in error.value.hint

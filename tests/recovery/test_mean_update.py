@@ -238,3 +238,11 @@ def test_models_that_are_stored_in_two_types_are_compared(offset_dir, text, tmp_
     assert found["one"].abs().max() > 0.01
     torch.testing.assert_close(found["two"], found["one"], rtol=0.05, atol=0.01)
     assert "is it the model that was pruned?" not in caplog.text
+
+
+@pytest.mark.parametrize("method", ["weight_update", "mean_update"])
+def test_another_recovery_may_follow(method, offset_dir, text, tmp_path):
+    zeroed(offset_dir, tmp_path / "run")
+    recover(tmp_path / "run", text, tmp_path / "first", original=offset_dir, method="mean_update")
+    run = recover(tmp_path / "first", text, tmp_path / "second", original=offset_dir, method=method)
+    assert [stage.name for stage in run.record.stages][-2:] == ["recover", "recover"]

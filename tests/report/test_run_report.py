@@ -254,7 +254,7 @@ def test_commands_name_the_method_and_no_recipe_that_llm_compressor_refuses(
     method, again, records, report, edit_json
 ):
     run = records()
-    (run / "recipe.yaml").write_text("")
+    (run / "recipe.yaml").write_text("sparsity_stage: {}")
     edit_json(run / "allocation.json", lambda data: data["provenance"]["method"].update(name=method))
     text = report(run).text
     by = "" if method == "sparsegpt" else f"-m {method} "

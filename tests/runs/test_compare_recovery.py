@@ -71,3 +71,13 @@ def test_a_recovery_without_pruning_or_of_an_unknown_name_is_refused_before_the_
         run(by_name("uniform"), recover="blockwise")
     with pytest.raises(RecipeError, match="no_such"):
         run(by_name("uniform"), prune=True, recover="no_such")
+
+
+def test_a_recovery_that_fails_costs_no_figure_of_the_pruned_model(run):
+    method = {"name": "masked_lora", "rank": 4, "tokens": 192, "step_tokens": 96, "learning_rate": 1e30}
+    record = run(by_name("uniform", "lsa"), prune=True, recover=method)
+    plain = run(by_name("uniform", "lsa"), prune=True)
+    for row, same in zip(record["rows"], plain["rows"], strict=True):
+        assert row["error"] is None and row.get("recovered") is None
+        assert (row["perplexity"], row["kl"]) == (same["perplexity"], same["kl"])
+        assert row["notes"][-1].startswith("the recovery failed: ")

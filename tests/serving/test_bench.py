@@ -41,3 +41,8 @@ def test_a_count_below_one_is_refused_before_anything_is_loaded(name):
 
 def test_no_threads_are_refused_as_a_wrong_option(msp):
     assert "'--threads'" in msp("bench", "no_such", "--threads", "0", code=2).err
+
+
+def test_more_tokens_than_the_model_takes_are_refused(packed_dir):
+    with pytest.raises(RecipeError, match="the model takes 128 at most"):
+        bench(packed_dir, BenchOptions(prompt=128, tokens=1))

@@ -352,7 +352,11 @@ def built_anew():
 
 @pytest.mark.parametrize(
     ("compiler", "message"),
-    [("no-such-compiler", "no C\\+\\+ compiler: no-such-compiler"), ("false", "the compiler false failed")],
+    [
+        ("no-such-compiler", "no C\\+\\+ compiler: no-such-compiler"),
+        ("false", "the compiler false failed"),
+        ('"', "CXX is no command"),
+    ],
 )
 def test_without_a_compiler_that_works_weights_are_served_dense(built_anew, compiler, message, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
@@ -366,7 +370,8 @@ def test_a_source_that_does_not_compile_is_dense_and_says_the_compilers_error(
     monkeypatch.setenv("MSP_CACHE", str(tmp_path))
     script = tmp_path / "cxx"
     script.write_text(
-        "#!/bin/sh\n[ \"$1\" = --version ] && echo mine && exit\necho 'operator.cpp:1: error: no such type' >&2\nexit 1\n"
+        "#!/bin/sh\n[ \"$1\" = --version ] && echo mine && exit\necho 'operator.cpp:1: error: no such type' >&2\n"
+        "printf 'in Latin-1: \\351' >&2\nexit 1\n"
     )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))

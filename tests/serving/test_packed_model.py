@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import msp_plugin
 from msp_plugin.checkpoint.export import Bitmask, Sparse24, export_checkpoint
 from msp_plugin.errors import FormatError, ModelError, ServingError
 from msp_plugin.serving.cpu import build
-from msp_plugin.serving.cpu.kernel import FORCE, choose
+from msp_plugin.serving.cpu.kernel import FORCE, KERNELS, choose
 from msp_plugin.serving.cpu.linear import PackedLinear
 
 reason = build.load_operator()
@@ -168,3 +171,30 @@ def test_a_damaged_mask_is_refused(packed_path, copied, rewrite):
     (path / "export.json").unlink()
     with pytest.raises(FormatError, match=layer):
         msp_plugin.load(path, packed=True)
+
+
+@pytest.mark.slow
+def test_a_model_that_was_sent_to_another_process_runs_there(packed_path, tmp_path):
+    model = msp_plugin.load(packed_path, "float32", packed=True)
+    code = (
+        "import sys, torch, msp_plugin; model = torch.load(sys.argv[1], weights_only=False);"
+        "print(model.generate(torch.tensor([[3, 14, 15, 92]]), max_new_tokens=12, do_sample=False).tolist())"
+    )
+    lacking = [kernel for kernel in KERNELS if not torch.ops.msp_plugin.cpu_supports(kernel)]
+    for kernel in (None, *lacking[:1]):
+        for module in packed_linears(model).values() if kernel else ():
+            module.kernel = kernel
+        torch.save(model, tmp_path / "model.pt")
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True
+        )
+        assert (
+            json.loads(done.stdout.splitlines()[-1])
+            == generated(msp_plugin.load(packed_path, "float32")).tolist()
+        )
+
+
+def test_a_model_in_float64_is_refused(packed_path):
+    model = msp_plugin.load(packed_path, "float32", packed=True).double()
+    with torch.no_grad(), pytest.raises(ServingError, match=r"not torch.float64"):
+        model(torch.arange(8)[None])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -104,7 +104,7 @@ class LLMCompressor:
             )
         recovered = tuple(each.recovered for each in recoveries if each.recovered is not None)
         if recovered and recipe.modifiers[-1] is not recoveries[-1]:
-            recovered = (*recovered[:-1], recovered[-1].unmeasured())
+            recovered = (*recovered[:-1], replace(recovered[-1], changed=True))
         return Pruned(None, None, recovered) if ours is None else Pruned(ours.outcome, ours.stats, recovered)
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:

@@ -12,6 +12,8 @@ from compressed_tensors.offload.cache import DiskCache, OffloadCache
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.core.events import EventType
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import ConfigDict, PrivateAttr, model_validator
@@ -33,7 +35,7 @@ from msp_plugin.records.run import PRUNE
 from msp_plugin.recovery.base import Recovery
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.record import Recovered
-from msp_plugin.recovery.sources import load_original
+from msp_plugin.recovery.sources import check_denser, load_original
 from msp_plugin.recovery.step import RecoveryStep, RecoveryText
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import digest
@@ -127,11 +129,19 @@ class RecoveryModifier(Modifier):
         if not self._active:
             return True
         modifiers = active_session().lifecycle.recipe.modifiers
-        behind = modifiers[[modifier is self for modifier in modifiers].index(True) + 1 :]
-        if any(isinstance(modifier, MixedSparsityModifier) for modifier in behind):
-            raise RecipeError(
-                "RecoveryModifier stands before MixedSparsityModifier", hint="put its line after that one"
-            )
+        place = [modifier is self for modifier in modifiers].index(True)
+        for modifier in modifiers[place + 1 :]:
+            if isinstance(modifier, MixedSparsityModifier | SparsityModifierBase):
+                raise RecipeError(
+                    f"RecoveryModifier stands before {type(modifier).__name__}",
+                    hint="put its line after that one",
+                )
+        for modifier in modifiers[:place]:
+            if isinstance(modifier, QuantizationMixin):
+                raise RecipeError(
+                    f"RecoveryModifier stands behind {type(modifier).__name__}",
+                    hint="put its line between the pruning and the quantization",
+                )
         self._pruning = next((m for m in modifiers if isinstance(m, MixedSparsityModifier)), None)
         if (ranks := launched_ranks()) > 1:
             raise HostError(
@@ -211,6 +221,9 @@ class RecoveryModifier(Modifier):
             else allocation.by_layer
         )
         masks = Masks.of(model, list(layers))
+        if self._original is not None:
+            name = self.original or str(getattr(model.config, "_name_or_path", "the model"))
+            check_denser(name, self._original, masks, "give RecoveryModifier the dense model as original")
         self._recovery.check(model, masks)
         context = RunContext(progress=self._progress, fresh=self._fresh)
         assert self._samples is not None, "the modifier is initialised first"

@@ -105,7 +105,10 @@ def _plan() -> tuple[list[str], Path]:
     """Return the compiler's command, and the library's place, named by all that it depends on."""
     if sys.platform not in ("linux", "darwin"):
         raise _BuildError(f"the kernels are not built on {sys.platform}")
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError as error:
+        raise _BuildError(f"CXX is no command: {error}") from error
     version = _run([*compiler, "--version"]).splitlines()[0]
     folder, torch_folder = Path(__file__).parent, Path(torch.__file__).parent
     flags = [*_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
@@ -141,7 +144,9 @@ def _build(command: list[str], library: Path) -> None:
 def _run(command: list[str]) -> str:
     """Return what a compiler prints."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT, check=False
+        )
     except OSError as error:
         raise _BuildError(
             f"no C++ compiler: {command[0]}: {error.strerror} (set CXX, or install g++)"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from msp_plugin.errors import ServingError
 from msp_plugin.formats.base import PackedFormat
-from msp_plugin.serving.cpu.kernel import PackedWeight, check_structure, checked_choice, equal_rows
+from msp_plugin.serving.cpu.build import load_operator
+from msp_plugin.serving.cpu.kernel import DTYPES, PackedWeight, check_structure, checked_choice, equal_rows
 from msp_plugin.serving.cpu.memory import in_huge_pages
 from msp_plugin.serving.kernels import Choice
+
+log = logging.getLogger(__name__)
 
 
 class PackedLinear(nn.Module):
@@ -102,10 +106,15 @@ class PackedLinear(nn.Module):
         """Return x [..., in_features] times the transposed weight plus bias.
 
         Raises:
-            ServingError: a gradient is asked for.
+            ServingError: a gradient is asked for, or the model was cast to another dtype.
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise _no_training(self.name)
+        if self.like.dtype not in DTYPES:
+            raise ServingError(
+                f"{self.name} is packed, and is multiplied in bfloat16, float16 or float32, not {self.like.dtype}",
+                hint="load the model without packed=True",
+            )
         if self.kernel == "dense":
             return nn.functional.linear(x, self.weight, self.bias)
         out: torch.Tensor = torch.ops.msp_plugin.bitmask_linear(
@@ -129,6 +138,15 @@ class PackedLinear(nn.Module):
         if mode:
             raise _no_training(self.name)
         return super().train(mode)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state from another process, whose kernel this one may lack: then the product is dense."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.kernel != "dense" and (
+            load_operator() is not None or not torch.ops.msp_plugin.cpu_supports(self.kernel)
+        ):
+            log.warning("this process has no kernel %s: %s is multiplied dense", self.kernel, self.name)
+            self.kernel = "dense"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Cast and move all tensors but the scales, which another dtype may be too narrow for: those are only moved."""
