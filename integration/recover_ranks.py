@@ -1,12 +1,10 @@
 """How much faster two processes recover a model than one, each with one thread, and how near the results are.
 
     python integration/recover_ranks.py
-    python integration/recover_ranks.py --smollm2 smollm2        # the directory that integration/smollm2.py made
 
-A model with the two smallest of every four weights set to zero is recovered by each method, by one process and by two that
-torchrun starts, over gloo: a demo model with 128 samples of 256 tokens of the demo corpus, SmolLM2-135M with 24 of its text.
-Seconds are of the method alone, and so are CPU seconds, of the process that used most: on a machine that is busy otherwise
-only those tell. Two free cores are needed.
+A demo model with the two smallest of every four weights set to zero is recovered by each method with 128 samples of 256
+tokens of the demo corpus, by one process and by two that torchrun starts, over gloo. Seconds are of the method alone, and so
+are CPU seconds, of the process that used most: on a machine that is busy otherwise only those tell. Two free cores are needed.
 """
 
 from __future__ import annotations
@@ -30,14 +28,9 @@ METHODS = {
     "blockwise": {"epochs": 2},
     "masked_lora": {"tokens": 40_000, "step_tokens": 4096, "learning_rate": 2e-3, "evaluations": 2},
 }
-#: Of SmolLM2, which takes longer.
-FEWER = {
-    "blockwise": {"epochs": 1},
-    "masked_lora": {"tokens": 8192, "step_tokens": 4096, "learning_rate": 2e-3, "evaluations": 1},
-}
 
 
-def work(method: str, smollm2: Path | None) -> None:
+def work(method: str, samples: int) -> None:
     """Recover as one of the processes; the first one prints its figures as JSON."""
     import torch
 
@@ -55,24 +48,17 @@ def work(method: str, smollm2: Path | None) -> None:
     from msp_plugin.recovery.step import RecoveryText
     from msp_plugin.runtime.ranks import join
 
-    ranks, options = join(), (FEWER if smollm2 else METHODS)[method]
-    if smollm2:
-        source, folder = smollm2 / "model", smollm2 / "text"
-        text = Text(
-            folder / "calibration.txt", test=folder / "test.txt", samples=24, length=256, test_samples=8
-        )
-    else:
-        source = demo_model_path("qwen2")
-        text = Text("demo:calibration", test="demo:test", samples=128, length=256, test_samples=16)
+    ranks, source = join(), demo_model_path("qwen2")
     original, model = load_model(source, "float32"), load_model(source, "float32")
     layers = [layer.name for layer in prunable_layers(model).layers]
     with torch.no_grad():
         for name in layers:
             weight = model.get_submodule(name).weight
             weight.masked_fill_(~nm_mask(weight.abs(), Level.parse("2:4")), 0)
+    text = Text("demo:calibration", test="demo:test", samples=samples, length=256, test_samples=16)
     split = load_split(load_tokenizer(source), text)
     parts = RecoveryText.of(split.pruning, split.test)
-    recovery = Plugins().build("recoveries", {"name": method, **options})
+    recovery = Plugins().build("recoveries", {"name": method, **METHODS[method]})
     folder = ranks.on_rank_zero(lambda: Path(tempfile.mkdtemp()))
     inputs = RecoveryInputs(
         model, Masks.of(model, layers), parts.data, parts.holdout, original, folder, ranks=ranks
@@ -85,17 +71,10 @@ def work(method: str, smollm2: Path | None) -> None:
         print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "kl": kl}))
 
 
-def measure(method: str, smollm2: Path | None, ranks: int) -> dict[str, Any]:
+def measure(method: str, samples: int, ranks: int) -> dict[str, Any]:
     """Return the figures of a recovery by some processes."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [
-        sys.executable,
-        *launcher,
-        __file__,
-        "--work",
-        method,
-        *(["--smollm2", str(smollm2)] if smollm2 else []),
-    ]
+    command = [sys.executable, *launcher, __file__, "--work", method, "--samples", str(samples)]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -110,14 +89,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--smollm2", type=Path, help="directory that smollm2.py made; default: a demo model")
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--work", choices=METHODS, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--write", action="store_true", help="write results/recover_ranks.md, or recover_ranks_smollm2.md"
-    )
+    parser.add_argument("--write", action="store_true", help="write results/recover_ranks.md")
     given = parser.parse_args()
     if given.work:
-        work(given.work, given.smollm2)
+        work(given.work, given.samples)
         return 0
     lines = [
         "| method | processes | seconds | CPU seconds of a process | KL to the dense model |",
@@ -125,7 +102,7 @@ def main() -> int:
     ]
     speeds = []
     for method in given.methods:
-        rows = [measure(method, given.smollm2, ranks) for ranks in (1, 2)]
+        rows = [measure(method, given.samples, ranks) for ranks in (1, 2)]
         lines += [
             f"| `{method}` | {i + 1} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['kl']:.5f} |"
             for i, row in enumerate(rows)
@@ -138,8 +115,7 @@ def main() -> int:
     if given.write:
         about = " ".join(__doc__.split("\n\n")[-1].split())
         head = f"# Recovery by two processes\n\nMade by `python integration/recover_ranks.py --write`: {about}\n\n{machine()}\n\n"
-        name = "recover_ranks_smollm2.md" if given.smollm2 else "recover_ranks.md"
-        (RESULTS / name).write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+        (RESULTS / "recover_ranks.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
     return 0 if min(speeds) >= GOAL else 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,7 +75,9 @@ class Text:
                 raise DataError(f"{option} = {value}", hint=f"give at least {least}")
         for option in ("data", "search", "test"):
             source = getattr(self, option)
-            if source is not None and not str(source).strip():  # it would be the working directory
+            if isinstance(source, os.PathLike):
+                object.__setattr__(self, option, os.fspath(source))
+            elif source is not None and not source.strip():  # it would be the working directory
                 raise DataError(f"{option} is an empty text", hint="give a file, a directory or a dataset")
 
     def for_model(self, source: str | Path, *, trust_remote_code: bool = False) -> Text:
@@ -139,7 +142,7 @@ class Text:
         """
         if self.length is None:
             raise DataError(
-                "the length of samples is not known yet", hint="call for_model first, or give a length"
+                "the length of samples is not known", hint="call for_model first, or give a length"
             )
         return self.length
 

@@ -64,6 +64,10 @@ def test_test_samples_that_calibrate_too_are_left_out_of_the_test(tokenizer, tex
     assert "test samples are calibration samples too, and are left out" in caplog.text
 
 
+def test_a_path_is_taken_for_its_name(text_file):
+    assert Text(Path(text_file), test=Path(text_file)) == Text(str(text_file), test=str(text_file))
+
+
 @pytest.mark.parametrize("option", ["data", "search", "test"])
 def test_an_empty_name_is_not_the_working_directory(option):
     with pytest.raises(DataError, match=f"{option} is an empty text"):
