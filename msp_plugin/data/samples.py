@@ -379,19 +379,12 @@ def _apart(test: CalibrationSet, parts: Sequence[CalibrationSet]) -> Calibration
         raise DataError(
             f"{shared} of {len(test)} test samples are calibration samples too", hint="give another test text"
         )
-    if shared:
-        log.warning(
-            "%d of %d test samples are calibration samples too, and are left out: give another test text",
-            shared,
-            len(test),
-        )
-    return (
-        replace(
-            test, samples=own, readings=tuple(replace(r, samples=r.samples - shared) for r in test.readings)
-        )
-        if shared
-        else test
-    )
+    if not shared:
+        return test
+    said = "%d of %d test samples are calibration samples too, and are left out: give another test text"
+    log.warning(said, shared, len(test))
+    readings = tuple(replace(reading, samples=reading.samples - shared) for reading in test.readings)
+    return replace(test, samples=own, readings=readings)
 
 
 def _part(data: CalibrationSet, source: str, start: int, end: int) -> CalibrationSet:
