@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from msp_plugin.errors import FormatError
+from msp_plugin.errors import FormatError, ModelError
 from msp_plugin.models.source import load_tokenizer
 
 #: What tokenizers of one vocabulary split differently: digits, spaces, lines, accents, other scripts.
@@ -13,10 +13,16 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.j
 
 
 def same_tokens(first: Path, second: Path) -> bool | None:
-    """Return True if the tokenizers of two checkpoints write a text in the same tokens; None if one has none."""
+    """Return True if the tokenizers of two checkpoints write a text in the same tokens.
+
+    None if one has none, or one that needs code of its own.
+    """
     if not all(any((path / name).is_file() for name in _FILES) for path in (first, second)):
         return None
-    ids = [load_tokenizer(path)(PROBE, verbose=False).input_ids for path in (first, second)]
+    try:
+        ids = [load_tokenizer(path)(PROBE, verbose=False).input_ids for path in (first, second)]
+    except ModelError:
+        return None
     return bool(ids[0] == ids[1])
 
 

@@ -30,6 +30,7 @@ class Recovered:
         before: the measurements of the models before it, by stage; PRUNE stands for the model that was recovered.
         seconds: that it took with all measurements.
         state: the directory of its state, with its logs.
+        changed: the model was changed since, e.g. quantized, so that the measurements are of an earlier state.
     """
 
     stage: StageRecord

@@ -50,10 +50,8 @@ def uniform_config(
     types = getattr(config, "layer_types", None)
     if isinstance(types, list) and len(types) == depth:
         written["layer_types"] = [types[block] for block in blocks]
-    every = {
-        **config.to_dict(),
-        **written,
-    }  # with what config.json leaves to defaults, which are others there
+    # with what config.json leaves to defaults, which are others there
+    every = {**config.to_dict(), **written}
     every = {key: value for key, value in every.items() if key not in (KEY, GLOBAL_ACCESS, "_name_or_path")}
     if raw["model_type"] == "qwen2" and widths.heads * head_dim != config.hidden_size:
         seed_oss = {key: value for key, value in every.items() if key not in _QWEN2_ONLY} | _SEED_OSS

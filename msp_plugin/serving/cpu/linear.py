@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -145,7 +146,7 @@ class PackedLinear(nn.Module):
         if self.kernel != "dense" and (
             load_operator() is not None or not torch.ops.msp_plugin.cpu_supports(self.kernel)
         ):
-            log.warning("this process has no kernel %s: %s is multiplied dense", self.kernel, self.name)
+            _warn_of(self.kernel)
             self.kernel = "dense"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
@@ -159,6 +160,14 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Return what a model's printed form says of the linear."""
         return f"{self.in_features}, {self.out_features}, format={self.format.name}, kernel={self.kernel}"
+
+
+@cache
+def _warn_of(kernel: str) -> None:
+    """Log, once for all layers, that a kernel is not here."""
+    log.warning(
+        "this process has no kernel %s: packed layers that come from another are multiplied dense", kernel
+    )
 
 
 def _no_training(name: str) -> ServingError:
