@@ -33,6 +33,8 @@ def sort_layers(
     allocation: Allocation | None,
     format: PackedFormat,
     read: Callable[[str], torch.Tensor] | None = None,
+    *,
+    smaller: bool = False,
 ) -> Packing:
     """Return which layers of a dense checkpoint a format packs, and why the others stay dense.
 
@@ -42,6 +44,7 @@ def sort_layers(
     Args:
         tensors: the headers of the checkpoint.
         read: returns the weight [out, in] of a layer; needed without an allocation.
+        smaller: what was pruned is left out, so that a layer may have no zeros although it was.
     """
     packed: dict[str, str] = {}
     dense: dict[str, str] = {}
@@ -51,7 +54,7 @@ def sort_layers(
         if reason is None and (level is None or (format.lossy and read is not None)):
             assert read is not None, "without an allocation, the weights decide"
             weight = read(layer)
-            whole = level is None and format.lossy and _is_whole(weight)
+            whole = level is None and format.lossy and not smaller and _is_whole(weight)
             reason = "it was not pruned" if whole else format.refuses_weight(weight)
         if reason is None:
             packed[layer] = level.name if level else format.structure
