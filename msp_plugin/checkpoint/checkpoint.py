@@ -122,11 +122,7 @@ class Checkpoint:
         """Return which layers of a dense checkpoint a format packs; may read every weight once."""
         if format.name not in self._packings:
             self._packings[format.name] = sort_layers(
-                self.tensors,
-                self.allocation,
-                format,
-                lambda layer: self.tensors.read(f"{layer}.weight"),
-                smaller=self.smaller,
+                self.tensors, self.allocation, format, lambda layer: self.tensors.read(f"{layer}.weight")
             )
         return self._packings[format.name]
 

@@ -33,8 +33,6 @@ def sort_layers(
     allocation: Allocation | None,
     format: PackedFormat,
     read: Callable[[str], torch.Tensor] | None = None,
-    *,
-    smaller: bool = False,
 ) -> Packing:
     """Return which layers of a dense checkpoint a format packs, and why the others stay dense.
 
@@ -44,7 +42,6 @@ def sort_layers(
     Args:
         tensors: the headers of the checkpoint.
         read: returns the weight [out, in] of a layer; needed without an allocation.
-        smaller: what was pruned is left out, so that a layer may have no zeros although it was.
     """
     packed: dict[str, str] = {}
     dense: dict[str, str] = {}
@@ -53,9 +50,7 @@ def sort_layers(
         reason = format.refuses(layer, info.shape, info.dtype, level)
         if reason is None and (level is None or (format.lossy and read is not None)):
             assert read is not None, "without an allocation, the weights decide"
-            weight = read(layer)
-            whole = level is None and format.lossy and not smaller and _is_whole(weight)
-            reason = "it was not pruned" if whole else format.refuses_weight(weight)
+            reason = format.refuses_weight(read(layer))
         if reason is None:
             packed[layer] = level.name if level else format.structure
         else:
@@ -66,11 +61,6 @@ def sort_layers(
                 why = dense.get(sibling, "it was not pruned")
                 dense[layer] = f"inference fuses it with {sibling}, which stays dense: {why}"
     return Packing({layer: level for layer, level in packed.items() if layer not in dense}, dense)
-
-
-def _is_whole(weight: torch.Tensor) -> bool:
-    """Return True if less than a sixteenth of a weight is zero, so that a bit for each weight would not pay."""
-    return 16 * int(torch.count_nonzero(weight)) > 15 * weight.numel()
 
 
 def short_reason(reason: str) -> str:
