@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 #: Most of the search text that move gradients are taken from in one round: they cost five forward passes a token,
 #: and their means run over several rounds anyway.
 MOST_GRADIENTS = 0.5
-#: Forward tokens of a search by default: for each unit, and at least, as those of a small model cost little; and at least
-#: in readings of search text and hold-out, of which the seeds alone take about five.
+#: Forward tokens of a search by default: for each unit, and the least, as those of a small model cost little. The third is
+#: the least number of passes over search text and hold-out; the seeds alone take about five.
 TOKENS_PER_UNIT, LEAST_TOKENS, LEAST_READINGS = 2048, 2**19, 16
 
 
@@ -74,8 +74,8 @@ class Search(Allocator):
         least_gain: share of the gain over uniform that a round must promise for the search to go on; 0 ends it by
             ``patience`` and budget alone.
         max_tokens: most forward tokens of the search, beside those that measure uniform; None: TOKENS_PER_UNIT for
-            each unit of the model, LEAST_TOKENS and LEAST_READINGS of the search text and hold-out at least; 0 sets no limit. A backward pass counts as two forward
-            passes.
+            each unit of the model, at least LEAST_TOKENS, and at least LEAST_READINGS passes over search text and hold-out;
+            0 sets no limit. A backward pass counts as two forward passes.
         seconds: of the search, after which nothing more is measured; 0 sets no limit. With a limit in seconds,
             equal runs may differ. Neither limit counts the sensitivities and the level database.
         seeds: allocations that the search may start from.

@@ -172,7 +172,7 @@ def load_texts(source: str, text_column: str = DEFAULT_COLUMN) -> Documents:
             return _directory(path, source, text_column)
     except OSError as error:  # e.g. a text in the place of its file's name
         raise DataError(
-            f"cannot look at the data at {shown(source)}: {error.strerror}",
+            f"cannot read the data at {shown(source)}: {error.strerror}",
             hint="give a text or jsonl file that you may read, or a dataset",
         ) from None
     if is_known(path) or source.startswith((".", "/", "~")):

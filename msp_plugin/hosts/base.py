@@ -62,7 +62,9 @@ class Pruned:
 
 
 def check_layers(model: PreTrainedModel, options: ResolvedOptions, inputs: PruneInputs) -> UnitTable:
-    """Return the units to prune; raise, before any work, if the options do not fit them, or they cannot be saved or get no input.
+    """Return the units to prune.
+
+    Raise, before any work, if the options do not fit the model, or layers cannot be saved or get no input.
 
     Raises:
         MSPError: see check_model, saved_names and check_called.

@@ -89,7 +89,7 @@ def has_config(path: Path) -> bool:
         return (path / "config.json").is_file()
     except OSError as error:
         raise ModelError(
-            f"cannot look at the model at {shown(str(path))}: {error.strerror}",
+            f"cannot read the model at {shown(str(path))}: {error.strerror}",
             hint="give a model's directory that you may read, or a hub id",
         ) from None
 

@@ -75,7 +75,7 @@ def prune(
     if recovery is not None:
         if recovery.writes:
             raise RecipeError(
-                f"the adapter at {recovery.writes[0]} would change the pruned model, which is not written before its recovery",
+                f"the adapter {recovery.writes[0]} is for the pruned model, which is not saved where a recovery follows",
                 hint="prune without a recovery first, and then use msp recover with the adapter",
             )
         check_beside(recovery, Path(out), resolved.cache, fresh=context.fresh)

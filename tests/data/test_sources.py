@@ -327,5 +327,5 @@ def test_a_name_that_no_terminal_should_see_is_written_with_escapes(tmp_path):
 
 
 def test_a_text_in_the_place_of_its_file_is_explained():
-    with pytest.raises(DataError, match="cannot look at the data at .*File name too long"):
+    with pytest.raises(DataError, match="cannot read the data at .*File name too long"):
         load_texts("some text " * 60)

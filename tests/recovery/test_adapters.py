@@ -138,6 +138,6 @@ def test_an_adapter_that_would_change_nothing_is_not_written_and_a_note_says_so(
 
 def test_an_adapter_of_a_pruned_model_that_nobody_writes_is_refused(llama_dir, tmp_path):
     method = {"name": "masked_lora", "adapter": str(tmp_path / "adapter")}
-    with pytest.raises(RecipeError, match="which is not written before its recovery") as error:
+    with pytest.raises(RecipeError, match="which is not saved where a recovery follows") as error:
         prune(llama_dir, "no text", tmp_path / "out", sparsity=0.5, recover=method)
     assert "msp recover" in error.value.hint

@@ -350,14 +350,10 @@ def built_anew():
     assert build.load_operator() is None
 
 
-@pytest.mark.parametrize(
-    ("compiler", "message"),
-    [
-        ("no-such-compiler", "no C\\+\\+ compiler: no-such-compiler"),
-        ("false", "the compiler false failed"),
-        ('"', "CXX is no command"),
-    ],
-)
+@pytest.mark.parametrize(("compiler", "message"), [
+    ("no-such-compiler", "no C\\+\\+ compiler: no-such-compiler"), ("false", "the compiler false failed"),
+    ('"', "CXX is no command"),
+])  # fmt: skip
 def test_without_a_compiler_that_works_weights_are_served_dense(built_anew, compiler, message, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
     choice = choose(torch.bfloat16)
