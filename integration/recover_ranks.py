@@ -1,8 +1,9 @@
 """How much faster two processes recover a model than one, each with one thread, and how near the results are.
 
     python integration/recover_ranks.py
+    python integration/recover_ranks.py --model smollm2/model --samples 16 --tokens 8192   # of integration/smollm2.py
 
-A demo model with the two smallest of every four weights set to zero is recovered by each method with 128 samples of 256
+A model in float32 with the two smallest of every four weights set to zero is recovered by each method with samples of 256
 tokens of the demo corpus, by one process and by two that torchrun starts, over gloo. Seconds are of the method alone, and so
 are CPU seconds, of the process that used most: on a machine that is busy otherwise only those tell. Two free cores are needed.
 """
@@ -24,13 +25,14 @@ from database_cost import RESULTS, machine
 
 #: What two processes should reach, in the speed of one.
 GOAL = 1.6
+DEMO = "qwen2"
 METHODS = {
     "blockwise": {"epochs": 2},
-    "masked_lora": {"tokens": 40_000, "step_tokens": 4096, "learning_rate": 2e-3, "evaluations": 2},
+    "masked_lora": {"tokens": 0, "step_tokens": 4096, "learning_rate": 2e-3, "evaluations": 2},
 }
 
 
-def work(method: str, samples: int) -> None:
+def work(method: str, given: argparse.Namespace) -> None:
     """Recover as one of the processes; the first one prints its figures as JSON."""
     import torch
 
@@ -48,17 +50,18 @@ def work(method: str, samples: int) -> None:
     from msp_plugin.recovery.step import RecoveryText
     from msp_plugin.runtime.ranks import join
 
-    ranks, source = join(), demo_model_path("qwen2")
+    ranks, source = join(), demo_model_path(given.model) if given.model == DEMO else Path(given.model)
     original, model = load_model(source, "float32"), load_model(source, "float32")
     layers = [layer.name for layer in prunable_layers(model).layers]
     with torch.no_grad():
         for name in layers:
             weight = model.get_submodule(name).weight
             weight.masked_fill_(~nm_mask(weight.abs(), Level.parse("2:4")), 0)
-    text = Text("demo:calibration", test="demo:test", samples=samples, length=256, test_samples=16)
+    text = Text("demo:calibration", test="demo:test", samples=given.samples, length=256, test_samples=16)
     split = load_split(load_tokenizer(source), text)
     parts = RecoveryText.of(split.pruning, split.test)
-    recovery = Plugins().build("recoveries", {"name": method, **METHODS[method]})
+    options = METHODS[method] | ({"tokens": given.tokens} if "tokens" in METHODS[method] else {})
+    recovery = Plugins().build("recoveries", {"name": method, **options})
     folder = ranks.on_rank_zero(lambda: Path(tempfile.mkdtemp()))
     inputs = RecoveryInputs(
         model, Masks.of(model, layers), parts.data, parts.holdout, original, folder, ranks=ranks
@@ -71,10 +74,11 @@ def work(method: str, samples: int) -> None:
         print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "kl": kl}))
 
 
-def measure(method: str, samples: int, ranks: int) -> dict[str, Any]:
+def measure(method: str, given: argparse.Namespace, ranks: int) -> dict[str, Any]:
     """Return the figures of a recovery by some processes."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, __file__, "--work", method, "--samples", str(samples)]
+    command = [sys.executable, *launcher, __file__, "--work", method, "--model", given.model]
+    command += ["--samples", str(given.samples), "--tokens", str(given.tokens)]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -89,12 +93,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--model", default=DEMO, help=f"{DEMO}, which is a demo model, or a directory")
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=40_000, help="of masked_lora")
     parser.add_argument("--work", choices=METHODS, help=argparse.SUPPRESS)
-    parser.add_argument("--write", action="store_true", help="write results/recover_ranks.md")
+    parser.add_argument("--write", action="store_true", help="write a page in results/")
     given = parser.parse_args()
     if given.work:
-        work(given.work, given.samples)
+        work(given.work, given)
         return 0
     lines = [
         "| method | processes | seconds | CPU seconds of a process | KL to the dense model |",
@@ -102,7 +108,7 @@ def main() -> int:
     ]
     speeds = []
     for method in given.methods:
-        rows = [measure(method, given.samples, ranks) for ranks in (1, 2)]
+        rows = [measure(method, given, ranks) for ranks in (1, 2)]
         lines += [
             f"| `{method}` | {i + 1} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['kl']:.5f} |"
             for i, row in enumerate(rows)
@@ -113,9 +119,10 @@ def main() -> int:
         )
     print(*lines, sep="\n")
     if given.write:
+        page = RESULTS / f"recover_ranks{'' if given.model == DEMO else '_smollm2'}.md"
         about = " ".join(__doc__.split("\n\n")[-1].split())
         head = f"# Recovery by two processes\n\nMade by `python integration/recover_ranks.py --write`: {about}\n\n{machine()}\n\n"
-        (RESULTS / "recover_ranks.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+        page.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
     return 0 if min(speeds) >= GOAL else 1
 
 

@@ -20,11 +20,10 @@ PRICES, PRICE_STEP = 24, 1.5
 
 
 def make_seeds(inputs: AllocationInputs, count: int) -> Iterator[Choice]:
-    """Yield up to ``count`` distinct choices: uniform, the minima of the additive surrogates, and Fisher rankings."""
+    """Yield up to ``count`` distinct choices: uniform, the minimum of the K-FAC error, and those of fisher_seeds."""
     problem = inputs.problem
     seen: set[Choice] = set()
-    candidates = [problem.uniform()]
-    candidates += [problem.solve(inputs.errors[name]) for name in ("kfac", "fisher", "output")]
+    candidates = [problem.uniform(), problem.solve(inputs.errors["kfac"])]
     candidates += fisher_seeds(inputs, count, 0.25, np.random.default_rng(inputs.seed))
     for choice in candidates:
         if choice not in seen and len(seen) < count:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,18 +27,17 @@ log = logging.getLogger(__name__)
 #: Most of the search text that move gradients are taken from in one round: they cost five forward passes a token,
 #: and their means run over several rounds anyway.
 MOST_GRADIENTS = 0.5
-#: Forward tokens of a search by default: for each unit, and the least, as those of a small model cost little. The third is
-#: the least number of passes over search text and hold-out; the seeds alone take about five.
-TOKENS_PER_UNIT, LEAST_TOKENS, LEAST_READINGS = 2048, 2**19, 16
+#: Forward tokens of a search by default: for each unit, and the least number of passes over search text and hold-out,
+#: of which the seeds alone take about three.
+TOKENS_PER_UNIT, LEAST_READINGS = 2048, 16
 
 
 @dataclass(frozen=True)
 class Search(Allocator):
     """Search around an incumbent on the measured loss; the default.
 
-    The start is the best of several cheap allocations: uniform, the exact minima of additive surrogates
-    (K-FAC, Fisher-weighted and output error, the weight error by the Fisher trace), and rankings by the Fisher
-    trace.
+    The start is the best of several cheap allocations: uniform, the exact minima of two additive surrogates (the
+    K-FAC error, the weight error by the Fisher trace), and rankings by the Fisher trace.
 
     A round measures by gradients what a move of any unit by one or two levels does to the loss of the incumbent
     (TrueLoss.move_gradients: the first-order change, and the Gauss-Newton curvature), and averages that with the
@@ -74,8 +72,8 @@ class Search(Allocator):
         least_gain: share of the gain over uniform that a round must promise for the search to go on; 0 ends it by
             ``patience`` and budget alone.
         max_tokens: most forward tokens of the search, beside those that measure uniform; None: TOKENS_PER_UNIT for
-            each unit of the model, at least LEAST_TOKENS, and at least LEAST_READINGS passes over search text and hold-out;
-            0 sets no limit. A backward pass counts as two forward passes.
+            each unit of the model, at least LEAST_READINGS passes over search text and hold-out; 0 sets no limit. A
+            backward pass counts as two forward passes.
         seconds: of the search, after which nothing more is measured; 0 sets no limit. With a limit in seconds,
             equal runs may differ. Neither limit counts the sensitivities and the level database.
         seeds: allocations that the search may start from.
@@ -91,7 +89,7 @@ class Search(Allocator):
 
     name = "search"
     sensitivities = ("fisher",)
-    errors = ("weight", "output", "fisher", "kfac")
+    errors = ("weight", "kfac")
     needs_database = True
     measures = True
 
@@ -100,7 +98,7 @@ class Search(Allocator):
     least_gain: float = 0.02
     max_tokens: int | None = None
     seconds: float = 0.0
-    seeds: int = 10
+    seeds: int = 8
     screen: float = 0.25
     reach: int = 2
     proposals: int = 5
@@ -146,7 +144,7 @@ class Search(Allocator):
         """Return the most forward tokens of a search over so many units; 0 is no limit."""
         if self.max_tokens is not None:
             return self.max_tokens
-        return max(LEAST_TOKENS, TOKENS_PER_UNIT * units, LEAST_READINGS * (self.tokens + self.holdout))
+        return max(TOKENS_PER_UNIT * units, LEAST_READINGS * (self.tokens + self.holdout))
 
 
 class _State:
@@ -167,10 +165,10 @@ class _State:
         self.notes: tuple[str, ...] = ()
 
     def start(self, seeds: Sequence[Choice]) -> None:
-        """Measure the seeds on a few samples, and uniform and the best two on all."""
+        """Measure the seeds on a few samples, and uniform and the best one on all."""
         losses, samples = self.losses, self.losses.draw_samples(self.options.screen / 2, self.rng)
         order = sorted(range(len(seeds)), key=lambda i: (losses.screening_loss(seeds[i], samples), i))
-        for i in sorted({0, *order[:2]}):
+        for i in sorted({0, order[0]}):
             losses.search_loss(seeds[i])
         self.incumbent = min(losses.search, key=lambda c: (losses.search[c], c))
         if not np.isfinite(losses.search[self.incumbent]):
@@ -287,10 +285,7 @@ class _State:
             self.losses.holdout_loss(uniform, free=True)
             if not self.selection.incumbents:
                 self.selection.set_best(uniform)
-            with suppress(SpentError):  # there may be no more for its hold-out
-                self.selection.update(min(self.losses.search, key=lambda c: (self.losses.search[c], c)))
-            if self.selection.best == uniform:
-                log.warning("%s: uniform is returned; give max_tokens or seconds more", note)
+            log.warning("%s: uniform is returned; give max_tokens or seconds more", note)
         self.notes = (note,) if self.options.max_tokens or self.options.seconds else ()
 
     def result(self) -> AllocationResult:

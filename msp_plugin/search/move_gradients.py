@@ -87,8 +87,11 @@ def sample_gradients(
 
     def add(name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
         unit, wanted = changes(name)
-        for level, change in wanted.items():  # <dY^T X, D> = <dY, X D^T>: no gradient of a weight is made
-            into[unit, level] += float((dy.float() * (x @ change.T)).sum())
+        if not wanted:
+            return
+        gradient = _weight_gradient(x, dy).flatten()
+        for level, change in wanted.items():
+            into[unit, level] += float(torch.dot(gradient, change.float().flatten()))
             asked[unit, level] = True
 
     scale = loss_scale((p for _, _, p in named_parameters(model)), len(ids))
@@ -104,6 +107,13 @@ def sample_gradients(
     curvature_sample /= math.sqrt(len(ids))
     first_order[~asked] = curvature_sample[~asked] = np.nan
     return first_order, curvature_sample
+
+
+def _weight_gradient(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """Return dY^T X, float32[O, I]; in float16 sums over tokens could overflow."""
+    if x.dtype == torch.float16:
+        x, dy = x.float(), dy.float()
+    return (dy.T @ x).float()
 
 
 def stack_samples(samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ def test_a_candidate_that_only_all_samples_show_to_be_infinite_is_not_accepted()
     plain, given_inputs = inputs_of(problem), inputs_of(problem)
     Search().allocate(plain)
     measure = given_inputs.loss.exact
-    bad = set(plain.loss.full[3:])
+    bad = set(plain.loss.full[2:])
     given_inputs.loss.exact = lambda c, samples=None: (
         np.inf if c in bad and samples is None else measure(c, samples)
     )
@@ -54,7 +54,7 @@ def test_seeds_without_a_finite_loss_are_an_error(finite):
     if finite:
         assert Search(rounds=2).allocate(given_inputs).choice == problem.uniform()
     else:
-        with pytest.raises(NumericsError, match="none of 10 seeds has a finite loss") as error:
+        with pytest.raises(NumericsError, match="none of 8 seeds has a finite loss") as error:
             Search().allocate(given_inputs)
         assert "float32" in error.value.hint
 
@@ -155,13 +155,14 @@ def distorted(problem, number):
 
 
 def test_moves_measured_alone_find_what_wrong_move_gradients_hide():
-    problem = problem_of(SHAPES * 2)
+    problem, shares = problem_of(SHAPES * 2), []
     for number in range(4):
         with_probes, without = (
             Search(probes=probes).allocate(inputs_of(problem, distorted(problem, number), holdout=None)).loss
             for probes in (12, 0)
         )
-        assert with_probes < 0.995 * without
+        shares.append(with_probes / without)
+    assert max(shares) <= 1 and np.mean(shares) < 0.97
 
 
 def test_what_is_measured_off_the_budget_is_one_move_and_never_a_result():

@@ -14,9 +14,15 @@ class ThreadRanks(Ranks):
         self.rank, self.size, self.barrier, self.slots = rank, size, barrier, slots
         self.meetings = 0
 
+    def _any_failed(self, failed):
+        return any(self._meet(failed))
+
     def _all_gather(self, value):
-        self.slots[self.rank] = value
         self.meetings += 1
+        return self._meet(value)
+
+    def _meet(self, value):
+        self.slots[self.rank] = value
         self.barrier.wait()
         values = list(self.slots)
         self.barrier.wait()
