@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import re
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -336,63 +334,3 @@ def test_the_operator_compiles():
     packed = pack_dense(weight)
     compiled = torch.compile(lambda x: linear(x, packed, HERE[0]) + 1, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), linear(x, packed, HERE[0]) + 1)
-
-
-# building
-
-
-@pytest.fixture
-def built_anew():
-    """Let this test's process ask for the library again. Name it before monkeypatch, whose changes must end first."""
-    build.load_operator.cache_clear()
-    yield
-    build.load_operator.cache_clear()
-    assert build.load_operator() is None
-
-
-@pytest.mark.parametrize(("compiler", "message"), [
-    ("no-such-compiler", "no C\\+\\+ compiler: no-such-compiler"), ("false", "the compiler false failed"),
-    ('"', "CXX is no command"),
-])  # fmt: skip
-def test_without_a_compiler_that_works_weights_are_served_dense(built_anew, compiler, message, monkeypatch):
-    monkeypatch.setenv("CXX", compiler)
-    choice = choose(torch.bfloat16)
-    assert choice.kernel == "dense" and re.search(message, choice.reason)
-
-
-def test_a_source_that_does_not_compile_is_dense_and_says_the_compilers_error(
-    built_anew, monkeypatch, tmp_path
-):
-    monkeypatch.setenv("MSP_CACHE", str(tmp_path))
-    script = tmp_path / "cxx"
-    script.write_text(
-        "#!/bin/sh\n[ \"$1\" = --version ] && echo mine && exit\necho 'operator.cpp:1: error: no such type' >&2\n"
-        "printf 'in Latin-1: \\351' >&2\nexit 1\n"
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    assert build.load_operator() == f"the compiler {script} failed: operator.cpp:1: error: no such type"
-    assert not list(tmp_path.glob("kernels/*.so"))
-
-
-def test_a_cache_that_cannot_be_written_is_dense(built_anew, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MSP_CACHE", str(tmp_path / "file"))
-    assert "the kernels cannot be stored" in choose(torch.bfloat16).reason
-
-
-def test_builders_at_once_share_one_library(monkeypatch, tmp_path):
-    """A compiler that takes a while and copies a finished library stands in, as the real one takes a minute."""
-    real = build.build_library()
-    script = tmp_path / "cxx"
-    script.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && echo mine && exit\necho x >> {tmp_path}/calls\nsleep 0.5\n'
-        f'for last; do :; done\ncp {real} "$last"\n'
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    monkeypatch.setenv("MSP_CACHE", str(tmp_path / "cache"))
-    with ThreadPoolExecutor(2) as pool:
-        paths = {future.result() for future in [pool.submit(build.build_library) for _ in range(2)]}
-    assert (tmp_path / "calls").read_text() == "x\n"
-    assert paths == set((tmp_path / "cache" / "kernels").glob("*.so")) and len(paths) == 1

@@ -47,8 +47,12 @@ def load_operator() -> str | None:
     Asked again in one process, it answers as before. Processes that build at once wait for the first of them.
     """
     try:
-        library = build_library()
-        _load(library)
+        try:
+            _load(build_library())
+        except OSError as error:
+            log.warning("the CPU kernels in the cache are damaged (%s): they are built anew", error)
+            _plan()[1].unlink(missing_ok=True)
+            _load(build_library())
     except _BuildError as error:
         return str(error)
     except OutputError as error:

@@ -122,6 +122,18 @@ def check_structure(weight: PackedWeight, name: str) -> None:
         raise FormatError(f"{name}: {found}", hint="the file is damaged: export or download it anew")
 
 
+def forced_kernel() -> str:
+    """Return the kernel that MSP_CPU_KERNEL names; empty where it names none.
+
+    Raises:
+        ServingError: it names no kernel.
+    """
+    forced = os.environ.get(FORCE, "")
+    if forced and forced not in (*KERNELS, "dense"):
+        raise ServingError(f"{FORCE} is {forced!r}", hint=f"expected one of {', '.join((*KERNELS, 'dense'))}")
+    return forced
+
+
 def choose(dtype: torch.dtype) -> Choice:
     """Return the kernel for packed weights of a dtype on this CPU, and why; "dense" where there is none.
 
@@ -131,9 +143,7 @@ def choose(dtype: torch.dtype) -> Choice:
     Raises:
         ServingError: MSP_CPU_KERNEL names no kernel.
     """
-    forced = os.environ.get(FORCE)
-    if forced and forced not in (*KERNELS, "dense"):
-        raise ServingError(f"{FORCE} is {forced!r}", hint=f"expected one of {', '.join((*KERNELS, 'dense'))}")
+    forced = forced_kernel()
     if forced == "dense":
         return Choice("dense", f"{FORCE} says so")
     if dtype not in DTYPES:
