@@ -34,7 +34,7 @@ LINE = {
     "estimators": {"fisher": {"samples": 2}},
     "allocator": {"name": "search", "tokens": 1024, "holdout": 1024, "rounds": 1, "seeds": 4},
 }  # fmt: skip
-STEPS = ("perplexity, saving", "pruning", "sensitivity", "level database", "Fisher-weighted error", "search")
+STEPS = ("perplexity, saving", "pruning", "sensitivity", "level database", "K-FAC error", "search")
 
 
 class Steps:
@@ -66,7 +66,6 @@ def prune_one_way(way: str, source: Path, folder: Path) -> dict[str, object]:
     from msp_plugin.runs.prune import prune
     from msp_plugin.runtime.context import RunContext
     from msp_plugin.search import measurements as measure
-    from msp_plugin.search import unit_errors
 
     torch.set_num_threads(2)
     own, held = sources.load, sum(file.stat().st_size for file in source.glob("*.safetensors")) // 8
@@ -81,7 +80,6 @@ def prune_one_way(way: str, source: Path, folder: Path) -> dict[str, object]:
     sources.load = load
     builtin.SHARD_BYTES = held
     measure.CandidateWeights = partial(measure.CandidateWeights, held_bytes=held)
-    unit_errors.fisher_errors = partial(unit_errors.fisher_errors, diagonal_bytes=held)
     before, began, steps, out = memory()[0], time.perf_counter(), Steps(), folder / way
     text = Text("demo:calibration", "demo:search", "demo:test", 8, 256, 2)
     context = RunContext(progress=steps)

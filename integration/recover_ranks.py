@@ -121,7 +121,8 @@ def main() -> int:
     if given.write:
         page = RESULTS / f"recover_ranks{'' if given.model == DEMO else '_smollm2'}.md"
         about = " ".join(__doc__.split("\n\n")[-1].split())
-        head = f"# Recovery by two processes\n\nMade by `python integration/recover_ranks.py --write`: {about}\n\n{machine()}\n\n"
+        head = f"# Recovery by two processes\n\nMade by `python integration/recover_ranks.py {' '.join(sys.argv[1:])}`: {about}\n\n"
+        head += f"Model {given.model}, {given.samples} samples, {given.tokens:,} tokens for `masked_lora`. {machine()}\n\n"
         page.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
     return 0 if min(speeds) >= GOAL else 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -285,7 +286,10 @@ class _State:
             self.losses.holdout_loss(uniform, free=True)
             if not self.selection.incumbents:
                 self.selection.set_best(uniform)
-            log.warning("%s: uniform is returned; give max_tokens or seconds more", note)
+            with suppress(SpentError):  # there may be no more for its hold-out
+                self.selection.update(min(self.losses.search, key=lambda c: (self.losses.search[c], c)))
+            if self.selection.best == uniform:
+                log.warning("%s: uniform is returned; give max_tokens or seconds more", note)
         self.notes = (note,) if self.options.max_tokens or self.options.seconds else ()
 
     def result(self) -> AllocationResult:

@@ -67,7 +67,13 @@ class Ranks:
 
     def _gather(self, value: T | None, failure: Exception | None) -> list[T]:
         """Return each rank's value, or raise what ``gather`` promises if a rank has failed."""
-        parts = self._all_gather((value, failure and _described(failure)))
+        try:
+            parts = self._all_gather((value, failure and _described(failure)))
+        except LostError:
+            raise
+        except Exception as error:  # a value that cannot be sent
+            failure = error
+            parts = self._all_gather((None, _described(error)))
         failed = next((rank for rank, (_, described) in enumerate(parts) if described), None)
         if failed is None:
             return [value for value, _ in parts]
@@ -119,9 +125,12 @@ class Ranks:
 
         Raises: see gather.
         """
+        if self.size == 1:
+            return tensor
+        own = tensor.cpu().contiguous()
         if self._any_failed(False):
             self._gather(None, None)
-        return self._all_reduce(tensor)
+        return self._all_reduce(own).to(tensor.device)
 
     def leave(self) -> None:
         """Stop sharing work; the caller continues on rank 0 alone."""
@@ -185,10 +194,9 @@ class TorchRanks(Ranks):
     def _all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch.distributed as dist
 
-        total = tensor.cpu().contiguous()
         with self._lost_ranks():
-            dist.all_reduce(total)
-        return total.to(tensor.device)
+            dist.all_reduce(tensor)
+        return tensor
 
     @contextmanager
     def _lost_ranks(self) -> Iterator[None]:

@@ -16,6 +16,9 @@ from msp_plugin.models.offload import named_parameters
 from msp_plugin.passes.gradients import activation_gradients, loss_scale
 from msp_plugin.search.candidate_weights import CandidateWeights
 
+#: Numbers of a weight's gradient that are held at a time.
+_NUMBERS = 2**20
+
 #: Called with a layer's name; returns the number of its unit and, by level, the change [O, I] of its weight.
 Changes = Callable[[str], tuple[int, Mapping[int, torch.Tensor]]]
 
@@ -89,10 +92,9 @@ def sample_gradients(
         unit, wanted = changes(name)
         if not wanted:
             return
-        gradient = _weight_gradient(x, dy).flatten()
-        for level, change in wanted.items():
-            into[unit, level] += float(torch.dot(gradient, change.float().flatten()))
-            asked[unit, level] = True
+        products = _gradient_products(x, dy, list(wanted.values()))
+        into[unit, list(wanted)] += products
+        asked[unit, list(wanted)] = True
 
     scale = loss_scale((p for _, _, p in named_parameters(model)), len(ids))
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
@@ -109,11 +111,23 @@ def sample_gradients(
     return first_order, curvature_sample
 
 
-def _weight_gradient(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-    """Return dY^T X, float32[O, I]; in float16 sums over tokens could overflow."""
-    if x.dtype == torch.float16:
+def _gradient_products(x: torch.Tensor, dy: torch.Tensor, changes: Sequence[torch.Tensor]) -> list[float]:
+    """Return <dY^T X, D> for each change D [O, I].
+
+    Some rows at a time, so that no gradient of a whole weight is held, and sums in float32 stay short.
+
+    Args:
+        x, dy: [T, I] and [T, O].
+    """
+    if x.dtype == torch.float16:  # the sums over tokens could overflow
         x, dy = x.float(), dy.float()
-    return (dy.T @ x).float()
+    sums = torch.zeros(len(changes), dtype=torch.float64, device=x.device)
+    rows = max(1, _NUMBERS // x.shape[-1])
+    for some, *parts in zip(dy.split(rows, dim=1), *(change.split(rows) for change in changes), strict=True):
+        gradient = (some.T @ x).float().flatten()
+        for i, part in enumerate(parts):
+            sums[i] += torch.dot(gradient, part.float().flatten())
+    return sums.tolist()
 
 
 def stack_samples(samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

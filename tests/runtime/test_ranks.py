@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -36,6 +37,15 @@ def test_an_error_of_one_rank_is_raised_on_all(on_ranks):
 
     said = [str(error) for error in on_ranks(3, work)]
     assert said == [f"{where}rank one\n  -> as it is" for where in ("rank 1: ", "", "rank 1: ")]
+
+
+def test_a_value_that_cannot_be_sent_is_an_error_on_all(on_ranks):
+    def work(ranks):
+        with pytest.raises(Exception, match="pickle"):
+            ranks.gather(lambda: threading.Lock() if ranks.rank == 1 else ranks.rank)
+        return ranks.gather(lambda: ranks.rank)
+
+    assert on_ranks(3, work) == [[0, 1, 2]] * 3
 
 
 def test_sums_are_those_of_all_ranks(on_ranks):

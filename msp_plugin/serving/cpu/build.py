@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 import platform
@@ -47,12 +48,8 @@ def load_operator() -> str | None:
     Asked again in one process, it answers as before. Processes that build at once wait for the first of them.
     """
     try:
-        try:
-            _load(build_library())
-        except OSError as error:
-            log.warning("the CPU kernels in the cache are damaged (%s): they are built anew", error)
-            _plan()[1].unlink(missing_ok=True)
-            _load(build_library())
+        library = build_library()
+        _load(library)
     except _BuildError as error:
         return str(error)
     except OutputError as error:
@@ -90,19 +87,35 @@ def _output(
 def is_built() -> bool | str:
     """Return whether the cache holds the library for this machine and torch; the reason if it cannot be built."""
     try:
-        return _plan()[1].is_file()
+        return _is_whole(_plan()[1])
     except _BuildError as error:
         return str(error)
 
 
 def build_library() -> Path:
-    """Return the library in the cache, built if it is not there."""
+    """Return the library in the cache, built if it is not there, or not as it was built."""
     command, library = _plan()
-    if not library.is_file():
+    if not _is_whole(library):
         with locked(library.with_suffix(".lock"), "it builds the CPU kernels", wait=True):
-            if not library.is_file():  # another process may have built it meanwhile
+            if not _is_whole(library):  # another process may have built it meanwhile
                 _build(command, library)
     return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Return True if a library has the digest that was written beside it: loading a damaged one may kill the process."""
+    try:
+        return _digest_file(library).read_text(encoding="utf-8") == _sha256(library)
+    except OSError:
+        return False
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _plan() -> tuple[list[str], Path]:
@@ -138,6 +151,8 @@ def _build(command: list[str], library: Path) -> None:
     try:
         with replacing(library) as temporary:
             _run([*command, "-o", str(temporary)])
+        with replacing(_digest_file(library)) as temporary:
+            temporary.write_text(_sha256(library), encoding="utf-8")
     except OSError as error:
         raise OutputError(
             f"cannot write {library}: {error.strerror}",
