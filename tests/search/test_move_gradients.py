@@ -13,6 +13,7 @@ from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.menus import parse_menu
 from msp_plugin.pruning.magnitude import Magnitude
+from msp_plugin.search import move_gradients
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
 from msp_plugin.search.move_gradients import sample_gradients, stack_samples
@@ -266,6 +267,22 @@ def test_small_first_order_changes_do_not_become_zero_in_float16():
         model = model.to(dtype)
         found.append(sample_gradients(model, ids, loss, layers, changes, (len(layers), 1), (0, 0))[0])
     np.testing.assert_allclose(found[0], found[1], rtol=0.05)
+
+
+@pytest.mark.parametrize("numbers", [1, 24, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_products_with_a_gradient_are_the_same_whatever_is_held_at_a_time(numbers, dtype, monkeypatch):
+    monkeypatch.setattr(move_gradients, "_NUMBERS", numbers)
+    generator = torch.Generator().manual_seed(0)
+    x, dy, *changes = (
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((9, 6), (9, 7), (7, 6), (7, 6))
+    )
+    gradient = dy.double().T @ x.double()
+    found = move_gradients._gradient_products(x, dy, changes)
+    rounding = 2**-6 if dtype == torch.bfloat16 else 2**-20
+    scale = float((gradient.abs() * changes[0].double().abs()).sum())
+    for value, change in zip(found, changes, strict=True):
+        assert value == pytest.approx(float((gradient * change.double()).sum()), abs=rounding * scale)
 
 
 def test_each_batch_of_a_measurement_is_told(model, data, measured):
