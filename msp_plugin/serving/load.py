@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.saved_names import saved_names
 from msp_plugin.errors import ModelError, ServingError
 from msp_plugin.models.source import check_source
-from msp_plugin.serving.cpu.linear import PackedLinear
+from msp_plugin.serving.cpu.linear import PackedLinear, no_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,6 +93,17 @@ def _no_saving(*_: object, **__: object) -> None:
     )
 
 
+def _train(model: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
+    """Stand in for ``train``, so that it is refused before some modules are in training mode.
+
+    Raises:
+        ServingError: training is asked for.
+    """
+    if mode:
+        raise no_training(type(model).__name__)
+    return type(model).train(model, mode)
+
+
 def _replace_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Put a PackedLinear, still without data, in the place of each linear that the checkpoint holds packed."""
     format = checkpoint.format
@@ -131,4 +143,5 @@ def _prepare(model: PreTrainedModel) -> None:
             model.set_submodule(name, linear.eval())
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         model.save_pretrained = _no_saving  # type: ignore[method-assign,unused-ignore]
+        model.train = partial(_train, model)  # type: ignore[method-assign]
     log.warning("packed layers: %s", ", ".join(f"{n} on {kernel}" for kernel, n in sorted(kernels.items())))

@@ -95,8 +95,11 @@ def test_it_is_not_trained(packed_path):
     model = msp_plugin.load(packed_path, packed=True)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ServingError, match="packed weights are not trained") as error:
+        copy.deepcopy(model).train()
+    with pytest.raises(ServingError, match="not trained"):
         model.train()
     assert "without packed=True" in error.value.hint
+    assert not any(module.training for module in model.modules()) and model.train(False) is model
     x = torch.ones(1, 64, dtype=torch.bfloat16, requires_grad=True)
     with pytest.raises(ServingError, match="not trained"):
         next(iter(packed_linears(model).values()))(x)

@@ -110,7 +110,7 @@ class PackedLinear(nn.Module):
             ServingError: a gradient is asked for, or the model was cast to another dtype.
         """
         if x.requires_grad and torch.is_grad_enabled():
-            raise _no_training(self.name)
+            raise no_training(self.name)
         if self.like.dtype not in DTYPES:
             raise ServingError(
                 f"{self.name} is packed, and is multiplied in bfloat16, float16 or float32, not {self.like.dtype}",
@@ -137,7 +137,7 @@ class PackedLinear(nn.Module):
             ServingError: training is asked for.
         """
         if mode:
-            raise _no_training(self.name)
+            raise no_training(self.name)
         return super().train(mode)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -170,8 +170,9 @@ def _warn_of(kernel: str) -> None:
     )
 
 
-def _no_training(name: str) -> ServingError:
+def no_training(name: str) -> ServingError:
+    """Return the error of whoever asks for gradients of packed weights."""
     return ServingError(
-        f"{name} holds its weight packed, and packed weights are not trained",
+        f"{name} holds weights packed, and packed weights are not trained",
         hint="load the model without packed=True to train it; run this one under torch.no_grad()",
     )
