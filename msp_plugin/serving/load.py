@@ -101,7 +101,8 @@ def _train(model: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
     """
     if mode:
         raise no_training(type(model).__name__)
-    return type(model).train(model, mode)
+    type(model).train(model, mode)
+    return model
 
 
 def _replace_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
