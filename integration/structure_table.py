@@ -146,7 +146,7 @@ class Subject:
             "seconds": seconds,
         }
         if sizes.lora and row.recovered:
-            lora = {"name": "lora", "tokens": sizes.lora}
+            lora = {"name": "lora", "tokens": sizes.lora, "learning_rate": sizes.lora_rate}
             text = replace(text, search=None, samples=sizes.lora_samples)
             mended = recover(folder / "run", text, folder / "mended", original=self.model, method=lora)
             assert mended is not None
@@ -188,7 +188,7 @@ def write(record: dict[str, Any]) -> None:
         "as two forward ones, at the last share; seconds: the pruning with its search, at all shares.",
     ]  # fmt: skip
     for name, table in record["tables"].items():
-        lines += ["", f"## {name}", "", table["about"], "", *table_lines(table)]
+        lines += ["", f"## {name}", "", table["about"] + table.get("lora", ""), "", *table_lines(table)]
     (RESULTS / "structure.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("--search-tokens", type=int, default=0, help="of each search; 0: its default")
     parser.add_argument("--lora", type=int, default=0, help="tokens of a LoRA recovery; 0: none")
     parser.add_argument("--lora-samples", type=int, default=1000)
+    parser.add_argument("--lora-rate", type=float, default=2e-3, help="its learning rate, for a small model")
     parser.add_argument("--long", type=int, default=0, help="second length at which perplexity is measured")
     parser.add_argument("--only", default="", help="part of the names of the rows to measure")
     parser.add_argument(
@@ -264,6 +265,8 @@ def main() -> None:
                     table |= {"long_length": sizes.long}
                 dense = found.pop("dense")
                 table["about"] = f"{settings} Dense: {dense:.2f}."
+                if sizes.lora:
+                    table["lora"] = f" LoRA: {sizes.lora:,} tokens, learning rate {sizes.lora_rate:g}."
                 table["rows"][key] = found
                 write(record)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from msp_plugin.passes.head import plain_head
 #: Logits of one piece of the loss, in numbers, which a processor's cache holds; but at least ROWS tokens, because each
 #: piece reads the whole head.
 LOGITS, ROWS = 2**19, 128
+#: Memory for the dense model's outputs on batches that come again, those of the hold-out: hidden states, or logits of a
+#: model whose head is not plain.
+KNOWN_BYTES = 2**30
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -125,12 +128,17 @@ class Objective:
     weight: float
     temperature: float
     device: torch.device
+    #: The dense model's outputs on batches that come again, by their token ids and masks.
+    known: dict[bytes, torch.Tensor] = field(default_factory=dict)
 
-    def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def loss(
+        self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], *, again: bool = False
+    ) -> torch.Tensor:
         """Return the mean loss of a batch in nats per token, as a node of the graph.
 
         Args:
             batch: ``input_ids`` int64[B, T]; if samples are padded on the right, ``attention_mask`` [B, T] too.
+            again: the batch comes again, so that the dense model's output is kept, up to KNOWN_BYTES of all.
         """
         ids, seen = batch["input_ids"], batch.get("attention_mask")
         targets = ids.roll(-1, 1)
@@ -142,13 +150,29 @@ class Objective:
             own = own[seen.flatten() != 0]
         dense = None
         if self.dense is not None:
-            with torch.no_grad():
-                dense = _outputs(self.dense, batch, seen)
+            dense = self._dense_outputs(self.dense, batch, seen, again)
         apply: Any = ChunkedLoss.apply  # not every torch has types for it
         loss: torch.Tensor = apply(
             outputs, self.head, dense, self.dense_head, own, self.weight, self.temperature
         )
         return loss
+
+    @torch.no_grad()
+    def _dense_outputs(
+        self,
+        dense: torch.nn.Module,
+        batch: Mapping[str, torch.Tensor],
+        seen: torch.Tensor | None,
+        again: bool,
+    ) -> torch.Tensor:
+        if not again:
+            return _outputs(dense, batch, seen)
+        key = b"".join(tensor.cpu().numpy().tobytes() for tensor in batch.values())
+        if (found := self.known.get(key)) is None:
+            found = _outputs(dense, batch, seen)
+            if sum(each.nbytes for each in self.known.values()) + found.nbytes <= KNOWN_BYTES:
+                self.known[key] = found
+        return found
 
 
 def _outputs(

@@ -41,7 +41,8 @@ class Course:
     Args:
         curve: (cost in tokens, loss on the hold-out text), the first before training.
         best: step of the state that is in the model now; 0 for the state before training.
-        cost: tokens through blocks of either model, a backward pass counts as two forward passes.
+        cost: tokens through blocks of either model, a backward pass counts as two forward passes, and the dense model's
+            pass over the hold-out, whose outputs are kept, once.
         steps, planned: that were trained and that should have been.
         stopped: where the loss stopped being finite, e.g. "in step 12 of 244"; empty where it did not.
     """
@@ -96,7 +97,7 @@ class RecoveryTrainer(Trainer):
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            return self.objective.loss(model, self._prepare_inputs(inputs)), None, None
+            return self.objective.loss(model, self._prepare_inputs(inputs), again=True), None, None
 
 
 class Watch(TrainerCallback):
@@ -195,8 +196,7 @@ def course_of(
     held = evaluations(state.log_history)
     step_cost = steps.tokens * (BACKWARD + passes - 1)
     curve = tuple(
-        (step * step_cost + (i + 1) * passes * inputs.holdout.tokens, loss)
-        for i, (step, loss) in enumerate(held)
+        (step * step_cost + (i + passes) * inputs.holdout.tokens, loss) for i, (step, loss) in enumerate(held)
     )
     finite = [(loss, step) for step, loss in held if math.isfinite(loss)]
     best = min(finite)[1] if finite else 0

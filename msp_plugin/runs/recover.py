@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,7 @@ def recover(
         original: directory or hub id of the dense model; None if the method needs none.
         method: name of a recovery, or a mapping with ``name`` and options.
         seed: of the method's random choices.
-        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``, for both models.
+        dtype: ``auto`` (that of the sparse checkpoint), ``float32``, ``bfloat16`` or ``float16``, for both models.
         trust_remote_code: run the model repository's code.
         offload: leave the weights of the original on disk, and those of the sparse model if the method can.
         cache: directory for the state of a stopped recovery; None is the default cache.
@@ -113,7 +114,11 @@ def recover(
         subject = load_sparse(sparse, tokenizer, path, smaller=smaller)
         recovery.check(subject.model, subject.masks)
         check_sensitivities(recovery, any(sensitivities(subject.allocation).values()))
-        reference = None if dense is None else load_original(dense, subject.model, smaller=smaller)
+        reference = None
+        if dense is not None:
+            if dense.dtype == "auto":
+                dense = replace(dense, dtype=str(subject.model.dtype).removeprefix("torch."))
+            reference = load_original(dense, subject.model, smaller=smaller)
         if dense is not None and reference is not None and not smaller:
             check_denser(dense.name, reference, subject.masks)
         identity = step.identity(subject.model, None if reference is None else fingerprint(reference))

@@ -14,6 +14,7 @@ from msp_plugin.errors import ModelError
 from msp_plugin.models.load import load_model
 from msp_plugin.records.run import RunRecord
 from msp_plugin.recovery.mean_update import MeanUpdate
+from msp_plugin.recovery.sources import load_original
 from msp_plugin.runs.recover import recover
 
 IDS = torch.arange(1, 20)[None]
@@ -226,7 +227,11 @@ def test_an_update_that_does_not_help_leaves_the_model_as_it_was(offset_dir, tex
     assert not [name for name, _ in load_model(run.path).named_parameters() if name.endswith(".bias")]
 
 
-def test_models_that_are_stored_in_two_types_are_compared(offset_dir, text, tmp_path, caplog):
+def test_models_that_are_stored_in_two_types_are_compared_in_that_of_the_sparse_one(
+    offset_dir, text, tmp_path, caplog, monkeypatch
+):
+    types, place = [], "msp_plugin.runs.recover.load_original"
+    monkeypatch.setattr(place, lambda *a, **k: types.append(load_original(*a, **k)) or types[-1])
     other = tmp_path / "bfloat16"
     shutil.copytree(offset_dir, other)
     load_model(offset_dir, "bfloat16").save_pretrained(other)
@@ -238,6 +243,7 @@ def test_models_that_are_stored_in_two_types_are_compared(offset_dir, text, tmp_
     assert found["one"].abs().max() > 0.01
     torch.testing.assert_close(found["two"], found["one"], rtol=0.05, atol=0.01)
     assert "is it the model that was pruned?" not in caplog.text
+    assert [model.dtype for model in types] == [torch.float32] * 2
 
 
 @pytest.mark.parametrize("method", ["weight_update", "mean_update"])

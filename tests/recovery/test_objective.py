@@ -57,6 +57,24 @@ def test_the_loss_of_a_model_is_that_of_its_logits(llama, make_samples, weight):
     torch.testing.assert_close(model(ids).logits, logits)
 
 
+@pytest.mark.parametrize("room", [module.KNOWN_BYTES, 0])
+def test_the_dense_model_reads_a_batch_that_comes_again_once(llama, make_samples, monkeypatch, room):
+    monkeypatch.setattr(module, "KNOWN_BYTES", room)
+    dense, passes = copy.deepcopy(llama), []
+    dense.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        llama.model.layers[0].mlp.up_proj.weight.mul_(0.5)
+    batches = [{"input_ids": ids[None]} for ids in make_samples(2, 10).samples]
+    with (
+        objective(llama, dense, batches[0]["input_ids"][0], weight=1.0, temperature=1.0) as loss,
+        torch.no_grad(),
+    ):
+        passes.clear()  # the head was tried
+        plain = [float(loss.loss(llama, batch)) for batch in batches]
+        kept = [float(loss.loss(llama, batch, again=True)) for batch in batches * 2]
+    assert kept == plain * 2 and len(passes) == (4 if room else 6)
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_padding_does_not_count(llama, make_samples, weight):
     dense = copy.deepcopy(llama)
