@@ -186,7 +186,7 @@ class _State:
         self.report()
         loss = self.inputs.true_loss
         samples = self.losses.draw_samples(min(share, MOST_GRADIENTS), self.rng)
-        self.losses.check_budget(MOVE_GRADIENT_PASSES * self.losses.tokens(samples))
+        self.losses.check_budget(self._least_tokens(samples, share))
         seed = int(self.rng.integers(2**31))
         self.local.add(
             self.incumbent, *loss.move_gradients(self.incumbent, samples, self.options.reach, seed)
@@ -197,6 +197,20 @@ class _State:
         if (refused := self._measure_proposals(samples)) and self.options.probes:
             self._measure_single_moves(refused, samples)
             self._measure_proposals(samples)
+
+    def _least_tokens(self, samples: tuple[int, ...], share: float) -> int:
+        """Return the forward tokens of a round whose first proposal takes the incumbent's place.
+
+        With less nothing that a round finds could become the result.
+
+        Args:
+            samples: those of the gradients.
+            share: of the search text that proposals are first measured on, beside the incumbent.
+        """
+        text, holdout = self.inputs.true_loss, self.inputs.holdout
+        tokens = MOVE_GRADIENT_PASSES * self.losses.tokens(samples) + sum(text.lengths)
+        tokens += round(share * sum(text.lengths)) if share < 1 else 0
+        return tokens + (sum(holdout.lengths) if holdout else 0)
 
     def _measure_proposals(self, samples: tuple[int, ...]) -> list[Choice]:
         """Measure proposals; return them if the incumbent stays, none if the best one takes its place."""

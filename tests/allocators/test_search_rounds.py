@@ -189,3 +189,19 @@ def test_no_more_moves_are_measured_alone_than_asked_for():
         loss = given_inputs.loss
         off = [c for c in loss.few if problem.total_kept(c) != problem.budget.kept]
         assert len(off) <= 5 * probes and (off or not probes)
+
+
+def test_no_round_begins_that_could_not_change_the_result():
+    problem, rounds = problem_of(SHAPES), 0
+    for limit in range(100, 900, 23):
+        begun, given_inputs = [], inputs_of(problem)
+        loss, holdout = given_inputs.loss, given_inputs.holdout
+        gradients = loss.move_gradients
+        loss.move_gradients = lambda *a, g=gradients, b=begun, at=(loss, holdout): (
+            b.append(sum(each.forward_tokens for each in at)) or g(*a)
+        )
+        Search(rounds=3, least_gain=0, max_tokens=limit).allocate(given_inputs)
+        least = 5 * min(loss.lengths) + sum(loss.lengths) + sum(holdout.lengths)
+        assert all(limit - at >= least for at in begun)
+        rounds += len(begun)
+    assert rounds
