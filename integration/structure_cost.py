@@ -41,7 +41,11 @@ def work_of(part: str, blocks: int, samples: int, folder: str) -> Callable[[], N
     pruner = Plugins().build("pruners", {"name": part})
     database = LevelDatabase(Path(folder), {"bench": "structure_cost"}, parse_menu(["width"]))
     table = with_groups(model, prunable_layers(model, granularity="half"), DEFAULT_QUANTUM)
-    return lambda: build_database(database, model, table, pruner, data) and None
+
+    def build() -> None:
+        build_database(database, model, table, pruner, data)
+
+    return build
 
 
 def main() -> None:
