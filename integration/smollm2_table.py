@@ -26,7 +26,7 @@ CELLS = ("sparsegpt:0.5:layer", "sparsegpt:0.625:layer", "sparsegpt:0.75:layer",
 #: Cells of an earlier default, kept on the page and measured only if asked for.
 EARLIER = ("sparsegpt:0.625:unit",)
 #: Forward tokens of atp, msp, evopress and search each, beside what measures uniform.
-TOKENS = 400_000
+TOKENS = 200_000
 #: Of a search without regard to the others.
 LONG = 1_200_000
 EQUAL = ("uniform", "owl", "atp", "knapsack", "knapsack@kfac", "msp", "evopress", "search")
@@ -75,7 +75,8 @@ def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def joined(rows: list[dict[str, Any]], before: dict[str, Any], dense: float) -> list[dict[str, Any]]:
     """Return the rows of a cell with those of an earlier run that this one left out, if both measured the same."""
-    if not before or (before["dense"], before["rows"][0]["perplexity"]) != (dense, rows[0]["perplexity"]):
+    same = (dense, rows[0]["perplexity"], TOKENS)
+    if not before or (before["dense"], before["rows"][0]["perplexity"], before["tokens"]) != same:
         return rows
     by_name = {row["allocator"]: row for row in [*before["rows"], *rows]}
     return [by_name[name] for name in ALLOCATORS if name in by_name]
@@ -135,7 +136,7 @@ def markdown(cells: dict[str, Any]) -> str:
     lines = ["# Allocators on SmolLM2-135M-Instruct", ""]
     lines += [
         "Pruned for good, block by block, on 64 samples of 512 tokens and those of the search; 32 test samples of 512 tokens.",
-        f"`atp`, `msp`, `evopress` and `search` may each use {TOKENS:,} forward tokens, `search@long` {LONG:,}. *Taken back* is the share of what",
+        f"`atp`, `msp`, `evopress` and `search` may each use the tokens named, `search@long` {LONG:,}. *Taken back* is the share of what",
         "uniform adds to the loss (the logarithm of the perplexity) over dense that the allocation saves. *KL, database* is",
         "measured with the level database's weights, as the search sees them, *KL* after the final pruning. Tokens count",
         "the sensitivities; seconds are of the allocator alone. `python integration/smollm2_table.py` makes this page.",
@@ -143,7 +144,7 @@ def markdown(cells: dict[str, Any]) -> str:
     for cell, entry in cells.items():
         method, sparsity, granularity = cell.split(":")
         shares = "each layer has a level" if granularity == "layer" else "fused layers share a level"
-        lines += ["", f"## {method} at {sparsity}, {shares}; dense perplexity {entry['dense']:.2f}", ""]
+        lines += ["", f"## {method} at {sparsity}, {shares}, {entry['tokens']:,} tokens; dense perplexity {entry['dense']:.2f}", ""]
         lines += [
             "| allocator | test perplexity | taken back | KL | KL, database | tokens | seconds |",
             "|---|---|---|---|---|---|---|",
@@ -183,7 +184,7 @@ if __name__ == "__main__":
         write_allocations(record, name, options.work / name.replace(":", "-"))
         dense = record["dense"]["perplexity"]
         cells[name] = {
-            "dense": dense, "rows": joined(rows_of(record), cells.get(name, {}), dense), "machine": record["machine"],
+            "dense": dense, "tokens": TOKENS, "rows": joined(rows_of(record), cells.get(name, {}), dense), "machine": record["machine"],
             "versions": record["versions"],
         }  # fmt: skip
         cells = {cell: cells[cell] for cell in CELLS + EARLIER if cell in cells}
