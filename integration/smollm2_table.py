@@ -144,7 +144,11 @@ def markdown(cells: dict[str, Any]) -> str:
     for cell, entry in cells.items():
         method, sparsity, granularity = cell.split(":")
         shares = "each layer has a level" if granularity == "layer" else "fused layers share a level"
-        lines += ["", f"## {method} at {sparsity}, {shares}, {entry['tokens']:,} tokens; dense perplexity {entry['dense']:.2f}", ""]
+        lines += [
+            "",
+            f"## {method} at {sparsity}, {shares}, {entry['tokens']:,} tokens; dense perplexity {entry['dense']:.2f}",
+            "",
+        ]
         lines += [
             "| allocator | test perplexity | taken back | KL | KL, database | tokens | seconds |",
             "|---|---|---|---|---|---|---|",

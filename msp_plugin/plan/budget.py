@@ -179,7 +179,8 @@ class AllocationProblem:
         """The reachable count of kept weights that is nearest to the target's; the smaller one of two.
 
         A share of zeros keeps whole weights of each row, rounded down, so that its own sparsity may be met
-        only to the nearest count.
+        only to the nearest count. ``dropped`` serves only targets that the other levels are too dense for: a nearer count
+        that takes a dropped unit would force one on every allocation, and cost more than the few weights are worth.
 
         Raises:
             BudgetError: the allowed levels cannot reach the target; the message gives the range that they
@@ -190,8 +191,11 @@ class AllocationProblem:
         wanted = (1 - self.target) * weights
         if not low <= wanted <= max(Fraction(high), self._nominal):
             raise self._out_of_reach(low, high)
-        at, sums = max(0, math.floor((wanted - low) / self._quantum)), self._sums()
-        near = [(sums & ((1 << (at + 1)) - 1)).bit_length() - 1]  # the sum 0 can always be reached
+        at = max(0, math.floor((wanted - low) / self._quantum))
+        sums = self._sums([self._without_dropped(row) for row in self._steps])
+        if not sums & ((1 << (at + 1)) - 1):
+            sums = self._sums(self._steps)
+        near = [(sums & ((1 << (at + 1)) - 1)).bit_length() - 1]  # of all, the sum 0 can always be reached
         above = sums >> (at + 1)
         if above:
             near.append(at + (above & -above).bit_length())
@@ -211,8 +215,12 @@ class AllocationProblem:
             hint=f"add sparser or denser levels, {widen}or change the sparsity",
         )
 
-    def _sums(self) -> int:
-        """Return an integer whose set bits are the sums, in quanta, that can be reached.
+    def _without_dropped(self, row: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the steps of a unit to levels other than ``dropped``, all if that is its only one."""
+        return [step for step in row if not self.menu[step[0]].is_dropped] or row
+
+    def _sums(self, steps: Steps) -> int:
+        """Return an integer whose set bits are the sums, in quanta, that can be reached by some steps of each unit.
 
         Raises:
             BudgetError: there are too many sums for the choice table.
@@ -224,9 +232,9 @@ class AllocationProblem:
                 hint="use levels with the same M, or ignore the layers with odd sizes",
             )
         sums = 1
-        for steps in self._steps:
+        for row in steps:
             reached = 0
-            for step in {step for _, step in steps}:
+            for step in {step for _, step in row}:
                 reached |= sums << step
             sums = reached
         return sums

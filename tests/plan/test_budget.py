@@ -288,3 +288,11 @@ def test_an_8b_model_meets_its_budget_to_the_weight(levels):
     choice = problem.solve(rng.random((len(units), len(menu))))
     assert naive_kept(problem, choice) == problem.budget.kept
     assert abs(problem.budget.sparsity - Fraction(7, 10)) < Fraction(1, 10000)
+
+
+@pytest.mark.parametrize(("target", "kept"), [(0.3, 80), (0.5, 64), (0.75, 32)])
+def test_dropped_serves_only_targets_that_the_other_levels_are_too_dense_for(make_problem, target, kept):
+    # 96 + 0 is nearer to 0.7 * 128 = 89.6 than 32 + 48; no allocation could keep both units then.
+    problem = make_problem([(4, 8), (12, 8)], ["dense", "2:4", "dropped"], target)
+    assert problem.budget.kept == kept
+    assert problem.total_kept(problem.solve(np.zeros(problem.kept.shape))) == kept
