@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from msp_plugin.errors import ModelError, MSPError, OutputError
 from msp_plugin.formats.tensor_files import ShardWriter
+from msp_plugin.models.layers import check_no_adapter
 from msp_plugin.models.offload import named_parameters, onloaded, own_parameters
 from msp_plugin.runtime.disk import cannot_write, writing
 from msp_plugin.runtime.files import cache_directory, output_directory
@@ -37,8 +38,9 @@ def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     generation_config_kept).
 
     Raises:
-        ModelError: transformers refuses the config or the tokenizer.
+        ModelError: transformers refuses the config or the tokenizer, or would save an adapter alone.
     """
+    check_no_adapter(model)
     if (why := _generation_refused(model)) is not None:
         log.warning(
             "transformers refuses to save this model's %s (%s): it is kept as it is", GENERATION_FILE, why

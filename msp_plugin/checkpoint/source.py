@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from msp_plugin.checkpoint.load import load
 from msp_plugin.checkpoint.quantized import check_source_unquantized
+from msp_plugin.errors import ModelError
 from msp_plugin.models.device import warn_if_slow
 from msp_plugin.models.source import load_tokenizer
 from msp_plugin.runtime.files import expanded
@@ -35,6 +36,11 @@ class ModelSource:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str | Path):
+            raise ModelError(
+                f"the model is a {type(self.name).__name__}",
+                hint="give its directory or hub id; a model in memory is pruned by oneshot with MixedSparsityModifier",
+            )
         if str(self.name).startswith("~"):
             object.__setattr__(self, "name", expanded(self.name))
 

@@ -99,11 +99,14 @@ class CalibrationSet:
         if fit and len(self) > 1 and (count < tail_tokens or cut < least):
             return self._at(least)
         if count < tail_tokens or cut < least:
+            most = sum(len(sample) for sample in self.samples[least:])
             raise DataError(
                 f"the search asks for {tail_tokens:,} held-out tokens, but {len(self)} calibration samples "
-                f"with {self.tokens:,} tokens leave at most {self.tokens // 2:,} for it",
+                f"with {self.tokens:,} tokens leave at most {most:,} for it",
                 hint="give more or longer samples, a separate text for the search, or set the allocator's tokens "
-                f"and holdout to less than {self.tokens // 2:,} together",
+                f"and holdout to {most:,} or less together"
+                if most
+                else "give at least 2 samples, or a separate text for the search",
             )
         return head, tail
 

@@ -13,7 +13,7 @@ from msp_plugin.data.calibration import CalibrationSet, join
 from msp_plugin.data.search_text import SearchText
 from msp_plugin.data.sources import load_texts
 from msp_plugin.data.tokenize import ShortTextError, check_ids, tokenize
-from msp_plugin.errors import DataError, plain
+from msp_plugin.errors import DataError, plain, shown
 from msp_plugin.models.source import max_length, vocabulary
 
 if TYPE_CHECKING:
@@ -71,14 +71,18 @@ class Text:
     def __post_init__(self) -> None:
         for option, least in (("samples", 1), ("length", 2), ("test_samples", 0), ("batch", 1), ("seed", 0)):
             value = getattr(self, option)
-            if value is not None and value < least:
-                raise DataError(f"{option} = {value}", hint=f"give at least {least}")
+            if value is not None and (type(value) is not int or value < least):
+                raise DataError(f"{option} = {shown(value)}", hint=f"give a whole number, at least {least}")
         for option in ("data", "search", "test"):
             source = getattr(self, option)
             if isinstance(source, os.PathLike):
                 object.__setattr__(self, option, os.fspath(source))
-            elif source is not None and not source.strip():  # it would be the working directory
-                raise DataError(f"{option} is an empty text", hint="give a file, a directory or a dataset")
+            elif source is None and option != "data":
+                continue
+            elif (
+                not isinstance(source, str) or not source.strip()
+            ):  # blank, it would be the working directory
+                raise DataError(f"{option} is {shown(source)}", hint="give one file, directory or dataset")
 
     def for_model(self, source: str | Path, *, trust_remote_code: bool = False) -> Text:
         """Return this text with the length and the vocabulary of a model.

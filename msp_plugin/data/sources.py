@@ -203,24 +203,36 @@ def _directory(path: Path, source: str, column: str) -> Documents:
 
 
 def _hub_dataset(source: str) -> Any:
-    """Return a hub dataset as a stream, which downloads only the shards that are read."""
+    """Return a hub dataset as a stream, which downloads only the shards that are read.
+
+    One suffix is a split or, if there is no such split, a config, whose ``train`` is read.
+    """
     name, *rest = source.split(":")
-    config, split = (rest[0], rest[1]) if len(rest) > 1 else (None, rest[0] if rest else "train")
     try:
         from datasets import load_dataset
-
-        log.info("reading %s from the hub or its cache", source)
-        return load_dataset(name, config, split=split, streaming=True)
     except ImportError:
         raise DataError(
             f"there is no file {plain(source)}, and hub datasets need the datasets package",
             hint="pip install datasets, or give a file",
         ) from None
-    except Exception as error:  # datasets raises many types, and a connection many more
-        raise DataError(
-            f"{source!r} is neither a file nor a dataset that can be loaded: {type(error).__name__}: {error}",
-            hint="give a path, or id[:config][:split] of a hub dataset",
-        ) from error
+    log.info("reading %s from the hub or its cache", source)
+    readings: list[tuple[str | None, str]] = []
+    if not rest:
+        readings = [(None, "train")]
+    elif len(rest) == 1:
+        readings = [(None, rest[0]), (rest[0], "train")]
+    elif len(rest) == 2:
+        readings = [(rest[0], rest[1])]
+    why = "it has more than two colons"
+    for config, split in readings:
+        try:
+            return load_dataset(name, config, split=split, streaming=True)
+        except Exception as error:  # datasets raises many types, and a connection many more
+            why = f"{type(error).__name__}: {error}"
+    raise DataError(
+        f"{source!r} is neither a file nor a dataset that can be loaded: {why}",
+        hint="give a path, or id[:config][:split] of a hub dataset",
+    )
 
 
 def _dataset(data: Any, column: str, source: str) -> Documents:

@@ -12,6 +12,7 @@ import importlib
 import json
 import logging
 import lzma
+import os
 import re
 import sys
 import zlib
@@ -68,14 +69,13 @@ def data_files(path: Path) -> list[Path]:
 
     1. Parquet and arrow files; 2. jsonl files and compressed tables; 3. csv and JSON files; 4. texts; 5. JSON files with
     one object over several lines, which are settings. Warns of what is left out, but for READMEs. If some tables have
-    "train" in their path, those of other splits are left out.
+    "train" in their path, those of other splits are left out; so are texts whose names all name splits.
     """
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name not in _ABOUT and is_known(p)]
-    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    places = {p: _place(p) for p in files}
+    there = [p for p in _files_below(path) if p.name not in _ABOUT]
+    places = {p: _place(p) for p in there if is_known(p)}
     first = min(places.values(), default=0)
-    files = [p for p in files if places[p] == first]
-    left = [p for p in places if places[p] != first and p.stem.lower() != "readme"]
+    files = [p for p in places if places[p] == first]
+    left = [p for p in there if places.get(p) != first and p.stem.lower() != "readme"]
     if left:
         log.warning(
             "%s: %d files beside the data are not read: %s%s",
@@ -84,15 +84,28 @@ def data_files(path: Path) -> list[Path]:
             ", ".join(plain(p.relative_to(path)) for p in left[:5]),
             ", ..." if left[5:] else "",
         )
-    words = {
-        p: set(re.split("[^a-z]+", str(p.relative_to(path)).lower())) for p in files if _kind(p)[0] in _ROWS
-    }
-    if any("train" in named for named in words.values()):
+    words = {p: set(re.split("[^a-z]+", str(p.relative_to(path)).lower())) for p in files}
+    splits = all(_kind(p)[0] in _ROWS or named & {"train", *_NOT_TRAIN} for p, named in words.items())
+    if splits and any("train" in named for named in words.values()):
         others = {p for p, named in words.items() if "train" not in named and named & _NOT_TRAIN}
         if others:
             log.info("%s: %d files of other splits than train are not read", plain(path), len(others))
         files = [p for p in files if p not in others]
     return files
+
+
+def _files_below(path: Path) -> list[Path]:
+    """Return the files in a directory and in those below, sorted, also behind links; without hidden ones."""
+    found, seen = [], set()
+    for folder, inner, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a directory above
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(p for p in found if p.is_file())
 
 
 def _place(path: Path) -> int:
@@ -234,7 +247,10 @@ def _array_rows(path: Path, text: str) -> Iterator[Row]:
     try:
         rows = _parse_text(text)
     except ValueError as error:
-        raise DataError(f"{plain(path)} is not a JSON array: {error}", hint="the file is damaged") from None
+        raise DataError(
+            f"{plain(path)} begins as a JSON array and is none: {error}",
+            hint="it is damaged, or has an array in each line: give one array of objects, or one object a line",
+        ) from None
     for number, row in enumerate(rows, 1):
         yield f"{plain(path)}, row {number}", row
 
@@ -264,7 +280,7 @@ def _arrow_rows(path: Path, kind: str, column: str) -> Iterator[Row]:
             for row in (batch.select(names) if names else batch).to_pylist():
                 number += 1
                 yield f"{plain(path)}, row {number}", row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise DataError(
             f"cannot read {plain(path)} after row {number:,}: {error}",
             hint="the file is damaged or incomplete",

@@ -69,6 +69,19 @@ def fused_experts(model: torch.nn.Module) -> list[str]:
     return names
 
 
+def check_no_adapter(model: torch.nn.Module) -> None:
+    """Raise if transformers has put an adapter into a model: only the adapter would be saved.
+
+    Raises:
+        ModelError: it has.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{type(model).__name__} was loaded with an adapter, whose adapter_config.json lies beside its weights",
+            hint="merge it and save the whole model (peft: merge_and_unload), or move the files adapter_* away",
+        )
+
+
 def prunable_layers(
     model: torch.nn.Module,
     targets: Sequence[str] = ("Linear",),
@@ -87,6 +100,7 @@ def prunable_layers(
         RecipeError: a pattern matches nothing in the model.
         ModelError: no layer is left to prune, or the experts are fused into one tensor.
     """
+    check_no_adapter(model)
     prefix, blocks = decoder_blocks(model)
     if fused := fused_experts(model):
         raise ModelError(
@@ -153,16 +167,20 @@ def check_fit(table: UnitTable, menu: Iterable[Level]) -> None:
     """Raise unless every level fits every unit. Those by groups may fit some units only, but one has to fit one.
 
     Raises:
-        RecipeError: a level does not fit; the message names the first units.
+        RecipeError: levels do not fit; the message names all of them, and the first units.
     """
     odd = {level: [why for unit in table if (why := level.misfit(unit))] for level in menu}
     fits = any(level.by_groups and len(reasons) < len(table) for level, reasons in odd.items())
-    for level, reasons in odd.items():
-        if reasons and not (fits and level.by_groups):
-            raise RecipeError(
-                f"level {level.name} does not fit {len(reasons)} of {len(table)} units: it {', '.join(reasons[:3])}",
-                hint=f"leave {level.name} out of levels, or add the layers to ignore",
-            )
+    odd = {level: reasons for level, reasons in odd.items() if reasons and not (fits and level.by_groups)}
+    if not odd:
+        return
+    level, reasons = next(iter(odd.items()))
+    names = ", ".join(each.name for each in odd)
+    others = f"; nor do {', '.join(each.name for each in list(odd)[1:])}" if len(odd) > 1 else ""
+    raise RecipeError(
+        f"level {level.name} does not fit {len(reasons)} of {len(table)} units: it {', '.join(reasons[:3])}{others}",
+        hint=f"leave {names} out of levels, or add the layers to ignore; a share of zeros, e.g. 0.5, fits any width",
+    )
 
 
 def check_whole(model: torch.nn.Module, table: UnitTable, granularity: str, menu: Iterable[Level]) -> None:

@@ -71,9 +71,12 @@ def load_model(
                 raise
             if offload and disk_errno(error) in FULL:
                 raise cannot_write(folder, error) from error
+            odd = _generation_config_fails(source)
             raise ModelError(
                 f"cannot load a causal language model from {source}: {error}",
-                hint="give a directory with config.json and safetensors, or a hub id",
+                hint="repair its generation_config.json, or remove it"
+                if odd
+                else "give a directory with config.json and safetensors, or a hub id",
             ) from error
         weakref.finalize(model, stack.pop_all().close)
     torch.nn.Module.eval(model)  # transformers' own is not typed
@@ -106,6 +109,19 @@ def _from_pretrained(
             source, len(extra), type(model).__name__, ", ".join(extra[:3]),
         )  # fmt: skip
     return model
+
+
+def _generation_config_fails(source: str | Path) -> bool:
+    """Return True if a directory's generation_config.json cannot be loaded, which keeps its model from loading."""
+    from transformers import GenerationConfig
+
+    if not (Path(source) / "generation_config.json").is_file():
+        return False
+    try:
+        GenerationConfig.from_pretrained(source)
+    except Exception:
+        return True
+    return False
 
 
 def _check_offloading(source: str | Path) -> None:

@@ -34,6 +34,9 @@ def matches(pattern: str, name: str, module: torch.nn.Module) -> bool:
 def check_patterns(model: torch.nn.Module, kind: str, patterns: Iterable[str]) -> None:
     """Raise unless each pattern matches a linear or an embedding; ``kind`` names the option.
 
+    One of ``ignore`` may as well match modules with parameters of their own, such as norms or a router, which are not
+    pruned anyway.
+
     Raises:
         RecipeError: a pattern matches nothing, or only modules that hold others.
     """
@@ -42,13 +45,24 @@ def check_patterns(model: torch.nn.Module, kind: str, patterns: Iterable[str]) -
         matched = [module for name, module in named.items() if matches(pattern, name, module)]
         if any(isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) for module in matched):
             continue
+        if kind == "ignore" and any(next(module.parameters(False), None) is not None for module in matched):
+            continue
         if matched:
             raise RecipeError(
                 f"{kind} {pattern!r} matches {type(matched[0]).__name__} modules, but no linear",
-                hint=f'for the linears inside write "*{pattern}.*", or "re:.*{pattern}[.].*"',
+                hint=f"for the linears inside write {_inside(pattern)}",
             )
         leaves = {n.rpartition(".")[2] for n, m in named.items() if isinstance(m, torch.nn.Linear)}
         raise RecipeError(
             f"{kind} {pattern!r} matches no module of {type(model).__name__}",
             hint=nearest(pattern, leaves | {"Linear"}),
         )
+
+
+def _inside(pattern: str) -> str:
+    """Return a pattern for what is inside of the modules that one matches."""
+    if pattern.startswith("re:"):
+        return f'"{pattern.removesuffix("$")}[.].*"'
+    if "*" in pattern:
+        return f'"{pattern}.*"'
+    return f'"*{pattern}.*", or "re:.*{pattern}[.].*"'

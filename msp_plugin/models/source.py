@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: Names that model families give the longest sequence in their configs.
-_POSITIONS = (
+POSITIONS = (
     "max_position_embeddings",
     "n_positions",
     "max_seq_len",
@@ -112,7 +112,7 @@ def check_source(source: str | Path) -> None:
 
 def max_length(source: str | Path, *, trust_remote_code: bool = False) -> int | None:
     """Return the longest sequence, in tokens, that a model allows; None if its config does not say."""
-    return _first_count(source, _POSITIONS, trust_remote_code)
+    return _first_count(source, POSITIONS, trust_remote_code)
 
 
 def vocabulary(source: str | Path, *, trust_remote_code: bool = False) -> int | None:
@@ -131,10 +131,21 @@ def _first_count(source: str | Path, keys: Sequence[str], trust_remote_code: boo
     check_source(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).get_text_config()
-        values = {key: getattr(config, key, None) for key in keys}
+        return first_count(config, keys, source)
+    except ModelError:
+        raise
     except Exception as error:  # a config's values reach all of transformers
         raise ModelError(f"cannot read the config of {source}: {error}") from error
-    for key, value in values.items():
+
+
+def first_count(config: PreTrainedConfig, keys: Sequence[str], source: str | Path) -> int | None:
+    """Return the value of the first key that the config of a model's text has, None if it has none of them.
+
+    Raises:
+        ModelError: the value is not a positive integer; ``source`` names the model.
+    """
+    for key in keys:
+        value = getattr(config, key, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
         if value is not None:

@@ -212,6 +212,8 @@ class Plugins:
                 raise RecipeError(f"{one} {name!r}: option {option} = {shown(value)} is beyond every count")
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         for option, value in options.items():
+            if isinstance(value, bool) and type(defaults[option]) in (int, float):
+                raise RecipeError(f"{one} {name!r}: option {option} = {value}, expected a number")
             if isinstance(defaults[option], tuple) and not isinstance(value, list | tuple):
                 options[option] = (value,)
         try:

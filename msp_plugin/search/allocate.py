@@ -11,15 +11,17 @@ from msp_plugin.checkpoint.quantized import check_unquantized
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import NO_TEXT, TextSplit
 from msp_plugin.data.tokenize import check_ids
-from msp_plugin.errors import RecipeError, VerificationError
+from msp_plugin.errors import DataError, RecipeError, VerificationError
 from msp_plugin.models.layers import (
     allowed_levels,
     check_finite_weights,
     check_fit,
     check_whole,
     prunable_layers,
+    text_config,
 )
 from msp_plugin.models.offload import own_parameters
+from msp_plugin.models.source import POSITIONS, first_count
 from msp_plugin.passes.outputs import with_inner
 from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
@@ -132,11 +134,11 @@ def allocate(
         fresh: ignore the cached measurements and make them again.
 
     Raises:
-        MSPError: see check_model, check_ids, build_database and the components.
+        MSPError: see check_model, check_samples, build_database and the components.
     """
     table = check_model(model, plan)
     if text.pruning:
-        check_ids(text.pruning, _vocabulary(model))
+        check_samples(model, text.pruning)
     if plan.given is not None:
         return Outcome(plan.given)
     problem = make_problem(model, table, plan)
@@ -167,12 +169,23 @@ def allocate(
     return Outcome(allocation, search, measurements.saved_seconds)
 
 
-def _vocabulary(model: torch.nn.Module) -> int:
-    """Return the number of token ids that the model has embeddings for."""
+def check_samples(model: torch.nn.Module, data: CalibrationSet) -> None:
+    """Raise unless the model has an embedding for each token, and a position for each place, of its samples.
+
+    Raises:
+        DataError: a token id or a sample's length is beyond the model's.
+    """
     embeddings = model.get_input_embeddings()  # type: ignore[operator]  # of transformers' models
     weight = own_parameters(embeddings)["weight"]
     assert weight is not None
-    return int(weight.shape[0])
+    check_ids(data, int(weight.shape[0]))
+    most = first_count(text_config(model), POSITIONS, type(model).__name__)
+    longest = max(len(sample) for sample in data.samples)
+    if most is not None and longest > most:
+        raise DataError(
+            f"samples of {longest} tokens, the model takes {most} at most",
+            hint="give shorter ones: max_seq_length of oneshot",
+        )
 
 
 def make_problem(model: torch.nn.Module, table: UnitTable, plan: ResolvedOptions) -> AllocationProblem:

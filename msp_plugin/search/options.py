@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,17 @@ class Options(BaseModel):
                 parse_menu([data["levels"]])  # an unquoted 2:4 is explained
                 data["levels"] = [data["levels"]]
             given = data.get("allocation")
+            if given == "":  # a variable of the shell that is not set
+                raise RecipeError(
+                    "allocation is empty", hint="name an allocation.json, or leave it out to search"
+                )
             if isinstance(given, str) and given:  # absolute: recipe.yaml may be run from elsewhere
                 data["allocation"] = str(Path.cwd() / expanded(given))
             for key in ("targets", "ignore", "levels", "protect"):
                 if isinstance(data.get(key), str):
-                    data[key] = [part.strip() for part in data[key].split(",") if part.strip()]
+                    # a comma in brackets belongs to a regular expression
+                    parts = re.split(r",(?![^(\[{]*[)\]}])", data[key])
+                    data[key] = [part.strip() for part in parts if part.strip()]
         return data
 
     @classmethod

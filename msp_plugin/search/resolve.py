@@ -19,6 +19,7 @@ from msp_plugin.plan.menus import DEFAULT_QUANTUM, has_widths, parse_menu
 from msp_plugin.plan.units import GRANULARITIES
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.base import Pruner
+from msp_plugin.runtime.files import check_writable, expanded
 from msp_plugin.search.options import Options
 
 
@@ -170,6 +171,8 @@ def resolve(options: Options, plugins: Plugins) -> ResolvedOptions:
             level, or the allocation file is missing, damaged or contradicts another option.
         HostError: the method's host is not installed.
     """
+    if options.cache is not None:
+        check_writable(expanded(options.cache))
     pruner = plugins.build("pruners", options.method)
     allocator = plugins.build("allocators", options.allocator)
     given = Allocation.read(options.allocation) if options.allocation else None
@@ -188,9 +191,13 @@ def resolve(options: Options, plugins: Plugins) -> ResolvedOptions:
         if name not in known:
             raise RecipeError(f"there is no estimator called {shown(name)}", hint=nearest(name, known))
     built = {
-        name: plugins.build("estimators", {**options.estimators.get(name, {}), "name": name})
+        name: plugins.build("estimators", {"name": name, **options.estimators.get(name, {})})
         for name in {*allocator.estimators, *options.estimators}
     }
+    if odd := sorted(name for name, estimator in built.items() if estimator.name != name):
+        raise RecipeError(
+            f"estimators: the options of {odd[0]} name {built[odd[0]].name}", hint="leave name out of them"
+        )
     if idle := sorted(set(options.estimators) - set(allocator.estimators)):
         raise RecipeError(
             f"options of {', '.join(idle)} would have no effect: allocator {allocator.name!r} does not read it",

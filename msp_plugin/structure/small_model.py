@@ -31,7 +31,9 @@ def empty_model(path: Path) -> PreTrainedModel:
     raw = read_json(path / "config.json")
     widths = read_widths(raw, str(path / "config.json"))
     try:
-        config = AutoConfig.from_pretrained(path) if widths is None else plain_config(raw)
+        config = (
+            AutoConfig.from_pretrained(path, trust_remote_code=False) if widths is None else plain_config(raw)
+        )
         with torch.device("meta"):
             model: PreTrainedModel = auto_class(config).from_config(config)
             if widths is not None:

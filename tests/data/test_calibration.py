@@ -51,7 +51,11 @@ def test_the_tail_is_the_shortest_that_is_long_enough(lengths, tail_tokens):
     if not cuts:
         with pytest.raises(DataError, match=f"asks for {tail_tokens:,} held-out tokens") as error:
             data.split(tail_tokens)
-        assert "more or longer samples" in error.value.hint
+        if most := sum(lengths[(len(lengths) + 1) // 2 :]):
+            assert f"{most:,} or less" in error.value.hint
+            assert data.split(most)  # the advice is taken
+        else:
+            assert "at least 2 samples" in error.value.hint
         return
     head, tail = data.split(tail_tokens)
     assert len(head) == max(cuts) and head.samples + tail.samples == data.samples
@@ -270,3 +274,10 @@ def test_a_start_that_only_the_template_writes_is_there_once_or_not_at_all(token
     for bos, count in ((True, 1), (False, 0)):
         (sample,) = cut_samples(made, [Chat((USER, REPLY), "here")], length=5, bos=bos).samples
         assert sample.tolist().count(made.bos_token_id) == count
+
+
+def test_a_template_that_writes_the_date_gives_equal_samples_every_day(bos_tokenizer):
+    dated = copy.deepcopy(bos_tokenizer)
+    dated.chat_template = "{{ strftime_now('%Y-%m-%d') }} {{ messages[0]['content'] }}"
+    chat = Chat(({"role": "user", "content": "hi"},), "row 1")
+    assert chat.text(dated) == "2024-07-26 hi"

@@ -90,3 +90,10 @@ def test_a_picture_in_a_message_is_refused(tmp_path):
     rows = [{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}]
     with pytest.raises(DataError, match="neither text nor messages"):
         read(write_rows(tmp_path / "a.jsonl", rows))
+
+
+def test_keys_that_a_row_lacks_are_no_nulls_within_a_message(tmp_path):
+    call = {"function": {"name": "f", "arguments": {"day": None, "city": "Ulm"}}}
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": [USER, {**REPLY, "tool_calls": [call]}]}])
+    ((_, answer),) = read(path)
+    assert answer["tool_calls"][0]["function"]["arguments"] == {"city": "Ulm"}

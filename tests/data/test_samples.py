@@ -69,9 +69,18 @@ def test_a_path_is_taken_for_its_name(text_file):
 
 
 @pytest.mark.parametrize("option", ["data", "search", "test"])
-def test_an_empty_name_is_not_the_working_directory(option):
-    with pytest.raises(DataError, match=f"{option} is an empty text"):
-        Text(**{"data": "a.txt", option: " "})
+@pytest.mark.parametrize("value", [" ", ["a.txt", "b.txt"], 3])
+def test_a_source_is_one_name_and_not_the_working_directory(option, value):
+    with pytest.raises(DataError, match=f"{option} is ") as error:
+        Text(**{"data": "a.txt", option: value})
+    assert "one file" in error.value.hint
+
+
+@pytest.mark.parametrize("value", ["64", 64.0, True, 0])
+def test_a_count_is_a_whole_number(value):
+    with pytest.raises(DataError, match="samples = ") as error:
+        Text("a.txt", samples=value)
+    assert "a whole number, at least 1" in error.value.hint
 
 
 def test_a_seed_moves_the_calibration_samples_and_not_the_test(tokenizer, text_file, tmp_path):

@@ -248,7 +248,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name):
 
 def test_a_damaged_array_and_csv_are_named(tmp_path):
     (tmp_path / "a.json").write_text('[{"text": "one"},\n')
-    with pytest.raises(DataError, match="a.json is not a JSON array"):
+    with pytest.raises(DataError, match="a.json begins as a JSON array and is none"):
         read(str(tmp_path / "a.json"))
     (tmp_path / "a.csv").write_text('text\n"one"\n"two\n')
     with pytest.raises(DataError, match="a.csv is damaged after line 2"):
@@ -329,3 +329,69 @@ def test_a_name_that_no_terminal_should_see_is_written_with_escapes(tmp_path):
 def test_a_text_in_the_place_of_its_file_is_explained():
     with pytest.raises(DataError, match="cannot read the data at .*File name too long"):
         load_texts("some text " * 60)
+
+
+@pytest.mark.parametrize("name", ["{}.txt", "wiki.{}.txt", "{}/a.txt"])
+def test_texts_that_all_name_splits_are_read_from_their_training_split(tmp_path, name):
+    for split in ("train", "valid", "test"):
+        path = tmp_path / name.format(split)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(split)
+    assert read(str(tmp_path)) == ["train"]
+
+
+def test_texts_about_trains_are_no_splits(tmp_path):
+    for name in ("a train.txt", "a test.txt", "a ship.txt"):
+        (tmp_path / name).write_text(name)
+    assert read(str(tmp_path)) == ["a ship.txt", "a test.txt", "a train.txt"]
+
+
+def test_files_behind_links_are_read_once(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "a.txt").write_text("one")
+    (tmp_path / "far" / "loop").symlink_to(tmp_path / "far")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "readme.md").write_text("about")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "far")
+    assert read(str(tmp_path / "data")) == ["one", "about"]
+
+
+def test_files_of_unknown_kinds_beside_data_are_named(tmp_path, caplog):
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "wiki.raw").write_text("wiki")
+    assert read(str(tmp_path)) == ["notes"]
+    assert "not read: wiki.raw" in caplog.text
+
+
+def test_a_column_name_that_is_there_twice_is_explained(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    table = pa.table([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="cannot read .*a.parquet.* exists 2 times"):
+        read(str(tmp_path / "a.parquet"))
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A dataset with a config, as the hub holds it, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    about = "configs:\n- config_name: en\n  data_files:\n  - {split: train, path: a.jsonl}\n  - {split: test, path: b.jsonl}\n"
+    (tmp_path / "set" / "README.md").write_text(f"---\n{about}---\n")
+    for name in ("a", "b"):
+        write_rows(tmp_path / "set" / f"{name}.jsonl", [{"text": name}])
+
+
+@pytest.mark.parametrize("suffix, text", [(":en:test", "b"), (":test", "b"), (":en", "a")])
+def test_one_suffix_of_a_hub_dataset_is_a_split_or_a_config(repository, suffix, text):
+    assert read(f"set{suffix}") == [text]
+
+
+@pytest.mark.parametrize("suffix", [":fr", ":en:train:more"])
+def test_a_suffix_that_a_hub_dataset_lacks_is_refused(repository, suffix):
+    with pytest.raises(DataError, match="neither a file nor a dataset") as error:
+        read(f"set{suffix}")
+    assert "id[:config][:split]" in error.value.hint

@@ -231,3 +231,24 @@ def test_a_convolution_is_no_expert_and_stays_as_it_is():
     assert model.backbone.layers[0].mixer.conv1d.weight.dim() == 3
     leaves = {name.rpartition(".")[2] for name in layer_names(prunable_layers(model))}
     assert leaves == {"in_proj", "out_proj"}
+
+
+def test_all_levels_that_do_not_fit_are_named_at_once(llama):
+    with pytest.raises(RecipeError, match="level 3:7 does not fit .*; nor do 2:7, 1:128") as error:
+        check_fit(prunable_layers(llama), parse_menu(["dense", "3:7", "2:7", "1:128"]))
+    assert "leave 3:7, 2:7, 1:128 out" in error.value.hint and "0.5" in error.value.hint
+
+
+def test_ignored_patterns_may_name_what_is_not_pruned_anyway(llama):
+    table = prunable_layers(llama, ignore=["re:.*norm.*", "lm_head", "re:.*layers.0.*"])
+    assert {name.split(".")[2] for name in layer_names(table)} == {"1"}
+    with pytest.raises(RecipeError, match="target 're:.\\*norm.\\*' matches .* no linear"):
+        prunable_layers(llama, targets=["re:.*norm.*"])
+
+
+@pytest.mark.parametrize("pattern", ["mlp", "*.mlp", "re:.*mlp$"])
+def test_the_hint_for_a_container_names_the_linears_inside(llama, pattern):
+    with pytest.raises(RecipeError) as error:
+        prunable_layers(llama, ignore=[pattern])
+    advice = error.value.hint.split('"')[1]
+    assert not [name for name in layer_names(prunable_layers(llama, ignore=[advice])) if "mlp" in name]

@@ -11,9 +11,11 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
+from msp_plugin.checkpoint.saving import check_savable
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.errors import ModelError, RecipeError
 from msp_plugin.models.fingerprint import fingerprint
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import auto_class, load_tokenizer, max_length
 from tests.helpers import models
@@ -166,3 +168,30 @@ def test_tensors_that_the_model_has_no_place_for_are_named(llama_dir, tmp_path, 
 def test_a_name_that_is_too_long_for_a_path_is_explained(load):
     with pytest.raises(ModelError, match="File name too long"):
         load(ModelSource("a" * 300))
+
+
+def test_a_generation_config_that_cannot_be_loaded_is_named(llama_dir, tmp_path):
+    shutil.copytree(llama_dir, tmp_path / "odd")
+    (tmp_path / "odd" / "generation_config.json").write_text('{"max_new_tokens": "abc"}')
+    with pytest.raises(ModelError, match="cannot load") as error:
+        load_model(tmp_path / "odd")
+    assert "generation_config.json" in error.value.hint
+
+
+def test_a_model_in_memory_is_no_source(llama):
+    with pytest.raises(ModelError, match="the model is a LlamaForCausalLM") as error:
+        ModelSource(llama)
+    assert "oneshot" in error.value.hint
+
+
+def test_a_model_that_is_loaded_with_an_adapter_is_refused(llama_dir, tmp_path):
+    peft = pytest.importorskip("peft")
+    whole = tmp_path / "whole"
+    shutil.copytree(llama_dir, whole)
+    adapted = peft.get_peft_model(load_model(whole), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(whole)
+    model = load_model(whole)
+    for check in (prunable_layers, check_savable):
+        with pytest.raises(ModelError, match="loaded with an adapter") as error:
+            check(model)
+        assert "merge" in error.value.hint

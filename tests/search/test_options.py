@@ -3,7 +3,7 @@ from fractions import Fraction
 import pytest
 import yaml
 
-from msp_plugin.errors import RecipeError
+from msp_plugin.errors import OutputError, RecipeError
 from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.menus import DEFAULT_LEVELS
 from msp_plugin.plugins.manager import Plugins
@@ -205,3 +205,24 @@ def test_levels_of_all_kinds_and_named_menus_are_read(plugins, text, names):
 def test_an_unquoted_level_alone_is_explained():
     with pytest.raises(RecipeError, match="level 124 is a number"):
         Options(sparsity=0.5, levels=124)
+
+
+def test_a_comma_inside_a_regular_expression_is_its_own(plugins):
+    plan = plan_of(plugins, "{sparsity: 0.5, targets: 're:.*(q|k)_proj{1,2}, re:.*[v,w]_proj, o_proj'}")
+    assert plan.targets == ("re:.*(q|k)_proj{1,2}", "re:.*[v,w]_proj", "o_proj")
+
+
+@pytest.mark.parametrize("text, found", [
+    ("{sparsity: 0.5, allocator: {name: search, tokens: true}}", "tokens = True, expected a number"),
+    ("{sparsity: 0.5, allocation: ''}", "allocation is empty"),
+    ("{sparsity: 0.5, estimators: {fisher: {name: outliers}}}", "fisher name outliers"),
+])  # fmt: skip
+def test_options_that_would_be_taken_for_others_are_refused(plugins, text, found):
+    with pytest.raises(RecipeError, match=found):
+        plan_of(plugins, text)
+
+
+def test_a_cache_that_is_a_file_is_refused_before_anything_is_loaded(plugins, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(OutputError, match="cache is a file"):
+        resolve(Options(sparsity=0.5, cache=str(tmp_path / "cache")), plugins)

@@ -38,7 +38,7 @@ from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import ProgressLines, StepProgress
 from msp_plugin.records.run import Outcome
 from msp_plugin.recovery.record import Recovered, with_recovery
-from msp_plugin.search.allocate import allocate, check_model
+from msp_plugin.search.allocate import allocate, check_model, check_samples
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import ResolvedOptions, resolve
 
@@ -165,6 +165,8 @@ class MixedSparsityModifier(Options, Modifier):
             except ModelError as error:  # only a warning: the caller may not want to save the model
                 log.warning("%s", error)
         data = self._calibration(state)
+        if data is not None:
+            check_samples(model, data)
         with on_best_device(model):
             if self._plan.pruner.needs_statistics:
                 check_called(model, table, data)

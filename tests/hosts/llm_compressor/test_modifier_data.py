@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from msp_plugin import MixedSparsityModifier
 from msp_plugin.demo import demo_model_path
-from msp_plugin.errors import RecipeError
+from msp_plugin.errors import DataError, RecipeError
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import load_tokenizer
 from tests.helpers.oneshot import FISHER, SEARCH, groups, hooks, linears, refused
@@ -157,3 +157,17 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused(model, calibrati
     with pytest.raises(DataError, match="has token 128, and the model has embeddings for 128 tokens"):
         oneshot(model=model, recipe=[modifier], dataset=DataLoader(data))
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("ids, found", [
+    (torch.full((64,), 10**6), "has token 1,000,000"), (torch.arange(2000) % 32, "samples of 2000 tokens"),
+])  # fmt: skip
+def test_samples_beyond_the_models_embeddings_or_positions_are_refused(model, tmp_path, ids, found):
+    from llmcompressor import oneshot
+
+    assert model.config.max_position_embeddings < 2000
+    loader = DataLoader([{"input_ids": ids}], batch_size=1)
+    modifier = MixedSparsityModifier(sparsity=0.5, allocator="uniform", cache=str(tmp_path))
+    with refused(DataError, found):
+        oneshot(model=model, recipe=[modifier], dataset=loader)
+    assert not hooks(model)
