@@ -204,9 +204,9 @@ def markdown(results: dict[str, Any]) -> str:
     for m in results["models"]:
         served = [f"{m['vllm'][step]['ratio']:.2f}" if "vllm" in m else "" for step in ("decode", "prefill")]
         lines.append(
-            f"| {m['model']} | {m['level']} | {m['packed']['decode']:.1f} tokens/s | {m['dense']['decode']:.1f} tokens/s | "
+            f"| {m['model']} | {m['level']} | {m['own']['decode']:.1f} tokens/s | {m['other']['decode']:.1f} tokens/s | "
             f"{m['ratios']['decode']:.2f} | {m['ratios']['prefill']:.2f} | {m['ratios']['bytes']:.2f} | "
-            f"{m['packed']['resident'] / m['packed']['bytes']:.3f} | {m['linears_cpu_ms'] / m['step_cpu_ms']:.2f} | "
+            f"{m['own']['resident'] / m['own']['bytes']:.3f} | {m['linears_cpu_ms'] / m['step_cpu_ms']:.2f} | "
             f"{' | '.join(served)} |"
         )
     lines += ["", f"Below their goals: {', '.join(results['below']) or 'none'}.", ""]

@@ -33,10 +33,14 @@ def model_card(source: Checkpoint, manifest: Manifest, format: PackedFormat | No
     before = source.manifest.structure if source.manifest else {}
     if manifest.structure and manifest.structure != before:
         return _smaller_card(source, manifest)
-    smaller = source.smaller
+    smaller, tag, how = source.smaller, '"N:M"', "mixed N:M sparsity"
+    if format is not None and format.structure == "2:4":
+        tag = '"2:4"'
+    elif not _has_masks(source):
+        tag, how = "structured", "heads, channels or halves gone"
     parts = [
-        _FRONT.format(tag='"2:4"' if format is not None and format.structure == "2:4" else '"N:M"'),
-        f"# {(source.config.get('architectures') or ['A model'])[0]}, pruned with mixed N:M sparsity\n",
+        _FRONT.format(tag=tag),
+        f"# {(source.config.get('architectures') or ['A model'])[0]}, pruned with {how}\n",
         _LEFT_OUT.format("`export.json`" if manifest.structure else "`config.json`") if smaller else "",
         _contents(source, manifest, format),
         (_SMALL_USE if KEY in source.config else _UNIFORM_USE)
@@ -197,6 +201,13 @@ def _recovered(source: Checkpoint) -> str:
     )
 
 
+def _has_masks(source: Checkpoint) -> bool:
+    """Return False if a model lost only heads, channels and halves, as its allocation says, or its widths without one."""
+    if source.allocation is None:
+        return not source.smaller
+    return any(level.masks for level in source.allocation.by_layer.values())
+
+
 def _levels(source: Checkpoint) -> str:
     """Return the table of levels; empty without an allocation."""
     if source.allocation is None:
@@ -208,7 +219,7 @@ def _levels(source: Checkpoint) -> str:
     lines = [
         "## Sparsity\n",
         f"{budget.zeros:,} of {budget.weights:,} prunable weights are zero "
-        f"({100 * float(budget.sparsity):.2f} %). N:M keeps N of M.\n",
+        f"({100 * float(budget.sparsity):.2f} %).{' N:M keeps N of M.' if _has_masks(source) else ''}\n",
         "| level | layers |",
         "|---|---|",
         *(f"| {name} | {layers} |" for name, layers in sorted(count.items())),

@@ -69,8 +69,9 @@ def load(
                 hint="msp export it --to dense first",
             )
         if packed:
+            target = check_dtype(dtype)
             return from_tensors(
-                checkpoint, dtype, trust_remote_code, _in_memory(checkpoint, check_dtype(dtype))
+                checkpoint, dtype, trust_remote_code, lambda _: _in_memory(checkpoint, target)
             )
         if (widths := read_widths(checkpoint.config, str(path / "config.json"))) is not None:
             config = plain_config(checkpoint.config)
@@ -131,14 +132,14 @@ def from_tensors(
     checkpoint: Checkpoint,
     dtype: str,
     trust_remote_code: bool,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Callable[[PreTrainedModel], Mapping[str, torch.Tensor]],
     prepare: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """Return the model of a packed checkpoint with the given tensors, in eval mode.
 
     Args:
         dtype: as for ``load``.
-        tensors: by their names in the checkpoint.
+        tensors: returns them by their names in the checkpoint, given the model without weights.
         prepare: changes the model's modules before its tensors are loaded; the model is on the meta device.
 
     Raises:
@@ -156,8 +157,9 @@ def from_tensors(
             config = plain_config(checkpoint.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"):  # for the class alone, which may be the repository's own
-            cls = type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
+        with torch.device("meta"):  # its class may be the repository's own
+            empty = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        cls = type(empty)
         steps: list[Callable[[PreTrainedModel], None]] = []
         steps += [] if widths is None else [partial(shrink, widths=widths)]
         steps += [] if prepare is None else [prepare]
@@ -165,7 +167,7 @@ def from_tensors(
         model, report = loader.from_pretrained(
             None,
             config=config,
-            state_dict=dict(tensors),
+            state_dict=dict(tensors(empty)),
             output_loading_info=True,
             dtype=target if target is not None else _dtype_of(checkpoint, config),
         )

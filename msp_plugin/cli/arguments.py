@@ -281,7 +281,7 @@ def resolve_model(model: str) -> str:
 
 
 def component_options(
-    pairs: list[str] | None, estimators: Collection[str] = (), **names: str
+    pairs: list[str] | None, estimators: Collection[str] = (), /, **names: str
 ) -> dict[str, Any]:
     """Return components by role, with the options of ``--set role.option=value`` merged in.
 

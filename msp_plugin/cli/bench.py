@@ -1,4 +1,4 @@
-"""``msp bench``: compare a packed checkpoint's speed and memory with its dense form's."""
+"""``msp bench``: compare a checkpoint's speed and memory with its dense form's, or with another's."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msp_plugin.cli.arguments import AsJson, Dtype, Verbose
+from msp_plugin.cli.arguments import AsJson, Dtype, Verbose, resolve_model
 
 if TYPE_CHECKING:
     from msp_plugin.serving.bench import BenchRecord
 
 
 def bench_command(
-    source: Annotated[Path, typer.Argument(help="packed checkpoint that `msp export` wrote")],
+    source: Annotated[
+        Path, typer.Argument(help="checkpoint that `msp export` wrote: packed, or any with --against")
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="dense model, e.g. the one that a smaller one was cut from; default: its dense form"
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     batch: Annotated[int, typer.Option(help="sequences at once")] = 1,
     prompt: Annotated[int, typer.Option(help="tokens of each prompt")] = 256,
@@ -27,9 +35,11 @@ def bench_command(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure how fast a packed checkpoint generates on this CPU, and in how much memory, beside its dense form.
+    """Measure how fast a checkpoint generates on this CPU, and in how much memory, beside its dense form or another one.
 
-    Example: msp bench llama-75-packed --out bench.json
+    A report shows the figures where they lie beside its run as bench.json.
+
+    Example: msp bench llama-75-packed --out llama-75-packed/bench.json
     """
     from msp_plugin.cli.console import deliver, set_up_logs
 
@@ -46,7 +56,7 @@ def bench_command(
         check_new(out)
     if threads is not None:
         torch.set_num_threads(threads)
-    record = bench(source, options)
+    record = bench(source, options, against=None if against is None else resolve_model(against))
     deliver(record, out, as_json, _show)
 
 
@@ -58,11 +68,12 @@ def _show(record: BenchRecord) -> None:
     from msp_plugin.cli import console
 
     kernels = (
-        ", ".join(f"{n} layers on {kernel}" for kernel, n in record.kernels.items()) or "no kernel: all dense"
+        ", ".join(f"{n} layers on {kernel}" for kernel, n in record.kernels.items()) or "no packed layers"
     )
     title = f"{record.model}: {kernels}; {record.machine['threads']} threads of {record.machine['processor']}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("", "packed", "dense", "ratio"):
+    headings = ("packed", "dense") if record.against is None else ("this", "against")
+    for heading in ("", *headings, "ratio"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     rows = {
         "bytes": ("MiB of tensors", 2**20),
@@ -71,7 +82,7 @@ def _show(record: BenchRecord) -> None:
         "decode": ("decode, tokens/s", 1),
     }
     for name, (label, unit) in rows.items():
-        values = (getattr(record.packed, name), getattr(record.dense, name))
+        values = (getattr(record.own, name), getattr(record.other, name))
         cells = ["-" if value is None else f"{value / unit:,.1f}" for value in values]
         ratio = record.ratios.get(name)
         table.add_row(label, *cells, "-" if ratio is None else f"{ratio:.2f}")

@@ -192,7 +192,7 @@ class AllocationProblem:
         if not low <= wanted <= max(Fraction(high), self._nominal):
             raise self._out_of_reach(low, high)
         at = max(0, math.floor((wanted - low) / self._quantum))
-        sums = self._sums([self._without_dropped(row) for row in self._steps])
+        sums = self._undropped
         if not sums & ((1 << (at + 1)) - 1):
             sums = self._sums(self._steps)
         near = [(sums & ((1 << (at + 1)) - 1)).bit_length() - 1]  # of all, the sum 0 can always be reached
@@ -201,6 +201,11 @@ class AllocationProblem:
             near.append(at + (above & -above).bit_length())
         kept = [low + quanta * self._quantum for quanta in near]
         return Budget(self.target, weights, min(kept, key=lambda count: (abs(count - wanted), count)))
+
+    @property
+    def _goal(self) -> int:
+        """The budget in quanta."""
+        return (self.budget.kept - self.reach[0]) // self._quantum
 
     def _out_of_reach(self, low: int, high: int) -> BudgetError:
         """Return the error for a target that the levels cannot reach, keeping ``low`` to ``high`` weights."""
@@ -215,9 +220,22 @@ class AllocationProblem:
             hint=f"add sparser or denser levels, {widen}or change the sparsity",
         )
 
-    def _without_dropped(self, row: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return the steps of a unit to levels other than ``dropped``, all if that is its only one."""
-        return [step for step in row if not self.menu[step[0]].is_dropped] or row
+    @cached_property
+    def _stays(self) -> np.ndarray:
+        """bool[U, K]: allowed levels other than ``dropped``, and that one where a unit has no other."""
+        dropped = np.array([level.is_dropped for level in self.menu])
+        stays = self.may & ~dropped
+        return np.where(stays.any(axis=1, keepdims=True), stays, self.may)
+
+    @cached_property
+    def _undropped(self) -> int:
+        """The sums, as of _sums, of units at levels that _stays."""
+        return self._sums(
+            [
+                [step for step in row if stays[step[0]]]
+                for row, stays in zip(self._steps, self._stays, strict=True)
+            ]
+        )
 
     def _sums(self, steps: Steps) -> int:
         """Return an integer whose set bits are the sums, in quanta, that can be reached by some steps of each unit.
@@ -255,7 +273,7 @@ class AllocationProblem:
             BudgetError: no allowed choice meets the budget.
         """
         cost = np.asarray(cost, dtype=np.float64)
-        goal = (self.budget.kept - self.reach[0]) // self._quantum
+        goal = self._goal
         steps = [[(k, step) for k, step in row if cost[u, k] < np.inf] for u, row in enumerate(self._steps)]
         choice = cheapest(steps, cost, goal)
         if choice is None:
@@ -278,25 +296,32 @@ class AllocationProblem:
         Raises:
             BudgetError: no allowed choice meets the budget.
         """
+        return self.solve(self._distance(density, price))
+
+    def _distance(self, density: np.ndarray, price: np.ndarray) -> np.ndarray:
+        """Return float64[U, K], what ``repair`` minimises."""
         sizes = np.array([unit.weights for unit in self.table], dtype=np.float64)
         share = self.kept / sizes[:, None]
-        cost = (price * sizes)[:, None] * (share - np.asarray(density)[:, None]) ** 2
-        return self.solve(cost)
+        distance: np.ndarray = (price * sizes)[:, None] * (share - np.asarray(density)[:, None]) ** 2
+        return distance
 
     def uniform(self) -> tuple[int, ...]:
         """Return the choice nearest to one sparsity for all units: the target's own level if it exists.
 
-        With ``dropped`` in the menu, units are nearest to one sparsity together: the dropped ones are spread evenly
-        over the model, so that of equal blocks each n-th one is dropped.
+        No unit is dropped where the other levels meet the budget. Where they do not, units are nearest to one sparsity
+        together: the dropped ones are spread evenly over the model, so that of equal blocks each n-th one is dropped.
         """
         return self._uniform
 
     @cached_property
     def _uniform(self) -> tuple[int, ...]:
         ones = np.ones(len(self.table))
+        cost = self._distance(ones * float(1 - self.target), ones)
         if any(level.is_dropped for level in self.menu):
-            return self._spread()
-        return self.repair(ones * float(1 - self.target), ones)
+            if not self._undropped >> self._goal & 1:
+                return self._spread()
+            cost[~self._stays] = np.inf
+        return self.solve(cost)
 
     def _spread(self) -> tuple[int, ...]:
         """Return the choice on the budget, int[U], nearest to one that meets the target at every depth.

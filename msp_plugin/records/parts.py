@@ -89,7 +89,7 @@ class SearchRecord(Part):
 
 
 class SpeedRecord(Part):
-    """One measurement of speed. This package writes none; the report shows those that you add."""
+    """One measurement of speed. No run writes any; the report shows those that you add, and those of bench.json."""
 
     name: str
     """What was measured."""

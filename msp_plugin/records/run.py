@@ -13,6 +13,8 @@ from msp_plugin.records.base import Part, Record
 from msp_plugin.records.parts import ModelRecord, Point, SearchRecord, SpeedRecord, TextRecord
 
 RUN_FILE = "run.json"
+#: The recipe that made a run.
+RECIPE_FILE = "recipe.yaml"
 #: The stages of a pruning run.
 DENSE, UNIFORM, PRUNE = "dense", "uniform", "prune"
 #: The stage of a recovery, and the name of its model beside `mixed`.

@@ -48,13 +48,15 @@ class Importance(TrainerCallback, ExportableState):  # type: ignore[misc,unused-
         self.measured = 0
 
     def _layers_by_block(self, adapted: PeftModel) -> dict[int, list[BaseTunerLayer]]:
-        """Return the adapter's layers of each block; others, such as the last norm, are always trained."""
+        """Return the adapter's layers of each pruned block; others, such as the last norm, are always trained."""
         number, layers = next(iter(self.blocks.items()))
         prefix = layers[0].split(f".{number}.")[0]
         found: dict[int, list[BaseTunerLayer]] = {number: [] for number in self.blocks}
         for name, module in adapted.get_base_model().named_modules():
             if isinstance(module, BaseTunerLayer) and name.startswith(prefix + "."):
-                found[int(name[len(prefix) + 1 :].partition(".")[0])].append(module)
+                number = int(name[len(prefix) + 1 :].partition(".")[0])
+                if number in found:
+                    found[number].append(module)
         return found
 
     def state(self) -> dict[str, Any]:

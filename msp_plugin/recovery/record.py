@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from msp_plugin.records.run import DENSE, PRUNE, RECOVER, RECOVERED, UNIFORM, RunRecord, StageRecord
+from msp_plugin.records.run import (
+    DENSE,
+    PRUNE,
+    RECOVER,
+    RECOVERED,
+    UNIFORM,
+    RunRecord,
+    SparsityRecord,
+    StageRecord,
+)
 
 #: The losses, rates and gradient norms of a training, a JSON line each.
 LOG = "log.jsonl"
@@ -51,7 +60,10 @@ def copy_logs(state: Path | None, folder: Path) -> None:
 
 
 def with_recovery(record: RunRecord, recovered: Recovered) -> RunRecord:
-    """Return the record of a run with a stage of recovery and with the measurements of the models before it."""
+    """Return the record of a run with a stage of recovery and with the measurements of the models before it.
+
+    Zeros are those after the recovery, in which weights may have been rounded to zero.
+    """
     before, stage = {PRUNE: Measured(), **recovered.before}, recovered.stage
     *earlier, last = record.stages
     earlier = [s for s in earlier if s.name != DENSE or DENSE not in before]
@@ -74,5 +86,17 @@ def with_recovery(record: RunRecord, recovered: Recovered) -> RunRecord:
             "stages": (*earlier, last, stage),
             "perplexity": {key: perplexities[key] for key in order},
             "kl": {key: value for key, value in divergences.items() if value is not None},
+            "sparsity": _recounted(record.sparsity, stage.sparsity),
         }
     )
+
+
+def _recounted(before: SparsityRecord, share: float | None) -> SparsityRecord:
+    """Return the zeros of a run after a recovery, in which the layers have a share of zeros; there are never fewer."""
+    if share is None or before.weights is None or before.zeros is None:
+        return before
+    zeros = max(before.zeros, round(share * before.weights))
+    more = {"zeros": zeros, "achieved": zeros / before.weights}
+    if before.planned_zeros is not None:
+        more["extra_zeros"] = zeros - before.planned_zeros
+    return before.model_copy(update=more)

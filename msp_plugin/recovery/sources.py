@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.export import SOURCE_ALLOCATION_FILE
 from msp_plugin.checkpoint.quantized import check_source_unquantized
 from msp_plugin.checkpoint.recount import recount_model
 from msp_plugin.checkpoint.saving import check_savable
@@ -20,7 +21,7 @@ from msp_plugin.models.layers import check_finite_weights, fused_experts, prunab
 from msp_plugin.models.offload import input_embeddings, named_parameters, onloaded
 from msp_plugin.models.weights import Weights
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
-from msp_plugin.records.run import RunRecord
+from msp_plugin.records.run import RECIPE_FILE, RUN_FILE, RunRecord
 from msp_plugin.recovery.base import Recovery
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.runtime.disk import check_free
@@ -52,7 +53,7 @@ class Sparse:
 def load_sparse(
     source: ModelSource, tokenizer: PreTrainedTokenizerBase, out: Path, *, smaller: bool = False
 ) -> Sparse:
-    """Return a sparse checkpoint after all checks.
+    """Return a sparse checkpoint after all checks. Its layers are those of its allocation.json, if there is one.
 
     Args:
         smaller: see Sources.
@@ -62,21 +63,40 @@ def load_sparse(
         VerificationError: its allocation.json is of another model.
         OutputError: the disk of ``out`` has too little room.
     """
-    folder = expanded(source.name)
-    allocation = None
+    folder, allocation = records_folder(source.name), None
     if (folder / ALLOCATION_FILE).is_file():
-        assert Checkpoint.open(folder).allocation is not None  # compares it with the tensors
+        if expanded(source.name).is_dir():
+            assert Checkpoint.open(folder).allocation is not None  # compares it with the tensors
         allocation = Allocation.read(folder / ALLOCATION_FILE)
     model = source.load()
     table = prunable_layers(model)
     check_finite_weights(model, table)
-    masks = Masks.of(model, [layer.name for layer in table.layers], smaller=smaller)
+    pruned = {layer.name for layer in table.layers} if allocation is None else allocation.by_layer
+    masks = Masks.of(model, [layer.name for layer in table.layers if layer.name in pruned], smaller=smaller)
     if allocation is not None:
         recount_model(model, allocation, exact=False, after="loading")
     check_savable(model, tokenizer)
     size = sum(p.numel() * p.element_size() for _, _, p in named_parameters(model))
     check_free(out, size, "the recovered model takes", "give an output directory on another disk")
     return Sparse(model, masks, allocation, RunRecord.beside(folder))
+
+
+#: The records of a run that its recovery keeps.
+RECORDS = (ALLOCATION_FILE, SOURCE_ALLOCATION_FILE, RUN_FILE, RECIPE_FILE)
+
+
+def records_folder(run: str | Path) -> Path:
+    """Return the directory with the records of a run; those of a hub id are fetched from the hub or its cache."""
+    path = expanded(run)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(run), allow_patterns=list(RECORDS)))
+    except Exception as error:  # a connection raises many types; the model may be in the cache alone
+        log.warning("the records of %s cannot be read, so that the result has none of them: %s", run, error)
+        return path
 
 
 def load_original(source: ModelSource, model: PreTrainedModel, *, smaller: bool = False) -> PreTrainedModel:

@@ -211,16 +211,18 @@ class RecoveryStep:
                 len(rounded),
                 max(rounded, key=lambda name: rounded[name]),
             )
-        if allocation is not None:
-            recount_model(model, allocation, exact=False, after=f"recovery {recovery.name!r}")
         zeros = sum(masks.zeros(layer) for layer in masks) + sum(rounded.values())
+        sparsity = zeros / sum(out * width for out, width in masks.shapes.values())
+        if allocation is not None:
+            counted = recount_model(model, allocation, exact=False, after=f"recovery {recovery.name!r}")
+            sparsity = counted.sparsity
         measured = self.measure("recovered", model, original)
         return StageRecord(
             name=RECOVER,
             perplexity=measured.perplexity,
             kl=measured.kl,
             seconds=seconds,
-            sparsity=zeros / sum(out * width for out, width in masks.shapes.values()),
+            sparsity=sparsity,
             recovery=RecoveryRecord(
                 method=spec_of(recovery),
                 seed=self.seed,

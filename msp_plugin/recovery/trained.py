@@ -130,7 +130,7 @@ class TrainedRecovery(TrainingOptions):
         from msp_plugin.recovery.trainer import train
 
         config = self.config(inputs)
-        with adapted(inputs.model, config) as model, self.objective(inputs) as loss:
+        with adapted(inputs.model, config, inputs.seed) as model, self.objective(inputs) as loss:
             course = train(self, model, loss, inputs)
             if course.improved:
                 if self.adapter and inputs.ranks.rank == 0:
@@ -199,13 +199,19 @@ class AdapterRecovery(TrainedRecovery):
 
 
 @contextmanager
-def adapted(model: PreTrainedModel, config: PeftConfig) -> Iterator[PeftModel]:
-    """Yield peft's model around a model, which afterwards has its own layers, flags and mode again."""
+def adapted(model: PreTrainedModel, config: PeftConfig, seed: int = 0) -> Iterator[PeftModel]:
+    """Yield peft's model around a model, which afterwards has its own layers, flags and mode again.
+
+    Args:
+        seed: of what an adapter's start draws from torch's generators, which are left as they were.
+    """
     from msp_plugin.recovery.tuner import add_adapter
 
     flags = [(p, p.requires_grad) for p in model.parameters()]
     training, cache = model.training, model.config.use_cache if hasattr(model.config, "use_cache") else None
-    wrapped = add_adapter(model, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapped = add_adapter(model, config)
     try:
         yield wrapped
     finally:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from msp_plugin.passes.gradients import BACKWARD
 from msp_plugin.recovery.base import RecoveryInputs
@@ -127,11 +127,9 @@ class Watch(TrainerCallback):
         self.inputs.progress(self.method.name, done, self.steps.count * tokens, self.note)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        losses = [loss for _, loss in evaluations(state.log_history)]
-        patience = self.method.patience
-        if not math.isfinite(losses[-1]):
+        if not math.isfinite(evaluations(state.log_history)[-1][1]):
             self._stop(state.global_step, control)
-        elif patience and len(losses) - 1 - losses.index(min(losses)) >= patience:
+        elif out_of_patience(state.log_history, self.method.patience):
             control.should_training_stop = True
 
     def on_pre_optimizer_step(
@@ -179,12 +177,30 @@ def train(
         importance = Importance(adapted, trainer.batch_loss, steps, inputs, method.ist_start)
         trainer.add_callback(importance)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is not None and _has_ended(trainer, checkpoint, method.patience):
+            if trainer.state.best_model_checkpoint is not None:
+                adapted.load_adapter(trainer.state.best_model_checkpoint, "default")
+            for callback in (watch, *([importance] if importance else [])):  # they read the state
+                callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
         if is_full(error) or _TORCH_WRITES in str(error):
             raise cannot_write(inputs.folder, error) from error
         raise
     return course_of(trainer, watch, steps, inputs, importance.measured if importance else 0)
+
+
+def _has_ended(trainer: Trainer, checkpoint: str, patience: int) -> bool:
+    """Return True if training ended early at a checkpoint, whose state the trainer then has.
+
+    Without that, a Trainer would go on until it evaluates again.
+    """
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if not out_of_patience(state.log_history, patience):
+        return False
+    trainer.state = state
+    return True
 
 
 def course_of(
@@ -257,6 +273,12 @@ def arguments(
 def evaluations(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     """Return (step, loss on the hold-out text) of a Trainer's log."""
     return [(int(entry["step"]), float(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
+
+
+def out_of_patience(history: Sequence[Mapping[str, Any]], patience: int) -> bool:
+    """Return True if as many evaluations as ``patience`` were no better than one before them; never if it is 0."""
+    losses = [loss for _, loss in evaluations(history)]
+    return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -24,6 +24,7 @@ from msp_plugin.report.grid import lay_out, level_class, level_grid, sensitivity
 from msp_plugin.report.recovery import recovery_parts, stage_rows
 from msp_plugin.report.size import sizes
 from msp_plugin.report.source import Run
+from msp_plugin.report.speed import measured_speed
 from msp_plugin.report.storage import storages
 from msp_plugin.report.text import count, number, percent, rounded_percent, seconds
 from msp_plugin.search.options import Options
@@ -78,7 +79,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "storages": storages(allocation, record.model.dtype, run.checkpoint),
         "stages": stage_rows(record),
         "recoveries": recovery_parts(record),
-        "speed": record.speed,
+        "speed": (*record.speed, *measured_speed(run.directory)),
         "provenance": _provenance(run),
         "commands": _commands(run, smaller=bool(smaller)),
     }

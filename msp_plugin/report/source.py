@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
+from msp_plugin.checkpoint.export import SOURCE_ALLOCATION_FILE
 from msp_plugin.errors import ModelError, RecipeError, shown
 from msp_plugin.plan.allocation import ALLOCATION_FILE, Allocation
 from msp_plugin.plan.allocation import SCHEMA as ALLOCATION_SCHEMA
@@ -23,7 +25,7 @@ class Run:
         record: run.json; for an allocation alone, the facts on its search in allocation.json.
         allocation: allocation.json.
         pruned: False for an allocation alone.
-        checkpoint: the model beside the records; None if there is none.
+        checkpoint: the model beside the records; None if there is none, or one that was cut from the run's.
         recipe: the text of its recipe.yaml, empty if there is none.
     """
 
@@ -92,16 +94,19 @@ def _record_of(allocation: Allocation, name: str) -> RunRecord:
 
 
 def _read_run(directory: Path, record: RunRecord) -> Run:
-    if not (directory / ALLOCATION_FILE).is_file():
+    # that of a smaller model is of the larger one that it was cut from
+    names = (ALLOCATION_FILE, SOURCE_ALLOCATION_FILE)
+    found = next((directory / name for name in names if (directory / name).is_file()), None)
+    if found is None:
         raise RecipeError(
             f"{directory} has no {ALLOCATION_FILE}",
             hint="a report needs the level of each unit, which only runs with MixedSparsityModifier or `msp prune` have",
         )
-    try:
-        checkpoint = Checkpoint.open(directory)
-    except ModelError:  # records without a model, or a model in another format
-        checkpoint = None
-    allocation = Allocation.read(directory / ALLOCATION_FILE)
+    checkpoint = None
+    if found.name == ALLOCATION_FILE:
+        with suppress(ModelError):  # records without a model, or a model in another format
+            checkpoint = Checkpoint.open(directory)
+    allocation = Allocation.read(found)
     file = directory / "recipe.yaml"
     recipe = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     return Run(directory, record, allocation, checkpoint=checkpoint, recipe=recipe)

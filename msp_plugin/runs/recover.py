@@ -21,7 +21,6 @@ from msp_plugin.hosts.base import Pruned
 from msp_plugin.hosts.builtin import BuiltIn
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
-from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.records.parts import ModelRecord
 from msp_plugin.records.run import (
@@ -34,10 +33,18 @@ from msp_plugin.records.run import (
 from msp_plugin.recovery.base import Recovery, check_sensitivities
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.record import Measured, Recovered, copy_logs, with_recovery
-from msp_plugin.recovery.sources import Sparse, check_denser, check_sources, load_original, load_sparse
+from msp_plugin.recovery.sources import (
+    RECORDS,
+    Sparse,
+    check_denser,
+    check_sources,
+    load_original,
+    load_sparse,
+    records_folder,
+)
 from msp_plugin.recovery.step import RecoveryStep, RecoveryText, recovery_text, sensitivities, states
 from msp_plugin.recovery.trained import check_adapter
-from msp_plugin.runs.steps import RECIPE_FILE, Run
+from msp_plugin.runs.steps import Run
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import digest, versions
 from msp_plugin.runtime.disk import writing
@@ -227,7 +234,9 @@ def _record(
         model=ModelRecord(source=str(sparse.name)),
         perplexity={"result": None},
     )
-    if record.test is None or record.test.fingerprint != test.fingerprint:
+    if not test:  # nothing was measured: what is known stays
+        before = {PRUNE: Measured(record.stages[-1].perplexity, record.stages[-1].kl)}
+    elif record.test is None or record.test.fingerprint != test.fingerprint:
         record = record.model_copy(
             update={
                 "stages": tuple(s.model_copy(update={"perplexity": None, "kl": None}) for s in record.stages),
@@ -238,7 +247,7 @@ def _record(
     source = record.model.source if dense is None else str(dense.name)
     changes = {
         "model": record.model.model_copy(update={"source": source, "dtype": sparse.dtype}),
-        "test": test.record(length=len(test.samples[0])) if test else None,
+        "test": test.record(length=len(test.samples[0])) if test else record.test,
         "versions": versions(),
     }
     return with_recovery(record.model_copy(update=changes), Recovered(stage, before))
@@ -259,10 +268,11 @@ def _write(
     """
 
     def records(folder: Path) -> None:
+        before = records_folder(source.name)
+        for name in RECORDS:
+            if (before / name).is_file():
+                shutil.copyfile(before / name, folder / name)
         record.write(folder / RUN_FILE)
-        for name in (ALLOCATION_FILE, RECIPE_FILE):
-            if (expanded(source.name) / name).is_file():
-                shutil.copyfile(expanded(source.name) / name, folder / name)
         copy_logs(state, folder)
 
     kept = partial(kept_if_it_fails, model, path, records, source.cache)

@@ -30,7 +30,7 @@ from msp_plugin.passes.losses import perplexity
 from msp_plugin.plugins.manager import Plugins, spec_of
 from msp_plugin.progress import prefixed
 from msp_plugin.records.parts import ModelRecord
-from msp_plugin.records.run import DENSE, FINAL, PRUNE, UNIFORM, RunRecord, StageRecord
+from msp_plugin.records.run import DENSE, FINAL, PRUNE, RECIPE_FILE, UNIFORM, RunRecord, StageRecord
 from msp_plugin.recovery.record import Measured, Recovered, copy_logs, with_recovery
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import versions
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True)

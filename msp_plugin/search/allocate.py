@@ -11,7 +11,7 @@ from msp_plugin.checkpoint.quantized import check_unquantized
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import NO_TEXT, TextSplit
 from msp_plugin.data.tokenize import check_ids
-from msp_plugin.errors import DataError, RecipeError, VerificationError
+from msp_plugin.errors import DataError, ModelError, RecipeError, VerificationError
 from msp_plugin.models.layers import (
     allowed_levels,
     check_finite_weights,
@@ -25,7 +25,7 @@ from msp_plugin.models.source import POSITIONS, first_count
 from msp_plugin.passes.outputs import with_inner
 from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
-from msp_plugin.plan.menus import has_widths
+from msp_plugin.plan.menus import has_widths, menu_names
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.plugins.manager import spec_of
 from msp_plugin.progress import StepProgress, no_progress
@@ -38,7 +38,7 @@ from msp_plugin.runtime.ranks import ALONE, Ranks
 from msp_plugin.search.measurements import Measurements
 from msp_plugin.search.resolve import ResolvedOptions
 from msp_plugin.structure.groups import with_groups
-from msp_plugin.structure.halves import is_mixed
+from msp_plugin.structure.halves import ATTENTION, find_halves, is_mixed
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
             table = with_groups(model, table, plan.quantum) if widths else with_inner(model, table)
         check_fit(table, plan.menu)
         problem = make_problem(model, table, plan)
+        _check_attentions(model, problem)
         budget = problem.budget
         if budget.kept == problem.reach[0] and not plan.is_uniform:
             log.warning(
@@ -78,6 +79,41 @@ def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
             )
     check_finite_weights(model, table)
     return table
+
+
+def _check_attentions(model: torch.nn.Module, problem: AllocationProblem) -> None:
+    """Raise if every attention of a model that is known to have some may only be dropped.
+
+    Raises:
+        RecipeError: no token would see another one.
+    """
+    only = {
+        unit.name
+        for unit, may in zip(problem.table, problem.may, strict=True)
+        if all(level.is_dropped for level, allowed in zip(problem.menu, may, strict=True) if allowed)
+    }
+    if only and (attentions := _attentions(model)) and only.issuperset(attentions):
+        raise RecipeError(
+            f"every attention may only be dropped: no other level of {', '.join(menu_names(problem.menu))} fits one",
+            hint='add levels that do, such as "dense"',
+        )
+
+
+def _attentions(model: torch.nn.Module) -> list[str]:
+    """Return the names of a model's attentions; none if heads and channels of its type are not known."""
+    try:
+        return [half.name for half in find_halves(model) if half.kind == ATTENTION]
+    except ModelError:
+        return []
+
+
+def _warn_of_no_attention(model: torch.nn.Module, allocation: Allocation) -> None:
+    """Log a warning if an allocation drops every attention."""
+    dropped = {
+        unit.name for unit, level in zip(allocation.table, allocation.levels, strict=True) if level.is_dropped
+    }
+    if dropped and (attentions := _attentions(model)) and dropped.issuperset(attentions):
+        log.warning("every attention is dropped, so that no token sees another one: protect some of them")
 
 
 def warn_of_forms(model: torch.nn.Module, plan: ResolvedOptions) -> None:
@@ -165,6 +201,7 @@ def allocate(
     allocation = _finish(
         model, measurements.model_id, used, plan, problem, result, measurements.sensitivities
     )
+    _warn_of_no_attention(model, allocation)
     search = record if allocator.needs_database or plan.estimators else SearchRecord()
     return Outcome(allocation, search, measurements.saved_seconds)
 

@@ -1,4 +1,4 @@
-"""How fast a packed checkpoint generates on this CPU, and in how much memory, beside its dense form."""
+"""How fast a checkpoint generates on this CPU, and in how much memory, beside its dense form or another checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from msp_plugin.errors import RecipeError
+from msp_plugin.checkpoint.load import is_packed
+from msp_plugin.errors import ModelError, RecipeError
 from msp_plugin.serving.cpu.linear import PackedLinear
 from msp_plugin.serving.load import load
 
@@ -55,7 +56,7 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class FormSpeed:
-    """One form of a checkpoint.
+    """One of the two models.
 
     Args:
         bytes: of all tensors that the model holds.
@@ -73,49 +74,68 @@ class FormSpeed:
 
 @dataclass(frozen=True)
 class BenchRecord:
-    """A checkpoint's speed in both forms on one machine.
+    """The speed of a checkpoint and of what it is held against, on one machine.
 
     Args:
-        kernels: by kernel, how many layers it multiplies.
+        model: its directory or hub id.
+        against: that of the other one; None for its own dense form.
+        kernels: by kernel, how many packed layers it multiplies.
     """
 
     model: str
+    against: str | None
     options: BenchOptions
     kernels: dict[str, int]
-    packed: FormSpeed
-    dense: FormSpeed
+    own: FormSpeed
+    other: FormSpeed
     machine: dict[str, Any]
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Packed over dense: below 1 is smaller for bytes, above 1 faster for speeds."""
-        pairs = {name: (getattr(self.packed, name), getattr(self.dense, name)) for name in _RATIOS}
+        """Its own over the other: below 1 is smaller for bytes, above 1 faster for speeds."""
+        pairs = {name: (getattr(self.own, name), getattr(self.other, name)) for name in _RATIOS}
         return {name: ours / theirs for name, (ours, theirs) in pairs.items() if ours and theirs}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON data."""
-        return {"schema": "msp_plugin/bench", "version": 1, **asdict(self), "ratios": self.ratios}
+        return {"schema": "msp_plugin/bench", "version": 2, **asdict(self), "ratios": self.ratios}
 
 
-def bench(source: str | Path, options: BenchOptions | None = None) -> BenchRecord:
-    """Return the speed and the memory of a packed checkpoint beside its dense form, measured in turns.
+def bench(
+    source: str | Path, options: BenchOptions | None = None, *, against: str | Path | None = None
+) -> BenchRecord:
+    """Return the speed and the memory of a checkpoint beside those of another one, measured in turns.
+
+    Args:
+        source: packed, or of any form with ``against``; a packed one runs on its packed weights.
+        against: what it is held against, run dense, e.g. the model that a smaller one was cut from; None for the dense
+            form of a packed one.
 
     Raises:
-        ModelError: there is no such model, or it is not packed.
+        ModelError: there is no such model, or it is not packed and there is nothing to hold it against.
         FormatError: files are damaged.
-        RecipeError: prompt and tokens are more than the model takes.
+        RecipeError: prompt and tokens are more than a model takes.
     """
     options = options or BenchOptions()
+    packed = is_packed(source)
+    if against is None and not packed:
+        raise ModelError(
+            f"{source} is not packed, and has no other form to compare with",
+            hint="give --against, e.g. the dense model; or msp export it --to sparse24 or --to bitmask first",
+        )
     models: dict[str, PreTrainedModel] = {}
     resident: dict[str, int | None] = {}
-    for form in ("packed", "packed", "dense"):  # the first load brings libraries with it
+    for form in ("own", "own", "other"):  # the first load brings libraries with it
         models.pop(form, None)
         before = _resident()
-        models[form] = load(source, options.dtype, packed=form == "packed", checksums=form == "packed")
+        if form == "own":
+            models[form] = load(source, options.dtype, packed=packed)
+        else:
+            models[form] = load(against or source, options.dtype, checksums=against is not None)
         _check_length(models[form], options)
         after = _resident()
         resident[form] = None if before is None or after is None else after - before
-    kernels = Counter(m.kernel for m in models["packed"].modules() if isinstance(m, PackedLinear))
+    kernels = Counter(m.kernel for m in models["own"].modules() if isinstance(m, PackedLinear))
     times = _measured(models, options)
     count = {"prefill": options.batch * options.prompt, "decode": options.batch * options.tokens}
     forms = {
@@ -131,7 +151,8 @@ def bench(source: str | Path, options: BenchOptions | None = None) -> BenchRecor
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    return BenchRecord(str(source), options, dict(kernels), forms["packed"], forms["dense"], machine)
+    other = None if against is None else str(against)
+    return BenchRecord(str(source), other, options, dict(kernels), forms["own"], forms["other"], machine)
 
 
 def _check_length(model: PreTrainedModel, options: BenchOptions) -> None:
@@ -149,7 +170,7 @@ def _measured(
     models: dict[str, PreTrainedModel], options: BenchOptions
 ) -> dict[tuple[str, str], list[float]]:
     """Return seconds by (form, step), a turn of each form after the other; the first turns do not count."""
-    vocabulary = next(iter(models.values())).config.get_text_config().vocab_size
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (options.batch, options.prompt), generator=generator)
     times: dict[tuple[str, str], list[float]] = {}
@@ -165,8 +186,9 @@ def _measured(
 
 def _decode(model: PreTrainedModel, out: Any, tokens: int) -> None:
     """Decode greedily so many tokens after a prompt's output."""
+    cache = next(key for key in ("past_key_values", "cache_params") if key in out)  # the latter is Mamba's
     for _ in range(tokens):
-        out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        out = model(out.logits[:, -1:].argmax(-1), use_cache=True, **{cache: out[cache]})
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -15,7 +15,7 @@ from msp_plugin.checkpoint import load as dense
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.saved_names import saved_names
 from msp_plugin.errors import ModelError, ServingError
-from msp_plugin.models.source import check_source
+from msp_plugin.models.source import check_dtype, check_source
 from msp_plugin.serving.cpu.linear import PackedLinear, no_training
 
 if TYPE_CHECKING:
@@ -71,11 +71,13 @@ def load(
     if checksums:
         checkpoint.check_files()
     check_source(path)
-    tensors = {name: checkpoint.tensors.read(name).clone() for name in checkpoint.tensors}
     model = dense.from_tensors(
-        checkpoint, dtype, trust_remote_code, tensors, lambda model: _replace_linears(model, checkpoint)
+        checkpoint,
+        dtype,
+        trust_remote_code,
+        lambda empty: _tensors(empty, checkpoint, check_dtype(dtype)),
+        lambda model: _replace_linears(model, checkpoint),
     )
-    del tensors
     model.requires_grad_(False)
     _prepare(model)
     return model
@@ -105,21 +107,46 @@ def _train(model: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
     return model
 
 
+def _packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the names of the model's linears that the checkpoint holds packed, by their names there.
+
+    A matrix of another module, such as GPT-2's Conv1D or a router, may be packed as well.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    stored_as = {saved: name for name, saved in saved_names(model, linears).items()}
+    named = {layer: stored_as.get(layer, layer) for layer in checkpoint.packed}
+    return {layer: name for layer, name in named.items() if name in linears}
+
+
+def _tensors(
+    empty: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Return copies of a checkpoint's tensors by name: of linears packed, of all other modules dense.
+
+    Args:
+        empty: the model without weights.
+        dtype: as for Checkpoint.dense.
+    """
+    kept = _packed_linears(empty, checkpoint)
+    others = [layer for layer in checkpoint.packed if layer not in kept]
+    if others:
+        log.warning("%d packed layers are no linears and become dense, e.g. %s", len(others), others[0])
+    weights = {f"{layer}.weight": checkpoint.weight(layer, dtype) for layer in others}
+    format = checkpoint.format
+    gone = {f"{layer}.{suffix}" for layer in others for suffix in (format.suffixes if format else ())}
+    return weights | {
+        name: checkpoint.tensors.read(name).clone() for name in checkpoint.tensors if name not in gone
+    }
+
+
 def _replace_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Put a PackedLinear, still without data, in the place of each linear that the checkpoint holds packed."""
     format = checkpoint.format
     assert format is not None, "only packed checkpoints come here"
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    stored_as = {saved: name for name, saved in saved_names(model, linears).items()}
-    for layer in checkpoint.packed:
-        name = stored_as.get(layer, layer)
-        if name not in linears:
-            raise ModelError(
-                f"{layer} is packed, but {type(model).__name__} has no linear of that name",
-                hint="load it without packed=True",
-            )
+    for layer, name in _packed_linears(model, checkpoint).items():
         tensors = {suffix: _meta(checkpoint, f"{layer}.{suffix}") for suffix in format.suffixes}
-        old = linears[name]
+        old = model.get_submodule(name)
+        assert isinstance(old, nn.Linear)
         shape = (old.out_features, old.in_features)
         model.set_submodule(name, PackedLinear(format, name, tensors, shape, old.bias))
 
@@ -143,6 +170,8 @@ def _prepare(model: PreTrainedModel) -> None:
             linear.register_parameter("bias", module.bias)
             model.set_submodule(name, linear.eval())
     if any(isinstance(module, PackedLinear) for module in model.modules()):
-        model.save_pretrained = _no_saving  # type: ignore[method-assign,unused-ignore]
+        for part in model.modules():
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained = _no_saving  # type: ignore[assignment]
         model.train = partial(_train, model)  # type: ignore[method-assign]
     log.warning("packed layers: %s", ", ".join(f"{n} on {kernel}" for kernel, n in sorted(kernels.items())))

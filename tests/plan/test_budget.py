@@ -296,3 +296,10 @@ def test_dropped_serves_only_targets_that_the_other_levels_are_too_dense_for(mak
     problem = make_problem([(4, 8), (12, 8)], ["dense", "2:4", "dropped"], target)
     assert problem.budget.kept == kept
     assert problem.total_kept(problem.solve(np.zeros(problem.kept.shape))) == kept
+
+
+def test_uniform_drops_nothing_where_the_other_levels_meet_the_budget(make_problem):
+    for target in (0.25, 0.3, 0.5):
+        problem = make_problem([(4, 8), (12, 8)] * 4, ["dense", "6:8", "2:4", "dropped"], target)
+        plain = make_problem([(4, 8), (12, 8)] * 4, ["dense", "6:8", "2:4"], target)
+        assert problem.uniform() == plain.uniform()

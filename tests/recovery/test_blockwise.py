@@ -208,3 +208,16 @@ def test_a_float16_parameter_is_trained_by_gradients_that_float16_cannot_hold(sl
     found = fit(trained, loss, 4, lambda: 0.5, start, schedule, 0, scale=4096.0)
     assert found.finite and found.steps == 4
     assert bool((found.state[0] < 0.95).all()) and bool(found.state[0].isfinite().all())
+
+
+def test_a_token_whose_dense_state_is_zero_counts_little(llama, prune_half, make_inputs):
+    """As that of padding is where the embedding of its token is zero."""
+    with torch.no_grad():
+        llama.get_input_embeddings().weight[3] = 0
+    original = copy.deepcopy(llama)
+    masks = prune_half(llama)
+    inputs = make_inputs(llama, masks, original)
+    for sample in inputs.data.samples:
+        sample[:4] = 3
+    result = QUICK.recover(inputs)
+    assert result.curve[-1][1] < result.curve[0][1]

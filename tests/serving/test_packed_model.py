@@ -201,3 +201,36 @@ def test_a_model_in_float64_is_refused(packed_path):
     model = msp_plugin.load(packed_path, "float32", packed=True).double()
     with torch.no_grad(), pytest.raises(ServingError, match=r"not torch.float64"):
         model(torch.arange(8)[None])
+
+
+def test_under_autocast_it_is_as_a_dense_model_is(packed_path):
+    model, dense = (msp_plugin.load(packed_path, "float32", packed=packed) for packed in (True, False))
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        loaded_inside = msp_plugin.load(packed_path, "float32", packed=True)
+        ours, theirs, inside = (m(ids).logits.float() for m in (model, dense, loaded_inside))
+    assert torch.equal(ours, inside)
+    assert len(packed_linears(loaded_inside)) == len(packed_linears(model)) > 0
+    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+
+
+def test_no_part_of_it_is_saved(packed_path, tmp_path):
+    model = msp_plugin.load(packed_path, packed=True)
+    with pytest.raises(ServingError, match="packed layers is not saved"):
+        model.model.save_pretrained(tmp_path / "saved")
+
+
+def test_packed_matrices_that_are_no_linears_become_dense(tmp_path, caplog):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32))
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.mlp.c_fc.weight.view(-1, 4)[:, 1:] = 0
+    model.save_pretrained(tmp_path / "model")
+    export_checkpoint(tmp_path / "model", Bitmask(), tmp_path / "packed")
+    loaded = msp_plugin.load(tmp_path / "packed", packed=True)
+    assert "2 packed layers are no linears and become dense" in caplog.text
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, msp_plugin.load(tmp_path / "packed")(ids).logits)

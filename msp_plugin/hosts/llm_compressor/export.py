@@ -18,10 +18,9 @@ from msp_plugin.plan.levels import Pattern
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.progress import Progress
 from msp_plugin.pruning.base import Pruner
+from msp_plugin.records.run import RECIPE_FILE
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.files import write_text
-
-RECIPE_FILE = "recipe.yaml"
 
 _CARD = """# A mixed-sparsity allocation as a plain llm-compressor recipe
 

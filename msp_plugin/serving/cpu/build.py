@@ -106,7 +106,7 @@ def _is_whole(library: Path) -> bool:
     """Return True if a library has the digest that was written beside it: loading a damaged one may kill the process."""
     try:
         return _digest_file(library).read_text(encoding="utf-8") == _sha256(library)
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return False
 
 

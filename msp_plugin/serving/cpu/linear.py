@@ -106,6 +106,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., in_features] times the transposed weight plus bias.
 
+        Under autocast the product is computed in the weight's dtype, and returned in autocast's like a linear's.
+
         Raises:
             ServingError: a gradient is asked for, or the model was cast to another dtype.
         """
@@ -118,8 +120,9 @@ class PackedLinear(nn.Module):
             )
         if self.kernel == "dense":
             return nn.functional.linear(x, self.weight, self.bias)
+        narrowed = x.dtype != self.like.dtype and torch.is_autocast_enabled("cpu")
         out: torch.Tensor = torch.ops.msp_plugin.bitmask_linear(
-            x,
+            x.to(self.like.dtype) if narrowed else x,
             self.compressed,
             self.bitmask,
             self.starts,
@@ -128,7 +131,7 @@ class PackedLinear(nn.Module):
             self.in_features,
             self.kernel,
         )
-        return out
+        return out.to(torch.get_autocast_dtype("cpu")) if narrowed else out
 
     def train(self, mode: bool = True) -> Self:
         """Return itself in eval mode.
