@@ -102,3 +102,13 @@ def test_a_model_of_images_and_text_is_loaded_as_one(run_dir, copied, edit_json,
     assert (
         "from transformers import AutoModelForImageTextToText\nmodel = AutoModelForImageTextToText." in card
     )
+
+
+def test_a_model_without_masks_is_not_called_nm(msp, llama_dir, tmp_path):
+    text = ("--data", "demo:train", "--test-samples", "0", "--samples", "4", "--length", "16")
+    method = ("--levels", "width", "--quantum", "16", "-m", "l2", "--allocator", "uniform")
+    msp("prune", llama_dir, "-s", "0.25", *method, *text, "--out", tmp_path / "run")
+    msp("export", tmp_path / "run", "--to", "dense", "--out", tmp_path / "dense")
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "N:M" not in card and "pruned with heads, channels or halves gone" in card
+    assert "tags: [pruned, sparsity, structured]" in card and "wide" in card

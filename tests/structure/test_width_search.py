@@ -11,14 +11,15 @@ import torch
 import msp_plugin
 from msp_plugin import Allocation, AllocationProblem, Level
 from msp_plugin.data.calibration import CalibrationSet
-from msp_plugin.data.samples import split_text
+from msp_plugin.data.samples import TextSplit, split_text
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
+from msp_plugin.errors import RecipeError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.pruning.masks import groups_of
-from msp_plugin.search.allocate import allocate
+from msp_plugin.search.allocate import allocate, check_model
 from msp_plugin.search.candidate_loss import CandidateLoss
 from msp_plugin.search.candidate_weights import CandidateWeights
 from msp_plugin.search.move_gradients import changes_within
@@ -223,3 +224,28 @@ def test_one_command_prunes_as_llm_pruner_does_and_trains_lora_afterwards(llama_
     )
     msp("export", run, "--to", "small", "--out", small)
     assert "passed" in msp("verify", small, "--reference", run).out
+
+
+@pytest.mark.parametrize("levels, refused", [("7/8 wide,dropped", True), ("dense,7/8 wide,dropped", False)])
+def test_a_model_whose_attentions_may_only_be_dropped_is_refused(tiny, levels, refused):
+    """With one KV head no width fits an attention."""
+    model = tiny("llama", num_key_value_heads=1)
+    plan = resolve(Options(sparsity=0.5, levels=levels, quantum=1, method="l2", allocator="uniform"), PLUGINS)
+    if not refused:
+        assert check_model(model, plan).weights
+        return
+    with pytest.raises(RecipeError, match="every attention may only be dropped") as error:
+        check_model(model, plan)
+    assert "dense" in error.value.hint
+
+
+def test_an_allocation_without_any_attention_is_warned_of(tiny, tmp_path, caplog):
+    model = tiny("llama")
+    table = prunable_layers(model, granularity="half")
+    share = Fraction(sum(unit.weights for unit in table if "self_attn" in unit.name), table.weights)
+    options = Options(
+        sparsity=str(share), levels="depth", method="magnitude", allocator="uniform", protect=["re:.*mlp.*"],
+        cache=str(tmp_path),
+    )  # fmt: skip
+    allocate(model, TextSplit(), resolve(options, PLUGINS))
+    assert "every attention is dropped" in caplog.text
