@@ -56,7 +56,7 @@ def pruned(model: str, sparsity: str, allocator: str, folder: Path) -> Path:
     if not (out / "run.json").is_file():
         shutil.rmtree(out, ignore_errors=True)
         prune(demo_model_path(model), demo_text(), out, sparsity=sparsity, allocator=allocator,
-              method="sparsegpt", cache=str(folder / "cache"), baseline=False)  # fmt: skip
+              method="sparsegpt", dtype="float32", cache=str(folder / "cache"), baseline=False)  # fmt: skip
     return out
 
 
@@ -71,7 +71,7 @@ def recovered(model: str, sparse: Path, spec: dict, tokens: int, folder: Path) -
     samples = max(64, -(-tokens // 256))
     text = Text("demo:train", test="demo:test", samples=samples, length=256, test_samples=128)
     start = time.monotonic()
-    run = recover(sparse, text, out, original=demo_model_path(model),
+    run = recover(sparse, text, out, original=demo_model_path(model), dtype="float32",
                   method={**spec, "tokens": tokens}, cache=str(folder / "cache"))  # fmt: skip
     record = run.record.to_dict()
     values = record["perplexity"]

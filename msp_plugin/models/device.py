@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 #: Free memory that a search needs on a GPU, as a multiple of the model's size: the model, a candidate's weights, and
 #: half as much again for activations and caches (see cache_bytes).
 ROOM = 2.5
-#: A model with so many weights takes minutes, and products so many times slower than float32's then cost hours.
-LARGE = 50_000_000
+#: Weights from which a type is looked at, and how many times slower than in float32 its products may be.
+LARGE = 1_000_000
 SLOW = 3.0
 
 
