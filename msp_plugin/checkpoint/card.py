@@ -36,7 +36,7 @@ def model_card(source: Checkpoint, manifest: Manifest, format: PackedFormat | No
     smaller, tag, how = source.smaller, '"N:M"', "mixed N:M sparsity"
     if format is not None and format.structure == "2:4":
         tag = '"2:4"'
-    elif not _has_masks(source):
+    elif format is None and not _has_masks(source):
         tag, how = "structured", "heads, channels or halves gone"
     parts = [
         _FRONT.format(tag=tag),

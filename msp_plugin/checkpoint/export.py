@@ -38,7 +38,7 @@ _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"
 CARD_FILE = "README.md"
 #: In a smaller model, the allocation of the model that it was cut from.
 SOURCE_ALLOCATION_FILE = "allocation.source.json"
-_REWRITTEN = ("config.json", INDEX, MANIFEST_FILE)
+_REWRITTEN = ("config.json", INDEX, MANIFEST_FILE, "bench.json")  # the last one is of its own model
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,11 @@ class Chat:
             )
         try:
             messages = [dict(message) for message in self.messages]
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=_DATE.strftime))
+            dated = "strftime_now" in str(
+                tokenizer.chat_template
+            )  # some tokenizers refuse what they do not know
+            today: dict[str, Any] = {"strftime_now": _DATE.strftime} if dated else {}
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **today))
         except Exception as error:  # a template is code that comes with the model
             raise DataError(
                 f"{self.where}: the tokenizer's chat template refuses the conversation: "

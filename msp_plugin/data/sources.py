@@ -223,12 +223,13 @@ def _hub_dataset(source: str) -> Any:
         readings = [(None, rest[0]), (rest[0], "train")]
     elif len(rest) == 2:
         readings = [(rest[0], rest[1])]
-    why = "it has more than two colons"
+    reasons = []
     for config, split in readings:
         try:
             return load_dataset(name, config, split=split, streaming=True)
         except Exception as error:  # datasets raises many types, and a connection many more
-            why = f"{type(error).__name__}: {error}"
+            reasons.append(f"{type(error).__name__}: {error}")
+    why = "; ".join(dict.fromkeys(reasons)) or "it has more than two colons"
     raise DataError(
         f"{source!r} is neither a file nor a dataset that can be loaded: {why}",
         hint="give a path, or id[:config][:split] of a hub dataset",

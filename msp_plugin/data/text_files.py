@@ -12,7 +12,6 @@ import importlib
 import json
 import logging
 import lzma
-import os
 import re
 import sys
 import zlib
@@ -95,17 +94,23 @@ def data_files(path: Path) -> list[Path]:
 
 
 def _files_below(path: Path) -> list[Path]:
-    """Return the files in a directory and in those below, sorted, also behind links; without hidden ones."""
-    found, seen = [], set()
-    for folder, inner, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a directory above
-            inner.clear()
+    """Return the files in a directory and in those below, sorted, also behind links; without hidden ones.
+
+    A directory that can be reached without links is read there, and none is read twice or above ``path``.
+    """
+    found: list[Path] = []
+    near, far = [path], list[Path]()
+    seen = set(path.resolve().parents)
+    while near or far:
+        folder = near.pop() if near else far.pop()
+        if (real := folder.resolve()) in seen:
             continue
         seen.add(real)
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(p for p in found if p.is_file())
+        inside = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+        found += [p for p in inside if p.is_file()]
+        near += [p for p in inside if p.is_dir() and not p.is_symlink()]
+        far += [p for p in inside if p.is_dir() and p.is_symlink()]
+    return sorted(found)
 
 
 def _place(path: Path) -> int:

@@ -34,8 +34,8 @@ def matches(pattern: str, name: str, module: torch.nn.Module) -> bool:
 def check_patterns(model: torch.nn.Module, kind: str, patterns: Iterable[str]) -> None:
     """Raise unless each pattern matches a linear or an embedding; ``kind`` names the option.
 
-    One of ``ignore`` may as well match modules with parameters of their own, such as norms or a router, which are not
-    pruned anyway.
+    One of ``ignore`` may as well match modules with parameters and without linears, such as norms or a router, which are
+    not pruned anyway.
 
     Raises:
         RecipeError: a pattern matches nothing, or only modules that hold others.
@@ -45,7 +45,7 @@ def check_patterns(model: torch.nn.Module, kind: str, patterns: Iterable[str]) -
         matched = [module for name, module in named.items() if matches(pattern, name, module)]
         if any(isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) for module in matched):
             continue
-        if kind == "ignore" and any(next(module.parameters(False), None) is not None for module in matched):
+        if kind == "ignore" and any(_is_never_pruned(module) for module in matched):
             continue
         if matched:
             raise RecipeError(
@@ -59,10 +59,16 @@ def check_patterns(model: torch.nn.Module, kind: str, patterns: Iterable[str]) -
         )
 
 
+def _is_never_pruned(module: torch.nn.Module) -> bool:
+    """Return True if a module has parameters, and no linear among its parts."""
+    linear = any(isinstance(part, torch.nn.Linear) for part in module.modules())
+    return not linear and next(module.parameters(), None) is not None
+
+
 def _inside(pattern: str) -> str:
     """Return a pattern for what is inside of the modules that one matches."""
     if pattern.startswith("re:"):
-        return f'"{pattern.removesuffix("$")}[.].*"'
+        return f'"re:(?:{pattern[3:].replace("$", "")})[.].*"'
     if "*" in pattern:
         return f'"{pattern}.*"'
     return f'"*{pattern}.*", or "re:.*{pattern}[.].*"'

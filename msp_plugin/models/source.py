@@ -131,21 +131,10 @@ def _first_count(source: str | Path, keys: Sequence[str], trust_remote_code: boo
     check_source(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).get_text_config()
-        return first_count(config, keys, source)
-    except ModelError:
-        raise
+        values = {key: getattr(config, key, None) for key in keys}
     except Exception as error:  # a config's values reach all of transformers
         raise ModelError(f"cannot read the config of {source}: {error}") from error
-
-
-def first_count(config: PreTrainedConfig, keys: Sequence[str], source: str | Path) -> int | None:
-    """Return the value of the first key that the config of a model's text has, None if it has none of them.
-
-    Raises:
-        ModelError: the value is not a positive integer; ``source`` names the model.
-    """
-    for key in keys:
-        value = getattr(config, key, None)
+    for key, value in values.items():
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
         if value is not None:

@@ -209,7 +209,7 @@ def adapted(model: PreTrainedModel, config: PeftConfig, seed: int = 0) -> Iterat
 
     flags = [(p, p.requires_grad) for p in model.parameters()]
     training, cache = model.training, model.config.use_cache if hasattr(model.config, "use_cache") else None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
         torch.manual_seed(seed)
         wrapped = add_adapter(model, config)
     try:

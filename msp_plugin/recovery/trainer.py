@@ -199,6 +199,8 @@ def _has_ended(trainer: Trainer, checkpoint: str, patience: int) -> bool:
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     if not out_of_patience(state.log_history, patience):
         return False
+    state.is_local_process_zero = trainer.is_local_process_zero()
+    state.is_world_process_zero = trainer.is_world_process_zero()
     trainer.state = state
     return True
 

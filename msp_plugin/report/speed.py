@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,25 @@ from msp_plugin.errors import RecipeError
 from msp_plugin.records.base import read_object
 from msp_plugin.records.parts import SpeedRecord
 
+log = logging.getLogger(__name__)
+
 #: What ``msp bench`` writes; a report reads the one beside a run's records.
 BENCH_FILE, BENCH_SCHEMA, BENCH_VERSION = "bench.json", "msp_plugin/bench", 2
 
 
 def measured_speed(directory: Path) -> tuple[SpeedRecord, ...]:
-    """Return the figures of a directory's bench.json; none without one.
+    """Return the figures of a directory's bench.json; none without one, and none of another version.
 
     Raises:
-        RecipeError: it is damaged, or of another schema or version.
+        RecipeError: it is damaged.
     """
     file = directory / BENCH_FILE
     if not file.is_file():
         return ()
     data = read_object(file)
     if (data.get("schema"), data.get("version")) != (BENCH_SCHEMA, BENCH_VERSION):
-        raise RecipeError(
-            f"{file} is not what this version of `msp bench` writes", hint="measure again, or remove it"
-        )
+        log.warning("%s is not what this version of `msp bench` writes: it is left out", file)
+        return ()
     try:
         return tuple(_rows(data))
     except (KeyError, TypeError, ValueError) as error:

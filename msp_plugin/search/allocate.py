@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from fractions import Fraction
 
 import torch
 
@@ -21,7 +22,7 @@ from msp_plugin.models.layers import (
     text_config,
 )
 from msp_plugin.models.offload import own_parameters
-from msp_plugin.models.source import POSITIONS, first_count
+from msp_plugin.models.source import POSITIONS
 from msp_plugin.passes.outputs import with_inner
 from msp_plugin.plan.allocation import Allocation, make_allocation
 from msp_plugin.plan.budget import AllocationProblem
@@ -41,6 +42,9 @@ from msp_plugin.structure.groups import with_groups
 from msp_plugin.structure.halves import ATTENTION, find_halves, is_mixed
 
 log = logging.getLogger(__name__)
+
+#: A budget that misses the asked sparsity by more is warned of.
+FAR = Fraction(1, 200)
 
 
 def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
@@ -71,7 +75,9 @@ def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
                 float(plan.sparsity),
             )
         if not budget.exact:
-            log.info(
+            far = abs(budget.sparsity - plan.sparsity) > FAR
+            log.log(
+                logging.WARNING if far else logging.INFO,
                 "sparsity %s cannot be met exactly; the nearest is %d zeros of %d",
                 plan.sparsity,
                 budget.zeros,
@@ -207,7 +213,7 @@ def allocate(
 
 
 def check_samples(model: torch.nn.Module, data: CalibrationSet) -> None:
-    """Raise unless the model has an embedding for each token, and a position for each place, of its samples.
+    """Raise unless the model has an embedding for each token and, where it learned positions, for each place of its samples.
 
     Raises:
         DataError: a token id or a sample's length is beyond the model's.
@@ -216,9 +222,12 @@ def check_samples(model: torch.nn.Module, data: CalibrationSet) -> None:
     weight = own_parameters(embeddings)["weight"]
     assert weight is not None
     check_ids(data, int(weight.shape[0]))
-    most = first_count(text_config(model), POSITIONS, type(model).__name__)
-    longest = max(len(sample) for sample in data.samples)
-    if most is not None and longest > most:
+    config, longest = text_config(model), max(len(sample) for sample in data.samples)
+    most = next((value for key in POSITIONS if isinstance(value := getattr(config, key, None), int)), None)
+    learned = {
+        m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not embeddings
+    }
+    if most is not None and longest > most and learned & {most, most + 2}:  # OPT has two more
         raise DataError(
             f"samples of {longest} tokens, the model takes {most} at most",
             hint="give shorter ones: max_seq_length of oneshot",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,9 +76,7 @@ class Options(BaseModel):
                 data["allocation"] = str(Path.cwd() / expanded(given))
             for key in ("targets", "ignore", "levels", "protect"):
                 if isinstance(data.get(key), str):
-                    # a comma in brackets belongs to a regular expression
-                    parts = re.split(r",(?![^(\[{]*[)\]}])", data[key])
-                    data[key] = [part.strip() for part in parts if part.strip()]
+                    data[key] = _parts(data[key])
         return data
 
     @classmethod
@@ -95,3 +92,15 @@ class Options(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise RecipeError(f"{where} = {shown(first['input'])}: {first['msg']}") from None
+
+
+def _parts(text: str) -> list[str]:
+    """Return the parts of a list that is written with commas; those in brackets belong to regular expressions."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]

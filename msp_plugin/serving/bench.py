@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from msp_plugin.checkpoint.load import is_packed
+from msp_plugin.checkpoint.load import is_packed, local_directory
 from msp_plugin.errors import ModelError, RecipeError
 from msp_plugin.serving.cpu.linear import PackedLinear
 from msp_plugin.serving.load import load
@@ -117,7 +117,8 @@ def bench(
         RecipeError: prompt and tokens are more than a model takes.
     """
     options = options or BenchOptions()
-    packed = is_packed(source)
+    local = local_directory(source, trust_remote_code=False)  # a packed model of the hub is fetched
+    packed = local is not None and is_packed(local)
     if against is None and not packed:
         raise ModelError(
             f"{source} is not packed, and has no other form to compare with",
@@ -129,9 +130,9 @@ def bench(
         models.pop(form, None)
         before = _resident()
         if form == "own":
-            models[form] = load(source, options.dtype, packed=packed)
+            models[form] = load(local or source, options.dtype, packed=packed)
         else:
-            models[form] = load(against or source, options.dtype, checksums=against is not None)
+            models[form] = load(against or local or source, options.dtype, checksums=against is not None)
         _check_length(models[form], options)
         after = _resident()
         resident[form] = None if before is None or after is None else after - before

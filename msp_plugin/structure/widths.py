@@ -160,5 +160,5 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     try:
         AutoConfig.for_model(**config)
     except Exception as error:  # its validators raise what they like
-        return str(error).strip().splitlines()[-1].strip()
+        return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
     return None

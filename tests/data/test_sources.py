@@ -356,6 +356,15 @@ def test_files_behind_links_are_read_once(tmp_path):
     assert read(str(tmp_path / "data")) == ["one", "about"]
 
 
+def test_a_link_to_one_split_is_not_read_in_its_place(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        write_rows(tmp_path / split / "x.jsonl", [{"text": split}])
+    (tmp_path / "a link").symlink_to(tmp_path / "train")
+    (tmp_path / "up").symlink_to(tmp_path.parent)
+    assert read(str(tmp_path)) == ["train"]
+
+
 def test_files_of_unknown_kinds_beside_data_are_named(tmp_path, caplog):
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "wiki.raw").write_text("wiki")

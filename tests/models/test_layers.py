@@ -252,3 +252,14 @@ def test_the_hint_for_a_container_names_the_linears_inside(llama, pattern):
         prunable_layers(llama, ignore=[pattern])
     advice = error.value.hint.split('"')[1]
     assert not [name for name in layer_names(prunable_layers(llama, ignore=[advice])) if "mlp" in name]
+
+
+def test_a_part_with_parameters_and_linears_is_still_a_container():
+    config = AutoConfig.for_model("mamba", hidden_size=32, state_size=4, num_hidden_layers=2, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(config)
+    assert dict(model.backbone.layers[0].mixer.named_parameters(recurse=False))
+    for pattern in ("mixer", "re:.*layers.0.mixer$|nothing"):
+        with pytest.raises(RecipeError, match="but no linear") as error:
+            prunable_layers(model, ignore=[pattern])
+        advice = error.value.hint.split('"')[1]
+        assert prunable_layers(model, ignore=[advice.replace("*mixer", "*0.mixer")]).layers

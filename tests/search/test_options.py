@@ -208,8 +208,11 @@ def test_an_unquoted_level_alone_is_explained():
 
 
 def test_a_comma_inside_a_regular_expression_is_its_own(plugins):
-    plan = plan_of(plugins, "{sparsity: 0.5, targets: 're:.*(q|k)_proj{1,2}, re:.*[v,w]_proj, o_proj'}")
-    assert plan.targets == ("re:.*(q|k)_proj{1,2}", "re:.*[v,w]_proj", "o_proj")
+    plan = plan_of(
+        plugins,
+        "{sparsity: 0.5, targets: 're:.*(q|k)_proj{1,2}, re:.*[v,w]_proj, re:.*(o,?(x)?), down_proj'}",
+    )
+    assert plan.targets == ("re:.*(q|k)_proj{1,2}", "re:.*[v,w]_proj", "re:.*(o,?(x)?)", "down_proj")
 
 
 @pytest.mark.parametrize("text, found", [

@@ -49,6 +49,10 @@ def test_a_smaller_model_is_held_against_the_one_that_it_was_cut_from(msp, llama
     page = (tmp_path / "report.html").read_text()
     for step, form, name in (("decode", "own", "this model"), ("prefill", "other", llama_dir.name)):
         assert f"{step}, {name}, batch 1" in page and short(printed[form][step]) in page
+    msp("export", small, "--to", "dense", "--out", tmp_path / "copy")
+    assert not (tmp_path / "copy" / "bench.json").exists()  # it is of another model
+    (small / "bench.json").write_text('{"schema": "msp_plugin/bench", "version": 1}')
+    assert "it is left out" in msp("report", small, "--out", tmp_path / "again.html").err
 
 
 def test_a_model_with_a_state_in_the_place_of_a_cache_is_measured(tmp_path):

@@ -209,6 +209,8 @@ def test_under_autocast_it_is_as_a_dense_model_is(packed_path):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         loaded_inside = msp_plugin.load(packed_path, "float32", packed=True)
         ours, theirs, inside = (m(ids).logits.float() for m in (model, dense, loaded_inside))
+        x = torch.ones(1, 64)
+        assert next(iter(packed_linears(model).values()))(x).dtype == torch.bfloat16
     assert torch.equal(ours, inside)
     assert len(packed_linears(loaded_inside)) == len(packed_linears(model)) > 0
     assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()

@@ -120,9 +120,9 @@ class PackedLinear(nn.Module):
             )
         if self.kernel == "dense":
             return nn.functional.linear(x, self.weight, self.bias)
-        narrowed = x.dtype != self.like.dtype and torch.is_autocast_enabled("cpu")
+        auto = torch.is_autocast_enabled("cpu")
         out: torch.Tensor = torch.ops.msp_plugin.bitmask_linear(
-            x.to(self.like.dtype) if narrowed else x,
+            x.to(self.like.dtype) if auto else x,
             self.compressed,
             self.bitmask,
             self.starts,
@@ -131,7 +131,7 @@ class PackedLinear(nn.Module):
             self.in_features,
             self.kernel,
         )
-        return out.to(torch.get_autocast_dtype("cpu")) if narrowed else out
+        return out.to(torch.get_autocast_dtype("cpu")) if auto else out
 
     def train(self, mode: bool = True) -> Self:
         """Return itself in eval mode.

@@ -160,12 +160,25 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused(model, calibrati
 
 
 @pytest.mark.parametrize("ids, found", [
-    (torch.full((64,), 10**6), "has token 1,000,000"), (torch.arange(2000) % 32, "samples of 2000 tokens"),
+    (torch.full((64,), 10**6), "has token 1,000,000"), (torch.arange(200) % 32, "samples of 200 tokens"),
 ])  # fmt: skip
-def test_samples_beyond_the_models_embeddings_or_positions_are_refused(model, tmp_path, ids, found):
+def test_samples_beyond_the_models_embeddings_or_learned_positions_are_refused(
+    tokenizer, tmp_path, ids, found
+):
     from llmcompressor import oneshot
+    from transformers import OPTConfig, OPTForCausalLM
 
-    assert model.config.max_position_embeddings < 2000
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    config = OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=128)
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    tokenizer.save_pretrained(tmp_path / "opt")
+    model = load_model(tmp_path / "opt")
     loader = DataLoader([{"input_ids": ids}], batch_size=1)
     modifier = MixedSparsityModifier(sparsity=0.5, allocator="uniform", cache=str(tmp_path))
     with refused(DataError, found):
