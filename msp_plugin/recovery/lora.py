@@ -33,14 +33,14 @@ class LoRA(TrainedRecovery):
     Args:
         rank, alpha: of the change.
         masked_merge: merge only what falls on surviving weights.
-        learning_rate: the highest one; see TrainingOptions for the others.
+        learning_rate: the highest one, None for 1 / hidden size; see TrainingOptions for the others.
     """
 
     name = "lora"
 
     rank: int = 8
     alpha: float = 16.0
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     masked_merge: bool = False
 
     def __post_init__(self) -> None:

@@ -43,14 +43,15 @@ class MaskedLowRank(WeightChange):
 class MaskedLoRA(AdapterRecovery):
     """Low-rank changes of all layers that leave the zeros out: W + (alpha / rank) (B A) * [W != 0].
 
-    MaskLoRA of PERP (arXiv 2312.15230), with its rank, alpha and learning rate; like there, norms and
-    biases are trained too. Deviations: KL to the dense model instead of the cross entropy where there is one; the
+    MaskLoRA of PERP (arXiv 2312.15230), with its rank and alpha; like there, norms and biases are trained too.
+    Deviations: KL to the dense model instead of the cross entropy where there is one; the learning rate goes by the
+    model's width (5e-4 there, for models of all sizes, which trains small ones too slowly); the
     gradients of A and B come from the masked gradient of the weight, one layer at a time, so that no [O, I] tensor is
     kept (as in LoRS, arXiv 2501.08582); no dropout.
 
     Args:
         rank, alpha: of the change.
-        learning_rate: the highest one; see TrainingOptions for the others.
+        learning_rate: the highest one, None for 1 / hidden size; see TrainingOptions for the others.
         norms: also train the norms and the biases of the layers.
     """
 
@@ -58,7 +59,7 @@ class MaskedLoRA(AdapterRecovery):
 
     rank: int = 16
     alpha: float = 32.0
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
     norms: bool = True
 
     def __post_init__(self) -> None:

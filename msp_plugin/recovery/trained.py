@@ -141,9 +141,11 @@ class TrainedRecovery(TrainingOptions):
                 raise NumericsError(
                     f"{self.name}: the loss or its gradient is not finite {course.stopped}, and no state before "
                     "that is better than the pruned model",
-                    hint=f"give a smaller learning_rate than {self.learning_rate:g}, or dtype float32",
+                    hint=f"give a smaller learning_rate than {self.rate_for(inputs.model):g}, or dtype float32",
                 )
         notes = course.notes(self)
+        if self.learning_rate is None:
+            notes += (f"the learning rate was {self.rate_for(inputs.model):.2g}, 1 / hidden size",)
         if self.adapter and not course.improved:
             notes += (f"no adapter was written to {self.adapter}",)
         return RecoveryResult(course.cost, course.curve, notes)

@@ -240,7 +240,7 @@ def arguments(
         per_device_train_batch_size=steps.batch,
         per_device_eval_batch_size=max(1, inputs.batch_tokens // max(map(len, inputs.holdout.samples))),
         gradient_accumulation_steps=steps.accumulated,
-        learning_rate=method.learning_rate,
+        learning_rate=method.rate_for(inputs.model),
         lr_scheduler_type=method.rate,
         warmup_steps=min(math.ceil(method.warmup * steps.count), steps.count - 1),  # the first one has rate 0
         weight_decay=method.weight_decay,

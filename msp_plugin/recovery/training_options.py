@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from msp_plugin.errors import RecipeError
+from msp_plugin.models.offload import input_embeddings
 from msp_plugin.recovery.base import Recovery
 
 SCHEDULES = ("all", "ist")
@@ -19,7 +22,7 @@ class TrainingOptions(Recovery):
     Args:
         tokens: of the text that is trained on, over and over if the data has fewer.
         step_tokens: tokens of one step of the optimizer.
-        learning_rate: the highest one.
+        learning_rate: the highest one; None, if a method allows it, for 1 / hidden size of the model.
         rate: how the learning rate falls: ``cosine``, ``linear`` or ``constant_with_warmup``.
         warmup: share of the steps in which it rises from 0.
         weight_decay: AdamW's.
@@ -40,7 +43,7 @@ class TrainingOptions(Recovery):
 
     tokens: int = 1_000_000
     step_tokens: int = 4096
-    learning_rate: float = 5e-4
+    learning_rate: float | None = 5e-4
     rate: str = "cosine"
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -68,8 +71,8 @@ class TrainingOptions(Recovery):
                     f"{self.name}: {option} = {getattr(self, option)}", hint=f"give at least {least}"
                 )
         for option in ("learning_rate", "temperature"):
-            if not 0 < getattr(self, option) < math.inf:
-                value = getattr(self, option)
+            value = getattr(self, option)
+            if value is not None and not 0 < value < math.inf:
                 raise RecipeError(f"{self.name}: {option} = {value}", hint="give a number above 0")
         if not 0 <= self.weight_decay < math.inf:
             raise RecipeError(f"{self.name}: weight_decay = {self.weight_decay}", hint="give at least 0")
@@ -83,6 +86,14 @@ class TrainingOptions(Recovery):
                     f"{self.name}: {option} {getattr(self, option)!r} is unknown",
                     hint=f"use {', '.join(known)}",
                 )
+
+    def rate_for(self, model: torch.nn.Module) -> float:
+        """Return the highest learning rate: as it was asked for, or 1 / hidden size.
+
+        Wide models want small ones: with 25,000 tokens masked LoRA takes back the more the higher the rate, up to 2 / hidden
+        size at least, on models of 128 and 256; 8B models are trained with 1e-4 to 5e-4 (LLM-Pruner, IST, PERP).
+        """
+        return self.learning_rate or 1 / input_embeddings(model).get_parameter("weight").shape[1]
 
     @property
     def needs_original(self) -> bool:  # type: ignore[override] # a class attribute that may be a property

@@ -332,7 +332,9 @@ def test_options_out_of_range_are_refused(cls, option, value):
 
 
 @pytest.mark.parametrize(
-    "method", [Full(**SHORT), MaskedLoRA(rank=4, **SHORT)], ids=lambda method: method.name
+    "method",
+    [Full(**SHORT), MaskedLoRA(rank=4, learning_rate=5e-4, **SHORT)],
+    ids=lambda method: method.name,
 )
 def test_vectors_of_a_module_that_has_layers_stay_as_they_are(case, method, weights_of):
     """DiffLlama's attention owns such vectors, as the mixers of Mamba and its kin do."""
@@ -417,3 +419,13 @@ def test_ist_leaves_blocks_that_were_not_pruned_out(case):
         inputs.model.model.layers[0].mlp.up_proj.weight,
     )
     assert torch.equal(own, torch.where(own == 0, own, dense))
+
+
+def test_the_learning_rate_goes_by_the_width_of_the_model_unless_it_is_given(case):
+    width = case.dense.config.hidden_size
+    assert MaskedLoRA().rate_for(case.dense) == LoRA().rate_for(case.dense) == 1 / width
+    assert MaskedLoRA(learning_rate=3e-4).rate_for(case.dense) == 3e-4
+    result = MaskedLoRA(rank=2, **{k: v for k, v in SHORT.items() if k != "learning_rate"}).recover(
+        case.inputs()
+    )
+    assert f"the learning rate was {1 / width:.2g}, 1 / hidden size" in result.notes
