@@ -66,8 +66,8 @@ def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
             table = with_groups(model, table, plan.quantum) if widths else with_inner(model, table)
         check_fit(table, plan.menu)
         problem = make_problem(model, table, plan)
-        _check_attentions(model, problem)
         budget = problem.budget
+        _check_attentions(model, problem)
         if budget.kept == problem.reach[0] and not plan.is_uniform:
             log.warning(
                 "sparsity %s is the highest that the levels reach, so only one allocation meets it; add sparser "

@@ -10,7 +10,7 @@ from typing import Any
 from msp_plugin.allocators.base import Allocator
 from msp_plugin.allocators.uniform import Uniform
 from msp_plugin.data.search_text import SearchText
-from msp_plugin.errors import RecipeError, nearest, shown
+from msp_plugin.errors import OutputError, RecipeError, nearest, shown
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plan.bounds import Bounds, parse_bounds
 from msp_plugin.plan.fractions import parse_sparsity
@@ -172,7 +172,13 @@ def resolve(options: Options, plugins: Plugins) -> ResolvedOptions:
         HostError: the method's host is not installed.
     """
     if options.cache is not None:
-        check_writable(expanded(options.cache))
+        try:
+            check_writable(expanded(options.cache))
+        except OutputError as error:
+            raise OutputError(
+                f"no cache can be made at {options.cache}: {error.message}",
+                hint="give another one, or set MSP_CACHE",
+            ) from None
     pruner = plugins.build("pruners", options.method)
     allocator = plugins.build("allocators", options.allocator)
     given = Allocation.read(options.allocation) if options.allocation else None
