@@ -66,8 +66,8 @@ def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
             table = with_groups(model, table, plan.quantum) if widths else with_inner(model, table)
         check_fit(table, plan.menu)
         problem = make_problem(model, table, plan)
-        budget = problem.budget
         _check_attentions(model, problem)
+        budget = problem.budget
         if budget.kept == problem.reach[0] and not plan.is_uniform:
             log.warning(
                 "sparsity %s is the highest that the levels reach, so only one allocation meets it; add sparser "
@@ -98,7 +98,9 @@ def _check_attentions(model: torch.nn.Module, problem: AllocationProblem) -> Non
         for unit, may in zip(problem.table, problem.may, strict=True)
         if all(level.is_dropped for level, allowed in zip(problem.menu, may, strict=True) if allowed)
     }
-    if only and (attentions := _attentions(model)) and only.issuperset(attentions):
+    if not 0 < len(only) < len(problem.table):  # of a model that may only vanish, the budget says so
+        return
+    if (attentions := _attentions(model)) and only.issuperset(attentions):
         raise RecipeError(
             f"every attention may only be dropped: no other level of {', '.join(menu_names(problem.menu))} fits one",
             hint='add levels that do, such as "dense"',
