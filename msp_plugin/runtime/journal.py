@@ -32,6 +32,9 @@ SCHEMA = "msp_plugin/journal"
 class Journal:
     """Values by key, in an append-only file; a torn or damaged line is dropped, and its value measured again.
 
+    A file with another identity, such as that of a command with another option, is kept beside it (see journals_of), and
+    read again once a journal asks for its identity.
+
     Args:
         path: the file, written with the first value; None keeps the values in memory only.
         identity: JSON values that name everything the values depend on; a file with another identity is not read.
@@ -47,21 +50,33 @@ class Journal:
             # Left by a process that was killed.
             for partial in self.path.parent.glob(f".{self.path.name}.*.partial"):
                 partial.unlink(missing_ok=True)
+            self._set_other_aside(self.path)
             if self.path.exists():
                 self._values = self._read(self.path)
         self._values = ranks.on_rank_zero(lambda: self._values)
 
-    def _read(self, path: Path) -> dict[str, Any]:
-        """Return the values in the file, and rewrite the file without its damaged lines."""
-        first, *lines = _lines_of(path)
-        identity = _record(first)
-        known = identity == self.identity
-        if isinstance(identity, dict) and not known:
+    def _set_other_aside(self, path: Path) -> None:
+        """Rename a file with another identity, and put one with this identity that was set aside in its place."""
+        first = _lines_of(path)[0] if path.exists() else b""
+        identity, own = _record(first), _aside(path, _line(self.identity))
+        if isinstance(identity, dict) and identity != self.identity:
             changed = sorted(
                 key for key in identity.keys() | self.identity if identity.get(key) != self.identity.get(key)
             )
-            log.warning("%s belongs to another %s: it starts again", path, ", ".join(changed))
-        elif not known and first.endswith(b"\n"):
+            log.warning(
+                "%s belongs to another %s: it is kept for that, and this starts again",
+                path,
+                ", ".join(changed),
+            )
+            path.replace(_aside(path, first))
+        if own.exists() and not path.exists():
+            own.replace(path)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Return the values in the file, and rewrite the file without its damaged lines."""
+        first, *lines = _lines_of(path)
+        known = _record(first) == self.identity
+        if not known and first.endswith(b"\n"):
             log.warning("%s is damaged: it starts again", path)
         records = [_record(line) for line in lines] if known else []
         records = [record if _is_value(record) else None for record in records]
@@ -111,6 +126,16 @@ class Journal:
         self._file.write(line)
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def journals_of(path: Path) -> list[Path]:
+    """Return the files of a journal's path: itself, and those of other identities that were set aside."""
+    return [path, *path.parent.glob(f"{path.stem}-*{path.suffix}")]
+
+
+def _aside(path: Path, identity: bytes) -> Path:
+    """Return the place of a journal that is set aside, by the line with its identity."""
+    return path.with_name(f"{path.stem}-{zlib.crc32(identity):08x}{path.suffix}")
 
 
 def _lines_of(path: Path) -> list[bytes]:

@@ -15,6 +15,7 @@ from msp_plugin.errors import OutputError
 from msp_plugin.runtime.digests import digest
 from msp_plugin.runtime.disk import check_new, writing
 from msp_plugin.runtime.files import cache_directory, check_output, expanded
+from msp_plugin.runtime.journal import journals_of
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +117,10 @@ def sole_run(
         if fresh:
             journal.unlink(missing_ok=True)
         yield path, journal
-        if not keep:
-            journal.unlink(missing_ok=True)
+        for file in (
+            () if keep else journals_of(journal)
+        ):  # others could not write their results to this directory any more
+            file.unlink(missing_ok=True)
 
 
 @contextmanager

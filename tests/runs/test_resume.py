@@ -88,7 +88,7 @@ def test_text_that_changed_in_between_is_named_and_nothing_of_the_old_is_taken(r
     run.text.write_text("another text altogether, with other words in it\n" * 200)
     caplog.clear()
     steps = run()
-    assert "belongs to another calibration, test: it starts again" in caplog.text
+    assert "belongs to another calibration, test: it is kept for that, and this starts again" in caplog.text
     assert {"perplexity, dense", "perplexity, uniform", "level database", "sensitivity, fisher"} <= steps
     run("undisturbed", fresh=True)
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
