@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from msp_plugin import Recovery, RecoveryResult, hookimpl
 from msp_plugin.models.layers import prunable_layers
+from msp_plugin.plugins.manager import Plugins
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.masks import Masks
+from msp_plugin.runs import recover as module
 
 
 def sparse_copy(dense, share=0.6):
@@ -63,3 +66,29 @@ def case(llama, make_samples, tmp_path):
 def weights_of():
     """The weights of the masked layers by name."""
     return lambda model, masks: {n: model.get_submodule(n).weight.detach().clone() for n in masks}
+
+
+@pytest.fixture
+def with_recovery(monkeypatch):
+    """Register a recovery method whose ``recover`` is a function of the inputs."""
+
+    def register(work, needs_original=True):
+        @dataclass(frozen=True)
+        class Made(Recovery):
+            name = "made"
+
+            def recover(self, inputs):
+                with torch.no_grad():
+                    work(inputs)
+                return RecoveryResult(tokens=7, notes=("a note",))
+
+        Made.needs_original = needs_original
+
+        class Plugin:
+            @hookimpl
+            def msp_register_recoveries(self):
+                return [Made]
+
+        monkeypatch.setattr(module, "Plugins", lambda: Plugins({"made": Plugin()}, entry_points=False))
+
+    return register

@@ -7,19 +7,16 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import msp_plugin
-from msp_plugin import Recovery, RecoveryResult, Text, hookimpl
+from msp_plugin import Text
 from msp_plugin.checkpoint.load import load
 from msp_plugin.errors import ModelError, MSPError, OutputError, RecipeError, VerificationError
-from msp_plugin.plugins.manager import Plugins
 from msp_plugin.records.run import RunRecord
-from msp_plugin.recovery.sources import records_folder
 from msp_plugin.runs import recover as module
 from msp_plugin.runs.prune import prune
 from msp_plugin.runs.recover import recover
@@ -31,32 +28,6 @@ QUICK = ["--set", "blockwise.epochs=1", "--set", "blockwise.rates=[0.06]"]
 @pytest.fixture
 def text(corpus):
     return Text(str(corpus), samples=12, length=24, test_samples=4)
-
-
-@pytest.fixture
-def with_recovery(monkeypatch):
-    """Register a recovery method whose ``recover`` is a function of the inputs."""
-
-    def register(work, needs_original=True):
-        @dataclass(frozen=True)
-        class Made(Recovery):
-            name = "made"
-
-            def recover(self, inputs):
-                with torch.no_grad():
-                    work(inputs)
-                return RecoveryResult(tokens=7, notes=("a note",))
-
-        Made.needs_original = needs_original
-
-        class Plugin:
-            @hookimpl
-            def msp_register_recoveries(self):
-                return [Made]
-
-        monkeypatch.setattr(module, "Plugins", lambda: Plugins({"made": Plugin()}, entry_points=False))
-
-    return register
 
 
 def weights(path):
@@ -192,7 +163,7 @@ def test_a_weight_that_is_not_finite_leaves_no_file(with_recovery, run_dir, llam
         )
 
 
-def test_weights_that_become_zero_are_counted_and_named(with_recovery, msp, run_dir, text, tmp_path, caplog):
+def test_weights_that_become_zero_are_counted_and_named(with_recovery, run_dir, text, tmp_path, caplog):
     layer = "model.layers.0.mlp.down_proj"
 
     def work(inputs):
@@ -376,67 +347,3 @@ def test_a_model_that_was_pruned_on_disk_is_recovered_there(msp, llama_dir, corp
             *offload)  # fmt: skip
     files = [(tmp_path / f"out-{name}" / "model.safetensors").read_bytes() for name in ("memory", "disk")]
     assert files[0] == files[1]
-
-
-@pytest.fixture
-def left_out_dir(msp, llama_dir, corpus, tmp_path):
-    """A run whose first block was left out of the pruning."""
-    options = (
-        "--method",
-        "magnitude",
-        "--allocator",
-        "uniform",
-        "--levels",
-        "2:4",
-        "--ignore",
-        "re:.*layers.0.*",
-    )
-    msp("prune", llama_dir, "-s", "0.5", *options, "--data", corpus, "--out", tmp_path / "run", *SMALL)
-    return tmp_path / "run"
-
-
-def test_layers_that_were_left_out_of_the_pruning_are_left_alone(
-    with_recovery, msp, left_out_dir, text, tmp_path
-):
-    layer = "model.layers.1.mlp.down_proj"
-
-    def work(inputs):
-        assert inputs.masks and all(".layers.1." in layer for layer in inputs.masks)
-        weight = inputs.model.get_submodule(layer).weight
-        first, second = weight.nonzero()[:2]
-        weight[tuple(first)] = weight[tuple(second)] = 0  # as by rounding
-
-    with_recovery(work, needs_original=False)
-    done = recover(left_out_dir, text, tmp_path / "out", method="made", cache=str(tmp_path / "cache")).record
-    before = RunRecord.beside(left_out_dir).sparsity
-    assert (done.sparsity.zeros, done.sparsity.extra_zeros) == (before.zeros + 2, before.extra_zeros + 2)
-    assert done.sparsity.achieved == done.stages[-1].sparsity == done.sparsity.zeros / before.weights
-    msp("verify", tmp_path / "out")  # which counts them
-
-
-def test_without_test_text_what_was_measured_before_stays(with_recovery, left_out_dir, corpus, tmp_path):
-    with_recovery(lambda inputs: None, needs_original=False)
-    text = Text(str(corpus), samples=12, length=24, test_samples=0)
-    record = recover(
-        left_out_dir, text, tmp_path / "out", method="made", cache=str(tmp_path / "cache")
-    ).record
-    before = RunRecord.beside(left_out_dir)
-    assert record.stages[:-1] == before.stages and record.test == before.test
-    assert record.perplexity == {**before.perplexity, "recovered": None} and before.perplexity["mixed"] > 1
-
-
-@pytest.mark.parametrize("name", ["pairs", "estimators", "nobody"])
-def test_a_method_that_nobody_knows_is_refused_by_name(msp, run_dir, llama_dir, corpus, tmp_path, name):
-    options = ("--original", llama_dir, "--data", corpus, "--out", tmp_path / "out")
-    assert f"no recovery called '{name}'" in msp("recover", run_dir, *options, "-m", name, code=2).err
-
-
-def test_a_run_of_the_hub_keeps_its_records(run_dir, monkeypatch):
-    import huggingface_hub
-
-    def fetched(name, allow_patterns=None, **_):  # the hub is not reached from here
-        assert name == "org/run" and "allocation.json" in allow_patterns
-        return str(run_dir)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
-    assert records_folder("org/run") == run_dir and records_folder(run_dir) == run_dir
