@@ -25,6 +25,7 @@ from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.formats.tensor_files import INDEX, ShardWriter
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.progress import Progress, silent
+from msp_plugin.records.parts import BENCH_FILE
 from msp_plugin.records.run import RUN_FILE
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.disk import check_free, writing
@@ -38,7 +39,8 @@ _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"
 CARD_FILE = "README.md"
 #: In a smaller model, the allocation of the model that it was cut from.
 SOURCE_ALLOCATION_FILE = "allocation.source.json"
-_REWRITTEN = ("config.json", INDEX, MANIFEST_FILE, "bench.json")  # the last one is of its own model
+#: Files that an export writes anew, and the measured speed, which is the source's.
+_NOT_COPIED_FILES = ("config.json", INDEX, MANIFEST_FILE, BENCH_FILE)
 
 
 @dataclass(frozen=True)
@@ -370,7 +372,7 @@ def copy_other_files(source: Path, directory: Path) -> None:
     Links are followed, hidden files left out. The source's model card becomes ``README.source.md``.
     """
     for file in sorted(source.iterdir()):
-        if file.name.startswith(".") or file.name in _REWRITTEN or file.suffix in _NOT_COPIED:
+        if file.name.startswith(".") or file.name in _NOT_COPIED_FILES or file.suffix in _NOT_COPIED:
             continue
         if file.name.endswith(".index.json"):
             continue

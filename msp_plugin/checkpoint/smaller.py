@@ -251,12 +251,8 @@ def _check_smaller(source: Checkpoint, kept: dict[str, tuple[int, ...]]) -> None
             hint="zeros within rows and columns, such as N:M, are packed by sparse24 and bitmask",
         )
     idle = int(structure.silent[filled.name].sum())
-    masked = source.allocation is None or any(
-        (inside := level.width(layer)) is not None and not inside[1].is_dense
-        for layer, level in (
-            (each, source.allocation.by_layer[each.name]) for each in source.allocation.table.layers
-        )
-    )
+    levels = () if source.allocation is None else source.allocation.levels
+    masked = not levels or any(level.by_groups and level.masks for level in levels)
     aligned = "; with aligned: false those go too that have a place in an MLP's 2:4 mask" if masked else ""
     raise FormatError(
         f"{idle} of {filled.groups} KV heads or channels of {filled.name} do nothing, but filled up nothing can be left out",

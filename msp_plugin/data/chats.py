@@ -40,9 +40,8 @@ class Chat:
             )
         try:
             messages = [dict(message) for message in self.messages]
-            dated = "strftime_now" in str(
-                tokenizer.chat_template
-            )  # some tokenizers refuse what they do not know
+            # Some tokenizers refuse arguments that they do not know.
+            dated = "strftime_now" in str(tokenizer.chat_template)
             today: dict[str, Any] = {"strftime_now": _DATE.strftime} if dated else {}
             return str(tokenizer.apply_chat_template(messages, tokenize=False, **today))
         except Exception as error:  # a template is code that comes with the model

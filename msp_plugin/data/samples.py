@@ -79,9 +79,8 @@ class Text:
                 object.__setattr__(self, option, os.fspath(source))
             elif source is None and option != "data":
                 continue
-            elif (
-                not isinstance(source, str) or not source.strip()
-            ):  # blank, it would be the working directory
+            # A blank name would be the working directory.
+            elif not isinstance(source, str) or not source.strip():
                 raise DataError(f"{option} is {shown(source)}", hint="give one file, directory or dataset")
 
     def for_model(self, source: str | Path, *, trust_remote_code: bool = False) -> Text:

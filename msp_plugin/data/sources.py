@@ -217,16 +217,17 @@ def _hub_dataset(source: str) -> Any:
         ) from None
     log.info("reading %s from the hub or its cache", source)
     readings: list[tuple[str | None, str]] = []
-    if not rest:
-        readings = [(None, "train")]
-    elif len(rest) == 1:
-        readings = [(None, rest[0]), (rest[0], "train")]
-    elif len(rest) == 2:
-        readings = [(rest[0], rest[1])]
+    match rest:
+        case []:
+            readings = [(None, "train")]
+        case [one]:
+            readings = [(None, one), (one, "train")]
+        case [config, split]:
+            readings = [(config, split)]
     reasons = []
-    for config, split in readings:
+    for of, part in readings:
         try:
-            return load_dataset(name, config, split=split, streaming=True)
+            return load_dataset(name, of, split=part, streaming=True)
         except Exception as error:  # datasets raises many types, and a connection many more
             reasons.append(f"{type(error).__name__}: {error}")
     why = "; ".join(dict.fromkeys(reasons)) or "it has more than two colons"

@@ -119,7 +119,7 @@ def _generation_config_fails(source: str | Path) -> bool:
         return False
     try:
         GenerationConfig.from_pretrained(source)
-    except Exception:
+    except Exception:  # its values reach all of transformers, as a model's config's do
         return True
     return False
 

@@ -179,8 +179,8 @@ class AllocationProblem:
         """The reachable count of kept weights that is nearest to the target's; the smaller one of two.
 
         A share of zeros keeps whole weights of each row, rounded down, so that its own sparsity may be met
-        only to the nearest count. ``dropped`` serves only targets that the other levels are too dense for: a nearer count
-        that takes a dropped unit would force one on every allocation, and cost more than the few weights are worth.
+        only to the nearest count. ``dropped`` counts only if the other levels are too dense for the target: a count that only
+        a dropped unit can meet would force one on every allocation, for the sake of a few weights.
 
         Raises:
             BudgetError: the allowed levels cannot reach the target; the message gives the range that they
@@ -222,14 +222,14 @@ class AllocationProblem:
 
     @cached_property
     def _stays(self) -> np.ndarray:
-        """bool[U, K]: allowed levels other than ``dropped``, and that one where a unit has no other."""
+        """bool[U, K]: the allowed levels without ``dropped``; a unit that may only be dropped keeps that one."""
         dropped = np.array([level.is_dropped for level in self.menu])
         stays = self.may & ~dropped
         return np.where(stays.any(axis=1, keepdims=True), stays, self.may)
 
     @cached_property
     def _undropped(self) -> int:
-        """The sums, as of _sums, of units at levels that _stays."""
+        """The sums (see _sums) that can be reached without ``dropped``, as far as ``_stays`` leaves it out."""
         return self._sums(
             [
                 [step for step in row if stays[step[0]]]

@@ -88,6 +88,10 @@ class SearchRecord(Part):
     """Remarks of the allocator for a reader of the result."""
 
 
+#: What ``msp bench`` writes. A report shows it where it lies beside a run's records.
+BENCH_FILE, BENCH_SCHEMA, BENCH_VERSION = "bench.json", "msp_plugin/bench", 2
+
+
 class SpeedRecord(Part):
     """One measurement of speed. No run writes any; the report shows those that you add, and those of bench.json."""
 

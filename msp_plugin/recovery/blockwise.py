@@ -47,8 +47,8 @@ log = logging.getLogger(__name__)
 
 #: Most steps of a short run that tries a learning rate.
 _TRIAL_STEPS = 16
-#: Of a token's dense hidden state, least length for its error, as a share of the mean: that of padding may be zero.
-LEAST_LENGTH = 1e-3
+#: Least length of a dense hidden state that its token's error is divided by, as a share of the root mean square length.
+_LEAST_LENGTH = 1e-3
 #: Measurements of the hold-out loss during a recovery, besides the first.
 _MEASUREMENTS = 4
 
@@ -258,8 +258,8 @@ class _Walk:
     def _error(self, window: Window, batch: int) -> torch.Tensor:
         """Return the error of a window's output on a batch, as a node of the graph: this rank's part of it.
 
-        It is the mean over tokens of the squared distance to the dense hidden state, in squared lengths of that state,
-        or of one as short as LEAST_LENGTH of the mean where it is shorter: a token's may be zero.
+        It is the mean over tokens of the squared distance to the dense hidden state, in squared lengths of that state. A
+        state may be zero, such as that of padding: lengths below _LEAST_LENGTH count as that.
         """
         if not len(self.ids[batch]):
             return torch.zeros(())
@@ -267,9 +267,9 @@ class _Walk:
         target = self.dense[batch]
         assert target is not None
         target = target.to(output.device).float()
-        length = target.square().sum(-1)
-        length = length.clamp_min(float(length.mean()) * LEAST_LENGTH**2)
-        mean = ((output - target).square().sum(-1) / length).mean()
+        squared = target.square().sum(-1)
+        squared = torch.maximum(squared, squared.mean() * _LEAST_LENGTH**2)
+        mean = ((output - target).square().sum(-1) / squared).mean()
         return mean * (self.ids[batch].numel() / self.tokens[batch])
 
     @torch.no_grad()

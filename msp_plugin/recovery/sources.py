@@ -40,6 +40,10 @@ _DEPTH = "num_hidden_layers"
 _LESS = ("intermediate_size", _DEPTH, "num_attention_heads", "num_key_value_heads")
 
 
+#: The records of a run that its recovery keeps.
+RECORDS = (ALLOCATION_FILE, SOURCE_ALLOCATION_FILE, RUN_FILE, RECIPE_FILE)
+
+
 @dataclass(frozen=True)
 class Sparse:
     """A loaded sparse checkpoint: its model, its zeros, and the allocation and run.json beside it, if any."""
@@ -79,10 +83,6 @@ def load_sparse(
     size = sum(p.numel() * p.element_size() for _, _, p in named_parameters(model))
     check_free(out, size, "the recovered model takes", "give an output directory on another disk")
     return Sparse(model, masks, allocation, RunRecord.beside(folder))
-
-
-#: The records of a run that its recovery keeps.
-RECORDS = (ALLOCATION_FILE, SOURCE_ALLOCATION_FILE, RUN_FILE, RECIPE_FILE)
 
 
 def records_folder(run: str | Path) -> Path:

@@ -171,16 +171,18 @@ def train(
         eval_dataset=Samples(inputs.holdout.samples, range(len(inputs.holdout))),
     )
     watch = Watch(method, steps, inputs)
-    trainer.add_callback(watch)
+    callbacks: list[TrainerCallback] = [watch]
     importance = None
     if method.layers == "ist":
         importance = Importance(adapted, trainer.batch_loss, steps, inputs, method.ist_start)
-        trainer.add_callback(importance)
+        callbacks.append(importance)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     try:
         if checkpoint is not None and _has_ended(trainer, checkpoint, method.patience):
             if trainer.state.best_model_checkpoint is not None:
                 adapted.load_adapter(trainer.state.best_model_checkpoint, "default")
-            for callback in (watch, *([importance] if importance else [])):  # they read the state
+            for callback in callbacks:  # they read the state
                 callback.on_train_begin(trainer.args, trainer.state, trainer.control)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -8,12 +8,9 @@ from typing import Any
 
 from msp_plugin.errors import RecipeError
 from msp_plugin.records.base import read_object
-from msp_plugin.records.parts import SpeedRecord
+from msp_plugin.records.parts import BENCH_FILE, BENCH_SCHEMA, BENCH_VERSION, SpeedRecord
 
 log = logging.getLogger(__name__)
-
-#: What ``msp bench`` writes; a report reads the one beside a run's records.
-BENCH_FILE, BENCH_SCHEMA, BENCH_VERSION = "bench.json", "msp_plugin/bench", 2
 
 
 def measured_speed(directory: Path) -> tuple[SpeedRecord, ...]:

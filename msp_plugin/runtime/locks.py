@@ -117,10 +117,9 @@ def sole_run(
         if fresh:
             journal.unlink(missing_ok=True)
         yield path, journal
-        for file in (
-            () if keep else journals_of(journal)
-        ):  # others could not write their results to this directory any more
-            file.unlink(missing_ok=True)
+        if not keep:  # no other command can write to this directory now
+            for file in journals_of(journal):
+                file.unlink(missing_ok=True)
 
 
 @contextmanager

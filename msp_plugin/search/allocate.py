@@ -43,7 +43,7 @@ from msp_plugin.structure.halves import ATTENTION, find_halves, is_mixed
 
 log = logging.getLogger(__name__)
 
-#: A budget that misses the asked sparsity by more is warned of.
+#: A warning says so where the nearest budget is further than this from the asked sparsity.
 FAR = Fraction(1, 200)
 
 
@@ -98,7 +98,7 @@ def _check_attentions(model: torch.nn.Module, problem: AllocationProblem) -> Non
         for unit, may in zip(problem.table, problem.may, strict=True)
         if all(level.is_dropped for level, allowed in zip(problem.menu, may, strict=True) if allowed)
     }
-    if not 0 < len(only) < len(problem.table):  # of a model that may only vanish, the budget says so
+    if not 0 < len(only) < len(problem.table):  # if all units may only be dropped, the budget is out of reach
         return
     if (attentions := _attentions(model)) and only.issuperset(attentions):
         raise RecipeError(

@@ -20,6 +20,7 @@ import torch
 
 from msp_plugin.checkpoint.load import is_packed, local_directory
 from msp_plugin.errors import ModelError, RecipeError
+from msp_plugin.records.parts import BENCH_SCHEMA, BENCH_VERSION
 from msp_plugin.serving.cpu.linear import PackedLinear
 from msp_plugin.serving.load import load
 
@@ -98,7 +99,8 @@ class BenchRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON data."""
-        return {"schema": "msp_plugin/bench", "version": 2, **asdict(self), "ratios": self.ratios}
+        head = {"schema": BENCH_SCHEMA, "version": BENCH_VERSION}
+        return {**head, **asdict(self), "ratios": self.ratios}
 
 
 def bench(

@@ -112,7 +112,7 @@ def _packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
 
     A matrix of another module, such as GPT-2's Conv1D or a router, may be packed as well.
     """
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     stored_as = {saved: name for name, saved in saved_names(model, linears).items()}
     named = {layer: stored_as.get(layer, layer) for layer in checkpoint.packed}
     return {layer: name for layer, name in named.items() if name in linears}
