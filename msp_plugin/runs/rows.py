@@ -67,7 +67,7 @@ class ComparisonRows:
     Args:
         inputs: for the hosts that prune the model to an allocation.
         recovery: of each pruned model.
-        test_reference: of the dense model on the test text, once a row has measured it.
+        references: the dense model's outputs on the hold-out and on the test text, once a row has measured them.
     """
 
     source: ModelSource
@@ -81,7 +81,7 @@ class ComparisonRows:
     recovery: Recovery | None = None
     sensitivities: dict[str, tuple[float, ...]] = field(default_factory=dict)
     renewed: set[Path] = field(default_factory=set)
-    test_reference: DenseReference | None = None
+    references: dict[str, DenseReference] = field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
         """Yield the cell of each row; cells of one method and sparsity share a level database."""
@@ -201,10 +201,8 @@ class ComparisonRows:
         """Return test perplexity and KL of an allocation after the final pruning, and with the database's weights."""
         database = cell.measurements.database
         with CandidateWeights(self.model, database, problem) as weights:
-            test = CandidateLoss(weights, self.samples.test, reuse=False).prepare(self.test_reference)
-            self.test_reference = test.reference
-            holdout = self.samples.holdout
-            holdout_loss = CandidateLoss(weights, holdout, reuse=False).prepare()(choice) if holdout else None
+            test = self._loss(weights, "test")
+            holdout_loss = self._loss(weights, "holdout")(choice) if self.samples.holdout else None
             weights.set(choice)
             of_database = _named(test.quality())
         quality = {"holdout_loss": finite(holdout_loss), "database": of_database}
@@ -225,6 +223,14 @@ class ComparisonRows:
                 raise
             log.warning("%s at %s: the recovery failed: %s", cell.label, cell.plan.sparsity, error)
             return {**quality, "failure": str(error)}
+
+    def _loss(self, weights: CandidateWeights, text: str) -> CandidateLoss:
+        """Return the loss on one of the texts; the dense model runs on it for the first row alone."""
+        loss = CandidateLoss(weights, getattr(self.samples, text), reuse=False).prepare(
+            self.references.get(text)
+        )
+        self.references[text] = loss.reference
+        return loss
 
     def _copy(self) -> PreTrainedModel:
         """Return a new model with the weights that this model's layers hold now."""
