@@ -28,11 +28,10 @@ class EvoPress(Allocator):
     denser by the same count of weights. The defaults are the authors'.
 
     Deviations: (1) The authors' levels remove an equal count of weights in every layer, so that a swap is one
-    level up and one down. Here the level that is denser by exactly the same count is looked up, and a pair
-    without one is drawn anew; if the levels of the menu are not equally far apart, a third unit makes up the
-    difference. With ``dropped`` in the menu, where the authors swap attentions for attentions and MLPs for MLPs, any
-    two halves may be swapped, and as many others as needed make up the difference, an exact solution at random
-    prices. (2) Rows are units, not layers. (3) A stage uses at most the whole search text. (4) Where no
+    level up and one down. Here the level that is denser by exactly the same count is looked up; where there is none, as
+    for a projection of an attention and one of an MLP, each goes one level, and as many other units as needed make up
+    the difference, an exact solution at random prices. With ``dropped`` in the menu the authors swap attentions for
+    attentions and MLPs for MLPs alone; here any two halves. (2) Rows are units, not layers. (3) A stage uses at most the whole search text. (4) Where no
     level has the target sparsity, the first parent is the mixture on the budget nearest to uniform. (5) Equal
     mutants are measured once instead of being replaced, so that fewer may be measured for a small model.
 
@@ -164,16 +163,12 @@ def swapped(problem: AllocationProblem, parent: Choice, most: int, rng: np.rando
 
     It is the parent itself if no swap is possible.
     """
-    choice, narrows = list(parent), any(level.narrows for level in problem.menu)
+    choice = list(parent)
     swaps = 1 + int(min(rng.integers(0, most, 2)))
     for _ in range(swaps if len(choice) > 1 else 0):
         for _attempt in range(64):
             a, b = (int(u) for u in rng.choice(len(choice), 2, replace=False))
-            moves = _swap(problem, choice, a, b)
-            if moves is None and narrows:
-                moves = _swap_of_many(problem, choice, a, b, rng)
-            elif moves is None and problem.uneven:
-                moves = _swap_of_three(problem, choice, a, b, rng)
+            moves = _swap(problem, choice, a, b) or _swap_of_many(problem, choice, a, b, rng)
             if moves is not None:
                 for unit, level in moves:
                     choice[unit] = level
@@ -207,30 +202,12 @@ def _swap(problem: AllocationProblem, choice: list[int], a: int, b: int) -> Move
     return ((a, sparser[0]), (b, denser[0])) if denser else None
 
 
-def _swap_of_three(
-    problem: AllocationProblem, choice: list[int], a: int, b: int, rng: np.random.Generator
-) -> Moves | None:
-    """Return the moves of a by one level sparser, of b by one denser, and of a third unit by one level.
-
-    Together they keep the count of weights; None if no third unit does that.
-    """
-    sparser, denser = _next(problem, choice, a, denser=False), _next(problem, choice, b, denser=True)
-    if sparser is None or denser is None:
-        return None
-    over = sparser[1] + denser[1]  # count of weights that the moves of a and b keep in addition
-    for c in rng.permutation(len(choice)):
-        third = _next(problem, choice, int(c), denser=over < 0)
-        if c not in (a, b) and third is not None and third[1] == -over:
-            return (a, sparser[0]), (b, denser[0]), (int(c), third[0])
-    return None
-
-
 def _swap_of_many(
     problem: AllocationProblem, choice: list[int], a: int, b: int, rng: np.random.Generator
 ) -> Moves | None:
     """Return the moves of a by one level sparser, of b by one denser, and of the units that make up the difference.
 
-    Where an attention and an MLP trade places, those are mostly several; None if there are none.
+    Where layers of unequal sizes trade, those are mostly several; None if there are none.
     """
     sparser, denser = _next(problem, choice, a, denser=False), _next(problem, choice, b, denser=True)
     if sparser is None or denser is None:

@@ -148,12 +148,6 @@ class AllocationProblem:
         return np.ones(self.kept.shape, dtype=bool) if self.allowed is None else self.allowed
 
     @cached_property
-    def uneven(self) -> bool:
-        """True if the allowed levels of some unit are not equally far apart in what they keep."""
-        steps = (np.diff(np.unique(kept[may])) for kept, may in zip(self.kept, self.may, strict=True))
-        return any(len(np.unique(step)) > 1 for step in steps)
-
-    @cached_property
     def _least(self) -> np.ndarray:
         """int64[U]: the fewest weights that each unit can keep."""
         least: np.ndarray = self.kept.min(axis=1, where=self.may, initial=np.iinfo(np.int64).max)

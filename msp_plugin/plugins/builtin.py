@@ -65,16 +65,22 @@ def msp_register_allocators() -> list[type]:
 
 @hookimpl
 def msp_register_pruners() -> list[type]:
-    from msp_plugin.pruning.flap import FLAP
-    from msp_plugin.pruning.llm_pruner import LLMPruner
     from msp_plugin.pruning.magnitude import Magnitude
-    from msp_plugin.pruning.obs import OBS
-    from msp_plugin.pruning.plain_groups import L2, RandomGroups
-    from msp_plugin.pruning.saap import SAAP
     from msp_plugin.pruning.sparsegpt import SparseGPT
     from msp_plugin.pruning.wanda import Wanda
 
-    return [FLAP, L2, LLMPruner, Magnitude, OBS, RandomGroups, SAAP, SparseGPT, Wanda]
+    return [Magnitude, SparseGPT, Wanda]
+
+
+@hookimpl
+def msp_register_structured_pruners() -> list[type]:
+    from msp_plugin.pruning.flap import FLAP
+    from msp_plugin.pruning.llm_pruner import LLMPruner
+    from msp_plugin.pruning.obs import OBS
+    from msp_plugin.pruning.plain_groups import L2, RandomGroups
+    from msp_plugin.pruning.saap import SAAP
+
+    return [FLAP, L2, LLMPruner, OBS, RandomGroups, SAAP]
 
 
 @hookimpl

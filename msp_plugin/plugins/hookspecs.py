@@ -39,6 +39,11 @@ def msp_register_pruners() -> list[type[Any]]:
 
 
 @hookspec
+def msp_register_structured_pruners() -> list[type[Any]]:
+    """Return classes of ``msp_plugin.StructuredPruner``: pruners that say which heads and channels of a half go."""
+
+
+@hookspec
 def msp_register_recoveries() -> list[type[Any]]:
     """Return classes of ``msp_plugin.Recovery``: they change surviving weights only (``msp recover``)."""
 

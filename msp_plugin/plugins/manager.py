@@ -34,6 +34,8 @@ KINDS = {
     "exporters": "exporter",
     "checks": "check",
 }
+#: The hooks that register a kind, where they are more than ``msp_register_`` and its name.
+HOOKS = {"pruners": ("msp_register_pruners", STRUCTURED := "msp_register_structured_pruners")}
 BUILTIN = "msp_plugin.plugins.builtin"
 
 
@@ -147,9 +149,9 @@ class Plugins:
     def _collect(self, kind: str) -> dict[str, Component]:
         """Return the components of a kind by name."""
         components: dict[str, Component] = {}
-        hook = f"msp_register_{kind}"
-        caller = getattr(self.hook, hook)
-        for impl in sorted(caller.get_hookimpls(), key=lambda i: self.owners[id(i.plugin)]):
+        hooks = HOOKS.get(kind, (f"msp_register_{kind}",))
+        impls = [(impl, hook) for hook in hooks for impl in getattr(self.hook, hook).get_hookimpls()]
+        for impl, hook in sorted(impls, key=lambda found: self.owners[id(found[0].plugin)]):
             owner = self.owners[id(impl.plugin)]
             try:
                 classes = impl.function()
@@ -159,6 +161,8 @@ class Plugins:
                 ) from error
             for cls in classes or ():
                 component = _checked(cls, kind, owner)
+                if hook == STRUCTURED:
+                    _check_structured(cls, owner)
                 if component.name in components:
                     raise PluginError(
                         f"two plugins register {kind} called {component.name!r}: "
@@ -252,6 +256,17 @@ def _checked(cls: object, kind: str, owner: str) -> Component:
             f"plugin {owner}: {cls.__name__} has no name", hint='add a class attribute, name = "..."'
         )
     return Component(kind, cls, owner)
+
+
+def _check_structured(cls: type, owner: str) -> None:
+    """Raise PluginError if a class makes no widths."""
+    from msp_plugin.pruning.structured import WidthPruner
+
+    if not issubclass(cls, WidthPruner):
+        raise PluginError(
+            f"plugin {owner} registers {cls.__name__} among the structured pruners, and it makes no widths",
+            hint="subclass msp_plugin.StructuredPruner, or register it with msp_register_pruners",
+        )
 
 
 def _installed() -> list[tuple[str, object, str]]:

@@ -309,3 +309,14 @@ def test_in_a_menu_of_unequal_steps_a_third_unit_makes_up_the_difference():
     assert {swapped(problem, (1, 1, 1), 1, np.random.default_rng(i)) for i in range(60)} == set(
         itertools.permutations((0, 2, 2))
     ) | set(itertools.permutations((2, 0, 2)))
+
+
+def test_an_attention_and_an_mlp_trade_though_no_level_of_one_is_a_level_of_the_other():
+    shapes = [(576, 576), (192, 576), (192, 576), (576, 576)], [(1536, 576), (1536, 576), (576, 1536)]
+    problem = problem_of([*shapes[0], *shapes[1]] * 2, DEFAULT_LEVELS, "5/8")  # two blocks of SmolLM2
+    rng, choice, kept = np.random.default_rng(0), problem.uniform(), set()
+    attentions = [0, 1, 2, 3, 7, 8, 9, 10]
+    for _ in range(40):
+        choice = swapped(problem, choice, 3, rng)
+        kept.add(sum(int(problem.kept[u, choice[u]]) for u in attentions))
+    assert len(kept) > 5

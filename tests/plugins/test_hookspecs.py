@@ -13,20 +13,29 @@ from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.checkpoint.packing import pack_layer
+from msp_plugin.data.calibration import CalibrationSet
+from msp_plugin.database.build import build_database
+from msp_plugin.database.store import LevelDatabase
 from msp_plugin.errors import FormatError, RecipeError
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.allocation import Allocation
+from msp_plugin.plan.budget import AllocationProblem
 from msp_plugin.plan.levels import Pattern
+from msp_plugin.plan.menus import parse_menu
 from msp_plugin.plugins import hookspecs
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import write_report
 from msp_plugin.runs import recover as recover_module
+from msp_plugin.search.candidate_weights import CandidateWeights
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
+from msp_plugin.structure.groups import with_groups
 from msp_plugin.verify.base import Subject, run_checks
 
 SAMPLES = (
     "squared_norm",
     "least_error",
+    "loudest",
     "ria",
     "row_length",
     "bitmask",
@@ -40,6 +49,7 @@ EXERCISED = {
     "msp_register_estimators": "test_an_estimator_of_a_plugin_is_built_with_its_options",
     "msp_register_allocators": "test_an_allocator_of_a_plugin_gets_the_estimator_that_it_names",
     "msp_register_pruners": "test_a_pruner_of_a_plugin_is_built_with_its_options",
+    "msp_register_structured_pruners": "test_a_structured_pruner_of_a_plugin_prunes_whole_heads_and_channels",
     "msp_register_recoveries": "test_a_recovery_of_a_plugin_changes_a_model",
     "msp_register_formats": "test_a_format_of_a_plugin_exports_and_is_read_and_verified",
     "msp_register_exporters": "test_an_exporter_of_a_plugin_writes_a_whole_directory",
@@ -69,7 +79,7 @@ def test_all_samples_live_together_with_the_builtins(plugins_with):
     added = {
         "estimators": {"squared_norm"},
         "allocators": {"dense_where_large", "least_error"},
-        "pruners": {"ria"},
+        "pruners": {"loudest", "ria"},
         "recoveries": {"row_length"},
         "formats": {"row-bitmask"},
         "exporters": {"listing", "row_bitmask"},
@@ -106,6 +116,24 @@ def bitmask_dir(plugins_with, run_dir, tmp_path):
     exporter = plugins_with("bitmask").build("exporters", {"name": "row_bitmask", "shard_bytes": 50_000})
     export_checkpoint(run_dir, exporter, tmp_path / "packed")
     return tmp_path / "packed"
+
+
+def test_a_structured_pruner_of_a_plugin_prunes_whole_heads_and_channels(plugins_with, llama, tmp_path):
+    model, menu = llama, parse_menu("dense,1/2 wide")
+    down = model.model.layers[1].mlp.down_proj
+    lengths = down.weight.norm(dim=0)
+    pruner = plugins_with("loudest").build("pruners", {"name": "loudest", "power": 0.0})
+    table = with_groups(model, prunable_layers(model, granularity="half"), 4)
+    problem = AllocationProblem(table, menu, Fraction(1, 2))
+    data = CalibrationSet((torch.arange(14), torch.arange(14, 28)), "test")
+    database = LevelDatabase(tmp_path, {"test": "loudest"}, menu)
+    build_database(database, model, table, pruner, data)
+    with CandidateWeights(model, database, problem) as weights:
+        weights.set((1,) * len(table))
+        kept = down.weight.any(dim=0)
+        heads = model.model.layers[0].self_attn.o_proj.weight.any(dim=0)
+    assert set(torch.where(kept)[0].tolist()) == set(lengths.topk(len(lengths) // 2).indices.tolist())
+    assert heads.sum() == len(heads) / 2 and len(heads.view(-1, len(heads) // 2).any(dim=1).unique()) == 2
 
 
 def test_a_recovery_of_a_plugin_changes_a_model(

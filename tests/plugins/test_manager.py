@@ -6,6 +6,7 @@ import pytest
 from msp_plugin.errors import PluginError, RecipeError
 from msp_plugin.plugins.hookspecs import hookimpl
 from msp_plugin.plugins.manager import KINDS, Plugins, spec_of
+from msp_plugin.pruning.flap import FLAP
 from msp_plugin.pruning.magnitude import Magnitude
 
 
@@ -236,6 +237,17 @@ def test_what_is_no_dataclass_cannot_be_registered(thing):
     with pytest.raises(PluginError, match="plugin mine registers .* among the pruners") as error:
         load(mine=plugin(msp_register_pruners=lambda: [thing]))
     assert "frozen dataclasses" in error.value.hint
+
+
+def test_a_structured_pruner_has_to_make_widths():
+    with pytest.raises(PluginError, match="registers Magnitude among the structured pruners") as error:
+        load(mine=plugin(msp_register_structured_pruners=lambda: [Magnitude]))
+    assert "msp_register_pruners" in error.value.hint
+
+
+def test_one_name_under_both_hooks_of_pruners_is_refused():
+    with pytest.raises(PluginError, match="two plugins register pruners called 'flap'"):
+        load(mine=plugin(msp_register_pruners=lambda: [FLAP]))
 
 
 def test_a_component_needs_a_name():
