@@ -5,6 +5,7 @@ Shape legend: U units, K levels, M choices of a step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ class PolicyGradient(Allocator):
         tokens_per_step: tokens that each choice of a step is measured on.
         start: the estimator that the first probabilities come from; an empty text: equal ones, moved onto the budget,
             also for models whose attentions and MLPs ``block_influence`` does not know.
-        max_tokens: most forward tokens, beside those that measure the result; 0 sets no limit.
+        max_tokens: most forward tokens, with those that measure uniform and the result; 0 sets no limit.
         loss: ``kl`` (to the dense model, nats per token) or ``perplexity`` (its logarithm).
         tokens: held-out calibration tokens, the text that steps draw from.
     """
@@ -92,8 +93,9 @@ class PolicyGradient(Allocator):
         curve, average, measured = [(loss.forward_tokens, uniform_loss)], np.nan, 1
         steps, whole, ended = self.steps, sum(loss.lengths), ""
         if self.max_tokens:
-            drawn_tokens = min(max(self.tokens_per_step, *loss.lengths), whole)
-            steps = min(steps, max(0, self.max_tokens - 2 * whole) // (self.choices * drawn_tokens))
+            length = whole / len(loss.lengths)
+            drawn_tokens = min(math.ceil(self.tokens_per_step / length) * length, whole)
+            steps = min(steps, int(max(0, self.max_tokens - 2 * whole) / (self.choices * drawn_tokens)))
         policy = self._start(inputs)
         for step in range(steps):
             samples = draw_samples(loss, self.tokens_per_step, rng)

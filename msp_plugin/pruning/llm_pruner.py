@@ -19,10 +19,10 @@ class LLMPruner(StructuredPruner):
     """LLM-Pruner (arXiv 2305.11627): keep the groups whose removal would change the loss most, by its gradients.
 
     The scores of the channels of a group are added up over all layers of the half (its ``sum``). Gradients are those of the
-    dense model on all calibration samples, in one backward pass.
+    dense model on all calibration samples, one backward pass for each.
 
     Deviations: see taylor_scores; how many groups go is the allocation's choice, where the paper takes one share for
-    blocks 4 to 30 (``protect`` the others, and ``allocator: uniform``, for that); widths come in whole KV heads and in
+    blocks 4 to 29 (``protect`` the others, and ``allocator: uniform``, for that); widths come in whole KV heads and in
     multiples of ``quantum`` channels.
 
     Args:

@@ -23,7 +23,7 @@ class OBS(WidthPruner):
 
     Args:
         damping: share of the mean square of the inputs that is added to all of them.
-        rounds: removals happen in about so many rounds, each of equally many groups; heads go one by one.
+        rounds: removals happen in about so many rounds, each of equally many groups; up to so many heads go one by one.
     """
 
     name = "obs"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import Text, load_split
 from msp_plugin.models.device import on_best_device
-from msp_plugin.models.layers import prunable_layers
+from msp_plugin.models.layers import check_finite_weights, prunable_layers
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.search.measurements import Measurements
@@ -34,6 +34,7 @@ def measure_sensitivity(
     )
     model = source.load()
     units = prunable_layers(model, targets, ignore)
+    check_finite_weights(model, units)
     with on_best_device(model):
         measurements = Measurements(
             model,

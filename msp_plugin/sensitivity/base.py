@@ -24,8 +24,9 @@ class Estimator(ABC):
     """A sensitivity estimator. Subclasses are frozen dataclasses whose fields are recipe options."""
 
     name: ClassVar[str]
-    #: How the numbers of a unit's layers become the unit's: ``sum``, or ``mean``, weighted by their
-    #: weights, for numbers that belong to a block or do not grow with the layer.
+    #: How the numbers of a unit's layers become the unit's: ``sum``; ``mean``, weighted by their weights, for numbers
+    #: that belong to a block or do not grow with the layer; or ``halves``, the sum over its attention and its MLP, for
+    #: numbers that all layers of a half share.
     combine: ClassVar[str] = "sum"
     #: False if it looks at the weights alone.
     needs_data: ClassVar[bool] = True
@@ -51,7 +52,7 @@ class Estimator(ABC):
         """
         return data.tokens if self.needs_data else 0
 
-    def passes(self, layers: Sequence[str]) -> int:
+    def passes(self, model: torch.nn.Module, layers: Sequence[str]) -> int:
         """Return how often a measurement of these layers does what ``forward_tokens`` counts; once by default."""
         return 1
 
@@ -106,6 +107,14 @@ def unit_sensitivities(
         )
     if estimator.combine == "sum":
         return tuple(sum(values[layer.name] for layer in unit.layers) for unit in table)
+    if estimator.combine == "halves":
+        shared = ({half_of(layer.name): values[layer.name] for layer in unit.layers} for unit in table)
+        return tuple(sum(of_half.values()) for of_half in shared)
     return tuple(
         sum(layer.weights * values[layer.name] for layer in unit.layers) / unit.weights for unit in table
     )
+
+
+def half_of(layer: str) -> str:
+    """Return the name of the half that a layer stands in."""
+    return layer.rpartition(".")[0]

@@ -16,7 +16,7 @@ from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import RecipeError
 from msp_plugin.models.offload import input_device
 from msp_plugin.progress import Progress, silent
-from msp_plugin.sensitivity.base import Estimator
+from msp_plugin.sensitivity.base import Estimator, half_of
 from msp_plugin.structure.halves import Half, find_halves
 
 #: From the hidden state before a half and behind it, float64[B, T, D] each, to the change of each token, [B, T].
@@ -32,15 +32,14 @@ class BlockInfluence(Estimator):
     """Mean over tokens of the change that a half makes to the hidden state (arXiv 2407.16286, section 3; ShortGPT).
 
     ``cosine`` is 1 - cos(x, x'), where x is the hidden state before the half and x' behind it; ``l1`` and ``l2`` are
-    ||x' - x|| / ||x||. Each layer gets the number of its half: the unit of a whole block the mean of its two, by
-    weights. One forward pass; sums are float64.
+    ||x' - x|| / ||x||. Each layer gets the number of its half, a whole block the sum of its two. One forward pass; sums are float64.
 
     Args:
         metric: ``cosine``, ``l1`` or ``l2``.
     """
 
     name = "block_influence"
-    combine = "mean"
+    combine = "halves"
 
     metric: str = "cosine"
 
@@ -84,8 +83,3 @@ class BlockInfluence(Estimator):
                 progress(done, len(data))
         found = {name: float(total) / data.tokens for name, total in totals.items()}
         return {layer: found[half_of(layer)] for layer in layers}
-
-
-def half_of(layer: str) -> str:
-    """Return the name of the half that a layer stands in."""
-    return layer.rpartition(".")[0]

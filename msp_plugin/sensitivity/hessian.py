@@ -64,12 +64,15 @@ class HessianTrace(Estimator):
                 )
 
     def forward_tokens(self, data: CalibrationSet) -> int:
-        """Return the tokens of a measurement (see Estimator), if all weights are probed together.
+        """Return the tokens of one pass over the samples (see Estimator).
 
         A probe costs a backward pass through both the forward and the backward pass.
         """
         passes = BACKWARD + 2 * BACKWARD * self.probes
         return passes * sum(map(len, data.samples[: self.samples]))
+
+    def passes(self, model: torch.nn.Module, layers: Sequence[str]) -> int:
+        return len(_groups(model, layers))
 
     def layer_sensitivities(
         self,
@@ -83,7 +86,7 @@ class HessianTrace(Estimator):
         samples = data.samples[: self.samples]
         totals = dict.fromkeys(layers, 0.0)
         random = torch.Generator().manual_seed(self.seed)
-        groups = list(in_groups(by_block(model, layers).values(), partial(_bytes, model), PROBED_BYTES))
+        groups = _groups(model, layers)
         done = 0
         for names in (sum(group, ()) for group in groups):
             weights = [linear(model, name).weight for name in names]
@@ -98,6 +101,11 @@ class HessianTrace(Estimator):
                 done += 1
                 progress(done, len(samples) * len(groups))
         return {name: total / len(samples) for name, total in totals.items()}
+
+
+def _groups(model: torch.nn.Module, layers: Sequence[str]) -> list[list[tuple[str, ...]]]:
+    """Return the layers of blocks that are probed together, group by group."""
+    return list(in_groups(by_block(model, layers).values(), partial(_bytes, model), PROBED_BYTES))
 
 
 def quadratic_forms(

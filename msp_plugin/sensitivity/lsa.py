@@ -5,6 +5,7 @@ Shape legend: T tokens, O out_features, I in_features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,9 @@ class VirtualRemoval(Estimator):
         if self.group < 1:
             raise RecipeError(f"virtual_removal: group = {self.group} must be at least 1")
 
+    def passes(self, model: torch.nn.Module, layers: Sequence[str]) -> int:
+        return len(_groups(model, layers))
+
     @torch.no_grad()
     def layer_sensitivities(
         self,
@@ -61,7 +65,7 @@ class VirtualRemoval(Estimator):
         progress: Progress = silent,
     ) -> Mapping[str, float]:
         errors: dict[str, float] = {}
-        for units in in_groups(units_of(model, layers), _hessian_bytes, HESSIAN_BYTES):
+        for units in _groups(model, layers):
             hessians = input_hessians(model, data, units)
             for unit in units:
                 hessian = hessians.pop(unit.name)
@@ -114,7 +118,7 @@ def removal_error(weight: torch.Tensor, hessian: torch.Tensor, share: float, gro
         inside, cost_inside = weight[:, start:stop], cost[:, start:stop]
         among = hessian[start:stop, start:stop]
         gone = torch.zeros_like(inside)
-        for _ in range(int(share * (stop - start))):
+        for _ in range(math.floor(share * (stop - start) + 1e-9)):
             at = cost_inside.argmin(dim=1, keepdim=True)
             error += cost_inside.gather(1, at).sum(dtype=torch.float64)
             removed = inside.gather(1, at)
@@ -123,6 +127,11 @@ def removal_error(weight: torch.Tensor, hessian: torch.Tensor, share: float, gro
             gone.scatter_(1, at, removed)
         cost[:, stop:] += 2 * weight[:, stop:] * (gone @ hessian[start:stop, stop:])
     return float(error)
+
+
+def _groups(model: torch.nn.Module, layers: Sequence[str]) -> list[list[Unit]]:
+    """Return the units whose Hessians are in memory together, group by group."""
+    return list(in_groups(units_of(model, layers), _hessian_bytes, HESSIAN_BYTES))
 
 
 def _hessian_bytes(unit: Unit) -> int:

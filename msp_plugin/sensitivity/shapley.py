@@ -18,15 +18,14 @@ from msp_plugin.errors import RecipeError
 from msp_plugin.models.offload import input_device
 from msp_plugin.passes.losses import summed_cross_entropy
 from msp_plugin.progress import Progress, silent
-from msp_plugin.sensitivity.base import Estimator
-from msp_plugin.sensitivity.block_influence import half_of
+from msp_plugin.sensitivity.base import Estimator, half_of
 from msp_plugin.structure.halves import find_halves, without
 
 
 class _TakenOut(Estimator):
     """Mean rise of the cross entropy, nats per token, when a half is taken out; each layer gets that of its half."""
 
-    combine: ClassVar[str] = "mean"
+    combine: ClassVar[str] = "halves"
     samples: int
 
     @abstractmethod
@@ -36,7 +35,7 @@ class _TakenOut(Estimator):
     def forward_tokens(self, data: CalibrationSet) -> int:
         return sum(map(len, data.samples[: self.samples]))
 
-    def passes(self, layers: Sequence[str]) -> int:
+    def passes(self, model: torch.nn.Module, layers: Sequence[str]) -> int:
         count = len(set(map(half_of, layers)))
         return 1 + count * len(self.removals(count))
 
@@ -54,7 +53,7 @@ class _TakenOut(Estimator):
         asked = set(map(half_of, layers))
         halves = [half for half in find_halves(model) if half.name in asked]
         chosen = data.samples[: self.samples]
-        done, total = 0, self.passes(layers)
+        done, total = 0, self.passes(model, layers)
 
         def loss(removed: Sequence[int]) -> float:
             nonlocal done

@@ -53,15 +53,11 @@ def remove_groups(
             "the Gram matrix of the inputs is not positive definite", hint="damp it, or use more samples"
         )
     inverse, w = torch.cholesky_inverse(factor), original.clone()
-    size, alive, found = h.shape[0] // groups, torch.ones(groups, dtype=torch.bool, device=h.device), {}
-    wanted = sorted(set(counts), reverse=True)
-    while wanted:
-        left = int(alive.sum())
-        if left == wanted[0]:
-            found[wanted.pop(0)] = _fitted(original, h, alive, size)
-            continue
+    size, alive = h.shape[0] // groups, torch.ones(groups, dtype=torch.bool, device=h.device)
+    order = torch.empty(0, dtype=torch.int64, device=h.device)  # of the removals, the same for all counts
+    while groups - len(order) > min(counts, default=groups):
         costs = torch.where(alive, _costs(w, inverse, size), torch.inf)
-        worst = costs.argsort(stable=True)[: min(at_once, left - wanted[0])]
+        worst = costs.argsort(stable=True)[: min(at_once, groups - len(order))]
         columns = (worst[:, None] * size + torch.arange(size, device=w.device)).flatten()
         block = torch.linalg.inv(inverse[columns][:, columns])
         w -= w[:, columns] @ (block @ inverse[columns])
@@ -69,6 +65,12 @@ def remove_groups(
         alive[worst] = False
         w[:, columns] = 0
         _clear(inverse, columns)
+        order = torch.cat([order, worst])
+    found = {}
+    for count in sorted(set(counts), reverse=True):
+        stays = torch.ones_like(alive)
+        stays[order[: groups - count]] = False
+        found[count] = _fitted(original, h, stays, size)
     return found
 
 

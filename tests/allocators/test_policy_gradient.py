@@ -129,6 +129,13 @@ def test_a_budget_in_tokens_holds_and_steps_are_counted():
         assert loss.forward_tokens == 2 * 48 + 2 * 16 * steps and (not most or loss.forward_tokens <= most)
 
 
+def test_steps_of_whole_samples_fill_the_budget_that_they_were_planned_for():
+    problem, values = problem_of(SIZES, HALVES, "1/5"), np.random.default_rng(0).random((12, 2))
+    loss = AdditiveLoss(values)  # samples of 8 tokens: a choice of a step is measured on 24
+    found = allocate(PolicyGradient(start="", tokens_per_step=20, max_tokens=1000), problem, loss)
+    assert found.ended == "after 18 steps" and loss.forward_tokens == 2 * 48 + 2 * 24 * 18
+
+
 def test_choices_whose_loss_overflows_are_left_out():
     problem = problem_of(SIZES, HALVES, "1/5")
 

@@ -71,6 +71,16 @@ def test_sensitivities_are_those_in_memory(msp, half, text_file):
     assert msp(*arguments).out == msp(*arguments, "--offload").out
 
 
+def test_weights_that_are_not_finite_have_no_sensitivity(msp, llama, tokenizer, text_file, tmp_path):
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    llama.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    asked = ["--estimator", "heavy_tail", "--data", text_file, *SMALL]
+    said = msp("sensitivity", tmp_path / "nan", *asked, code=1).err
+    assert "model.layers.1.mlp.up_proj" in said and "not finite" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("prune", "allocators"), [(["--no-prune"], "uniform"), ([], "uniform,search")])
 def test_a_comparison_is_that_in_memory(prune, allocators, msp, half, text_file, tmp_path):

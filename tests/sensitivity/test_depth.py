@@ -165,8 +165,17 @@ def test_passes_are_counted(llama, data):
     for estimator in (LeaveOneOut(samples=2), Shapley(samples=2, rounds=3)):
         calls.clear()
         unit_sensitivities(estimator, llama, data, prunable_layers(llama, granularity="half"))
-        assert len(calls) == 2 * estimator.passes(names)
+        assert len(calls) == 2 * estimator.passes(llama, names)
     handle.remove()
+
+
+@pytest.mark.parametrize(
+    "estimator", [BlockInfluence(), LeaveOneOut(samples=2), Shapley(samples=2, rounds=2)]
+)
+def test_what_a_block_contributes_is_the_sum_of_its_halves(llama, data, estimator):
+    halves = measured(estimator, llama, data)
+    blocks = unit_sensitivities(estimator, llama, data, prunable_layers(llama, granularity="block"))
+    assert blocks == pytest.approx(halves.reshape(2, 2).sum(axis=1), abs=1e-12)
 
 
 @pytest.mark.parametrize("metric", ["block_influence", "leave_one_out", "shapley"])

@@ -89,10 +89,12 @@ def test_blocks_that_do_not_fit_together_are_probed_apart(tiny, few, monkeypatch
     names = names_of(tiny)
     first = HessianTrace().layer_sensitivities(tiny, few, names[:7])
     together = HessianTrace().layer_sensitivities(tiny, few, names)
+    assert HessianTrace().passes(tiny, names) == 1
     monkeypatch.setattr(hessian, "PROBED_BYTES", 1)
     apart = HessianTrace().layer_sensitivities(tiny, few, names)
     assert {name: apart[name] for name in names[:7]} == first
     assert {name: together[name] for name in names[:7]} != first
+    assert HessianTrace().passes(tiny, names) == 2
 
 
 def test_a_units_sensitivity_is_the_sum_over_its_layers(tiny, few):

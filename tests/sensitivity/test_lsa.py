@@ -53,6 +53,11 @@ def test_removing_all_weights_costs_the_whole_output():
     assert found == pytest.approx(np.trace(weight @ hessian @ weight.T))
 
 
+def test_a_share_that_is_no_binary_fraction_loses_no_weight_to_rounding():
+    found = removal_error(torch.ones(1, 100), torch.eye(100), 0.29, 100)
+    assert found == 29 and int(0.29 * 100) == 28
+
+
 def test_inputs_that_do_not_correlate_lose_the_least_saliences():
     weight, hessian = random_case(1, 4, 16)
     hessian = np.diag(np.diag(hessian))
@@ -97,6 +102,7 @@ def test_hessians_that_do_not_fit_together_take_another_pass(llama, data, monkey
     monkeypatch.setattr(lsa, "HESSIAN_BYTES", 3 * 4 * 64 * 64)
     assert VirtualRemoval().layer_sensitivities(llama, data, names_of(llama)) == together
     assert [len(units) for units in passes] == [3, 1, 3, 1]
+    assert VirtualRemoval().passes(llama, names_of(llama)) == 4
 
 
 def test_the_model_is_left_as_it_was_and_the_numbers_repeat(model, data, bits, count_hooks):

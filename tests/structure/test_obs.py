@@ -94,3 +94,13 @@ def test_several_groups_at_once_are_the_least_costly_ones_and_their_fit_is_exact
         fitted, error = least_squares(weight, inputs, removal.kept, size)
         torch.testing.assert_close(removal.weight, fitted, rtol=1e-6, atol=1e-8)
         assert error_of(removal, weight, inputs) == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_what_stays_at_a_width_does_not_depend_on_the_other_widths_asked_for(at_once):
+    weight, inputs, groups, _ = problem(5, groups=9)
+    gram = inputs.T @ inputs
+    together = remove_groups(weight, gram, groups, range(groups + 1), at_once)
+    for count, removal in together.items():
+        assert remove_groups(weight, gram, groups, [count], at_once)[count].kept == removal.kept
+        assert count == 0 or set(together[count - 1].kept) < set(removal.kept)
