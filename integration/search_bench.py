@@ -76,8 +76,9 @@ def search_trail(
 
 
 def add_peers(record: dict, cell: tuple[str, str, str], seeds: list[int], cache: str | None) -> None:
-    """Add EvoPress' full schedule with further seeds to a record that has its first one."""
+    """Run EvoPress' full schedule with some seeds, and write the results into a record that has runs of ours."""
     measurements, problem, unseen = bench_model(*cell, cache)
+    ours = [e for e in record["searches"] if cell_of(e) == cell]
     for seed in seeds:
         trail, _, seconds = search_trail(measurements, problem, unseen, EVOPRESS, seed)
         row = dict(zip(("model", "method", "sparsity"), cell, strict=True))
@@ -88,8 +89,28 @@ def add_peers(record: dict, cell: tuple[str, str, str], seeds: list[int], cache:
             "seconds": seconds,
             "trail": trail,
         }
-        record.setdefault("peers", []).append(row)
+        if seed == ours[0]["seed"]:
+            ours[0]["trails"]["evopress"] = trail
+            for entry in ours:
+                entry |= compared(trail, entry["trails"]["search"])
+                entry["seconds"]["evopress"] = seconds
+        else:
+            others = [e for e in record["peers"] if (cell_of(e), e["seed"]) != (cell, seed)]
+            record["peers"] = sorted([*others, row], key=lambda e: (*cell_of(e), e["seed"]))
         print(json.dumps({key: value for key, value in row.items() if key != "trail"}), flush=True)
+
+
+def cell_of(entry: dict) -> tuple[str, str, str]:
+    """Return (model, method, sparsity) of an entry."""
+    return entry["model"], entry["method"], entry["sparsity"]
+
+
+def compared(peer: list[tuple[int, float]], ours: list[tuple[int, float]]) -> dict:
+    """Return what an entry says of a run of EvoPress and one of ours."""
+    return {
+        "evopress": peer[-1][1], "search": ours[-1][1], "evopress_tokens": peer[-1][0], "search_tokens": ours[-1][0],
+        "reached_tokens": next((tokens for tokens, value in ours if value <= peer[-1][1]), None),
+    }  # fmt: skip
 
 
 def mean_reaches(trails: list[list[tuple[int, float]]], target: float) -> int | None:
@@ -106,7 +127,7 @@ def mean_reaches(trails: list[list[tuple[int, float]]], target: float) -> int | 
 
 def peer_lines(record: dict) -> list[str]:
     """Return the table of the cells in which EvoPress has run with several seeds."""
-    cells = dict.fromkeys((e["model"], e["method"], e["sparsity"]) for e in record.get("peers", []))
+    cells = dict.fromkeys(map(cell_of, record.get("peers", [])))
     if not cells:
         return []
 
@@ -121,8 +142,8 @@ def peer_lines(record: dict) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for cell in cells:
-        same = [e for e in record["searches"] if (e["model"], e["method"], e["sparsity"]) == cell]
-        more = [e for e in record["peers"] if (e["model"], e["method"], e["sparsity"]) == cell]
+        same = [e for e in record["searches"] if cell_of(e) == cell]
+        more = [e for e in record["peers"] if cell_of(e) == cell]
         finals = [same[0]["evopress"], *(e["loss"] for e in more)]
         tokens = statistics.mean([same[0]["evopress_tokens"], *(e["tokens"] for e in more)])
         mean, ours = statistics.mean(finals), [e["search"] for e in same]
@@ -150,7 +171,7 @@ def search_cost(
     def trail(spec: dict, seed: int) -> tuple[list[tuple[int, float]], float, float]:
         return search_trail(measurements, problem, unseen, spec, seed)
 
-    known = [e for e in earlier if (e["model"], e["method"], e["sparsity"]) == (model, method, sparsity)]
+    known = [e for e in earlier if cell_of(e) == (model, method, sparsity)]
     known = [e for e in known if e["seed"] == seeds[0] and "evopress" in e["trails"]]
     if known:
         peer, uniform = known[0]["trails"]["evopress"], known[0]["uniform"]
@@ -163,9 +184,7 @@ def search_cost(
         patient = trail(PATIENT, seed)[0][-1]
         entry = {
             "model": model, "method": method, "sparsity": sparsity, "seed": seed, "uniform": uniform,
-            "evopress": peer[-1][1], "search": ours[-1][1], "evopress_tokens": peer[-1][0],
-            "search_tokens": ours[-1][0], "patient": patient[1], "patient_tokens": patient[0],
-            "reached_tokens": next((tokens for tokens, value in ours if value <= peer[-1][1]), None),
+            **compared(peer, ours), "patient": patient[1], "patient_tokens": patient[0],
             "seconds": {"evopress": peer_seconds, "search": seconds},
             "trails": {"search": ours} | ({"evopress": peer} if seed == seeds[0] else {}),
         }  # fmt: skip
@@ -304,7 +323,10 @@ def main() -> int:
     parser.add_argument("--earlier", type=Path, help="search.json whose runs of EvoPress are taken over")
     parser.add_argument("--quick", action="store_true", help="prefix reuse and solver only")
     parser.add_argument(
-        "--peer-seeds", nargs="+", type=int, help="only add EvoPress with these seeds to the record in --out"
+        "--peer-seeds",
+        nargs="+",
+        type=int,
+        help="only run EvoPress, with these seeds, for the record in --out",
     )
     args = parser.parse_args()
     import torch
@@ -312,6 +334,7 @@ def main() -> int:
     if args.peer_seeds:
         path = args.out / "search.json"
         record = json.loads(path.read_text())
+        record["said"] = " EvoPress' runs are newer than ours."
         for model in args.models:
             for method in args.methods:
                 add_peers(record, (model, method, args.sparsity), args.peer_seeds, args.cache)
