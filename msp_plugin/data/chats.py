@@ -22,10 +22,15 @@ _DATE = datetime.datetime(2024, 7, 26)
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation: messages with ``role`` and ``content``; ``where`` names their row in errors."""
+    """A conversation: messages with ``role`` and ``content``; ``where`` names their row in errors.
+
+    Args:
+        tools: descriptions of the functions that the assistant may call, as chat templates take them.
+    """
 
     messages: tuple[Mapping[str, Any], ...]
     where: str
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return the conversation as text, written by the tokenizer's chat template.
@@ -42,8 +47,10 @@ class Chat:
             messages = [dict(message) for message in self.messages]
             # Some tokenizers refuse arguments that they do not know.
             dated = "strftime_now" in str(tokenizer.chat_template)
-            today: dict[str, Any] = {"strftime_now": _DATE.strftime} if dated else {}
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, **today))
+            more: dict[str, Any] = {"strftime_now": _DATE.strftime} if dated else {}
+            if self.tools:
+                more["tools"] = [dict(tool) for tool in self.tools]
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
         except Exception as error:  # a template is code that comes with the model
             raise DataError(
                 f"{self.where}: the tokenizer's chat template refuses the conversation: "
@@ -71,6 +78,17 @@ def as_messages(value: object) -> list[dict[str, Any]] | None:
             return None
         messages.append(message)
     return messages
+
+
+def as_tools(value: object) -> tuple[dict[str, Any], ...]:
+    """Return the functions of a ``tools`` column, a list of objects or that as JSON; none for anything else."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return ()
+    tools = value if isinstance(value, list) else []
+    return tuple(_without_nulls(tool) for tool in tools if isinstance(tool, Mapping))
 
 
 def written_messages(text: str) -> list[dict[str, Any]] | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msp_plugin.data.chats import Chat, as_messages, written_messages
+from msp_plugin.data.chats import Chat, as_messages, as_tools, written_messages
 from msp_plugin.data.text_files import (
     CHAT_COLUMNS,
     DEFAULT_COLUMN,
@@ -76,7 +77,8 @@ class Documents:
         if columns != self.columns:
             self.columns = columns
             log.info("%s: the text is in column %s", self.source, " and ".join(map(plain, columns)))
-        return _of_columns([row[name] for name in columns], columns, where)
+        document = _of_columns([row[name] for name in columns], columns, where)
+        return replace(document, tools=as_tools(row.get("tools"))) if isinstance(document, Chat) else document
 
 
 def near(column: str, columns: Iterable[object]) -> str:

@@ -1,5 +1,6 @@
 """Conversations in files: columns of messages, written as lists or as text."""
 
+import copy
 import csv
 import json
 
@@ -97,3 +98,14 @@ def test_keys_that_a_row_lacks_are_no_nulls_within_a_message(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"messages": [USER, {**REPLY, "tool_calls": [call]}]}])
     ((_, answer),) = read(path)
     assert answer["tool_calls"][0]["function"]["arguments"] == {"city": "Ulm"}
+
+
+@pytest.mark.parametrize("write", [list, json.dumps], ids=["list", "text"])
+def test_the_functions_that_an_assistant_may_call_reach_the_template(tmp_path, tokenizer, write):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = "{% for t in tools %}{{ t['name'] }} {% endfor %}{{ messages[0]['content'] }}"
+    tools = [{"name": "weather", "unit": None}, {"name": "time", "unit": "s"}]
+    rows = [{"messages": [USER], "tools": write(tools)}, {"messages": [USER], "tools": None}]
+    first, second = load_texts(write_rows(tmp_path / "a.jsonl", rows))
+    assert first.text(made) == "weather time hi" and first.tools == ({"name": "weather"}, tools[1])
+    assert second.tools == ()
