@@ -6,9 +6,11 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from itertools import pairwise
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from msp_plugin import __version__
 from msp_plugin.cli.arguments import AsJson
@@ -21,7 +23,7 @@ from msp_plugin.cli.recover import recover
 from msp_plugin.cli.report import report
 from msp_plugin.cli.search import allocate_command, sensitivity
 from msp_plugin.cli.stopping import Stopped
-from msp_plugin.errors import HostError, MSPError
+from msp_plugin.errors import HostError, MSPError, RecipeError
 from msp_plugin.runtime.ranks import world_size
 
 #: Commands whose work several ranks can share.
@@ -29,7 +31,28 @@ SHARED = {"run", "prune", "recover", "demo", "allocate", "compare"}
 #: Commands that continue from the cache after a stop.
 RESUMED = SHARED | {"sensitivity"}
 
+
+class Commands(TyperGroup):
+    """The group of all commands; ours take no blank argument."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and command.callback.__module__.startswith("msp_plugin."):
+            _check_given(args)
+        return name, command, rest
+
+
+def _check_given(arguments: list[str]) -> None:
+    """Raise RecipeError for a blank argument: a model would count as not given, a path as the working directory."""
+    for before, argument in pairwise(arguments):
+        option, equals, value = argument.partition("=")
+        if not argument.strip() or (option.startswith("--") and equals and not value.strip()):
+            what = option if argument.strip() else f"the argument after {before}"
+            raise RecipeError(f"{what} is blank", hint="give a value, or leave the option out")
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

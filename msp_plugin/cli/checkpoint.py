@@ -154,7 +154,7 @@ class VerificationText:
         from msp_plugin.data.samples import Text
         from msp_plugin.models.source import load_tokenizer
 
-        if not self.data:
+        if self.data is None:
             return None
         text = Text(
             self.data, samples=self.samples, length=self.length, column=self.text_column, bos=self.bos
@@ -213,8 +213,8 @@ def verify(
         vllm_executable(vllm)
     subject = Subject(
         pruned,
-        Checkpoint.open(reference) if reference else None,
-        resolve_model(original) if original else None,
+        None if reference is None else Checkpoint.open(reference),
+        None if original is None else resolve_model(original),
         test,
         vllm,
         trust_remote_code,

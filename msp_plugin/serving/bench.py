@@ -134,7 +134,8 @@ def bench(
         if form == "own":
             models[form] = load(local or source, options.dtype, packed=packed)
         else:
-            models[form] = load(against or local or source, options.dtype, checksums=against is not None)
+            other = local or source if against is None else against
+            models[form] = load(other, options.dtype, checksums=against is not None)
         _check_length(models[form], options)
         after = _resident()
         resident[form] = None if before is None or after is None else after - before
@@ -154,8 +155,8 @@ def bench(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    other = None if against is None else str(against)
-    return BenchRecord(str(source), other, options, dict(kernels), forms["own"], forms["other"], machine)
+    name = None if against is None else str(against)
+    return BenchRecord(str(source), name, options, dict(kernels), forms["own"], forms["other"], machine)
 
 
 def _check_length(model: PreTrainedModel, options: BenchOptions) -> None:

@@ -181,6 +181,35 @@ def test_bad_input_is_explained_and_nothing_is_written(msp, text_file, tmp_path,
     assert [p.name for p in tmp_path.iterdir() if ".partial" in p.name] == []
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["bench", "{run}", "--against", ""], "the argument after --against is blank"),
+        (["bench", " "], "the argument after bench is blank"),
+        (["eval", "{run}", "--data", "demo:test", "--reference="], "--reference is blank"),
+        (["recover", "{run}", "--original", "", "--data", "demo:test", "--out", "x"], "--original is blank"),
+        (["report", "{run}", "--out", ""], "--out is blank"),
+    ],
+)
+def test_a_blank_model_or_path_is_refused_and_does_not_count_as_none(line, words, msp, run_dir):
+    assert words in msp(*(part.format(run=run_dir) for part in line), code=2).err
+
+
+def test_the_command_of_a_plugin_may_take_a_blank_argument(msp, monkeypatch):
+    from typer import Typer
+
+    from msp_plugin.cli import app
+
+    def hello(name: str) -> None:
+        print(f"hello <{name}>")
+
+    other = Typer(cls=app.Commands)
+    other.command()(hello)
+    other.command("other")(hello)
+    monkeypatch.setattr(app, "app", other)
+    assert msp("hello", "").out == "hello <>\n"
+
+
 def test_an_output_directory_with_something_in_it_is_refused_first(msp, text_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
