@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.packing import pack_layer
+from msp_plugin.checkpoint.tokenizers import same_tokens
 from msp_plugin.formats.base import without_shape
 from msp_plugin.formats.bits import positive_zeros, same_bits
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
@@ -17,7 +18,7 @@ from msp_plugin.verify.sliced import different_signs, is_smaller, sliced
 
 @dataclass(frozen=True)
 class RoundTrip(Check):
-    """Packing and unpacking changes no bit; with a reference, every tensor equals the reference's.
+    """Packing and unpacking changes no bit; with a reference, every tensor and its tokens of a text equal the reference's.
 
     Weights in int8 are within half a scale of the reference's, and zero where those are zero.
     """
@@ -25,15 +26,17 @@ class RoundTrip(Check):
     name = "round_trip"
 
     def run(self, subject: Subject, progress: StepProgress) -> list[Finding]:
-        rows = [_packing(subject.checkpoint, progress)]
-        if subject.reference is None:
-            rows.append(
-                Finding("reference", SKIP, "not compared: give a reference, the run that was exported")
-            )
-        elif is_smaller(subject.checkpoint, subject.reference):
-            rows += sliced(subject.checkpoint, subject.reference, progress)
+        rows, reference = [_packing(subject.checkpoint, progress)], subject.reference
+        if reference is None:
+            says = "not compared: give a reference, the run that was exported"
+            return [*rows, Finding("reference", SKIP, says)]
+        if is_smaller(subject.checkpoint, reference):
+            rows += sliced(subject.checkpoint, reference, progress)
         else:
-            rows.append(_equality(subject.checkpoint, subject.reference, progress))
+            rows.append(_equality(subject.checkpoint, reference, progress))
+        if (same := same_tokens(subject.checkpoint.path, reference.path)) is not None:
+            says = "the same tokens" if same else f"other tokens than {reference.path}"
+            rows.append(Finding("tokenizer", OK if same else FAIL, says, "as the reference splits a text"))
         return rows
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.tokenizers import same_tokens
 from msp_plugin.errors import FormatError
 from msp_plugin.formats.bits import positive_zeros, same_bits
 from msp_plugin.progress import StepProgress
@@ -45,11 +44,7 @@ def sliced(checkpoint: Checkpoint, reference: Checkpoint, progress: StepProgress
             hint="a recovery changes weights, so that they are no slices: compare with quality",
         )
     slices = Slices.from_record(manifest.structure, structure.halves, structure.depth)
-    found = [_slices(checkpoint, reference, slices, progress), _left_out(reference, slices)]
-    if (same := same_tokens(checkpoint.path, reference.path)) is not None:
-        says = "the same tokens" if same else f"other tokens than {reference.path}"
-        found.append(Finding("tokenizer", OK if same else FAIL, says, "as the reference splits a text"))
-    return found
+    return [_slices(checkpoint, reference, slices, progress), _left_out(reference, slices)]
 
 
 def _slices(checkpoint: Checkpoint, reference: Checkpoint, slices: Slices, progress: StepProgress) -> Finding:

@@ -19,7 +19,8 @@ from msp_plugin.checkpoint.smaller import Small, Uniform
 from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import FormatError, ModelError
 from msp_plugin.structure.widths import GLOBAL_ACCESS
-from msp_plugin.verify.sliced import sliced
+from msp_plugin.verify.base import Subject
+from msp_plugin.verify.round_trip import RoundTrip
 
 
 def config(path):
@@ -178,11 +179,11 @@ def test_a_model_that_becomes_another_type_keeps_its_tokenizer(kind, tiny, zeroi
     text = "def f(x):\n    return  x+12345"
     ids = [AutoTokenizer.from_pretrained(tmp_path / name)(text).input_ids for name in ("source", "out")]
     assert ids[0] == ids[1]
-    checkpoints = [Checkpoint.open(tmp_path / name) for name in ("out", "source")]
-    assert [f.state for f in sliced(*checkpoints, lambda *a: None) if f.item == "tokenizer"] == ["ok"]
+    subject = Subject(*(Checkpoint.open(tmp_path / name) for name in ("out", "source")))
+    assert [f.state for f in RoundTrip().run(subject, lambda *a: None) if f.item == "tokenizer"] == ["ok"]
     for file in (tmp_path / "source").glob("tokenizer*.json"):  # as a copy alone would leave it
         shutil.copy(file, tmp_path / "out")
-    assert [f.state for f in sliced(*checkpoints, lambda *a: None) if f.item == "tokenizer"] == ["fail"]
+    assert [f.state for f in RoundTrip().run(subject, lambda *a: None) if f.item == "tokenizer"] == ["fail"]
 
 
 def test_a_small_model_is_not_filled_up_beyond_what_it_has(tiny, zeroing, exported):

@@ -17,7 +17,8 @@ def test_the_round_trip_passes_in_both_forms_with_and_without_a_reference(check,
         (run_dir, packed_dir),
     ):
         rows = check(RoundTrip(), path, reference)
-        assert states(rows) == {"pack and unpack": "ok", "reference": "ok" if reference else "skip"}
+        compared = {"reference": "ok", "tokenizer": "ok"} if reference else {"reference": "skip"}
+        assert states(rows) == {"pack and unpack": "ok", **compared}
         assert rows["pack and unpack"].found.startswith("9 of 9 layers unchanged")
         details = rows["pack and unpack"].details
         assert details["packed_bytes"] * 16 == details["dense_bytes"] * 9
@@ -37,8 +38,18 @@ def test_one_changed_bit_in_the_reference_is_found_and_the_tensor_named(
     reference = rewrite(copied(run_dir), {name: flip})
     for pair in ((packed_dir, reference), (reference, packed_dir)):
         rows = check(RoundTrip(), *pair)
-        assert states(rows) == {"pack and unpack": "ok", "reference": "fail"}
+        assert states(rows) == {"pack and unpack": "ok", "reference": "fail", "tokenizer": "ok"}
         assert rows["reference"].found == f"1 with other bits, e.g. {name}"
+
+
+def test_a_tokenizer_that_splits_text_otherwise_than_the_references_fails(
+    check, states, run_dir, packed_dir, copied, edit_json
+):
+    path = copied(packed_dir)
+    edit_json(path / "tokenizer.json", lambda data: data.update(normalizer={"type": "Lowercase"}))
+    rows = check(RoundTrip(), path, run_dir)
+    assert states(rows) == {"pack and unpack": "ok", "reference": "ok", "tokenizer": "fail"}
+    assert rows["tokenizer"].found == f"other tokens than {run_dir}"
 
 
 def test_lost_and_further_tensors_are_named(check, run_dir, packed_dir, copied, rewrite):
