@@ -14,6 +14,7 @@ from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import MSPError
 from msp_plugin.progress import StepProgress, no_progress
+from msp_plugin.runtime.files import finite_json
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class CheckResult:
             "check": self.check,
             "passed": self.passed,
             "seconds": round(self.seconds, 3),
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [finite_json(asdict(finding)) for finding in self.findings],
         }
 
 

@@ -13,6 +13,7 @@ from msp_plugin.models.layers import text_config
 from msp_plugin.progress import StepProgress
 from msp_plugin.records.run import RECOVER, RunRecord
 from msp_plugin.verify.base import FAIL, OK, SKIP, Check, Finding, Subject
+from msp_plugin.verify.rounded import rounded_more
 from msp_plugin.verify.sliced import is_smaller
 
 #: The tolerance where int8 rounds the weights, and the reference's are not rounded: about five times as far as the demo models
@@ -71,7 +72,7 @@ class Logits(Check):
             greedy.append(_greedy(model, ids, self.tokens))
             del model
             progress("logits", done, 2)
-        if subject.checkpoint.rounded and not reference.rounded:
+        if rounded_more(subject.checkpoint, reference):
             tokens = Finding("greedy tokens", SKIP, "not compared: the weights are rounded to int8")
             return [_compared(logits[0], logits[1], max(self.tolerance, _INT8)), tokens]
         return [_compared(logits[0], logits[1], self.tolerance), _same_tokens(*greedy)]

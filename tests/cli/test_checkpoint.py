@@ -164,9 +164,9 @@ def test_verify_passes_and_its_json_holds_every_check(msp, packed_dir, run_dir, 
     )  # fmt: skip
     assert states(printed) == {
         "structure": dict.fromkeys(["files", "tensors", "layers", "zeros"], "ok"),
-        "round_trip": {"pack and unpack": "ok", "reference": "ok"},
+        "round_trip": {"pack and unpack": "ok", "reference": "ok", "tokenizer": "ok"},
         "logits": {"logits": "skip"},
-        "quality": {"perplexity": "ok", "reference": "ok", "original": "ok"},
+        "quality": {"perplexity": "skip", "reference": "ok", "original": "skip"},
         "served": {"served": "skip"},
     }  # fmt: skip
     checks = ["structure", "round_trip", "logits", "quality", "served"]
@@ -228,6 +228,9 @@ def test_only_the_checks_that_are_named_run_once_each_and_in_order(msp, packed_d
         (("--reference", "/nowhere/run"), ["/nowhere/run has no config.json"]),
         (("--data", "/nowhere/text.txt"), ["no data file at /nowhere/text.txt"]),
         (("--original", "demo:lama"), ["no demo model 'lama'"]),
+        (("--original", "", "--data", "demo:test"), ["the argument after --original is blank"]),
+        (("--data", " "), ["the argument after --data is blank"]),
+        (("--reference=",), ["--reference is blank"]),
     ],
 )  # fmt: skip
 def test_bad_input_of_verify_is_explained_before_anything_is_checked(
@@ -258,9 +261,9 @@ def test_options_of_a_check_reach_it(msp, packed_dir, llama_dir, text_file):
         "--check",
         "quality",
     )
-    assert states(msp("verify", packed_dir, "--json", *given))["quality"]["original"] == "ok"
+    assert states(msp("verify", packed_dir, "--json", *given))["quality"]["original"] == "skip"
     failed = msp("verify", packed_dir, "--json", *given, "--set", "quality.max_kl=0.000001", code=1)
-    assert states(failed)["quality"] == {"perplexity": "ok", "original": "fail"}
+    assert states(failed)["quality"] == {"perplexity": "skip", "original": "fail"}
 
 
 def test_an_original_of_another_vocabulary_fails_and_is_explained(msp, packed_dir, text_file):

@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import Dense, export_checkpoint
 from msp_plugin.checkpoint.load import load
 from msp_plugin.checkpoint.manifest import Manifest, describe_files
 from msp_plugin.checkpoint.smaller import Small, Uniform
 from msp_plugin.errors import RecipeError
 from msp_plugin.records.run import RunRecord, StageRecord
+from msp_plugin.verify.base import Subject, run_checks
 from msp_plugin.verify.logits import Logits
 from msp_plugin.verify.quality import Quality
 from msp_plugin.verify.round_trip import RoundTrip
@@ -112,6 +114,16 @@ def test_other_logits_are_found(pair, check):
     rows = check(Logits(tolerance=1e-3), path, whole)
     assert rows["logits"].state == "ok" or rows["logits"].details["difference"] > 1e-3
     assert check(Logits(), path, whole)["logits"].state == "fail"
+
+
+def test_logits_that_are_no_numbers_fail_and_their_json_is_json(pair, rewrite):
+    path, whole = pair(Small())
+    rewrite(path, {NORM: lambda t: t * torch.nan})
+    subject = Subject(Checkpoint.open(path), Checkpoint.open(whole))
+    (result,) = run_checks(subject, [Logits()])
+    assert not result.passed
+    text = json.dumps(result.to_dict(), allow_nan=False)
+    assert json.loads(text)["findings"][0]["details"] == {"difference": None}
 
 
 def test_a_reference_of_another_shape_is_named(pair, check, llama_dir):
