@@ -111,7 +111,7 @@ def verify(directory: Path, run: Path, environment: Path, *more: str) -> list[di
     original = json.loads((run / "run.json").read_text())["model"]["source"]
     said = msp(
         "verify", directory, "--reference", run, "--original", original, "--data", "demo:test", "--samples", "128",
-        "--length", "256", "--vllm", environment, "--json", *more,
+        "--length", "256", "--vllm", environment, "--set", "quality.max_kl=1", "--json", *more,
     )  # fmt: skip
     results = json.loads(said)
     for result in results:
