@@ -211,12 +211,17 @@ def adapted(model: PreTrainedModel, config: PeftConfig, seed: int = 0) -> Iterat
 
     flags = [(p, p.requires_grad) for p in model.parameters()]
     training, cache = model.training, model.config.use_cache if hasattr(model.config, "use_cache") else None
+    dropout = _own_dropout(model)
     with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
         torch.manual_seed(seed)
         wrapped = add_adapter(model, config)
     try:
+        for holder, name, _ in dropout:
+            setattr(holder, name, 0.0)
         yield wrapped
     finally:
+        for holder, name, value in dropout:
+            setattr(holder, name, value)
         model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
         wrapped.unload()
         vars(model).pop("peft_config", None)
@@ -225,6 +230,20 @@ def adapted(model: PreTrainedModel, config: PeftConfig, seed: int = 0) -> Iterat
         model.train(training)
         if cache is not None:
             model.config.use_cache = cache
+
+
+def _own_dropout(model: torch.nn.Module) -> list[tuple[object, str, float]]:
+    """Return (object, attribute, value) of the dropout that modules apply by numbers of their own or of their config.
+
+    Modules with gradient checkpointing are trained in training mode (see RecoveryTrainer), which applies it.
+    """
+    holders = [h for m in model.modules() for h in (m, getattr(m, "config", None)) if hasattr(h, "__dict__")]
+    return [
+        (holder, name, value)
+        for holder in {id(holder): holder for holder in holders}.values()
+        for name, value in vars(holder).items()
+        if "drop" in name and isinstance(value, float)
+    ]
 
 
 def save_adapter(adapted: PeftModel, model: PreTrainedModel, directory: Path) -> None:

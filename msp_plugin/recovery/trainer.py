@@ -26,6 +26,7 @@ from msp_plugin.recovery.objective import Objective
 from msp_plugin.recovery.record import LOG
 from msp_plugin.recovery.training_options import TrainingOptions
 from msp_plugin.recovery.training_text import Batch, Samples, Steps, collate, shuffled
+from msp_plugin.recovery.tuner import ChangedVectors
 from msp_plugin.runtime.disk import cannot_write, is_full
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Course:
 
 
 class RecoveryTrainer(Trainer):
-    """The Trainer, with the loss of recovery."""
+    """The Trainer, with the loss of recovery, and without dropout and other noise."""
 
     objective: Objective
 
@@ -87,7 +88,16 @@ class RecoveryTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        model.eval()
+        if self.args.gradient_checkpointing:  # which modules in eval mode do not do
+            for module in model.modules():
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
         return self.objective.loss(model, inputs)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Return the parameters that decay: none of norms, some of which the Trainer does not know by their names."""
+        norms = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, ChangedVectors))
+        return [name for name in super().get_decay_parameter_names(model) if not name.startswith(norms)]
 
     @torch.no_grad()
     def batch_loss(self, model: Any, batch: Batch) -> float:
@@ -271,6 +281,9 @@ def arguments(
         disable_tqdm=True,
     )
     made._n_gpu = min(made.n_gpu, 1)  # one process drives one device: torchrun starts more
+    made.mixed_precision = (
+        "no"  # whatever accelerate's launcher asks for: models are trained in their own dtype
+    )
     return made
 
 

@@ -25,14 +25,15 @@ class TrainingOptions(Recovery):
         learning_rate: the highest one; None, if a method allows it, for 1 / hidden size of the model.
         rate: how the learning rate falls: ``cosine``, ``linear`` or ``constant_with_warmup``.
         warmup: share of the steps in which it rises from 0.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's, of all but norms and biases.
         kl_weight: share of the KL divergence from the dense model in the loss, the rest is cross entropy; None takes 1
             where there is a dense model, else 0.
         temperature: of the KL divergence.
         layers: ``all`` trains the adapters of all blocks, ``ist`` those of few blocks at a time (see ist).
         ist_start: the importance that ``ist`` starts from: ``zero``, or ``sensitivity`` of the run's measurement.
         evaluations: how often the loss on the hold-out text is measured, and the state saved.
-        evaluation_tokens: hold-out tokens of each, at most.
+        evaluation_tokens: hold-out tokens of each: the fewest last samples with as many, or all; other hold-out samples
+            are neither trained on nor judged.
         patience: evaluations without a better loss that end training; 0 never does.
         gradient_checkpointing: keep one activation for each block, and run each once more in the backward pass.
         adapter: a directory that gets the adapter before it is merged, as peft saves it; none if it is empty.

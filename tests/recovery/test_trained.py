@@ -5,7 +5,14 @@ import re
 
 import pytest
 import torch
-from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
+from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 pytest.importorskip("peft")
 
@@ -115,13 +122,73 @@ def test_accumulated_passes_train_like_one_pass(case, weights_of):
     assert [loss for _, loss in curves[0]] == [pytest.approx(loss, rel=1e-4) for _, loss in curves[1]]
 
 
-@SLOW
-def test_gradient_checkpointing_gives_the_same(case):
-    method = METHODS["masked_lora"]
-    plain, again = case.inputs("plain"), case.inputs("again")
-    first = method.recover(plain).curve
-    second = dataclasses.replace(method, gradient_checkpointing=True).recover(again).curve
-    assert [loss for _, loss in second] == [pytest.approx(loss, rel=1e-5) for _, loss in first]
+def test_gradient_checkpointing_runs_blocks_twice_and_gives_the_same(case):
+    method, runs, curves = dataclasses.replace(METHODS["masked_lora"], tokens=2 * 96), [], []
+    for checkpointing in (False, True):
+        inputs = case.inputs(f"checkpointing {checkpointing}")
+        inputs.model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda mlp, *_: runs.append(mlp) if torch.is_grad_enabled() else None
+        )
+        curves.append(dataclasses.replace(method, gradient_checkpointing=checkpointing).recover(inputs).curve)
+    assert [loss for _, loss in curves[1]] == [pytest.approx(loss, rel=1e-5) for _, loss in curves[0]]
+    first = runs.index(runs[-1])
+    assert len(runs) - first == 2 * first > 0
+
+
+def opt(**dropout):
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = OPTConfig(vocab_size=128, max_position_embeddings=64, word_embed_proj_dim=32, **sizes, **dropout)
+    return OPTForCausalLM(config)
+
+
+def falcon(**dropout):
+    config = FalconConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **dropout
+    )
+    return FalconForCausalLM(config)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("made", "names"),
+    [
+        (opt, ("dropout", "attention_dropout", "activation_dropout", "layerdrop")),
+        (falcon, ("hidden_dropout", "attention_dropout")),
+    ],
+)
+def test_a_model_is_trained_without_its_dropout(case, made, names, gradient_checkpointing):
+    method = dataclasses.replace(METHODS["full"], gradient_checkpointing=gradient_checkpointing)
+    trained = []
+    for dropout in (0.0, 0.4):
+        torch.manual_seed(0)
+        case.dense = made(**dict.fromkeys(names, dropout)).eval()
+        inputs = case.inputs(f"dropout {dropout}")
+        result = method.recover(inputs)
+        trained.append((result, bytes_of(inputs.model)))
+    assert trained[0] == trained[1]
+    assert {getattr(inputs.model.config, name) for name in names} == {0.4}
+
+
+def test_the_precision_of_accelerates_launcher_changes_nothing(case, monkeypatch):
+    method = dataclasses.replace(METHODS["masked_lora"], tokens=2 * 96)
+    plain, launched = case.inputs("plain"), case.inputs("launched")
+    expected = method.recover(plain)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert method.recover(launched) == expected
+    assert bytes_of(launched.model) == bytes_of(plain.model)
+
+
+def test_norms_do_not_decay_whatever_their_names(case):
+    """transformers' Trainer knows Falcon's input_layernorm by its name, and not its ln_f."""
+    torch.manual_seed(0)
+    case.dense = falcon().eval()
+    inputs = case.inputs()
+    method = dataclasses.replace(METHODS["full"], tokens=96, evaluations=1, weight_decay=5.0)
+    method.recover(inputs)
+    norm = (
+        inputs.model.transformer.ln_f.weight
+    )  # starts with ones; a step of AdamW is as long as the learning rate
+    assert 0 < (norm - 1).abs().max() < 1.1e-3
 
 
 class KilledError(Exception):
