@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from msp_plugin.passes.observe import by_block
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.ist import EVERY, LEFT, SETS, ImportanceSchedule, starting_scores
+from msp_plugin.recovery.training_options import TrainingOptions
 from msp_plugin.recovery.training_text import Batch, Steps, collate, shuffled
 
 
@@ -34,17 +35,19 @@ class Importance(TrainerCallback, ExportableState):  # type: ignore[misc,unused-
         loss: Callable[[Any, Batch], float],
         steps: Steps,
         inputs: RecoveryInputs,
-        start: str,
+        method: TrainingOptions,
     ):
         self.blocks = by_block(inputs.model, tuple(inputs.masks))
         layers = self._layers_by_block(adapted)
         self.numbers = sorted(number for number in self.blocks if layers[number])
         scores = dict.fromkeys(self.numbers, 0.0)
-        if start == "sensitivity":
+        if method.ist_start == "sensitivity":
             scores = starting_scores(self.blocks, inputs.sensitivities)
         self.schedule = ImportanceSchedule([scores[number] for number in self.numbers], inputs.seed)
         self.loss, self.steps, self.inputs = loss, steps, inputs
         self.layers = [layers[number] for number in self.numbers]
+        #: Samples of a measurement, whatever the number of ranks.
+        self.samples = max(1, min(inputs.batch_tokens, method.step_tokens) // steps.length)
         self.measured = 0
 
     def _layers_by_block(self, adapted: PeftModel) -> dict[int, list[BaseTunerLayer]]:
@@ -74,15 +77,15 @@ class Importance(TrainerCallback, ExportableState):  # type: ignore[misc,unused-
         step = state.global_step
         if step and step % EVERY == 0:
             self.schedule.update(step, lambda blocks: self._damped_loss(model, step, blocks))
-            self.measured += SETS * self.steps.batch * self.steps.length
+            self.measured += SETS * self.samples * self.steps.length
         drawn = set(self.schedule.drawn(step))
         if self.steps.ranks == 1:
             for i, layers in enumerate(self.layers):
                 _require_grad(layers, i in drawn)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def drop_gradients(self, step: int) -> None:
         """Drop the gradients of the blocks that were not drawn: several ranks compute them for all blocks."""
-        drawn = set(self.schedule.drawn(state.global_step))
+        drawn = set(self.schedule.drawn(step))
         for i, layers in enumerate(self.layers):
             if i not in drawn:
                 for parameter in _trained(layers):
@@ -91,7 +94,7 @@ class Importance(TrainerCallback, ExportableState):  # type: ignore[misc,unused-
     def _damped_loss(self, model: Any, step: int, blocks: list[int]) -> float:
         """Return the loss of one batch of the training text while the adapters of some blocks are damped."""
         data = self.inputs.data.samples
-        order = shuffled(len(data), self.steps.batch, self.inputs.seed + step)
+        order = shuffled(len(data), self.samples, self.inputs.seed + step)
         batch = collate([data[i] for i in order])
 
         def measure() -> float:

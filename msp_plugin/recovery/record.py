@@ -55,8 +55,8 @@ def copy_logs(state: Path | None, folder: Path) -> None:
         return
     if (state / LOG).is_file():
         shutil.copyfile(state / LOG, folder / LOG)
-    if (state / "trainer" / "runs").is_dir():
-        shutil.copytree(state / "trainer" / "runs", folder / "runs")
+    for runs in (state / "trainer").glob("*/runs"):
+        shutil.copytree(runs, folder / "runs", dirs_exist_ok=True)
 
 
 def with_recovery(record: RunRecord, recovered: Recovered) -> RunRecord:

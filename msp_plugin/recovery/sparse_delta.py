@@ -11,7 +11,7 @@ import torch
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import RecipeError
 from msp_plugin.models.weights import Weights
-from msp_plugin.passes.gradients import activation_gradients
+from msp_plugin.passes.gradients import BACKWARD, activation_gradients
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.trained import AdapterRecovery, check_positive
@@ -136,10 +136,18 @@ class SparseDelta(AdapterRecovery):
         chosen = {name: positions for name, positions in chosen.items() if len(positions)}
         return ChosenWeights({name: len(positions) for name, positions in chosen.items()}, chosen)
 
+    def tokens_before(self, inputs: RecoveryInputs) -> int:
+        passes = BACKWARD + bool(self.share_of_kl(inputs))  # and the dense model's forward pass
+        return 0 if self.score == "magnitude" else passes * self._scored(inputs).tokens
+
+    def _scored(self, inputs: RecoveryInputs) -> CalibrationSet:
+        """Return the first ``score_tokens`` tokens of the data."""
+        length = max(map(len, inputs.data.samples))
+        return CalibrationSet(inputs.data.samples[: max(1, self.score_tokens // length)], "scores")
+
     def _gradients(self, inputs: RecoveryInputs) -> dict[str, torch.Tensor]:
         """Return by layer the mean gradient of the loss, float32[O, I], on the first ``score_tokens`` tokens."""
-        length = max(map(len, inputs.data.samples))
-        data = CalibrationSet(inputs.data.samples[: max(1, self.score_tokens // length)], "scores")
+        data = self._scored(inputs)
         found: dict[str, torch.Tensor] = {}
 
         def add(name: str, x: torch.Tensor, dy: torch.Tensor) -> None:

@@ -97,15 +97,23 @@ class TrainedRecovery(TrainingOptions):
     def config(self, inputs: RecoveryInputs) -> PeftConfig:
         """Return peft's configuration of the adapter that is trained."""
 
+    def tokens_before(self, inputs: RecoveryInputs) -> int:
+        """Return the cost of ``config`` in tokens through blocks (see RecoveryResult)."""
+        return 0
+
     @abstractmethod
     def merge(self, adapted: PeftModel) -> None:
         """Merge the adapter into the weights: in float32, rounded once, with every zero kept."""
 
+    def share_of_kl(self, inputs: RecoveryInputs) -> float:
+        """Return ``kl_weight``, or its default."""
+        if self.kl_weight is None:
+            return 0.0 if inputs.original is None else 1.0
+        return self.kl_weight
+
     def objective(self, inputs: RecoveryInputs) -> AbstractContextManager[Objective]:
         """Return the context of the loss (see objective.objective)."""
-        weight = self.kl_weight
-        if weight is None:
-            weight = 0.0 if inputs.original is None else 1.0
+        weight = self.share_of_kl(inputs)
         if weight and inputs.original is None:
             raise RecipeError(
                 f"{self.name}: kl_weight = {weight}, but there is no dense model to compare with",
@@ -148,7 +156,9 @@ class TrainedRecovery(TrainingOptions):
             notes += (f"the learning rate was {self.rate_for(inputs.model):.2g}, 1 / hidden size",)
         if self.adapter and not course.improved:
             notes += (f"no adapter was written to {self.adapter}",)
-        return RecoveryResult(course.cost, course.curve, notes)
+        before = self.tokens_before(inputs)
+        curve = tuple((before + tokens, loss) for tokens, loss in course.curve)
+        return RecoveryResult(before + course.cost, curve, notes)
 
 
 def check_adapter(adapter: Path, states: Iterable[Path]) -> None:

@@ -80,6 +80,7 @@ class RecoveryTrainer(Trainer):
     """The Trainer, with the loss of recovery, and without dropout and other noise."""
 
     objective: Objective
+    importance: Importance | None = None
 
     def __init__(self, objective: Objective, **arguments: Any):
         super().__init__(**arguments)
@@ -93,6 +94,12 @@ class RecoveryTrainer(Trainer):
             for module in model.modules():
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
         return self.objective.loss(model, inputs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self.importance is not None:  # before gradients are clipped, by the norm of all
+            self.importance.drop_gradients(self.state.global_step)
+        return loss
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Return the parameters that decay: none of norms, some of which the Trainer does not know by their names."""
@@ -170,22 +177,22 @@ def train(
     """
     steps = Steps.plan(method, inputs.data, inputs.batch_tokens, inputs.ranks.size)
     inputs = replace(inputs, holdout=inputs.holdout.cut(method.evaluation_tokens)[1])
-    checkpoint = inputs.ranks.on_rank_zero(lambda: last_checkpoint(inputs.folder / "trainer"))
+    folder = inputs.folder / "trainer" / steps.name
+    checkpoint = inputs.ranks.on_rank_zero(lambda: last_checkpoint(folder))
     order = shuffled(len(inputs.data), steps.count * steps.samples, inputs.seed)
     trainer = RecoveryTrainer(
         objective,
         model=adapted,
-        args=arguments(method, steps, inputs, objective.device, fresh=checkpoint is None),
+        args=arguments(method, steps, inputs, folder, objective.device, fresh=checkpoint is None),
         data_collator=collate,
         train_dataset=Samples(inputs.data.samples, order),
         eval_dataset=Samples(inputs.holdout.samples, range(len(inputs.holdout))),
     )
     watch = Watch(method, steps, inputs)
     callbacks: list[TrainerCallback] = [watch]
-    importance = None
     if method.layers == "ist":
-        importance = Importance(adapted, trainer.batch_loss, steps, inputs, method.ist_start)
-        callbacks.append(importance)
+        trainer.importance = Importance(adapted, trainer.batch_loss, steps, inputs, method)
+        callbacks.append(trainer.importance)
     for callback in callbacks:
         trainer.add_callback(callback)
     try:
@@ -200,7 +207,7 @@ def train(
         if is_full(error) or _TORCH_WRITES in str(error):
             raise cannot_write(inputs.folder, error) from error
         raise
-    return course_of(trainer, watch, steps, inputs, importance.measured if importance else 0)
+    return course_of(trainer, watch, steps, inputs)
 
 
 def _has_ended(trainer: Trainer, checkpoint: str, patience: int) -> bool:
@@ -217,11 +224,10 @@ def _has_ended(trainer: Trainer, checkpoint: str, patience: int) -> bool:
     return True
 
 
-def course_of(
-    trainer: RecoveryTrainer, watch: Watch, steps: Steps, inputs: RecoveryInputs, measured: int
-) -> Course:
+def course_of(trainer: RecoveryTrainer, watch: Watch, steps: Steps, inputs: RecoveryInputs) -> Course:
     """Return the course of a training that has ended."""
     state = trainer.state
+    measured = trainer.importance.measured if trainer.importance is not None else 0
     passes = 1 if trainer.objective.dense is None else 2  # forward passes of a token without a backward pass
     held = evaluations(state.log_history)
     step_cost = steps.tokens * (BACKWARD + passes - 1)
@@ -242,15 +248,21 @@ def course_of(
 
 
 def arguments(
-    method: TrainingOptions, steps: Steps, inputs: RecoveryInputs, device: torch.device, *, fresh: bool
+    method: TrainingOptions,
+    steps: Steps,
+    inputs: RecoveryInputs,
+    folder: Path,
+    device: torch.device,
+    *,
+    fresh: bool,
 ) -> TrainingArguments:
-    """Return the Trainer's arguments."""
+    """Return the Trainer's arguments; it writes its checkpoints into ``folder``."""
     every = max(1, math.ceil(steps.count / method.evaluations))
     made = TrainingArguments(
-        output_dir=str(inputs.folder / "trainer"),
+        output_dir=str(folder),
         max_steps=steps.count,
         per_device_train_batch_size=steps.batch,
-        per_device_eval_batch_size=max(1, inputs.batch_tokens // max(map(len, inputs.holdout.samples))),
+        per_device_eval_batch_size=_evaluated_together(inputs),
         gradient_accumulation_steps=steps.accumulated,
         learning_rate=method.rate_for(inputs.model),
         lr_scheduler_type=method.rate,
@@ -285,6 +297,18 @@ def arguments(
         "no"  # whatever accelerate's launcher asks for: models are trained in their own dtype
     )
     return made
+
+
+def _evaluated_together(inputs: RecoveryInputs) -> int:
+    """Return the samples of a batch of the hold-out.
+
+    Several ranks fill their last batches up with samples that come again, which must not count: batches of one or full ones.
+    """
+    count, ranks = len(inputs.holdout), inputs.ranks.size
+    most = max(1, inputs.batch_tokens // max(map(len, inputs.holdout.samples)))
+    if ranks == 1:
+        return most
+    return max(size for size in range(1, most + 1) if size == 1 or count % (size * ranks) == 0)
 
 
 def evaluations(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:

@@ -43,6 +43,11 @@ class Steps:
         return cls(count, batch, share // batch, ranks, length)
 
     @property
+    def name(self) -> str:
+        """A name of these steps, the same for all ranks and batches that train on the same samples in each."""
+        return f"{self.count}-steps-of-{self.samples}"
+
+    @property
     def samples(self) -> int:
         """Samples of a step."""
         return self.batch * self.accumulated * self.ranks

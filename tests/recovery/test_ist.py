@@ -1,6 +1,7 @@
 """Importance-aware sparse tuning, its update by hand, and which blocks a step trains."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 pytest.importorskip("peft")
 
+from msp_plugin.recovery import importance
 from msp_plugin.recovery.ist import ImportanceSchedule, starting_scores
 from msp_plugin.recovery.masked_lora import MaskedLoRA
 
@@ -58,6 +60,25 @@ def test_a_step_trains_the_drawn_block_alone(case, weights_of):
     (drawn,) = ImportanceSchedule([0.0, 0.0], seed=0).drawn(0)
     for name, weight in weights_of(inputs.model, inputs.masks).items():
         assert torch.equal(weight, before[name]) is (f"layers.{drawn}." not in name)
+
+
+def test_gradients_of_blocks_that_are_not_drawn_do_not_count_when_gradients_are_clipped(
+    case, weights_of, monkeypatch
+):
+    """Several ranks compute the gradients of all blocks."""
+    method = MaskedLoRA(
+        rank=4, learning_rate=1e-2, layers="ist", tokens=4 * 96, step_tokens=96, evaluations=1
+    )
+    found = []
+    for name in ("drawn", "all"):
+        inputs = case.inputs(name)
+        method.recover(inputs)
+        lines = map(json.loads, (inputs.folder / "log.jsonl").read_text().splitlines())
+        norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
+        found.append((norms, weights_of(inputs.model, inputs.masks)))
+        monkeypatch.setattr(importance, "_require_grad", lambda layers, flag: None)
+    assert found[0][0] == found[1][0] and len(found[0][0]) == 4
+    assert all(torch.equal(weight, found[1][1][layer]) for layer, weight in found[0][1].items())
 
 
 def test_the_sensitivities_of_the_run_decide_at_first(case, weights_of):

@@ -89,7 +89,7 @@ def command(*arguments, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["blockwise", "masked_lora", "full"])
+@pytest.mark.parametrize("method", ["blockwise", "masked_lora", "full", "ist"])
 def test_processes_of_torchrun_recover_as_one_does(method, run_dir, llama_dir, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("MSP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -97,6 +97,8 @@ def test_processes_of_torchrun_recover_as_one_does(method, run_dir, llama_dir, c
     options = ["blockwise.epochs=1", "blockwise.rates=[0.06]"] if method == "blockwise" else trained
     if method == "masked_lora":
         options.append("masked_lora.rank=4")
+    if method == "ist":  # sixteen steps, after ten of which the importance is measured
+        method, options = "spp", ["spp.layers=ist", "spp.tokens=3000", "spp.step_tokens=192", "spp.groups=8"]
     records = []
     for ranks in (1, 2):
         command(
@@ -109,6 +111,9 @@ def test_processes_of_torchrun_recover_as_one_does(method, run_dir, llama_dir, c
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
     assert two["kl"] == pytest.approx(one["kl"], rel=5e-3) and two["kl"] < records[1]["stages"][-2]["kl"]
     assert two["sparsity"] == one["sparsity"]
+    assert two["recovery"]["tokens"] == one["recovery"]["tokens"]
+    losses = [[loss for _, loss in stage["recovery"]["curve"]] for stage in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -1,17 +1,12 @@
 """Training methods on a tiny model: what is kept, what is merged, where they stop."""
 
 import dataclasses
-import re
 
 import pytest
 import torch
 from transformers import (
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
-    FalconConfig,
-    FalconForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
 )
 
 pytest.importorskip("peft")
@@ -22,8 +17,7 @@ from msp_plugin.recovery.lora import LoRA
 from msp_plugin.recovery.masked_lora import MaskedLoRA
 from msp_plugin.recovery.sparse_delta import SparseDelta, best, best_of_all
 from msp_plugin.recovery.spp import SPP
-from msp_plugin.recovery.trainer import last_checkpoint
-from msp_plugin.recovery.training_text import Steps, shuffled
+from msp_plugin.recovery.training_text import shuffled
 from tests.helpers import models
 
 INF = float("inf")
@@ -115,119 +109,6 @@ def test_one_step_of_full_is_one_step_of_adamw_on_the_masked_problem(case):
         torch.testing.assert_close(inputs.model.get_submodule(name).weight, weight, rtol=1e-5, atol=2e-6)
 
 
-@SLOW
-def test_accumulated_passes_train_like_one_pass(case, weights_of):
-    whole, parts = case.inputs("whole", batch_tokens=96), case.inputs("parts", batch_tokens=24)
-    curves = [METHODS["masked_lora"].recover(inputs).curve for inputs in (whole, parts)]
-    assert [loss for _, loss in curves[0]] == [pytest.approx(loss, rel=1e-4) for _, loss in curves[1]]
-
-
-def test_gradient_checkpointing_runs_blocks_twice_and_gives_the_same(case):
-    method, runs, curves = dataclasses.replace(METHODS["masked_lora"], tokens=2 * 96), [], []
-    for checkpointing in (False, True):
-        inputs = case.inputs(f"checkpointing {checkpointing}")
-        inputs.model.model.layers[0].mlp.register_forward_pre_hook(
-            lambda mlp, *_: runs.append(mlp) if torch.is_grad_enabled() else None
-        )
-        curves.append(dataclasses.replace(method, gradient_checkpointing=checkpointing).recover(inputs).curve)
-    assert [loss for _, loss in curves[1]] == [pytest.approx(loss, rel=1e-5) for _, loss in curves[0]]
-    first = runs.index(runs[-1])
-    assert len(runs) - first == 2 * first > 0
-
-
-def opt(**dropout):
-    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = OPTConfig(vocab_size=128, max_position_embeddings=64, word_embed_proj_dim=32, **sizes, **dropout)
-    return OPTForCausalLM(config)
-
-
-def falcon(**dropout):
-    config = FalconConfig(
-        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **dropout
-    )
-    return FalconForCausalLM(config)
-
-
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-@pytest.mark.parametrize(
-    ("made", "names"),
-    [
-        (opt, ("dropout", "attention_dropout", "activation_dropout", "layerdrop")),
-        (falcon, ("hidden_dropout", "attention_dropout")),
-    ],
-)
-def test_a_model_is_trained_without_its_dropout(case, made, names, gradient_checkpointing):
-    method = dataclasses.replace(METHODS["full"], gradient_checkpointing=gradient_checkpointing)
-    trained = []
-    for dropout in (0.0, 0.4):
-        torch.manual_seed(0)
-        case.dense = made(**dict.fromkeys(names, dropout)).eval()
-        inputs = case.inputs(f"dropout {dropout}")
-        result = method.recover(inputs)
-        trained.append((result, bytes_of(inputs.model)))
-    assert trained[0] == trained[1]
-    assert {getattr(inputs.model.config, name) for name in names} == {0.4}
-
-
-def test_the_precision_of_accelerates_launcher_changes_nothing(case, monkeypatch):
-    method = dataclasses.replace(METHODS["masked_lora"], tokens=2 * 96)
-    plain, launched = case.inputs("plain"), case.inputs("launched")
-    expected = method.recover(plain)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert method.recover(launched) == expected
-    assert bytes_of(launched.model) == bytes_of(plain.model)
-
-
-def test_norms_do_not_decay_whatever_their_names(case):
-    """transformers' Trainer knows Falcon's input_layernorm by its name, and not its ln_f."""
-    torch.manual_seed(0)
-    case.dense = falcon().eval()
-    inputs = case.inputs()
-    method = dataclasses.replace(METHODS["full"], tokens=96, evaluations=1, weight_decay=5.0)
-    method.recover(inputs)
-    norm = (
-        inputs.model.transformer.ln_f.weight
-    )  # starts with ones; a step of AdamW is as long as the learning rate
-    assert 0 < (norm - 1).abs().max() < 1.1e-3
-
-
-class KilledError(Exception):
-    """Stands for a kill between two steps."""
-
-
-def killing(after):
-    def progress(step, done, total, note=""):
-        if step == "masked_lora" and done >= after:
-            raise KilledError
-
-    return progress
-
-
-@pytest.mark.parametrize("layers", ["ist", pytest.param("all", marks=SLOW)])
-def test_a_stopped_training_ends_with_the_bytes_of_an_undisturbed_one(case, layers):
-    method = MaskedLoRA(
-        rank=4, learning_rate=1e-2, layers=layers, tokens=8 * 96, step_tokens=96, evaluations=4
-    )
-    undisturbed = case.inputs("undisturbed")
-    expected = method.recover(undisturbed)
-    for after in (3 * 96, 7 * 96):  # after the first and the third of four checkpoints
-        stopped = case.inputs("stopped", progress=killing(after))
-        with pytest.raises(KilledError):
-            method.recover(stopped)
-    unfinished = case.folder / "stopped" / "trainer" / "checkpoint-7"
-    unfinished.mkdir()  # as a kill within the writing of a checkpoint leaves it
-    (unfinished / "trainer_state.json").write_text('{"epoch": 0.')
-    resumed = case.inputs("stopped")
-    assert method.recover(resumed) == expected
-    assert bytes_of(resumed.model) == bytes_of(undisturbed.model)
-    logs = [(case.folder / name / "log.jsonl").read_text() for name in ("undisturbed", "stopped")]
-    times = re.compile(r'"eval_(runtime|\w+_per_second)": [^,]+, ')
-    assert times.sub("", logs[0]) == times.sub("", logs[1])
-    finished = case.inputs("stopped")  # once more: nothing is left to train
-    assert method.recover(finished) == expected
-    assert bytes_of(finished.model) == bytes_of(undisturbed.model)
-
-
 def test_where_the_loss_is_not_finite_the_best_state_before_is_kept(case, weights_of):
     method = dataclasses.replace(METHODS["masked_lora"], norms=False)
     inputs = case.inputs()
@@ -290,6 +171,18 @@ def test_norms_and_biases_are_trained_where_asked(qwen2, case, make_samples):
         assert "model.embed_tokens.weight" not in moved
 
 
+def test_the_choice_of_weights_is_part_of_the_cost(case):
+    """A choice by gradients takes a forward and a backward pass, and one of the dense model, of its tokens."""
+    method = dataclasses.replace(METHODS["sparse_delta"], tokens=96, score_tokens=120, evaluations=1)
+    for kl_weight, passes in ((1.0, 4), (0.0, 3)):
+        costs = []
+        for score in ("magnitude", "gradient"):
+            made = dataclasses.replace(method, score=score, kl_weight=kl_weight)
+            result = made.recover(case.inputs(f"{score} {kl_weight}"))
+            costs.append([result.tokens, *(tokens for tokens, _ in result.curve)])
+        assert [after - before for before, after in zip(*costs, strict=True)] == [passes * 120] * 3
+
+
 @pytest.mark.parametrize("score", ["gradient", "saliency", "magnitude"])
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_sparse_delta_trains_the_weights_with_the_best_scores(case, score, by_layer, weights_of):
@@ -330,33 +223,6 @@ def test_the_best_of_all_layers_are_the_best_of_one_list():
         n: (s >= least).nonzero()[:, 0].tolist() for n, s in layers.items()
     }
     assert best(torch.tensor([0.1, 0.9, 0.5, 0.7]), 2).tolist() == [1, 3]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "step_tokens", "batch_tokens", "expected"),
-    [
-        (1, 4096, 2048, (3, 8, 2)),
-        (2, 4096, 2048, (3, 8, 1)),
-        (2, 4096, 512, (3, 2, 4)),
-        (1, 100, 2048, (40, 1, 1)),  # one sample is longer than a step
-        (1, 7 * 256, 1024, (6, 1, 7)),
-    ],
-)
-def test_steps_share_text_out(make_samples, ranks, step_tokens, batch_tokens, expected):
-    method = MaskedLoRA(tokens=10_000, step_tokens=step_tokens)
-    steps = Steps.plan(method, make_samples(3, 256), batch_tokens, ranks)
-    assert (steps.count, steps.batch, steps.accumulated) == expected
-    assert (steps.count - 1) * steps.tokens < 10_000 <= steps.count * steps.tokens
-
-
-def test_all_samples_come_before_one_comes_again():
-    order = shuffled(5, 12, seed=3)
-    assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
-    assert order == shuffled(5, 12, seed=3) != shuffled(5, 12, seed=4)
-
-
-def test_a_folder_without_a_checkpoint_starts_anew(tmp_path):
-    assert last_checkpoint(tmp_path / "missing") is None
 
 
 @pytest.mark.parametrize(
