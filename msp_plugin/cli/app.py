@@ -174,7 +174,7 @@ def run(stopped: Callable[[], int] = lambda: 0) -> None:
     Args:
         stopped: returns the exit code once a signal has come, 0 before (see ``stopping``).
     """
-    debug = bool(os.environ.get("MSP_DEBUG"))
+    debug = os.environ.get("MSP_DEBUG", "") not in ("", "0")
     where = ""
     try:
         ranks = world_size()

@@ -27,7 +27,9 @@ def default_cache() -> Path:
     base = os.environ.get("MSP_CACHE")
     if base:
         return expanded(base)
-    return expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "msp_plugin"
+    user = expanded(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification ignores a path that is not absolute.
+    return (user if user.is_absolute() else expanded("~/.cache")) / "msp_plugin"
 
 
 def cache_directory(cache: str | None) -> Path:

@@ -234,7 +234,7 @@ def world_size(environment: Mapping[str, str] = os.environ) -> int:
     Raises:
         HostError: WORLD_SIZE is not a number.
     """
-    size = environment.get("WORLD_SIZE", "1")
+    size = environment.get("WORLD_SIZE") or "1"
     if not size.isdecimal():
         raise HostError(
             f"WORLD_SIZE is {shown(size)}, expected a number of ranks", hint="unset it, or use torchrun"
@@ -256,7 +256,7 @@ def join(environment: Mapping[str, str] = os.environ) -> Ranks:
     import torch.distributed as dist
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(int(environment.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
     try:
         dist.init_process_group("gloo", timeout=timedelta(hours=12))  # a rank may prune a layer for hours
     except (RuntimeError, ValueError) as error:

@@ -199,6 +199,9 @@ def test_the_cache_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("MSP_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert default_cache() == tmp_path / ".cache" / "msp_plugin"
+    for unset in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert default_cache() == tmp_path / ".cache" / "msp_plugin"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert default_cache() == tmp_path / "xdg" / "msp_plugin"
     monkeypatch.setenv("MSP_CACHE", "~/mine")

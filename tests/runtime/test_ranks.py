@@ -92,6 +92,7 @@ def test_works_that_fail_on_one_rank_alone_leave_the_ranks_in_step(on_ranks, err
 
 def test_one_process_is_alone():
     assert join({}) is ALONE and join({"WORLD_SIZE": "1"}) is ALONE
+    assert join({"WORLD_SIZE": ""}) is ALONE
     assert ALONE.gather(lambda: 3) == [3] and ALONE.on_rank_zero(lambda: 4) == 4 and ALONE.leave() is None
 
 

@@ -269,4 +269,4 @@ def launched_ranks() -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     # Other launchers set WORLD_SIZE for independent jobs.
-    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    return int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("TORCHELASTIC_RUN_ID") else 1

@@ -112,7 +112,7 @@ class Sparse24Config(QuantizationConfig):
         if self.targets is None or not (path / "config.json").is_file():
             return
         checkpoint, done = Checkpoint.open(path, (self.format,)), str(path.resolve())
-        if os.environ.get(_SKIP, "0") == "0" and os.environ.get(_CHECKED) != done:
+        if os.environ.get(_SKIP, "") in ("", "0") and os.environ.get(_CHECKED) != done:
             checkpoint.check_files()
             os.environ[_CHECKED] = done
 

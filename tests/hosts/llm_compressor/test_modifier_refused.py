@@ -58,6 +58,7 @@ def test_processes_of_torchrun_that_have_not_met_are_refused_as_well(model, cali
             sparsity=0.5, method="magnitude", allocator="uniform", targets=["q_proj"]
         )
 
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "")
     monkeypatch.setenv("WORLD_SIZE", "2")
     run(model, [modifier()], calibration)  # another launcher's count, of jobs that have nothing in common
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
