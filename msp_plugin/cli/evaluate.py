@@ -108,9 +108,11 @@ def evaluate_command(
     try:
         with progress_bars(not as_json) as progress:
             done.append(evaluate(request, quiet=not verbose, progress=progress, so_far=done.append))
-    finally:  # what was measured before an error is delivered too
+    except Exception:  # what was measured before an error is delivered too, but not before a stop
         if done:
             deliver(done[-1], out, as_json, _show)
+        raise
+    deliver(done[-1], out, as_json, _show)
 
 
 def _show(record: EvalRecord) -> None:

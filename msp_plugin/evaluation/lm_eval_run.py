@@ -29,7 +29,7 @@ BOOTSTRAP = 1000
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of one task. If it is a mean over documents, ``by_document`` holds their numbers."""
+    """One number of one task. If it is a mean of finite numbers, ``by_document`` holds that of each document."""
 
     task: str
     name: str
@@ -168,12 +168,14 @@ def _metrics(results: dict[str, Any]) -> Iterator[Metric]:
 
 
 def _documents(rows: Sequence[dict[str, Any]], name: str, value: float) -> tuple[float, ...] | None:
-    """Return a metric's numbers by document; None if the metric is not their mean."""
+    """Return a metric's numbers by document; None if the metric is not their mean, or one is not finite."""
     try:
         numbers = tuple(float(row[name]) for row in sorted(rows, key=lambda row: row["doc_id"]))
     except (KeyError, TypeError, ValueError):  # pairs for an F1, or a document without it
         return None
-    mean = numbers and math.isclose(math.fsum(numbers) / len(numbers), value, rel_tol=1e-9, abs_tol=1e-12)
+    if not numbers or not all(map(math.isfinite, numbers)):
+        return None
+    mean = math.isclose(math.fsum(numbers) / len(numbers), value, rel_tol=1e-9, abs_tol=1e-12)
     return numbers if mean else None
 
 

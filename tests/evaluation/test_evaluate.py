@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from msp_plugin.cli.stopping import Stopped
 from msp_plugin.data.sources import load_texts
 from msp_plugin.data.tokenize import tokenize
 from msp_plugin.errors import HostError
@@ -18,6 +19,7 @@ from msp_plugin.evaluation.tasks import local_tasks, require_lm_eval
 from msp_plugin.models.load import load_model
 from msp_plugin.models.source import load_tokenizer
 from msp_plugin.passes.losses import perplexity
+from msp_plugin.records.evaluation import EvalRecord
 
 TASKS = Path(__file__).parents[2] / "integration" / "tasks"
 TASK = "which_line_follows"
@@ -165,6 +167,26 @@ def test_the_difference_of_means_has_the_error_of_its_pairs_and_of_others_that_o
     assert difference(Metric("t", "f1", "none", 0.5, None, True), alone) == (-0.25, None, False)
 
 
+@needs_lm_eval
+def test_a_metric_that_is_not_finite_in_a_document_has_no_difference(msp, llama_dir, task_dir, tmp_path):
+    rows = [{"context": "The cat", "choices": [" sat", " log"], "answer": i % 2} for i in range(4)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task_dir("def score(doc, results):\n    return {'odd': float('-inf' if doc['answer'] else 'inf'), 'all': float('inf')}\n",
+             "mine.py")  # fmt: skip
+    metrics = "".join(
+        f"{{metric: {name}, aggregation: mean, higher_is_better: true}}, " for name in ("odd", "all")
+    )
+    directory = task_dir(
+        MINE % (tmp_path / "items.jsonl")
+        + f"process_results: !function mine.score\nmetric_list: [{metrics}]\n"
+    )
+    common = ("--reference", llama_dir, "--tasks", "mine", "--task-dir", directory, "--json")
+    found = json.loads(msp("eval", llama_dir, *common).out)["tasks"]["mine"]["metrics"]
+    assert {metric["name"] for metric in found} == {"odd", "all"}
+    for metric in found:
+        assert (metric["difference"], metric["difference_stderr"], metric["paired"]) == (None, None, False)
+
+
 def test_perplexity_and_kl_need_no_lm_eval(msp, no_lm_eval, run_dir, llama_dir, text_file):
     common = ("--data", text_file, "--samples", "4", "--length", "32", "--json")
     record = json.loads(msp("eval", run_dir, "--reference", llama_dir, *common).out)
@@ -210,6 +232,17 @@ def test_the_models_own_scores_are_delivered_if_the_reference_cannot_be_loaded(
     shown = msp("eval", run_dir, "--reference", config.parent, *common, "--out", file, code=2)
     assert str(config.parent) in shown.err and f"Written: {file}" in shown.out
     assert json.loads(file.read_text()) == alone
+
+
+def test_a_stopped_evaluation_writes_nothing(msp, run_dir, text_file, tmp_path, monkeypatch):
+    def stop(request, so_far, **_):
+        so_far(EvalRecord())
+        raise Stopped(130)
+
+    monkeypatch.setattr("msp_plugin.evaluation.evaluate.evaluate", stop)
+    file = tmp_path / "eval.json"
+    shown = msp("eval", run_dir, "--data", text_file, "--out", file, code=130)
+    assert "Written" not in shown.out and not file.exists()
 
 
 @pytest.mark.parametrize(
