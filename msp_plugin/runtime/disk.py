@@ -93,9 +93,11 @@ def check_new(path: Path) -> None:
     """Raise unless a new file can be made at a path.
 
     Raises:
-        OutputError: a file is there, or its directory cannot be written.
+        OutputError: a file or directory is there, or its directory cannot be written.
     """
     with writing(path):
+        if path.is_dir():
+            raise OutputError(f"{path} is a directory", hint="give a file")
         if path.exists():
             raise OutputError(f"{path} exists", hint="give another file, or remove it")
     check_output(path)

@@ -133,6 +133,9 @@ def test_what_is_probed_is_not_left(tmp_path):
     (tmp_path / "new.json").touch()
     with pytest.raises(OutputError, match="exists"):
         check_new(tmp_path / "new.json")
+    with pytest.raises(OutputError, match="is a directory") as error:
+        check_new(tmp_path)
+    assert "remove" not in str(error.value)
     with pytest.raises(OutputError, match="cannot write .*File name too long"):
         check_output(tmp_path / ("x" * 300))
 
