@@ -150,7 +150,7 @@ def quality_table(record: RunRecord, title: str) -> Table:
         if value is None:
             continue
         stage = {"mixed": "prune", "result": "prune", "recovered": "recover"}.get(name, name)
-        zeros = 0.0 if name == "dense" else sparsities.get(stage, record.sparsity.achieved)
+        zeros = sparsities.get(stage, None if name == "dense" else record.sparsity.achieved)
         more = math.log(value / dense) if dense and math.isfinite(value) and name != "dense" else None
         table.add_row(
             name,

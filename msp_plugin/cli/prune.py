@@ -47,7 +47,7 @@ def show_run(run: Run | None, as_json: bool, title: str) -> None:
     if any(value is not None for value in perplexity.values()):
         out.print(quality_table(run.record, title))
     share = taken_back(*(perplexity.get(name) for name in ("dense", "uniform", "mixed")))
-    if share is not None:
+    if share:  # zero for the uniform allocation itself
         out.print(f"Mixed takes back {100 * share:.0f} % of the loss that uniform adds.")
     sparse = "result" if "result" in perplexity else "mixed"
     share = taken_back(*(perplexity.get(name) for name in ("dense", sparse, "recovered")))

@@ -118,7 +118,7 @@ def test_each_model_of_a_run_is_shown_with_its_own_zeros():
         perplexity={"dense": 2.0, "uniform": 3.0, "mixed": 2.5, "recovered": 2.2},
     )
     zeros = list(console.quality_table(record, "").columns[1].cells)
-    assert zeros == ["0.00 %", "50.00 %", "25.00 %", "75.00 %"]
+    assert zeros == ["-", "50.00 %", "25.00 %", "75.00 %"]
 
 
 def test_no_text_is_read_as_markup(capsys):
