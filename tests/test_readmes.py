@@ -79,9 +79,12 @@ def test_a_plugin_written_from_a_readme_alone_prunes_a_model(code, llama_dir, tm
     monkeypatch.delitem(sys.modules, "written_from_readme", raising=False)
     importlib.invalidate_caches()
     name = re.search(r'name = "(\w+)"', code)[1]
-    role = {"pruners": "method", "recoveries": "recover", "allocators": "allocator"}[
-        re.search(r"msp_register_(\w+)", code)[1]
-    ]
+    role = {
+        "pruners": "method",
+        "structured_pruners": "method",
+        "recoveries": "recover",
+        "allocators": "allocator",
+    }[re.search(r"msp_register_(\w+)", code)[1]]
     levels = {"levels": "width"} if "StructuredPruner" in code else {}
     run = msp_plugin.prune(
         llama_dir, msp_plugin.Text(str(text), samples=8, length=16, test_samples=2), tmp_path / "out", sparsity=0.5,

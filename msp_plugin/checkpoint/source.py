@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from msp_plugin.checkpoint.load import load
 from msp_plugin.checkpoint.quantized import check_source_unquantized
+from msp_plugin.demo import given_name
 from msp_plugin.errors import ModelError
 from msp_plugin.models.device import warn_if_slow
 from msp_plugin.models.source import load_tokenizer
@@ -43,6 +44,11 @@ class ModelSource:
             )
         if str(self.name).startswith("~"):
             object.__setattr__(self, "name", expanded(self.name))
+
+    @property
+    def spelled(self) -> str:
+        """The name for records: the directory or hub id, or ``demo:NAME`` of an embedded model."""
+        return given_name(self.name)
 
     def check(self) -> None:
         """Raise ModelError if the source is missing or quantized; nothing is loaded."""

@@ -25,6 +25,12 @@ def demo_model_path(name: str = "qwen2") -> Path:
     return Path(__file__).parent / name
 
 
+def given_name(model: str | Path) -> str:
+    """Return the name that commands take for a model: ``demo:NAME`` for an embedded one, else as it is."""
+    path = Path(model)
+    return f"demo:{path.name}" if path == Path(__file__).parent / path.name else str(model)
+
+
 def demo_text() -> Text:
     """Return the text of the demo: separate library files for calibration, search and test."""
     from msp_plugin.data.samples import Text

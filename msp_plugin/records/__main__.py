@@ -18,10 +18,12 @@ HEAD = """\
 The JSON files that describe a run, a comparison and an evaluation. One pydantic class writes and reads each of them,
 and this page is printed from the classes: `python -m msp_plugin.records`.
 
-Every key is written. Null, or an empty list, means that nothing was measured; infinity and NaN are written as null. A
-reader treats a missing key as null and keeps keys that it does not know, so a new key needs no new version. A file of
-a newer version is refused, a file of an older version is converted. In Python, `RunRecord.read(path)` of
-`msp_plugin.records.run` reads run.json; `.comparison` and `.evaluation` hold the other two classes.
+Every key is written. An empty list, or null where the tables allow it, means that nothing was measured; infinity and
+NaN are written as null. A reader refuses null elsewhere and a value of another type, treats a missing key as empty or
+null, and keeps keys that it does not know, so a new key needs no new version. Only what identifies a part, such as the
+`name` of a stage, may not be missing. A file of a newer version is refused, a file of an older version is converted. In
+Python, `RunRecord.read(path)` of `msp_plugin.records.run` reads run.json; `.comparison` and `.evaluation` hold the
+other two classes.
 """
 
 

@@ -11,12 +11,14 @@ from msp_plugin.errors import RecipeError, shown
 from msp_plugin.runtime.documents import parse_json
 from msp_plugin.runtime.files import finite_json, write_json
 
+_DAMAGED = "restore the file from a copy, or remove it"
+
 
 class Part(BaseModel):
     """A part of a record.
 
-    Every key is written; null, or an empty list, means that nothing was measured. A missing key is read as null, an
-    unknown key is kept, and a value of the wrong type is an error.
+    Every key is written; null, where a key may be null, or an empty list means that nothing was measured. A missing key
+    is read as its default, an unknown key is kept, and a value of the wrong type is an error.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
@@ -79,7 +81,7 @@ class Record(Part):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "its contents"
-            raise RecipeError(f"{name} is damaged: {where}: {first['msg']}") from None
+            raise RecipeError(f"{name} is damaged: {where}: {first['msg']}", hint=_DAMAGED) from None
 
     def _converted(self, version: int) -> Self:
         """Return the record converted from the file's ``version`` to the newest one."""
@@ -92,14 +94,23 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: there is no such file, or no object in it.
     """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} is not a JSON object", hint="give run.json or compare.json")
+    return data
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value in a file.
+
+    Raises:
+        RecipeError: there is no such file, or no JSON in it.
+    """
     try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(
             f"there is no {path}", hint="give a run's directory, a comparison's directory, or compare.json"
         ) from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"cannot read {path} as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path} is not a JSON object", hint="give run.json or compare.json")
-    return data
+        raise RecipeError(f"cannot read {path} as JSON: {error}", hint=_DAMAGED) from None

@@ -12,11 +12,11 @@ class ModelRecord(Part):
     """A model."""
 
     source: str | None = None
-    """Its name as the user gave it, a path or a name on the hub."""
+    """Its name as the user gave it: a path, a name on the hub, or `demo:` and the name of an embedded model."""
     architecture: str | None = None
     """The class of transformers."""
     dtype: str | None = None
-    """The dtype in which it was loaded; `auto` means the dtype of its files."""
+    """The dtype in which it was loaded; `auto` means the dtype of its files. After `msp recover`, that of both models."""
     fingerprint: str | None = None
     """Digest of the weights."""
 

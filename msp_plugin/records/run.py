@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from msp_plugin.errors import RecipeError
 from msp_plugin.plan.allocation import Allocation
-from msp_plugin.records.base import Part, Record
+from msp_plugin.records.base import Part, Record, read_json
 from msp_plugin.records.parts import ModelRecord, Point, SearchRecord, SpeedRecord, TextRecord
 
 RUN_FILE = "run.json"
@@ -140,18 +139,23 @@ with the time that they once took."""
 
     @classmethod
     def beside(cls, directory: Path) -> Self | None:
-        """Return the record in a checkpoint's directory, None if none can be read."""
-        try:
-            return cls.read(directory / RUN_FILE)
-        except RecipeError:
+        """Return the record in a checkpoint's directory; None if there is none, or a run.json of another program.
+
+        Raises:
+            RecipeError: the file is damaged, or of a newer version.
+        """
+        path = directory / RUN_FILE
+        data = read_json(path) if path.is_file() else None
+        if not isinstance(data, dict) or data.get("schema") != cls.SCHEMA:
             return None
+        return cls.from_dict(data, str(path))
 
     @property
     def result_perplexity(self) -> float | None:
-        """Perplexity of the checkpoint on the test text."""
+        """Perplexity of the checkpoint on the test text; None if the last model of the run was not measured."""
         recovered = any(stage.name == RECOVER for stage in self.stages)
-        last = (FINAL, RECOVERED) if recovered else ("mixed", "result")
-        return next((v for v in map(self.perplexity.get, last) if v is not None), None)
+        names = (FINAL, RECOVERED) if recovered else ("mixed", "result")
+        return next((self.perplexity[name] for name in names if name in self.perplexity), None)
 
     def _converted(self, version: int) -> Self:
         return self.model_copy(update={"stages": tuple(self._stages())}) if version == 1 else self

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from msp_plugin.records.run import (
     DENSE,
+    FINAL,
     PRUNE,
     RECOVER,
     RECOVERED,
@@ -78,6 +79,7 @@ def with_recovery(record: RunRecord, recovered: Recovered) -> RunRecord:
     if DENSE in before:
         values[DENSE] = before[DENSE].perplexity
     perplexities = {**record.perplexity, **values, RECOVERED: stage.perplexity}
+    perplexities.pop(FINAL, None)  # of the model before this recovery
     order = [key for key in (DENSE, UNIFORM) if key in perplexities]
     order += [key for key in perplexities if key not in order]
     divergences = {**record.kl, name: before[PRUNE].kl, RECOVERED: stage.kl}

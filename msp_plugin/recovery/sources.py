@@ -65,9 +65,11 @@ def load_sparse(
     Raises:
         ModelError: it is dense, or cannot be saved again.
         VerificationError: its allocation.json is of another model.
+        RecipeError: its run.json is damaged, or of a newer version.
         OutputError: the disk of ``out`` has too little room.
     """
     folder, allocation = records_folder(source.name), None
+    record = RunRecord.beside(folder)
     if (folder / ALLOCATION_FILE).is_file():
         if expanded(source.name).is_dir():
             assert Checkpoint.open(folder).allocation is not None  # compares it with the tensors
@@ -82,7 +84,7 @@ def load_sparse(
     check_savable(model, tokenizer)
     size = sum(p.numel() * p.element_size() for _, _, p in named_parameters(model))
     check_free(out, size, "the recovered model takes", "give an output directory on another disk")
-    return Sparse(model, masks, allocation, RunRecord.beside(folder))
+    return Sparse(model, masks, allocation, record)
 
 
 def records_folder(run: str | Path) -> Path:

@@ -129,7 +129,7 @@ def _record(
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
     return CompareRecord(
         model=ModelRecord(
-            source=str(source.name),
+            source=source.spelled,
             architecture=type(model).__name__,
             dtype=source.dtype,
             fingerprint=model_id,

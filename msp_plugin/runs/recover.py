@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -124,7 +125,7 @@ def recover(
         reference = None
         if dense is not None:
             if dense.dtype == "auto":
-                dense = replace(dense, dtype=str(subject.model.dtype).removeprefix("torch."))
+                dense = replace(dense, dtype=_dtype(subject.model))
             reference = load_original(dense, subject.model, smaller=smaller)
         if dense is not None and reference is not None and not smaller:
             check_denser(dense.name, reference, subject.masks)
@@ -218,6 +219,11 @@ def recover_pruned(
     return Recovered(stage, before, state=step.folder(key))
 
 
+def _dtype(model: PreTrainedModel) -> str:
+    """Return the dtype of a model's weights, e.g. ``bfloat16``."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 def _record(
     sparse: ModelSource,
     dense: ModelSource | None,
@@ -231,7 +237,7 @@ def _record(
     record = subject.record or RunRecord(
         stages=(StageRecord(name=PRUNE, sparsity=stage.sparsity),),
         sparsity=SparsityRecord(achieved=stage.sparsity),
-        model=ModelRecord(source=str(sparse.name)),
+        model=ModelRecord(source=sparse.spelled),
         perplexity={"result": None},
     )
     if not test:  # nothing was measured: what is known stays
@@ -244,11 +250,12 @@ def _record(
                 "kl": {},
             }
         )
-    source = record.model.source if dense is None else str(dense.name)
+    source = record.model.source if dense is None else dense.spelled
     changes = {
-        "model": record.model.model_copy(update={"source": source, "dtype": sparse.dtype}),
+        "model": record.model.model_copy(update={"source": source, "dtype": _dtype(subject.model)}),
         "test": test.record(length=len(test.samples[0])) if test else record.test,
         "versions": versions(),
+        "python": platform.python_version(),
     }
     return with_recovery(record.model_copy(update=changes), Recovered(stage, before))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -167,7 +168,9 @@ class RunSteps:
             OutputError: the directory cannot be written; the error names where the pruned model is kept.
         """
         options, outcome = self.options, pruned.outcome
-        record = RunRecord(stages=(StageRecord(name=PRUNE),), versions=versions())
+        record = RunRecord(
+            stages=(StageRecord(name=PRUNE),), versions=versions(), python=platform.python_version()
+        )
         if options is not None and outcome is not None and pruned.stats is not None:
             record = run_record(outcome, pruned.stats, options.seed)
         seconds += (outcome.saved_seconds if outcome else 0.0) - sum(
@@ -258,7 +261,7 @@ class RunSteps:
             update={
                 "stages": (*before, pruned),
                 "perplexity": quality,
-                "model": ModelRecord(source=str(self.source.name), dtype=self.source.dtype),
+                "model": ModelRecord(source=self.source.spelled, dtype=self.source.dtype),
                 "calibration": self.samples.pruning.record(length=length, seed=text.seed),
                 "test": test.record(length=length) if test else None,
             }

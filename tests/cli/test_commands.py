@@ -1,11 +1,13 @@
 """The command line in one process, on the embedded Qwen2-type model with a small search."""
 
 import json
+import platform
 
 import pytest
 import torch
 
 from msp_plugin.demo import demo_model_path
+from msp_plugin.errors import RecipeError
 from msp_plugin.plan.allocation import Allocation
 from tests.helpers.commands import SEARCH
 
@@ -62,7 +64,9 @@ def test_run_takes_any_recipe_of_the_host(msp, text_file, qwen2_dir, tmp_path):
         "run", recipe, "--model", qwen2_dir, "--data", text_file, "--out", out, *SMALL,
         "--test-samples", "4", "--dtype", "float32",
     )  # fmt: skip
-    assert set(json.loads((out / "run.json").read_text())["perplexity"]) == {"dense", "result"}
+    record = json.loads((out / "run.json").read_text())
+    assert set(record["perplexity"]) == {"dense", "result"}
+    assert record["python"] == platform.python_version()
     assert not (out / "allocation.json").exists()
 
 
@@ -210,6 +214,16 @@ def test_the_command_of_a_plugin_may_take_a_blank_argument(msp, monkeypatch):
     assert msp("hello", "").out == "hello <>\n"
 
 
+@pytest.mark.parametrize(("debug", "shown"), [("", True), ("0", True), ("1", False)])
+def test_debug_is_on_only_where_its_switch_says_so(msp, monkeypatch, debug, shown):
+    monkeypatch.setenv("MSP_DEBUG", debug)
+    if shown:
+        assert "error: " in msp("report", "/nowhere", code=2).err
+    else:
+        with pytest.raises(RecipeError):
+            msp("report", "/nowhere")
+
+
 def test_an_output_directory_with_something_in_it_is_refused_first(msp, text_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
@@ -233,6 +247,17 @@ def test_a_checkpoint_with_nan_weights_is_refused_and_nothing_is_written(msp, te
     )  # fmt: skip
     assert "weights that are not finite, e.g. model.layers.2.mlp.up_proj" in printed.err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_uniform_allocation_is_not_compared_with_itself_and_a_demo_model_is_recorded_by_its_name(
+    msp, text_file, tmp_path
+):
+    printed = msp(
+        "prune", "demo:qwen2", "-s", "0.5", "-m", "magnitude", "--allocator", "uniform", "--data", text_file, "--out",
+        tmp_path / "out", *SMALL, "--test-samples", "4",
+    )  # fmt: skip
+    assert "uniform" in printed.out and "takes back" not in printed.out
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["model"]["source"] == "demo:qwen2"
 
 
 def test_the_baseline_of_a_given_allocation_prunes_the_same_layers(msp, text_file, qwen2_dir, tmp_path):

@@ -13,6 +13,7 @@ from msp_plugin.records.comparison import ComparedRow, CompareRecord, LayerRecor
 from msp_plugin.records.evaluation import EvalRecord, HarnessRecord, MetricScore, TaskScore, TextScore
 from msp_plugin.records.parts import ModelRecord, QualityRecord, ReadingRecord, SearchRecord, TextRecord
 from msp_plugin.records.run import RunRecord, SparsityRecord, StageRecord
+from msp_plugin.recovery.record import Recovered, with_recovery
 
 #: As version 1 wrote it: a run on the embedded Qwen2-type model with a small search.
 RUN_V1 = Path(__file__).parent / "run_v1.json"
@@ -133,6 +134,23 @@ def test_stages_of_version_1_are_those_that_were_measured(perplexity, stages):
     )
     assert [stage.name for stage in record.stages] == stages
     assert record.stages[-1].perplexity == record.result_perplexity
+
+
+def test_the_perplexity_of_the_result_is_that_of_the_last_model_even_where_it_is_not_a_number():
+    stages = (StageRecord(name="prune"), StageRecord(name="recover"))
+    values = {"dense": 2.0, "mixed": 4.0, "recovered": 3.0}
+    assert RunRecord(stages=stages, perplexity=values).result_perplexity == 3.0
+    assert RunRecord(stages=stages, perplexity=values | {"final": 5.0}).result_perplexity == 5.0
+    assert RunRecord(stages=stages, perplexity=values | {"final": None}).result_perplexity is None
+
+
+def test_another_recovery_replaces_the_figures_of_the_model_before_it():
+    stages = (StageRecord(name="prune", perplexity=4.0), StageRecord(name="recover", perplexity=3.0, kl=0.2))
+    values = {"dense": 2.0, "mixed": 4.0, "recovered": 3.0, "final": 3.5}
+    record = RunRecord(stages=stages, perplexity=values, kl={"mixed": 0.5, "recovered": 0.2})
+    again = with_recovery(record, Recovered(StageRecord(name="recover", perplexity=2.5)))
+    assert again.perplexity == {"dense": 2.0, "mixed": 4.0, "recovered": 2.5}
+    assert again.result_perplexity == 2.5 and again.kl == {"mixed": 0.5}
 
 
 @pytest.mark.parametrize("name", WRITTEN)

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import platform
 import resource
 import shutil
 import subprocess
@@ -63,6 +64,7 @@ def test_a_run_is_recovered_with_every_zero_and_all_its_files(msp, run_dir, llam
     assert work["data"]["fingerprint"] != work["holdout"]["fingerprint"]
     assert work["curve"][0][0] == 0 and len(work["curve"]) >= 3
     assert RunRecord.beside(out).result_perplexity == record["perplexity"]["recovered"]
+    assert record["model"]["dtype"] == "bfloat16" and record["python"] == platform.python_version()
     assert not list((tmp_path / "cache" / "recovery").iterdir())
 
 
@@ -115,6 +117,7 @@ def test_a_sparse_model_of_anyone_is_recovered_and_shown_beside_the_dense_one(
     )
     for word in ("dense", "result", "recovered", "The recovery takes back"):
         assert word in printed.out
+    assert RunRecord.beside(tmp_path / "out").python == platform.python_version()
     assert not (tmp_path / "out" / "allocation.json").exists()
     assert set(RunRecord.beside(tmp_path / "out").perplexity) == {"dense", "result", "recovered"}
 
@@ -209,6 +212,16 @@ BAD = {
         "no such role 'weight_update'",
     ),
     "wrong option": (lambda run, dense: {"set": "blockwise.epochs=many"}, "epochs = 'many'"),
+    "run.json of a newer version": (
+        lambda run, dense: (
+            (run / "run.json").write_text('{"schema": "msp_plugin/run", "version": 99}') and None
+        ),
+        "run.json has version 99, this package reads 1 and 2 -> update msp_plugin",
+    ),
+    "damaged run.json": (
+        lambda run, dense: (run / "run.json").write_text('{"schema": "msp_plugin/run",') and None,
+        "run.json as JSON",
+    ),
     "allocation of another model": (
         lambda run, dense: shutil.copyfile(run / "config.json", run / "allocation.json") and None,
         "allocation.json",

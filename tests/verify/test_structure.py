@@ -121,12 +121,27 @@ def test_fewer_zeros_than_planned_are_wrong_without_a_run_json_too(check, revive
     assert rows["zeros"].state == "fail"
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"sparsity": {"zeros": "many"}}', '{"sparsity": 3}'])
-def test_a_run_json_that_says_nothing_is_passed_over(check, content, run_dir, copied):
+@pytest.mark.parametrize("content", ["{}", "[]", '{"sparsity": {"zeros": "many"}}', '{"schema": 3}'])
+def test_a_run_json_of_another_program_is_passed_over(check, content, run_dir, copied):
     path = copied(run_dir)
     (path / "run.json").write_text(content)
     row = check(Structure(), path)["zeros"]
     assert row.state == "ok" and "allocation.json" in row.expected
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"schema": "msp_plugin/run", "version": 2, "sparsi', "cannot read"),
+        ('{"schema": "msp_plugin/run", "version": 99}', "has version 99, this package reads 1 and 2"),
+        ('{"schema": "msp_plugin/run", "version": 2, "sparsity": 3}', "is damaged: sparsity"),
+    ],
+)
+def test_a_damaged_run_json_and_a_newer_one_fail(check, content, words, run_dir, copied):
+    path = copied(run_dir)
+    (path / "run.json").write_text(content)
+    row = check(Structure(), path)["structure"]
+    assert row.state == "fail" and words in row.found and "->" in row.found
 
 
 def test_without_an_allocation_the_layers_are_skipped_and_said_to_be(check, states, run_dir, copied):
