@@ -59,9 +59,10 @@ class Trained:
 
 
 def trained_parameters(model: torch.nn.Module, window: Window, masks: Masks) -> list[Trained]:
-    """Return the parameters of a window that a recovery may change: masked layers' weights, norms and biases.
+    """Return the parameters of a window that a recovery may change: masked layers' weights and biases, and norms.
 
-    Left alone are all others, such as routers, convolutions and fused experts, and parameters that blocks share.
+    Left alone are all others, such as routers, convolutions and fused experts with their biases, and parameters that
+    blocks share.
     """
     prefix, blocks = decoder_blocks(model)
     shared = Counter(p for block in blocks for p in dict.fromkeys(block.parameters()))
@@ -70,14 +71,19 @@ def trained_parameters(model: torch.nn.Module, window: Window, masks: Masks) -> 
         for inside, parameter in blocks[number].named_parameters():
             name = f"{prefix}.{number}.{inside}"
             layer, _, leaf = name.rpartition(".")
-            masked = leaf == "weight" and layer in masks.shapes
             if shared[parameter] > 1 or not window.contains(number, inside):
                 continue
-            if masked or parameter.dim() == 1:
-                kept = masks.kept(layer, parameter.device) if masked else None
+            masked = layer in masks.shapes
+            if leaf in ("weight", "bias") if masked else _holds_vectors(model.get_submodule(layer)):
+                kept = masks.kept(layer, parameter.device) if masked and leaf == "weight" else None
                 master = parameter.detach().float().clone()
                 trained.append(Trained(name, parameter, kept, master))
     return trained
+
+
+def _holds_vectors(module: torch.nn.Module) -> bool:
+    """Return True if all own parameters of a module are vectors of real numbers, as those of a norm."""
+    return all(p.dim() == 1 and p.is_floating_point() for p in module.parameters(recurse=False))
 
 
 @dataclass(frozen=True)

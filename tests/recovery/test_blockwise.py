@@ -91,6 +91,17 @@ def test_decay_shrinks_surviving_matrices_and_neither_norms_nor_zeros(llama, pru
     assert found.error == 1.0 and masks.check(llama, "the test") == {}
 
 
+def test_a_router_and_the_scales_of_a_quantization_are_left_alone(llama, prune_half, make_samples):
+    (window,) = windows(llama, make_samples(1, 20).samples[0], 2)
+    masks = prune_half(llama)
+    expected = [each.name for each in trained_parameters(llama, window, masks)]
+    mlp = llama.model.layers[0].mlp
+    mlp.router = torch.nn.Linear(4, 4)
+    mlp.up_proj.weight_scale = torch.nn.Parameter(torch.ones(4))
+    mlp.up_proj.input_zero_point = torch.nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False)
+    assert [each.name for each in trained_parameters(llama, window, masks)] == expected
+
+
 def test_a_stopped_recovery_goes_on_to_the_same_bytes(llama, prune_half, make_inputs, bits):
     original = copy.deepcopy(llama)
     masks = prune_half(llama)
