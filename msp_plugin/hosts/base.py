@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -11,16 +13,26 @@ from msp_plugin.checkpoint.recount import PruneStats
 from msp_plugin.checkpoint.saved_names import saved_names
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import TextSplit
+from msp_plugin.errors import RecipeError
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.passes.reach import check_called
 from msp_plugin.plan.units import UnitTable
 from msp_plugin.records.run import Outcome
+from msp_plugin.recovery.base import Recovery, check_runs_by_block
+from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.record import Recovered
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.search.allocate import check_model, warn_of_forms
 from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+#: Names the model that is kept where a recovery fails.
+MAYBE_CHANGED = "the pruned model, which the recovery may have begun to change,"
 
 
 @dataclass(frozen=True)
@@ -32,12 +44,14 @@ class PruneInputs:
         batch: samples per forward pass.
         tokenizer: saved beside the model; some hosts also read it.
         trust_remote_code: run the model repository's code.
+        out: the directory of the result; a host keeps the pruned model beside it where a recovery of its recipe fails.
     """
 
     text: TextSplit
     batch: int
     tokenizer: PreTrainedTokenizerBase
     trust_remote_code: bool = False
+    out: Path | None = None
 
     @property
     def data(self) -> CalibrationSet:
@@ -75,6 +89,42 @@ def check_layers(model: PreTrainedModel, options: ResolvedOptions, inputs: Prune
     if options.pruner.needs_statistics:
         check_called(model, table, inputs.data)
     return table
+
+
+def check_recovery(
+    recovery: Recovery, model: PreTrainedModel, plan: ResolvedOptions | None, sample: torch.Tensor
+) -> None:
+    """Check a recovery on the dense model, so that whatever it cannot do with the pruned one is known before the work.
+
+    Its masks are as sparse as the plan asks for, and have zeros within rows if all of the plan's levels make such, or
+    one of a finished allocation. If only some levels do, what a search may choose is not known: a warning says what
+    would be refused then.
+
+    Args:
+        plan: None for a pruning that is not ours; then the masks have no zeros.
+        sample: int64[T], which the model is run on, if the recovery asks something of its blocks.
+
+    Raises:
+        MSPError: see Recovery.check and check_runs_by_block.
+    """
+    shapes = {layer.name: (layer.out_features, layer.in_features) for layer in prunable_layers(model).layers}
+    sparse = [] if plan is None else [level for level in plan.menu if not level.is_dense]
+    masking = [level for level in sparse if level.masks]
+    given = plan is not None and plan.given is not None
+    certain = bool(masking) and (given or len(masking) == len(sparse))
+    planned = Masks.planned(shapes, Fraction(0) if plan is None else plan.sparsity)
+    recovery.check(model, planned if certain else Masks.planned(shapes, Fraction(0)))
+    check_runs_by_block(recovery, model, sample)
+    if masking and not certain:
+        try:
+            recovery.check(model, planned)
+        except RecipeError as error:
+            log.warning(
+                "the recovery will be refused after the pruning if the search chooses %s: %s (%s)",
+                " or ".join(level.name for level in masking),
+                error.message,
+                error.hint,
+            )
 
 
 class Host(Protocol):

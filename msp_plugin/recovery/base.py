@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.errors import ModelError, RecipeError
+from msp_plugin.models.device import on_best_device
 from msp_plugin.models.offload import offloaded_module
 from msp_plugin.passes.by_block import runs_by_block
 from msp_plugin.progress import StepProgress, no_progress
@@ -79,7 +80,8 @@ class Recovery(ABC):
     same_depth: ClassVar[bool] = False
     #: True if the layers that are left must be as large as the original's.
     same_shapes: ClassVar[bool] = False
-
+    #: True if the method runs the blocks of the models one at a time.
+    by_block: ClassVar[bool] = False
     #: True if the method starts from the sensitivities that the run measured.
     needs_sensitivities: ClassVar[bool] = False
 
@@ -120,10 +122,14 @@ def check_in_memory(method: str, model: PreTrainedModel) -> None:
         )
 
 
-def check_runs_by_block(method: str, model: PreTrainedModel, sample: torch.Tensor) -> None:
-    """Raise ModelError if a model's blocks cannot be run one at a time; ``sample`` is int64[T]."""
-    if not runs_by_block(model, sample):
+def check_runs_by_block(recovery: Recovery, model: PreTrainedModel, sample: torch.Tensor) -> None:
+    """Raise ModelError if a recovery runs blocks one at a time and the model's cannot be; ``sample`` is int64[T]."""
+    if not recovery.by_block:
+        return
+    with on_best_device(model):
+        runs = runs_by_block(model, sample)
+    if not runs:
         raise ModelError(
-            f"{type(model).__name__} hands more than the hidden state from block to block, so {method} cannot run it",
+            f"{type(model).__name__} hands more than the hidden state from block to block, so {recovery.name} cannot run it",
             hint="use another recovery method (see `msp plugins`)",
         )

@@ -77,6 +77,7 @@ class Blockwise(Recovery):
     name = "blockwise"
     offloads = True
     same_depth = True
+    by_block = True
 
     blocks: int = 0
     epochs: int = 4
@@ -109,7 +110,7 @@ class Blockwise(Recovery):
         """
         model, original = inputs.model, inputs.original
         assert original is not None, "the caller gives the original, because needs_original is True"
-        check_runs_by_block(self.name, model, inputs.data.samples[0])
+        check_runs_by_block(self, model, inputs.data.samples[0])
         with _frozen(model):
             return _Walk(self, inputs, original).run()
 

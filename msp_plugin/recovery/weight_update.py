@@ -109,6 +109,7 @@ class WeightUpdate(Recovery):
     name = "weight_update"
     same_depth = True
     same_shapes = True
+    by_block = True
 
     iterations: int = 60
     damping: float = 0.01
@@ -130,7 +131,7 @@ class WeightUpdate(Recovery):
         """
         model, original = inputs.model, inputs.original
         assert original is not None, "the caller gives the original, because needs_original is True"
-        check_runs_by_block(self.name, model, inputs.data.samples[0])
+        check_runs_by_block(self, model, inputs.data.samples[0])
         curve, notes, tokens = [(0, self._kl(inputs, original))], [], 0
         walks = [
             _Walk(model, original, list(part.batches(inputs.batch_tokens)), inputs.ranks)

@@ -16,7 +16,7 @@ from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import Text, TextSplit, load_split
 from msp_plugin.data.search_text import SearchText
 from msp_plugin.errors import DataError, RecipeError
-from msp_plugin.hosts.base import PruneInputs
+from msp_plugin.hosts.base import PruneInputs, check_recovery
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.offload import check_room, input_device
@@ -34,7 +34,6 @@ from msp_plugin.records.comparison import (
 from msp_plugin.records.parts import ModelRecord, QualityRecord
 from msp_plugin.runs.grid import Grid
 from msp_plugin.runs.prune import host_for
-from msp_plugin.runs.recover import check_recovery
 from msp_plugin.runs.rows import ComparisonRows
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import versions
@@ -87,7 +86,7 @@ def compare(
     recovery = grid.recovery(plugins)
     if recovery is not None:
         for plan in plans:
-            check_recovery(recovery, model, plan)
+            check_recovery(recovery, model, plan, samples.pruning.samples[0])
     comparison = ComparisonRows(source, model, table, inputs, samples, grid, plugins, context, recovery)
     with freed_memory_kept(), on_best_device(model):
         if ranks.size > 1:

@@ -15,7 +15,7 @@ from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import Text, load_split
 from msp_plugin.data.search_text import SearchText
 from msp_plugin.errors import ModelError, RecipeError
-from msp_plugin.hosts.base import Host, PruneInputs
+from msp_plugin.hosts.base import Host, PruneInputs, check_recovery
 from msp_plugin.hosts.builtin import BuiltIn
 from msp_plugin.models.device import on_best_device
 from msp_plugin.plan.allocation import Allocation
@@ -24,7 +24,7 @@ from msp_plugin.records.run import Outcome
 from msp_plugin.recovery.base import Recovery, check_sensitivities
 from msp_plugin.recovery.record import Recovered
 from msp_plugin.recovery.step import RecoveryStep, RecoveryText
-from msp_plugin.runs.recover import check_beside, check_recovery, recover_pruned
+from msp_plugin.runs.recover import check_beside, recover_pruned
 from msp_plugin.runs.steps import Run, RunSteps
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import sole_run
@@ -208,11 +208,12 @@ def run(
         if recovery is not None and options is not None:
             recovery_samples = RecoveryText.of(samples.pruning, samples.test)
             step = RecoveryStep(recovery, recovery_samples, options.seed, cache, context)
-        inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code)
+        inputs = PruneInputs(samples, text.batch, tokenizer, source.trust_remote_code, path)
         steps = RunSteps(host, source, text, options, samples, inputs, path, context)
-        check = (
-            None if step is None or options is None else partial(check_recovery, step.recovery, plan=options)
-        )
+        check = None
+        if step is not None:
+            sample = samples.pruning.samples[0]
+            check = partial(check_recovery, step.recovery, plan=options, sample=sample)
         stages = steps.references(baseline, journal_file, check)
         gc.collect()
         start = time.monotonic()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,6 @@ from msp_plugin.errors import OutputError, RecipeError
 from msp_plugin.hosts.base import Pruned
 from msp_plugin.hosts.builtin import BuiltIn
 from msp_plugin.models.fingerprint import fingerprint
-from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.records.parts import ModelRecord
 from msp_plugin.records.run import (
@@ -31,7 +28,7 @@ from msp_plugin.records.run import (
     SparsityRecord,
     StageRecord,
 )
-from msp_plugin.recovery.base import Recovery, check_sensitivities
+from msp_plugin.recovery.base import Recovery, check_runs_by_block, check_sensitivities
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.record import Measured, Recovered, copy_logs, with_recovery
 from msp_plugin.recovery.sources import (
@@ -52,12 +49,9 @@ from msp_plugin.runtime.disk import writing
 from msp_plugin.runtime.files import expanded, output_directory
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.locks import sole_run
-from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 
 def recover(
@@ -121,6 +115,7 @@ def recover(
         step = RecoveryStep(recovery, samples, seed, cache, context)
         subject = load_sparse(sparse, tokenizer, path, smaller=smaller)
         recovery.check(subject.model, subject.masks)
+        check_runs_by_block(recovery, subject.model, samples.data.samples[0])
         check_sensitivities(recovery, any(sensitivities(subject.allocation).values()))
         reference = None
         if dense is not None:
@@ -162,33 +157,6 @@ def check_beside(recovery: Recovery, out: Path, cache: str | None, *, fresh: boo
                 hint="write it to a directory beside that",
             )
         check_adapter(directory, () if fresh else states(cache).glob("*"))
-
-
-def check_recovery(recovery: Recovery, model: PreTrainedModel, plan: ResolvedOptions) -> None:
-    """Check a recovery on the dense model, so that whatever it cannot do with the pruned one is known before the work.
-
-    Its masks are as sparse as the plan asks for, and have zeros within rows if all of the plan's levels make such, or
-    one of a finished allocation. If only some levels do, what a search may choose is not known: a warning says what
-    would be refused then.
-
-    Raises:
-        MSPError: see Recovery.check.
-    """
-    shapes = {layer.name: (layer.out_features, layer.in_features) for layer in prunable_layers(model).layers}
-    sparse = [level for level in plan.menu if not level.is_dense]
-    masking = [level for level in sparse if level.masks]
-    certain = bool(masking) if plan.given is not None else len(masking) == len(sparse)
-    recovery.check(model, Masks.planned(shapes, plan.sparsity if certain else Fraction(0)))
-    if masking and not certain:
-        try:
-            recovery.check(model, Masks.planned(shapes, plan.sparsity))
-        except RecipeError as error:
-            log.warning(
-                "the recovery will be refused after the pruning if the search chooses %s: %s (%s)",
-                " or ".join(level.name for level in masking),
-                error.message,
-                error.hint,
-            )
 
 
 def recover_pruned(

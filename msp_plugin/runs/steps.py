@@ -23,7 +23,7 @@ from msp_plugin.checkpoint.saving import check_savable, generation_config_kept, 
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import Text, TextSplit
 from msp_plugin.errors import BudgetError, NumericsError, RecipeError
-from msp_plugin.hosts.base import Host, Pruned, PruneInputs
+from msp_plugin.hosts.base import MAYBE_CHANGED, Host, Pruned, PruneInputs
 from msp_plugin.models.device import on_best_device
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.offload import check_room, named_parameters, quantized_forward
@@ -186,7 +186,7 @@ class RunSteps:
         )
         with kept():
             record = self._with_recipe_recoveries(model, record, before, pruned.recovered)
-        with kept(what="the pruned model, which the recovery may have begun to change,"):
+        with kept(what=MAYBE_CHANGED):
             recovered = recover()
         if recovered is not None:
             dense, sparse = Measured(record.perplexity.get(DENSE)), record.stages[-1].perplexity

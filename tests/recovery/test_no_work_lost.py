@@ -3,12 +3,17 @@
 import json
 
 import pytest
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from msp_plugin import Text
+from msp_plugin.errors import ModelError
+from msp_plugin.hosts.base import check_recovery
 from msp_plugin.plugins.manager import Plugins
+from msp_plugin.recovery.blockwise import Blockwise
 from msp_plugin.recovery.lora import LoRA
 from msp_plugin.recovery.step import RecoveryStep
-from msp_plugin.runs.recover import check_recovery, recover
+from msp_plugin.recovery.weight_update import WeightUpdate
+from msp_plugin.runs.recover import recover
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
 
@@ -74,12 +79,25 @@ def test_lora_is_refused_for_masks_before_the_search(options, msp, llama_dir, co
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.unsaved").exists()
 
 
-def test_masks_among_other_levels_are_warned_of_before_the_search(llama, caplog):
+def test_masks_among_other_levels_are_warned_of_before_the_search(llama, caplog, make_samples):
     pytest.importorskip("peft")
-    options = {"sparsity": 0.3, "method": "l2", "levels": ["dense", "1/2 wide", "2:4"]}
-    check_recovery(LoRA(), llama, resolve(Options.parse(options), Plugins()))
+    options, sample = {"sparsity": 0.3, "method": "l2"}, make_samples(1, 24).samples[0]
+    options["levels"] = ["dense", "1/2 wide", "2:4"]
+    check_recovery(LoRA(), llama, resolve(Options.parse(options), Plugins()), sample)
     assert "if the search chooses 2:4: lora would fill" in caplog.text
     caplog.clear()
     options["levels"] = ["dense", "1/2 wide", "dropped"]
-    check_recovery(LoRA(), llama, resolve(Options.parse(options), Plugins()))
+    check_recovery(LoRA(), llama, resolve(Options.parse(options), Plugins()), sample)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("recovery", [Blockwise(), WeightUpdate()], ids=lambda recovery: recovery.name)
+def test_blocks_that_share_keys_are_refused_before_the_search(recovery, make_samples):
+    config = Gemma4TextConfig(
+        vocab_size=128, vocab_size_per_layer_input=128, hidden_size=32, hidden_size_per_layer_input=16, head_dim=8,
+        intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    plan = resolve(Options.parse({"sparsity": 0.5}), Plugins())
+    with pytest.raises(ModelError, match=f"from block to block, so {recovery.name} cannot"):
+        check_recovery(recovery, Gemma4ForCausalLM(config), plan, make_samples(1, 24).samples[0])
