@@ -6,22 +6,27 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from msp_plugin.checkpoint.saving import SHARD_BYTES
-from msp_plugin.errors import MSPError
-from msp_plugin.hosts.base import Pruned, PruneInputs, check_layers
+from msp_plugin.checkpoint.run_files import run_record, write_files
+from msp_plugin.checkpoint.saving import SHARD_BYTES, kept_if_it_fails
+from msp_plugin.errors import ModelError, MSPError
+from msp_plugin.hosts.base import MAYBE_CHANGED, Pruned, PruneInputs, check_layers
 from msp_plugin.hosts.llm_compressor.passes import shares_keys
 from msp_plugin.hosts.llm_compressor.recipe import Recipe
 from msp_plugin.models.layers import fused_experts
+from msp_plugin.records.run import PRUNE, RunRecord, StageRecord
 from msp_plugin.recovery.step import RecoveryText
 from msp_plugin.runtime.context import RunContext
+from msp_plugin.runtime.digests import versions
 from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier
     from msp_plugin.hosts.llm_compressor.recovery import RecoveryModifier
 
 log = logging.getLogger(__name__)
@@ -50,8 +55,15 @@ class LLMCompressor:
         """Raise, before any work, if the host cannot run the model or the options do not fit it.
 
         Raises:
-            MSPError: see check_layers.
+            MSPError: see check_layers; or the model is calibrated in one pass, and the recipe has a RecoveryModifier.
         """
+        one_pass = options is not None and shares_keys(model)
+        if one_pass and _recoveries(self.recipe.build(options)[0].modifiers):
+            raise ModelError(
+                f"{type(model).__name__} is calibrated in one pass for all modifiers, and RecoveryModifier runs after the "
+                "pruning",
+                hint="leave its line out, and run `msp recover` with another method on the pruned model",
+            )
         if options is None or fused_experts(model):  # oneshot splits experts before the modifier sees them
             return
         check_layers(model, options, inputs)
@@ -93,7 +105,11 @@ class LLMCompressor:
         # Any, because DataLoader also takes lists and oneshot any tokenizer, which their types do not say.
         samples: Any = [{"input_ids": sample} for sample in inputs.data.samples]
         processor: Any = inputs.tokenizer
-        with _traces_forgotten(), _cleaned_up(recipe.modifiers):
+        with (
+            _kept_if_not_recovered(model, ours, recoveries, options, inputs.out),
+            _traces_forgotten(),
+            _cleaned_up(recipe.modifiers),
+        ):
             oneshot(
                 model=model,
                 recipe=recipe,
@@ -123,6 +139,35 @@ def _recoveries(modifiers: list[Any]) -> list[RecoveryModifier]:
     from msp_plugin.hosts.llm_compressor.recovery import RecoveryModifier
 
     return [modifier for modifier in modifiers if isinstance(modifier, RecoveryModifier)]
+
+
+@contextmanager
+def _kept_if_not_recovered(
+    model: PreTrainedModel,
+    ours: MixedSparsityModifier | None,
+    recoveries: list[RecoveryModifier],
+    options: ResolvedOptions | None,
+    out: Path | None,
+) -> Iterator[None]:
+    """If a recovery fails in the block, keep the pruned model beside ``out``, if that is given.
+
+    Raises:
+        OutputError: see kept_if_it_fails.
+    """
+    try:
+        yield
+    except Exception:
+        if out is None or not any(recovery.failed for recovery in recoveries):
+            raise
+        from msp_plugin.hosts.llm_compressor.recovery import as_pruned
+
+        outcome, record = None, RunRecord(stages=(StageRecord(name=PRUNE),), versions=versions())
+        if ours is not None and options is not None and ours.outcome is not None and ours.stats is not None:
+            outcome, record = ours.outcome, run_record(ours.outcome, ours.stats, options.seed)
+        records = partial(write_files, outcome=outcome, record=record)
+        cache = None if options is None else options.cache
+        with as_pruned(model), kept_if_it_fails(model, out, records, cache, MAYBE_CHANGED):
+            raise
 
 
 @contextmanager

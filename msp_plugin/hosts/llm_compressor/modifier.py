@@ -45,6 +45,17 @@ from msp_plugin.search.resolve import ResolvedOptions, resolve
 log = logging.getLogger(__name__)
 
 
+class AfterPruning(Modifier):
+    """A modifier that works on the pruned model."""
+
+    def prepare(self, state: State, plan: ResolvedOptions | None = None) -> None:
+        """Raise, before an allocation is searched, if it cannot work on the model once that is pruned.
+
+        Args:
+            plan: of our modifier; None if another one prunes.
+        """
+
+
 class MixedSparsityModifier(Options, Modifier):
     """Prune each layer to the level that a search has chosen for it.
 
@@ -167,6 +178,9 @@ class MixedSparsityModifier(Options, Modifier):
         data = self._calibration(state)
         if data is not None:
             check_samples(model, data)
+        for modifier in recipe.modifiers:
+            if isinstance(modifier, AfterPruning):
+                modifier.prepare(state, self._plan)
         with on_best_device(model):
             if self._plan.pruner.needs_statistics:
                 check_called(model, table, data)

@@ -11,7 +11,6 @@ import torch
 from compressed_tensors.offload.cache import DiskCache, OffloadCache
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.core.events import EventType
-from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from llmcompressor.utils.helpers import DisableQuantization
@@ -24,8 +23,9 @@ from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.samples import NO_TEXT
 from msp_plugin.data.tokenize import from_dataloader
 from msp_plugin.errors import HostError, ModelError, RecipeError, nearest
+from msp_plugin.hosts.base import check_recovery
 from msp_plugin.hosts.llm_compressor import HOST_KEYS
-from msp_plugin.hosts.llm_compressor.modifier import MixedSparsityModifier, launched_ranks
+from msp_plugin.hosts.llm_compressor.modifier import AfterPruning, MixedSparsityModifier, launched_ranks
 from msp_plugin.models.fingerprint import fingerprint
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.weights import Weights
@@ -39,9 +39,13 @@ from msp_plugin.recovery.sources import check_denser, load_original
 from msp_plugin.recovery.step import RecoveryStep, RecoveryText
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import digest
+from msp_plugin.search.resolve import ResolvedOptions
+
+#: Ends of the names of the parameters that compressed-tensors gives to a module that is to be quantized.
+_OF_QUANTIZATION = ("_scale", "_zero_point", "_g_idx")
 
 
-class RecoveryModifier(Modifier):
+class RecoveryModifier(AfterPruning):
     """Bring a pruned model nearer to the dense one, with every zero kept, by a method that calibration samples suffice for.
 
     It stands behind the modifier that prunes, ours or another, and before those that quantize. The zeros of the model are
@@ -80,6 +84,8 @@ class RecoveryModifier(Modifier):
     _trust_remote_code: bool = PrivateAttr(default=False)
     _pruning: MixedSparsityModifier | None = PrivateAttr(default=None)
     _recovered: Recovered | None = PrivateAttr(default=None)
+    _prepared: bool = PrivateAttr(default=False)
+    _began: bool = PrivateAttr(default=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -105,6 +111,11 @@ class RecoveryModifier(Modifier):
         """The work and the measurements; None until the model is recovered."""
         return self._recovered
 
+    @property
+    def failed(self) -> bool:
+        """True if the recovery began, and did not end."""
+        return self._began and self._recovered is None
+
     def report_to(
         self,
         progress: StepProgress,
@@ -118,7 +129,7 @@ class RecoveryModifier(Modifier):
 
         Args:
             samples: in place of oneshot's.
-            active: False to do nothing, for a baseline.
+            active: False to change nothing, for a baseline.
             fresh: do not go on with a recovery that was stopped.
             trust_remote_code: run the code of the original's repository.
         """
@@ -126,8 +137,21 @@ class RecoveryModifier(Modifier):
         self._trust_remote_code = trust_remote_code
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        if not self._active:
-            return True
+        self.prepare(state)
+        return True
+
+    def prepare(self, state: State, plan: ResolvedOptions | None = None) -> None:
+        """Check whatever does not depend on the zeros, and open the dense model; once, before any work.
+
+        A recovery of a baseline is checked as well: the baseline is pruned first.
+
+        Raises:
+            MSPError: the line stands in a wrong place, there are several ranks or no samples, the method cannot work on
+                the model, or see _dense.
+        """
+        if self._prepared:
+            return
+        self._prepared = True
         modifiers = active_session().lifecycle.recipe.modifiers
         place = [modifier is self for modifier in modifiers].index(True)
         for modifier in modifiers[place + 1 :]:
@@ -156,8 +180,10 @@ class RecoveryModifier(Modifier):
             keep_order = isinstance(getattr(state.data.calib, "sampler", None), SequentialSampler)
             data = from_dataloader(state.data.calib, keep_order=keep_order)
             self._samples = RecoveryText.of(data, NO_TEXT)
-        self._original = self._dense(state.model)
-        return True
+        with as_pruned(state.model):
+            check_recovery(self._recovery, state.model, plan, self._samples.data.samples[0])
+        original = self._dense(state.model)
+        self._original = original if self._active else None
 
     def _dense(self, model: PreTrainedModel) -> PreTrainedModel | None:
         """Return the dense model with its weights on disk; None if the method needs none and ``original`` is not given.
@@ -200,8 +226,8 @@ class RecoveryModifier(Modifier):
                 hint='pass pipeline="independent", the default, to oneshot',
             )
         if event.type_ == EventType.CALIBRATION_END:
-            # A later modifier may have prepared the model for quantization already.
-            with DisableQuantization(state.model), _caches_apart(state.model):
+            self._began = True
+            with DisableQuantization(state.model), as_pruned(state.model):
                 self._recovered = self._recover(state.model)
             self._original = self._samples = None
             if self._pruning is not None:
@@ -244,18 +270,28 @@ class RecoveryModifier(Modifier):
 
 
 @contextmanager
-def _caches_apart(model: torch.nn.Module) -> Iterator[None]:
-    """Give modules their own parameters in the block, in place of the host's caches around parameters in memory."""
+def as_pruned(model: torch.nn.Module) -> Iterator[None]:
+    """Give modules their own parameters in the block, in place of the host's caches around parameters in memory.
+
+    Those of a quantization that a later modifier has prepared are away: they hold no values yet.
+    """
     caches: dict[torch.nn.Module, tuple[Any, Any]] = {
         module: (module._parameters, module._buffers)
         for module in model.modules()
         if isinstance(module._parameters, OffloadCache) and not isinstance(module._parameters, DiskCache)
     }
+    prepared: list[tuple[dict[str, Any], dict[str, Any]]] = []
     try:
         for module, (parameters, buffers) in caches.items():
             module._parameters = parameters.offloaded_values
             module._buffers = buffers.offloaded_values
+        for module in model.modules():
+            if hasattr(module, "quantization_scheme") and not isinstance(module._parameters, DiskCache):
+                names = [name for name in module._parameters if name.endswith(_OF_QUANTIZATION)]
+                prepared.append((module._parameters, {name: module._parameters.pop(name) for name in names}))
         yield
     finally:
+        for own, away in prepared:
+            own.update(away)
         for module, (parameters, buffers) in caches.items():
             module._parameters, module._buffers = parameters, buffers

@@ -14,12 +14,24 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from msp_plugin import MixedSparsityModifier, RecoveryModifier, Text, prune, run_recipe
 from msp_plugin.demo import demo_model_path
-from msp_plugin.errors import ModelError, RecipeError
+from msp_plugin.errors import ModelError, OutputError, RecipeError
+from msp_plugin.hosts.llm_compressor.host import LLMCompressor
+from msp_plugin.hosts.llm_compressor.recipe import Recipe
 from msp_plugin.models.load import load_model
 from msp_plugin.passes.losses import mean_kl
+from msp_plugin.plugins.manager import Plugins
+from msp_plugin.recovery.step import RecoveryStep
 
 PRUNE = {"sparsity": 0.5, "levels": ["2:4"], "method": "magnitude", "allocator": "uniform"}
 QUICK = {"name": "blockwise", "epochs": 1, "rates": [0.06]}
+INT8 = {"num_bits": 8, "type": "int"}
+#: Activations have one scale for all, and a zero point.
+STATIC = {
+    "targets": ["Linear"],
+    "weights": {**INT8, "strategy": "channel"},
+    "input_activations": {**INT8, "strategy": "tensor", "symmetric": False, "dynamic": False},
+}
+QUANTIZE = {"config_groups": {"linears": STATIC}, "ignore": ["lm_head"]}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +91,28 @@ def test_the_mean_update_works_behind_the_pruning(llama_dir, calibration, tmp_pa
 
 def weights(folder):
     return load_file(folder / "model.safetensors")
+
+
+def test_a_later_quantization_with_static_scales_is_no_part_of_the_recovery(
+    fresh, calibration, tmp_path, monkeypatch
+):
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    keys, recovered, step = [], [], RecoveryStep.run
+
+    def noted(self, model, original, masks, allocation, key, until):
+        stage = step(self, model, original, masks, allocation, key, until)
+        keys.append(key)  # of the state that a stopped recovery leaves
+        recovered.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return stage
+
+    monkeypatch.setattr(RecoveryStep, "run", noted)
+    for later in ([], [QuantizationModifier(**QUANTIZE)]):
+        line = RecoveryModifier(method=QUICK, cache=str(tmp_path))
+        run(model := fresh(), [MixedSparsityModifier(**PRUNE), line, *later], calibration)
+    assert keys[0] == keys[1] and recovered[0].keys() == recovered[1].keys()
+    assert all(torch.equal(recovered[0][name], recovered[1][name]) for name in recovered[0])
+    assert model.model.layers[0].mlp.up_proj.input_zero_point.dtype == torch.int8
 
 
 @pytest.mark.slow
@@ -244,6 +278,65 @@ def test_dense_weights_that_are_not_in_the_files_need_an_original(model, calibra
     line = RecoveryModifier(method=QUICK, original=str(tmp_path / "dense"), cache=str(tmp_path))
     run(copy.deepcopy(model), [MixedSparsityModifier(**PRUNE), line], calibration)
     assert line.recovered is not None
-    modifiers = [MixedSparsityModifier(**PRUNE), RecoveryModifier(method=QUICK)]
-    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj is not as in"):
-        run(model, modifiers, calibration)
+
+
+def behind_a_quantization(model):
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    return [QuantizationModifier(**QUANTIZE), RecoveryModifier(method=QUICK)]
+
+
+def of_another_family(model):
+    return [RecoveryModifier(method="mean_update")]
+
+
+def of_changed_weights(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    return [RecoveryModifier(method=QUICK)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (behind_a_quantization, "stands behind QuantizationModifier"),
+        (of_another_family, "have no biases"),
+        (of_changed_weights, "layers.1.mlp.up_proj is not as in"),
+    ],
+)
+def test_a_recovery_that_cannot_work_is_refused_before_the_search(
+    lines, words, model, calibration, monkeypatch
+):
+    monkeypatch.setattr(
+        f"{MixedSparsityModifier.__module__}.allocate", lambda *_, **__: pytest.fail("searched")
+    )
+    with pytest.raises((ModelError, RecipeError), match=words):
+        run(model, [MixedSparsityModifier(**PRUNE), *lines(model)], calibration)
+
+
+def test_a_model_whose_blocks_share_keys_is_refused_before_any_work(model):
+    model.config.num_kv_shared_layers = 1
+    lines = {"MixedSparsityModifier": PRUNE, "RecoveryModifier": {"method": QUICK}}
+    recipe = Recipe.parse({"a_stage": {"b_modifiers": lines}}, Plugins())
+    with pytest.raises(ModelError, match="one pass for all modifiers") as error:
+        LLMCompressor(recipe).check(model, recipe.options, inputs=None)
+    assert "msp recover" in error.value.hint
+
+
+def test_a_recovery_that_fails_leaves_the_pruned_model_beside_the_result(tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(RecoveryStep, "run", broken)
+    text = Text("demo:calibration", samples=8, length=48, test_samples=0)
+    lines = {
+        "MixedSparsityModifier": PRUNE,
+        "RecoveryModifier": {"method": QUICK},
+        "QuantizationModifier": QUANTIZE,
+    }
+    with pytest.raises(OutputError, match="which the recovery may have begun to change, is kept in"):
+        run_recipe({"a_stage": {"b_modifiers": lines}}, demo_model_path("qwen2"), text, tmp_path / "out")
+    kept = tmp_path / "out.unsaved"
+    assert all(int(zero.sum()) == zero.numel() // 2 for zero in zeros(load_model(kept)).values())
+    assert not [name for name in weights(kept) if name.endswith("scale")]
+    assert (kept / "allocation.json").is_file() and not (tmp_path / "out").exists()
