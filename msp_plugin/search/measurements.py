@@ -227,9 +227,7 @@ class Measurements:
         """Return the forward tokens of the sensitivities and errors that an allocator reads, cached or not."""
         data, names = self.text.calibration, tuple(layer.name for layer in self.table.layers)
         read_by = [self.estimators[name] for name in allocator.sensitivities]
-        total = sum(
-            estimator.passes(self.model, names) * estimator.forward_tokens(data) for estimator in read_by
-        )
+        total = sum(each.passes(self.model, names) * each.forward_tokens(data) for each in read_by)
         read = set(allocator.errors)
         if "kfac" in read and self.database.has_row_errors(self.table):
             total += BACKWARD * self._fisher_data().tokens
