@@ -84,9 +84,9 @@ def export_checkpoint(
 
 
 def allowed_forms(source: str | Path, exporters: Iterable[Exporter]) -> dict[str, dict[str, Any]]:
-    """Return for each exporter ``bytes``, the approximate size of its export, or why it is ``refused``; the other is None.
+    """Return for each exporter ``bytes``, the approximate size of its export, or why it is ``refused`` and a ``hint``.
 
-    Reads weights; writes nothing.
+    What does not apply is None. Reads weights; writes nothing.
 
     Raises:
         MSPError: the source is no checkpoint, or damaged.
@@ -97,9 +97,9 @@ def allowed_forms(source: str | Path, exporters: Iterable[Exporter]) -> dict[str
     for exporter in exporters:
         try:
             exporter.check(opened)
-            forms[exporter.name] = {"bytes": exporter.size(opened), "refused": None}
+            forms[exporter.name] = {"bytes": exporter.size(opened), "refused": None, "hint": None}
         except MSPError as error:
-            forms[exporter.name] = {"bytes": None, "refused": error.message}
+            forms[exporter.name] = {"bytes": None, "refused": error.message, "hint": error.hint}
     return forms
 
 

@@ -91,6 +91,8 @@ def _show_forms(source: Path, as_json: bool) -> None:
         return
     for name, form in forms.items():
         console.out.print(f"{name}: {form['refused'] or format(form['bytes'], ',') + ' bytes'}")
+        if form["hint"]:
+            console.out.print(f"  -> {form['hint']}")
 
 
 def _export_record(manifest: Manifest, out: Path) -> dict[str, Any]:

@@ -131,7 +131,8 @@ def test_a_smaller_model_is_exported_and_verified(msp, llama, tmp_path):
     llama.save_pretrained(tmp_path / "zeros")
     forms = msp("export", tmp_path / "zeros", "--forms").out
     assert "small: " in forms and "bytes" in forms.partition("small: ")[2].splitlines()[0]
-    assert "uniform: " in forms and "is not equally wide in all blocks" in " ".join(forms.split())
+    refused = " ".join(forms.partition("uniform: ")[2].split())
+    assert "is not equally wide in all blocks" in refused and "-> write it with" in refused
     printed = msp("export", tmp_path / "zeros", "--to", "small", "--out", tmp_path / "small")
     assert "1 of 4 attentions and MLPs dropped, 1 narrower" in printed.out
     checks = ("--check", "structure", "--check", "round_trip", "--check", "logits")
@@ -145,7 +146,8 @@ def test_forms_as_json_say_bytes_or_a_reason(msp, run_dir):
     forms = json.loads(msp("export", run_dir, "--forms", "--json").out)
     assert sorted(forms) == ["bitmask", "dense", "recipe", "small", "sparse24", "uniform"]
     assert "nothing can be left out" in forms["small"]["refused"] and forms["small"]["bytes"] is None
-    assert forms["sparse24"]["refused"] is None and forms["sparse24"]["bytes"] < forms["dense"]["bytes"]
+    assert forms["small"]["hint"] and forms["sparse24"]["hint"] is forms["sparse24"]["refused"] is None
+    assert forms["sparse24"]["bytes"] < forms["dense"]["bytes"]
 
 
 def test_an_export_without_a_form_is_refused(msp, run_dir, tmp_path):
