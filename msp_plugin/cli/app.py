@@ -37,7 +37,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        if command is not None and command.callback.__module__.startswith("msp_plugin."):
+        if getattr(getattr(command, "callback", None), "__module__", "").startswith("msp_plugin."):
             _check_given(args)
         return name, command, rest
 

@@ -209,9 +209,12 @@ def test_the_command_of_a_plugin_may_take_a_blank_argument(msp, monkeypatch):
 
     other = Typer(cls=app.Commands)
     other.command()(hello)
-    other.command("other")(hello)
+    group = Typer()
+    group.command()(hello)
+    group.command("other")(hello)
+    other.add_typer(group, name="group")
     monkeypatch.setattr(app, "app", other)
-    assert msp("hello", "").out == "hello <>\n"
+    assert msp("hello", "").out == msp("group", "hello", "").out == "hello <>\n"
 
 
 @pytest.mark.parametrize(("debug", "shown"), [("", True), ("0", True), ("1", False)])
