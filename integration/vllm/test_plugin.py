@@ -10,6 +10,8 @@ and tiny models are served in processes of their own.
 from __future__ import annotations
 
 import importlib.metadata
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from msp_plugin.errors import FormatError, ServingError
 from msp_plugin.serving.vllm import linear as plugin
 from msp_plugin.serving.vllm import register
-from msp_plugin.serving.vllm.config import NAME, Sparse24Config
+from msp_plugin.serving.vllm.config import NAME, BitmaskConfig, Sparse24Config, _state_of
 from msp_plugin.serving.vllm.linear import PackAtLoadMethod, PackedMethod
 from msp_plugin.serving.vllm.report import LayerReport, Report
 
@@ -337,3 +339,44 @@ def test_the_compile_cache_key_depends_on_the_kernels_of_the_layers(tmp_path):
         return config.compute_hash()
 
     assert key("cusparselt") == key("cusparselt") != key("dense")
+
+
+# checkpoints whose tensors vLLM rearranges
+
+
+def family(model_type, **sizes):
+    return SimpleNamespace(model_type=model_type, **sizes)
+
+
+MANY = {"multi_query": True, "new_decoder_architecture": True}
+ONE = {"multi_query": True, "new_decoder_architecture": False}
+
+
+@pytest.mark.parametrize(("config", "model", "layer"), [
+    (Sparse24Config, family("bloom"), "h.0.self_attention.query_key_value"),
+    (BitmaskConfig, family("bloom"), "h.0.self_attention.query_key_value"),
+    (BitmaskConfig, family("falcon", **MANY), "transformer.h.1.self_attention.query_key_value"),
+    (BitmaskConfig, family("gpt2"), "h.0.attn.c_proj"), (Sparse24Config, family("gpt2"), "h.0.mlp.c_fc"),
+])  # fmt: skip
+def test_packed_layers_that_vllm_rearranges_as_it_loads_them_are_refused_by_name(config, model, layer):
+    with pytest.raises(ServingError, match=rf"rearranges .* of {layer} while it loads a {model.model_type}"):
+        config((layer,)).maybe_update_config("nowhere", hf_config=model)
+
+
+@pytest.mark.parametrize(("config", "model", "layer"), [
+    (Sparse24Config, family("falcon", **MANY), "transformer.h.1.self_attention.query_key_value"),
+    (BitmaskConfig, family("falcon", **ONE), "transformer.h.1.self_attention.query_key_value"),
+    (BitmaskConfig, family("bloom"), "h.0.mlp.dense_4h_to_h"), (BitmaskConfig, family("llama"), "model.layers.0.mlp.up_proj"),
+    (BitmaskConfig, None, "h.0.attn.c_proj"),
+])  # fmt: skip
+def test_packed_layers_that_vllm_takes_as_they_are_are_not(config, model, layer):
+    config((layer,)).maybe_update_config("nowhere", hf_config=model)
+
+
+def test_files_that_have_changed_since_they_were_checked_are_checked_again(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"12345678")
+    before = _state_of(tmp_path)
+    assert _state_of(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"12345670")
+    os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+    assert _state_of(tmp_path) != before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -231,8 +232,13 @@ class PackedExporter(Sharded):
 
         def about() -> dict[str, Any]:
             details = asdict(changes)
-            for key, values in rounding(source).items():
-                details[key] = {**values, **details[key]}
+            before = rounding(source)  # of weights that were rounded to int8 once before
+            for layer, first in before.get("quantization_errors", {}).items():
+                errors = details["quantization_errors"]
+                errors[layer] = math.hypot(first, errors.get(layer, 0.0))
+            for layer, count in before.get("rounded_to_zero", {}).items():
+                lost = details["rounded_to_zero"]
+                lost[layer] = count + lost.get(layer, 0)
             return {
                 "packed": packing.packed,
                 "kept_dense": packing.dense,

@@ -63,7 +63,7 @@ def quantize(weight: torch.Tensor, name: str = "weight") -> tuple[torch.Tensor, 
     scale = (largest / LARGEST).to(weight.dtype)
     # Only where a scale is subnormal can rounding it down leave a value out of range.
     bits = scale.view(INTEGERS[scale.element_size()])
-    bits += largest > (LARGEST + 0.5) * scale.double()
+    bits += largest >= (LARGEST + 0.5) * scale.double()
     scale[largest == 0] = 1
     values = torch.empty(weight.shape, dtype=torch.int8)
     for part in row_chunks(*weight.shape):

@@ -159,9 +159,11 @@ def _meta(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 def _prepare(model: PreTrainedModel) -> None:
     """Choose each packed linear's kernel; where there is none, make it a dense linear. Log which and why."""
-    packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedLinear)]
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     kernels: Counter[str] = Counter()
-    for name, module in packed:
+    for name in packed:  # by name, so that none is held once a dense linear has taken its place
+        module = model.get_submodule(name)
+        assert isinstance(module, PackedLinear)
         choice = module.to(model.dtype).prepare()
         kernels[choice.kernel if choice.kernel != "dense" else f"dense ({choice.reason})"] += 1
         if choice.kernel == "dense":

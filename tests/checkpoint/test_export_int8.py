@@ -135,6 +135,17 @@ def test_a_layer_of_zeros_comes_back(run_dir, copied, rewrite, tmp_path):
     assert not Checkpoint.open(tmp_path / "packed").weight(UP).any()
 
 
+def test_rounded_twice_it_says_how_far_it_is_from_the_first_weights(run_dir, int8_dir, tmp_path):
+    export_checkpoint(int8_dir, Dense(), tmp_path / "dense")
+    again = export_checkpoint(tmp_path / "dense", INT8, tmp_path / "again")
+    first, dense = Manifest.read(int8_dir), Checkpoint.open(run_dir)
+    for layer, error in again.quantization_errors.items():
+        before, after = dense.weight(layer).double(), Checkpoint.open(tmp_path / "again").weight(layer)
+        assert error == pytest.approx(float((after.double() - before).norm() / before.norm()), rel=0.05)
+        assert error >= first.quantization_errors[layer] > 0
+    assert all(again.rounded_to_zero[layer] >= lost for layer, lost in first.rounded_to_zero.items())
+
+
 def test_it_is_not_packed_again(int8_dir, tmp_path):
     for exporter in (INT8, Bitmask()):
         with pytest.raises(FormatError, match="is packed already"):

@@ -101,6 +101,14 @@ def test_two_rows_by_hand():
     assert tensors["bitmask"].tolist() == [[0b101], [0], [0b110]]
 
 
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 2.0**-24), (torch.bfloat16, 2.0**-133)])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_of_a_row_is_in_range_where_half_a_subnormal_scale_is_over(dtype, least, sign):
+    weight = torch.tensor([[sign * 255 * least, 3 * least]]).to(dtype)
+    values, scale = quantize(weight)
+    assert scale.item() == 3 * least and values.tolist() == [[sign * 85, 1]]
+
+
 def test_at_2_8_it_takes_three_sixteenths_of_16_bits_and_ten_bytes_a_row():
     rows, columns = 64, 512
     sizes = FORMAT.sizes((rows, columns), torch.bfloat16, rows * columns // 4)

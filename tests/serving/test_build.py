@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,9 +20,9 @@ pytestmark = pytest.mark.skipif(reason is not None, reason=f"no CPU kernels: {re
 @pytest.fixture
 def built_anew():
     """Let this test's process ask for the library again. Name it before monkeypatch, whose changes must end first."""
-    build.load_operator.cache_clear()
+    build._load_operator.cache_clear()
     yield
-    build.load_operator.cache_clear()
+    build._load_operator.cache_clear()
     assert build.load_operator() is None
 
 
@@ -54,6 +55,22 @@ def test_a_cache_that_cannot_be_written_is_dense(built_anew, monkeypatch, tmp_pa
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MSP_CACHE", str(tmp_path / "file"))
     assert "the kernels cannot be stored" in choose(torch.bfloat16).reason
+
+
+def test_threads_that_ask_at_once_load_the_library_once(built_anew, monkeypatch):
+    build._load.cache_clear()
+    loading, most = [], []
+
+    def load(library):
+        loading.append(library)
+        most.append(len(loading))
+        time.sleep(0.05)
+        loading.pop()
+
+    monkeypatch.setattr(build, "_load", load)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: build.load_operator(), range(4))) == [None] * 4
+    assert most == [1]
 
 
 def test_builders_at_once_share_one_library(monkeypatch, tmp_path):

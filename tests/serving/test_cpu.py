@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msp_plugin.errors import FormatError, ServingError
 from msp_plugin.formats import bitmask
 from msp_plugin.formats.bitmask_int8 import dequantize, quantize
-from msp_plugin.serving.cpu import build
+from msp_plugin.serving.cpu import build, kernel
 from msp_plugin.serving.cpu.kernel import (
     DTYPES,
     FORCE,
@@ -311,6 +311,15 @@ def test_the_self_check_passes_right_weights_and_sees_wrong_ones():
 def test_the_environment_forces_a_kernel(kernel, monkeypatch):
     monkeypatch.setenv(FORCE, kernel)
     assert choose(torch.bfloat16).kernel == kernel
+
+
+def test_a_forced_kernel_that_does_not_know_the_dtype_is_named_as_what_runs(monkeypatch):
+    monkeypatch.setitem(kernel._FIRST, torch.float32, "portable")
+    for name in HERE:
+        monkeypatch.setenv(FORCE, name)
+        choice = choose(torch.float32)
+        said = "says so" if name == "portable" else f"is {name}, which is portable in torch.float32"
+        assert (choice.kernel, choice.reason) == ("portable", f"MSP_CPU_KERNEL {said}")
 
 
 def test_the_environment_forces_dense_and_no_unknown_kernel(monkeypatch):

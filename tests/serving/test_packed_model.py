@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -143,6 +144,24 @@ def test_where_there_is_no_kernel_the_model_is_dense_and_one_line_says_why(packe
         n: t.shape for n, t in dense.state_dict().items()
     }
     assert torch.equal(generated(model), generated(dense))
+
+
+def test_where_there_is_no_kernel_one_layer_at_a_time_is_held_in_both_forms(packed_path, monkeypatch):
+    monkeypatch.setenv(FORCE, "dense")
+    made, alive, prepare = [], [], PackedLinear.prepare
+
+    def prepared(module):
+        alive.append(sum(ref() is not None for ref in made))
+        made.append(weakref.ref(module))
+        return prepare(module)
+
+    monkeypatch.setattr(PackedLinear, "prepare", prepared)
+    gc.disable()
+    try:
+        msp_plugin.load(packed_path, packed=True)
+    finally:
+        gc.enable()
+    assert len(alive) > 5 and max(alive) <= 1
 
 
 def test_a_tied_model_with_biases_keeps_both(qwen2, make_run, tmp_path):

@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -39,14 +40,21 @@ _FLAGS = (
 #: Seconds after which a compiler counts as failed. g++ 12 took 25 s of CPU time, and a quarter of an hour beside
 #: fifteen other processes on two cores.
 _TIMEOUT = 3600
+_LOADING = threading.Lock()
 
 
-@functools.cache
 def load_operator() -> str | None:
     """Load ``msp_plugin::bitmask_linear``, built first if the cache lacks it; return why not, None if it is there.
 
-    Asked again in one process, it answers as before. Processes that build at once wait for the first of them.
+    Asked again in one process, it answers as before. Threads and processes that build at once wait for the first of them.
     """
+    with _LOADING:
+        return _load_operator()
+
+
+@functools.cache
+def _load_operator() -> str | None:
+    """See load_operator; in one thread at a time."""
     try:
         library = build_library()
         _load(library)

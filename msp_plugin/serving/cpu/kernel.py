@@ -153,7 +153,9 @@ def choose(dtype: torch.dtype) -> Choice:
         return Choice("dense", missing)
     if forced:
         if torch.ops.msp_plugin.cpu_supports(forced):
-            return Choice(forced, f"{FORCE} says so")
+            runs = max(forced, _FIRST[dtype], key=KERNELS.index)
+            why = "says so" if runs == forced else f"is {forced}, which is {runs} in {dtype}"
+            return Choice(runs, f"{FORCE} {why}")
         return Choice("dense", f"{FORCE} is {forced}, which this CPU does not run")
     kernel = next(k for k in KERNELS[KERNELS.index(_FIRST[dtype]) :] if torch.ops.msp_plugin.cpu_supports(k))
     if kernel != "portable":

@@ -21,6 +21,7 @@ from msp_plugin.formats.base import PackedFormat
 from msp_plugin.formats.bitmask import SparseBitmask
 from msp_plugin.formats.bitmask_int8 import Int8Bitmask
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
+from msp_plugin.runtime.digests import digest
 from msp_plugin.serving.algorithms import FoundAlgorithms
 from msp_plugin.serving.vllm.bitmask import BitmaskMethod
 from msp_plugin.serving.vllm.bitmask_int8 import Int8BitmaskMethod
@@ -30,8 +31,21 @@ from msp_plugin.serving.vllm.report import Report
 #: Environment variables: set by the user to leave out the checksums; set here for the processes that this one
 #: starts.
 _SKIP, _CHECKED = "MSP_SKIP_CHECKSUMS", "_MSP_CHECKED"
+#: By model type, what the names of the layers have in them whose dense weights vLLM rearranges while it loads them.
+_REARRANGED = {"bloom": "query_key_value", "falcon": "query_key_value", "gpt2": ""}
 #: The name of the quantization method, also for ``vllm serve DIR --quantization sparse24``.
 NAME = "sparse24"
+
+
+def _has_one_group(hf_config: Any) -> bool:
+    """Return True if a Falcon's queries share one key and value; then their rows are in vLLM's order already."""
+    return bool(hf_config.multi_query) and not hf_config.new_decoder_architecture
+
+
+def _state_of(path: Path) -> str:
+    """Return what changes with a checkpoint's files: its directory, and size and time of each file."""
+    files = sorted((file.name, file.stat()) for file in path.iterdir() if file.is_file())
+    return digest([str(path.resolve()), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]])
 
 
 class Sparse24Config(QuantizationConfig):
@@ -107,14 +121,28 @@ class Sparse24Config(QuantizationConfig):
 
         Raises:
             FormatError: config and tensors contradict each other, or a file is not what was exported.
+            ServingError: vLLM would rearrange packed tensors.
         """
+        self._check_arrangement(hf_config)
         path = Path(model_name)
         if self.targets is None or not (path / "config.json").is_file():
             return
-        checkpoint, done = Checkpoint.open(path, (self.format,)), str(path.resolve())
+        checkpoint, done = Checkpoint.open(path, (self.format,)), _state_of(path)
         if os.environ.get(_SKIP, "") in ("", "0") and os.environ.get(_CHECKED) != done:
             checkpoint.check_files()
             os.environ[_CHECKED] = done
+
+    def _check_arrangement(self, hf_config: Any) -> None:
+        """Raise ServingError if vLLM's own code rearranges packed tensors as it loads them, as if they were dense."""
+        family = getattr(hf_config, "model_type", None)
+        leaf = _REARRANGED.get(str(family))
+        if leaf is None or (family == "falcon" and (self.name == NAME or _has_one_group(hf_config))):
+            return
+        if layers := sorted(layer for layer in self.targets or () if leaf in layer):
+            raise ServingError(
+                f"vLLM rearranges the rows or columns of {layers[0]} while it loads a {family}, and it is packed",
+                hint="serve the dense form: msp export DIR --to dense (2:4 layers: with --quantization sparse24)",
+            )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         if self.targets is not None:

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
 
 from msp_plugin.errors import MSPError, ServingError
+from msp_plugin.formats.bits import positive_zeros
 from msp_plugin.formats.sparse24 import SUFFIXES, Packed, is_packable, unpack
 from msp_plugin.serving import kernels
 from msp_plugin.serving.algorithms import TOLERANCE, FoundAlgorithms
@@ -242,6 +243,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         """
         if not any(self.shards.packed) and not self._may_pack():
             return None, kernels.Choice("dense", "the checkpoint stores it dense"), "dense"
+        weight = positive_zeros(weight)[
+            0
+        ]  # a mask times a negative weight leaves -0.0, which would be kept as a value
         if not pays(weight):
             return None, kernels.Choice("dense", "packing does not pay"), "dense"
         wanted = choose(weight.dtype)
