@@ -58,6 +58,16 @@ def test_what_a_packed_checkpoint_holds_dense_stays_dense(report):
     assert report()[0]["reason"] == "the checkpoint stores it dense"
 
 
+def test_negative_zeros_of_a_dense_checkpoint_are_not_kept_as_values(report):
+    """A mask times a weight leaves them."""
+    sizes = []
+    for name, weight in [*weights_of(ROW).items()] * 2:
+        weight = weight if not sizes else torch.where(weight == 0, -0.0, weight)
+        served(ROW, checkpoint_of({name: weight}, ()), None)
+        sizes.append(report()[-1]["bytes"])
+    assert sizes[0] == sizes[1] < weight.nbytes
+
+
 def test_a_process_of_two_packs_its_own_part(rank, report):
     weights = weights_of(ROW)
     layer = served(ROW, checkpoint_of(weights, weights), tuple(weights))
