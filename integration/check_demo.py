@@ -39,7 +39,7 @@ def main(path: Path) -> int:
     assert quality["dense"] < quality["mixed"] < quality["uniform"], quality
     dense, uniform, mixed = (math.log(quality[name]) for name in ("dense", "uniform", "mixed"))
     taken_back = (uniform - mixed) / (uniform - dense)
-    least = TAKEN_BACK[Path(record["model"]["source"]).name]
+    least = TAKEN_BACK[record["model"]["source"].removeprefix("demo:")]
     assert taken_back >= least, f"mixed takes back {taken_back:.3f} of the loss, expected {least} at least"
     text = AutoTokenizer.from_pretrained(path)("def main(", return_tensors="pt")
     assert model.generate(**text, max_new_tokens=8, do_sample=False).shape[1] > text["input_ids"].shape[1]

@@ -23,12 +23,11 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 CELLS = ("sparsegpt:0.5:layer", "sparsegpt:0.625:layer", "sparsegpt:0.75:layer", "wanda:0.625:layer")
-#: Cells of an earlier default, kept on the page and measured only if asked for.
-EARLIER = ("sparsegpt:0.625:unit",)
-#: Forward tokens of atp, msp, evopress and search each, beside what measures uniform.
-TOKENS = 200_000
-#: Of a search without regard to the others.
-LONG = 1_200_000
+#: A search that may take as long as it likes, and an earlier default: kept on the page, measured only if asked for.
+LONG_CELL = "sparsegpt:0.625:layer:long"
+EARLIER = (LONG_CELL, "sparsegpt:0.625:unit")
+#: Forward tokens of atp, msp, evopress and search each, beside what measures uniform; and of the search that is long.
+TOKENS, LONG = 200_000, 1_200_000
 EQUAL = ("uniform", "owl", "atp", "knapsack", "knapsack@kfac", "msp", "evopress", "search")
 ALLOCATORS = (*EQUAL, "search@long")
 #: EvoPress' and MSP's authors spend hundreds of times as much: with their own counts one generation would be all.
@@ -42,7 +41,7 @@ OPTIONS = (
 
 def run_cell(cell: str, model: Path, work: Path, allocators: Sequence[str]) -> dict[str, Any]:
     """Return the record of one cell, measured or, if it is there, read."""
-    method, sparsity, granularity = cell.split(":")
+    method, sparsity, granularity = cell.split(":")[:3]
     out, text = work / cell.replace(":", "-"), model / "text"
     if not (out / "compare.json").exists():
         command = [
@@ -73,9 +72,11 @@ def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def joined(rows: list[dict[str, Any]], before: dict[str, Any], dense: float) -> list[dict[str, Any]]:
+def joined(
+    rows: list[dict[str, Any]], before: dict[str, Any], dense: float, tokens: int
+) -> list[dict[str, Any]]:
     """Return the rows of a cell with those of an earlier run that this one left out, if both measured the same."""
-    same = (dense, rows[0]["perplexity"], TOKENS)
+    same = (dense, rows[0]["perplexity"], tokens)
     if not before or (before["dense"], before["rows"][0]["perplexity"], before["tokens"]) != same:
         return rows
     by_name = {row["allocator"]: row for row in [*before["rows"], *rows]}
@@ -90,7 +91,7 @@ def write_allocations(record: dict[str, Any], cell: str, folder: Path) -> None:
     from msp_plugin.plan.levels import Level
     from msp_plugin.records.comparison import CompareRecord
 
-    method, sparsity, granularity = cell.split(":")
+    method, sparsity, granularity = cell.split(":")[:3]
     menu = tuple(Level.parse(name) for name in record["levels"])
     table = CompareRecord.model_validate(record).table
     problem = AllocationProblem(table, menu, parse_sparsity(sparsity))
@@ -136,13 +137,13 @@ def markdown(cells: dict[str, Any]) -> str:
     lines = ["# Allocators on SmolLM2-135M-Instruct", ""]
     lines += [
         "Pruned for good, block by block, on 64 samples of 512 tokens and those of the search; 32 test samples of 512 tokens.",
-        f"`atp`, `msp`, `evopress` and `search` may each use the tokens named, `search@long` {LONG:,}. *Taken back* is the share of what",
+        "`atp`, `msp`, `evopress` and `search` may each use the tokens named. *Taken back* is the share of what",
         "uniform adds to the loss (the logarithm of the perplexity) over dense that the allocation saves. *KL, database* is",
         "measured with the level database's weights, as the search sees them, *KL* after the final pruning. Tokens count",
         "the sensitivities; seconds are of the allocator alone. `python integration/smollm2_table.py` makes this page.",
     ]
     for cell, entry in cells.items():
-        method, sparsity, granularity = cell.split(":")
+        method, sparsity, granularity = cell.split(":")[:3]
         shares = "each layer has a level" if granularity == "layer" else "fused layers share a level"
         lines += [
             "",
@@ -179,20 +180,25 @@ if __name__ == "__main__":
         "--work", type=Path, default=Path("smollm2/compared"), help="where the comparisons lie"
     )
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS + EARLIER)
-    parser.add_argument("--allocators", nargs="+", default=ALLOCATORS, choices=ALLOCATORS)
+    parser.add_argument(
+        "--allocators", nargs="+", choices=ALLOCATORS, help="default: all that a cell compares"
+    )
     options = parser.parse_args()
     known = RESULTS / "smollm2.json"
     cells = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
     for name in options.cells:
-        record = run_cell(name, options.model, options.work, options.allocators)
+        long = name == LONG_CELL
+        allocators = options.allocators or (("uniform", "knapsack@kfac", "search@long") if long else EQUAL)
+        tokens = LONG if long else TOKENS
+        record = run_cell(name, options.model, options.work, allocators)
         write_allocations(record, name, options.work / name.replace(":", "-"))
         dense = record["dense"]["perplexity"]
         cells[name] = {
-            "dense": dense, "tokens": TOKENS, "rows": joined(rows_of(record), cells.get(name, {}), dense), "machine": record["machine"],
-            "versions": record["versions"],
+            "dense": dense, "tokens": tokens, "rows": joined(rows_of(record), cells.get(name, {}), dense, tokens),
+            "machine": record["machine"], "versions": record["versions"],
         }  # fmt: skip
         cells = {cell: cells[cell] for cell in CELLS + EARLIER if cell in cells}
-        if name == "sparsegpt:0.625:layer" and any(a.startswith("search") for a in options.allocators):
+        if name == "sparsegpt:0.625:layer" and "search" in allocators:
             draw_levels(record, RESULTS / "smollm2_levels.png")
         known.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
         (RESULTS / "smollm2.md").write_text(markdown(cells), encoding="utf-8")
