@@ -140,7 +140,8 @@ def markdown(cells: dict[str, Any]) -> str:
         "`atp`, `msp`, `evopress` and `search` may each use the tokens named. *Taken back* is the share of what",
         "uniform adds to the loss (the logarithm of the perplexity) over dense that the allocation saves. *KL, database* is",
         "measured with the level database's weights, as the search sees them, *KL* after the final pruning. Tokens count",
-        "the sensitivities; seconds are of the allocator alone. `python integration/smollm2_table.py` makes this page.",
+        "the sensitivities; seconds are of the allocator alone. `python integration/smollm2_table.py` makes this page. Where fused",
+        "layers share a level, `evopress` is from before its mutants could trade between an attention and an MLP.",
     ]
     for cell, entry in cells.items():
         method, sparsity, granularity = cell.split(":")[:3]
