@@ -243,9 +243,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         """
         if not any(self.shards.packed) and not self._may_pack():
             return None, kernels.Choice("dense", "the checkpoint stores it dense"), "dense"
-        weight = positive_zeros(weight)[
-            0
-        ]  # a mask times a negative weight leaves -0.0, which would be kept as a value
+        # A mask times a negative weight leaves -0.0, which would be kept as a value.
+        weight, _ = positive_zeros(weight)
         if not pays(weight):
             return None, kernels.Choice("dense", "packing does not pay"), "dense"
         wanted = choose(weight.dtype)
