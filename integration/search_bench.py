@@ -70,9 +70,9 @@ def search_trail(
         held = {choice: loss(choice) for choice in dict.fromkeys(c for _, c in result.incumbents)}
         held.setdefault(result.choice, loss(result.choice))
         uniform = loss(problem.uniform())
-    before = record["sensitivity_tokens"]
+    before = record.sensitivity_tokens
     points = [(before + tokens, held[choice]) for tokens, choice in result.incumbents]
-    return [*points, (before + record["forward_tokens"], held[result.choice])], uniform, record["seconds"]
+    return [*points, (before + record.forward_tokens, held[result.choice])], uniform, record.seconds
 
 
 def add_peers(record: dict, cell: tuple[str, str, str], seeds: list[int], cache: str | None) -> None:
