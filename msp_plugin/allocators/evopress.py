@@ -31,9 +31,10 @@ class EvoPress(Allocator):
     level up and one down. Here the level that is denser by exactly the same count is looked up; where there is none, as
     for a projection of an attention and one of an MLP, each goes one level, and as many other units as needed make up
     the difference, an exact solution at random prices. With ``dropped`` in the menu the authors swap attentions for
-    attentions and MLPs for MLPs alone; here any two halves. (2) Rows are units, not layers. (3) A stage uses at most the whole search text. (4) Where no
-    level has the target sparsity, the first parent is the mixture on the budget nearest to uniform. (5) Equal
-    mutants are measured once instead of being replaced, so that fewer may be measured for a small model.
+    attentions and MLPs for MLPs alone; here any two halves. (2) Rows are units, not layers. (3) A stage uses at most
+    the whole search text. (4) Where no level has the target sparsity, the first parent is the mixture on the budget
+    nearest to uniform. (5) Equal mutants are measured once instead of being replaced, so that fewer may be measured
+    for a small model.
 
     Args:
         generations: most generations.

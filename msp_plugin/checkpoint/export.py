@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import operator
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -231,14 +232,10 @@ class PackedExporter(Sharded):
         tensors = Tensors(sizes, self._tensors(source, changes))
 
         def about() -> dict[str, Any]:
-            details = asdict(changes)
-            before = rounding(source)  # of weights that were rounded to int8 once before
-            for layer, first in before.get("quantization_errors", {}).items():
-                errors = details["quantization_errors"]
-                errors[layer] = math.hypot(first, errors.get(layer, 0.0))
-            for layer, count in before.get("rounded_to_zero", {}).items():
-                lost = details["rounded_to_zero"]
-                lost[layer] = count + lost.get(layer, 0)
+            details, before = asdict(changes), rounding(source)
+            for key, together in (("quantization_errors", math.hypot), ("rounded_to_zero", operator.add)):
+                for layer, first in before.get(key, {}).items():  # int8 has rounded this layer once before
+                    details[key][layer] = together(first, details[key].get(layer, 0))
             return {
                 "packed": packing.packed,
                 "kept_dense": packing.dense,

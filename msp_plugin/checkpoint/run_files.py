@@ -36,8 +36,15 @@ PROCESSOR_FILES = (
 )
 
 
-def run_record(outcome: Outcome, stats: PruneStats, seed: int) -> RunRecord:
-    """Return the record of a run after pruning, still without perplexities and texts."""
+def run_record(outcome: Outcome | None, stats: PruneStats | None, seed: int | None) -> RunRecord:
+    """Return the record of a run after pruning, still without perplexities and texts.
+
+    Args:
+        outcome, stats: None where another modifier than ours pruned, or before its zeros are counted.
+    """
+    if outcome is None or stats is None:
+        stage = StageRecord(name=PRUNE)
+        return RunRecord(stages=(stage,), versions=versions(), python=platform.python_version())
     budget = outcome.allocation.budget
     return RunRecord(
         stages=(StageRecord(name=PRUNE, sparsity=stats.sparsity),),

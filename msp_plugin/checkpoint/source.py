@@ -47,8 +47,9 @@ class ModelSource:
 
     @property
     def spelled(self) -> str:
-        """The name for records: the directory or hub id, or ``demo:NAME`` of an embedded model."""
-        return given_name(self.name)
+        """The name for records: a directory's absolute path, a hub id, or ``demo:NAME`` of an embedded model."""
+        path = Path(self.name)
+        return given_name(path.absolute() if path.is_dir() else self.name)
 
     def check(self) -> None:
         """Raise ModelError if the source is missing or quantized; nothing is loaded."""

@@ -12,7 +12,7 @@ class ModelRecord(Part):
     """A model."""
 
     source: str | None = None
-    """Its name as the user gave it: a path, a name on the hub, or `demo:` and the name of an embedded model."""
+    """The absolute path of its directory, its name on the hub, or `demo:` and the name of an embedded model."""
     architecture: str | None = None
     """The class of transformers."""
     dtype: str | None = None

@@ -293,9 +293,8 @@ def arguments(
         disable_tqdm=True,
     )
     made._n_gpu = min(made.n_gpu, 1)  # one process drives one device: torchrun starts more
-    made.mixed_precision = (
-        "no"  # whatever accelerate's launcher asks for: models are trained in their own dtype
-    )
+    # Whatever accelerate's launcher asks for: models are trained in their own dtype.
+    made.mixed_precision = "no"
     return made
 
 

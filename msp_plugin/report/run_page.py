@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from msp_plugin.plan.allocation import Allocation
@@ -298,7 +297,7 @@ def _commands(run: Run, *, smaller: bool) -> list[tuple[str, str]]:
     record, commands = run.record, []
     if record.command:
         commands.append(("the command of this run", record.command))
-    model = _model_for_commands(record.model.source, run.directory)
+    model = "MODEL" if record.model.source is None else shlex.quote(record.model.source)
     method = str(_inside(run.allocation.provenance, "method").get("name", ""))
     recoveries = sum(stage.name == RECOVER for stage in record.stages)
     # a recipe without all of them gives the model before one
@@ -315,19 +314,6 @@ def _commands(run: Run, *, smaller: bool) -> list[tuple[str, str]]:
         commands.append(("pack it for 2:4 kernels", "msp export . --to sparse24 --out ../PACKED"))
         commands.append(("pack it at any level", "msp export . --to bitmask --out ../PACKED"))
     return commands
-
-
-def _model_for_commands(source: str | None, directory: Path) -> str:
-    """Return a model for a command in the directory of the records; MODEL if it is unknown, or a relative path.
-
-    A name is told from a path by its form, or by a directory at that path, seen from here or from above the records.
-    """
-    if source is None:
-        return "MODEL"
-    places = (Path.cwd(), *directory.resolve().parents)
-    path = source.startswith(".") or source.count("/") > 1
-    path = path or any(os.path.isdir(place / source) for place in places)  # noqa: PTH112 - False for odd names
-    return "MODEL" if path and not PurePath(source).is_absolute() else shlex.quote(source)
 
 
 def _prunes_units(method: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -168,11 +167,7 @@ class RunSteps:
             OutputError: the directory cannot be written; the error names where the pruned model is kept.
         """
         options, outcome = self.options, pruned.outcome
-        record = RunRecord(
-            stages=(StageRecord(name=PRUNE),), versions=versions(), python=platform.python_version()
-        )
-        if options is not None and outcome is not None and pruned.stats is not None:
-            record = run_record(outcome, pruned.stats, options.seed)
+        record = run_record(outcome, pruned.stats, None if options is None else options.seed)
         seconds += (outcome.saved_seconds if outcome else 0.0) - sum(
             each.seconds for each in pruned.recovered
         )

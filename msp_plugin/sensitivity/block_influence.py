@@ -32,7 +32,8 @@ class BlockInfluence(Estimator):
     """Mean over tokens of the change that a half makes to the hidden state (arXiv 2407.16286, section 3; ShortGPT).
 
     ``cosine`` is 1 - cos(x, x'), where x is the hidden state before the half and x' behind it; ``l1`` and ``l2`` are
-    ||x' - x|| / ||x||. Each layer gets the number of its half, a whole block the sum of its two. One forward pass; sums are float64.
+    ||x' - x|| / ||x||. Each layer gets the number of its half, a whole block the sum of its two. One forward pass; sums
+    are float64.
 
     Args:
         metric: ``cosine``, ``l1`` or ``l2``.

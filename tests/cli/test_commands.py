@@ -199,6 +199,21 @@ def test_a_blank_model_or_path_is_refused_and_does_not_count_as_none(line, words
     assert words in msp(*(part.format(run=run_dir) for part in line), code=2).err
 
 
+def test_a_relative_model_is_recorded_so_that_the_reports_commands_find_it(
+    msp, llama_dir, text_file, tmp_path, monkeypatch
+):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "llama").symlink_to(llama_dir)
+    monkeypatch.chdir(tmp_path)
+    msp(
+        "prune", "models/llama", "-s", "0.5", "-m", "magnitude", "--allocator", "uniform", "--data", text_file, "--length",
+        "16", "--samples", "4", "--cache", "cache", "--out", "out",
+    )  # fmt: skip
+    msp("report", "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"msp prune {tmp_path}/models/llama -m magnitude --allocation allocation.json" in page
+
+
 def test_the_command_of_a_plugin_may_take_a_blank_argument(msp, monkeypatch):
     from typer import Typer
 

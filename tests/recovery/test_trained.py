@@ -4,10 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import (
-    DiffLlamaConfig,
-    DiffLlamaForCausalLM,
-)
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
 pytest.importorskip("peft")
 

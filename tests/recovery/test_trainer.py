@@ -95,9 +95,7 @@ def test_norms_do_not_decay_whatever_their_names(case):
     inputs = case.inputs()
     method = dataclasses.replace(FULL, tokens=96, evaluations=1, weight_decay=5.0)
     method.recover(inputs)
-    norm = (
-        inputs.model.transformer.ln_f.weight
-    )  # starts with ones; a step of AdamW is as long as the learning rate
+    norm = inputs.model.transformer.ln_f.weight  # starts with ones; a step of AdamW is as long as the rate
     assert 0 < (norm - 1).abs().max() < 1.1e-3
 
 

@@ -261,14 +261,6 @@ def test_commands_name_the_method_and_no_recipe_that_llm_compressor_refuses(
     assert f"{by}--allocation allocation.json" in text and ("msp run recipe.yaml" in text) == again
 
 
-@pytest.mark.parametrize("source", ["models/llama", "./llama", "../llama", "some/where/llama"])
-def test_commands_name_no_relative_path_which_leads_elsewhere_from_the_directory_of_the_records(
-    source, records, report, tmp_path
-):
-    (tmp_path / "models" / "llama").mkdir(parents=True)
-    assert "msp prune MODEL --allocation" in report(records(model={"source": source})).text
-
-
 @pytest.mark.parametrize("source", ["org/llama", "gpt2", "/models/llama", "demo:llama"])
 def test_commands_name_a_model_that_is_found_from_everywhere(source, records, report):
     assert f"msp prune {source} --allocation" in report(records(model={"source": source})).text

@@ -17,10 +17,8 @@ from msp_plugin.hosts.base import MAYBE_CHANGED, Pruned, PruneInputs, check_laye
 from msp_plugin.hosts.llm_compressor.passes import shares_keys
 from msp_plugin.hosts.llm_compressor.recipe import Recipe
 from msp_plugin.models.layers import fused_experts
-from msp_plugin.records.run import PRUNE, RunRecord, StageRecord
 from msp_plugin.recovery.step import RecoveryText
 from msp_plugin.runtime.context import RunContext
-from msp_plugin.runtime.digests import versions
 from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
@@ -156,14 +154,13 @@ def _kept_if_not_recovered(
     """
     try:
         yield
-    except Exception:
+    except Exception:  # a bug in a recovery as well, as in kept_if_it_fails
         if out is None or not any(recovery.failed for recovery in recoveries):
             raise
         from msp_plugin.hosts.llm_compressor.recovery import as_pruned
 
-        outcome, record = None, RunRecord(stages=(StageRecord(name=PRUNE),), versions=versions())
-        if ours is not None and options is not None and ours.outcome is not None and ours.stats is not None:
-            outcome, record = ours.outcome, run_record(ours.outcome, ours.stats, options.seed)
+        outcome, stats = (None, None) if ours is None else (ours.outcome, ours.stats)
+        record = run_record(outcome, stats, None if options is None else options.seed)
         records = partial(write_files, outcome=outcome, record=record)
         cache = None if options is None else options.cache
         with as_pruned(model), kept_if_it_fails(model, out, records, cache, MAYBE_CHANGED):
