@@ -8,7 +8,7 @@ import math
 import operator
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,6 +26,7 @@ from msp_plugin.formats.bitmask_int8 import Int8Bitmask, error
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.formats.tensor_files import INDEX, ShardWriter
 from msp_plugin.plan.allocation import ALLOCATION_FILE
+from msp_plugin.plan.levels import Level
 from msp_plugin.progress import Progress, silent
 from msp_plugin.records.parts import BENCH_FILE
 from msp_plugin.records.run import RUN_FILE
@@ -50,6 +51,15 @@ class Exporter(ABC):
     """Writes a checkpoint in another form. Fields are the options of ``msp export --set``."""
 
     name: ClassVar[str]
+    #: A search for this form (``form`` of a recipe) chooses from this menu, in units of this granularity, unless told otherwise.
+    menu: ClassVar[str] = "default"
+    granularity: ClassVar[str | None] = None
+
+    def check_menu(self, menu: Sequence[Level], granularity: str) -> None:  # noqa: B027 - most forms hold any level
+        """Raise RecipeError if an allocation of these levels, to units of a granularity, might not fit this form."""
+
+    def check_model(self, model: torch.nn.Module, menu: Sequence[Level], granularity: str) -> None:  # noqa: B027
+        """Raise ModelError if a model, pruned to levels that ``check_menu`` has passed, might not fit this form."""
 
     def check(self, source: Checkpoint) -> None:  # noqa: B027 - not every exporter has something to refuse
         """Raise an MSPError if the checkpoint cannot be exported in this form; nothing was written yet."""
@@ -296,7 +306,20 @@ class Sparse24(PackedExporter):
     """
 
     name = "sparse24"
+    menu = "servable"
     format = Sparse24Bitmask()
+
+    def check_menu(self, menu: Sequence[Level], granularity: str) -> None:
+        if others := [level.name for level in menu if not level.is_dense and not level.servable]:
+            raise RecipeError(
+                f"form sparse24 would leave layers at {', '.join(others)} dense: 2:4 kernels do not run them",
+                hint="leave levels out, which takes the menu servable, or use form bitmask",
+            )
+        if granularity == "layer" and any(level.is_dense for level in menu):
+            raise RecipeError(
+                "form sparse24 packs the layers that inference fuses all or none, and granularity layer may leave one dense",
+                hint="leave granularity out, which takes unit",
+            )
 
 
 @dataclass(frozen=True)

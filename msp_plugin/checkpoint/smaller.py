@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from msp_plugin.checkpoint.checkpoint import Checkpoint
 from msp_plugin.checkpoint.export import Sharded, Tensors, rounding, write_export
 from msp_plugin.checkpoint.manifest import Manifest
 from msp_plugin.checkpoint.tokenizers import keep_tokenizer
-from msp_plugin.errors import FormatError, RecipeError
+from msp_plugin.errors import FormatError, ModelError, RecipeError
 from msp_plugin.formats.sparse24 import IN_MULTIPLE, Sparse24Bitmask
+from msp_plugin.plan.levels import Level
+from msp_plugin.plan.menus import menu_names
 from msp_plugin.progress import Progress
-from msp_plugin.structure.halves import ATTENTION, MLP, Half
+from msp_plugin.structure.halves import ATTENTION, MLP, Half, find_halves, is_mixed
 from msp_plugin.structure.removal import kept_groups
 from msp_plugin.structure.slices import Slices
 from msp_plugin.structure.small_model import empty_model
@@ -59,6 +61,9 @@ class Smaller(Sharded):
     @abstractmethod
     def config(self, source: Checkpoint, slices: Slices) -> dict[str, Any]:
         """Return the contents of the export's config.json."""
+
+    def check_model(self, model: torch.nn.Module, menu: Sequence[Level], granularity: str) -> None:
+        find_halves(model)
 
     def _spare(self, source: Checkpoint) -> dict[str, torch.Tensor]:
         """Return by half bool[groups], True for the groups that may go."""
@@ -122,6 +127,18 @@ class Small(Smaller):
     """Each block only as wide as it needs, recorded in config.json; ``msp_plugin.load`` reads it without remote code."""
 
     name = "small"
+    menu = "mixed"
+
+    def check_menu(self, menu: Sequence[Level], granularity: str) -> None:
+        _check_narrows(self.name, menu, "mixed")
+
+    def check_model(self, model: torch.nn.Module, menu: Sequence[Level], granularity: str) -> None:
+        super().check_model(model, menu, granularity)
+        if granularity == "half" and is_mixed(model) and any(level.is_dropped for level in menu):
+            raise ModelError(
+                f"{type(model).__name__} mixes blocks with and without a sliding window: form small cannot drop an attention",
+                hint="use levels width, or form uniform, which drops whole blocks",
+            )
 
     def slices(self, source: Checkpoint) -> Slices:
         structure, spare = source.structure, self._spare(source)
@@ -149,8 +166,21 @@ class Uniform(Smaller):
     """
 
     name = "uniform"
+    menu = "depth"
+    granularity = "block"
 
     pad: bool = False
+
+    def check_menu(self, menu: Sequence[Level], granularity: str) -> None:
+        _check_narrows(self.name, menu, "depth")
+        widths = [level.name for level in menu if level.by_groups]
+        halves = granularity != "block" and any(level.is_dropped for level in menu)
+        if len(menu) > 1 and (widths or halves):
+            found = f"levels {', '.join(widths)} make blocks" if widths else "dropped halves make blocks"
+            raise RecipeError(
+                f"form uniform has equally wide blocks, and {found} differ",
+                hint="use levels depth with granularity block, which drops whole blocks, or one width alone",
+            )
 
     def slices(self, source: Checkpoint) -> Slices:
         structure, spare = source.structure, self._spare(source)
@@ -206,6 +236,15 @@ class Uniform(Smaller):
         head_dim = attention.inputs[f"{attention.name}.k_proj"]
         return uniform_config(
             source.config, empty_model(source.path).config, widths, list(slices.blocks), head_dim
+        )
+
+
+def _check_narrows(form: str, menu: Sequence[Level], name: str) -> None:
+    """Raise RecipeError unless a level of a menu takes out heads, channels, halves or blocks."""
+    if not any(level.narrows for level in menu):
+        raise RecipeError(
+            f"form {form} leaves out heads, channels, halves or blocks, and no level takes any: {', '.join(menu_names(menu))}",
+            hint=f"leave levels out, which takes the menu {name}",
         )
 
 

@@ -174,6 +174,14 @@ class LayerChoice:
             "else layer",
         ),
     ] = None
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--form",
+            help="form of msp export --to that the result is sure to allow: sparse24, bitmask, small, uniform; it chooses "
+            "levels and granularity where you do not",
+        ),
+    ] = None
     quantum: Annotated[
         int | None,
         typer.Option("--quantum", help="a width keeps a multiple of so many channels; default: 64"),
@@ -200,6 +208,7 @@ class LayerChoice:
             targets=self.target,
             ignore=self.ignore,
             granularity=self.granularity,
+            form=self.form,
             quantum=self.quantum,
             bounds=_bounds(self.bounds),
             protect=self.protect,

@@ -29,7 +29,7 @@ from msp_plugin.runs.steps import Run, RunSteps
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import sole_run
 from msp_plugin.search.allocate import allocate as allocate_on
-from msp_plugin.search.allocate import warn_of_forms
+from msp_plugin.search.allocate import check_form
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import ResolvedOptions, resolve
 
@@ -277,7 +277,7 @@ def search(
     text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
     samples = load_split(source.tokenizer(), text, options.search_text)
     model = source.load()
-    warn_of_forms(model, options)
+    check_form(model, options)
     with on_best_device(model):
         return allocate_on(
             model,

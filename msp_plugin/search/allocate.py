@@ -124,9 +124,15 @@ def _warn_of_no_attention(model: torch.nn.Module, allocation: Allocation) -> Non
         log.warning("every attention is dropped, so that no token sees another one: protect some of them")
 
 
-def warn_of_forms(model: torch.nn.Module, plan: ResolvedOptions) -> None:
-    """Log a warning if a search may choose what ``msp export --to small`` refuses."""
-    if plan.granularity == "half" and is_mixed(model) and any(level.is_dropped for level in plan.menu):
+def check_form(model: torch.nn.Module, plan: ResolvedOptions) -> None:
+    """Raise if a search may choose what the form that was asked for refuses; without one, warn of ``small``.
+
+    Raises:
+        ModelError: see Exporter.check_model.
+    """
+    if plan.form is not None:
+        plan.form.check_model(model, plan.menu, plan.granularity)
+    elif plan.granularity == "half" and is_mixed(model) and any(level.is_dropped for level in plan.menu):
         log.warning(
             "%s mixes blocks with and without a sliding window: where an attention is dropped, msp export --to small "
             "refuses the result; protect the attentions, or use granularity block",

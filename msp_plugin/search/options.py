@@ -27,6 +27,8 @@ class Options(BaseModel):
             those of a block's attention or MLP; ``block``, all layers of a decoder block. Default: ``half`` where
             the menu holds widths or ``dropped``; else ``layer``, but ``unit`` where all levels run on 2:4 kernels, which take
             fused layers all or none.
+        form: of `msp export --to`, which the result is sure to allow: ``sparse24``, ``bitmask``, ``small``, ``uniform``, or
+            a plugin's. It gives levels and granularity their defaults, and refuses others that might not fit.
         quantum: where the menu holds widths, the channels of an MLP that stay are a multiple of it.
         bounds: least and most sparsity of the layers that a pattern matches, {pattern: [low, high]}.
         protect: patterns of layers that stay dense. Unlike ignored layers they count in the budget, so that the
@@ -47,6 +49,7 @@ class Options(BaseModel):
     targets: list[str] = ["Linear"]
     ignore: list[str] = []
     granularity: str | None = None
+    form: str | None = None
     quantum: int = Field(DEFAULT_QUANTUM, ge=1)
     bounds: dict[str, Any] = {}
     protect: list[str] = []

@@ -9,6 +9,7 @@ from typing import Any
 
 from msp_plugin.allocators.base import Allocator
 from msp_plugin.allocators.uniform import Uniform
+from msp_plugin.checkpoint.export import Exporter
 from msp_plugin.data.search_text import SearchText
 from msp_plugin.errors import OutputError, RecipeError, nearest, shown
 from msp_plugin.plan.allocation import Allocation
@@ -40,6 +41,8 @@ class ResolvedOptions:
     granularity: str
     bounds: Bounds
     quantum: int
+    #: Writes the form that the result is to allow; None if none was asked for.
+    form: Exporter | None
     #: The options as the user gave them, for recipe.yaml.
     spelled: Options
 
@@ -101,6 +104,7 @@ _DECIDED = (
     "targets",
     "ignore",
     "granularity",
+    "form",
     "quantum",
     "bounds",
     "protect",
@@ -112,6 +116,15 @@ _DECIDED = (
 def _plain(value: Any) -> Any:
     """Return a component without options as its name; anything else unchanged."""
     return value["name"] if isinstance(value, Mapping) and value.keys() == {"name"} else value
+
+
+def _for_form(options: Options, form: Exporter | None) -> Options:
+    """Return the options, with those that a form has defaults for."""
+    if form is None:
+        return options
+    levels = options.levels if "levels" in options.model_fields_set else [form.menu]
+    granularity = options.granularity or form.granularity
+    return options.model_copy(update={"levels": levels, "granularity": granularity})
 
 
 def _target(options: Options, given: Allocation | None) -> tuple[Fraction, tuple[Level, ...]]:
@@ -182,8 +195,14 @@ def resolve(options: Options, plugins: Plugins) -> ResolvedOptions:
     pruner = plugins.build("pruners", options.method)
     allocator = plugins.build("allocators", options.allocator)
     given = Allocation.read(options.allocation) if options.allocation else None
+    form = None
+    if options.form is not None and given is None:
+        form = plugins.build("exporters", options.form)
+        options = _for_form(options, form)
     sparsity, menu = _target(options, given)
     granularity = _granularity(options, menu)
+    if form is not None:
+        form.check_menu(menu, granularity)
     if options.quantum != DEFAULT_QUANTUM and not has_widths(menu):
         raise RecipeError(
             f"quantum = {options.quantum} would have no effect: no level is a width",
@@ -224,5 +243,6 @@ def resolve(options: Options, plugins: Plugins) -> ResolvedOptions:
         granularity,
         bounds,
         options.quantum,
+        form,
         Options(**options.model_dump(include=set(Options.model_fields))),
     )

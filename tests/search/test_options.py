@@ -229,3 +229,47 @@ def test_a_cache_that_is_a_file_is_refused_before_anything_is_loaded(plugins, tm
     (tmp_path / "cache").write_text("")
     with pytest.raises(OutputError, match="cache is a file"):
         resolve(Options(sparsity=0.5, cache=str(tmp_path / "cache")), plugins)
+
+
+@pytest.mark.parametrize("form, levels, granularity", [
+    ("sparse24", ["dense", "2:4", "3:8 in 2:4", "2:8", "1:8", "1:16"], "unit"),
+    ("bitmask", list(DEFAULT_LEVELS), "layer"),
+    ("small", ["dense", *(f"{n}/{d} wide" for n, d in [(7, 8), (3, 4), (5, 8), (1, 2), (3, 8), (1, 4), (1, 8)]), "dropped"], "half"),
+    ("uniform", ["dense", "dropped"], "block"),
+])  # fmt: skip
+def test_a_form_chooses_levels_and_granularity_and_the_recipe_of_the_run_names_them(
+    plugins, form, levels, granularity
+):
+    method = "l2" if form == "small" else "sparsegpt"
+    plan = plan_of(plugins, f"{{sparsity: 0.5, method: {method}, form: {form}}}")
+    assert ([level.name for level in plan.menu], plan.granularity) == (levels, granularity)
+    again = resolve(plan.spelled, plugins)
+    assert (again.menu, again.granularity, again.form) == (plan.menu, plan.granularity, plan.form)
+
+
+@pytest.mark.parametrize("text", [
+    "form: sparse24, levels: '2:4, 1:8'",
+    "method: l2, form: small, levels: 'width, 2:4, 1/2 wide 2:4'",
+    "form: uniform, levels: 'depth, 2:4'",
+    "method: l2, form: uniform, levels: 3/4 wide, granularity: half",
+])  # fmt: skip
+def test_levels_that_a_form_holds_may_be_chosen_beside_it(plugins, text):
+    assert plan_of(plugins, f"{{sparsity: 0.5, {text}}}").form.name in text
+
+
+@pytest.mark.parametrize("text, found", [
+    ("form: sparse24, levels: default", "would leave layers at 7:8, 6:8, 5:8, 4:8, 3:8 dense"),
+    ("form: sparse24, granularity: layer", "may leave one dense"),
+    ("form: small, levels: '2:4, dense'", "no level takes any"),
+    ("method: l2, form: uniform, levels: 'dense, 1/2 wide', granularity: half", "levels 1/2 wide make blocks differ"),
+    ("form: uniform, granularity: half", "dropped halves make blocks differ"),
+    ("form: smal", "smal"),
+])  # fmt: skip
+def test_options_that_a_form_may_not_hold_are_refused_before_anything_is_loaded(plugins, text, found):
+    with pytest.raises(RecipeError, match=found):
+        plan_of(plugins, f"{{sparsity: 0.5, {text}}}")
+
+
+def test_a_form_beside_a_finished_allocation_is_refused(plugins, allocation_file):
+    with pytest.raises(RecipeError, match="form would have no effect"):
+        resolve(Options(allocation=allocation_file, form="bitmask"), plugins)

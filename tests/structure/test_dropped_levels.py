@@ -8,7 +8,7 @@ import torch
 
 import msp_plugin
 from msp_plugin import Allocation, Level, Text
-from msp_plugin.checkpoint.export import export_checkpoint
+from msp_plugin.checkpoint.export import Sparse24, allowed_forms, export_checkpoint
 from msp_plugin.checkpoint.smaller import Small, Uniform
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
@@ -42,3 +42,26 @@ def test_dropped_levels_are_left_out_of_both_forms(pruned, tmp_path, same_output
     small = msp_plugin.load(tmp_path / "small", "float32")
     kept = whole.model.layers[0].mlp.down_proj.weight
     assert torch.equal(small.model.layers[0].mlp.down_proj.weight, kept) and not kept.all()
+
+
+@pytest.mark.parametrize("form, method", [("small", "l2"), ("uniform", "magnitude"), ("sparse24", "wanda")])
+def test_a_searched_run_allows_the_form_that_was_asked_for(form, method, llama_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n".join(f"the {i}th cat sat on mat {i * i % 97} and the dog did not" for i in range(200))
+    )
+    run = msp_plugin.prune(
+        llama_dir,
+        Text(str(text), samples=8, length=20, test_samples=0),
+        tmp_path / "run",
+        sparsity=0.5,
+        method=method,
+        form=form,
+        quantum=4 if form == "small" else 64,
+        allocator={"name": "search", "tokens": 40, "holdout": 40, "max_tokens": 4000},
+        dtype="float32",
+        baseline=False,
+        cache=str(tmp_path / "cache"),
+    )
+    exporters = [exporter() for exporter in (Small, Uniform, Sparse24)]
+    assert allowed_forms(run.path, exporters)[form]["refused"] is None

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, FalconConfig
 
 import msp_plugin
 from msp_plugin.checkpoint.checkpoint import Checkpoint
@@ -14,7 +15,7 @@ from msp_plugin.checkpoint.smaller import Small
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase
-from msp_plugin.errors import FormatError, VerificationError
+from msp_plugin.errors import FormatError, ModelError, VerificationError
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model
 from msp_plugin.plan.allocation import Allocation
@@ -26,7 +27,7 @@ from msp_plugin.report.run_page import run_page
 from msp_plugin.report.size import sizes
 from msp_plugin.report.source import read_source
 from msp_plugin.report.storage import storages
-from msp_plugin.search.allocate import warn_of_forms
+from msp_plugin.search.allocate import check_form
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
 from msp_plugin.structure.groups import with_groups
@@ -164,5 +165,26 @@ def test_mixed_windows_are_warned_of_before_a_search_that_may_drop_an_attention(
     name, levels, granularity, warned, tiny, caplog
 ):
     options = {"sparsity": 0.25, "method": "l2", "levels": levels, "granularity": granularity}
-    warn_of_forms(tiny(name), resolve(Options.parse(options), Plugins(entry_points=False)))
+    check_form(tiny(name), resolve(Options.parse(options), Plugins(entry_points=False)))
     assert ("mixes blocks with and without a sliding window" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "found"),
+    [
+        ("gemma2 mixed", "small", "form small cannot drop an attention"),
+        ("gemma2 mixed", "uniform", None),
+        ("gemma2", "small", None),
+        ("falcon", "uniform", "fuses projections"),
+        ("falcon", "bitmask", None),
+    ],
+)
+def test_a_model_that_cannot_take_the_form_is_refused_before_the_search(name, form, found, tiny):
+    plan = resolve(Options(sparsity=0.25, method="l2", form=form), Plugins(entry_points=False))
+    falcon = FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = AutoModelForCausalLM.from_config(falcon) if name == "falcon" else tiny(name)
+    if found is None:
+        check_form(model, plan)
+    else:
+        with pytest.raises(ModelError, match=found):
+            check_form(model, plan)
