@@ -48,6 +48,7 @@ def work(method: str, given: argparse.Namespace) -> None:
     from msp_plugin.recovery.masks import Masks
     from msp_plugin.recovery.shared import mean_kl
     from msp_plugin.recovery.step import RecoveryText
+    from msp_plugin.runtime.memory import freed_memory_kept
     from msp_plugin.runtime.ranks import join
 
     ranks, source = join(), demo_model_path(given.model) if given.model == DEMO else Path(given.model)
@@ -67,7 +68,8 @@ def work(method: str, given: argparse.Namespace) -> None:
         model, Masks.of(model, layers), parts.data, parts.holdout, original, folder, ranks=ranks
     )
     began, used = time.perf_counter(), time.process_time()
-    recovery.recover(inputs)
+    with freed_memory_kept():  # as in msp recover
+        recovery.recover(inputs)
     seconds, cpu = time.perf_counter() - began, max(ranks.gather(lambda: time.process_time() - used))
     kl = mean_kl(original, model, parts.test, ranks)
     if ranks.rank == 0:

@@ -43,10 +43,11 @@ def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     depth = getattr(config, "num_hidden_layers", None)
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else None
-    inside = set((decoder if isinstance(decoder, torch.nn.Module) else model).modules())
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and module in inside:
-            return name, module
+    within = decoder if isinstance(decoder, torch.nn.Module) else model
+    place = next((name for name, module in model.named_modules() if module is within), None)
+    for name, module in within.named_modules() if place is not None else ():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return f"{place}.{name}".strip("."), module
     raise ModelError(
         f"{type(model).__name__} has no list of {depth} decoder blocks",
         hint="only decoder-only language models with one list of blocks can be pruned",
