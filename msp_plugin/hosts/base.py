@@ -22,7 +22,7 @@ from msp_plugin.recovery.base import Recovery, check_runs_by_block
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.record import Recovered
 from msp_plugin.runtime.context import RunContext
-from msp_plugin.search.allocate import check_model, check_form
+from msp_plugin.search.allocate import check_form, check_model
 from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
