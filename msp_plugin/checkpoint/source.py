@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from msp_plugin.checkpoint.load import load
 from msp_plugin.checkpoint.quantized import check_source_unquantized
 from msp_plugin.demo import given_name
-from msp_plugin.errors import ModelError
+from msp_plugin.errors import ModelError, MSPError
 from msp_plugin.models.device import warn_if_slow
 from msp_plugin.models.source import load_tokenizer
 from msp_plugin.runtime.files import expanded
+from msp_plugin.structure.small_model import empty_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +55,14 @@ class ModelSource:
     def check(self) -> None:
         """Raise ModelError if the source is missing or quantized; nothing is loaded."""
         check_source_unquantized(self.name, trust_remote_code=self.trust_remote_code)
+
+    def empty(self) -> PreTrainedModel | None:
+        """Return the model without weights (on ``meta``); None for a packed one, or where the config does not suffice."""
+        try:
+            model = empty_model(self.name, trust_remote_code=self.trust_remote_code)
+        except MSPError:
+            return None
+        return None if getattr(model.config, "quantization_config", None) else model
 
     def load(self) -> PreTrainedModel:
         """Return the model, in eval mode on the CPU or on disk; see ``load`` for the errors.

@@ -22,7 +22,7 @@ from msp_plugin.recovery.base import Recovery, check_runs_by_block
 from msp_plugin.recovery.masks import Masks
 from msp_plugin.recovery.record import Recovered
 from msp_plugin.runtime.context import RunContext
-from msp_plugin.search.allocate import check_form, check_model
+from msp_plugin.search.allocate import check_model
 from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
@@ -84,7 +84,6 @@ def check_layers(model: PreTrainedModel, options: ResolvedOptions, inputs: Prune
         MSPError: see check_model, saved_names and check_called.
     """
     table = check_model(model, options)
-    check_form(model, options)
     saved_names(model, (layer.name for layer in table.layers))
     if options.pruner.needs_statistics:
         check_called(model, table, inputs.data)

@@ -39,7 +39,7 @@ from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.digests import versions
 from msp_plugin.runtime.journal import Journal
 from msp_plugin.runtime.memory import freed_memory_kept
-from msp_plugin.search.allocate import check_model
+from msp_plugin.search.allocate import check_before_loading, check_model
 from msp_plugin.search.resolve import ResolvedOptions
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def compare(
             hint="compare without --offload, or recover single runs with `msp recover`",
         )
     source.check()
+    for plan in plans:
+        check_before_loading(source, plan)
     text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
     tokenizer = source.tokenizer()
     samples = _samples(tokenizer, text, plans)

@@ -29,7 +29,7 @@ from msp_plugin.runs.steps import Run, RunSteps
 from msp_plugin.runtime.context import RunContext
 from msp_plugin.runtime.locks import sole_run
 from msp_plugin.search.allocate import allocate as allocate_on
-from msp_plugin.search.allocate import check_form
+from msp_plugin.search.allocate import check_before_loading
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import ResolvedOptions, resolve
 
@@ -191,6 +191,10 @@ def run(
         MSPError: see Host and RunSteps; an error in the text or the source is raised before the model is loaded.
     """
     source.check()
+    if options is not None and isinstance(
+        host, BuiltIn
+    ):  # llm-compressor splits experts into linears once they are loaded
+        check_before_loading(source, options)
     if context.ranks.size > 1 and not host.on_all_ranks:
         _search_together(host, source, text, options, out, context)
         if context.ranks.rank:
@@ -274,10 +278,10 @@ def search(
         MSPError: see allocate.
     """
     source.check()
+    check_before_loading(source, options)
     text = text.for_model(source.name, trust_remote_code=source.trust_remote_code)
     samples = load_split(source.tokenizer(), text, options.search_text)
     model = source.load()
-    check_form(model, options)
     with on_best_device(model):
         return allocate_on(
             model,

@@ -29,6 +29,8 @@ def measure_sensitivity(
         MSPError: the model or the text cannot be read; see also Measurements.sensitivity.
     """
     source.check()
+    if (empty := source.empty()) is not None:
+        prunable_layers(empty, targets, ignore)  # refuses patterns before weights are loaded or fetched
     samples = load_split(
         source.tokenizer(), text.for_model(source.name, trust_remote_code=source.trust_remote_code)
     )

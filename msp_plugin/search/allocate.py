@@ -9,6 +9,7 @@ import torch
 
 from msp_plugin.allocators.base import AllocationResult
 from msp_plugin.checkpoint.quantized import check_unquantized
+from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.data.calibration import CalibrationSet
 from msp_plugin.data.samples import NO_TEXT, TextSplit
 from msp_plugin.data.tokenize import check_ids
@@ -47,44 +48,79 @@ log = logging.getLogger(__name__)
 FAR = Fraction(1, 200)
 
 
+def check_before_loading(source: ModelSource, plan: ResolvedOptions) -> None:
+    """Raise what ``check_model`` would raise for a source's model, but for its weights: none is loaded or fetched.
+
+    Where transformers cannot make the model without weights, the loaded one is checked alone.
+    """
+    if (model := source.empty()) is not None:
+        _check_plan(model, plan)
+
+
 def check_model(model: torch.nn.Module, plan: ResolvedOptions) -> UnitTable:
     """Return the model's units, after all checks that are cheap once the model is loaded.
 
     Raises:
         RecipeError, ModelError, BudgetError, VerificationError, NumericsError: see the functions called.
     """
+    table, problem = _check_plan(model, plan)
+    if problem is not None:
+        _warn(model, plan, problem)
+        if any(level.narrows for level in plan.menu) and not has_widths(plan.menu):
+            table = with_inner(model, table)
+    check_finite_weights(model, table)
+    return table
+
+
+def _check_plan(model: torch.nn.Module, plan: ResolvedOptions) -> tuple[UnitTable, AllocationProblem | None]:
+    """Return (units, problem) of a model, whose weights are not read; no problem for a finished allocation.
+
+    Raises:
+        RecipeError, ModelError, BudgetError, VerificationError: see the functions called.
+    """
     check_unquantized(model)
     if plan.given is not None:  # its layers take the place of targets and ignore
         plan.given.check_matches(prunable_layers(model))
-        table = plan.given.table
-        _check_groups(model, table)
-    else:
-        table = prunable_layers(model, plan.targets, plan.ignore, plan.granularity)
-        if any(level.narrows for level in plan.menu):
-            check_whole(model, table, plan.granularity, plan.menu)
-            widths = has_widths(plan.menu)
-            table = with_groups(model, table, plan.quantum) if widths else with_inner(model, table)
-        check_fit(table, plan.menu)
-        problem = make_problem(model, table, plan)
-        _check_attentions(model, problem)
-        budget = problem.budget
-        if budget.kept == problem.reach[0] and not plan.is_uniform:
-            log.warning(
-                "sparsity %s is the highest that the levels reach, so only one allocation meets it; add sparser "
-                "levels, e.g. 1:16, to give the search a choice",
-                float(plan.sparsity),
-            )
-        if not budget.exact:
-            far = abs(budget.sparsity - plan.sparsity) > FAR
-            log.log(
-                logging.WARNING if far else logging.INFO,
-                "sparsity %s cannot be met exactly; the nearest is %d zeros of %d",
-                plan.sparsity,
-                budget.zeros,
-                budget.weights,
-            )
-    check_finite_weights(model, table)
-    return table
+        _check_groups(model, plan.given.table)
+        return plan.given.table, None
+    table = prunable_layers(model, plan.targets, plan.ignore, plan.granularity)
+    if any(level.narrows for level in plan.menu):
+        check_whole(model, table, plan.granularity, plan.menu)
+    if has_widths(plan.menu):
+        table = with_groups(model, table, plan.quantum)
+    check_fit(table, plan.menu)
+    if plan.form is not None:
+        plan.form.check_model(model, plan.menu, plan.granularity)
+    problem = make_problem(model, table, plan)
+    _check_attentions(model, problem)
+    _ = problem.budget  # raises where the levels do not reach the sparsity
+    return table, problem
+
+
+def _warn(model: torch.nn.Module, plan: ResolvedOptions, problem: AllocationProblem) -> None:
+    """Log what a user may not expect of a problem."""
+    budget = problem.budget
+    if budget.kept == problem.reach[0] and not plan.is_uniform:
+        log.warning(
+            "sparsity %s is the highest that the levels reach, so only one allocation meets it; add sparser "
+            "levels, e.g. 1:16, to give the search a choice",
+            float(plan.sparsity),
+        )
+    if not budget.exact:
+        far = abs(budget.sparsity - plan.sparsity) > FAR
+        log.log(
+            logging.WARNING if far else logging.INFO,
+            "sparsity %s cannot be met exactly; the nearest is %d zeros of %d",
+            plan.sparsity,
+            budget.zeros,
+            budget.weights,
+        )
+    if plan.granularity == "half" and is_mixed(model) and any(level.is_dropped for level in plan.menu):
+        log.warning(
+            "%s mixes blocks with and without a sliding window: where an attention is dropped, msp export --to small "
+            "refuses the result; protect the attentions, or use granularity block",
+            type(model).__name__,
+        )
 
 
 def _check_attentions(model: torch.nn.Module, problem: AllocationProblem) -> None:
@@ -122,22 +158,6 @@ def _warn_of_no_attention(model: torch.nn.Module, allocation: Allocation) -> Non
     }
     if dropped and (attentions := _attentions(model)) and dropped.issuperset(attentions):
         log.warning("every attention is dropped, so that no token sees another one: protect some of them")
-
-
-def check_form(model: torch.nn.Module, plan: ResolvedOptions) -> None:
-    """Raise if a search may choose what the form that was asked for refuses; without one, warn of ``small``.
-
-    Raises:
-        ModelError: see Exporter.check_model.
-    """
-    if plan.form is not None:
-        plan.form.check_model(model, plan.menu, plan.granularity)
-    elif plan.granularity == "half" and is_mixed(model) and any(level.is_dropped for level in plan.menu):
-        log.warning(
-            "%s mixes blocks with and without a sliding window: where an attention is dropped, msp export --to small "
-            "refuses the result; protect the attentions, or use granularity block",
-            type(model).__name__,
-        )
 
 
 def _check_groups(model: torch.nn.Module, table: UnitTable) -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def empty_model(path: Path) -> PreTrainedModel:
-    """Return the model of a directory's config.json without weights (on ``meta``), smaller where the config says so.
+def empty_model(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model of a directory or hub id without weights (on ``meta``), smaller where its config.json says so.
 
     Raises:
         ModelError: transformers knows no such model.
@@ -28,18 +28,21 @@ def empty_model(path: Path) -> PreTrainedModel:
     """
     from transformers import AutoConfig
 
-    raw = read_json(path / "config.json")
-    widths = read_widths(raw, str(path / "config.json"))
+    file = Path(source) / "config.json"
+    raw = read_json(file) if file.parent.is_dir() else {}
+    widths = read_widths(raw, str(file))
     try:
-        config = (
-            AutoConfig.from_pretrained(path, trust_remote_code=False) if widths is None else plain_config(raw)
-        )
+        if widths is None:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        else:
+            config = plain_config(raw)
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(config).from_config(config)
+            kind = auto_class(config)
+            model: PreTrainedModel = kind.from_config(config, trust_remote_code=trust_remote_code)
             if widths is not None:
                 shrink(model, widths)
     except Exception as error:  # a config's values reach all of transformers
-        raise ModelError(f"cannot make the model of {path}: {error}") from error
+        raise ModelError(f"cannot make the model of {source}: {error}") from error
     return model
 
 

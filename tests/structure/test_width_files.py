@@ -27,7 +27,7 @@ from msp_plugin.report.run_page import run_page
 from msp_plugin.report.size import sizes
 from msp_plugin.report.source import read_source
 from msp_plugin.report.storage import storages
-from msp_plugin.search.allocate import check_form
+from msp_plugin.search.allocate import check_model
 from msp_plugin.search.options import Options
 from msp_plugin.search.resolve import resolve
 from msp_plugin.structure.groups import with_groups
@@ -165,7 +165,9 @@ def test_mixed_windows_are_warned_of_before_a_search_that_may_drop_an_attention(
     name, levels, granularity, warned, tiny, caplog
 ):
     options = {"sparsity": 0.25, "method": "l2", "levels": levels, "granularity": granularity}
-    check_form(tiny(name), resolve(Options.parse(options), Plugins(entry_points=False)))
+    if levels == "width":
+        options["quantum"] = 8
+    check_model(tiny(name), resolve(Options.parse(options), Plugins(entry_points=False)))
     assert ("mixes blocks with and without a sliding window" in caplog.text) == warned
 
 
@@ -180,11 +182,14 @@ def test_mixed_windows_are_warned_of_before_a_search_that_may_drop_an_attention(
     ],
 )
 def test_a_model_that_cannot_take_the_form_is_refused_before_the_search(name, form, found, tiny):
-    plan = resolve(Options(sparsity=0.25, method="l2", form=form), Plugins(entry_points=False))
+    plan = resolve(
+        Options(sparsity=0.25, method="l2", form=form, quantum=8 if form == "small" else 64),
+        Plugins(entry_points=False),
+    )
     falcon = FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     model = AutoModelForCausalLM.from_config(falcon) if name == "falcon" else tiny(name)
     if found is None:
-        check_form(model, plan)
+        check_model(model, plan)
     else:
         with pytest.raises(ModelError, match=found):
-            check_form(model, plan)
+            check_model(model, plan)
