@@ -19,7 +19,7 @@ def test_a_recipe_names_every_option_and_gives_the_options_that_it_was_made_of(g
     plugins = Plugins(entry_points=False)
     plan = resolve(Options(**given), plugins)
     line = yaml.safe_load(recipe_text(plan))["sparsity_stage"]["sparsity_modifiers"]["MixedSparsityModifier"]
-    assert {*Options.model_fields} - {*line} == {"allocation", "cache"}
+    assert {*Options.model_fields} - {*line} == {"allocation", "cache", "form"}
     assert {*line["allocator"]} == {*spec_of(plan.allocator)} and {*line["method"]} == {*spec_of(plan.pruner)}
     again = resolve(Options(**line), plugins)
     assert dataclasses.replace(again, spelled=plan.spelled) == plan
