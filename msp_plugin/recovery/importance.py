@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from msp_plugin.passes.observe import by_block
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.ist import EVERY, LEFT, SETS, ImportanceSchedule, starting_scores
+from msp_plugin.recovery.sharding import is_sharded
 from msp_plugin.recovery.training_options import TrainingOptions
 from msp_plugin.recovery.training_text import Batch, Steps, collate, shuffled
 
@@ -101,6 +102,8 @@ class Importance(TrainerCallback, ExportableState):  # type: ignore[misc,unused-
             with damped([layer for i in blocks for layer in self.layers[i]]):
                 return self.loss(model, batch)
 
+        if is_sharded():  # the model runs on all ranks together
+            return measure()
         return self.inputs.ranks.on_rank_zero(measure)
 
 

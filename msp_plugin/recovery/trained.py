@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
-#: Variables by which accelerate's launcher tells its processes to shard weights.
-_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 #: File in the state of a recovery with the path of the directory into which it has written its adapter.
 WRITTEN = "adapter_written"
 
@@ -46,17 +44,20 @@ class TrainedRecovery(TrainingOptions):
         """Raise, before any work, if an option does not fit the model.
 
         Raises:
-            HostError: peft or accelerate is missing, or accelerate is configured to shard weights.
+            HostError: peft or accelerate is missing, or accelerate is configured for DeepSpeed or an old FSDP.
             ModelError: weights are offloaded, or in a dtype that is not trained.
             RecipeError: an option does not fit its layers.
         """
         require_training()
         self._check_written()
-        if sharded := [name for name in _SHARDING if os.environ.get(name, "").lower() in ("1", "true")]:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
             raise HostError(
-                f"{sharded[0]} is set, and {self.name} merges its change into whole weights, not into shards",
-                hint="start it with torchrun or accelerate without FSDP and DeepSpeed: each process holds the model",
+                f"accelerate is configured for DeepSpeed, with which {self.name} does not train",
+                hint="configure FSDP, or start it with torchrun: then each process holds the model",
             )
+        from msp_plugin.recovery.sharding import check_sharding
+
+        check_sharding()
         if (name := offloaded_module(model)) is not None:
             raise ModelError(
                 f"the weights of {name} are offloaded, and {self.name} trains models in memory",

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.importance import Importance
 from msp_plugin.recovery.objective import Objective
 from msp_plugin.recovery.record import LOG
+from msp_plugin.recovery.sharding import fetch, give, is_sharded, part, shared_out
 from msp_plugin.recovery.training_options import TrainingOptions
 from msp_plugin.recovery.training_text import Batch, Samples, Steps, collate, shuffled
 from msp_plugin.recovery.tuner import ChangedVectors
@@ -81,6 +83,8 @@ class RecoveryTrainer(Trainer):
 
     objective: Objective
     importance: Importance | None = None
+    #: The whole model, where FSDP has the one that is trained: checkpoints are written from it and read into it.
+    whole: PeftModel | None = None
 
     def __init__(self, objective: Objective, **arguments: Any):
         super().__init__(**arguments)
@@ -94,6 +98,27 @@ class RecoveryTrainer(Trainer):
             for module in model.modules():
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
         return self.objective.loss(model, inputs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.whole is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        fetch(self.whole, self.model)
+        if self.args.should_save:
+            self.whole.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.whole is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        self.whole.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        give(self.whole, self.model)
+
+    def _load_best_model(self) -> None:
+        if self.whole is None:
+            super()._load_best_model()
+        else:
+            self.whole.load_adapter(self.state.best_model_checkpoint, "default")
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -152,9 +177,9 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        # Gradients are the same on all ranks here, so that all of them stop.
-        if not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all():
+        gradients = [part(p.grad) for p in model.parameters() if p.grad is not None]
+        finite = torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+        if self.inputs.ranks.all_reduce_sum((~finite).int()):  # ranks may see other parts of a gradient
             for parameter in model.parameters():
                 parameter.grad = None  # so that the optimizer leaves every parameter
             self._stop(state.global_step + 1, control)
@@ -175,6 +200,14 @@ def train(
     Raises:
         OutputError: the folder takes no more data.
     """
+    with shared_out(adapted, objective.head) if is_sharded() else nullcontext(adapted) as model:
+        return _train(method, model, adapted, objective, inputs)
+
+
+def _train(
+    method: TrainingOptions, model: PeftModel, whole: PeftModel, objective: Objective, inputs: RecoveryInputs
+) -> Course:
+    """Train ``model``, which is ``whole`` or its copy for FSDP; ``whole`` ends with the best state."""
     steps = Steps.plan(method, inputs.data, inputs.batch_tokens, inputs.ranks.size)
     inputs = replace(inputs, holdout=inputs.holdout.cut(method.evaluation_tokens)[1])
     folder = inputs.folder / "trainer" / steps.name
@@ -182,23 +215,29 @@ def train(
     order = shuffled(len(inputs.data), steps.count * steps.samples, inputs.seed)
     trainer = RecoveryTrainer(
         objective,
-        model=adapted,
+        model=model,
         args=arguments(method, steps, inputs, folder, objective.device, fresh=checkpoint is None),
         data_collator=collate,
         train_dataset=Samples(inputs.data.samples, order),
         eval_dataset=Samples(inputs.holdout.samples, range(len(inputs.holdout))),
     )
+    if model is not whole:
+        trainer.whole = whole
+        fsdp = trainer.accelerator.state.fsdp_plugin
+        fsdp.mixed_precision_policy = None  # models are trained in their own dtype
+        fsdp.state_dict_config = fsdp.optim_state_dict_config = None
+        fsdp.set_state_dict_type("SHARDED_STATE_DICT")  # of the optimizer
     watch = Watch(method, steps, inputs)
     callbacks: list[TrainerCallback] = [watch]
     if method.layers == "ist":
-        trainer.importance = Importance(adapted, trainer.batch_loss, steps, inputs, method)
+        trainer.importance = Importance(model, trainer.batch_loss, steps, inputs, method)
         callbacks.append(trainer.importance)
     for callback in callbacks:
         trainer.add_callback(callback)
     try:
         if checkpoint is not None and _has_ended(trainer, checkpoint, method.patience):
             if trainer.state.best_model_checkpoint is not None:
-                adapted.load_adapter(trainer.state.best_model_checkpoint, "default")
+                whole.load_adapter(trainer.state.best_model_checkpoint, "default")
             for callback in callbacks:  # they read the state
                 callback.on_train_begin(trainer.args, trainer.state, trainer.control)
         else:

@@ -242,6 +242,11 @@ def world_size(environment: Mapping[str, str] = os.environ) -> int:
     return int(size)
 
 
+def asks_for_fsdp(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return True if accelerate's launcher has asked its ranks to share weights out by FSDP."""
+    return environment.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
 def join(environment: Mapping[str, str] = os.environ) -> Ranks:
     """Return the ranks that ``torchrun`` has started, this process alone where it has not.
 
@@ -257,8 +262,13 @@ def join(environment: Mapping[str, str] = os.environ) -> Ranks:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(environment.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
+    backend = "gloo"
+    if asks_for_fsdp(environment):
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # which loads a model on one rank alone
+        if torch.cuda.is_available():
+            backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group("gloo", timeout=timedelta(hours=12))  # a rank may prune a layer for hours
+        dist.init_process_group(backend, timeout=timedelta(hours=12))  # a rank may prune a layer for hours
     except (RuntimeError, ValueError) as error:
         raise HostError(
             f"torch.distributed does not start: {error}", hint="start it with torchrun"

@@ -295,8 +295,8 @@ def test_models_that_cannot_be_trained_are_refused(case, monkeypatch):
     inputs = case.inputs()
     with pytest.raises(ModelError, match="float16"):
         MaskedLoRA().check(inputs.model.half(), inputs.masks)
-    with monkeypatch.context() as patch, pytest.raises(HostError, match="ACCELERATE_USE_FSDP is set"):
-        patch.setenv("ACCELERATE_USE_FSDP", "true")
+    with monkeypatch.context() as patch, pytest.raises(HostError, match="DeepSpeed"):
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         MaskedLoRA().check(inputs.model.float(), inputs.masks)
     empty = dataclasses.replace(case.inputs(), holdout=type(case.holdout)((), "none"))
     with pytest.raises(DataError, match="held out"):
