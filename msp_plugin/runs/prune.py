@@ -191,9 +191,8 @@ def run(
         MSPError: see Host and RunSteps; an error in the text or the source is raised before the model is loaded.
     """
     source.check()
-    if options is not None and isinstance(
-        host, BuiltIn
-    ):  # llm-compressor splits experts into linears once they are loaded
+    # Not for llm-compressor, which splits experts into linears once they are loaded.
+    if options is not None and isinstance(host, BuiltIn):
         check_before_loading(source, options)
     if context.ranks.size > 1 and not host.on_all_ranks:
         _search_together(host, source, text, options, out, context)
