@@ -25,6 +25,7 @@ from msp_plugin.formats.bitmask import SparseBitmask
 from msp_plugin.formats.bitmask_int8 import Int8Bitmask, error
 from msp_plugin.formats.sparse24 import Sparse24Bitmask
 from msp_plugin.formats.tensor_files import INDEX, ShardWriter
+from msp_plugin.models.layers import prunable_layers
 from msp_plugin.plan.allocation import ALLOCATION_FILE
 from msp_plugin.plan.levels import Level
 from msp_plugin.progress import Progress, silent
@@ -195,6 +196,24 @@ class PackedExporter(Sharded):
     def packed_format(self) -> PackedFormat:
         """The format that the exporter's options choose."""
         return self.format
+
+    def check_model(self, model: torch.nn.Module, menu: Sequence[Level], granularity: str) -> None:
+        sparse = [level for level in menu if not level.is_dense]
+        reasons = [
+            self.packed_format.refuses(
+                layer.name,
+                (layer.out_features, layer.in_features),
+                model.get_parameter(f"{layer.name}.weight").dtype,
+                level,
+            )
+            for layer in prunable_layers(model).layers
+            for level in sparse
+        ]
+        if reasons and all(reasons):
+            raise ModelError(
+                f"form {self.name} would pack no layer of this model: {reasons[0]}",
+                hint="choose other levels, or another form",
+            )
 
     def check(self, source: Checkpoint) -> None:
         if source.packed:

@@ -182,6 +182,15 @@ class Uniform(Smaller):
                 hint="use levels depth with granularity block, which drops whole blocks, or one width alone",
             )
 
+    def check_model(self, model: torch.nn.Module, menu: Sequence[Level], granularity: str) -> None:
+        halves = find_halves(model)
+        biased = [h.name for h in halves if getattr(model.get_submodule(h.output), "bias", None) is not None]
+        if biased and any(level.is_dropped for level in menu):
+            raise ModelError(
+                f"{biased[0]} adds a bias, which form uniform cannot leave out with its block",
+                hint="use form small, or one width alone",
+            )
+
     def slices(self, source: Checkpoint) -> Slices:
         structure, spare = source.structure, self._spare(source)
         needed = {half.name: int((~spare[half.name]).sum()) for half in structure.halves}

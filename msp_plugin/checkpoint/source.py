@@ -14,6 +14,7 @@ from msp_plugin.models.device import warn_if_slow
 from msp_plugin.models.source import load_tokenizer
 from msp_plugin.runtime.files import expanded
 from msp_plugin.structure.small_model import empty_model
+from msp_plugin.structure.widths import KEY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,12 +58,16 @@ class ModelSource:
         check_source_unquantized(self.name, trust_remote_code=self.trust_remote_code)
 
     def empty(self) -> PreTrainedModel | None:
-        """Return the model without weights (on ``meta``); None for a packed one, or where the config does not suffice."""
+        """Return the model without weights (on ``meta``); None where its config does not suffice.
+
+        That is so for packed models, and for smaller ones of the hub, whose shapes are read from a directory only.
+        """
         try:
             model = empty_model(self.name, trust_remote_code=self.trust_remote_code)
         except MSPError:
             return None
-        return None if getattr(model.config, "quantization_config", None) else model
+        elsewhere = getattr(model.config, KEY, None) and not Path(self.name).is_dir()
+        return None if elsewhere or getattr(model.config, "quantization_config", None) else model
 
     def load(self) -> PreTrainedModel:
         """Return the model, in eval mode on the CPU or on disk; see ``load`` for the errors.

@@ -102,8 +102,8 @@ class Importance(TrainerCallback, ExportableState):  # type: ignore[misc,unused-
             with damped([layer for i in blocks for layer in self.layers[i]]):
                 return self.loss(model, batch)
 
-        if is_sharded():  # the model runs on all ranks together
-            return measure()
+        if is_sharded():  # the model runs on all ranks together; they draw by the same number
+            return self.inputs.ranks.gather(measure)[0]
         return self.inputs.ranks.on_rank_zero(measure)
 
 

@@ -6,6 +6,7 @@ It needs peft and accelerate, so that this file is imported inside functions onl
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import warnings
@@ -20,32 +21,54 @@ from msp_plugin.runtime.ranks import asks_for_fsdp, world_size
 
 log = logging.getLogger(__name__)
 
+#: What checkpointing of activations by FSDP puts into the names of parameters.
+_WRAPPED = "_checkpoint_wrapped_module."
 
-def accelerators() -> int:
-    """Return how many GPUs or the like this machine has."""
-    return torch.accelerator.device_count()
+
+def gpus() -> int:
+    """Return how many GPUs this machine has."""
+    return torch.cuda.device_count()
 
 
 def is_sharded() -> bool:
-    """Return True if accelerate shares weights out among these ranks, which it does on accelerators only."""
-    return asks_for_fsdp() and world_size() > 1 and accelerators() > 0
+    """Return True if accelerate shares weights out among these ranks, which it does on GPUs only."""
+    return asks_for_fsdp() and world_size() > 1 and gpus() > 0
 
 
-def check_sharding() -> None:
+def check_sharding(*, gradient_checkpointing: bool) -> None:
     """Raise HostError if accelerate is configured to share weights out in a way that is not supported."""
     if not asks_for_fsdp():
         return
     if not is_sharded():
         log.warning("FSDP needs several ranks with a GPU each: weights are not shared out")
-    elif (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        return
+    asked = os.environ.get
+    if (version := asked("FSDP_VERSION", "1")) != "2":
         raise HostError(f"accelerate is configured for FSDP {version}", hint="set fsdp_version to 2")
+    if asked("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP":
+        raise HostError(
+            "accelerate is configured to share out modules by size, and lists of blocks are no such modules",
+            hint="set fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP",
+        )
+    if gradient_checkpointing and asked("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
+        raise HostError(
+            "both accelerate's configuration and gradient_checkpointing ask for checkpointing of activations",
+            hint="leave one of them out",
+        )
+    here = int(asked("LOCAL_WORLD_SIZE") or 1)
+    if here > gpus():
+        raise HostError(
+            f"{here} processes share {gpus()} GPUs, and FSDP needs one for each",
+            hint="start fewer processes",
+        )
 
 
 @contextmanager
 def shared_out(adapted: PeftModel, head: torch.nn.Module | None) -> Iterator[PeftModel]:
-    """Yield a copy of a model with an adapter, which FSDP may take apart.
+    """Yield a copy of a model with an adapter, on the CPU, from which FSDP takes each rank's parts.
 
-    The model itself stays whole, and waits on the CPU meanwhile: checkpoints of the adapter and its merge need that.
+    The model itself stays whole, and waits on the CPU meanwhile: checkpoints of the adapter and its merge need that. Until
+    training begins a process holds both.
 
     Args:
         head: of the model, apart from it, which may share its embedding's weight; it stays where it is.
@@ -59,6 +82,7 @@ def shared_out(adapted: PeftModel, head: torch.nn.Module | None) -> Iterator[Pef
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
             yield copy.deepcopy(adapted)
     finally:
+        gc.collect()  # the Trainer refers to itself: what it held on a GPU goes before the model comes back
         adapted.to(device)
 
 
@@ -102,8 +126,6 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def _trained(adapted: PeftModel) -> Mapping[str, torch.Tensor]:
     """Return the parameters of an adapter by name, whether they are trained just now or not."""
-    from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
-
     prefix = adapted.base_model.prefix
-    named = fsdp2_canonicalize_names(dict(adapted.named_parameters()))
-    return {name: parameter for name, parameter in named.items() if prefix in name}
+    named = ((name.replace(_WRAPPED, ""), parameter) for name, parameter in adapted.named_parameters())
+    return {name: parameter for name, parameter in named if prefix in name}

@@ -57,7 +57,7 @@ class TrainedRecovery(TrainingOptions):
             )
         from msp_plugin.recovery.sharding import check_sharding
 
-        check_sharding()
+        check_sharding(gradient_checkpointing=self.gradient_checkpointing)
         if (name := offloaded_module(model)) is not None:
             raise ModelError(
                 f"the weights of {name} are offloaded, and {self.name} trains models in memory",

@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
+from msp_plugin.errors import HostError
 from msp_plugin.passes.gradients import BACKWARD
 from msp_plugin.recovery.base import RecoveryInputs
 from msp_plugin.recovery.importance import Importance
@@ -178,8 +179,10 @@ class Watch(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         gradients = [part(p.grad) for p in model.parameters() if p.grad is not None]
-        finite = torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
-        if self.inputs.ranks.all_reduce_sum((~finite).int()):  # ranks may see other parts of a gradient
+        bad = (~torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()).int()
+        if is_sharded():  # else gradients are the same on all ranks, so that all of them stop
+            bad = self.inputs.ranks.all_reduce_sum(bad)
+        if bad:
             for parameter in model.parameters():
                 parameter.grad = None  # so that the optimizer leaves every parameter
             self._stop(state.global_step + 1, control)
@@ -210,7 +213,8 @@ def _train(
     """Train ``model``, which is ``whole`` or its copy for FSDP; ``whole`` ends with the best state."""
     steps = Steps.plan(method, inputs.data, inputs.batch_tokens, inputs.ranks.size)
     inputs = replace(inputs, holdout=inputs.holdout.cut(method.evaluation_tokens)[1])
-    folder = inputs.folder / "trainer" / steps.name
+    # Optimizer states of one process and of FSDP are different files: neither goes on from the other's.
+    folder = inputs.folder / "trainer" / (steps.name if model is whole else f"{steps.name}-fsdp")
     checkpoint = inputs.ranks.on_rank_zero(lambda: last_checkpoint(folder))
     order = shuffled(len(inputs.data), steps.count * steps.samples, inputs.seed)
     trainer = RecoveryTrainer(
@@ -223,7 +227,13 @@ def _train(
     )
     if model is not whole:
         trainer.whole = whole
-        fsdp = trainer.accelerator.state.fsdp_plugin
+        fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        if not all(inputs.ranks.gather(lambda: fsdp is not None)):
+            raise HostError(
+                "FSDP shares out among GPUs, and the models stay on the CPU of some rank",
+                hint="it needs GPUs that hold both models before training: use larger ones, or train on the CPU without FSDP",
+            )
+        assert fsdp is not None, "all ranks have one"
         fsdp.mixed_precision_policy = None  # models are trained in their own dtype
         fsdp.state_dict_config = fsdp.optim_state_dict_config = None
         fsdp.set_state_dict_type("SHARDED_STATE_DICT")  # of the optimizer

@@ -244,7 +244,7 @@ def world_size(environment: Mapping[str, str] = os.environ) -> int:
 
 def asks_for_fsdp(environment: Mapping[str, str] = os.environ) -> bool:
     """Return True if accelerate's launcher has asked its ranks to share weights out by FSDP."""
-    return environment.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    return environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # accelerate takes no other word
 
 
 def join(environment: Mapping[str, str] = os.environ) -> Ranks:

@@ -119,7 +119,7 @@ def _plain(value: Any) -> Any:
 
 
 def _for_form(options: Options, form: Exporter | None) -> Options:
-    """Return the options, with those that a form has defaults for."""
+    """Return the options, where levels and granularity that nobody gave are a form's."""
     if form is None:
         return options
     levels = options.levels if "levels" in options.model_fields_set else [form.menu]
@@ -201,14 +201,14 @@ def resolve(options: Options, plugins: Plugins) -> ResolvedOptions:
         options = _for_form(options, form)
     sparsity, menu = _target(options, given)
     granularity = _granularity(options, menu)
+    bounds = parse_bounds(options.bounds, options.protect, menu)
     if form is not None:
-        form.check_menu(menu, granularity)
+        form.check_menu(bounds.menu(menu), granularity)
     if options.quantum != DEFAULT_QUANTUM and not has_widths(menu):
         raise RecipeError(
             f"quantum = {options.quantum} would have no effect: no level is a width",
             hint="leave it out, or name a width, e.g. levels: width",
         )
-    bounds = parse_bounds(options.bounds, options.protect, menu)
     pruner.version()  # raises if its host is missing
     pruner.check_menu(menu)
     known = plugins.components["estimators"]

@@ -4,6 +4,7 @@ import sys
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 
 from msp_plugin.cli import main
 from msp_plugin.recovery import sharding
@@ -17,6 +18,14 @@ def start(self, *arguments, fsdp_plugin=None, _start=AcceleratorState.__init__, 
 
 
 AcceleratorState.__init__ = start
-sharding.accelerators = lambda: 2
+sharding.gpus = lambda: 2
+
+
+def fetch(own, shared, _fetch=sharding.fetch):
+    assert any(isinstance(parameter, DTensor) for parameter in shared.parameters()), "nothing is shared out"
+    _fetch(own, shared)
+
+
+sharding.fetch = fetch
 if __name__ == "__main__":
     sys.exit(main())

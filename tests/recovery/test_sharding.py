@@ -87,20 +87,42 @@ def test_weights_that_fsdp_shares_out_are_trained_as_one_process_trains_them(met
         assert_same(two, one)
     else:  # gradients are summed in another order and round to other weights
         assert two["kl"] == pytest.approx(one["kl"], rel=0.05)
+        assert two["sparsity"] == one["sparsity"] and two["recovery"]["tokens"] == one["recovery"]["tokens"]
 
 
-@pytest.mark.slow
-def test_a_killed_training_by_fsdp_ends_as_one_that_was_not(recover, tmp_path):
-    expected = recover("masked_lora", "whole", ranks=2, tokens=8000)[1]()
-    process, _ = recover("masked_lora", "killed", ranks=2, tokens=8000)
+def kill_at_the_first_checkpoint(process, cache):
+    """Kill a process and its children once a checkpoint is complete; return the path of its record and when it was written."""
     deadline = time.monotonic() + 200
-    while not list((tmp_path / "killed-cache").rglob("checkpoint-*/trainer_state.json")):
+    while not (found := list(cache.rglob("checkpoint-*/trainer_state.json"))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.kill()
     process.wait()
+    return found[0], found[0].stat().st_mtime_ns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["masked_lora", "spp", "full"])
+def test_a_killed_training_by_fsdp_goes_on_and_ends_as_one_that_was_not(
+    method, recover, tmp_path, monkeypatch
+):
+    expected = recover(method, "undisturbed", ranks=2, tokens=8000)[1]()
+    process, _ = recover(method, "killed", ranks=2, tokens=8000)
+    record, written = kill_at_the_first_checkpoint(process, tmp_path / "killed-cache")
     assert not (tmp_path / "killed").exists()
+    kept = tmp_path / "kept"
+    kept.hardlink_to(record)
+    process, stage = recover(method, "killed", ranks=2, tokens=8000)
+    assert_same(stage(), expected)
+    assert kept.stat().st_mtime_ns == written, "the checkpoint was written again"
+
+
+@pytest.mark.slow
+def test_a_training_killed_without_fsdp_begins_anew_with_it(recover, tmp_path):
+    process, _ = recover("masked_lora", "killed", ranks=1, tokens=8000)
+    kill_at_the_first_checkpoint(process, tmp_path / "killed-cache")
+    expected = recover("masked_lora", "whole", ranks=1, tokens=8000)[1]()
     assert_same(recover("masked_lora", "killed", ranks=2, tokens=8000)[1](), expected)
 
 
@@ -110,9 +132,17 @@ def test_an_fsdp_that_is_not_supported_is_refused(case, monkeypatch, caplog):
     monkeypatch.setenv("WORLD_SIZE", "2")
     MaskedLoRA().check(inputs.model, inputs.masks)  # on a CPU accelerate does not share weights out
     assert "weights are not shared out" in caplog.text
-    monkeypatch.setattr(sharding, "accelerators", lambda: 2)
+    monkeypatch.setattr(sharding, "gpus", lambda: 2)
     with pytest.raises(HostError, match="configured for FSDP 1") as caught:
         MaskedLoRA().check(inputs.model, inputs.masks)
     assert "fsdp_version" in caught.value.hint
     monkeypatch.setenv("FSDP_VERSION", "2")
     MaskedLoRA().check(inputs.model, inputs.masks)
+    for variable, value, found in [
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "by size"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "checkpointing of activations"),
+        ("LOCAL_WORLD_SIZE", "3", "3 processes share 2 GPUs"),
+    ]:
+        with monkeypatch.context() as patch, pytest.raises(HostError, match=found):
+            patch.setenv(variable, value)
+            MaskedLoRA(gradient_checkpointing=True).check(inputs.model, inputs.masks)

@@ -263,6 +263,10 @@ def test_levels_that_a_form_holds_may_be_chosen_beside_it(plugins, text):
     ("form: small, levels: '2:4, dense'", "no level takes any"),
     ("method: l2, form: uniform, levels: 'dense, 1/2 wide', granularity: half", "levels 1/2 wide make blocks differ"),
     ("form: uniform, granularity: half", "dropped halves make blocks differ"),
+    (
+        "method: l2, form: uniform, levels: 1/2 wide, granularity: half, protect: [model.layers.0.*]",
+        "levels 1/2 wide make blocks differ",
+    ),
     ("form: smal", "smal"),
 ])  # fmt: skip
 def test_options_that_a_form_may_not_hold_are_refused_before_anything_is_loaded(plugins, text, found):
