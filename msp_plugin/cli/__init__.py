@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import sys
+from typing import NoReturn
 
 # Packages read these variables when they are imported, so they are set before any import.
 _QUIET = {
@@ -31,7 +32,25 @@ def main() -> None:
     atexit.register(gc.freeze)
     from msp_plugin.cli.stopping import stopping
 
-    with stopping() as stopped:
-        from msp_plugin.cli.app import run
+    is_rank = (os.environ.get("WORLD_SIZE") or "1") != "1"
+    try:
+        with stopping() as stopped:
+            from msp_plugin.cli.app import run
 
-        run(stopped)
+            run(stopped)
+    except SystemExit as ended:
+        if is_rank and not ended.code:
+            _end_rank()
+        raise
+
+
+def _end_rank() -> NoReturn:
+    """End this process with exit code 0, without what C++ destroys at the end.
+
+    There threads of torch.distributed may abort a rank whose work is done, and torchrun then stops the one that still
+    writes the result.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
