@@ -14,7 +14,6 @@ from msp_plugin.models.device import warn_if_slow
 from msp_plugin.models.source import load_tokenizer
 from msp_plugin.runtime.files import expanded
 from msp_plugin.structure.small_model import empty_model
-from msp_plugin.structure.widths import KEY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +65,7 @@ class ModelSource:
             model = empty_model(self.name, trust_remote_code=self.trust_remote_code)
         except MSPError:
             return None
-        elsewhere = getattr(model.config, KEY, None) and not Path(self.name).is_dir()
+        elsewhere = getattr(model.config, "is_heterogeneous", False) and not Path(self.name).is_dir()
         return None if elsewhere or getattr(model.config, "quantization_config", None) else model
 
     def load(self) -> PreTrainedModel:

@@ -87,7 +87,8 @@ def test_a_form_that_cannot_hold_a_model(form, levels, changed, found):
 
 def test_a_smaller_model_of_a_hub_is_not_judged_by_its_full_shapes(llama_dir, monkeypatch):
     whole = ModelSource(llama_dir).empty()
-    whole.config.per_layer_config = {"0": {"num_key_value_heads": 1}}
     monkeypatch.setattr("msp_plugin.checkpoint.source.empty_model", lambda name, **options: whole)
+    assert ModelSource("someone/whole").empty() is whole
+    whole.config.per_layer_config = {"0": {"num_key_value_heads": 1}}
     assert ModelSource("someone/smaller").empty() is None
     assert ModelSource(llama_dir).empty() is whole
