@@ -116,7 +116,8 @@ def prune_model(source: str, out: Path, kept: int, of: int) -> None:
     """
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    from msp_plugin.checkpoint.export import Bitmask, export_checkpoint
+    from msp_plugin.checkpoint.export import export_checkpoint
+    from msp_plugin.checkpoint.packed_export import Bitmask
 
     if source == "random":  # 1.0 B weights, 0.97 B of them in linears of the blocks
         torch.manual_seed(0)

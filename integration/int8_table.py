@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from msp_plugin.checkpoint.export import Bitmask, export_checkpoint
+from msp_plugin.checkpoint.export import export_checkpoint
 from msp_plugin.checkpoint.load import load
+from msp_plugin.checkpoint.packed_export import Bitmask
 from msp_plugin.data.samples import Text
 from msp_plugin.formats import bitmask
 from msp_plugin.formats.bitmask_int8 import quantize

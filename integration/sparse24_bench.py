@@ -84,7 +84,8 @@ def time_packing(repeats: int) -> dict[str, dict[str, float]]:
 _EXPORT = """
 import sys, threading, time
 from pathlib import Path
-from msp_plugin.checkpoint.export import Bitmask, Sparse24, Dense, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
+from msp_plugin.checkpoint.packed_export import Bitmask, Sparse24
 import msp_plugin.formats.bitmask, torch
 def anonymous():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024

@@ -44,7 +44,7 @@ _PUBLIC = {
     "CalibrationSet": "data.calibration",
     "Exporter": "checkpoint.export",
     "Checkpoint": "checkpoint.checkpoint",
-    "PackedExporter": "checkpoint.export",
+    "PackedExporter": "checkpoint.packed_export",
     "PackedFormat": "formats.base",
     "TensorInfo": "formats.base",
     "Manifest": "checkpoint.manifest",

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import msp_plugin
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
 from msp_plugin.checkpoint.load import load
+from msp_plugin.checkpoint.packed_export import Bitmask, Sparse24
 from msp_plugin.data.samples import Text
 from msp_plugin.demo import demo_model_path
 from msp_plugin.errors import FormatError, ModelError

@@ -38,7 +38,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
 )
 
-from msp_plugin.checkpoint.export import Bitmask, Dense, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
+from msp_plugin.checkpoint.packed_export import Bitmask
 from msp_plugin.errors import FormatError
 from msp_plugin.formats.bitmask_int8 import SUFFIXES, Int8Bitmask
 from msp_plugin.serving.cpu.build import load_operator

@@ -20,7 +20,8 @@ from tiny_models import PROMPTS, SIZES
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import msp_plugin
-from msp_plugin.checkpoint.export import Bitmask, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import export_checkpoint
+from msp_plugin.checkpoint.packed_export import Bitmask, Sparse24
 from msp_plugin.checkpoint.smaller import Small, Uniform
 from msp_plugin.serving.cpu.build import load_operator
 from msp_plugin.serving.cpu.kernel import FORCE

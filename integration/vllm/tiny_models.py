@@ -41,7 +41,8 @@ def save_models(directory):
         Qwen2ForCausalLM,
     )
 
-    from msp_plugin.checkpoint.export import Bitmask, Sparse24, export_checkpoint
+    from msp_plugin.checkpoint.export import export_checkpoint
+    from msp_plugin.checkpoint.packed_export import Bitmask, Sparse24
 
     torch.manual_seed(0)
     models = {

@@ -108,7 +108,8 @@ def msp_register_formats() -> list[type]:
 
 @hookimpl
 def msp_register_exporters() -> list[type]:
-    from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24
+    from msp_plugin.checkpoint.export import Dense
+    from msp_plugin.checkpoint.packed_export import Bitmask, Sparse24
     from msp_plugin.checkpoint.smaller import Small, Uniform
     from msp_plugin.hosts.llm_compressor.export import PlainRecipe
 

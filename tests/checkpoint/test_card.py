@@ -7,8 +7,9 @@ import pytest
 
 from msp_plugin.checkpoint.card import model_card
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
+from msp_plugin.checkpoint.packed_export import Sparse24
 
 
 @pytest.fixture

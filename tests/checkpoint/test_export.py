@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
+from msp_plugin.checkpoint.packed_export import Sparse24
 from msp_plugin.errors import ModelError
 from msp_plugin.formats.sparse24 import pack
 from msp_plugin.formats.tensor_files import INDEX
@@ -290,7 +291,8 @@ def test_no_card_of_the_source_is_lost(run_dir, copied, tmp_path):
 _MEASURE = """
 import sys, threading
 from pathlib import Path
-from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
+from msp_plugin.checkpoint.packed_export import Sparse24
 
 root = Path(sys.argv[1])
 

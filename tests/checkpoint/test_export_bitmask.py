@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
 from msp_plugin.checkpoint.load import load
 from msp_plugin.checkpoint.manifest import Manifest
+from msp_plugin.checkpoint.packed_export import Bitmask, Sparse24
 from msp_plugin.errors import FormatError
 from msp_plugin.formats.bitmask import SUFFIXES, SparseBitmask
 from msp_plugin.formats.bits import same_bits

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Bitmask, Dense, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
 from msp_plugin.checkpoint.load import load
 from msp_plugin.checkpoint.manifest import Manifest
+from msp_plugin.checkpoint.packed_export import Bitmask
 from msp_plugin.errors import FormatError, RecipeError
 from msp_plugin.formats.bitmask_int8 import MOST_ERROR, dequantize, quantize
 from msp_plugin.formats.bits import same_bits

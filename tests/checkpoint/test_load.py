@@ -9,8 +9,9 @@ import transformers.dynamic_module_utils
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import msp_plugin
-from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
 from msp_plugin.checkpoint.load import load
+from msp_plugin.checkpoint.packed_export import Sparse24
 from msp_plugin.checkpoint.source import ModelSource
 from msp_plugin.cli.arguments import resolve_model
 from msp_plugin.errors import FormatError, ModelError, MSPError, RecipeError

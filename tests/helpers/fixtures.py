@@ -261,7 +261,8 @@ def run_dir(tmp_path_factory, make_run):
 @pytest.fixture(scope="session")
 def packed_dir(tmp_path_factory, run_dir):
     """``run_dir``, packed."""
-    from msp_plugin.checkpoint.export import Sparse24, export_checkpoint
+    from msp_plugin.checkpoint.export import export_checkpoint
+    from msp_plugin.checkpoint.packed_export import Sparse24
 
     path = tmp_path_factory.mktemp("runs") / "packed"
     export_checkpoint(run_dir, Sparse24(), path)
@@ -271,7 +272,8 @@ def packed_dir(tmp_path_factory, run_dir):
 @pytest.fixture(scope="session")
 def packed_any_dir(tmp_path_factory, run_dir):
     """``run_dir``, in the bitmask format, which packs any level: eleven layers of fourteen, three are dense."""
-    from msp_plugin.checkpoint.export import Bitmask, export_checkpoint
+    from msp_plugin.checkpoint.export import export_checkpoint
+    from msp_plugin.checkpoint.packed_export import Bitmask
 
     path = tmp_path_factory.mktemp("runs") / "packed_any"
     export_checkpoint(run_dir, Bitmask(), path)

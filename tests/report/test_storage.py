@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Bitmask, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import export_checkpoint
 from msp_plugin.checkpoint.manifest import Manifest
+from msp_plugin.checkpoint.packed_export import Bitmask, Sparse24
 from msp_plugin.plan.allocation import Allocation
 from msp_plugin.plugins.manager import Plugins
 from msp_plugin.report import write_report

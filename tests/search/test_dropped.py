@@ -12,7 +12,8 @@ import torch
 import msp_plugin
 from msp_plugin import Allocation, AllocationProblem, Level, Text, Unit, UnitTable
 from msp_plugin.allocators.msp import mutate
-from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
+from msp_plugin.checkpoint.packed_export import Bitmask, Sparse24
 from msp_plugin.checkpoint.recount import recount_model
 from msp_plugin.database.build import build_database
 from msp_plugin.database.store import LevelDatabase

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import msp_plugin
-from msp_plugin.checkpoint.export import Bitmask, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import export_checkpoint
+from msp_plugin.checkpoint.packed_export import Bitmask, Sparse24
 from msp_plugin.errors import FormatError, ModelError, ServingError
 from msp_plugin.serving.cpu import build
 from msp_plugin.serving.cpu.kernel import FORCE, KERNELS, choose

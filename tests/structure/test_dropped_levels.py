@@ -8,7 +8,8 @@ import torch
 
 import msp_plugin
 from msp_plugin import Allocation, Level, Text
-from msp_plugin.checkpoint.export import Sparse24, allowed_forms, export_checkpoint
+from msp_plugin.checkpoint.export import allowed_forms, export_checkpoint
+from msp_plugin.checkpoint.packed_export import Sparse24
 from msp_plugin.checkpoint.smaller import Small, Uniform
 from msp_plugin.models.layers import prunable_layers
 from msp_plugin.models.load import load_model

@@ -8,7 +8,8 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import msp_plugin
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
+from msp_plugin.checkpoint.packed_export import Bitmask, Sparse24
 from msp_plugin.checkpoint.smaller import Small, Uniform
 from msp_plugin.errors import FormatError
 from msp_plugin.plan.levels import Level

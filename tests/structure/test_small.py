@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Mistra
 
 import msp_plugin
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Bitmask, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import export_checkpoint
+from msp_plugin.checkpoint.packed_export import Bitmask, Sparse24
 from msp_plugin.checkpoint.smaller import Small
 from msp_plugin.errors import FormatError, ModelError, RecipeError
 from msp_plugin.structure.halves import find_halves

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, FalconConfig
 
 import msp_plugin
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Bitmask, export_checkpoint
+from msp_plugin.checkpoint.export import export_checkpoint
+from msp_plugin.checkpoint.packed_export import Bitmask
 from msp_plugin.checkpoint.recount import recount_model
 from msp_plugin.checkpoint.smaller import Small
 from msp_plugin.data.calibration import CalibrationSet

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pytest
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import export_checkpoint
+from msp_plugin.checkpoint.packed_export import Sparse24
 from msp_plugin.errors import FormatError
 from msp_plugin.verify.base import Check, Finding, Subject, run_checks
 from msp_plugin.verify.quality import Quality

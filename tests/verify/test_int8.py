@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from msp_plugin.checkpoint.checkpoint import Checkpoint
-from msp_plugin.checkpoint.export import Bitmask, Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
+from msp_plugin.checkpoint.packed_export import Bitmask, Sparse24
 from msp_plugin.checkpoint.smaller import Small, Uniform
 from msp_plugin.formats import bitmask
 from msp_plugin.verify import quality

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from msp_plugin import MixedSparsityModifier
-from msp_plugin.checkpoint.export import Dense, Sparse24, export_checkpoint
+from msp_plugin.checkpoint.export import Dense, export_checkpoint
+from msp_plugin.checkpoint.packed_export import Sparse24
 from msp_plugin.errors import HostError, NumericsError, RecipeError, VerificationError
 from msp_plugin.formats.sparse24 import is_packable
 from msp_plugin.hosts.llm_compressor.methods import host_method
